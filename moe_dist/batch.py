@@ -1,0 +1,110 @@
+"""What travels from the loader to the model: tokens, and everything known about each of them.
+
+Shape suffixes: T tokens of one micro-batch (sequences laid end to end), V valid (non-padding) tokens.
+
+A *selection group* is the set of packed sequences whose tokens compete with each other in expert-choice routing.
+A micro-batch holds whole groups, one after another, so routing does not depend on the parallel layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+MODALITIES = ("text", "image")
+TEXT, IMAGE = range(len(MODALITIES))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenInfo:
+    """Facts about T tokens. Tensors live on the model's device, tuples on the host (reading them never synchronises)."""
+
+    modality_T: Tensor  # int64, index into MODALITIES
+    valid_T: Tensor  # bool, False for padding
+    document_T: Tensor  # int64, number of the token's document within the micro-batch, non-decreasing
+    position_T: Tensor  # int64, restarts at 0 in every document
+    token_id_T: Tensor  # int64, unique over the whole run and the same at every parallel layout
+    by_modality_V: Tensor  # int64, indices of valid tokens, sorted by (modality, group, index)
+    modality_counts: tuple[tuple[int, ...], ...]  # [modality][group] number of valid tokens
+    document_lengths: tuple[int, ...]  # every token belongs to one document (padding too): sums to T
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        modality_T: Tensor,
+        valid_T: Tensor,
+        position_T: Tensor,
+        token_id_T: Tensor,
+        document_lengths: Sequence[int],
+        num_groups: int,
+    ) -> TokenInfo:
+        """Derive the indices and host-side counts from CPU tensors. Groups are num_groups equal, contiguous runs of T."""
+        num_tokens = modality_T.numel()
+        if num_tokens % num_groups or sum(document_lengths) != num_tokens:
+            raise ValueError(f"{num_tokens} tokens do not form {num_groups} groups and documents {document_lengths}")
+        group_T = torch.arange(num_tokens) // (num_tokens // num_groups)
+        key_T = modality_T * num_groups + group_T
+        valid_V = valid_T.nonzero().squeeze(1)
+        order_V = key_T[valid_V].sort(stable=True).indices
+        counts = torch.bincount(key_T[valid_V], minlength=len(MODALITIES) * num_groups).view(len(MODALITIES), num_groups)
+        lengths = torch.tensor(document_lengths)
+        return cls(
+            modality_T=modality_T,
+            valid_T=valid_T,
+            document_T=torch.repeat_interleave(torch.arange(len(document_lengths)), lengths),
+            position_T=position_T,
+            token_id_T=token_id_T,
+            by_modality_V=valid_V[order_V],
+            modality_counts=tuple(tuple(row) for row in counts.tolist()),
+            document_lengths=tuple(document_lengths),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.valid_T.numel()
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.modality_counts[0])
+
+    def members(self, modality: int | None = None) -> list[Tensor]:
+        """Indices of the valid tokens of each selection group, of one modality or (None) of all."""
+        flat = [count for row in self.modality_counts for count in row]
+        pieces = self.by_modality_V.split(flat)
+        groups = self.num_groups
+        if modality is not None:
+            return list(pieces[modality * groups : (modality + 1) * groups])
+        return [torch.cat([pieces[m * groups + g] for m in range(len(MODALITIES))]) for g in range(groups)]
+
+    def to(self, device: torch.device | str) -> TokenInfo:
+        return _to(self, device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One micro-batch of whole selection groups."""
+
+    tokens_T: Tensor  # int64 vocabulary ids
+    targets_T: Tensor  # int64, the next token of the same document
+    loss_mask_T: Tensor  # bool: does this position's prediction count
+    target_modality_T: Tensor  # int64, modality of the target
+    info: TokenInfo
+    sidecar: Mapping[str, Tensor] = field(default_factory=dict)  # pixels, neighbours: for systems that need them
+
+    @property
+    def loss_tokens(self) -> int:
+        """Number of predictions that count (call on the host copy: it synchronises on a device)."""
+        return int(self.loss_mask_T.sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        sidecar = {name: value.to(device, non_blocking=True) for name, value in self.sidecar.items()}
+        return replace(_to(self, device), info=self.info.to(device), sidecar=sidecar)
+
+
+def _to(record, device):
+    moved = {f.name: getattr(record, f.name) for f in fields(record)}
+    return replace(record, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, Tensor)})

@@ -1,0 +1,216 @@
+"""The recipe: frozen, strict models, one YAML file plus `section.key=value` overrides.
+
+An unknown key, a wrong type or a value out of range is a UserError that names the key. A leaf: imports nothing of ours
+but the error. Routers bring their own settings models (see moe/registry.py): `model.ffn.router` stays a mapping here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from moe_dist.errors import UserError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    """Base of every settings model: immutable, no coercion, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class RunConfig(Strict):
+    dir: str  # the run folder: config.yaml, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/
+    resume: str = "auto"  # auto: newest complete checkpoint of run.dir; none: start fresh; or a checkpoint folder
+
+
+class DataConfig(Strict):
+    shards: str | tuple[str, ...]  # folder(s), brace-expanded tar paths or remote URLs, as webdataset takes them
+    validation_shards: str | tuple[str, ...] | None = None  # default: the validation/ folder beside train/, or a hash split
+    text_tokenizer: str  # SentencePiece .model file
+    image_tokenizer: str | None = None  # folder of a trained VQ tokenizer or of Hugging Face ChameleonVQVAE weights
+    sequence_length: Positive = 512
+    group_sequences: Positive = 4  # packed sequences that compete together in expert-choice routing
+    lanes: Positive = 8  # fixed number of data streams; the data-parallel size must divide it
+    image_first: Fraction = 0.5  # share of pairs in image-before-text order
+    caption_dropout: Fraction = 0.1  # share of pairs whose caption is left out (guidance needs it)
+    image_fraction: Fraction | None = None  # image share of a group's tokens; None: as the data comes
+    max_bad_fraction: Fraction = 0.01  # the run fails if more samples than this cannot be decoded
+
+
+class DenseFFN(Strict):
+    type: Literal["dense"]
+    hidden_size: Positive
+
+
+class MoEFFN(Strict):
+    type: Literal["moe"]
+    hidden_size: Positive  # of one expert
+    router: dict[str, Any]  # type: and the settings of that router class
+
+
+class ModelConfig(Strict):
+    hidden_size: Positive
+    num_layers: Positive
+    num_heads: Positive
+    ffn: Annotated[DenseFFN | MoEFFN, Field(discriminator="type")]
+    norm: Literal["swin", "pre"] = "swin"  # swin: x + norm(f(x)), Chameleon; pre: x + f(norm(x))
+    norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    qk_norm: bool = True
+    rope_base: Annotated[float, Field(gt=0)] = 10000.0
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    recompute: bool = False  # recompute each block's activations in the backward pass
+
+    @model_validator(mode="after")
+    def _heads(self):
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
+            raise ValueError(f"hidden_size={self.hidden_size} needs an even size per head, num_heads={self.num_heads}")
+        return self
+
+
+class ParallelConfig(Strict):
+    expert: Positive = 1  # ranks over which the experts are spread
+
+
+class TrainConfig(Strict):
+    steps: Positive  # the schedule's horizon
+    stop_after: Positive | None = None  # stop early at this step; the schedule stays as it is
+    global_batch_groups: Positive  # selection groups in one optimizer step, over all ranks
+    micro_batch_groups: Positive = 1  # selection groups in one forward pass of one rank
+    non_finite: Literal["stop", "skip"] = "stop"  # what a non-finite loss or gradient does
+    max_skipped: Count = 10  # with skip: the run fails after this many skipped steps
+
+
+class ScheduleConfig(Strict):
+    type: Literal["linear", "cosine"] = "linear"
+    warmup_steps: Count = 0
+    end_lr: Annotated[float, Field(ge=0)] = 1e-6  # learning rate at train.steps; the peak is deepspeed.optimizer.params.lr
+
+
+class EvalConfig(Strict):
+    every: Count = 100  # steps; 0: never (the end of a run always evaluates unless 0)
+    groups: Positive = 16  # selection groups of the held-out split in one evaluation
+
+
+class CheckpointConfig(Strict):
+    every: Count = 100  # steps; 0: only at the end
+    keep: Positive = 2
+
+
+class TelemetryConfig(Strict):
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    every: Positive = 1  # steps between two lines of metrics.jsonl
+
+
+class Config(Strict):
+    """A whole recipe."""
+
+    seed: int = 0
+    run: RunConfig
+    data: DataConfig
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    deepspeed: dict[str, Any]  # DeepSpeed's own section; keys are checked by engine/zero.py
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: 1e-4 is a number (YAML 1.1 reads it as a string); a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise UserError(f"key '{key_node.value}' is given twice (line {key_node.start_mark.line + 1})")
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe and apply `section.key=value` overrides (values are YAML). Raises UserError."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no configuration file {path}")
+    data = _parse(path.read_text(), str(path))
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections")
+    for override in overrides:
+        apply_override(data, override)
+    return validate(Config, data, str(path))
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in a nested mapping, in place."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override '{override}' is not of the form section.key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise UserError(f"override '{override}': '{parent}' is a value, not a section")
+    data[last] = _parse(text, f"override '{override}'")
+
+
+def validate(model: type[Strict], data: Any, where: str, prefix: str = ""):
+    """Validate plain YAML data; every problem becomes one UserError that names the key under `prefix`."""
+    try:
+        return model.model_validate_json(json.dumps(data))  # JSON mode: a YAML list may fill a tuple
+    except (TypeError, ValidationError) as error:
+        problems = [_explain(model, item, prefix) for item in error.errors()] if hasattr(error, "errors") else [str(error)]
+        raise UserError(f"{where}: " + "; ".join(problems)) from None
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved recipe as YAML that load_config reads back to an equal value."""
+    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _explain(model: type[BaseModel], item: Any, prefix: str) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(filter(None, [prefix, *location]))
+    if item["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(location[-1], _known_keys(model, location[:-1]), n=1)
+        return f"unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else "")
+    if item["type"] == "missing":
+        return f"key '{key}' is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    return f"key '{key}': {message[0].lower()}{message[1:]}, got {item['input']!r}" if key else message
+
+
+def _known_keys(model: Any, location: list[str]) -> list[str]:
+    for part in location:
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        if field is not None:
+            model = field.annotation
+        else:  # the tag of a discriminated union
+            members = [m for m in getattr(model, "__args__", ()) if hasattr(m, "model_fields")]
+            model = next((m for m in members if m.model_fields["type"].annotation.__args__[0] == part), None)
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

@@ -1,0 +1,64 @@
+"""Who works with whom: data parallel, expert parallel, expert-data parallel ranks.
+
+world = dp: every rank reads its own data. ep ranks together hold all experts once; edp = world / ep ranks share an expert.
+EP groups are runs of neighbouring ranks (0..ep-1, ep..2ep-1, ...), as in Megatron.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from moe_dist.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The parallel layout as seen from one rank. Groups are None when there is a single process without torch.distributed."""
+
+    rank: int = 0
+    world: int = 1
+    expert: int = 1
+    device: torch.device = torch.device("cpu")
+    ep_group: dist.ProcessGroup | None = None  # the ranks that together hold every expert
+    edp_group: dist.ProcessGroup | None = None  # the ranks that hold the same experts
+    dp_group: dist.ProcessGroup | None = None  # all ranks
+
+    @property
+    def ep_rank(self) -> int:
+        return self.rank % self.expert
+
+    @property
+    def edp(self) -> int:
+        return self.world // self.expert
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def check_layout(*, world: int, expert: int, num_experts: int) -> None:
+    """Raise UserError where `parallel.expert` fits neither the ranks nor the experts."""
+    if expert < 1 or world % expert:
+        raise UserError(f"parallel.expert={expert} does not divide the {world} ranks of this run")
+    if num_experts % expert:
+        raise UserError(f"parallel.expert={expert} does not divide the model's {num_experts} experts")
+
+
+def make_layout(*, expert: int, device: torch.device) -> Layout:
+    """Create the process groups. Collective: every rank calls it, after torch.distributed is initialised (or not at all)."""
+    if not dist.is_initialized():
+        check_layout(world=1, expert=expert, num_experts=expert)
+        return Layout(device=device)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    check_layout(world=world, expert=expert, num_experts=expert)
+    ep_group, _ = dist.new_subgroups_by_enumeration(
+        [list(range(start, start + expert)) for start in range(0, world, expert)]
+    )
+    edp_group, _ = dist.new_subgroups_by_enumeration([list(range(start, world, expert)) for start in range(expert)])
+    return Layout(
+        rank=rank, world=world, expert=expert, device=device,
+        ep_group=ep_group, edp_group=edp_group, dp_group=dist.group.WORLD,
+    )
