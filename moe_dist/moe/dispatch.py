@@ -4,7 +4,7 @@ Shape suffixes: T tokens, D model width, E experts, e experts on a rank, r ranks
 N assignments made here, R rows received here.
 
 Rows are copies of tokens, sorted by expert. Weights travel beside their rows, in their own dtype and with gradients,
-and are applied by the Experts class. `combine` adds up a token's rows in float32 or wider, then rounds once to the rows'
+and are applied by the Experts class. `combine` adds up a token's rows in float32 or wider, then rounds once to their
 dtype. On CPU the sum is bitwise repeatable; on CUDA it is under torch.use_deterministic_algorithms(True).
 """
 

@@ -30,7 +30,7 @@ def expert_capacity(num_tokens: int, capacity_factor: float, num_experts: int) -
 class ExpertChoiceRouter(nn.Module):
     """Every expert takes its highest-scoring valid tokens of each selection group; a token may get 0..E experts.
 
-    s = sigmoid(x W); the weight is s, not normalised over experts. At capacity factor 1 tokens get one expert on average.
+    s = sigmoid(x W); the weight is s, not normalised over experts. Capacity factor 1: one expert a token on average.
     """
 
     causal = False
@@ -75,8 +75,8 @@ class ExpertChoiceRouter(nn.Module):
 class ModalityRouter(nn.Module):
     """Modality-aware experts: each modality's tokens are planned by a router of their own, over experts of their own.
 
-    The experts of all modalities are numbered through, text first. A child sees the other modalities' tokens as padding,
-    so any router class can be a child.
+    The experts of all modalities are numbered through, text first. To a child the other modalities' tokens are padding,
+    so any router class can be one.
     """
 
     class Settings(RouterSettings):

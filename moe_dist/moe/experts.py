@@ -77,4 +77,4 @@ def looped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> 
 
 
 def _has_grouped_kernel(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type != "cuda")
+    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.is_cpu)

@@ -32,8 +32,8 @@ def make_placement(expert_groups: Sequence[Sequence[int]], ep: int) -> Placement
     """Give each rank the same number of experts, and of every group (modality) the same number, or one more or less.
 
     Group by group, each rank gets the rounded-down share, and what is left goes to the ranks that hold fewest so far:
-    loads never differ by more than one, so they end equal where `ep` divides the experts. Raises UserError where it does
-    not.
+    loads never differ by more than one, so they end equal where `ep` divides the experts. Raises UserError where
+    it does not.
     """
     num_experts = sum(len(group) for group in expert_groups)
     if num_experts % ep:

@@ -6,6 +6,7 @@ N assignments.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -70,8 +71,13 @@ class Gate(nn.Module):
 
     def forward(self, x_VD: Tensor) -> Tensor:
         dtype = torch.promote_types(x_VD.dtype, torch.float32)
-        with torch.autocast(x_VD.device.type, dtype=torch.bfloat16, enabled=False):
+        with _no_autocast(x_VD.device.type):
             return F.linear(x_VD.to(dtype), self.weight.to(dtype))
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager:
+    available = torch.amp.is_autocast_available(device_type)  # not on meta
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def selection_keys(logits_VE: Tensor, token_id_V: Tensor, key: int) -> Tensor:
