@@ -11,6 +11,7 @@ the expert-parallel ranks by the all-to-all) included, so each rank's sum is sca
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -48,12 +49,13 @@ class StepResult:
 
 def init_distributed() -> torch.device:
     """Find this process's place (see parallel/launch.py), start torch.distributed, and return the rank's device."""
+    # DeepSpeed calls collectives by names that torch has renamed, thousands of times.
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     accelerator = get_accelerator()
-    if not dist.is_initialized():
-        discover().export()
+    place = discover()
+    place.export()
+    accelerator.set_device(place.local_rank)
     deepspeed_init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(discover().local_rank)
     return torch.device(accelerator.current_device_name())
 
 
