@@ -120,28 +120,26 @@ def loss_figure(runs: Sequence[RunMetrics], baseline: Mapping[str, float]) -> Fi
 
 
 def routing_figure(run: RunMetrics) -> Figure:
-    """Heat map of expert utilization, layer by layer over time; below it unrouted tokens and rank imbalance."""
-    figure = Figure(figsize=(10, 7.2), layout="constrained")
-    grid = figure.add_gridspec(2, 2, height_ratios=[1.7, 1])
-    heat, unrouted, imbalance = (figure.add_subplot(cell) for cell in (grid[0, :], grid[1, 0], grid[1, 1]))
-    _draw_utilization(figure, heat, run)
-    for modality in MODALITIES:
-        keys = [k for k in run.keys if k.startswith("moe/") and k.endswith(f"/unrouted_fraction/{modality}")]
-        for i, key in enumerate(keys):
-            tokens, values = run.series(key)
-            shade = 0.35 + 0.65 * (i + 1) / len(keys)
-            label = f"{modality}, last layer" if i == len(keys) - 1 else None
-            colour = MODALITY_COLOURS[modality]
-            unrouted.plot(tokens, _smooth(values), color=colour, alpha=shade, linewidth=1.3, label=label)
-    _style(unrouted, "valid tokens without an expert (darker: deeper layer)")
-    unrouted.set_ylabel("share")
-    unrouted.set_ylim(bottom=0)
+    """Heat map of expert utilization, layer by layer over time; below it unrouted tokens and rank imbalance.
+
+    Where every expert always has its fair share (expert choice) a sentence says so in place of the map.
+    """
+    loads = {key.split("/")[1]: run.series(key) for key in run.keys if key.endswith("/utilization")}
+    even = all(np.nanmax(np.abs(load - 1), initial=0) < 0.01 for _, load in loads.values())
+    figure = Figure(figsize=(10, 3.2 if even else 7.2), layout="constrained")
+    if even:
+        unrouted, imbalance = figure.subplots(1, 2)
+    else:
+        heat, (unrouted, imbalance) = _routing_axes(figure)
+        _draw_utilization(figure, heat, loads)
+    _draw_unrouted(unrouted, run)
     tokens, values = run.series("moe/rank_imbalance")
     imbalance.plot(tokens, values, color=COLOURS[-1], alpha=0.25, linewidth=0.8)
     imbalance.plot(tokens, _smooth(values), color=COLOURS[-1], linewidth=1.6)
     _style(imbalance, "rows of the busiest rank / mean, worst layer")
     imbalance.set_ylim(bottom=1)
-    figure.suptitle(f"{run.name}: routing", fontsize=11)
+    note = "; every expert has its fair share in every layer" if even else ""
+    figure.suptitle(f"{run.name}: routing{note}", fontsize=11)
     return figure
 
 
@@ -163,15 +161,33 @@ def _draw_bigram(axis: Axes, loss: float, colour: str) -> None:
     axis.axhline(loss, color=colour, linestyle="--", linewidth=1.1, label=f"bigram baseline, {loss:.2f}")
 
 
-def _draw_utilization(figure: Figure, axis: Axes, run: RunMetrics) -> None:
+def _draw_unrouted(axis: Axes, run: RunMetrics) -> None:
+    for modality in MODALITIES:
+        keys = [key for key in run.keys if key.endswith(f"/unrouted_fraction/{modality}")]
+        for i, key in enumerate(keys):
+            tokens, values = run.series(key)
+            shade = 0.35 + 0.65 * (i + 1) / len(keys)
+            label = f"{modality}, last layer" if i == len(keys) - 1 else None
+            colour = MODALITY_COLOURS[modality]
+            axis.plot(tokens, _smooth(values), color=colour, alpha=shade, linewidth=1.3, label=label)
+    _style(axis, "valid tokens without an expert (darker: deeper layer)")
+    axis.set_ylabel("share")
+    axis.set_ylim(bottom=0)
+
+
+def _routing_axes(figure: Figure) -> tuple[Axes, tuple[Axes, Axes]]:
+    grid = figure.add_gridspec(2, 2, height_ratios=[1.7, 1])
+    return figure.add_subplot(grid[0, :]), (figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1]))
+
+
+def _draw_utilization(figure: Figure, axis: Axes, loads: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
     blocks, ticks, names, edges = [], [], [], []
     row = 0
-    for key in [key for key in run.keys if key.endswith("/utilization")]:
-        tokens, load = run.series(key)  # [moments, experts]
+    for layer, (tokens, load) in loads.items():  # load: [moments, experts]
         cuts = np.linspace(0, len(tokens), min(len(tokens), MAX_COLUMNS) + 1).astype(int)
         blocks.append(np.stack([_mean(load[a:b]) for a, b in pairwise(cuts)], axis=1))
         ticks.append(row + blocks[-1].shape[0] / 2)
-        names.append(f"layer {key.split('/')[1]}")
+        names.append(f"layer {layer}")
         row += blocks[-1].shape[0]
         edges.append(row)
     image = axis.imshow(
@@ -179,8 +195,7 @@ def _draw_utilization(figure: Figure, axis: Axes, run: RunMetrics) -> None:
         interpolation="auto", extent=(0, tokens[-1], row, 0),
     )  # fmt: skip
     axis.hlines(edges[:-1], 0, tokens[-1], color="black", linewidth=0.6)
-    note = "" if run.causal else "; even by construction under expert choice"
-    _style(axis, f"expert utilization: load over fair share, one row an expert{note}", legend=False)
+    _style(axis, "expert utilization: load over fair share, one row an expert", legend=False)
     axis.grid(False)
     every = -(-len(ticks) // 16)
     axis.set_yticks(ticks[::every], names[::every])
