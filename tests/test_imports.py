@@ -15,7 +15,7 @@ ALLOWED = {
     "config": set(),
     "moe.plan": set(),
     "parallel": {"config"},
-    "data": {"config", "batch", "parallel"},
+    "data": {"config", "batch"},
     "moe": {*LEAVES, "parallel"},
     "model": {*LEAVES, "parallel", "moe"},
     "losses": {*LEAVES, "parallel"},

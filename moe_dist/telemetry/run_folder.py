@@ -65,7 +65,7 @@ class RunFolder:
             os.replace(temporary, self.config)
             self.metrics.touch()
             if step > 0:
-                _replace(self.metrics, "".join(line for line in _lines(self.metrics) if _step(line) <= step))
+                _replace(self.metrics, "".join(f"{line}\n" for line in _lines(self.metrics) if _step(line) <= step))
             elif self.metrics.stat().st_size:
                 os.replace(self.metrics, self.metrics.with_suffix(".previous.jsonl"))
         self.write_status("running", step)
@@ -105,12 +105,12 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def _step(line: str) -> float:
     """Step of a metrics line; infinite for what a crash left of one, so that it is cut away."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+        return json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):
         return float("inf")

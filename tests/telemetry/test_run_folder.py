@@ -44,8 +44,9 @@ def test_resume_cuts_the_lines_after_the_step_and_keeps_the_rest(tmp_path):
     before = folder.metrics.read_text().splitlines()
     folder.open(make_config(tmp_path), step=6)
     assert folder.metrics.read_text().splitlines() == before[:6]
+    write_lines(folder, range(1, 6), tail='{"step": 6}')  # whole, but for the end of the line
     folder.open(make_config(tmp_path), step=6)
-    assert steps(folder) == [1, 2, 3, 4, 5, 6]
+    assert folder.metrics.read_text().endswith('{"step": 6}\n') and steps(folder) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_fresh_start_sets_the_old_curve_aside(tmp_path):
