@@ -147,11 +147,13 @@ def accumulation_steps(train: TrainConfig, dp: int) -> int:
 def to_deepspeed(section: DeepSpeedSection, *, accumulation: int, num_parameters: int) -> dict[str, Any]:
     """DeepSpeed's configuration: what the section sets, plus what is ours to set."""
     zero = section.zero_optimization.model_dump(exclude_none=True)
-    zero.setdefault("reduce_bucket_size", min(500_000_000, max(num_parameters, 1)))  # DeepSpeed allocates it at every step
+    zero.setdefault("reduce_bucket_size", min(500_000_000, num_parameters))  # DeepSpeed allocates it at every step
+    accumulation_type = section.data_types.grad_accum_dtype if section.data_types else "fp32"
     config = section.model_dump(exclude={"optimizer", "zero_optimization", "data_types"}, exclude_none=True)
     return config | {
         "zero_optimization": zero,
-        "data_types": {"grad_accum_dtype": section.data_types.grad_accum_dtype if section.data_types else "fp32"},
+        "data_types": {"grad_accum_dtype": accumulation_type},
+        "communication_data_type": section.communication_data_type or accumulation_type,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "zero_allow_untested_optimizer": True,  # SGD: tested here

@@ -38,7 +38,7 @@ from moe_dist.parallel.together import together
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one optimizer step did. The same on every rank, except `records`."""
+    """What one optimizer step did. The same on every rank, but for `records`."""
 
     loss_sums: dict[str, float]  # each term of the objective, summed over all ranks and micro-batches
     counts: dict[str, int]  # predictions that counted: "tokens", and one a modality of the target
@@ -83,7 +83,7 @@ def make_engine(model: nn.Module, config: Config, layout: Layout, num_experts: i
 class Engine:
     """A model under ZeRO: `train_step` and `eval_forward`. Every rank calls them together.
 
-    skipped_steps is part of the run's state: a checkpoint keeps it (read and write it).
+    `steps` and `skipped_steps` are part of a run's state: a checkpoint keeps them, a resumed run sets them.
     """
 
     def __init__(self, zero: _ZeroEngine, config: Config, layout: Layout, accumulation: int) -> None:
@@ -91,7 +91,23 @@ class Engine:
         self._layout = layout
         self._train = config.train
         self.accumulation = accumulation
-        self.skipped_steps = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken, skipped ones included."""
+        return self._zero.global_steps
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._zero.global_steps = value
+
+    @property
+    def skipped_steps(self) -> int:
+        return self._zero.skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, value: int) -> None:
+        self._zero.skipped_steps = value
 
     @property
     def module(self) -> nn.Module:
@@ -132,7 +148,7 @@ class Engine:
         grad_norm = float(self._zero.get_global_grad_norm())
         skipped = not self._zero.was_step_applied()
         if skipped:
-            self._refuse_or_count(loss_sums)
+            self._stop_or_go_on(loss_sums)
         return StepResult(
             loss_sums=loss_sums, counts=counts, grad_norm=grad_norm, skipped=skipped, records=tuple(records)
         )
@@ -175,20 +191,14 @@ class Engine:
         dist.all_reduce(total, group=self._layout.dp_group)
         return dict(zip(names, total.tolist()))
 
-    def _refuse_or_count(self, loss_sums: dict[str, float]) -> None:
-        """Apply train.non_finite: the figures are the same on every rank, so all ranks decide alike."""
-        self.skipped_steps += 1
+    def _stop_or_go_on(self, loss_sums: dict[str, float]) -> None:
+        """Apply train.non_finite to a step that DeepSpeed skipped: the figures are the same on every rank, so all decide alike."""
         terms = [f"loss term '{name}'" for name, value in loss_sums.items() if not math.isfinite(value)]
-        what = " and ".join(terms) or "gradient norm"
+        problem = f"step {self.steps}: the {' and '.join(terms) or 'gradient norm'} is not finite"
         if self._train.non_finite == "stop":
-            raise UserError(
-                f"the {what} is not finite; nothing was changed by this step (train.non_finite=skip would go on)"
-            )
+            raise UserError(f"{problem}; the step changed nothing (train.non_finite=skip would go on)")
         if self.skipped_steps > self._train.max_skipped:
-            raise UserError(
-                f"{self.skipped_steps} steps were skipped, more than train.max_skipped={self._train.max_skipped}: "
-                f"the {what} is not finite"
-            )
+            raise UserError(f"{problem}, and {self.skipped_steps} skipped steps are more than train.max_skipped")
 
 
 class _ZeroEngine(DeepSpeedEngine):
@@ -229,7 +239,8 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
     An expert's parameters are stacked, so theirs have one dimension more.
     """
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             is_vector = parameter.dim() - hasattr(parameter, "expert_ids") < 2
@@ -249,15 +260,14 @@ def make_optimizer(params: list[dict[str, Any]], section: DeepSpeedSection) -> t
 
 
 def _mark_experts(model: nn.Module, layout: Layout) -> None:
-    """Tell DeepSpeed which parameters are an expert's and which ranks share them (stages 1, 2: allreduce, group_name)."""
+    """Tell DeepSpeed which parameters are an expert's and which ranks share them."""
     name = f"ep_size_{layout.expert}"
-    for module in model.modules():
-        owned = [p for p in module.parameters(recurse=False) if hasattr(p, "expert_ids")]
-        for parameter in owned:
-            parameter.allreduce = False
-            parameter.group_name = name
-            parameter.ds_zero_placement_family = "autoep_expert"  # stage 3
-            parameter.ds_zero_partition_group_name = name
+    marks = {"allreduce": False, "group_name": name}
+    marks |= {"ds_zero_placement_family": "autoep_expert", "ds_zero_partition_group_name": name}  # stage 3
+    for parameter in model.parameters():
+        if hasattr(parameter, "expert_ids"):
+            for key, value in marks.items():
+                setattr(parameter, key, value)
     for table, ranks, group in (
         (groups._EXPERT_PARALLEL_GROUP, groups._EXPERT_PARALLEL_GROUP_RANKS, layout.ep_group),
         (groups._EXPERT_DATA_PARALLEL_GROUP, groups._EXPERT_DATA_PARALLEL_GROUP_RANKS, layout.edp_group),

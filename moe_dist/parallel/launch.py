@@ -49,8 +49,12 @@ def discover(environment: Mapping[str, str] = os.environ) -> Place:
     if any(rank in environment for rank, _ in _MPI_VARIABLES):
         return _from_mpi(environment)
     return Place(
-        rank=0, world=1, local_rank=0, master_addr="127.0.0.1",
-        master_port=int(environment.get("MASTER_PORT") or free_port()), launcher="single",
+        rank=0,
+        world=1,
+        local_rank=0,
+        master_addr="127.0.0.1",
+        master_port=int(environment.get("MASTER_PORT") or free_port()),
+        launcher="single",
     )
 
 
@@ -120,6 +124,10 @@ def _from_mpi(environment: Mapping[str, str]) -> Place:
         meeting = address, int(environment.get("MASTER_PORT") or free_port())
     master_addr, master_port = world.bcast(meeting, root=0)
     return Place(
-        rank=world.rank, world=world.size, local_rank=local.rank,
-        master_addr=master_addr, master_port=master_port, launcher="mpi",
+        rank=world.rank,
+        world=world.size,
+        local_rank=local.rank,
+        master_addr=master_addr,
+        master_port=master_port,
+        launcher="mpi",
     )

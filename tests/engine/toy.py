@@ -66,7 +66,9 @@ def objective(output: Output, batch: Batch) -> ObjectiveOutput:
 def make_group(index: int, *, tokens: int = TOKENS, vocabulary: int = VOCABULARY, first_image: int = 40) -> dict:
     """The raw tensors of selection group `index` of a run: two documents; groups differ strongly in how much they count."""
     generator = torch.Generator().manual_seed(1000 + index)
-    tokens_T = torch.randint(0, first_image // 4, (tokens,), generator=generator)  # few words: there is something to learn
+    tokens_T = torch.randint(
+        0, first_image // 4, (tokens,), generator=generator
+    )  # few words: there is something to learn
     image_T = torch.arange(tokens) % tokens // (tokens // 4) == 1
     codes_T = torch.randint(first_image, vocabulary, (tokens,), generator=generator)
     tokens_T = torch.where(image_T, codes_T, tokens_T)
