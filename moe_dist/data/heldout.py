@@ -76,8 +76,8 @@ class ShuffledCaptions:
         self.has_image = np.asarray(store.has_image)
         pairs = np.flatnonzero(self.has_image)
         captions = {int(i): np.ascontiguousarray(store.document(int(i)).text).tobytes() for i in pairs}
-        # Equal captions lie side by side and those of one length in random order; a shift by the size of the largest set
-        # of equal captions then gives every pair a different one.
+        # Equal captions lie side by side, those of one length in random order; a shift by the size of the largest set
+        # of equal ones then gives every pair a different caption.
         order = sorted(captions, key=lambda i: (len(captions[i]), hashlib.sha256(captions[i]).digest(), i))
         shift = max(Counter(captions.values()).values(), default=0)
         if 2 * shift > len(order):

@@ -1,10 +1,10 @@
 """Lanes: the fixed number of data streams that make the order of the data independent of the number of ranks.
 
-The documents of a store are cut into data.lanes contiguous ranges whose sizes differ by one at most. A lane is infinite:
-it reads its range over and over, each epoch in a fresh order, so a lane with fewer documents (or shorter ones) just
-begins its next epoch earlier; no lane waits for another and no document is left out. Everything that depends on order
-happens inside the lane: shuffling, packing, the mix of modalities. Selection group j of a run is group j // lanes of
-lane j mod lanes.
+The documents of a store are cut into data.lanes contiguous ranges whose sizes differ by one at most. A lane is
+infinite: it reads its range over and over, each epoch in a fresh order, so a lane with fewer documents (or shorter
+ones) just begins its next epoch earlier; no lane waits for another and no document is left out. Everything that
+depends on order happens inside the lane: shuffling, packing, the mix of modalities. Selection group j of a run is
+group j // lanes of lane j mod lanes.
 
 State: per stream the epoch, the place in it, and the (epoch, document, start) of the pieces read but not yet packed;
 their tokens are assembled again on resume.

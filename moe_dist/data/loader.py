@@ -26,14 +26,18 @@ State = dict[str, Any]  # JSON-able
 
 def accumulation_steps(train: TrainConfig, data: DataConfig, dp: int) -> int:
     """Micro-batches a rank runs in one optimizer step. UserError where the counts do not divide."""
-    if data.lanes % dp:
-        raise UserError(f"data.lanes={data.lanes} is not a multiple of the {dp} data-parallel ranks")
+    _check_ranks(data, dp)
     if train.global_batch_groups % (dp * train.micro_batch_groups):
         raise UserError(
             f"train.global_batch_groups={train.global_batch_groups} is not a multiple of "
             f"{dp} ranks times train.micro_batch_groups={train.micro_batch_groups}"
         )
     return train.global_batch_groups // (dp * train.micro_batch_groups)
+
+
+def _check_ranks(data: DataConfig, dp: int) -> None:
+    if data.lanes % dp:
+        raise UserError(f"data.lanes={data.lanes} is not a multiple of the {dp} data-parallel ranks")
 
 
 class Loader:
@@ -96,8 +100,7 @@ def make_loader(
     batch_groups: selection groups in a micro-batch. state: what came with the last batch that was used, merged over the
     ranks (merge_states); a rank's own state will do at an unchanged number of ranks.
     """
-    if data.lanes % dp:
-        raise UserError(f"data.lanes={data.lanes} is not a multiple of the {dp} data-parallel ranks")
+    _check_ranks(data, dp)
     if data.sequence_length < SHORTEST_PIECE:
         raise UserError(f"data.sequence_length={data.sequence_length} is below the minimum of {SHORTEST_PIECE}")
     assembler = Assembler(

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_dist.batch import IMAGE, Batch, TokenInfo
+from moe_dist.batch import Batch, TokenInfo
 from moe_dist.errors import UserError
 
 SHORTEST_PIECE = 8  # tokens: a text is not cut to fill less room than this
@@ -112,14 +112,12 @@ class Assembler:
                 f"data.sequence_length={self.sequence_length} cannot hold an image: "
                 f"its {len(image)} codes and 4 markers need {len(image) + 4}"
             )
-        image_first, dropped = random_bits(self.seed, (index, epoch, 0), 2) < self._thresholds()
+        first_draw, second_draw = (random_bits(self.seed, (index, epoch, 0), 2) >> np.uint64(11)) * 2.0**-53
+        image_first, dropped = first_draw < self.image_first, second_draw < self.caption_dropout
         caption = text[: 0 if dropped else room]
         block = [[v.boi], image, [v.eoi]]
         parts = [*block, caption] if image_first else [caption, *block]
         return Piece(epoch, index, 0, np.concatenate([[v.bos], *parts, [v.eos]]).astype(np.int64), len(image))
-
-    def _thresholds(self) -> np.ndarray:
-        return np.array([self.image_first, self.caption_dropout]) * 2.0**64
 
 
 def fill(pending: list[Piece], room: int) -> list[Piece]:
@@ -149,7 +147,7 @@ def _must_cut(piece: Piece, room: int) -> bool:
 
 
 def _cut(pending: list[Piece], i: int, room: int) -> Piece:
-    """Take the first `room` tokens of a text, or one less where a single token (with nothing to predict) would be left."""
+    """Take the first `room` tokens of a text, or one less where a single token (nothing to predict) would be left."""
     piece, pending[i] = pending[i].split(min(room, len(pending[i]) - 2))
     return piece
 
@@ -232,8 +230,3 @@ def reachable_image_fraction(assembler: Assembler) -> float:
     codes = assembler(0, int(pairs[0])).image_tokens
     whole = np.minimum(np.asarray(assembler.store.lengths)[pairs] + 4, assembler.sequence_length).mean()
     return float(codes / (whole + assembler.caption_dropout * (codes + 4 - whole)))
-
-
-def image_share(batch: Batch) -> float:
-    """Image share of the valid tokens."""
-    return float((batch.info.modality_T[batch.info.valid_T] == IMAGE).float().mean())
