@@ -43,9 +43,7 @@ def test_plan_and_record_equal_the_oracle(router, kind):
 
 def test_what_layouts_and_losses_ask_of_a_router():
     built = {name: build_router(raw, SITE) for name, raw in ROUTERS.items()}
-    assert {name: router.causal for name, router in built.items()} == {
-        "top_1": True, "top_2_sigmoid": True, "top_8": True, "moe_8x": False, "4t4i": False, "7t1i": False, "6t2i": False,
-    }  # fmt: skip
+    assert {name for name, router in built.items() if router.causal} == {"top_1", "top_2_sigmoid", "top_8"}
     assert built["7t1i"].expert_groups == ((0, 1, 2, 3, 4, 5, 6), (7,))
     assert built["moe_8x"].expert_groups == (tuple(range(8)),)
     assert all(router.num_experts == 8 for router in built.values())
