@@ -121,4 +121,5 @@ def megatron_config(config: ModelConfig) -> TransformerConfig:
         attention_dropout=0.0,
         hidden_dropout=0.0,
         init_method_std=config.init_std,
+        cuda_graph_scope=[],  # the default raises megatron's own deprecation warning
     )
