@@ -20,7 +20,7 @@ from moe_dist.moe.random import seeded_normal_
 from moe_dist.parallel.layout import Layout
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks through the attributes of what a model returns
 class ModelOutput:
     logits_TV: Tensor  # in the model's dtype
     records: tuple[RoutingRecord, ...]  # one of every expert layer, from the first; empty for a dense model
