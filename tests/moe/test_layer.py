@@ -5,6 +5,7 @@ import importlib
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from moe_dist.moe.dispatch import AllToAllDispatcher, LocalDispatcher, split_sizes
 from moe_dist.moe.placement import make_placement
@@ -60,6 +61,17 @@ def test_the_skewed_case_leaves_a_rank_without_rows():
     results = run_ranks(run_on_rank, 2, "top_1", "skewed", 2)
     assert results[0]["gate_up_grad"][0].abs().max() > 0
     assert torch.equal(results[1]["gate_up_grad"], torch.zeros_like(results[1]["gate_up_grad"]))
+
+
+def run_recomputed(rank):
+    layer = make_layer("4t4i", layout=make_layout(expert=2, device=CPU))
+    forward = layer.forward
+    layer.forward = lambda x_TD, info: checkpoint(forward, x_TD, info, use_reentrant=False)
+    return run_layer(layer, "mixed", rank)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    assert_equals_oracle(run_ranks(run_recomputed, 2), "4t4i", "mixed")
 
 
 # Planted faults: each breaks one thing, and the comparison above must see it.
@@ -121,6 +133,11 @@ def run_faulty(rank, router, kind, expert, fault):
 def test_planted_faults_are_caught(fault):
     with pytest.raises(AssertionError, match="off by"):
         assert_equals_oracle(run_ranks(run_faulty, 2, "4t4i", "mixed", 2, fault), "4t4i", "mixed")
+
+
+def test_spread_experts_need_a_group():
+    with pytest.raises(ValueError, match="experts spread over 2 ranks need an expert-parallel process group"):
+        make_layer("4t4i", layout=Layout(world=2, expert=2))
 
 
 def _without_devices(rank):
