@@ -1,8 +1,10 @@
 """How much of a plain batched product's speed does the whole expert layer keep?
 
-Times forward + backward of MoELayer (router, dispatch, grouped SwiGLU experts, combine) on one process against the same matrix
-products as one bmm over equal groups, in turns, and prints a Markdown table: bmm time / layer time, median over the turns (1.00: the
-routing is free). Run: `OMP_NUM_THREADS=2 python benchmarks/expert_layer.py [turns]`.
+Times forward + backward of MoELayer (router, dispatch, grouped SwiGLU experts, combine) on one process against the
+same matrix products as one bmm over equal groups, in turns, and prints a Markdown table: bmm time / layer time, median
+over the turns (1.00: the routing is free). On CPU it counts processor time, which other load on the machine disturbs
+little: with one thread it is the wall time of an idle machine. Run: `OMP_NUM_THREADS=1 python
+benchmarks/expert_layer.py [turns]`.
 
 Shape suffixes: T tokens, D model width, E experts, F expert width, C rows per expert.
 """
@@ -73,11 +75,12 @@ def bmm_step(
 
 
 def seconds(step: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    start = clock()
     step()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def main() -> None:
