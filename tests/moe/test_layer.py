@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.moe.dispatch import AllToAllDispatcher, LocalDispatcher, split_sizes
 from moe_dist.moe.placement import make_placement
+from moe_dist.moe.plan import RoutingPlan
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.distributed import run_ranks
 from tests.moe.cases import BATCHES, ROUTERS, assert_equals_oracle, make_batch, make_layer, run_layer
@@ -170,6 +171,17 @@ def _without_devices(rank):
 
 def test_the_only_read_from_the_device_is_split_sizes():
     assert run_ranks(_without_devices, 2) == [([(2, 2, 4)], (24, 16))] * 2
+
+
+def test_a_tokens_rows_are_added_up_in_float32():
+    """bf16 cannot represent 257: summed in bf16, nine rows of one token would stay at the first one's 256."""
+    plan = RoutingPlan(
+        token_ids_N=torch.zeros(9, dtype=torch.int64), weights_N=torch.ones(9), counts_E=torch.tensor([9])
+    )
+    dispatcher = LocalDispatcher()
+    _, receipt = dispatcher.dispatch(torch.zeros(2, 1, dtype=torch.bfloat16), plan)
+    y_RD = torch.tensor([256.0] + [1.0] * 8, dtype=torch.bfloat16)[:, None]
+    assert dispatcher.combine(y_RD, receipt).tolist() == [[264.0], [0.0]]
 
 
 def _gradients(dtype):
