@@ -114,8 +114,10 @@ class AllToAllDispatcher:
 
 
 def make_dispatcher(placement: Placement, layout: Layout) -> Dispatcher:
-    if layout.ep_group is None or placement.num_ranks == 1:
+    if placement.num_ranks == 1:
         return LocalDispatcher()
+    if layout.ep_group is None:
+        raise ValueError(f"experts spread over {placement.num_ranks} ranks need an expert-parallel process group")
     return AllToAllDispatcher(placement, layout.ep_group)
 
 

@@ -5,9 +5,11 @@ import importlib
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from moe_dist.moe.dispatch import AllToAllDispatcher, LocalDispatcher, split_sizes
 from moe_dist.moe.placement import make_placement
+from moe_dist.moe.plan import RoutingPlan
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.distributed import run_ranks
 from tests.moe.cases import BATCHES, ROUTERS, assert_equals_oracle, make_batch, make_layer, run_layer
@@ -60,6 +62,17 @@ def test_the_skewed_case_leaves_a_rank_without_rows():
     results = run_ranks(run_on_rank, 2, "top_1", "skewed", 2)
     assert results[0]["gate_up_grad"][0].abs().max() > 0
     assert torch.equal(results[1]["gate_up_grad"], torch.zeros_like(results[1]["gate_up_grad"]))
+
+
+def run_recomputed(rank):
+    layer = make_layer("4t4i", layout=make_layout(expert=2, device=CPU))
+    forward = layer.forward
+    layer.forward = lambda x_TD, info: checkpoint(forward, x_TD, info, use_reentrant=False)
+    return run_layer(layer, "mixed", rank)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    assert_equals_oracle(run_ranks(run_recomputed, 2), "4t4i", "mixed")
 
 
 # Planted faults: each breaks one thing, and the comparison above must see it.
@@ -123,6 +136,11 @@ def test_planted_faults_are_caught(fault):
         assert_equals_oracle(run_ranks(run_faulty, 2, "4t4i", "mixed", 2, fault), "4t4i", "mixed")
 
 
+def test_spread_experts_need_a_group():
+    with pytest.raises(ValueError, match="experts spread over 2 ranks need an expert-parallel process group"):
+        make_layer("4t4i", layout=Layout(world=2, expert=2))
+
+
 def _without_devices(rank):
     """On meta tensors, with an all-to-all that moves nothing: any read from the device is an error there."""
     importlib.import_module("torch.testing._internal.distributed.fake_pg")  # registers the backend
@@ -153,6 +171,17 @@ def _without_devices(rank):
 
 def test_the_only_read_from_the_device_is_split_sizes():
     assert run_ranks(_without_devices, 2) == [([(2, 2, 4)], (24, 16))] * 2
+
+
+def test_a_tokens_rows_are_added_up_in_float32():
+    """bf16 cannot represent 257: summed in bf16, nine rows of one token would stay at the first one's 256."""
+    plan = RoutingPlan(
+        token_ids_N=torch.zeros(9, dtype=torch.int64), weights_N=torch.ones(9), counts_E=torch.tensor([9])
+    )
+    dispatcher = LocalDispatcher()
+    _, receipt = dispatcher.dispatch(torch.zeros(2, 1, dtype=torch.bfloat16), plan)
+    y_RD = torch.tensor([256.0] + [1.0] * 8, dtype=torch.bfloat16)[:, None]
+    assert dispatcher.combine(y_RD, receipt).tolist() == [[264.0], [0.0]]
 
 
 def _gradients(dtype):

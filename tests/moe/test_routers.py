@@ -132,6 +132,17 @@ def test_routing_stays_float32_under_bf16_and_autocast(router):
         assert all(torch.equal(a, b) for a, b in zip(vars_of(plan), vars_of(other)))
 
 
+def test_losses_reach_the_gate_through_the_record():
+    router = build_router(ROUTERS["4t4i"], SITE).double()
+    x_TD, info, _ = make_batch("mixed", 0)
+    _, record = router(x_TD, info)
+    record.probs_TE.sum().backward()
+    text_TD = x_TD.detach()[info.valid_T & (info.modality_T == TEXT)]
+    weight_ED = router.text.gate.weight.detach().clone().requires_grad_()
+    (text_TD @ weight_ED.T).sigmoid().sum().backward()
+    close(router.text.gate.weight.grad, weight_ED.grad, "gradient of the text gate")
+
+
 def test_non_finite_inputs_do_not_break_the_plan():
     """The engine decides about a non-finite loss; the ranks must get as far as computing it."""
     router = build_router(ROUTERS["4t4i"], SITE)
