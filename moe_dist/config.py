@@ -193,16 +193,20 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
+_TAGS = ("dense", "moe")  # pydantic puts the tag of a discriminated union into the path; a user's file has no such key
+
+
 def _explain(model: type[BaseModel], item: Any, prefix: str) -> str:
     location = [str(part) for part in item["loc"]]
-    key = ".".join(filter(None, [prefix, *location]))
+    key = ".".join([*filter(None, [prefix]), *(part for part in location if part not in _TAGS)])
     if item["type"] == "extra_forbidden":
         close = difflib.get_close_matches(location[-1], _known_keys(model, location[:-1]), n=1)
         return f"unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else "")
     if item["type"] == "missing":
         return f"key '{key}' is missing"
     message = item["msg"].removeprefix("Value error, ")
-    return f"key '{key}': {message[0].lower()}{message[1:]}, got {item['input']!r}" if key else message
+    shown = "" if isinstance(item["input"], dict | list) else f", got {item['input']!r}"
+    return f"key '{key}': {message[0].lower()}{message[1:]}{shown}" if key else message
 
 
 def _known_keys(model: Any, location: list[str]) -> list[str]:

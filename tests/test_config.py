@@ -1,0 +1,47 @@
+"""The recipe: strictness, overrides and the sentences a user reads."""
+
+import pytest
+
+from moe_dist.config import load_config, save_config
+from moe_dist.errors import UserError
+
+RECIPE = "configs/moma_quickstart.yaml"
+
+
+def test_round_trip(tmp_path):
+    config = load_config(RECIPE, ["train.stop_after=3", "schedule.end_lr=1e-4", "data.shards=[a, b]"])
+    assert (config.train.stop_after, config.schedule.end_lr, config.data.shards) == (3, 1e-4, ("a", "b"))
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.stpes=3", r"unknown key 'train.stpes' \(did you mean 'steps'\?\)"),
+        ("model.ffn.hiden_size=3", r"unknown key 'model.ffn.hiden_size' \(did you mean 'hidden_size'\?\)"),
+        ("foo=1", "unknown key 'foo'"),
+        ("train.steps=many", "key 'train.steps': input should be a valid integer, got 'many'"),
+        ("train.steps=0", "key 'train.steps': input should be greater than 0, got 0"),
+        ("parallel.expert=1.5", "key 'parallel.expert': .* got 1.5"),
+        ("model.num_heads=3", "hidden_size=128 needs an even size per head, num_heads=3"),
+        ("model.ffn.type=sparse", "key 'model.ffn': input tag 'sparse'"),
+        ("train.steps", "override 'train.steps' is not of the form section.key=value"),
+        ("seed.x=1", "override 'seed.x=1': 'seed' is a value, not a section"),
+        ("run.dir=[", r"override 'run.dir=\[': not valid YAML"),
+    ],
+)
+def test_bad_overrides_are_named(override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_config(RECIPE, [override])
+
+
+def test_missing_file_missing_key_and_doubled_key(tmp_path):
+    with pytest.raises(UserError, match="there is no configuration file nowhere.yaml"):
+        load_config("nowhere.yaml")
+    (tmp_path / "a.yaml").write_text("seed: 0\n")
+    with pytest.raises(UserError, match="key 'run' is missing"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("seed: 0\nseed: 1\n")
+    with pytest.raises(UserError, match=r"key 'seed' is given twice \(line 2\)"):
+        load_config(tmp_path / "b.yaml")
