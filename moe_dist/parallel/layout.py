@@ -1,6 +1,6 @@
 """Who works with whom: data parallel, expert parallel, expert-data parallel ranks.
 
-world = dp: every rank reads its own data. ep ranks together hold all experts once; edp = world / ep ranks share an expert.
+world = dp: every rank reads its own data. ep ranks together hold all experts; edp = world / ep ranks share an expert.
 EP groups are runs of neighbouring ranks (0..ep-1, ep..2ep-1, ...), as in Megatron.
 """
 
@@ -13,15 +13,17 @@ import torch.distributed as dist
 
 from moe_dist.errors import UserError
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The parallel layout as seen from one rank. Groups are None when there is a single process without torch.distributed."""
+    """The parallel layout as seen from one rank. Groups are None in a single process without torch.distributed."""
 
     rank: int = 0
     world: int = 1
     expert: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     ep_group: dist.ProcessGroup | None = None  # the ranks that together hold every expert
     edp_group: dist.ProcessGroup | None = None  # the ranks that hold the same experts
     dp_group: dist.ProcessGroup | None = None  # all ranks
@@ -48,7 +50,7 @@ def check_layout(*, world: int, expert: int, num_experts: int) -> None:
 
 
 def make_layout(*, expert: int, device: torch.device) -> Layout:
-    """Create the process groups. Collective: every rank calls it, after torch.distributed is initialised (or not at all)."""
+    """Create the process groups. Collective: every rank calls it after torch.distributed is initialised (if it is)."""
     if not dist.is_initialized():
         check_layout(world=1, expert=expert, num_experts=expert)
         return Layout(device=device)
@@ -59,6 +61,11 @@ def make_layout(*, expert: int, device: torch.device) -> Layout:
     )
     edp_group, _ = dist.new_subgroups_by_enumeration([list(range(start, world, expert)) for start in range(expert)])
     return Layout(
-        rank=rank, world=world, expert=expert, device=device,
-        ep_group=ep_group, edp_group=edp_group, dp_group=dist.group.WORLD,
+        rank=rank,
+        world=world,
+        expert=expert,
+        device=device,
+        ep_group=ep_group,
+        edp_group=edp_group,
+        dp_group=dist.group.WORLD,
     )

@@ -1,0 +1,36 @@
+"""Reading a tar, plain or compressed, from a stream so that damage is an error.
+
+Python's tarfile (hence webdataset) takes a damaged header, or a file that stops between two members, for the end of
+the archive. Here only the end-of-archive marker is the end.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator
+from typing import BinaryIO
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    @classmethod
+    def fromtarfile(cls, tar):
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"damaged or truncated tar at byte {tar.offset} ({error})") from None
+
+
+def tar_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
+    """Yield (name, content) of each regular file. Raises TarError, EOFError or OSError if the tar is damaged."""
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
+        for member in tar:
+            if member.isreg():
+                content = tar.extractfile(member).read()  # type: ignore[union-attr]
+                if len(content) != member.size:
+                    raise tarfile.ReadError(f"truncated tar: {member.name} has {len(content)} of {member.size} bytes")
+                yield member.name, content
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+    while stream.read(1 << 20):  # let a pipe's writer finish
+        pass

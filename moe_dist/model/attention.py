@@ -1,0 +1,105 @@
+"""Causal attention over packed documents, and the rotary angles of positions that restart in each of them.
+
+A micro-batch is T tokens laid end to end. A token attends to the earlier tokens of its own document only. No T x T mask
+is ever made: the documents' places are worked out once per micro-batch and shared by all layers.
+
+Shape suffixes: T tokens, H heads, d size per head, P padded tokens (P >= T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+_MULTIPLE = 16  # padded document lengths: few different ones, and at most 15 tokens of padding a document
+
+
+class Documents(Protocol):
+    """Where the documents of a micro-batch lie: all that attention must know about them."""
+
+    def attend(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
+        """Softmax attention, scaled by 1/sqrt(d), causal within each document: [T, H, d]."""
+        ...
+
+
+def locate_documents(lengths: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> Documents:
+    """The Documents of consecutive lengths (host values), for hidden states of this device and dtype."""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        return VarlenDocuments.build(lengths, device)
+    return BucketedDocuments.build(lengths, device)
+
+
+@dataclass(frozen=True, slots=True)
+class BucketedDocuments:
+    """Documents of like length are padded to one length and attended as one dense batch. Runs on every device and dtype.
+
+    How far a document is padded depends on its length alone, not on its neighbours. Padding repeats the document's last
+    token: it lies after all real tokens, so no real query sees it, and its own output is dropped (zero gradient).
+    """
+
+    gather_P: Tensor  # int64, the token in each padded place
+    scatter_T: Tensor  # int64, the padded place of each token
+    buckets: tuple[tuple[int, int], ...]  # (documents, padded length) of each bucket, in order
+
+    @classmethod
+    def build(cls, lengths: Sequence[int], device: torch.device) -> BucketedDocuments:
+        length_N = torch.tensor(lengths, device="cpu")
+        start_N = length_N.cumsum(0) - length_N
+        padded_N = (length_N + _MULTIPLE - 1) // _MULTIPLE * _MULTIPLE
+        scatter_T = torch.empty(sum(lengths), dtype=torch.int64, device="cpu")
+        gather, buckets, places = [], [], 0
+        for padded in padded_N.unique().tolist():
+            members = (padded_N == padded).nonzero()
+            offset = torch.arange(padded, device="cpu")
+            token = start_N[members] + offset.minimum(length_N[members] - 1)
+            place = places + torch.arange(token.numel(), device="cpu").view_as(token)
+            real = offset < length_N[members]
+            scatter_T[token[real]] = place[real]
+            gather.append(token.flatten())
+            buckets.append((len(members), padded))
+            places += token.numel()
+        return cls(torch.cat(gather).to(device), scatter_T.to(device), tuple(buckets))
+
+    def attend(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
+        sizes = [documents * padded for documents, padded in self.buckets]
+        pieces = [x.index_select(0, self.gather_P).split(sizes) for x in (query_THd, key_THd, value_THd)]
+        outputs = []
+        for bucket, *qkv in zip(self.buckets, *pieces):
+            query, key, value = (x.unflatten(0, bucket).transpose(1, 2) for x in qkv)
+            output = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs).index_select(0, self.scatter_T)
+
+
+@dataclass(frozen=True, slots=True)
+class VarlenDocuments:
+    """Flash attention by cumulative lengths, on CUDA in half precision (its kernel takes nothing else).
+
+    The kernel itself has not been run by the tests, which have no GPU: they check the call's arguments on a stand-in.
+    """
+
+    ends: Tensor  # int32, 0 and the end of each document
+    longest: int
+
+    @classmethod
+    def build(cls, lengths: Sequence[int], device: torch.device) -> VarlenDocuments:
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
+        return cls(ends.to(device), max(lengths))
+
+    def attend(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
+        ends, longest = self.ends, self.longest
+        return varlen_attn(query_THd, key_THd, value_THd, ends, ends, longest, longest, window_size=(-1, 0))
+
+
+def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:
+    """Angles of RoPE (Su et al., arXiv 2104.09864, eq. 15), float32 [T, 1, 1, d]: both halves of a head turn alike."""
+    exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_T.device) / head_size
+    angle_Td = position_T[:, None].float() * base**-exponent
+    return torch.cat([angle_Td, angle_Td], dim=1)[:, None, None, :]

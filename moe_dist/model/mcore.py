@@ -1,0 +1,125 @@
+"""Megatron-core's SelfAttention as this model uses it. The only file that imports megatron.
+
+Around megatron's own code (fused projection of queries, keys and values, their norms, rotary embedding) the spec puts
+parts that need neither Transformer Engine nor CUDA nor megatron's global parallel state. There is no tensor or context
+parallelism: megatron is handed groups of one rank.
+
+Shape suffixes: T tokens, D model width, H heads, d size per head.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.config import ModelConfig
+from moe_dist.model.attention import Documents
+from moe_dist.moe.random import seeded_normal_
+
+with warnings.catch_warnings():  # megatron warns four times that Transformer Engine, which nothing here uses, is missing
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class OneRankGroup:
+    """What megatron asks of a process group, for the parallel dimensions that are not used."""
+
+    def size(self) -> int:
+        return 1
+
+    def rank(self) -> int:
+        return 0
+
+
+class Linear(nn.Linear):
+    """torch's Linear with megatron's constructor and its (output, bias) result."""
+
+    def __init__(self, input_size: int, output_size: int, *, bias: bool, **_tensor_parallel_settings):
+        super().__init__(input_size, output_size, bias=bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(x), None
+
+
+class HeadNorm(nn.LayerNorm):
+    """LayerNorm over one head of a query or key, before the rotary embedding (Chameleon, arXiv 2405.09818, sec. 2.3)."""
+
+    def __init__(self, *, hidden_size: int, config: TransformerConfig, eps: float):
+        super().__init__(hidden_size, eps=eps)
+
+
+class DocumentAttention(nn.Module):
+    """Megatron's core-attention slot. The `attention_mask` that travels through SelfAttention is a Documents value."""
+
+    def __init__(self, **_settings):
+        super().__init__()
+
+    def forward(
+        self, query_T1Hd: Tensor, key_T1Hd: Tensor, value_T1Hd: Tensor, attention_mask: Documents, **_unused
+    ) -> Tensor:
+        output_THd = attention_mask.attend(query_T1Hd.squeeze(1), key_T1Hd.squeeze(1), value_T1Hd.squeeze(1))
+        return output_THd.flatten(1).unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention within documents, with RoPE and optional query and key norms."""
+
+    def __init__(self, config: ModelConfig, *, layer: int, seed: int):
+        super().__init__()
+        self.core = build_module(
+            attention_spec(config),
+            config=megatron_config(config),
+            layer_number=layer + 1,
+            pg_collection=ProcessGroupCollection(tp=OneRankGroup(), cp=OneRankGroup()),
+        )
+        for key, std in (("linear_qkv", config.init_std), ("linear_proj", output_std(config))):
+            name = f"layers.{layer}.attention.core.{key}.weight"
+            seeded_normal_(getattr(self.core, key).weight, seed=seed, name=name, std=std)
+
+    def forward(self, x_TD: Tensor, documents: Documents, angles_T11d: Tensor) -> Tensor:
+        output_T1D, _ = self.core(x_TD.unsqueeze(1), attention_mask=documents, rotary_pos_emb=angles_T11d)
+        return output_T1D.squeeze(1)
+
+
+def output_std(config: ModelConfig) -> float:
+    """Initial standard deviation of projections onto the residual stream: of 2 * num_layers such branches (GPT-2)."""
+    return config.init_std / math.sqrt(2 * config.num_layers)
+
+
+def attention_spec(config: ModelConfig) -> ModuleSpec:
+    norm = HeadNorm if config.qk_norm else None
+    return ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=Linear,
+            core_attention=DocumentAttention,
+            linear_proj=Linear,
+            q_layernorm=norm,
+            k_layernorm=norm,
+        ),
+    )
+
+
+def megatron_config(config: ModelConfig) -> TransformerConfig:
+    """The part of megatron's configuration that SelfAttention reads."""
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        layernorm_epsilon=config.norm_epsilon,
+        add_bias_linear=False,
+        activation_func=F.silu,
+        gated_linear_unit=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        init_method_std=config.init_std,
+        cuda_graph_scope=[],  # the default raises megatron's own deprecation warning
+    )

@@ -1,0 +1,72 @@
+"""The decoder: token ids -> embedding -> blocks -> norm -> logits. Early fusion: text and image tokens in one stream.
+
+Shape suffixes: T tokens, D model width, V vocabulary, d size per head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_dist.batch import TokenInfo
+from moe_dist.config import ModelConfig
+from moe_dist.model.attention import locate_documents, rotary_angles
+from moe_dist.model.block import Block
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.plan import RoutingRecord
+from moe_dist.moe.random import seeded_normal_
+from moe_dist.parallel.layout import Layout
+
+
+@dataclass(frozen=True)  # no slots: ZeRO-3 looks through the attributes of what a model returns
+class ModelOutput:
+    logits_TV: Tensor  # in the model's dtype
+    records: tuple[RoutingRecord, ...]  # one of every expert layer, from the first; empty for a dense model
+
+
+class Transformer(nn.Module):
+    """MoMa's base model (arXiv 2407.21770, sec. 2), after Chameleon. Output weights are not tied to the embedding.
+
+    Every parameter is drawn by (seed, its name, its global expert), so the weights do not depend on the layout. Built
+    under `torch.device("meta")` it allocates nothing.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, layout: Layout, seed: int):
+        super().__init__()
+        self.config, self.num_layers = config, config.num_layers
+        self.embedding = nn.Embedding(vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, layer=layer, seed=seed, layout=layout) for layer in range(config.num_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.output = nn.Linear(config.hidden_size, vocab_size, bias=False)
+        for name in ("embedding", "output"):
+            seeded_normal_(getattr(self, name).weight, seed=seed, name=f"{name}.weight", std=config.init_std)
+
+    @property
+    def causal_routing(self) -> bool:
+        """False where a token's experts depend on later tokens (expert choice): its losses are then not causal either."""
+        return all(block.ffn.router.causal for block in self.layers if isinstance(block.ffn, MoELayer))
+
+    def forward(self, tokens_T: Tensor, info: TokenInfo) -> ModelOutput:
+        """Logits of the next token at each of the T tokens, and the routers' records."""
+        config = self.config
+        x_TD = self.embedding(tokens_T)
+        documents = locate_documents(info.document_lengths, device=x_TD.device, dtype=x_TD.dtype)
+        angles_T11d = rotary_angles(
+            info.position_T, head_size=config.hidden_size // config.num_heads, base=config.rope_base
+        )
+        records = []
+        for block in self.layers:
+            if config.recompute and self.training:
+                # Not the reentrant kind, which would drop the gradient of what the records hold.
+                x_TD, record = checkpoint(
+                    block, x_TD, info, documents, angles_T11d, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_TD, record = block(x_TD, info, documents, angles_T11d)
+            if record is not None:
+                records.append(record)
+        return ModelOutput(self.output(self.norm(x_TD)), tuple(records))

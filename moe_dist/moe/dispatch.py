@@ -1,0 +1,147 @@
+"""Bring tokens to their experts and the results home. Dispatchers have no parameters: they follow a RoutingPlan.
+
+Shape suffixes: T tokens, D model width, E experts, e experts on a rank, r ranks of the expert-parallel group,
+N assignments made here, R rows received here.
+
+Rows are copies of tokens, sorted by expert. Weights travel beside their rows, in their own dtype and with gradients,
+and are applied by the Experts class. `combine` adds up a token's rows in float32 or wider, then rounds once to their
+dtype. On CPU the sum is bitwise repeatable; on CUDA it is under torch.use_deterministic_algorithms(True).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.moe.placement import Placement
+from moe_dist.moe.plan import RoutingPlan
+from moe_dist.parallel.collectives import all_to_all_rows
+from moe_dist.parallel.layout import Layout
+
+SplitSizes = Callable[[Tensor], Any]
+
+
+def split_sizes(counts: Tensor) -> list:
+    """Read counts on the host, as nested lists: the one device-to-host synchronisation of an expert layer."""
+    return counts.tolist()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What `combine` needs to know about a dispatch, and what the experts need to know about the rows."""
+
+    counts_e: tuple[int, ...]  # rows of each local expert; sums to R
+    weights_R: Tensor
+    token_ids_N: Tensor  # the token to which each row belongs, in the order in which rows come home
+    num_tokens: int
+    sent_re: list[list[int]]  # rows sent to each expert of each rank
+    received_re: list[list[int]]  # rows received from each rank for each local expert
+
+
+class Dispatcher(Protocol):
+    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Receipt]: ...
+
+    def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor: ...
+
+
+class LocalDispatcher:
+    """All experts are here."""
+
+    def __init__(self, split_sizes: SplitSizes = split_sizes):
+        self.split_sizes = split_sizes
+
+    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Receipt]:
+        counts = self.split_sizes(plan.counts_E)
+        receipt = Receipt(
+            counts_e=tuple(counts),
+            weights_R=plan.weights_N,
+            token_ids_N=plan.token_ids_N,
+            num_tokens=x_TD.shape[0],
+            sent_re=[counts],
+            received_re=[counts],
+        )
+        return x_TD.index_select(0, plan.token_ids_N), receipt
+
+    def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor:
+        return _add_up(y_RD, receipt)
+
+
+class AllToAllDispatcher:
+    """Experts are spread over the ranks of `group` by `placement`.
+
+    Collective: every rank of the group dispatches and combines, also where it has no token.
+    """
+
+    def __init__(self, placement: Placement, group: dist.ProcessGroup, split_sizes: SplitSizes = split_sizes):
+        self.placement, self.group, self.split_sizes = placement, group, split_sizes
+        self.order_E = torch.tensor(placement.order, device="cpu")
+
+    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Receipt]:
+        sent_re, received_re = self.split_sizes(self._exchange_counts(plan.counts_E))
+        send_order = _SendOrder(self.placement.order, sent_re)
+        token_ids_N = send_order(plan.token_ids_N)
+        send, recv = _totals(sent_re), _totals(received_re)
+        rows_RD = all_to_all_rows(x_TD.index_select(0, token_ids_N), send, recv, self.group)
+        weights_R = all_to_all_rows(send_order(plan.weights_N), send, recv, self.group)
+        receipt = Receipt(
+            counts_e=tuple(sum(column) for column in zip(*received_re)),
+            weights_R=_swap_blocks(weights_R, received_re),
+            token_ids_N=token_ids_N,
+            num_tokens=x_TD.shape[0],
+            sent_re=sent_re,
+            received_re=received_re,
+        )
+        return _swap_blocks(rows_RD, received_re), receipt
+
+    def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor:
+        received_er = [list(column) for column in zip(*receipt.received_re)]
+        y_RD = _swap_blocks(y_RD, received_er)
+        y_ND = all_to_all_rows(y_RD, _totals(receipt.received_re), _totals(receipt.sent_re), self.group)
+        return _add_up(y_ND, receipt)
+
+    def _exchange_counts(self, counts_E: Tensor) -> Tensor:
+        """[2, r, e]: rows that this rank sends to each expert of each rank, and those it will get from each rank."""
+        order_E = self.order_E.to(counts_E.device, non_blocking=True)
+        sent_re = counts_E.index_select(0, order_E).view(self.placement.num_ranks, -1)
+        received_re = torch.empty_like(sent_re)
+        dist.all_to_all_single(received_re, sent_re, group=self.group)
+        return torch.stack([sent_re, received_re])
+
+
+def make_dispatcher(placement: Placement, layout: Layout) -> Dispatcher:
+    if layout.ep_group is None or placement.num_ranks == 1:
+        return LocalDispatcher()
+    return AllToAllDispatcher(placement, layout.ep_group)
+
+
+class _SendOrder:
+    """Reorders assignments from expert order to rank-after-rank order."""
+
+    def __init__(self, order: Sequence[int], sent_re: list[list[int]]):
+        counts = dict(zip(order, (count for row in sent_re for count in row)))
+        self.order, self.counts_E = order, [counts[expert] for expert in range(len(order))]
+
+    def __call__(self, x_N: Tensor) -> Tensor:
+        pieces = x_N.split(self.counts_E)
+        return torch.cat([pieces[expert] for expert in self.order])
+
+
+def _swap_blocks(x_R: Tensor, sizes: list[list[int]]) -> Tensor:
+    """Rows lie in blocks of sizes[a][b], a outside b: put b outside a."""
+    pieces = x_R.split([size for row in sizes for size in row])
+    inner = len(sizes[0])
+    return torch.cat([pieces[a * inner + b] for b in range(inner) for a in range(len(sizes))])
+
+
+def _totals(sizes: list[list[int]]) -> list[int]:
+    return [sum(row) for row in sizes]
+
+
+def _add_up(y_ND: Tensor, receipt: Receipt) -> Tensor:
+    total_TD = y_ND.new_zeros(receipt.num_tokens, y_ND.shape[1], dtype=torch.promote_types(y_ND.dtype, torch.float32))
+    return total_TD.index_add(0, receipt.token_ids_N, y_ND.to(total_TD.dtype)).to(y_ND.dtype)

@@ -1,0 +1,130 @@
+"""Expert choice, over all tokens (moe_8x) or within each modality (MoMa, arXiv 2407.21770, eq. 1).
+
+Shape suffixes: T tokens, D model width, E experts of this router, V routed tokens, K tokens an expert takes, all
+selection groups together.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from moe_dist.batch import MODALITIES, TokenInfo
+from moe_dist.config import Positive
+from moe_dist.moe.plan import RoutingPlan, RoutingRecord
+from moe_dist.moe.random import fold_key
+from moe_dist.moe.router import Gate, RouterSettings, Site, make_record, selection_keys
+
+
+def expert_capacity(num_tokens: int, capacity_factor: float, num_experts: int) -> int:
+    """Tokens that each expert takes of a selection group: ceil(b * c / E), at most b. Exact (no float rounding)."""
+    return min(num_tokens, math.ceil(num_tokens * Fraction(str(capacity_factor)) / num_experts))
+
+
+class ExpertChoiceRouter(nn.Module):
+    """Every expert takes its highest-scoring valid tokens of each selection group; a token may get 0..E experts.
+
+    s = sigmoid(x W); the weight is s, not normalised over experts. Capacity factor 1: one expert a token on average.
+    """
+
+    causal = False
+
+    class Settings(RouterSettings):
+        type: Literal["expert_choice"]
+        num_experts: Positive
+        capacity_factor: Annotated[float, Field(gt=0)] = 1.0
+
+    def __init__(self, settings: Settings, site: Site):
+        super().__init__()
+        self.num_experts = settings.num_experts
+        self.expert_groups = (tuple(range(settings.num_experts)),)
+        self.settings, self.layer = settings, site.layer
+        self.key = fold_key(site.seed, site.name, "ties")
+        self.gate = Gate(settings.num_experts, site)
+
+    def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]:
+        members = info.members()
+        token_V = torch.cat(members)
+        logits_VE = self.gate(x_TD.index_select(0, token_V))
+        probs_VE = logits_VE.sigmoid()
+        keys_VE = selection_keys(logits_VE, info.token_id_T.index_select(0, token_V), self.key)
+        chosen_EK = self._choose(keys_VE, [len(member) for member in members])
+        plan = RoutingPlan(
+            token_ids_N=token_V.index_select(0, chosen_EK.flatten()),
+            weights_N=probs_VE.t().gather(1, chosen_EK).flatten(),
+            counts_E=token_V.new_full((self.num_experts,), chosen_EK.shape[1]),
+        )
+        return plan, make_record(self.layer, info.num_tokens, token_V, logits_VE, probs_VE, plan)
+
+    def _choose(self, keys_VE: Tensor, group_sizes: list[int]) -> Tensor:
+        """Rows of keys_VE that each expert takes: its best of every selection group, group after group."""
+        chosen, start = [], 0
+        for size, keys_bE in zip(group_sizes, keys_VE.split(group_sizes)):
+            capacity = expert_capacity(size, self.settings.capacity_factor, self.num_experts)
+            chosen.append(keys_bE.t().topk(capacity, dim=1).indices + start)
+            start += size
+        return torch.cat(chosen, dim=1)
+
+
+class ModalityRouter(nn.Module):
+    """Modality-aware experts: each modality's tokens are planned by a router of their own, over experts of their own.
+
+    The experts of all modalities are numbered through, text first. To a child the other modalities' tokens are padding,
+    so any router class can be one.
+    """
+
+    class Settings(RouterSettings):
+        type: Literal["modality"]
+        text: dict[str, Any]
+        image: dict[str, Any]
+
+        def children(self) -> dict[str, dict[str, Any]]:
+            return {modality: getattr(self, modality) for modality in MODALITIES}
+
+    def __init__(self, settings: Settings, site: Site, **children: Any):
+        super().__init__()
+        self.layer = site.layer
+        for name, child in children.items():
+            self.add_module(name, child)
+        self.num_experts = sum(child.num_experts for child in children.values())
+        self.causal = all(child.causal for child in children.values())
+        groups, offset = [], 0
+        for child in children.values():
+            groups += [tuple(expert + offset for expert in group) for group in child.expert_groups]
+            offset += child.num_experts
+        self.expert_groups = tuple(groups)
+
+    def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]:
+        routed = [getattr(self, name)(x_TD, only(info, index)) for index, name in enumerate(MODALITIES)]
+        plans, records = zip(*routed)
+        plan = RoutingPlan(
+            token_ids_N=torch.cat([plan.token_ids_N for plan in plans]),
+            weights_N=torch.cat([plan.weights_N for plan in plans]),
+            counts_E=torch.cat([plan.counts_E for plan in plans]),
+        )
+        record = RoutingRecord(
+            layer=self.layer,
+            logits_TE=torch.cat([record.logits_TE for record in records], dim=1),
+            probs_TE=torch.cat([record.probs_TE for record in records], dim=1),
+            plan=plan,
+        )
+        return plan, record
+
+
+def only(info: TokenInfo, modality: int) -> TokenInfo:
+    """The same tokens, of which only those of one modality count as valid."""
+    sizes = [sum(row) for row in info.modality_counts]
+    return replace(
+        info,
+        valid_T=info.valid_T & (info.modality_T == modality),
+        by_modality_V=info.by_modality_V.split(sizes)[modality],
+        modality_counts=tuple(
+            row if index == modality else (0,) * len(row) for index, row in enumerate(info.modality_counts)
+        ),
+    )

@@ -1,0 +1,80 @@
+"""The experts of one rank. An Experts class applies the combine weights, where its own mathematics wants them.
+
+Shape suffixes: R rows (sorted by expert), D model width, F expert width, e local experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.errors import UserError
+from moe_dist.moe.random import seeded_normal_
+
+
+class Experts(Protocol):
+    """An nn.Module over rows sorted by local expert: counts_e (host) rows for each, with combine weights weights_R.
+
+    Every parameter gets a gradient (zero, not None) also when its expert, or the whole rank, has no row.
+    """
+
+    def __call__(self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor) -> Tensor: ...
+
+
+class GroupedExperts(nn.Module):
+    """SwiGLU experts, y = w * (silu(x W_gate) * (x W_up)) W_down, as two grouped matrix products over stacked weights.
+
+    No biases. Each parameter carries `expert_ids`, the global expert of each of its rows.
+    """
+
+    def __init__(
+        self,
+        expert_ids: Sequence[int],
+        *,
+        hidden_size: int,
+        expert_size: int,
+        seed: int,
+        name: str,
+        init_std: float,
+        output_std: float,
+    ):
+        """`name` is the global prefix of the parameters; `output_std` the standard deviation of W_down."""
+        super().__init__()
+        for key, size in (("model.hidden_size", hidden_size), ("model.ffn.hidden_size", expert_size)):
+            if size % 8:
+                raise UserError(f"{key}={size} is not a multiple of 8, which grouped matrix products need")
+        self.expert_ids = tuple(expert_ids)
+        self.gate_up = nn.Parameter(torch.empty(len(expert_ids), hidden_size, 2 * expert_size))
+        self.down = nn.Parameter(torch.empty(len(expert_ids), expert_size, hidden_size))
+        for key, parameter, std in (("gate_up", self.gate_up, init_std), ("down", self.down, output_std)):
+            parameter.expert_ids = self.expert_ids  # type: ignore[attr-defined]
+            seeded_normal_(parameter, seed=seed, name=f"{name}.{key}", std=std)
+
+    def forward(self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor) -> Tensor:
+        """y_RD in the dtype of the rows; the weights are multiplied in their own (float32) precision."""
+        multiply = grouped_matmul if _has_grouped_kernel(rows_RD) else looped_matmul
+        gate_RF, up_RF = multiply(rows_RD, self.gate_up, counts_e).chunk(2, dim=1)
+        y_RD = multiply(F.silu(gate_RF) * up_RF, self.down, counts_e)
+        return (y_RD * weights_R[:, None]).to(rows_RD.dtype)
+
+
+def grouped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
+    """Multiply each expert's rows by its matrix, in one operation."""
+    ends_e = torch.tensor(counts_e, device="cpu").cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(x_RD, weight_eDF, offs=ends_e.to(x_RD.device, non_blocking=True))
+
+
+def looped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
+    """The same, expert after expert: the readable reference, and the path of dtypes without a grouped kernel (float64).
+
+    Unbinds once: the gradient of a slice weight[i] would be a full-size tensor for every expert.
+    """
+    return torch.cat([x @ weight for x, weight in zip(x_RD.split(list(counts_e)), weight_eDF.unbind())])
+
+
+def _has_grouped_kernel(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.is_cpu)

@@ -1,0 +1,59 @@
+"""The expert layer: router -> plan -> dispatch -> experts -> combine.
+
+Shape suffixes: T tokens, D model width, R rows.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moe_dist.batch import TokenInfo
+from moe_dist.config import MoEFFN
+from moe_dist.moe.dispatch import Dispatcher, make_dispatcher
+from moe_dist.moe.experts import Experts, GroupedExperts
+from moe_dist.moe.placement import make_placement
+from moe_dist.moe.plan import RoutingRecord
+from moe_dist.moe.registry import build_router
+from moe_dist.moe.router import Router, Site
+from moe_dist.parallel.layout import Layout
+
+
+class MoELayer(nn.Module):
+    """Sends every token through its experts; a token without one (padding, or left out by expert choice) gets zero."""
+
+    def __init__(self, router: Router, dispatcher: Dispatcher, experts: Experts):
+        super().__init__()
+        self.router, self.dispatcher, self.experts = router, dispatcher, experts
+
+    def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, RoutingRecord]:
+        """y_TD in the dtype of x_TD, and what the router saw and decided."""
+        plan, record = self.router(x_TD, info)
+        rows_RD, receipt = self.dispatcher.dispatch(x_TD, plan)
+        y_RD = self.experts(rows_RD, receipt.counts_e, receipt.weights_R)
+        return self.dispatcher.combine(y_RD, receipt), record
+
+
+def build_moe_layer(
+    ffn: MoEFFN, *, hidden_size: int, layer: int, seed: int, layout: Layout, init_std: float, output_std: float
+) -> MoELayer:
+    """The expert layer number `layer` of a model, with the experts that live on this rank, initialised by name.
+
+    `output_std`: standard deviation of the experts' output projections. Raises UserError where recipe and ranks do
+    not fit.
+    """
+    name = f"layers.{layer}.ffn"
+    router = build_router(
+        ffn.router,
+        Site(hidden_size=hidden_size, layer=layer, seed=seed, init_std=init_std, name=f"{name}.router"),
+    )
+    placement = make_placement(router.expert_groups, layout.expert)
+    experts = GroupedExperts(
+        placement.local_experts[layout.ep_rank],
+        hidden_size=hidden_size,
+        expert_size=ffn.hidden_size,
+        seed=seed,
+        name=f"{name}.experts",
+        init_std=init_std,
+        output_std=output_std,
+    )
+    return MoELayer(router, make_dispatcher(placement, layout), experts)

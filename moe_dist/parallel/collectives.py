@@ -1,0 +1,39 @@
+"""Collectives that gradients flow through.
+
+Shape suffixes: S rows sent, R rows received; any further dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def all_to_all_rows(
+    x_S: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], group: dist.ProcessGroup
+) -> Tensor:
+    """Send the first send_splits[0] rows of x_S to rank 0 of the group, the next to rank 1, ...; return what comes.
+
+    Collective, also for ranks that send and receive nothing. The gradient takes the way back.
+    """
+    return _AllToAllRows.apply(x_S, list(send_splits), list(recv_splits), group)
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_S, send_splits, recv_splits, group):
+        ctx.exchange = (recv_splits, send_splits, group)
+        return _exchange(x_S, send_splits, recv_splits, group)
+
+    @staticmethod
+    def backward(ctx, grad_R):
+        return _exchange(grad_R, *ctx.exchange), None, None, None
+
+
+def _exchange(x_S, send_splits, recv_splits, group):
+    received_R = x_S.new_empty(sum(recv_splits), *x_S.shape[1:])
+    dist.all_to_all_single(received_R, x_S.contiguous(), recv_splits, send_splits, group=group)
+    return received_R

@@ -1,0 +1,133 @@
+"""Who am I? Finds rank and world under the DeepSpeed launcher, torchrun, srun, mpiexec, or alone.
+
+One rule, first match wins: RANK and WORLD_SIZE in the environment (DeepSpeed's launcher, torchrun); Slurm's own variables
+(srun); an MPI launcher's variables, then mpi4py (mpiexec, mpirun); a single process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from moe_dist.errors import UserError
+
+# (rank, world) as MPI launchers tell their processes: MPICH and its kin, Open MPI, PMIx.
+_MPI_VARIABLES = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMIX_RANK", ""))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a process stands among its peers, and where they meet."""
+
+    rank: int
+    world: int
+    local_rank: int
+    master_addr: str
+    master_port: int
+    launcher: str  # environment, slurm, mpi or single
+
+    def export(self) -> None:
+        """Set the variables that torch.distributed and DeepSpeed read."""
+        os.environ.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world),
+            LOCAL_RANK=str(self.local_rank),
+            MASTER_ADDR=self.master_addr,
+            MASTER_PORT=str(self.master_port),
+        )
+
+
+def discover(environment: Mapping[str, str] = os.environ) -> Place:
+    """Find this process's place. Under MPI it is collective. Raises UserError where the environment contradicts itself."""
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return _from_environment(environment)
+    if _started_by_srun(environment):
+        return _from_slurm(environment)
+    if any(rank in environment for rank, _ in _MPI_VARIABLES):
+        return _from_mpi(environment)
+    return Place(
+        rank=0,
+        world=1,
+        local_rank=0,
+        master_addr="127.0.0.1",
+        master_port=int(environment.get("MASTER_PORT") or free_port()),
+        launcher="single",
+    )
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a Slurm node list: `n[07-09,12],m3` -> `n07`."""
+    first = re.split(r",(?![^\[]*\])", nodelist, maxsplit=1)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def _from_environment(environment: Mapping[str, str]) -> Place:
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise UserError(f"the environment sets RANK or WORLD_SIZE but not {', '.join(missing)}")
+    rank = int(environment["RANK"])
+    return Place(
+        rank=rank,
+        world=int(environment["WORLD_SIZE"]),
+        local_rank=int(environment.get("LOCAL_RANK", rank)),
+        master_addr=environment["MASTER_ADDR"],
+        master_port=int(environment["MASTER_PORT"]),
+        launcher="environment",
+    )
+
+
+def _started_by_srun(environment: Mapping[str, str]) -> bool:
+    """Inside an allocation mpiexec inherits (or, over nodes, is itself started with) Slurm's variables: then MPI's differ."""
+    if "SLURM_PROCID" not in environment or "SLURM_STEP_NUM_TASKS" not in environment:
+        return False
+    for rank, world in _MPI_VARIABLES:
+        if environment.get(rank, environment["SLURM_PROCID"]) != environment["SLURM_PROCID"]:
+            return False
+        if environment.get(world, environment["SLURM_STEP_NUM_TASKS"]) != environment["SLURM_STEP_NUM_TASKS"]:
+            return False
+    return True
+
+
+def _from_slurm(environment: Mapping[str, str]) -> Place:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
+    # Every task must name the same port without talking to the others: one that is the step's own.
+    step = 1009 * int(environment.get("SLURM_JOB_ID", 0)) + int(environment.get("SLURM_STEP_ID", 0))
+    return Place(
+        rank=int(environment["SLURM_PROCID"]),
+        world=int(environment["SLURM_STEP_NUM_TASKS"]),
+        local_rank=int(environment.get("SLURM_LOCALID", 0)),
+        master_addr=environment.get("MASTER_ADDR") or first_host(nodes),
+        master_port=int(environment.get("MASTER_PORT") or 20000 + step % 10000),
+        launcher="slurm",
+    )
+
+
+def _from_mpi(environment: Mapping[str, str]) -> Place:
+    from mpi4py import MPI  # starts MPI: only where an MPI launcher is seen
+
+    world = MPI.COMM_WORLD
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    meeting = None
+    if world.rank == 0:
+        one_machine = local.size == world.size
+        address = environment.get("MASTER_ADDR") or ("127.0.0.1" if one_machine else socket.gethostname())
+        meeting = address, int(environment.get("MASTER_PORT") or free_port())
+    master_addr, master_port = world.bcast(meeting, root=0)
+    return Place(
+        rank=world.rank,
+        world=world.size,
+        local_rank=local.rank,
+        master_addr=master_addr,
+        master_port=master_port,
+        launcher="mpi",
+    )

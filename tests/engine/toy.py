@@ -1,0 +1,130 @@
+"""A small language model around one real expert layer, for tests of the engine that need no attention; and its batches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.batch import MODALITIES, Batch, TokenInfo
+from moe_dist.config import Config, MoEFFN, validate
+from moe_dist.moe.layer import build_moe_layer
+from moe_dist.parallel.layout import Layout
+
+VOCABULARY, WIDTH, EXPERTS = 50, 16, 4  # ids from 40 on are image codes
+TOKENS = 24  # of one selection group
+TOP_K = {"type": "top_k", "num_experts": EXPERTS, "top_k": 2}
+MOMA = {
+    "type": "modality",
+    "text": {"type": "expert_choice", "num_experts": 2},
+    "image": {"type": "expert_choice", "num_experts": 2},
+}
+
+
+class Output(NamedTuple):
+    logits_TV: Tensor
+    records: tuple
+
+
+class ObjectiveOutput(NamedTuple):
+    loss: Tensor
+    terms: dict[str, Tensor]
+
+
+class ToyModel(nn.Module):
+    def __init__(self, router: dict, layout: Layout, seed: int = 0):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.norm = nn.RMSNorm(WIDTH)
+        ffn = MoEFFN(type="moe", hidden_size=16, router=router)
+        self.ffn = build_moe_layer(
+            ffn, hidden_size=WIDTH, layer=0, seed=seed, layout=layout, init_std=0.3, output_std=0.3
+        )
+        self.output = nn.Linear(WIDTH, VOCABULARY)
+        for parameter in (self.embedding.weight, self.output.weight):
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, tokens_T: Tensor, info: TokenInfo) -> Output:
+        x_TD = self.embedding(tokens_T)
+        y_TD, record = self.ffn(self.norm(x_TD), info)
+        return Output(self.output(x_TD + y_TD), (record,))
+
+
+def objective(output: Output, batch: Batch) -> ObjectiveOutput:
+    """Cross-entropy summed over the predictions that count."""
+    loss_T = F.cross_entropy(output.logits_TV.float(), batch.targets_T, reduction="none") * batch.loss_mask_T
+    terms = {"loss": loss_T.sum()}
+    for index, name in enumerate(MODALITIES):
+        terms[f"loss/{name}"] = loss_T[batch.target_modality_T == index].sum()
+    return ObjectiveOutput(terms["loss"], terms)
+
+
+def make_group(index: int, *, tokens: int = TOKENS, vocabulary: int = VOCABULARY, first_image: int = 40) -> dict:
+    """The raw tensors of selection group `index` of a run: two documents; groups differ strongly in how much they count."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    tokens_T = torch.randint(
+        0, first_image // 4, (tokens,), generator=generator
+    )  # few words: there is something to learn
+    image_T = torch.arange(tokens) % tokens // (tokens // 4) == 1
+    codes_T = torch.randint(first_image, vocabulary, (tokens,), generator=generator)
+    tokens_T = torch.where(image_T, codes_T, tokens_T)
+    half = tokens // 2
+    targets_T = torch.cat([tokens_T[:half].roll(-1), tokens_T[half:].roll(-1)])
+    valid_T = torch.arange(tokens) < (tokens if index % 3 else tokens - 5)
+    share = (0.95, 0.05, 0.4, 0.7)[index % 4]
+    mask_T = (torch.rand(tokens, generator=generator) < share) & valid_T
+    mask_T[0] = True
+    return {
+        "tokens": tokens_T, "targets": targets_T, "mask": mask_T, "valid": valid_T,
+        "ids": index * tokens + torch.arange(tokens), "position": torch.arange(half).repeat(2),
+        "modality": (tokens_T >= first_image).long(), "target_modality": (targets_T >= first_image).long(),
+    }  # fmt: skip
+
+
+def make_batch(indices: list[int], **sizes: int) -> Batch:
+    groups = [make_group(index, **sizes) for index in indices]
+    cat = {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
+    half = groups[0]["tokens"].numel() // 2
+    info = TokenInfo.build(
+        modality_T=cat["modality"], valid_T=cat["valid"], position_T=cat["position"], token_id_T=cat["ids"],
+        document_lengths=[half] * (2 * len(indices)), num_groups=len(indices),
+    )  # fmt: skip
+    return Batch(
+        tokens_T=cat["tokens"], targets_T=cat["targets"], loss_mask_T=cat["mask"],
+        target_modality_T=cat["target_modality"], info=info,
+    )  # fmt: skip
+
+
+def step_batches(step: int, rank: int, world: int, *, groups: int, micro: int = 1, **sizes: int) -> list[Batch]:
+    """The micro-batches of one rank in one step: it takes the groups j of the step with j mod world == rank."""
+    mine = [step * groups + j for j in range(rank, groups, world)]
+    return [make_batch(mine[i : i + micro], **sizes) for i in range(0, len(mine), micro)]
+
+
+def make_config(
+    *, router: dict = TOP_K, expert: int = 1, groups: int = 4, micro: int = 1, deepspeed: dict | None = None, **train
+) -> Config:
+    raw = {
+        "run": {"dir": "unused"},
+        "data": {"shards": "unused", "text_tokenizer": "unused"},
+        "model": {
+            "hidden_size": WIDTH, "num_layers": 2, "num_heads": 2,
+            "ffn": {"type": "moe", "hidden_size": 16, "router": router},
+        },
+        "parallel": {"expert": expert},
+        "train": {"steps": 8, "global_batch_groups": groups, "micro_batch_groups": micro} | train,
+        "deepspeed": sgd() if deepspeed is None else deepspeed,
+    }  # fmt: skip
+    return validate(Config, raw, "test")
+
+
+def sgd(stage: int = 1, *, clip: float = 0.5, lr: float = 0.5, **more) -> dict:
+    return {
+        "optimizer": {"type": "SGD", "params": {"lr": lr, "momentum": 0.9}},
+        "gradient_clipping": clip,
+        "zero_optimization": {"stage": stage},
+    } | more
