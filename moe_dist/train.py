@@ -66,12 +66,14 @@ class Run:
     loader: Loader
     held_out: TokenStore
     loader_state: dict[str, Any]
+    peak_lr: float
     step: int = 0  # optimizer steps done
     tokens: int = 0  # valid tokens trained on, over all ranks
 
     @classmethod
     def build(cls, config: Config, layout: Layout, folder: RunFolder) -> Run:
         """Read the data, build the model and its engine, and continue from a checkpoint where there is one. Collective."""
+        section = check_section(config.deepspeed)
         vocabulary, store, held_out = open_corpus(config.data, layout)
         model = Transformer(config.model, vocabulary.size, layout, config.seed)
         engine = make_engine(model, config, layout, num_experts(model))
@@ -81,7 +83,6 @@ class Run:
             state = TrainState.from_json(checkpoint.load(resume_from, engine, layout))
             check_resumable(state.config, config)
             check_vocabulary(state.vocabulary, vocabulary, resume_from)
-            engine.skipped_steps = state.skipped
         with together():
             loader = make_loader(
                 store, vocabulary, config.data, seed=config.seed, dp_rank=layout.rank, dp=layout.world,
@@ -90,7 +91,7 @@ class Run:
         return cls(
             config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
             held_out=held_out, loader_state=state.loader if state else {},
-            step=state.step if state else 0, tokens=state.tokens if state else 0,
+            peak_lr=section.optimizer.params.lr, step=state.step if state else 0, tokens=state.tokens if state else 0,
         )  # fmt: skip
 
     def loop(self) -> None:
@@ -121,7 +122,7 @@ class Run:
         started = time.perf_counter()
         config, reader = self.config, Reader(self.loader)
         lr = learning_rate(
-            self.step, config=config.schedule, peak=self.engine.peak_lr, steps=config.train.steps
+            self.step, config=config.schedule, peak=self.peak_lr, steps=config.train.steps
         )
         result = self.engine.train_step(reader.read(self.engine.accumulation), Objective(), lr)
         self.loader_state = reader.state
@@ -155,7 +156,7 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint of this moment and remove those that are too old. Collective."""
         state = TrainState(
-            step=self.step, tokens=self.tokens, skipped=self.engine.skipped_steps, loader=self.loader_state,
+            step=self.step, tokens=self.tokens, loader=self.loader_state,
             config=self.config.model_dump(mode="json"), vocabulary=self.vocabulary.fingerprint(),
         )  # fmt: skip
         path = checkpoint.checkpoint_path(self.folder.path, self.step)
