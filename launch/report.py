@@ -1,0 +1,41 @@
+"""Plots of finished or running runs: `python launch/report.py RUN [RUN ...]`.
+
+Writes loss.png and routing.png into every run folder; several runs are also overlaid in one picture (--out).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from moe_dist.errors import UserError
+from moe_dist.telemetry.report import loss_figure, read_baseline, read_run, save_figure, write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--baseline", type=Path, metavar="FILE", help='bigram losses: {"text": 4.1, "image": 5.8}')
+    parser.add_argument(
+        "--out", type=Path, default=Path("comparison.png"), metavar="PNG", help="overlay of several runs: %(default)s"
+    )
+    arguments = parser.parse_args()
+    try:
+        baseline = read_baseline(arguments.baseline) if arguments.baseline else {}
+        files = [file for run in arguments.runs for file in write_report(run, baseline)]
+        if len(arguments.runs) > 1:
+            save_figure(loss_figure([read_run(run) for run in arguments.runs], baseline), arguments.out)
+            files.append(arguments.out)
+    except UserError as error:
+        sys.exit(_fail(error))
+    print("\n".join(str(file) for file in files))
+
+
+def _fail(error: UserError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

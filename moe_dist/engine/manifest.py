@@ -1,0 +1,118 @@
+"""The checkpoints in a run folder: which are complete, whether they are undamaged, which to resume from or to remove.
+
+A manifest names every file of a checkpoint with its size and SHA-256. It is written last, before the folder is renamed
+from step_XXXXXXXX.tmp to step_XXXXXXXX, so a folder of that name with all its files is a complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from moe_dist.config import Config
+from moe_dist.engine.storage import StoredFile, write_json
+from moe_dist.errors import UserError
+from moe_dist.parallel.together import together
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PARTIAL = ".tmp"
+
+
+def checkpoint_path(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+
+
+def write_manifest(folder: Path, files: Iterable[StoredFile]) -> None:
+    entries = {file.name: {"bytes": file.size, "sha256": file.sha256} for file in files}
+    write_json(folder / MANIFEST, {"format": FORMAT, "files": dict(sorted(entries.items()))})
+
+
+def verify(path: str | Path, *, share: int = 0, shares: int = 1) -> None:
+    """Check all files' sizes and the checksums of this share of the files. Raises UserError naming the bad file."""
+    path = Path(path)
+    files = _manifest(path)
+    for name in sorted(files)[share::shares]:
+        with (path / name).open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != files[name]["sha256"]:
+                raise UserError(f"{path / name} is damaged: its checksum differs from the one in {MANIFEST}")
+
+
+def newest_complete(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a run whose files are all there; None if there is none."""
+    return next((path for path in reversed(_checkpoints(run_dir)) if _is_complete(path)), None)
+
+
+def prune(run_dir: str | Path, keep: int) -> None:
+    """Remove all but the newest `keep` complete checkpoints, and leftovers of interrupted saves. For one rank to call.
+
+    Best effort: what cannot be removed stays. Damaged checkpoints are left for a person to look at.
+    """
+    complete = [path for path in _checkpoints(run_dir) if _is_complete(path)]
+    for path in complete[:-keep]:
+        path.rename(path.with_name(path.name + PARTIAL))  # at no moment does a half-removed one look complete
+    for path in (Path(run_dir) / "checkpoints").glob(f"step_*{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def resolve_resume(config: Config) -> Path | None:
+    """The checkpoint that `run.resume` (auto | none | a path) means; None: start fresh. Collective, rank 0 decides."""
+    answer: list[Path | None] = [None]
+    with together():
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            answer = [_resolve(config)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _resolve(config: Config) -> Path | None:
+    if config.run.resume == "none":
+        return None
+    if config.run.resume == "auto":
+        return newest_complete(config.run.dir)
+    path = Path(config.run.resume)
+    try:
+        _manifest(path)
+    except UserError as error:
+        raise UserError(f"run.resume={path} is not a complete checkpoint: {error}") from None
+    return path
+
+
+def _checkpoints(run_dir: str | Path) -> list[Path]:
+    folder = Path(run_dir) / "checkpoints"
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        _manifest(path)
+    except UserError:
+        return False
+    return True
+
+
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """The files of a checkpoint, found to exist with the right sizes. Raises UserError naming the one that does not."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files, version = manifest["files"], manifest["format"]
+        sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+    except OSError:
+        raise UserError(f"{path / MANIFEST} cannot be read") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path / MANIFEST} is damaged") from None
+    if version != FORMAT:
+        raise UserError(f"{path / MANIFEST}: format {version} is not known, this version reads format {FORMAT}")
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            raise UserError(f"{path / name} " + ("is missing" if found is None else f"has {found} bytes, not {size}"))
+    return files

@@ -1,0 +1,110 @@
+"""How evenly routing uses experts and ranks, and how many experts a token of each modality reaches.
+
+Shape suffixes: L MoE layers, G expert-parallel groups (edp of them), R ranks of one group, E experts, M modalities,
+T tokens of a micro-batch.
+
+Utilization of an expert = its assignments / fair share; fair share = the assignments that all experts of its group
+(`Router.expert_groups`: the experts of one modality, or all of them) received, divided by their number. 1 is even,
+0 unused; expert choice has 1 everywhere by construction, so look at its unrouted_fraction instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.batch import MODALITIES, TokenInfo
+from moe_dist.moe.plan import RoutingRecord
+from moe_dist.parallel.layout import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingCounts:
+    """What one rank counted, on its device. Counts of several micro-batches add up."""
+
+    layers: tuple[int, ...]
+    load_LGE: Tensor  # int64 assignments; a rank fills the row of its own expert-parallel group
+    assigned_LM: Tensor  # int64 assignments of valid tokens
+    unrouted_LM: Tensor  # int64 valid tokens without an expert
+    valid_M: Tensor  # int64 valid tokens
+
+    def tensors(self) -> list[Tensor]:
+        return [self.load_LGE, self.assigned_LM, self.unrouted_LM, self.valid_M]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> RoutingCounts:
+        load, assigned, unrouted, valid = tensors
+        return replace(self, load_LGE=load, assigned_LM=assigned, unrouted_LM=unrouted, valid_M=valid)
+
+    def __add__(self, other: RoutingCounts) -> RoutingCounts:
+        if self.layers != other.layers:
+            raise ValueError(f"counts of layers {self.layers} and {other.layers} do not add up")
+        return self.with_tensors([mine + theirs for mine, theirs in zip(self.tensors(), other.tensors(), strict=True)])
+
+
+def routing_counts(records: Sequence[RoutingRecord], info: TokenInfo, layout: Layout) -> RoutingCounts:
+    """Count the assignments of one micro-batch of this rank. Neither communicates nor synchronises the device."""
+    device = records[0].plan.counts_E.device
+    hits_LT = torch.stack([_hits(record.plan.token_ids_N, info.num_tokens) for record in records])
+    modality_M = torch.arange(len(MODALITIES), device=device)
+    member_MT = (info.modality_T.to(device) == modality_M[:, None]) & info.valid_T.to(device)
+    load_LE = torch.stack([record.plan.counts_E for record in records])
+    load_LGE = load_LE.new_zeros(load_LE.shape[0], layout.edp, load_LE.shape[1])
+    load_LGE[:, layout.rank // layout.expert] = load_LE
+    return RoutingCounts(
+        layers=tuple(record.layer for record in records),
+        load_LGE=load_LGE,
+        assigned_LM=(hits_LT[:, None] * member_MT).sum(-1),
+        unrouted_LM=((hits_LT[:, None] == 0) & member_MT).sum(-1),
+        valid_M=member_MT.sum(-1),
+    )
+
+
+def routing_metrics(
+    counts: RoutingCounts,
+    layout: Layout,
+    *,
+    expert_groups: Sequence[Sequence[int]],
+    local_experts: Sequence[Sequence[int]],
+) -> dict[str, float | list[float]]:
+    """The moe/ keys of telemetry/keys.py, equal on every rank. Collective: one all-reduce, one device-to-host copy.
+
+    local_experts: global expert ids of each expert-parallel rank (Placement.local_experts). A modality without valid
+    tokens has no keys; a ratio whose denominator is 0 is nan.
+    """
+    total = _sum_over_ranks(counts, layout)
+    load_LE = total.load_LGE.sum(1).double()
+    fair_LE = torch.zeros_like(load_LE)
+    for group in map(list, expert_groups):
+        fair_LE[:, group] = load_LE[:, group].mean(1, keepdim=True)
+    metrics: dict[str, float | list[float]] = {}
+    for i, layer in enumerate(total.layers):
+        metrics[f"moe/{layer}/utilization"] = (load_LE[i] / fair_LE[i]).tolist()
+        for m, modality in enumerate(MODALITIES):
+            if valid := total.valid_M[m].item():
+                metrics[f"moe/{layer}/experts_per_token/{modality}"] = total.assigned_LM[i, m].item() / valid
+                metrics[f"moe/{layer}/unrouted_fraction/{modality}"] = total.unrouted_LM[i, m].item() / valid
+    return metrics | {"moe/rank_imbalance": _rank_imbalance(total.load_LGE, local_experts)}
+
+
+def _hits(token_ids_N: Tensor, num_tokens: int) -> Tensor:
+    return token_ids_N.new_zeros(num_tokens).index_add_(0, token_ids_N, torch.ones_like(token_ids_N))
+
+
+def _sum_over_ranks(counts: RoutingCounts, layout: Layout) -> RoutingCounts:
+    tensors = counts.tensors()
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    if layout.dp_group is not None:
+        dist.all_reduce(flat, group=layout.dp_group)
+    pieces = flat.cpu().split([tensor.numel() for tensor in tensors])
+    return counts.with_tensors([piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)])
+
+
+def _rank_imbalance(load_LGE: Tensor, local_experts: Sequence[Sequence[int]]) -> float:
+    rows_LGR = torch.stack([load_LGE[..., list(experts)].sum(-1) for experts in local_experts], dim=-1).double()
+    ratio_LG = rows_LGR.amax(-1) / rows_LGR.mean(-1)
+    known = ratio_LG[~ratio_LG.isnan()]  # a group without rows has no imbalance
+    return known.max().item() if known.numel() else float("nan")

@@ -1,0 +1,116 @@
+"""The folder of a run: config.yaml, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/.
+
+Only rank 0 writes. Whatever is rewritten is replaced atomically, so a reader never sees half a file.
+status.json is the truth about how a run ended: launchers may exit with 0 after a signal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from moe_dist.config import Config, save_config
+from moe_dist.errors import UserError
+
+State = Literal["running", "done", "stopped", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where the parts of a run lie. Every rank may hold one; `open` and `write_status` are for rank 0."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def status(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    def open(self, config: Config, *, step: int = 0) -> None:
+        """Make the folder ready for a run that starts after `step` steps. Raises UserError where it cannot be written.
+
+        metrics.jsonl keeps its lines up to `step`, so that a resumed curve has no step twice; a fresh start (step 0)
+        keeps the file of the run before as metrics.previous.jsonl.
+        """
+        with self._writing():
+            for folder in (self.checkpoints, self.tensorboard, self.samples):
+                folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.config.with_suffix(".tmp")
+            save_config(config, temporary)
+            os.replace(temporary, self.config)
+            self.metrics.touch()
+            if step > 0:
+                _replace(self.metrics, "".join(f"{line}\n" for line in _lines(self.metrics) if _step(line) <= step))
+            elif self.metrics.stat().st_size:
+                os.replace(self.metrics, self.metrics.with_suffix(".previous.jsonl"))
+        self.write_status("running", step)
+
+    def write_status(self, state: State, step: int, reason: str | None = None) -> None:
+        """Say how the run stands; `reason` is one sentence for a run that stopped or failed. Raises UserError."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        status = {"state": state, "step": step, "reason": reason, "updated": now}
+        with self._writing():
+            _replace(self.status, json.dumps(status) + "\n")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            raise UserError(f"run.dir={self.path} cannot be written: {error.strerror or error}{where}") from error
+
+
+def read_status(path: str | Path) -> dict[str, Any]:
+    """The content of RUN/status.json. Raises UserError where there is none."""
+    file = RunFolder(Path(path)).status
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        raise UserError(f"{file} is missing or not a status file") from None
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _step(line: str) -> float:
+    """Step of a metrics line; infinite for what a crash left of one, so that it is cut away."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return float("inf")

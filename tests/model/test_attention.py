@@ -1,0 +1,109 @@
+"""Attention over packed documents against the naive formula, each document on its own."""
+
+import pytest
+import torch
+
+from moe_dist.model import attention
+from moe_dist.model.attention import BucketedDocuments, VarlenDocuments, locate_documents, rotary_angles
+from moe_dist.model.mcore import Attention
+from tests.model import reference_model
+from tests.model.batches import model_config
+
+LENGTHS = [1, 7, 40, 16, 17, 1, 33, 40, 5]
+
+
+def positions(lengths):
+    return torch.cat([torch.arange(length) for length in lengths])
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize("lengths", [LENGTHS, [1], [64], [3, 3, 3]], ids=str)
+def test_attention_equals_the_naive_formula_in_float64(lengths, qk_norm):
+    torch.manual_seed(0)
+    config = model_config(qk_norm=qk_norm, rope_base=100.0)
+    module = Attention(config, layer=0, seed=3).double()
+    for parameter in module.parameters():  # norms too must matter
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(sum(lengths), config.hidden_size, dtype=torch.float64, requires_grad=True)
+    documents = locate_documents(lengths, device=x.device, dtype=x.dtype)
+    angles = rotary_angles(positions(lengths), head_size=8, base=100.0)
+    upstream = torch.randn_like(x)
+
+    output = module(x, documents, angles)
+    names, parameters = zip(*module.core.named_parameters())
+    gradients = torch.autograd.grad(output, [x, *parameters], upstream)
+
+    weights = dict(zip(names, parameters))
+    settings = {"num_heads": config.num_heads, "base": 100.0, "epsilon": config.norm_epsilon}
+    expected = torch.cat([reference_model.attention(piece, weights, **settings) for piece in x.split(lengths)])
+    expected_gradients = torch.autograd.grad(expected, [x, *parameters], upstream, allow_unused=True)
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(gradients, expected_gradients):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_rotary_angles_are_float32_and_the_plain_formula():
+    angles = rotary_angles(torch.tensor([0, 1, 0, 4095]), head_size=8, base=10000.0)
+    assert angles.dtype == torch.float32 and angles.shape == (4, 1, 1, 8)
+    for row, position in zip(angles.flatten(1), [0, 1, 0, 4095]):
+        for column in range(8):
+            assert row[column].item() == pytest.approx(position * 10000.0 ** (-2 * (column % 4) / 8), rel=1e-6)
+
+
+def test_buckets_hold_every_token_once_and_depend_on_lengths_alone():
+    documents = BucketedDocuments.build(LENGTHS, torch.device("cpu"))
+    assert torch.equal(documents.gather_P[documents.scatter_T], torch.arange(sum(LENGTHS)))
+    assert dict((padded, count) for count, padded in documents.buckets) == {16: 5, 32: 1, 48: 3}
+    assert sum(count * padded for count, padded in documents.buckets) == documents.gather_P.numel()
+
+
+def test_far_away_values_do_not_leak_between_documents():
+    """A non-finite value spoils its own document and nothing else (a dense mask would multiply it by zero: NaN)."""
+    lengths = [5, 6, 7]
+    qkv = [torch.randn(18, 2, 4) for _ in range(3)]
+    qkv[2][7] = torch.inf
+    output = locate_documents(lengths, device=torch.device("cpu"), dtype=torch.float32).attend(*qkv)
+    finite_T = output.isfinite().flatten(1).all(dim=1)
+    assert finite_T[:5].all() and finite_T[11:].all() and not finite_T[7:11].any()
+
+
+def test_cuda_in_half_precision_calls_flash_attention_by_cumulative_lengths(monkeypatch):
+    """The kernel needs a GPU; its stand-in computes what the documentation of varlen_attn says, from the same call."""
+
+    def stand_in(query, key, value, ends_q, ends_k, longest_q, longest_k, *, window_size):
+        assert window_size == (-1, 0) and longest_q == longest_k == max(LENGTHS)
+        assert ends_q.dtype == torch.int32 and torch.equal(ends_q, ends_k) and ends_q[0] == 0
+        pieces = [x.split(ends_q.diff().tolist()) for x in (query, key, value)]
+        outputs = []
+        for q, k, v in zip(*pieces):
+            scores = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+            later = torch.ones(scores.shape[1:]).triu(1).bool()
+            outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -torch.inf).softmax(-1), v))
+        return torch.cat(outputs)
+
+    monkeypatch.setattr(attention, "varlen_attn", stand_in)
+    qkv = [torch.randn(sum(LENGTHS), 2, 4) for _ in range(3)]
+    ours = VarlenDocuments.build(LENGTHS, torch.device("cpu")).attend(*qkv)
+    bucketed = BucketedDocuments.build(LENGTHS, torch.device("cpu")).attend(*qkv)
+    torch.testing.assert_close(ours, bucketed)
+
+
+def test_the_call_of_flash_attention_fits_its_real_signature():
+    """The real operator on the meta device: shapes and dtypes alone, forward and backward."""
+    meta = torch.device("meta")
+    qkv = [torch.empty(sum(LENGTHS), 2, 8, dtype=torch.bfloat16, device=meta, requires_grad=True) for _ in range(3)]
+    output = VarlenDocuments.build(LENGTHS, meta).attend(*qkv)
+    assert output.shape == qkv[0].shape and output.dtype == torch.bfloat16
+    output.sum().backward()
+    assert all(x.grad.shape == x.shape for x in qkv)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "varlen"),
+    [("cuda", torch.bfloat16, True), ("cuda", torch.float32, False), ("cpu", torch.bfloat16, False)],
+)
+def test_flash_attention_is_for_cuda_in_half_precision(device, dtype, varlen, monkeypatch):
+    for kind in (BucketedDocuments, VarlenDocuments):
+        monkeypatch.setattr(kind, "build", lambda lengths, device, kind=kind: kind)
+    chosen = locate_documents(LENGTHS, device=torch.device(device), dtype=dtype)
+    assert (chosen is VarlenDocuments) == varlen
