@@ -1,4 +1,4 @@
-"""The deepspeed section: what is taken, what is refused with which sentence, and that DeepSpeed knows every key we pass."""
+"""The deepspeed section: what is taken, what is refused in which words, and that DeepSpeed knows every key we pass."""
 
 import pytest
 
@@ -25,7 +25,10 @@ def section(**more):
 @pytest.mark.parametrize(
     ("raw", "sentence"),
     [
-        (section(gradient_cliping=0.3), r"unknown key 'deepspeed.gradient_cliping' \(did you mean 'gradient_clipping'\?\)"),
+        (
+            section(gradient_cliping=0.3),
+            r"unknown key 'deepspeed.gradient_cliping' \(did you mean 'gradient_clipping'\?\)",
+        ),
         (section(bf16={"enable": True}), r"'deepspeed.bf16.enable' \(did you mean 'enabled'\?\)"),
         (section(zero_optimization={"stag": 2}), r"'deepspeed.zero_optimization.stag' \(did you mean 'stage'\?\)"),
         (
