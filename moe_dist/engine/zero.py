@@ -21,6 +21,7 @@ import torch.distributed as dist
 from deepspeed import init_distributed as deepspeed_init_distributed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.ops import __compatible_ops__ as compatible_ops
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.utils import register_output_backward_hooks

@@ -1,0 +1,38 @@
+"""Prepare a corpus as WebDataset shards: python launch/prepare_data.py corpus=emoji out=data/emoji [size=64]
+
+The keys besides corpus and out are the corpus' own settings, see moe_dist/data/corpora/.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from moe_dist.config import apply_override
+from moe_dist.data.corpora.prepare import prepare
+from moe_dist.errors import UserError
+
+
+def main(arguments: list[str]) -> None:
+    settings: dict[str, Any] = {}
+    for argument in arguments:
+        apply_override(settings, argument)
+    missing = [key for key in ("corpus", "out") if key not in settings]
+    if missing:
+        raise UserError(f"argument {missing[0]}= is missing (prepare_data.py corpus=emoji out=DIR [key=value ...])")
+    name, out = str(settings.pop("corpus")), Path(str(settings.pop("out")))
+    record = prepare(name, settings, out)
+    if record is None:
+        print(f"{out}: already prepared")
+    else:
+        counts = ", ".join(f"{count} {split}" for split, count in record["samples"].items())
+        print(f"{out}: {counts} samples ({record['licence']})")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,35 @@
+"""From a picture to the pixels an image tokenizer takes: centre crop, resize, scale to [-1, 1].
+
+Shape suffixes: B images, H and W pixels, n codes of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+def crop_and_resize(image: Image.Image, size: int) -> np.ndarray:
+    """The largest centred square of an RGB image, resized to [size, size, 3] uint8."""
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
+
+
+def scale_pixels(pixels_BHWC: np.ndarray | Tensor) -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
+    return torch.as_tensor(pixels_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def in_chunks(function: Callable[[Tensor], Tensor], x_B: Tensor, chunk: int) -> Tensor:
+    """function over chunks of exactly `chunk` rows, the last one padded with zeros.
+
+    Kernels choose their order of summation by the shape, and a vector may lie on the border of two codes: with one
+    shape for every call the codes of an image do not depend on the images it is encoded with.
+    """
+    outputs = []
+    for part in x_B.split(chunk):
+        padded = torch.cat([part, part.new_zeros(chunk - len(part), *part.shape[1:])])
+        outputs.append(function(padded)[: len(part)])
+    return torch.cat(outputs)

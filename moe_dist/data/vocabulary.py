@@ -1,0 +1,55 @@
+"""One vocabulary: text pieces, markers, image codes; and the modality of every id, stated here and nowhere else.
+
+  [0, P)  the SentencePiece model's pieces, with its own PAD, BOS and EOS where it has them
+  then    those of PAD, BOS, EOS that it lacks, then BOI and EOI (begin and end of image)
+  then    the image codes, in order
+
+A token is an image token if and only if it is an image code: every piece and every marker, BOI and EOI included, is text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_dist.batch import IMAGE, TEXT
+from moe_dist.data.image import ImageTokenizer
+from moe_dist.data.text import TextTokenizer
+
+Codes = TypeVar("Codes", int, np.ndarray, Tensor)
+
+
+class Vocabulary:
+    """Ids of everything a model reads; without an image tokenizer there are no image codes. V = size."""
+
+    def __init__(self, text: TextTokenizer, image: ImageTokenizer | None = None) -> None:
+        self.text, self.image = text, image
+        own = {"pad": text.pad, "bos": text.bos, "eos": text.eos, "boi": None, "eoi": None}
+        missing = [name for name, value in own.items() if value is None]
+        ids = own | {name: text.size + i for i, name in enumerate(missing)}
+        self.pad, self.bos, self.eos, self.boi, self.eoi = (ids[name] for name in own)
+        self.first_image_code: int = text.size + len(missing)
+        self.size: int = self.first_image_code + (image.codebook_size if image else 0)
+        self.modality_of = torch.full((self.size,), TEXT)  # int64 [V]: index into MODALITIES
+        self.modality_of[self.first_image_code :] = IMAGE
+
+    def image_code(self, code: Codes) -> Codes:
+        """Id of an image code (or of an array of them)."""
+        return code + self.first_image_code
+
+    def fingerprint(self) -> str:
+        """sha256 over the content of both tokenizers: equal exactly if every text and image gets the same ids."""
+        parts = [self.text.sha256, self.image.sha256 if self.image else "no image tokenizer"]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """For messages: `text tokenizer 1a2b3c4d (2048 pieces), image tokenizer 5e6f7a8b (64 x 64, 512 codes)`."""
+        text = f"text tokenizer {self.text.sha256[:8]} ({self.text.size} pieces)"
+        if self.image is None:
+            return f"{text}, no image tokenizer"
+        size = self.image.image_size
+        return f"{text}, image tokenizer {self.image.sha256[:8]} ({size} x {size}, {self.image.codebook_size} codes)"
