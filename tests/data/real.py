@@ -1,4 +1,4 @@
-"""Token stores of the real emoji pairs: SentencePiece text, images as 8 x 8 cells of 27 colours in place of VQ codes."""
+"""Token stores of the real emoji pairs: SentencePiece text, images as 8 x 8 cells of 27 colours for codes."""
 
 from __future__ import annotations
 
