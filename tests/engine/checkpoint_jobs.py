@@ -1,4 +1,4 @@
-"""Runs of the toy model on real ranks for the tests of checkpoints; their state in full, by DeepSpeed's own accessors."""
+"""Runs of the toy model on real ranks for tests of checkpoints; their state in full, by DeepSpeed's own accessors."""
 
 from __future__ import annotations
 
@@ -119,6 +119,7 @@ def run_on_rank(rank: int, job: Job) -> Outcome:
             losses.append(result.loss_sums["loss"])
             norms.append(result.grad_norm)
     assert engine.skipped_steps == (3 if job.load or job.save else 0)
+    assert engine.steps == job.stop
     return Outcome(losses, norms, state, at_save, account(engine, MOMENTS[job.optimizer] if job.stop else ()))
 
 

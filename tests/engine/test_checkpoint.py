@@ -1,4 +1,4 @@
-"""Checkpoints of real ZeRO engines on real ranks: exact at any layout, complete or absent, and never of a wrong model."""
+"""Checkpoints of real ZeRO engines on real ranks: exact at any layout, complete or absent, never of a wrong model."""
 
 import itertools
 import json
@@ -22,9 +22,9 @@ from tests.engine.checkpoint_jobs import Job, attempt, build, run, run_on_rank
 from tests.engine.toy import TOP_K
 
 LAYOUTS = [  # world, expert, stage
-    (1, 1, 1), (1, 1, 3), (2, 1, 2), (2, 2, 1), (2, 2, 2), (2, 2, 3), (4, 2, 1), (4, 2, 3), (4, 4, 2),
+    (1, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 3), (4, 2, 1), (4, 4, 2), (4, 2, 3),
 ]  # fmt: skip
-SMALL = [layout for layout in LAYOUTS if layout[0] <= 2]
+SMALL = LAYOUTS[:4]
 
 
 def assert_same(left, right):
@@ -51,8 +51,7 @@ def copied(saved, tmp_path):
     return folder, replace(job.resumed(stop=3), load=str(folder))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("stage, optimizer", [(1, "AdamW"), (2, "AdamW"), (3, "AdamW"), (1, "SGD")])
 def test_resume_is_bitwise_the_uninterrupted_run(stage, optimizer, tmp_path):
     job = Job(stage=stage, optimizer=optimizer, threads=2, stop=6, save=str(tmp_path / "step_00000003"), save_at=3)
     whole, rest = run(job), run(job.resumed())
@@ -116,13 +115,12 @@ def _hold(rank, job):
 
 
 def test_some_rank_holds_nothing_of_a_parameter():
-    for stage in (1, 3):
-        held = run_ranks(_hold, 2, Job(stage=stage))
-        assert any("master/output.weight" in names for names in held)
-        experts = [{name for name in names if "experts" in name} for names in held]
-        assert experts[0] and experts[1] and not experts[0] & experts[1]
-    held = run_ranks(_hold, 2, Job(stage=1))
-    assert sum("master/output.bias" in names for names in held) == 1
+    held = run_ranks(_hold, 2, Job(expert=1))
+    assert sum("master/gain" in names for names in held) == 1
+    assert all("frozen/tilt" in names for names in held)
+    held = run_ranks(_hold, 2, Job(expert=2, stage=3))
+    experts = [{name for name in names if "experts" in name} for names in held]
+    assert experts[0] and experts[1] and not experts[0] & experts[1]
 
 
 def read(folder):
@@ -221,9 +219,7 @@ def test_another_model_is_named(saved):
     for sentence in run_ranks(attempt, 2, job.resumed(gain=4)):
         assert "its 'master/gain' is F32[3], the model's is F32[4]" in sentence
     for sentence in run_ranks(attempt, 2, job.resumed(optimizer="SGD")):
-        assert (
-            "holds the optimizer moments ['exp_avg', 'exp_avg_sq'], this run's optimizer keeps ['momentum" in sentence
-        )
+        assert "holds the optimizer moments ['exp_avg', 'exp_avg_sq'], this run's optimizer keeps ['mom" in sentence
 
 
 def _save_with_a_small_disk(rank, job):

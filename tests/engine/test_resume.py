@@ -102,7 +102,7 @@ def test_keys_that_may_not(override, key):
 
 def test_many_changes_are_counted():
     overrides = ["seed=1", "data.lanes=4", "train.steps=9", "model.num_layers=2", "model.num_heads=2"]
-    with pytest.raises(UserError, match="and 2 more$"):
+    with pytest.raises(UserError, match=r"and 2 more$"):
         check_resumable(recipe().model_dump(mode="json"), recipe(*overrides))
 
 
