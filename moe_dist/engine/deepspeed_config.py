@@ -1,7 +1,7 @@
-"""The `deepspeed` section of a recipe: the keys of DeepSpeed that a run may set, checked strictly, and their translation.
+"""The `deepspeed` section of a recipe: the keys of DeepSpeed that a run may set, checked strictly, and translated.
 
-DeepSpeed accepts misspelt keys in silence (`gradient_cliping: 0.3` trains with 1.0), so this is an allow-list, of what the
-exactness tests cover. No DeepSpeed import: a recipe is checked in milliseconds.
+DeepSpeed accepts misspelt keys in silence (`gradient_cliping: 0.3` trains with 1.0), so this is an allow-list, of what
+the exactness tests cover. No DeepSpeed import: a recipe is checked in milliseconds.
 """
 
 from __future__ import annotations

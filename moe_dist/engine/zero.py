@@ -3,7 +3,7 @@
 The only file that imports DeepSpeed, which hands expert groups to ZeRO for its own MoE classes only: a thin subclass of
 its engine does it for ours, over the groups of our layout.
 
-What a step is: the gradient of sum(loss) / count(predictions that count), both over all ranks and micro-batches, clipped
+A step follows the gradient of sum(loss) / count(predictions that count), both over all ranks and micro-batches, clipped
 by the norm over all parameters, each expert counted once. DeepSpeed averages gradients over all ranks, also those of
 experts (which the all-to-all has already summed over the expert-parallel ranks): so every rank's sum is scaled by
 world / count, and nothing else.
@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.ops import __compatible_ops__ as compatible_ops
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine
 from deepspeed.runtime.utils import register_output_backward_hooks
@@ -168,7 +167,7 @@ class Engine:
             self._zero.train()
 
     def _collect(self, micro_batches: Iterable[Batch]) -> tuple[list[Batch], dict[str, int]]:
-        """This rank's micro-batches, and the counts over all ranks: one all-reduce, which tells of a failed rank too."""
+        """This rank's micro-batches, and the counts over all ranks: one all-reduce, which tells of a failed rank."""
         problem: Exception | None = None
         batches: list[Batch] = []
         try:
@@ -196,7 +195,7 @@ class Engine:
         return dict(zip(names, total.tolist()))
 
     def _stop_or_go_on(self, loss_sums: dict[str, float]) -> None:
-        """Apply train.non_finite to a step that DeepSpeed skipped. All ranks hold the same figures: all decide alike."""
+        """Apply train.non_finite to a step that DeepSpeed skipped; all ranks hold the same figures and decide alike."""
         terms = [f"loss term '{name}'" for name, value in loss_sums.items() if not math.isfinite(value)]
         problem = f"step {self.steps}: the {' and '.join(terms) or 'gradient norm'} is not finite"
         if self._train.non_finite == "stop":
