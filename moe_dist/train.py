@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.batch import MODALITIES, Batch
-from moe_dist.config import Config, load_config
+from moe_dist.config import Config, DataConfig, load_config
 from moe_dist.data.heldout import heldout_batches
 from moe_dist.data.loader import Loader, make_loader
-from moe_dist.data.tokenized import open_corpus
+from moe_dist.data.shards import Split
+from moe_dist.data.tokenized import TokenStore, build_cache, load_vocabulary, open_store
+from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.engine import checkpoint
 from moe_dist.engine.deepspeed_config import check_section
 from moe_dist.engine.schedule import learning_rate
 from moe_dist.engine.state import TrainState, check_resumable
 from moe_dist.engine.zero import Engine, StepResult, init_distributed, make_engine
+from moe_dist.errors import UserError
 from moe_dist.evaluate.perplexity import evaluate
 from moe_dist.losses.objective import Objective
 from moe_dist.model.transformer import Transformer
@@ -32,7 +35,7 @@ from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.telemetry.sinks import Sinks
 from moe_dist.telemetry.throughput import model_flops
 
-
+SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
 def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -74,7 +77,7 @@ class Run:
     def build(cls, config: Config, layout: Layout, folder: RunFolder) -> Run:
         """Read the data, build the model and its engine, and continue from a checkpoint where there is one. Collective."""
         section = check_section(config.deepspeed)
-        vocabulary, store, held_out = open_corpus(config.data, layout)
+        vocabulary, store, held_out = open_data(config.data, layout)
         model = Transformer(config.model, vocabulary.size, layout, config.seed)
         engine = make_engine(model, config, layout, num_experts(model))
         resume_from = checkpoint.resolve_resume(config)
@@ -82,7 +85,8 @@ class Run:
         if resume_from is not None:
             state = TrainState.from_json(checkpoint.load(resume_from, engine, layout))
             check_resumable(state.config, config)
-            check_vocabulary(state.vocabulary, vocabulary, resume_from)
+            if state.vocabulary != vocabulary.fingerprint():
+                raise UserError(f"{resume_from} was trained with other tokenizers than {vocabulary.describe()}")
         with together():
             loader = make_loader(
                 store, vocabulary, config.data, seed=config.seed, dp_rank=layout.rank, dp=layout.world,
@@ -179,6 +183,17 @@ class Run:
             expert_groups=router.expert_groups,
             local_experts=make_placement(router.expert_groups, self.layout.expert).local_experts,
         )
+
+
+def open_data(data: DataConfig, layout: Layout) -> tuple[Vocabulary, TokenStore, TokenStore]:
+    """The vocabulary, and the tokens of the training and of the held-out documents, made where they are missing. Collective."""
+    with together():  # each rank tokenises its share of the shards
+        vocabulary = load_vocabulary(data)
+        for split in SPLITS:
+            build_cache(data, split, vocabulary, rank=layout.rank, world=layout.world, device=layout.device)
+    with together():
+        store, held_out = (open_store(data, split, vocabulary) for split in SPLITS)
+    return vocabulary, store, held_out
 
 
 class Reader:

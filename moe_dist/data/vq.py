@@ -1,7 +1,7 @@
-"""Our VQ image tokenizer: convolutional encoder, a library's vector quantizer, convolutional decoder (VQ-VAE, 1711.00937).
+"""Our VQ image tokenizer (VQ-VAE, arXiv 1711.00937): convolutional encoder and decoder around a library's quantizer.
 
-By default 64 x 64 pixels become 8 x 8 = 64 codes. Sized so that two CPU cores train it in minutes: a patch embedding, then
-residual blocks at 1/4 and 1/8 of the resolution only.
+By default 64 x 64 pixels become 8 x 8 = 64 codes. Sized so that two CPU cores train it in minutes: a patch embedding,
+then residual blocks at 1/4 and 1/8 of the resolution only.
 
 Shape suffixes: B images, H and W pixels, h and w latent rows and columns, n = h * w codes of an image, D code width.
 """
@@ -95,7 +95,7 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
-        """Codes [B, n] (int64, row by row) of images in [-1, 1]. Call in eval mode: the codebook then stays as it is."""
+        """Codes [B, n] (int64, row by row) of images in [-1, 1]. Call in eval mode: training moves the codebook."""
         return in_chunks(lambda x: self.quantizer(self.encoder(x))[1].flatten(1), pixels_B3HW, CHUNK)
 
     @torch.no_grad()
