@@ -40,9 +40,11 @@ from moe_dist.engine.fragments import (
 from moe_dist.engine.manifest import (
     FORMAT,
     PARTIAL,
+    STATE,
     checkpoint_path,
     newest_complete,
     prune,
+    read_state,
     resolve_resume,
     verify,
     write_manifest,
@@ -62,9 +64,7 @@ from moe_dist.errors import UserError
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.together import together
 
-__all__ = ["checkpoint_path", "load", "newest_complete", "prune", "resolve_resume", "save", "verify"]
-
-STATE = "state.json"
+__all__ = ["checkpoint_path", "load", "newest_complete", "prune", "read_state", "resolve_resume", "save", "verify"]
 
 
 def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]) -> None:

@@ -85,7 +85,7 @@ def test_keys_that_may_change(override):
         ("seed=1", "seed was 0 and is now 1"),
         ("model.num_layers=5", "model.num_layers was 4 and is now 5"),
         ("data.lanes=4", "data.lanes was 8 and is now 4"),
-        ("data.shards=other", 'data.shards was "data/emoji/shards" and is now "other"'),
+        ("data.sequence_length=8", "data.sequence_length was 256 and is now 8"),
         ("train.steps=999", "train.steps was 400 and is now 999"),
         ("train.global_batch_groups=16", "train.global_batch_groups was 8 and is now 16"),
         ("schedule.end_lr=0.5", "schedule.end_lr was 1e-05 and is now 0.5"),
