@@ -18,7 +18,8 @@ import numpy as np
 from moe_dist.batch import Batch
 from moe_dist.config import DataConfig, TrainConfig
 from moe_dist.data.lanes import Lanes, make_lanes
-from moe_dist.data.packing import SHORTEST_PIECE, Assembler, TokenStore, Vocabulary, collate
+from moe_dist.data.packing import SHORTEST_PIECE, Assembler, TokenStore, collate
+from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.errors import UserError
 
 State = dict[str, Any]  # JSON-able

@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from webdataset.tariterators import group_by_keys
 
-from moe_dist.data.strict_tar import tar_members
+from moe_dist.data.strict_tar import DAMAGE, explain, tar_members
 from moe_dist.errors import UserError
 
 
@@ -58,8 +57,8 @@ def _scan(shard: Path) -> ShardIndex:
         with shard.open("rb") as stream:
             names = [{"fname": name, "data": b"", "__url__": str(shard)} for name, _ in tar_members(stream)]
         count = sum(1 for _ in group_by_keys(names))
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"shard {shard} is corrupt or truncated: {error.args[0] if error.args else error}") from None
+    except DAMAGE as error:
+        raise UserError(f"shard {shard} is corrupt or truncated: {explain(error)}") from None
     if count == 0:
         raise UserError(f"shard {shard} holds no samples")
     return ShardIndex(count, shard.stat().st_size, _sha256(shard))

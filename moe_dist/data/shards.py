@@ -8,26 +8,27 @@ Users' own tars get their index on first use, from one strict pass that accepts 
 from __future__ import annotations
 
 import hashlib
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from webdataset import ShardWriter
-from webdataset.gopen import gopen
+from webdataset.gopen import gopen, set_options
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
 from moe_dist.data.samples import MAX_MEGAPIXELS, BadSample, RawSample, SampleReport, decode_sample
 from moe_dist.data.shard_index import local_path, verify_shard
-from moe_dist.data.strict_tar import tar_members
+from moe_dist.data.strict_tar import DAMAGE, explain, tar_members
 from moe_dist.errors import UserError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 HELD_OUT = 0.05  # fraction of the keys in each of validation and test
 SAMPLES_PER_SHARD = 256
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+SIGPIPE_STATUS = [0, 23, 141, -13]  # how curl, a shell and a command end when the reader stops early
 
 
 def split_of(key: str) -> Split:
@@ -131,7 +132,8 @@ def _resolve_folder(folder: Path, split: Split, flat_split: Split | None) -> lis
 
 
 def _tars(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.tar"))
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sorted(file for file in files if file.name.endswith(TAR_SUFFIXES) and not file.name.startswith("."))
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -170,6 +172,7 @@ def iterate(
 def _groups(url: str) -> Iterator[dict[str, Any]]:
     try:
         with gopen(url) as stream:
+            set_options(stream, ignore_status=SIGPIPE_STATUS)
             yield from group_by_keys({"fname": n, "data": d, "__url__": url} for n, d in tar_members(stream))
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise UserError(f"cannot read shard {url}: {error.args[0] if error.args else error}") from None
+    except DAMAGE as error:
+        raise UserError(f"cannot read shard {url}: {explain(error)}") from None

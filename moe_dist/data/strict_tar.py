@@ -10,6 +10,13 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO
 
+DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError)  # ValueError: webdataset's, two members of the same name
+
+
+def explain(error: BaseException) -> str:
+    """The message of one of DAMAGE; webdataset appends streams and URLs to an exception's arguments."""
+    return str(error) if isinstance(error, OSError) or not error.args else str(error.args[0])
+
 
 class _StrictTarInfo(tarfile.TarInfo):
     @classmethod
@@ -23,7 +30,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def tar_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) of each regular file. Raises TarError, EOFError or OSError if the tar is damaged."""
+    """Yield (name, content) of each regular file. Raises one of DAMAGE if the tar is damaged."""
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
         for member in tar:
             if member.isreg():

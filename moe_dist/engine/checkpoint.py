@@ -3,7 +3,7 @@
 RUN/checkpoints/step_XXXXXXXX/
     rank_RRRRR.safetensors   fragments of logical tensors (see fragments.py), each written by one rank
     index.json               logical tensors: dtype, shape, and which piece lies in which file
-    state.json               the trainer's state, the optimizer's step, and the layout that wrote it (for information)
+    state.json               the trainer's state, the optimizer's and the engine's counters, and who wrote it
     manifest.json            size and SHA-256 of the files above, written last
 
 A checkpoint is written to step_XXXXXXXX.tmp and renamed once every rank's file is on the disk. Nothing is pickled.
@@ -80,6 +80,7 @@ def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]
         "format": FORMAT,
         "state": merge_states(_gather(state)),
         "optimizer": optimizer_scalars(engine),
+        "engine": {"steps": engine.steps, "skipped_steps": engine.skipped_steps},
         "written_by": {
             "world": layout.world, "expert": layout.expert, "zero_stage": engine.zero_stage,
             "torch": torch.__version__, "threads": torch.get_num_threads(),
@@ -111,8 +112,8 @@ def load(path: str | Path, engine: Any, layout: Layout) -> dict[str, Any]:
     path = Path(path)
     with together():
         verify(path, share=layout.rank, shares=layout.world)
-        header = json.loads((path / STATE).read_text())
-        metadata = read_index(path)
+    header = json.loads((path / STATE).read_text())  # nothing is read before every rank's share is found undamaged
+    metadata = read_index(path)
     stored_moments = {_kind(name) for name in metadata.state_dict_metadata} - {MASTER, FROZEN, BUFFER}
     reset_optimizer(engine, with_moments=bool(stored_moments))
     wanted = fragments(engine)
@@ -125,6 +126,7 @@ def load(path: str | Path, engine: Any, layout: Layout) -> dict[str, Any]:
         dcp.load({}, storage_reader=ShardReader(path, metadata), planner=FragmentLoadPlanner(wanted))
     set_optimizer_scalars(engine, header["optimizer"])
     refresh_working_parameters(engine)
+    engine.steps, engine.skipped_steps = header["engine"]["steps"], header["engine"]["skipped_steps"]
     return header["state"]
 
 

@@ -1,7 +1,7 @@
-"""The `deepspeed` section of a recipe: which of DeepSpeed's keys a run may set, checked strictly, and their translation.
+"""The `deepspeed` section of a recipe: the keys of DeepSpeed that a run may set, checked strictly, and translated.
 
-DeepSpeed accepts misspelt keys in silence (`gradient_cliping: 0.3` trains with 1.0), so this is an allow-list: what is here
-is what the exactness tests cover. No DeepSpeed import: a recipe is checked in milliseconds.
+DeepSpeed accepts misspelt keys in silence (`gradient_cliping: 0.3` trains with 1.0), so this is an allow-list, of what
+the exactness tests cover. No DeepSpeed import: a recipe is checked in milliseconds.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class DeepSpeedSection(Strict):
 
 
 def check_section(raw: dict[str, Any]) -> DeepSpeedSection:
-    """Validate `deepspeed` of a recipe. Raises UserError naming the key, and the key of ours where we own the matter."""
+    """Validate `deepspeed` of a recipe. Raises UserError naming the key, and our key where we own the matter."""
     for key, advice in OWNED.items():
         if key in raw:
             raise UserError(f"key 'deepspeed.{key}' is not taken from the deepspeed section: {advice}")
@@ -125,7 +125,8 @@ def check_section(raw: dict[str, Any]) -> DeepSpeedSection:
                 raise UserError(f"key 'deepspeed.zero_optimization.{key}' is refused: {reason}")
         if zero.get("stage") == 0:
             raise UserError(
-                "key 'deepspeed.zero_optimization.stage': stage 0 has no true global gradient norm with experts; choose 1, 2 or 3"
+                "key 'deepspeed.zero_optimization.stage': stage 0 has no true global gradient norm with experts; "
+                "choose 1, 2 or 3"
             )
     section = validate(DeepSpeedSection, raw, "recipe", prefix="deepspeed")
     if section.zero_optimization.offload_param is not None and section.zero_optimization.stage != 3:
@@ -134,7 +135,7 @@ def check_section(raw: dict[str, Any]) -> DeepSpeedSection:
 
 
 def accumulation_steps(train: TrainConfig, dp: int) -> int:
-    """Micro-batches of one rank in one optimizer step: global_batch_groups / (dp * micro_batch_groups). Raises UserError."""
+    """Micro-batches of a rank in a step: global_batch_groups / (dp * micro_batch_groups). Raises UserError."""
     per_pass = dp * train.micro_batch_groups
     if train.global_batch_groups % per_pass:
         raise UserError(
@@ -157,6 +158,6 @@ def to_deepspeed(section: DeepSpeedSection, *, accumulation: int, num_parameters
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "zero_allow_untested_optimizer": True,  # SGD: tested here
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused CPU Adam serves offloading, without compiling an extension
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused Adam serves offloading, nothing to compile
         "steps_per_print": None,
     }

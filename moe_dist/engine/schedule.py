@@ -13,8 +13,8 @@ from moe_dist.config import ScheduleConfig
 def learning_rate(step: int, *, config: ScheduleConfig, peak: float, steps: int) -> float:
     """Learning rate of optimizer step `step` (counted from 0) in a run whose horizon is `steps`.
 
-    The first `warmup_steps` steps climb in equal parts, peak/warmup_steps, 2 peak/warmup_steps, ..., peak: no step is wasted
-    at 0. The decay starts from the peak and reaches `end_lr` in the last step, `steps - 1`; beyond the horizon it stays there.
+    The first `warmup_steps` steps climb in equal parts to the peak; none is wasted at 0. The decay starts from the peak
+    and reaches `end_lr` in the last step, `steps - 1`; beyond the horizon it stays there.
     """
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps

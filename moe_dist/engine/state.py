@@ -40,7 +40,6 @@ class TrainState:
 
     step: int  # optimizer steps done: the schedule's position
     tokens: int  # trained on so far, over all ranks
-    skipped: int  # steps skipped because of a non-finite loss or gradient
     loader: dict[str, Any]
     config: dict[str, Any]  # the resolved recipe, seed included
     vocabulary: str  # fingerprint

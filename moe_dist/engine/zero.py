@@ -1,11 +1,12 @@
-"""One optimizer step over all ranks: DeepSpeed ZeRO 1, 2, 3 with expert parallelism, an exact loss and a true global norm.
+"""One optimizer step over all ranks: DeepSpeed ZeRO 1, 2, 3 with experts, an exact loss and a true global norm.
 
-The only file that imports DeepSpeed. DeepSpeed hands expert groups to ZeRO for its own MoE classes only; a thin subclass
-of its engine does it for ours, over the groups of our layout.
+The only file that imports DeepSpeed, which hands expert groups to ZeRO for its own MoE classes only: a thin subclass of
+its engine does it for ours, over the groups of our layout.
 
-What a step is: the gradient of sum(loss over valid tokens of all ranks and micro-batches) / count(those tokens), clipped by
-the norm over all parameters, each expert counted once. DeepSpeed averages over ranks, expert gradients (already summed over
-the expert-parallel ranks by the all-to-all) included, so each rank's sum is scaled by world / count and nothing else.
+A step follows the gradient of sum(loss) / count(predictions that count), both over all ranks and micro-batches, clipped
+by the norm over all parameters, each expert counted once. DeepSpeed averages gradients over all ranks, also those of
+experts (which the all-to-all has already summed over the expert-parallel ranks): so every rank's sum is scaled by
+world / count, and nothing else.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed import init_distributed as deepspeed_init_distributed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.config import DeepSpeedConfig
@@ -51,11 +52,13 @@ def init_distributed() -> torch.device:
     """Find this process's place (see parallel/launch.py), start torch.distributed, and return the rank's device."""
     # DeepSpeed calls collectives by names that torch has renamed, thousands of times.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    # It would compile a C++ extension for inference here, and wait for ever where a killed run has left a lock file.
+    deepspeed.ops.__compatible_ops__ = {}
     accelerator = get_accelerator()
     place = discover()
     place.export()
     accelerator.set_device(place.local_rank)
-    deepspeed_init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
     return torch.device(accelerator.current_device_name())
 
 
@@ -125,9 +128,9 @@ class Engine:
     def train_step(self, micro_batches: Iterable[Batch], objective: Any, lr: float) -> StepResult:
         """Accumulate over this rank's micro-batches and take one optimizer step at learning rate `lr`.
 
-        micro_batches may read data as it is iterated: what it raises on one rank is raised on all of them, before anything is
-        computed. A loss or gradient that is not finite on any rank leaves parameters and optimizer as they were on all ranks;
-        train.non_finite then decides whether the run stops (UserError) or goes on.
+        micro_batches may read data as it is iterated: what it raises on one rank is raised on all of them, before
+        anything is computed. A loss or gradient that is not finite on any rank leaves parameters and optimizer as they
+        were on all ranks; train.non_finite then decides whether the run stops (UserError) or goes on.
         """
         batches, counts = self._collect(micro_batches)
         for group in self.optimizer.param_groups:
@@ -164,7 +167,7 @@ class Engine:
             self._zero.train()
 
     def _collect(self, micro_batches: Iterable[Batch]) -> tuple[list[Batch], dict[str, int]]:
-        """This rank's micro-batches, and the counts over all ranks: one small all-reduce, which also tells of a failed rank."""
+        """This rank's micro-batches, and the counts over all ranks: one all-reduce, which tells of a failed rank."""
         problem: Exception | None = None
         batches: list[Batch] = []
         try:
@@ -192,7 +195,7 @@ class Engine:
         return dict(zip(names, total.tolist()))
 
     def _stop_or_go_on(self, loss_sums: dict[str, float]) -> None:
-        """Apply train.non_finite to a step that DeepSpeed skipped: the figures are the same on every rank, so all decide alike."""
+        """Apply train.non_finite to a step that DeepSpeed skipped; all ranks hold the same figures and decide alike."""
         terms = [f"loss term '{name}'" for name, value in loss_sums.items() if not math.isfinite(value)]
         problem = f"step {self.steps}: the {' and '.join(terms) or 'gradient norm'} is not finite"
         if self._train.non_finite == "stop":
@@ -229,7 +232,7 @@ class _ZeroEngine(DeepSpeedEngine):
         return ZERO_OPTIMIZATION
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed prepares the backward pass from hooks on the tensors that the model returns; ours are inside a record.
+        # DeepSpeed prepares it from hooks on the tensors that a model returns; ours returns them inside a record.
         register_output_backward_hooks(loss, self._backward_prologue)
         super().backward(loss, scale_wrt_gas=False)
 
@@ -277,7 +280,7 @@ def _mark_experts(model: nn.Module, layout: Layout) -> None:
 
 
 def _poison(loss: Tensor) -> Tensor:
-    """A loss that is not finite gets gradients that are not: then the norm, which all ranks share, makes them all skip."""
+    """Give a loss that is not finite gradients that are not: the norm, which all ranks share, makes them all skip."""
     return loss * (loss.detach() * 0.0 + 1.0)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moe_dist.batch import MODALITIES, Batch
@@ -51,10 +52,11 @@ class Objective:
     )
 
     def __call__(self, output: ModelOutput, batch: Batch) -> ObjectiveOutput:
-        total: Tensor | float = 0.0
+        losses: list[Tensor] = []
         reported: dict[str, Tensor] = {}
         for weight, term in self.terms.values():
             loss, parts = term(output, batch)
-            total = total + weight * loss
+            losses.append(weight * loss)
             reported |= parts
+        total = torch.stack(losses).sum()
         return ObjectiveOutput(total, {"loss": total.detach(), **reported})

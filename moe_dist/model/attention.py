@@ -38,7 +38,7 @@ def locate_documents(lengths: Sequence[int], *, device: torch.device, dtype: tor
 
 @dataclass(frozen=True, slots=True)
 class BucketedDocuments:
-    """Documents of like length are padded to one length and attended as one dense batch. Runs on every device and dtype.
+    """Documents of like length are padded to one length and attended as one dense batch. On any device, in any dtype.
 
     How far a document is padded depends on its length alone, not on its neighbours. Padding repeats the document's last
     token: it lies after all real tokens, so no real query sees it, and its own output is dropped (zero gradient).
@@ -95,7 +95,9 @@ class VarlenDocuments:
 
     def attend(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
         ends, longest = self.ends, self.longest
-        return varlen_attn(query_THd, key_THd, value_THd, ends, ends, longest, longest, window_size=(-1, 0))
+        output = varlen_attn(query_THd, key_THd, value_THd, ends, ends, longest, longest, window_size=(-1, 0))
+        assert isinstance(output, Tensor)  # it returns a tuple only when asked for more
+        return output
 
 
 def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:

@@ -21,9 +21,7 @@ from moe_dist.parallel.layout import Layout
 class SwiGLU(nn.Module):
     """y = (silu(x W_gate) * (x W_up)) W_down, without biases (Shazeer, arXiv 2002.05202, eq. 6)."""
 
-    def __init__(
-        self, hidden_size: int, ffn_size: int, *, seed: int, name: str, init_std: float, output_std: float
-    ):
+    def __init__(self, hidden_size: int, ffn_size: int, *, seed: int, name: str, init_std: float, output_std: float):
         """`name` is the global prefix of the parameters."""
         super().__init__()
         self.gate_up = nn.Linear(hidden_size, 2 * ffn_size, bias=False)
@@ -38,7 +36,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block. swin: h = x + norm(attn(x)), out = h + norm(ffn(h)) (Chameleon, arXiv 2405.09818; MoMa, sec. 2).
+    """Residual block. swin: h = x + norm(attn(x)), out = h + norm(ffn(h)) (Chameleon, arXiv 2405.09818; MoMa).
     pre: h = x + attn(norm(x)), out = h + ffn(norm(h))."""
 
     def __init__(self, config: ModelConfig, *, layer: int, seed: int, layout: Layout):

@@ -19,7 +19,7 @@ from moe_dist.config import ModelConfig
 from moe_dist.model.attention import Documents
 from moe_dist.moe.random import seeded_normal_
 
-with warnings.catch_warnings():  # megatron warns four times that Transformer Engine, which nothing here uses, is missing
+with warnings.catch_warnings():  # four times, about packages that nothing here uses
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -49,7 +49,7 @@ class Linear(nn.Linear):
 
 
 class HeadNorm(nn.LayerNorm):
-    """LayerNorm over one head of a query or key, before the rotary embedding (Chameleon, arXiv 2405.09818, sec. 2.3)."""
+    """LayerNorm over one head of a query or key, before the rotary embedding (Chameleon, arXiv 2405.09818)."""
 
     def __init__(self, *, hidden_size: int, config: TransformerConfig, eps: float):
         super().__init__(hidden_size, eps=eps)

@@ -27,7 +27,7 @@ class ModelOutput:
 
 
 class Transformer(nn.Module):
-    """MoMa's base model (arXiv 2407.21770, sec. 2), after Chameleon. Output weights are not tied to the embedding.
+    """MoMa's base model (arXiv 2407.21770), after Chameleon. Output weights are not tied to the embedding.
 
     Every parameter is drawn by (seed, its name, its global expert), so the weights do not depend on the layout. Built
     under `torch.device("meta")` it allocates nothing.
@@ -47,7 +47,7 @@ class Transformer(nn.Module):
 
     @property
     def causal_routing(self) -> bool:
-        """False where a token's experts depend on later tokens (expert choice): its losses are then not causal either."""
+        """False where a token's experts depend on later tokens (expert choice); then its losses are not causal."""
         return all(block.ffn.router.causal for block in self.layers if isinstance(block.ffn, MoELayer))
 
     def forward(self, tokens_T: Tensor, info: TokenInfo) -> ModelOutput:

@@ -83,11 +83,11 @@ class AllToAllDispatcher:
 
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Receipt]:
         sent_re, received_re = self.split_sizes(self._exchange_counts(plan.counts_E))
-        send_order = _SendOrder(self.placement.order, sent_re)
-        token_ids_N = send_order(plan.token_ids_N)
+        token_ids_N = _by_rank(plan.token_ids_N, self.placement.order, sent_re)
+        weights_N = _by_rank(plan.weights_N, self.placement.order, sent_re)
         send, recv = _totals(sent_re), _totals(received_re)
         rows_RD = all_to_all_rows(x_TD.index_select(0, token_ids_N), send, recv, self.group)
-        weights_R = all_to_all_rows(send_order(plan.weights_N), send, recv, self.group)
+        weights_R = all_to_all_rows(weights_N, send, recv, self.group)
         receipt = Receipt(
             counts_e=tuple(sum(column) for column in zip(*received_re)),
             weights_R=_swap_blocks(weights_R, received_re),
@@ -114,21 +114,18 @@ class AllToAllDispatcher:
 
 
 def make_dispatcher(placement: Placement, layout: Layout) -> Dispatcher:
-    if layout.ep_group is None or placement.num_ranks == 1:
+    if placement.num_ranks == 1:
         return LocalDispatcher()
+    if layout.ep_group is None:
+        raise ValueError(f"experts spread over {placement.num_ranks} ranks need an expert-parallel process group")
     return AllToAllDispatcher(placement, layout.ep_group)
 
 
-class _SendOrder:
-    """Reorders assignments from expert order to rank-after-rank order."""
-
-    def __init__(self, order: Sequence[int], sent_re: list[list[int]]):
-        counts = dict(zip(order, (count for row in sent_re for count in row)))
-        self.order, self.counts_E = order, [counts[expert] for expert in range(len(order))]
-
-    def __call__(self, x_N: Tensor) -> Tensor:
-        pieces = x_N.split(self.counts_E)
-        return torch.cat([pieces[expert] for expert in self.order])
+def _by_rank(x_N: Tensor, order: Sequence[int], sent_re: list[list[int]]) -> Tensor:
+    """Put assignments sorted by expert in the order of the placement: rank after rank."""
+    counts = dict(zip(order, (count for row in sent_re for count in row)))
+    pieces = x_N.split([counts[expert] for expert in range(len(order))])
+    return torch.cat([pieces[expert] for expert in order])
 
 
 def _swap_blocks(x_R: Tensor, sizes: list[list[int]]) -> Tensor:

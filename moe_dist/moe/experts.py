@@ -55,11 +55,11 @@ class GroupedExperts(nn.Module):
             seeded_normal_(parameter, seed=seed, name=f"{name}.{key}", std=std)
 
     def forward(self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor) -> Tensor:
-        """y_RD in the dtype of the rows; the weights are multiplied in their own (float32) precision."""
+        """y_RD in the dtype of the rows, to which the (float32) weights are rounded before they multiply."""
         multiply = grouped_matmul if _has_grouped_kernel(rows_RD) else looped_matmul
         gate_RF, up_RF = multiply(rows_RD, self.gate_up, counts_e).chunk(2, dim=1)
         y_RD = multiply(F.silu(gate_RF) * up_RF, self.down, counts_e)
-        return (y_RD * weights_R[:, None]).to(rows_RD.dtype)
+        return y_RD * weights_R.to(y_RD.dtype)[:, None]
 
 
 def grouped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:

@@ -1,6 +1,6 @@
 """Who am I? Finds rank and world under the DeepSpeed launcher, torchrun, srun, mpiexec, or alone.
 
-One rule, first match wins: RANK and WORLD_SIZE in the environment (DeepSpeed's launcher, torchrun); Slurm's own variables
+The first that matches: RANK and WORLD_SIZE in the environment (DeepSpeed's launcher, torchrun); Slurm's own variables
 (srun); an MPI launcher's variables, then mpi4py (mpiexec, mpirun); a single process.
 """
 
@@ -41,7 +41,7 @@ class Place:
 
 
 def discover(environment: Mapping[str, str] = os.environ) -> Place:
-    """Find this process's place. Under MPI it is collective. Raises UserError where the environment contradicts itself."""
+    """Find this process's place. Collective under MPI. Raises UserError where the environment is incomplete."""
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _from_environment(environment)
     if _started_by_srun(environment):
@@ -87,7 +87,7 @@ def _from_environment(environment: Mapping[str, str]) -> Place:
 
 
 def _started_by_srun(environment: Mapping[str, str]) -> bool:
-    """Inside an allocation mpiexec inherits (or, over nodes, is itself started with) Slurm's variables: then MPI's differ."""
+    """Were Slurm's variables meant for this process? Below mpiexec they may be inherited: MPI's own then differ."""
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NUM_TASKS" not in environment:
         return False
     for rank, world in _MPI_VARIABLES:

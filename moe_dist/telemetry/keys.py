@@ -12,7 +12,7 @@ from moe_dist.batch import MODALITIES
 
 KEYS = {
     "step": "optimizer steps done",
-    "tokens": "valid tokens trained on so far, over all ranks",
+    "tokens": "predictions trained on so far, over all ranks",
     "causal": "false: routing looked at later tokens (expert choice), so no loss of this line is a likelihood",
     "loss": "training loss of the step",
     "loss/{modality}": "the same, of the predictions whose target has this modality",
@@ -26,7 +26,7 @@ KEYS = {
     "skipped_steps": "steps skipped so far because of a non-finite loss or gradient",
     "step_seconds": "wall-clock seconds of the step, waiting for data included",
     "data_wait_seconds": "seconds of the step spent waiting for data",
-    "tokens_per_second": "valid tokens a second, over all ranks",
+    "tokens_per_second": "predictions trained on a second, over all ranks",
     "model_flops_per_second": "floating-point operations of the model a second, over all ranks",
     "moe/{layer}/utilization": "list by expert: load over fair share (see telemetry/routing.py)",
     "moe/{layer}/experts_per_token/{modality}": "mean number of experts that a valid token reaches",

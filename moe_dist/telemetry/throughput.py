@@ -1,8 +1,8 @@
 """How much arithmetic a model does and how many parameters it has, by formula.
 
 Conventions: a multiply-add is 2 FLOPs; matrix products alone count (not norms, activations, softmax, nor the routers'
-small products, under 0.5 %); attention counts the pairs (query, earlier or same key) of each document, L (L + 1) / 2 for
-length L; the backward pass counts twice the forward; recomputed activations do not count.
+small products, under 0.5 %); attention counts the pairs (query, earlier or same key) of each document, L (L + 1) / 2 of
+them for length L; the backward pass counts twice the forward; recomputed activations do not count.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ def model_flops(
 ) -> int:
     """FLOPs of the forward and backward pass of one micro-batch.
 
-    `document_lengths` cover all its tokens. `ffn_rows`: for each layer, the number of (token, expert) assignments, which
-    are the tokens of this micro-batch whichever rank computes them; not given for a dense model (all tokens).
+    `document_lengths` cover all its tokens. `ffn_rows`: for each layer, the number of (token, expert) assignments of
+    this micro-batch, whichever rank computes them; not given for a dense model (all tokens).
     """
     lengths = list(document_lengths)
     tokens, width = sum(lengths), model.hidden_size

@@ -1,6 +1,7 @@
 """The schedule: its boundaries, its shape, and the single formula it is."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_peak_once_then_down_to_the_end(kind, warmup):
     assert rates[top] == 2.0
     assert rates[-1] == pytest.approx(0.25, abs=1e-15)
     falling = rates[top:]
-    assert all(a > b for a, b in zip(falling, falling[1:]))
+    assert all(a > b for a, b in pairwise(falling))
 
 
 def test_linear_halfway_and_cosine_quarter():

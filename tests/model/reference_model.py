@@ -60,9 +60,7 @@ def transformer(tokens, parameters, config):
         core = {k.removeprefix("attention.core."): v for k, v in own.items()}
 
         def attend(x, core=core):
-            return attention(
-                x, core, num_heads=config.num_heads, base=config.rope_base, epsilon=config.norm_epsilon
-            )
+            return attention(x, core, num_heads=config.num_heads, base=config.rope_base, epsilon=config.norm_epsilon)
 
         def feed(x, own=own):
             return swiglu(x, own["ffn.gate_up.weight"], own["ffn.down.weight"])

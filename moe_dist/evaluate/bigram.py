@@ -1,0 +1,152 @@
+"""A smoothed bigram model over the model's own token streams: the baseline that a trained model has to beat.
+
+Interpolated absolute discounting (Ney, Essen and Kneser 1994; Chen and Goodman 1999, eq. 15):
+  P(w|v) = max(c(v,w) - D, 0) / c(v) + f(v) B(w),   f(v) = what the discounts of v's successors free
+  B(w) = a c(w) / N + b k(w) / K + (1 - a - b) / V
+where k(w) counts the different predecessors of w (Kneser and Ney 1995), K is their sum and V the size of the
+vocabulary. Contexts of each modality have a model of their own. D, a and b are fitted on a tenth of the TRAINING
+documents kept out of the counts, then everything is counted; documents of equal text stay on one side, for a corpus
+that repeats its captions would otherwise hide how often the held-out split shows something new. D may exceed 1 for
+the same reason.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_dist.batch import MODALITIES, Batch
+from moe_dist.config import DataConfig
+from moe_dist.data.packing import Assembler, TokenStore
+from moe_dist.data.vocabulary import Vocabulary
+
+FITTING_PARTS = 10  # one part of so many is kept out of the counts while D, a and b are fitted
+DISCOUNTS = np.geomspace(0.1, 20, 28)
+
+
+@dataclass(frozen=True)
+class Bigrams:
+    """Pairs (context, next), of which a model is made or on which it is judged."""
+
+    context: np.ndarray
+    following: np.ndarray
+
+    @classmethod
+    def of(cls, documents: Sequence[np.ndarray]) -> Bigrams:
+        empty = np.zeros(0, dtype=np.int64)
+        return cls(
+            np.concatenate([empty, *(tokens[:-1] for tokens in documents)]),
+            np.concatenate([empty, *(tokens[1:] for tokens in documents)]),
+        )
+
+    def where(self, chosen: np.ndarray) -> Bigrams:
+        return Bigrams(self.context[chosen], self.following[chosen])
+
+
+class Counts:
+    """Bigram counts over a vocabulary of `size` ids, and the lower orders B mixes."""
+
+    def __init__(self, bigrams: Bigrams, size: int):
+        self._size = size
+        self._keys, self._pairs = np.unique(bigrams.context * size + bigrams.following, return_counts=True)
+        self._totals = np.bincount(bigrams.context, minlength=size)
+        unigram = np.bincount(bigrams.following, minlength=size)
+        predecessors = np.bincount(self._keys % size, minlength=size)
+        self._lower = np.stack([counts / max(counts.sum(), 1) for counts in (unigram, predecessors, np.ones(size))])
+
+    def parts(self, bigrams: Bigrams, discount: float) -> np.ndarray:
+        """[4, n] summands of P for n bigrams: the discounted one, then f(v) times each unweighted lower order."""
+        freed = np.bincount(self._keys // self._size, np.minimum(self._pairs, discount), minlength=self._size)
+        total = self._totals[bigrams.context]
+        f = np.where(total > 0, freed[bigrams.context] / np.maximum(total, 1), 1.0)
+        count = self._lookup(bigrams.context * self._size + bigrams.following)
+        bigram = np.maximum(count - discount, 0) / np.maximum(total, 1)
+        return np.concatenate([bigram[None], f * self._lower[:, bigrams.following]])
+
+    def _lookup(self, keys: np.ndarray) -> np.ndarray:
+        if not len(self._keys):
+            return np.zeros(len(keys), dtype=np.int64)
+        at = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.where(self._keys[at] == keys, self._pairs[at], 0)
+
+
+@dataclass(frozen=True)
+class ContextModel:
+    """P(w|v) for the contexts v of one modality."""
+
+    counts: Counts
+    discount: float
+    weights: np.ndarray  # a, b, 1 - a - b
+
+    @classmethod
+    def fit(cls, counted: Bigrams, kept_out: Bigrams, everything: Bigrams, size: int) -> ContextModel:
+        counts = Counts(counted, size)
+        fits = {discount: fit_weights(counts.parts(kept_out, discount)) for discount in DISCOUNTS}
+        discount, (weights, _) = min(fits.items(), key=lambda item: item[1][1])
+        return cls(Counts(everything, size), float(discount), weights)
+
+    def probability(self, bigrams: Bigrams) -> np.ndarray:
+        parts = self.counts.parts(bigrams, self.discount)
+        return parts[0] + self.weights @ parts[1:]
+
+
+def fit_weights(parts: np.ndarray) -> tuple[np.ndarray, float]:
+    """Weights of the lower orders by expectation maximisation, and the mean loss they give in nats."""
+    weights = np.full(3, 1 / 3)
+    for _ in range(30):
+        joint = weights[:, None] * parts[1:]
+        expected = (joint / (parts[0] + joint.sum(0))).sum(1) + 1e-3  # never 0: an unseen id keeps a probability
+        weights = expected / expected.sum()
+    return weights, float(-np.log(parts[0] + weights @ parts[1:]).mean()) if parts.shape[1] else 0.0
+
+
+class Bigram:
+    """The whole model. `mean_losses(bigram.token_losses, batches, layout)` gives figures to hold evaluate's against."""
+
+    def __init__(self, models: Sequence[ContextModel], modality_of: np.ndarray):
+        self._models = models
+        self._modality_of = modality_of
+
+    @classmethod
+    def fit(cls, store: TokenStore, vocabulary: Vocabulary, data: DataConfig) -> Bigram:
+        """Count the training documents, assembled as the loader does in its first epoch but with every caption kept."""
+        assembler = Assembler(
+            store=store, vocabulary=vocabulary, seed=0, sequence_length=data.sequence_length,
+            image_first=data.image_first, caption_dropout=0.0,
+        )  # fmt: skip
+        documents = [assembler(0, i).tokens for i in range(len(store))]
+        aside = np.array([zlib.crc32(_content(store, i)) % FITTING_PARTS == 0 for i in range(len(store))])
+        counted, kept_out = (Bigrams.of([documents[i] for i in np.flatnonzero(part)]) for part in (~aside, aside))
+        modality_of = vocabulary.modality_of.numpy()
+        models = []
+        for modality in range(len(MODALITIES)):
+            parts = [b.where(modality_of[b.context] == modality) for b in (counted, kept_out, Bigrams.of(documents))]
+            models.append(ContextModel.fit(parts[0], parts[1], parts[2], len(modality_of)))
+        return cls(models, modality_of)
+
+    def log_probability(self, bigrams: Bigrams) -> np.ndarray:
+        """Natural logarithm of P(following | context), [n]."""
+        result = np.zeros(len(bigrams.context))
+        for modality, model in enumerate(self._models):
+            chosen = self._modality_of[bigrams.context] == modality
+            result[chosen] = np.log(model.probability(bigrams.where(chosen)))
+        return result
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Loss of each of the T predictions in nats, 0 where the loss mask leaves a token out."""
+        losses_T = torch.zeros(batch.tokens_T.shape, dtype=torch.float64)
+        mask_T = batch.loss_mask_T.cpu()
+        bigrams = Bigrams(batch.tokens_T.cpu()[mask_T].numpy(), batch.targets_T.cpu()[mask_T].numpy())
+        losses_T[mask_T] = torch.from_numpy(-self.log_probability(bigrams))
+        return losses_T.to(batch.tokens_T.device)
+
+
+def _content(store: TokenStore, index: int) -> bytes:
+    document = store.document(index)
+    ids = document.text if len(document.text) or document.image is None else document.image
+    return np.ascontiguousarray(ids).tobytes()

@@ -1,0 +1,225 @@
+"""Builds the parts of a run from its recipe, then trains. The only module that sees all the others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_dist.batch import MODALITIES, Batch
+from moe_dist.config import Config, DataConfig, load_config
+from moe_dist.data.heldout import heldout_batches
+from moe_dist.data.loader import Loader, make_loader
+from moe_dist.data.shards import Split
+from moe_dist.data.tokenized import TokenStore, build_cache, load_vocabulary, open_store
+from moe_dist.data.vocabulary import Vocabulary
+from moe_dist.engine import checkpoint
+from moe_dist.engine.deepspeed_config import check_section
+from moe_dist.engine.schedule import learning_rate
+from moe_dist.engine.state import TrainState, check_resumable
+from moe_dist.engine.zero import Engine, StepResult, init_distributed, make_engine
+from moe_dist.errors import UserError
+from moe_dist.evaluate.perplexity import evaluate
+from moe_dist.losses.objective import Objective
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.placement import make_placement
+from moe_dist.parallel.layout import Layout, make_layout
+from moe_dist.parallel.together import together
+from moe_dist.telemetry.progress import Progress
+from moe_dist.telemetry.report import write_report
+from moe_dist.telemetry.routing import routing_counts, routing_metrics
+from moe_dist.telemetry.run_folder import RunFolder
+from moe_dist.telemetry.sinks import Sinks
+from moe_dist.telemetry.throughput import model_flops
+
+SPLITS: tuple[Split, Split] = ("train", "validation")
+
+
+def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Train a recipe to train.steps, or to train.stop_after. Every rank calls it; a UserError is raised on every rank.
+
+    RUN/status.json says how it ended: done, stopped (there is more to train), or failed with the reason.
+    """
+    config = load_config(path, overrides)
+    check_section(config.deepspeed)
+    layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+    folder = RunFolder(Path(config.run.dir))
+    run = None
+    try:
+        run = Run.build(config, layout, folder)
+        run.loop()
+    except BaseException as error:
+        if layout.is_main and folder.status.exists():
+            folder.write_status("failed", run.step if run else 0, str(error) or type(error).__name__)
+        raise
+
+
+@dataclass(kw_only=True)
+class Run:
+    """The parts of a run, and how far it has come."""
+
+    config: Config
+    layout: Layout
+    folder: RunFolder
+    vocabulary: Vocabulary
+    engine: Engine
+    loader: Loader
+    held_out: TokenStore
+    loader_state: dict[str, Any]
+    peak_lr: float
+    step: int = 0  # optimizer steps done
+    tokens: int = 0  # valid tokens trained on, over all ranks
+
+    @classmethod
+    def build(cls, config: Config, layout: Layout, folder: RunFolder) -> Run:
+        """Read the data, build the model and its engine, and continue from a checkpoint where there is one. Collective."""
+        section = check_section(config.deepspeed)
+        vocabulary, store, held_out = open_data(config.data, layout)
+        model = Transformer(config.model, vocabulary.size, layout, config.seed)
+        engine = make_engine(model, config, layout, num_experts(model))
+        resume_from = checkpoint.resolve_resume(config)
+        state = None
+        if resume_from is not None:
+            state = TrainState.from_json(checkpoint.load(resume_from, engine, layout))
+            check_resumable(state.config, config)
+            if state.vocabulary != vocabulary.fingerprint():
+                raise UserError(f"{resume_from} was trained with other tokenizers than {vocabulary.describe()}")
+        with together():
+            loader = make_loader(
+                store, vocabulary, config.data, seed=config.seed, dp_rank=layout.rank, dp=layout.world,
+                batch_groups=config.train.micro_batch_groups, state=state.loader if state else None,
+            )  # fmt: skip
+        return cls(
+            config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
+            held_out=held_out, loader_state=state.loader if state else {},
+            peak_lr=section.optimizer.params.lr, step=state.step if state else 0, tokens=state.tokens if state else 0,
+        )  # fmt: skip
+
+    def loop(self) -> None:
+        """Train, evaluate and save until the last step."""
+        train, main, causal = self.config.train, self.layout.is_main, self.engine.module.causal_routing
+        last = min(train.steps, train.stop_after or train.steps)
+        with together():
+            if main:
+                self.folder.open(self.config, step=self.step)
+        sinks = Sinks(self.folder, self.config, is_main=main, causal=causal, step=self.step)
+        with Progress(last, step=self.step, is_main=main, causal=causal) as progress:
+            while self.step < last:
+                metrics = self.train_step()
+                if _due(self.step, self.config.eval.every, last):
+                    metrics |= self.evaluate()
+                if self.step % self.config.telemetry.every == 0 or self.step == last or "eval/loss" in metrics:
+                    sinks.log(self.step, metrics)
+                progress.update(self.step, metrics)
+                if _due(self.step, self.config.checkpoint.every, last) or self.step == last:
+                    self.save()
+        sinks.close()
+        if main:
+            write_report(self.folder.path)
+            self.folder.write_status("done" if self.step >= train.steps else "stopped", self.step)
+
+    def train_step(self) -> dict[str, Any]:
+        """Take one optimizer step; the metrics of telemetry/keys.py. Collective."""
+        started = time.perf_counter()
+        config, reader = self.config, Reader(self.loader)
+        lr = learning_rate(
+            self.step, config=config.schedule, peak=self.peak_lr, steps=config.train.steps
+        )
+        result = self.engine.train_step(reader.read(self.engine.accumulation), Objective(), lr)
+        self.loader_state = reader.state
+        self.step += 1
+        self.tokens += result.counts["tokens"]
+        seconds = time.perf_counter() - started
+        metrics = {
+            "tokens": self.tokens,
+            **losses(result),
+            "lr": lr,
+            "grad_norm": result.grad_norm,
+            "skipped_steps": self.engine.skipped_steps,
+            "step_seconds": seconds,
+            "data_wait_seconds": reader.seconds,
+            "tokens_per_second": result.counts["tokens"] / seconds,
+            # Every rank works on equally many tokens, so this rank's last micro-batch stands for all.
+            "model_flops_per_second": self._flops(reader.batch, result) * self.engine.accumulation * self.layout.world / seconds,
+        }
+        if result.records and self.step % config.telemetry.every == 0:
+            metrics |= self._routing(reader.batch, result)
+        return metrics
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss, with the routing of training. Collective."""
+        batches = heldout_batches(
+            self.held_out, self.vocabulary, self.config.data, groups=self.config.eval.groups,
+            dp_rank=self.layout.rank, dp=self.layout.world, batch_groups=self.config.train.micro_batch_groups,
+        )  # fmt: skip
+        return evaluate(self.engine.eval_forward, batches, self.layout)
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment and remove those that are too old. Collective."""
+        state = TrainState(
+            step=self.step, tokens=self.tokens, loader=self.loader_state,
+            config=self.config.model_dump(mode="json"), vocabulary=self.vocabulary.fingerprint(),
+        )  # fmt: skip
+        path = checkpoint.checkpoint_path(self.folder.path, self.step)
+        checkpoint.save(path, self.engine, self.layout, state=state.to_json())
+        if self.layout.is_main:
+            checkpoint.prune(self.folder.path, self.config.checkpoint.keep)
+
+    def _flops(self, batch: Batch, result: StepResult) -> int:
+        rows = [record.plan.token_ids_N.numel() for record in result.records] or None
+        lengths = batch.info.document_lengths
+        return model_flops(
+            self.config.model, vocab_size=self.vocabulary.size, document_lengths=lengths, ffn_rows=rows
+        )
+
+    def _routing(self, batch: Batch, result: StepResult) -> dict[str, Any]:
+        router = next(module.router for module in self.engine.module.modules() if isinstance(module, MoELayer))
+        return routing_metrics(
+            routing_counts(result.records, batch.info.to(self.layout.device), self.layout),
+            self.layout,
+            expert_groups=router.expert_groups,
+            local_experts=make_placement(router.expert_groups, self.layout.expert).local_experts,
+        )
+
+
+def open_data(data: DataConfig, layout: Layout) -> tuple[Vocabulary, TokenStore, TokenStore]:
+    """The vocabulary, and the tokens of the training and of the held-out documents, made where they are missing. Collective."""
+    with together():  # each rank tokenises its share of the shards
+        vocabulary = load_vocabulary(data)
+        for split in SPLITS:
+            build_cache(data, split, vocabulary, rank=layout.rank, world=layout.world, device=layout.device)
+    with together():
+        store, held_out = (open_store(data, split, vocabulary) for split in SPLITS)
+    return vocabulary, store, held_out
+
+
+class Reader:
+    """Reads one step's micro-batches; keeps the last one, its loader state, and the seconds spent waiting."""
+
+    def __init__(self, loader: Loader):
+        self.loader, self.seconds = loader, 0.0
+
+    def read(self, count: int) -> Iterator[Batch]:
+        for _ in range(count):
+            started = time.perf_counter()
+            self.batch, self.state = next(self.loader)
+            self.seconds += time.perf_counter() - started
+            yield self.batch
+
+
+def losses(result: StepResult) -> dict[str, float]:
+    """Mean of each loss over the predictions it belongs to, in nats; a modality without predictions has none."""
+    counts = {"loss": result.counts["tokens"], **{f"loss/{name}": result.counts[name] for name in MODALITIES}}
+    return {name: total / counts[name] for name, total in result.loss_sums.items() if counts[name]}
+
+
+def num_experts(model: Transformer) -> int:
+    """Experts of one layer, over all ranks; 0 for a dense model."""
+    return next((module.router.num_experts for module in model.modules() if isinstance(module, MoELayer)), 0)
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return bool(every) and (step % every == 0 or step == last)

@@ -1,0 +1,163 @@
+"""Runs of the toy model on real ranks for tests of checkpoints; their state in full, by DeepSpeed's own accessors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from torch import Tensor, nn
+
+from moe_dist.engine import checkpoint
+from moe_dist.engine.zero import init_distributed, make_engine
+from moe_dist.errors import UserError
+from moe_dist.parallel.layout import Layout, make_layout
+from tests.distributed import run_ranks
+from tests.engine.toy import EXPERTS, MOMA, ToyModel, make_config, objective, step_batches
+
+MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
+PARAMS = {"AdamW": {"lr": 0.05, "weight_decay": 0.1}, "SGD": {"lr": 0.5, "momentum": 0.9}}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Train the toy from step `start` to `stop`, after loading `load`; save to `save` before step `save_at`."""
+
+    world: int = 2
+    expert: int = 2
+    stage: int = 1
+    router: dict = field(default_factory=lambda: MOMA)
+    optimizer: str = "AdamW"
+    bf16: bool = False
+    gain: int = 3  # elements of one parameter
+    threads: int = 1
+    start: int = 0
+    stop: int = 0
+    load: str | None = None
+    save: str | None = None
+    save_at: int = 0
+
+    def resumed(self, **changes: Any) -> Job:
+        """The job that goes on from this one's checkpoint."""
+        return replace(self, load=self.save, start=self.save_at, save=None, **changes)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    losses: list[float]
+    norms: list[float]
+    state: Any  # what checkpoint.load returned on rank 0
+    at_save: dict[str, Tensor]  # account of the state when it was saved (or loaded)
+    at_end: dict[str, Tensor]
+
+
+class CheckpointToy(ToyModel):
+    """The toy, with all that is awkward to store: a parameter smaller than a rank's share, frozen ones, a buffer."""
+
+    def __init__(self, router: dict, layout: Layout, gain: int):
+        super().__init__(router, layout)
+        generator = torch.Generator().manual_seed(0)
+        self.gain = nn.Parameter(torch.ones(gain))
+        self.tilt = nn.Parameter(1 + 0.1 * torch.randn(16, generator=generator), requires_grad=False)
+        ids = self.ffn.experts.expert_ids
+        everyone = torch.randn(EXPERTS, 5, generator=generator)
+        self.base = nn.Parameter(everyone[list(ids)], requires_grad=False)
+        self.base.expert_ids = ids  # type: ignore[attr-defined]
+        self.register_buffer("calls", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("scratch", torch.randn(4, generator=generator), persistent=False)
+
+    def forward(self, tokens_T, info):
+        if self.training:
+            self.calls += 1
+        output = super().forward(tokens_T, info)
+        return output._replace(logits_TV=output.logits_TV * self.gain.mean() * self.tilt.mean())
+
+
+def run(job: Job) -> Outcome:
+    """Run a job on `job.world` ranks; rank-dependent accounts are united, and must agree where ranks hold the same."""
+    results = run_ranks(run_on_rank, job.world, job)
+    return replace(results[0], at_save=_unite([r.at_save for r in results]), at_end=_unite([r.at_end for r in results]))
+
+
+def build(job: Job):
+    """Engine and layout of a job. Collective. A job that loads starts from spoilt weights, so that loading shows."""
+    device = init_distributed()
+    layout = make_layout(expert=job.expert, device=device)
+    section = {
+        "optimizer": {"type": job.optimizer, "params": PARAMS[job.optimizer]},
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": job.stage, "stage3_param_persistence_threshold": 100},
+        "bf16": {"enabled": job.bf16},
+    }
+    config = make_config(router=job.router, expert=job.expert, deepspeed=section)
+    model = CheckpointToy(job.router, layout, job.gain)
+    if job.load is not None:
+        for parameter in model.parameters():
+            parameter.data.add_(7.0)
+    return make_engine(model, config, layout, num_experts=EXPERTS), layout
+
+
+def run_on_rank(rank: int, job: Job) -> Outcome:
+    torch.set_num_threads(job.threads)
+    engine, layout = build(job)
+    state = None
+    at_save: dict[str, Tensor] = {}
+    if job.load is not None:
+        state = checkpoint.load(job.load, engine, layout)
+        at_save = account(engine, MOMENTS[job.optimizer] if job.start else ())
+    losses, norms = [], []
+    for step in range(job.start, job.stop + 1):
+        if job.save is not None and step == job.save_at:
+            lanes = {str(lane): {"cursor": 100 * step + lane} for lane in range(rank, 4, job.world)}
+            engine.skipped_steps = 3
+            checkpoint.save(job.save, engine, layout, state={"step": step, "loader": {"lanes": lanes}})
+            at_save = account(engine, MOMENTS[job.optimizer] if step else ())
+        if step < job.stop:
+            result = engine.train_step(step_batches(step, rank, job.world, groups=4), objective, 0.01)
+            losses.append(result.loss_sums["loss"])
+            norms.append(result.grad_norm)
+    assert engine.skipped_steps == (3 if job.load or job.save else 0)
+    assert engine.steps == job.stop
+    return Outcome(losses, norms, state, at_save, account(engine, MOMENTS[job.optimizer] if job.stop else ()))
+
+
+def attempt(rank: int, job: Job) -> str | None:
+    """The sentence of the UserError that a job ends in on this rank."""
+    try:
+        run_on_rank(rank, job)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def account(engine: Any, moments: tuple[str, ...]) -> dict[str, Tensor]:
+    """Every logical tensor in full, by DeepSpeed's public accessors instead of ours: what checkpoints must preserve."""
+    if engine.zero_stage < 3 and moments:  # DeepSpeed links moments after the first group's step only: link them all
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    found: dict[str, Tensor] = {}
+    for name, param in engine.module.named_parameters():
+        full = {}
+        if param.requires_grad:
+            full["master"] = safe_get_full_fp32_param(param)
+            full |= {key: safe_get_full_optimizer_state(param, key) for key in moments}
+        with deepspeed.zero.GatheredParameters([param], enabled=engine.zero_stage == 3):
+            full["working"] = param.detach().clone()
+        for kind, tensor in full.items():
+            tensor = tensor.detach().clone()
+            if hasattr(param, "expert_ids"):
+                found |= {f"{kind} {name} of {e}": row for e, row in zip(param.expert_ids, tensor.unbind())}
+            else:
+                found[f"{kind} {name}"] = tensor
+    found["calls"] = engine.module.calls.clone()
+    return found
+
+
+def _unite(accounts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    united: dict[str, Tensor] = {}
+    for found in accounts:
+        for name, tensor in found.items():
+            assert torch.equal(united.setdefault(name, tensor), tensor), f"ranks differ in {name}"
+    return united

@@ -1,0 +1,129 @@
+"""Which checkpoint a run resumes from, which recipes may, and what is removed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_dist.config import load_config
+from moe_dist.engine.checkpoint import checkpoint_path, newest_complete, prune, resolve_resume
+from moe_dist.engine.manifest import write_manifest
+from moe_dist.engine.state import MAY_CHANGE, TrainState, check_resumable, merge_states
+from moe_dist.engine.storage import write_json
+from moe_dist.errors import UserError
+
+RECIPE = Path(__file__).parents[2] / "configs" / "moma_quickstart.yaml"
+
+
+def recipe(*overrides):
+    return load_config(RECIPE, overrides)
+
+
+def put(run_dir, step, *, complete=True):
+    """A checkpoint folder with one file, as far as its completeness goes."""
+    folder = checkpoint_path(run_dir, step)
+    folder.mkdir(parents=True)
+    write_manifest(folder, [write_json(folder / "state.json", {"step": step})])
+    if not complete:
+        (folder / "state.json").unlink()
+    return folder
+
+
+def test_newest_complete_ignores_partial_ones(tmp_path):
+    assert newest_complete(tmp_path) is None
+    old, _ = put(tmp_path, 9), put(tmp_path, 10, complete=False)
+    put(tmp_path, 11).rename(tmp_path / "checkpoints" / "step_00000011.tmp")
+    (tmp_path / "checkpoints" / "step_00000012").mkdir()
+    assert newest_complete(tmp_path) == old
+    newer = put(tmp_path, 100_000_000)  # one digit more sorts last all the same
+    assert newest_complete(tmp_path) == newer
+
+
+def test_prune_keeps_the_newest_and_removes_leftovers(tmp_path):
+    folders = [put(tmp_path, step) for step in (1, 2, 3, 4)]
+    damaged = put(tmp_path, 5, complete=False)
+    (tmp_path / "checkpoints" / "step_00000006.tmp").mkdir()
+    (tmp_path / "checkpoints" / "notes").mkdir()
+    prune(tmp_path, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(
+        ["notes", damaged.name, *(folder.name for folder in folders[2:])]
+    )
+
+
+def test_resolve_resume(tmp_path):
+    def resolve(value):
+        return resolve_resume(recipe(f"run.dir={tmp_path}", f"run.resume={value}"))
+
+    assert resolve("auto") is None
+    first, second = put(tmp_path, 1), put(tmp_path, 2)
+    assert resolve("auto") == second
+    assert resolve("none") is None
+    assert resolve(first) == first
+    (second / "state.json").write_text("{}")
+    assert resolve("auto") == first
+    with pytest.raises(UserError, match=r"run\.resume=.*step_00000002 is not a complete .*state\.json has 2 bytes"):
+        resolve(second)
+    with pytest.raises(UserError, match=r"run\.resume=.*nowhere is not a complete checkpoint"):
+        resolve(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "run.dir=elsewhere", "train.stop_after=7", "train.micro_batch_groups=1", "parallel.expert=1", "eval.every=3",
+        "checkpoint.keep=9", "telemetry.tensorboard=false", "model.recompute=true",
+        "deepspeed.zero_optimization.stage=3",
+    ],
+)  # fmt: skip
+def test_keys_that_may_change(override):
+    check_resumable(recipe().model_dump(mode="json"), recipe(override))
+
+
+@pytest.mark.parametrize(
+    "override, key",
+    [
+        ("seed=1", "seed was 0 and is now 1"),
+        ("model.num_layers=5", "model.num_layers was 4 and is now 5"),
+        ("data.lanes=4", "data.lanes was 8 and is now 4"),
+        ("data.shards=other", 'data.shards was "data/emoji/shards" and is now "other"'),
+        ("train.steps=999", "train.steps was 400 and is now 999"),
+        ("train.global_batch_groups=16", "train.global_batch_groups was 8 and is now 16"),
+        ("schedule.end_lr=0.5", "schedule.end_lr was 1e-05 and is now 0.5"),
+        ("deepspeed.optimizer.type=SGD", 'deepspeed.optimizer.type was "AdamW" and is now "SGD"'),
+        ("deepspeed.bf16.enabled=true", "deepspeed.bf16.enabled was not set and is now true"),
+        ("model.ffn.router.text.num_experts=8", "model.ffn.router.text.num_experts was 4 and is now 8"),
+    ],
+)
+def test_keys_that_may_not(override, key):
+    with pytest.raises(UserError, match="cannot resume this checkpoint with another recipe") as caught:
+        check_resumable(recipe().model_dump(mode="json"), recipe(override))
+    assert key in str(caught.value)
+
+
+def test_many_changes_are_counted():
+    overrides = ["seed=1", "data.lanes=4", "train.steps=9", "model.num_layers=2", "model.num_heads=2"]
+    with pytest.raises(UserError, match=r"and 2 more$"):
+        check_resumable(recipe().model_dump(mode="json"), recipe(*overrides))
+
+
+def test_the_table_names_real_keys():
+    dump = recipe().model_dump(mode="json")
+    for path in MAY_CHANGE:
+        section = dump
+        for key in path.split(".")[: 1 if path.startswith("deepspeed") else None]:
+            assert key in section, path
+            section = section[key]
+
+
+def test_states_are_united_key_by_key():
+    states = [{"step": 3, "loader": {"lanes": {lane: [lane, {}]}, "epoch": 0}} for lane in (0, 1)]
+    assert merge_states(states) == {"step": 3, "loader": {"lanes": {"0": [0, {}], "1": [1, {}]}, "epoch": 0}}
+    with pytest.raises(RuntimeError, match=r"disagree on 'loader\.epoch': 0 and 1"):
+        merge_states([states[0], {"step": 3, "loader": {"epoch": 1}}])
+    with pytest.raises(RuntimeError, match="disagree on 'loader'"):
+        merge_states([{"loader": 1}, {"loader": {}}])
+
+
+def test_train_state_survives_json():
+    state = TrainState(step=4, tokens=99, loader={"lanes": {}}, config={"seed": 0}, vocabulary="abc")
+    assert TrainState.from_json(json.loads(json.dumps(state.to_json()))) == state

@@ -1,0 +1,59 @@
+"""The FLOP and parameter formulas against the operations and parameters of the real modules."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.layout import Layout
+from moe_dist.telemetry.throughput import model_flops, num_parameters
+from tests.model.batches import DENSE, EXPERT_CHOICE, MOMA, TOP_K, VOCAB, make_batch, model_config
+
+LENGTHS = [16, 48, 64, 16, 48]  # multiples of 16: attention on CPU pads to them
+
+
+def grouped_mm_flops(a, b, *_, out_shape=None, **__):
+    """Rows by matrices [R, D] x [e, D, F], or a weight's gradient [D, R] x [R, F]."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
+def causal_flops(query, *_, **__):
+    """Two products over the pairs of a causal mask, where the counter itself would take the full square."""
+    documents, heads, length, size = query
+    return 4 * documents * heads * size * (length * (length + 1) // 2)
+
+
+def causal_backward_flops(upstream, query, *_, **__):
+    return 2 * causal_flops(query)
+
+
+MAPPING = {
+    torch.ops.aten._grouped_mm: grouped_mm_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: causal_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: causal_backward_flops,
+}
+
+
+@pytest.mark.parametrize("ffn", [DENSE, TOP_K, EXPERT_CHOICE, MOMA], ids=["dense", "top_k", "moe_8x", "moma"])
+def test_model_flops_within_one_percent_of_the_counted_operations(ffn):
+    config = model_config(ffn, hidden_size=64)
+    model, batch = Transformer(config, VOCAB, Layout(), seed=0), make_batch(LENGTHS)
+    with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
+        output = model(batch.tokens_T, batch.info)
+        output.logits_TV.sum().backward()
+    rows = [int(record.plan.counts_E.sum()) for record in output.records] or None
+    formula = model_flops(config, vocab_size=VOCAB, document_lengths=LENGTHS, ffn_rows=rows)
+    assert formula == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("ffn", [DENSE, TOP_K, EXPERT_CHOICE, MOMA], ids=["dense", "top_k", "moe_8x", "moma"])
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_parameter_formula_is_exact(ffn, qk_norm):
+    config = model_config(ffn, qk_norm=qk_norm)
+    with torch.device("meta"):
+        model = Transformer(config, VOCAB, Layout(), seed=0)
+    experts = 1 if ffn is DENSE else model.layers[0].ffn.router.num_experts
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert num_parameters(config, vocab_size=VOCAB, num_experts=experts) == total
+    active = num_parameters(config, vocab_size=VOCAB, num_experts=experts, counted=1)
+    assert total - active == config.num_layers * (experts - 1) * 3 * 32 * 48

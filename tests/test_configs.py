@@ -1,0 +1,72 @@
+"""Every shipped recipe parses and builds (on the meta device); the models of MoMa's table have the paper's sizes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_dist.config import load_config
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.layout import Layout
+
+FOLDER = Path(__file__).parents[1] / "configs"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+BILLION = 1e9
+TABLE = {  # arXiv 2407.21770, the model table: dense parameters, parameters with 8 experts, tokens a step, steps
+    "moma_90m": (0.090 * BILLION, 0.210 * BILLION, 6_291_456, 160_000),
+    "moma_435m": (0.435 * BILLION, 1.9 * BILLION, 6_291_456, 160_000),
+    "moma_1_4b": (1.4 * BILLION, 7.1 * BILLION, 8_388_608, 120_000),
+}
+
+
+def build(config, vocab_size=65_536) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config.model, vocab_size, Layout(), config.seed)
+
+
+def total(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def documented_override(path: Path, variant: str) -> str:
+    """The one line that the recipe's header gives for a variant."""
+    return re.search(rf'^#   {variant}:\s+"(.+)"$', path.read_text(), re.MULTILINE).group(1)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_parses_builds_and_says_what_it_follows(path):
+    config = load_config(path)
+    assert path.read_text().startswith("# ")
+    assert total(build(config, vocab_size=4096)) > 0
+    assert config.model.ffn.hidden_size % 8 == 0, "grouped products need multiples of 8"
+    assert config.data.lanes % config.parallel.expert == 0
+    assert config.train.global_batch_groups % config.train.micro_batch_groups == 0
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("variant", ["dense", "moe_8x", "moma"])
+def test_total_parameters_within_six_percent_of_the_table(name, variant):
+    path = FOLDER / f"{name}.yaml"
+    config = load_config(path, [] if variant == "moma" else [documented_override(path, variant)])
+    dense, sparse, *_ = TABLE[name]
+    assert total(build(config)) == pytest.approx(dense if variant == "dense" else sparse, rel=0.06)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_training_settings_of_the_table(name):
+    config = load_config(FOLDER / f"{name}.yaml")
+    *_, tokens, steps = TABLE[name]
+    assert config.train.global_batch_groups * config.data.group_sequences * config.data.sequence_length == tokens
+    assert (config.train.steps, config.schedule.type, config.schedule.warmup_steps) == (steps, "linear", 4000)
+    assert (config.deepspeed["optimizer"]["params"]["lr"], config.schedule.end_lr) == (1e-4, 1e-6)
+
+
+def test_the_quickstarts_differ_in_one_line_of_the_model():
+    moma, *others = (load_config(FOLDER / f"{name}_quickstart.yaml") for name in ("moma", "dense", "moe_8x"))
+    own = {"ffn"}
+    for other in others:
+        assert other.model.model_dump(exclude=own) == moma.model.model_dump(exclude=own)
+        assert other.model.ffn.hidden_size == moma.model.ffn.hidden_size  # one expert a token: as many active FLOPs
+        same = {"run", "model", "parallel"}
+        assert other.model_dump(exclude=same) == moma.model_dump(exclude=same)
