@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from moe_dist.engine import checkpoint
 from moe_dist.engine.zero import init_distributed, make_engine
 from moe_dist.errors import UserError
+from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.distributed import run_ranks
-from tests.engine.toy import EXPERTS, MOMA, ToyModel, make_config, objective, step_batches
+from tests.engine.toy import EXPERTS, MOMA, TOKENS, VOCABULARY, ToyModel, make_config, objective, step_batches
 
 MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
 PARAMS = {"AdamW": {"lr": 0.05, "weight_decay": 0.1}, "SGD": {"lr": 0.5, "momentum": 0.9}}
@@ -32,6 +33,8 @@ class Job:
     optimizer: str = "AdamW"
     bf16: bool = False
     gain: int = 3  # elements of one parameter
+    transformer: bool = False  # the real model, wide enough for its operations to use several threads
+    offload: bool = False
     threads: int = 1
     start: int = 0
     stop: int = 0
@@ -91,8 +94,15 @@ def build(job: Job):
         "zero_optimization": {"stage": job.stage, "stage3_param_persistence_threshold": 100},
         "bf16": {"enabled": job.bf16},
     }
+    if job.offload:
+        section["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     config = make_config(router=job.router, expert=job.expert, deepspeed=section)
-    model = CheckpointToy(job.router, layout, job.gain)
+    if job.transformer:
+        ffn = config.model.ffn.model_copy(update={"hidden_size": 128})
+        sizes = config.model.model_copy(update={"hidden_size": 128, "ffn": ffn})
+        model: nn.Module = Transformer(sizes, VOCABULARY, layout, seed=0)
+    else:
+        model = CheckpointToy(job.router, layout, job.gain)
     if job.load is not None:
         for parameter in model.parameters():
             parameter.data.add_(7.0)
@@ -115,7 +125,8 @@ def run_on_rank(rank: int, job: Job) -> Outcome:
             checkpoint.save(job.save, engine, layout, state={"step": step, "loader": {"lanes": lanes}})
             at_save = account(engine, MOMENTS[job.optimizer] if step else ())
         if step < job.stop:
-            result = engine.train_step(step_batches(step, rank, job.world, groups=4), objective, 0.01)
+            batches = step_batches(step, rank, job.world, groups=4, tokens=768 if job.transformer else TOKENS)
+            result = engine.train_step(batches, objective, 0.01)
             losses.append(result.loss_sums["loss"])
             norms.append(result.grad_norm)
     assert engine.skipped_steps == (3 if job.load or job.save else 0)
@@ -151,7 +162,7 @@ def account(engine: Any, moments: tuple[str, ...]) -> dict[str, Tensor]:
                 found |= {f"{kind} {name} of {e}": row for e, row in zip(param.expert_ids, tensor.unbind())}
             else:
                 found[f"{kind} {name}"] = tensor
-    found["calls"] = engine.module.calls.clone()
+    found |= {name: buffer.clone() for name, buffer in engine.module.named_buffers() if name == "calls"}
     return found
 
 
