@@ -10,28 +10,9 @@ import torch
 
 from moe_dist.config import DataConfig, validate
 from moe_dist.data.pixels import crop_and_resize, scale_pixels
-from moe_dist.data.samples import decode_image
 from moe_dist.data.shards import Sample, iterate, resolve_shards, write_shards
-from moe_dist.data.text import train_text_tokenizer
 from moe_dist.data.tokenized import TokenStore, build_cache, load_vocabulary, open_store
-from moe_dist.data.vq import VQConfig
-from moe_dist.data.vq_training import VQTraining, train_vq
 from moe_dist.errors import UserError
-
-SMALL = VQConfig(image_size=32, codebook_size=32, code_width=8, channels=(8, 16), blocks=1)
-
-
-@pytest.fixture(scope="module")
-def tokenizers(emoji_samples, tmp_path_factory):
-    """Two text tokenizers and two image tokenizers, of one folder."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    captions = [sample.caption for sample in emoji_samples]
-    train_text_tokenizer(captions, folder / "text.model", vocab_size=400)
-    train_text_tokenizer(captions, folder / "other.model", vocab_size=380)
-    pixels = np.stack([crop_and_resize(decode_image(sample.png), 32) for sample in emoji_samples])
-    for seed, name in enumerate(("vq", "other_vq")):
-        train_vq(pixels, SMALL, VQTraining(steps=5, seed=seed)).save(folder / name)
-    return folder
 
 
 @pytest.fixture
