@@ -185,7 +185,7 @@ def test_a_read_only_folder_gets_its_tokens_in_the_users_cache(recipe, shards, t
 def test_shipped_tokens_need_no_tars_but_the_same_tokenizers(recipe, shards):
     before = store_of(recipe())
     store_of(recipe(), "validation")
-    for tar in shards.glob("*/*.tar*"):
+    for tar in shards.glob("*/*.tar"):
         tar.unlink()
     store = store_of(recipe())
     assert [store.document(i).text.tolist() for i in range(132)] == [
@@ -201,7 +201,7 @@ def test_shipped_tokens_need_no_tars_but_the_same_tokenizers(recipe, shards):
 def test_shipped_training_tokens_are_never_the_held_out_ones(recipe, shards):
     store_of(recipe())
     shutil.rmtree(shards / "validation")
-    for tar in shards.glob("*/*.tar*"):
+    for tar in shards.glob("*/*.tar"):
         tar.unlink()
     with pytest.raises(UserError):
         store_of(recipe(shards=str(shards / "train")), "validation")
@@ -214,6 +214,6 @@ def test_a_users_flat_folder_is_split_by_key(recipe, tmp_path, emoji_samples):
     data = recipe(shards=str(flat))
     sizes = [len(store_of(data, split)) for split in ("train", "validation", "test")]
     assert sum(sizes) == 196 and min(sizes) > 0 and sizes[0] > 150
-    for tar in flat.glob("*.tar*"):
+    for tar in flat.glob("*.tar"):
         tar.unlink()
     assert [len(store_of(data, split)) for split in ("train", "validation", "test")] == sizes
