@@ -8,6 +8,7 @@ import os
 import sys
 
 from moe_dist.errors import UserError
+from moe_dist.parallel.launch import is_main_process
 from moe_dist.train import train
 
 
@@ -20,7 +21,8 @@ def main() -> int:
     try:
         train(arguments.config, arguments.overrides)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if is_main_process():  # the others have the same sentence to tell
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 
