@@ -42,7 +42,7 @@ class TokenInfo:
         document_lengths: Sequence[int],
         num_groups: int,
     ) -> TokenInfo:
-        """Derive the indices and host-side counts from CPU tensors. Groups are equal, contiguous runs of the T tokens."""
+        """Derive indices and host-side counts from CPU tensors. Groups are equal, contiguous runs of the T tokens."""
         num_tokens = modality_T.numel()
         if num_tokens % num_groups or sum(document_lengths) != num_tokens:
             raise ValueError(f"{num_tokens} tokens do not form {num_groups} groups and documents {document_lengths}")

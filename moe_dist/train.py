@@ -168,7 +168,7 @@ class Run:
             checkpoint.prune(self.folder.path, self.config.checkpoint.keep)
 
     def _flops(self, batch: Batch, result: StepResult) -> int:
-        """Of the step, over all ranks: all work on equally many tokens, so this rank's last micro-batch stands for all."""
+        """Of the step, over all ranks: they work on equally many tokens, this rank's last micro-batch stands for all."""
         rows = [record.plan.token_ids_N.numel() for record in result.records] or None
         lengths = batch.info.document_lengths
         micro_batches = self.engine.accumulation * self.layout.world

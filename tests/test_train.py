@@ -1,4 +1,4 @@
-"""The whole job as a user starts it: real launchers, two ranks, real shards, real DeepSpeed; small enough for seconds."""
+"""The whole job as a user starts it: real launchers, two ranks, real shards, real DeepSpeed; small enough for tests."""
 
 import json
 import os
@@ -28,9 +28,9 @@ def overrides(emoji_shards, tokenizers, tmp_path):
         f"data.shards={shutil.copytree(emoji_shards, tmp_path / 'shards')}",
         f"data.text_tokenizer={tokenizers / 'text.model'}",
         f"data.image_tokenizer={tokenizers / 'vq'}",
-        *"data.sequence_length=128 data.group_sequences=2 data.lanes=4".split(),
-        *"model.hidden_size=32 model.num_layers=2 model.num_heads=2 model.ffn.hidden_size=32".split(),
-        *"train.steps=8 schedule.warmup_steps=2 eval.every=4 eval.groups=2 checkpoint.every=4".split(),
+        *["data.sequence_length=128", "data.group_sequences=2", "data.lanes=4"],
+        *["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.ffn.hidden_size=32"],
+        *["train.steps=8", "schedule.warmup_steps=2", "eval.every=4", "eval.groups=2", "checkpoint.every=4"],
     ]
 
 
@@ -148,7 +148,8 @@ def test_a_checkpoint_of_another_model_or_other_tokenizers(overrides, tokenizers
     assert launch(ALONE, short).returncode == 0
     elsewhere = [f"run.dir={tmp_path / 'other'}", f"run.resume={tmp_path / 'run' / 'checkpoints' / 'step_00000001'}"]
     _failed_with(launch(ALONE, [*short, *elsewhere, "model.num_layers=1"]), "step_00000001")
-    _failed_with(launch(ALONE, [*short, *elsewhere, f"data.text_tokenizer={tokenizers / 'other.model'}"]), "step_00000001")
+    other = f"data.text_tokenizer={tokenizers / 'other.model'}"
+    _failed_with(launch(ALONE, [*short, *elsewhere, other]), "step_00000001")
 
 
 def _failed_with(result, sentence):
