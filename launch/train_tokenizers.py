@@ -1,4 +1,4 @@
-"""Train a corpus' tokenizers: python launch/train_tokenizers.py shards=data/emoji out=data/tokenizers [vq.image_size=64]
+"""Train the tokenizers of a corpus: python launch/train_tokenizers.py shards=DIR out=DIR [vq.image_size=64]
 
 Writes OUT/text.model and OUT/vq. All keys and their defaults: TokenizerRecipe in moe_dist/data/prepare_tokenizers.py.
 """

@@ -75,7 +75,7 @@ class Run:
 
     @classmethod
     def build(cls, config: Config, layout: Layout, folder: RunFolder) -> Run:
-        """Read the data, build the model and its engine, and continue from a checkpoint where there is one. Collective."""
+        """Read the data, build the model and its engine, and continue from a checkpoint if there is one. Collective."""
         section = check_section(config.deepspeed)
         vocabulary, store, held_out = open_data(config.data, layout)
         model = Transformer(config.model, vocabulary.size, layout, config.seed)
@@ -100,7 +100,7 @@ class Run:
 
     def loop(self) -> None:
         """Train, evaluate and save until the last step."""
-        train, main, causal = self.config.train, self.layout.is_main, self.engine.module.causal_routing
+        train, main, causal = self.config.train, self.layout.is_main, bool(self.engine.module.causal_routing)
         last = min(train.steps, train.stop_after or train.steps)
         with together():
             if main:
@@ -142,8 +142,7 @@ class Run:
             "step_seconds": seconds,
             "data_wait_seconds": reader.seconds,
             "tokens_per_second": result.counts["tokens"] / seconds,
-            # Every rank works on equally many tokens, so this rank's last micro-batch stands for all.
-            "model_flops_per_second": self._flops(reader.batch, result) * self.engine.accumulation * self.layout.world / seconds,
+            "model_flops_per_second": self._flops(reader.batch, result) / seconds,
         }
         if result.records and self.step % config.telemetry.every == 0:
             metrics |= self._routing(reader.batch, result)
@@ -169,9 +168,11 @@ class Run:
             checkpoint.prune(self.folder.path, self.config.checkpoint.keep)
 
     def _flops(self, batch: Batch, result: StepResult) -> int:
+        """Of the step, over all ranks: they work on equally many tokens, this rank's last micro-batch stands for all."""
         rows = [record.plan.token_ids_N.numel() for record in result.records] or None
         lengths = batch.info.document_lengths
-        return model_flops(
+        micro_batches = self.engine.accumulation * self.layout.world
+        return micro_batches * model_flops(
             self.config.model, vocab_size=self.vocabulary.size, document_lengths=lengths, ffn_rows=rows
         )
 
@@ -186,7 +187,7 @@ class Run:
 
 
 def open_data(data: DataConfig, layout: Layout) -> tuple[Vocabulary, TokenStore, TokenStore]:
-    """The vocabulary, and the tokens of the training and of the held-out documents, made where they are missing. Collective."""
+    """The vocabulary, and the tokens of the training and the held-out documents, made where missing. Collective."""
     with together():  # each rank tokenises its share of the shards
         vocabulary = load_vocabulary(data)
         for split in SPLITS:

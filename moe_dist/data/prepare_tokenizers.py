@@ -61,7 +61,9 @@ def _read(recipe: TokenizerRecipe, split: Split, max_images: int) -> tuple[list[
     """The captions of a split and its first max_images images, [N, H, W, 3] uint8."""
     shards = resolve_shards(recipe.shards, split)
     verify(shards)
-    report, captions, images = SampleReport(), [], []
+    report = SampleReport()
+    captions: list[str] = []
+    images: list[np.ndarray] = []
     for sample in _samples(shards, report):
         if sample.caption is not None:
             captions.append(sample.caption)

@@ -25,7 +25,7 @@ from moe_dist.config import DataConfig
 from moe_dist.data.image import load_image_tokenizer
 from moe_dist.data.samples import RawSample, SampleReport
 from moe_dist.data.shard_index import local_path, verify_shard
-from moe_dist.data.shards import Shard, Split, iterate, resolve_shards
+from moe_dist.data.shards import TAR_SUFFIXES, Shard, Split, iterate, resolve_shards
 from moe_dist.data.text import TextTokenizer
 from moe_dist.data.token_shard import MANIFEST, Document, TokenShard, TokenShardWriter
 from moe_dist.data.vocabulary import Vocabulary
@@ -194,7 +194,7 @@ def _sources(data: DataConfig, split: Split) -> tuple[list[Shard], list[Path]]:
 def _shipped_folder(part: Path, split: Split) -> Path | None:
     root = part.parent if part.name == "train" else part
     for folder in (root / split, part):
-        if (folder / TOKENS).is_dir() and not any(folder.glob("*.tar*")):
+        if (folder / TOKENS).is_dir() and not any(file.name.endswith(TAR_SUFFIXES) for file in folder.iterdir()):
             return folder
     return None
 

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
@@ -114,7 +114,8 @@ class VQTokenizer(nn.Module):
         """Write config.json and model.safetensors."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS)
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        (folder / WEIGHTS).write_bytes(save(weights))
         (folder / CONFIG).write_text(json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n")
 
     @classmethod

@@ -16,9 +16,7 @@ def tokenizer(tmp_path_factory):
     return train_text_tokenizer(TEXTS, tmp_path_factory.mktemp("text") / "text.model", vocab_size=300)
 
 
-@pytest.mark.parametrize(
-    "text", ["a small red bear", "Ünïcode ﬁ ½ 🙂 never seen", "two  blanks ", "a\nb", "<s></s>"]
-)
+@pytest.mark.parametrize("text", ["a small red bear", "Ünïcode ﬁ ½ 🙂 never seen", "two  blanks ", "a\nb", "<s></s>"])
 def test_text_survives_the_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text

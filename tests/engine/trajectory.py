@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moe_dist.batch import Batch
 from moe_dist.config import Config
 from moe_dist.engine.zero import Engine, init_distributed, make_engine
 from moe_dist.parallel.layout import Layout, make_layout
@@ -60,16 +61,19 @@ def _train(rank: int, build: Build, config: Config, steps: int, plant: Callable 
     goal = plant(engine, layout) if plant else objective
     losses, norms, loss_tokens = [], [], []
     for step in range(steps):
-        # Two global batches in turn, so that the loss falls.
-        batches = step_batches(
-            step % 2, rank, layout.world, groups=config.train.global_batch_groups, micro=config.train.micro_batch_groups
-        )
+        batches = step_inputs(step, layout, config)
         loss_tokens.append(sum(batch.loss_tokens for batch in batches))
         result = engine.train_step(batches, goal, config.deepspeed["optimizer"]["params"]["lr"])
         assert not result.skipped
         losses.append(result.loss_sums["loss"] / result.counts["tokens"])
         norms.append(result.grad_norm)
     return losses, norms, full_parameters(engine), loss_tokens
+
+
+def step_inputs(step: int, layout: Layout, config: Config) -> list[Batch]:
+    """This rank's micro-batches: two global batches in turn, so that the loss falls."""
+    groups, micro = config.train.global_batch_groups, config.train.micro_batch_groups
+    return step_batches(step % 2, layout.rank, layout.world, groups=groups, micro=micro)
 
 
 def full_parameters(engine: Engine) -> dict[str, Tensor]:

@@ -1,0 +1,168 @@
+"""Exact parallelism: no layout of the same run changes losses, gradient norms or final parameters.
+
+The real Transformer with SGD (Adam would hide a wrong gradient scale), momentum and clipping active in every step, against
+one process without accumulation; that one process equals plain torch (test_zero.py). Faults that are planted on purpose
+must be caught by the same comparison.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import cycle
+
+import pytest
+import torch
+
+from moe_dist.config import Config
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.layout import Layout
+from tests.engine.toy import MOMA, TOP_K, VOCABULARY, make_config, objective, sgd, step_batches
+from tests.engine.trajectory import Trajectory, assert_learns, train
+
+CLIP = 0.5
+GROUPS = 16  # selection groups of the global batch
+ROUTERS = {"top_k": TOP_K, "moma": MOMA}
+BF16 = {"bf16": {"enabled": True}}
+FLOAT32 = {"loss": 1e-5, "norm": 1e-5, "parameters": 1e-5}
+# bfloat16 keeps 8 bits: weights, activations and each micro-batch's gradient are rounded at 4e-3.
+BFLOAT16 = {"loss": 1e-3, "norm": 1e-2, "parameters": 0.15}
+
+
+def build(config: Config, layout: Layout) -> Transformer:
+    return Transformer(config.model, VOCABULARY, layout, seed=3)
+
+
+def recipe(
+    router: str,
+    *,
+    world: int = 1,
+    expert: int = 1,
+    accumulation: int = 1,
+    stage: int = 1,
+    zero: dict | None = None,
+    **section,
+) -> Config:
+    """Every layout shares the global batch of GROUPS. Stage 3 partitions every parameter, however small, unless told."""
+    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {}) | (zero or {})
+    deepspeed = sgd(clip=CLIP) | {"zero_optimization": zero} | section
+    micro = GROUPS // world // accumulation
+    return make_config(router=ROUTERS[router], expert=expert, groups=GROUPS, micro=micro, deepspeed=deepspeed)
+
+
+@cache
+def reference(router: str, bf16: bool = False) -> Trajectory:
+    """One process, one micro-batch."""
+    return train(build, recipe(router, **(BF16 if bf16 else {})), 1, steps=14 if bf16 else 8)
+
+
+def assert_same(trajectory: Trajectory, expected: Trajectory, tolerances: dict[str, float]) -> None:
+    deviation = trajectory.deviation(expected)
+    print("deviation", {name: f"{value:.1e}" for name, value in deviation.items()})
+    assert all(deviation[name] <= tolerance for name, tolerance in tolerances.items()), deviation
+    assert_learns(trajectory, clip=CLIP, tolerance=tolerances["loss"])
+
+
+LAYOUTS = [  # world, expert, accumulation
+    pytest.param(1, 1, 4, id="alone-accumulating"),
+    pytest.param(2, 2, 1, id="ep2"),
+    pytest.param(2, 2, 4, id="ep2-accumulating"),
+    pytest.param(2, 1, 1, id="dp2", marks=pytest.mark.slow),
+    pytest.param(2, 1, 4, id="dp2-accumulating", marks=pytest.mark.slow),
+    pytest.param(4, 2, 1, id="ep2-on-4", marks=pytest.mark.slow),
+    pytest.param(4, 2, 4, id="ep2-on-4-accumulating", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(("world", "expert", "accumulation"), LAYOUTS)
+def test_float32(router, stage, world, expert, accumulation):
+    config = recipe(router, world=world, expert=expert, accumulation=accumulation, stage=stage)
+    assert_same(train(build, config, world), reference(router), FLOAT32)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize(("world", "expert", "accumulation"), LAYOUTS[:3] + LAYOUTS[5:])
+def test_bf16(router, stage, world, expert, accumulation):
+    config = recipe(router, world=world, expert=expert, accumulation=accumulation, stage=stage, **BF16)
+    assert_same(train(build, config, world, steps=14), reference(router, bf16=True), BFLOAT16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("expert", [1, 2])
+@pytest.mark.parametrize(
+    ("stage", "zero"),
+    [
+        (1, {"offload_optimizer": {"device": "cpu"}}),
+        (2, {"offload_optimizer": {"device": "cpu"}}),
+        (2, {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}),
+        (3, {"offload_optimizer": {"device": "cpu"}}),
+        (3, {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}),
+        (3, {"stage3_param_persistence_threshold": 100_000}),
+        (3, {"reduce_bucket_size": 1000, "sub_group_size": 1000}),
+        (3, {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else f"zero{value}",
+)
+def test_ways_of_storing_change_nothing(stage, zero, expert):
+    config = recipe("moma", world=2, expert=expert, accumulation=2, stage=stage, zero=zero)
+    assert_same(train(build, config, 2), reference("moma"), FLOAT32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_recomputation_changes_nothing(stage):
+    config = recipe("moma", world=2, expert=2, accumulation=2, stage=stage)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": True})})
+    assert_same(train(build, config, 2), reference("moma"), FLOAT32)
+
+
+# --- faults, planted in a layout that is exact without them
+
+
+def expert_gradients_times_ep(engine, layout):
+    for parameter in engine.module.parameters():
+        if hasattr(parameter, "expert_ids"):
+            parameter.register_hook(lambda gradient: gradient * layout.expert)
+    return objective
+
+
+def build_with_missing_reduction(config, layout):
+    """A norm that all ranks share passes for an expert's: its gradient is not summed over the expert-parallel ranks."""
+    model = build(config, layout)
+    model.layers[0].ffn_norm.weight.expert_ids = (layout.ep_rank,)
+    return model
+
+
+def missing_reduction(engine, layout):
+    del engine.module.layers[0].ffn_norm.weight.expert_ids
+    return objective
+
+
+def local_norm(engine, layout):
+    """Each rank clips by the norm of the gradients that it holds."""
+    zero = engine.optimizer
+    zero.scaled_global_norm = lambda: torch.cat(
+        [g.flatten() for gs in zero.averaged_gradients.values() for g in gs]
+    ).norm()
+    return objective
+
+
+def mean_of_the_ranks_means(engine, layout):
+    totals = cycle(step_batches(step, 0, 1, groups=GROUPS, micro=GROUPS)[0].loss_tokens for step in range(2))
+
+    def local_mean(output, batch):
+        result = objective(output, batch)
+        return result._replace(loss=result.loss * next(totals) / (layout.world * batch.loss_tokens))
+
+    return local_mean
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("plant", [expert_gradients_times_ep, missing_reduction, local_norm, mean_of_the_ranks_means])
+def test_a_planted_fault_is_caught(plant, router):
+    """In the layout of test_float32[ep2], which is exact without it."""
+    builder = build_with_missing_reduction if plant is missing_reduction else build
+    with pytest.raises(AssertionError, match="'loss'|ranks report different figures"):
+        assert_same(train(builder, recipe(router, world=2, expert=2), 2, plant=plant), reference(router), FLOAT32)
