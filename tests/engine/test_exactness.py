@@ -1,8 +1,8 @@
 """Exact parallelism: no layout of the same run changes losses, gradient norms or final parameters.
 
-The real Transformer with SGD (Adam would hide a wrong gradient scale), momentum and clipping active in every step, against
-one process without accumulation; that one process equals plain torch (test_zero.py). Faults that are planted on purpose
-must be caught by the same comparison.
+The real Transformer with SGD (Adam would hide a wrong gradient scale), momentum, and clipping active in every step,
+against one process without accumulation; that one process equals plain torch (test_zero.py). Faults that are planted on
+purpose must be caught by the same comparison.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from tests.engine.trajectory import Trajectory, assert_learns, train
 CLIP = 0.5
 GROUPS = 16  # selection groups of the global batch
 ROUTERS = {"top_k": TOP_K, "moma": MOMA}
-BF16 = {"bf16": {"enabled": True}}
+# Gentler steps: rounding errors grow along the trajectory, and the loss shall move 1000 times as far.
+BF16 = {"bf16": {"enabled": True}, "optimizer": {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9}}}
+BF16_STEPS = 12
 FLOAT32 = {"loss": 1e-5, "norm": 1e-5, "parameters": 1e-5}
 # bfloat16 keeps 8 bits: weights, activations and each micro-batch's gradient are rounded at 4e-3.
-BFLOAT16 = {"loss": 1e-3, "norm": 1e-2, "parameters": 0.15}
+BFLOAT16 = {"loss": 5e-4, "norm": 5e-3, "parameters": 0.1}
 
 
 def build(config: Config, layout: Layout) -> Transformer:
@@ -42,7 +44,7 @@ def recipe(
     zero: dict | None = None,
     **section,
 ) -> Config:
-    """Every layout shares the global batch of GROUPS. Stage 3 partitions every parameter, however small, unless told."""
+    """Every layout shares the global batch of GROUPS. Stage 3 partitions every parameter, however small."""
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {}) | (zero or {})
     deepspeed = sgd(clip=CLIP) | {"zero_optimization": zero} | section
     micro = GROUPS // world // accumulation
@@ -52,7 +54,7 @@ def recipe(
 @cache
 def reference(router: str, bf16: bool = False) -> Trajectory:
     """One process, one micro-batch."""
-    return train(build, recipe(router, **(BF16 if bf16 else {})), 1, steps=14 if bf16 else 8)
+    return train(build, recipe(router, **(BF16 if bf16 else {})), 1, steps=BF16_STEPS if bf16 else 8)
 
 
 def assert_same(trajectory: Trajectory, expected: Trajectory, tolerances: dict[str, float]) -> None:
@@ -71,6 +73,13 @@ LAYOUTS = [  # world, expert, accumulation
     pytest.param(4, 2, 1, id="ep2-on-4", marks=pytest.mark.slow),
     pytest.param(4, 2, 4, id="ep2-on-4-accumulating", marks=pytest.mark.slow),
 ]
+BF16_LAYOUTS = [
+    pytest.param(2, 2, 1, id="ep2"),
+    pytest.param(1, 1, 4, id="alone-accumulating", marks=pytest.mark.slow),
+    pytest.param(2, 2, 4, id="ep2-accumulating", marks=pytest.mark.slow),
+    pytest.param(4, 2, 1, id="ep2-on-4", marks=pytest.mark.slow),
+    pytest.param(4, 2, 4, id="ep2-on-4-accumulating", marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -83,10 +92,10 @@ def test_float32(router, stage, world, expert, accumulation):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize(("world", "expert", "accumulation"), LAYOUTS[:3] + LAYOUTS[5:])
+@pytest.mark.parametrize(("world", "expert", "accumulation"), BF16_LAYOUTS)
 def test_bf16(router, stage, world, expert, accumulation):
     config = recipe(router, world=world, expert=expert, accumulation=accumulation, stage=stage, **BF16)
-    assert_same(train(build, config, world, steps=14), reference(router, bf16=True), BFLOAT16)
+    assert_same(train(build, config, world, steps=BF16_STEPS), reference(router, bf16=True), BFLOAT16)
 
 
 @pytest.mark.slow
@@ -164,5 +173,5 @@ def mean_of_the_ranks_means(engine, layout):
 def test_a_planted_fault_is_caught(plant, router):
     """In the layout of test_float32[ep2], which is exact without it."""
     builder = build_with_missing_reduction if plant is missing_reduction else build
-    with pytest.raises(AssertionError, match="'loss'|ranks report different figures"):
+    with pytest.raises(AssertionError, match=r"'loss'|ranks report different figures"):
         assert_same(train(builder, recipe(router, world=2, expert=2), 2, plant=plant), reference(router), FLOAT32)
