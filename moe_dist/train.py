@@ -77,16 +77,17 @@ class Run:
     def build(cls, config: Config, layout: Layout, folder: RunFolder) -> Run:
         """Read the data, build the model and its engine, and continue from a checkpoint if there is one. Collective."""
         section = check_section(config.deepspeed)
+        resume_from, state = checkpoint.resolve_resume(config), None
+        if resume_from is not None:
+            state = TrainState.from_json(checkpoint.read_state(resume_from))
+            check_resumable(state.config, config)
         vocabulary, store, held_out = open_data(config.data, layout)
+        if state is not None and state.vocabulary != vocabulary.fingerprint():
+            raise UserError(f"{resume_from} was trained with other tokenizers than {vocabulary.describe()}")
         model = Transformer(config.model, vocabulary.size, layout, config.seed)
         engine = make_engine(model, config, layout, num_experts(model))
-        resume_from = checkpoint.resolve_resume(config)
-        state = None
         if resume_from is not None:
-            state = TrainState.from_json(checkpoint.load(resume_from, engine, layout))
-            check_resumable(state.config, config)
-            if state.vocabulary != vocabulary.fingerprint():
-                raise UserError(f"{resume_from} was trained with other tokenizers than {vocabulary.describe()}")
+            checkpoint.load(resume_from, engine, layout)
         with together():
             loader = make_loader(
                 store, vocabulary, config.data, seed=config.seed, dp_rank=layout.rank, dp=layout.world,
@@ -168,7 +169,7 @@ class Run:
             checkpoint.prune(self.folder.path, self.config.checkpoint.keep)
 
     def _flops(self, batch: Batch, result: StepResult) -> int:
-        """Of the step, over all ranks: they work on equally many tokens, this rank's last micro-batch stands for all."""
+        """Of the step, over all ranks: all have equally many tokens, so this rank's last micro-batch stands for all."""
         rows = [record.plan.token_ids_N.numel() for record in result.records] or None
         lengths = batch.info.document_lengths
         micro_batches = self.engine.accumulation * self.layout.world
