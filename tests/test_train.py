@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,16 @@ def test_other_launchers_agree_with_one_process(launcher, overrides, tmp_path):
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_memory_of_the_quickstart_stays_under_three_gib_a_rank(overrides):
+    """Batch, model and vocabulary of the shipped recipe; only the data and the number of steps are smaller."""
+    names = ("data.sequence_length", "data.group_sequences", "data.lanes", "model.", "train.steps")
+    own = [override for override in overrides if not override.startswith(names)]
+    assert launch(DEEPSPEED, [*own, "train.stop_after=3", "data.lanes=2"]).returncode == 0
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # GiB, of any process so far
+    assert 0.3 < largest < 3
 
 
 @pytest.mark.slow
