@@ -27,5 +27,11 @@ setup: .venv/.installed
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
-data: setup
+data: data/emoji/corpus.json data/tokenizers/.done  ## corpus, tokenizers
+
+data/emoji/corpus.json: | setup
 	$(BIN)/python launch/prepare_data.py corpus=emoji out=data/emoji
+
+data/tokenizers/.done: | data/emoji/corpus.json
+	$(BIN)/python launch/train_tokenizers.py shards=data/emoji out=data/tokenizers
+	touch $@

@@ -8,19 +8,21 @@ import os
 import sys
 
 from moe_dist.errors import UserError
+from moe_dist.parallel.launch import is_main_process
 from moe_dist.train import train
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="the recipe, a YAML file")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it; we read the environment
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a value of the recipe")
     arguments = parser.parse_args()
     try:
         train(arguments.config, arguments.overrides)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if is_main_process():  # the others have the same sentence to tell
+            print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -20,7 +20,7 @@ TEXT, IMAGE = range(len(MODALITIES))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenInfo:
-    """Facts about T tokens. Tensors live on the model's device, tuples on the host (reading them never synchronises)."""
+    """Facts about T tokens. Tensors live on the model's device, tuples on the host (reading one never synchronises)."""
 
     modality_T: Tensor  # int64, index into MODALITIES
     valid_T: Tensor  # bool, False for padding
@@ -42,7 +42,7 @@ class TokenInfo:
         document_lengths: Sequence[int],
         num_groups: int,
     ) -> TokenInfo:
-        """Derive the indices and host-side counts from CPU tensors. Groups are num_groups equal, contiguous runs of T."""
+        """Derive indices and host-side counts from CPU tensors. Groups are equal, contiguous runs of the T tokens."""
         num_tokens = modality_T.numel()
         if num_tokens % num_groups or sum(document_lengths) != num_tokens:
             raise ValueError(f"{num_tokens} tokens do not form {num_groups} groups and documents {document_lengths}")
@@ -50,7 +50,7 @@ class TokenInfo:
         key_T = modality_T * num_groups + group_T
         valid_V = valid_T.nonzero().squeeze(1)
         order_V = key_T[valid_V].sort(stable=True).indices
-        counts = torch.bincount(key_T[valid_V], minlength=len(MODALITIES) * num_groups).view(len(MODALITIES), num_groups)
+        counts = torch.bincount(key_T[valid_V], minlength=len(MODALITIES) * num_groups).view(-1, num_groups)
         lengths = torch.tensor(document_lengths)
         return cls(
             modality_T=modality_T,

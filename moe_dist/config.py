@@ -36,7 +36,7 @@ class RunConfig(Strict):
 
 class DataConfig(Strict):
     shards: str | tuple[str, ...]  # folder(s), brace-expanded tar paths or remote URLs, as webdataset takes them
-    validation_shards: str | tuple[str, ...] | None = None  # default: the validation/ folder beside train/, or a hash split
+    validation_shards: str | tuple[str, ...] | None = None  # default: validation/ beside train/, or a split by hash
     text_tokenizer: str  # SentencePiece .model file
     image_tokenizer: str | None = None  # folder of a trained VQ tokenizer or of Hugging Face ChameleonVQVAE weights
     sequence_length: Positive = 512
@@ -94,7 +94,7 @@ class TrainConfig(Strict):
 class ScheduleConfig(Strict):
     type: Literal["linear", "cosine"] = "linear"
     warmup_steps: Count = 0
-    end_lr: Annotated[float, Field(ge=0)] = 1e-6  # learning rate at train.steps; the peak is deepspeed.optimizer.params.lr
+    end_lr: Annotated[float, Field(ge=0)] = 1e-6  # at train.steps; the peak is deepspeed.optimizer.params.lr
 
 
 class EvalConfig(Strict):
@@ -176,9 +176,10 @@ def validate(model: type[Strict], data: Any, where: str, prefix: str = ""):
     """Validate plain YAML data; every problem becomes one UserError that names the key under `prefix`."""
     try:
         return model.model_validate_json(json.dumps(data))  # JSON mode: a YAML list may fill a tuple
-    except (TypeError, ValidationError) as error:
-        problems = [_explain(model, item, prefix) for item in error.errors()] if hasattr(error, "errors") else [str(error)]
-        raise UserError(f"{where}: " + "; ".join(problems)) from None
+    except TypeError as error:  # YAML knows values that JSON does not, such as dates
+        raise UserError(f"{where}: {error}") from None
+    except ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(model, item, prefix) for item in error.errors())) from None
 
 
 def save_config(config: Config, path: str | Path) -> None:

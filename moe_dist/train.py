@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.batch import MODALITIES, Batch
-from moe_dist.config import Config, load_config
+from moe_dist.config import Config, DataConfig, load_config
 from moe_dist.data.heldout import heldout_batches
 from moe_dist.data.loader import Loader, make_loader
-from moe_dist.data.tokenized import open_corpus
+from moe_dist.data.shards import Split
+from moe_dist.data.tokenized import TokenStore, build_cache, load_vocabulary, open_store
+from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.engine import checkpoint
 from moe_dist.engine.deepspeed_config import check_section
 from moe_dist.engine.schedule import learning_rate
 from moe_dist.engine.state import TrainState, check_resumable
 from moe_dist.engine.zero import Engine, StepResult, init_distributed, make_engine
+from moe_dist.errors import UserError
 from moe_dist.evaluate.perplexity import evaluate
 from moe_dist.losses.objective import Objective
 from moe_dist.model.transformer import Transformer
@@ -32,7 +35,7 @@ from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.telemetry.sinks import Sinks
 from moe_dist.telemetry.throughput import model_flops
 
-
+SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
 def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
@@ -72,17 +75,19 @@ class Run:
 
     @classmethod
     def build(cls, config: Config, layout: Layout, folder: RunFolder) -> Run:
-        """Read the data, build the model and its engine, and continue from a checkpoint where there is one. Collective."""
+        """Read the data, build the model and its engine, and continue from a checkpoint if there is one. Collective."""
         section = check_section(config.deepspeed)
-        vocabulary, store, held_out = open_corpus(config.data, layout)
+        resume_from, state = checkpoint.resolve_resume(config), None
+        if resume_from is not None:
+            state = TrainState.from_json(checkpoint.read_state(resume_from))
+            check_resumable(state.config, config)
+        vocabulary, store, held_out = open_data(config.data, layout)
+        if state is not None and state.vocabulary != vocabulary.fingerprint():
+            raise UserError(f"{resume_from} was trained with other tokenizers than {vocabulary.describe()}")
         model = Transformer(config.model, vocabulary.size, layout, config.seed)
         engine = make_engine(model, config, layout, num_experts(model))
-        resume_from = checkpoint.resolve_resume(config)
-        state = None
         if resume_from is not None:
-            state = TrainState.from_json(checkpoint.load(resume_from, engine, layout))
-            check_resumable(state.config, config)
-            check_vocabulary(state.vocabulary, vocabulary, resume_from)
+            checkpoint.load(resume_from, engine, layout)
         with together():
             loader = make_loader(
                 store, vocabulary, config.data, seed=config.seed, dp_rank=layout.rank, dp=layout.world,
@@ -96,7 +101,7 @@ class Run:
 
     def loop(self) -> None:
         """Train, evaluate and save until the last step."""
-        train, main, causal = self.config.train, self.layout.is_main, self.engine.module.causal_routing
+        train, main, causal = self.config.train, self.layout.is_main, bool(self.engine.module.causal_routing)
         last = min(train.steps, train.stop_after or train.steps)
         with together():
             if main:
@@ -138,8 +143,7 @@ class Run:
             "step_seconds": seconds,
             "data_wait_seconds": reader.seconds,
             "tokens_per_second": result.counts["tokens"] / seconds,
-            # Every rank works on equally many tokens, so this rank's last micro-batch stands for all.
-            "model_flops_per_second": self._flops(reader.batch, result) * self.engine.accumulation * self.layout.world / seconds,
+            "model_flops_per_second": self._flops(reader.batch, result) / seconds,
         }
         if result.records and self.step % config.telemetry.every == 0:
             metrics |= self._routing(reader.batch, result)
@@ -165,9 +169,11 @@ class Run:
             checkpoint.prune(self.folder.path, self.config.checkpoint.keep)
 
     def _flops(self, batch: Batch, result: StepResult) -> int:
+        """Of the step, over all ranks: all have equally many tokens, so this rank's last micro-batch stands for all."""
         rows = [record.plan.token_ids_N.numel() for record in result.records] or None
         lengths = batch.info.document_lengths
-        return model_flops(
+        micro_batches = self.engine.accumulation * self.layout.world
+        return micro_batches * model_flops(
             self.config.model, vocab_size=self.vocabulary.size, document_lengths=lengths, ffn_rows=rows
         )
 
@@ -179,6 +185,17 @@ class Run:
             expert_groups=router.expert_groups,
             local_experts=make_placement(router.expert_groups, self.layout.expert).local_experts,
         )
+
+
+def open_data(data: DataConfig, layout: Layout) -> tuple[Vocabulary, TokenStore, TokenStore]:
+    """The vocabulary, and the tokens of the training and the held-out documents, made where missing. Collective."""
+    with together():  # each rank tokenises its share of the shards
+        vocabulary = load_vocabulary(data)
+        for split in SPLITS:
+            build_cache(data, split, vocabulary, rank=layout.rank, world=layout.world, device=layout.device)
+    with together():
+        store, held_out = (open_store(data, split, vocabulary) for split in SPLITS)
+    return vocabulary, store, held_out
 
 
 class Reader:

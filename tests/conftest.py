@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from moe_dist.data.corpora.emoji import base_concept
+from moe_dist.data.pixels import crop_and_resize
+from moe_dist.data.samples import decode_image
 from moe_dist.data.shards import Sample, split_of, write_shards
+from moe_dist.data.text import train_text_tokenizer
+from moe_dist.data.vq import VQConfig
+from moe_dist.data.vq_training import VQTraining, train_vq
 
 EMOJI = Path(__file__).parent / "fixtures" / "emoji"
 
@@ -35,4 +41,18 @@ def emoji_shards(emoji_samples, tmp_path_factory) -> Path:
     """The pairs as a prepared folder: 132 train, 32 validation and 32 test samples in shards of at most 16."""
     folder = tmp_path_factory.mktemp("emoji") / "shards"
     write_shards(emoji_samples, folder, samples_per_shard=16)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizers(emoji_samples, tmp_path_factory) -> Path:
+    """A folder of two text tokenizers, text.model and other.model, and two small image tokenizers, vq and other_vq."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    captions = [sample.caption for sample in emoji_samples]
+    train_text_tokenizer(captions, folder / "text.model", vocab_size=400)
+    train_text_tokenizer(captions, folder / "other.model", vocab_size=380)
+    pixels = np.stack([crop_and_resize(decode_image(sample.png), 32) for sample in emoji_samples])
+    small = VQConfig(image_size=32, codebook_size=32, code_width=8, channels=(8, 16), blocks=1)
+    for seed, name in enumerate(("vq", "other_vq")):
+        train_vq(pixels, small, VQTraining(steps=5, seed=seed)).save(folder / name)
     return folder

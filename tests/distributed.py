@@ -1,4 +1,4 @@
-"""Runs a function on real gloo ranks. One pool of processes per world size lives as long as pytest: imports cost seconds."""
+"""Runs a function on real gloo ranks. A pool of processes lives as long as pytest, since imports cost seconds."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _TIMEOUT = 300.0  # seconds a rank may take before the pool is declared hung
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
-    """Call the module-level `function(rank, *args)` on `world` ranks; results by rank (CPU tensors, plain values).
+    """Call the module-level `function(rank, *args)` on `world` ranks; results by rank.
 
-    torch.distributed is initialised on each with a default group of exactly `world` ranks. If any rank raises, so does
-    this, with every failing rank's traceback; the pool is then thrown away, for its ranks may be waiting for each other.
+    torch.distributed is initialised on each, the default group being exactly these ranks. If any rank raises, so does
+    this, with every failing rank's traceback; the pool is then thrown away: its ranks may be waiting for each other.
     """
     pool = _POOLS.get(world) or _POOLS.setdefault(world, Pool(world))
     try:

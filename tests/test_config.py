@@ -37,7 +37,7 @@ def test_bad_overrides_are_named(override, sentence):
 
 
 def test_missing_file_missing_key_and_doubled_key(tmp_path):
-    with pytest.raises(UserError, match="there is no configuration file nowhere.yaml"):
+    with pytest.raises(UserError, match=r"there is no configuration file nowhere.yaml"):
         load_config("nowhere.yaml")
     (tmp_path / "a.yaml").write_text("seed: 0\n")
     with pytest.raises(UserError, match="key 'run' is missing"):

@@ -1,7 +1,7 @@
-"""Chameleon's image tokenizer (arXiv 2405.09818) from a local folder of Hugging Face weights: 512 x 512 -> 1024 of 8192 codes.
+"""Chameleon's image tokenizer (arXiv 2405.09818): 512 x 512 pixels -> 1024 codes over 8192 entries.
 
-The folder holds a ChameleonVQVAE, or a whole Chameleon model of which only the `vqmodel` is read. transformers ships the
-encoder and the codebook, no decoder: codes can be made but not turned back into images.
+Read from a local folder of Hugging Face weights: a ChameleonVQVAE, or a whole Chameleon model of which only the
+`vqmodel` is used. transformers ships encoder and codebook, no decoder: codes can be made, not turned back into images.
 
 Shape suffixes: B images, H and W pixels, n codes of an image.
 """

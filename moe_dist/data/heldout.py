@@ -18,7 +18,8 @@ import numpy as np
 from moe_dist.batch import Batch
 from moe_dist.config import DataConfig
 from moe_dist.data.lanes import make_lanes
-from moe_dist.data.packing import Assembler, Document, Group, TokenStore, Vocabulary, collate
+from moe_dist.data.packing import Assembler, Document, Group, TokenStore, collate
+from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.errors import UserError
 
 

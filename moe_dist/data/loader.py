@@ -3,41 +3,25 @@
 Selection group j of a run is group j // lanes of lane j mod lanes, at every number of ranks; data-parallel rank r of dp
 takes the groups with j mod dp == r, batch_groups of them a micro-batch. After n micro-batches on every rank the run has
 read exactly its first n * batch_groups * dp groups, so a rank's state is that number and the states of its lanes.
-merge_states joins the states of all ranks into one that does not depend on the layout: any number of ranks that divides
-the lanes continues the same sequence of groups.
+A checkpoint unites the states of all ranks (engine/state.py) into one that does not depend on the layout: any number of
+ranks that divides the lanes continues the same sequence of groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from moe_dist.batch import Batch
-from moe_dist.config import DataConfig, TrainConfig
+from moe_dist.config import DataConfig
 from moe_dist.data.lanes import Lanes, make_lanes
-from moe_dist.data.packing import SHORTEST_PIECE, Assembler, TokenStore, Vocabulary, collate
+from moe_dist.data.packing import SHORTEST_PIECE, Assembler, TokenStore, collate
+from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.errors import UserError
 
 State = dict[str, Any]  # JSON-able
-
-
-def accumulation_steps(train: TrainConfig, data: DataConfig, dp: int) -> int:
-    """Micro-batches a rank runs in one optimizer step. UserError where the counts do not divide."""
-    _check_ranks(data, dp)
-    if train.global_batch_groups % (dp * train.micro_batch_groups):
-        raise UserError(
-            f"train.global_batch_groups={train.global_batch_groups} is not a multiple of "
-            f"{dp} ranks times train.micro_batch_groups={train.micro_batch_groups}"
-        )
-    return train.global_batch_groups // (dp * train.micro_batch_groups)
-
-
-def _check_ranks(data: DataConfig, dp: int) -> None:
-    if data.lanes % dp:
-        raise UserError(f"data.lanes={data.lanes} is not a multiple of the {dp} data-parallel ranks")
 
 
 class Loader:
@@ -98,9 +82,10 @@ def make_loader(
     """The loader of one data-parallel rank.
 
     batch_groups: selection groups in a micro-batch. state: what came with the last batch that was used, merged over the
-    ranks (merge_states); a rank's own state will do at an unchanged number of ranks.
+    ranks as a checkpoint does; a rank's own state will do at an unchanged number of ranks.
     """
-    _check_ranks(data, dp)
+    if data.lanes % dp:
+        raise UserError(f"data.lanes={data.lanes} is not a multiple of the {dp} data-parallel ranks")
     if data.sequence_length < SHORTEST_PIECE:
         raise UserError(f"data.sequence_length={data.sequence_length} is below the minimum of {SHORTEST_PIECE}")
     assembler = Assembler(
@@ -122,14 +107,6 @@ def make_loader(
         _check_identity(state["of"], identity)
         loader.restore(state)
     return loader
-
-
-def merge_states(states: Sequence[State]) -> State:
-    """Join the states that every rank got with the same micro-batch into the state of the whole run."""
-    if len({state["groups"] for state in states}) != 1:
-        raise ValueError(f"loader states of different moments: groups {[state['groups'] for state in states]}")
-    lanes = {number: lane for state in states for number, lane in state["lanes"].items()}
-    return {**states[0], "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
 
 
 def _check_identity(saved: State, now: State) -> None:

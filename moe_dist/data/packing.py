@@ -21,9 +21,9 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from moe_dist.batch import Batch, TokenInfo
+from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.errors import UserError
 
 SHORTEST_PIECE = 8  # tokens: a text is not cut to fill less room than this
@@ -48,17 +48,6 @@ class TokenStore(Protocol):
     def __len__(self) -> int: ...
 
     def document(self, index: int) -> Document: ...
-
-
-class Vocabulary(Protocol):
-    """What packing must know about the ids."""
-
-    pad: int
-    bos: int
-    eos: int
-    boi: int
-    eoi: int
-    modality_of: Tensor  # int64 [vocabulary size]
 
 
 def random_bits(seed: int, counter: tuple[int, int, int], count: int) -> np.ndarray:

@@ -12,9 +12,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+
 def crop_and_resize(image: Image.Image, size: int) -> np.ndarray:
     """The largest centred square of an RGB image, resized to [size, size, 3] uint8."""
-    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS), dtype=np.uint8)
+    return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
 def scale_pixels(pixels_BHWC: np.ndarray | Tensor) -> Tensor:

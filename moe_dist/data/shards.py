@@ -124,10 +124,11 @@ def _resolve(part: str, split: Split, flat_split: Split | None) -> list[Shard]:
 
 def _resolve_folder(folder: Path, split: Split, flat_split: Split | None) -> list[Shard]:
     root = folder.parent if folder.name == "train" else folder
-    prepared = _tars(root / "train") and _tars(root / split)
-    tars = prepared or _tars(folder) or _tars(folder / "train")
+    # Without a validation folder the tars of train/ are split by key: else what is held out would be trained on too.
+    prepared = bool(_tars(root / "train") and _tars(root / "validation"))
+    tars = _tars(root / split) if prepared else _tars(folder) or _tars(folder / "train")
     if not tars:
-        raise UserError(f"the shard folder {folder} holds no .tar files")
+        raise UserError(f"the shard folder {root / split if prepared else folder} holds no .tar files")
     return [Shard(str(tar), None if prepared else flat_split) for tar in tars]
 
 

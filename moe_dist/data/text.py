@@ -28,7 +28,7 @@ class TextTokenizer:
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         if not path.is_file():
-            raise UserError(f"there is no text tokenizer {path} (data.text_tokenizer names a SentencePiece .model file)")
+            raise UserError(f"there is no SentencePiece model {path} (data.text_tokenizer)")
         content = path.read_bytes()
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
@@ -53,7 +53,7 @@ class TextTokenizer:
 
 
 def train_text_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int = VOCAB_SIZE) -> TextTokenizer:
-    """Train byte-pair encoding with byte fallback on the texts and write the model to `out`, bitwise the same each time.
+    """Train byte-pair encoding with byte fallback on the texts and write it to `out`, bitwise the same each time.
 
     Text survives encode and decode unchanged: no Unicode normalisation, blanks are kept. A corpus too small for
     vocab_size gives as many pieces as it has, with a warning. Raises UserError if there is no text at all.
@@ -67,7 +67,7 @@ def train_text_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int 
     except RuntimeError as error:
         allowed = re.search(r"Vocabulary size.*?<= (\d+)", str(error))
         if allowed is None:
-            raise UserError(f"no text tokenizer of {vocab_size} pieces can be trained on these texts: {error}") from None
+            raise UserError(f"a text tokenizer of {vocab_size} pieces cannot be trained: {error}") from None
         logger.warning("the texts are too few for %d pieces: the text tokenizer has %s", vocab_size, allowed[1])
         content = _train(lines, int(allowed[1]))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
   then    those of PAD, BOS, EOS that it lacks, then BOI and EOI (begin and end of image)
   then    the image codes, in order
 
-A token is an image token if and only if it is an image code: every piece and every marker, BOI and EOI included, is text.
+A token is an image token if and only if it is an image code: all pieces and all markers, BOI and EOI too, are text.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Vocabulary:
         self.pad, self.bos, self.eos, self.boi, self.eoi = (ids[name] for name in own)
         self.first_image_code: int = text.size + len(missing)
         self.size: int = self.first_image_code + (image.codebook_size if image else 0)
+        self._digests = (text.sha256, image.sha256 if image else None)
         self.modality_of = torch.full((self.size,), TEXT)  # int64 [V]: index into MODALITIES
         self.modality_of[self.first_image_code :] = IMAGE
 
@@ -43,13 +44,13 @@ class Vocabulary:
 
     def fingerprint(self) -> str:
         """sha256 over the content of both tokenizers: equal exactly if every text and image gets the same ids."""
-        parts = [self.text.sha256, self.image.sha256 if self.image else "no image tokenizer"]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return hashlib.sha256(repr(self._digests).encode()).hexdigest()
 
     def describe(self) -> str:
         """For messages: `text tokenizer 1a2b3c4d (2048 pieces), image tokenizer 5e6f7a8b (64 x 64, 512 codes)`."""
-        text = f"text tokenizer {self.text.sha256[:8]} ({self.text.size} pieces)"
-        if self.image is None:
+        text_digest, image_digest = self._digests
+        text = f"text tokenizer {text_digest[:8]} ({self.text.size} pieces)"
+        if self.image is None or image_digest is None:
             return f"{text}, no image tokenizer"
         size = self.image.image_size
-        return f"{text}, image tokenizer {self.image.sha256[:8]} ({size} x {size}, {self.image.codebook_size} codes)"
+        return f"{text}, image tokenizer {image_digest[:8]} ({size} x {size}, {self.image.codebook_size} codes)"

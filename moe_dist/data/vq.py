@@ -1,7 +1,7 @@
-"""Our VQ image tokenizer: convolutional encoder, a library's vector quantizer, convolutional decoder (VQ-VAE, 1711.00937).
+"""Our VQ image tokenizer (VQ-VAE, arXiv 1711.00937): convolutional encoder and decoder around a library's quantizer.
 
-By default 64 x 64 pixels become 8 x 8 = 64 codes. Sized so that two CPU cores train it in minutes: a patch embedding, then
-residual blocks at 1/4 and 1/8 of the resolution only.
+By default 64 x 64 pixels become 8 x 8 = 64 codes. Sized so that two CPU cores train it in minutes: a patch embedding,
+then residual blocks at 1/4 and 1/8 of the resolution only.
 
 Shape suffixes: B images, H and W pixels, h and w latent rows and columns, n = h * w codes of an image, D code width.
 """
@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
@@ -95,7 +95,7 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
-        """Codes [B, n] (int64, row by row) of images in [-1, 1]. Call in eval mode: the codebook then stays as it is."""
+        """Codes [B, n] (int64, row by row) of images in [-1, 1]. Call in eval mode: training moves the codebook."""
         return in_chunks(lambda x: self.quantizer(self.encoder(x))[1].flatten(1), pixels_B3HW, CHUNK)
 
     @torch.no_grad()
@@ -114,7 +114,8 @@ class VQTokenizer(nn.Module):
         """Write config.json and model.safetensors."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS)
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        (folder / WEIGHTS).write_bytes(save(weights))
         (folder / CONFIG).write_text(json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n")
 
     @classmethod

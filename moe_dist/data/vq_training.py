@@ -29,7 +29,7 @@ EMA = 0.98  # of the loss on the progress line
 class VQTraining(Strict):
     """AdamW with linear warm-up and cosine decay to zero."""
 
-    steps: Positive = 3000
+    steps: Positive = 2000
     batch_size: Positive = 16
     lr: Annotated[float, Field(gt=0)] = 2e-3
     warmup_steps: Count = 100
@@ -54,21 +54,22 @@ class VQQuality:
 def train_vq(pixels_NHW3: np.ndarray, config: VQConfig, training: VQTraining) -> VQTokenizer:
     """Train on uint8 images [N, H, W, 3]; repeatable for one thread count. Returns the tokenizer in eval mode.
 
-    Loss: L1 + squared error + the library's commitment loss; the codebook follows by moving averages, starts from
-    k-means of the first batches' vectors and replaces dead codes. Raises UserError if there are fewer images than a batch.
+    Loss: L1 + squared error + the library's commitment loss. The codebook starts from k-means of a first large batch,
+    follows by moving averages and replaces dead codes. Raises UserError if there are fewer images than a batch.
     """
-    if len(pixels_NHW3) < training.batch_size:
-        raise UserError(f"{len(pixels_NHW3)} images are too few to train a VQ tokenizer in batches of {training.batch_size}")
+    count, batch_size = len(pixels_NHW3), training.batch_size
+    if count < batch_size:
+        raise UserError(f"{count} images are too few to train a VQ tokenizer in batches of {batch_size}")
     with torch.random.fork_rng(devices=[]):  # the library draws from the global generator
         torch.manual_seed(training.seed)
-        tokenizer = VQTokenizer(config).to(memory_format=torch.channels_last)
+        tokenizer = VQTokenizer(config)
         optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=training.lr, betas=(0.9, 0.95), weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, training))
         _initialise_codebook(tokenizer, pixels_NHW3)
         with _progress() as progress:
             task, shown = progress.add_task("image tokenizer", total=training.steps, loss=float("nan")), float("nan")
             for _ in range(training.steps):
-                loss = _train_step(tokenizer, optimizer, _batch(pixels_NHW3, training.batch_size))
+                loss = _train_step(tokenizer, optimizer, _batch(pixels_NHW3, batch_size))
                 schedule.step()
                 shown = loss if math.isnan(shown) else EMA * shown + (1 - EMA) * loss
                 progress.update(task, advance=1, loss=shown)
@@ -95,8 +96,7 @@ def _initialise_codebook(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> Non
 
 
 def _batch(pixels_NHW3: np.ndarray, size: int) -> Tensor:
-    pixels_B3HW = scale_pixels(pixels_NHW3[torch.randint(len(pixels_NHW3), (size,)).numpy()])
-    return pixels_B3HW.contiguous(memory_format=torch.channels_last)
+    return scale_pixels(pixels_NHW3[torch.randint(len(pixels_NHW3), (size,)).numpy()])
 
 
 def _lr_factor(step: int, training: VQTraining) -> float:

@@ -40,9 +40,11 @@ from moe_dist.engine.fragments import (
 from moe_dist.engine.manifest import (
     FORMAT,
     PARTIAL,
+    STATE,
     checkpoint_path,
     newest_complete,
     prune,
+    read_state,
     resolve_resume,
     verify,
     write_manifest,
@@ -62,9 +64,7 @@ from moe_dist.errors import UserError
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.together import together
 
-__all__ = ["checkpoint_path", "load", "newest_complete", "prune", "resolve_resume", "save", "verify"]
-
-STATE = "state.json"
+__all__ = ["checkpoint_path", "load", "newest_complete", "prune", "read_state", "resolve_resume", "save", "verify"]
 
 
 def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]
         "format": FORMAT,
         "state": merge_states(_gather(state)),
         "optimizer": optimizer_scalars(engine),
-        "skipped_steps": engine.skipped_steps,
+        "engine": {"steps": engine.steps, "skipped_steps": engine.skipped_steps},
         "written_by": {
             "world": layout.world, "expert": layout.expert, "zero_stage": engine.zero_stage,
             "torch": torch.__version__, "threads": torch.get_num_threads(),
@@ -112,8 +112,8 @@ def load(path: str | Path, engine: Any, layout: Layout) -> dict[str, Any]:
     path = Path(path)
     with together():
         verify(path, share=layout.rank, shares=layout.world)
-        header = json.loads((path / STATE).read_text())
-        metadata = read_index(path)
+    header = json.loads((path / STATE).read_text())  # nothing is read before every rank's share is found undamaged
+    metadata = read_index(path)
     stored_moments = {_kind(name) for name in metadata.state_dict_metadata} - {MASTER, FROZEN, BUFFER}
     reset_optimizer(engine, with_moments=bool(stored_moments))
     wanted = fragments(engine)
@@ -126,7 +126,7 @@ def load(path: str | Path, engine: Any, layout: Layout) -> dict[str, Any]:
         dcp.load({}, storage_reader=ShardReader(path, metadata), planner=FragmentLoadPlanner(wanted))
     set_optimizer_scalars(engine, header["optimizer"])
     refresh_working_parameters(engine)
-    engine.skipped_steps = header["skipped_steps"]
+    engine.steps, engine.skipped_steps = header["engine"]["steps"], header["engine"]["skipped_steps"]
     return header["state"]
 
 

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from moe_dist.errors import UserError
 from moe_dist.parallel.together import together
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 PARTIAL = ".tmp"
 
 
@@ -40,9 +41,14 @@ def verify(path: str | Path, *, share: int = 0, shares: int = 1) -> None:
     path = Path(path)
     files = _manifest(path)
     for name in sorted(files)[share::shares]:
-        with (path / name).open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != files[name]["sha256"]:
-                raise UserError(f"{path / name} is damaged: its checksum differs from the one in {MANIFEST}")
+        _verify_checksum(path / name, files)
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The trainer's state alone, verified: to check a recipe against it before anything is built. Raises UserError."""
+    path = Path(path)
+    _verify_checksum(path / STATE, _manifest(path))
+    return json.loads((path / STATE).read_text())["state"]
 
 
 def newest_complete(run_dir: str | Path) -> Path | None:
@@ -57,7 +63,8 @@ def prune(run_dir: str | Path, keep: int) -> None:
     """
     complete = [path for path in _checkpoints(run_dir) if _is_complete(path)]
     for path in complete[:-keep]:
-        path.rename(path.with_name(path.name + PARTIAL))  # at no moment does a half-removed one look complete
+        with suppress(OSError):
+            path.rename(path.with_name(path.name + PARTIAL))  # at no moment does a half-removed one look complete
     for path in (Path(run_dir) / "checkpoints").glob(f"step_*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -97,6 +104,12 @@ def _is_complete(path: Path) -> bool:
     except UserError:
         return False
     return True
+
+
+def _verify_checksum(file: Path, files: dict[str, dict[str, Any]]) -> None:
+    with file.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != files[file.name]["sha256"]:
+            raise UserError(f"{file} is damaged: its checksum differs from the one in {MANIFEST}")
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:

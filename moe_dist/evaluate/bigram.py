@@ -22,7 +22,8 @@ from torch import Tensor
 
 from moe_dist.batch import MODALITIES, Batch
 from moe_dist.config import DataConfig
-from moe_dist.data.packing import Assembler, TokenStore, Vocabulary
+from moe_dist.data.packing import Assembler, TokenStore
+from moe_dist.data.vocabulary import Vocabulary
 
 FITTING_PARTS = 10  # one part of so many is kept out of the counts while D, a and b are fitted
 DISCOUNTS = np.geomspace(0.1, 20, 28)

@@ -58,6 +58,12 @@ def discover(environment: Mapping[str, str] = os.environ) -> Place:
     )
 
 
+def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is rank 0, as far as a launcher's variables tell: to print what every rank knows only once."""
+    names = ("RANK", *(rank for rank, _ in _MPI_VARIABLES), "SLURM_PROCID")
+    return next((environment[name] for name in names if name in environment), "0") == "0"
+
+
 def free_port() -> int:
     """A TCP port that is free on this machine now."""
     with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""What one rank alone runs into, every rank hears of: an error on one rank becomes the same error on all, without a hang."""
+"""What one rank runs into, every rank hears of: an error on one becomes the same error on all, without a hang."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,22 +14,13 @@ from PIL import Image
 
 from launch.prepare_data import main
 from moe_dist.data.corpora import emoji as emoji_module
-from moe_dist.data.corpora.clipart import PNG, ROOT, SVG, ClipArt
 from moe_dist.data.corpora.emoji import FLUENT, NAMES, NOTO, TWEMOJI, Emoji, base_concept
-from moe_dist.data.corpora.packages import fetch_debian, npm_archive
+from moe_dist.data.corpora.packages import npm_archive
 from moe_dist.data.corpora.prepare import RECORD, prepare
-from moe_dist.data.corpora.text import DATASETS, pieces
-from moe_dist.data.shards import SPLITS, iterate, resolve_shards, split_of, verify
+from moe_dist.data.shards import SPLITS, iterate, resolve_shards, verify
 from moe_dist.errors import UserError
 from tests.conftest import EMOJI
-
-
-def npm_package(package: str, downloads: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(npm_archive(package, downloads), "w:gz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"package/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+from tests.data.packages import metas, npm_package
 
 
 def emojibase(captions: dict[str, str]) -> list[dict]:
@@ -81,19 +71,6 @@ def out(emoji_packages, tmp_path) -> Path:
 def digests(folder: Path) -> dict[str, str]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def metas(folder: Path) -> dict[str, tuple[str, dict]]:
-    """Key -> split and .json member of every sample, read with tarfile alone."""
-    found = {}
-    for tar_path in folder.rglob("*.tar"):
-        with tarfile.open(tar_path) as tar:
-            for member in tar:
-                if member.name.endswith(".json"):
-                    key = member.name.removesuffix(".json")
-                    assert key not in found
-                    found[key] = (tar_path.parent.name, json.load(tar.extractfile(member)))
-    return found
 
 
 def test_emoji_from_packages_to_samples(out):
@@ -200,92 +177,6 @@ def test_a_damaged_download_is_named(out, emoji_packages, tmp_path):
     archive.write_bytes(archive.read_bytes()[:-400])
     with pytest.raises(UserError, match=f"{archive} is damaged; delete it"):
         prepare("emoji", {}, out)
-
-
-# ------------------------------------------------------------------------------------------------------------- text
-
-
-def test_text_corpus(tmp_path):
-    downloads = tmp_path / "downloads"
-    downloads.mkdir()
-    speech = " ".join(f"Sentence number {i} of a long speech." for i in range(400))
-    files = {f"sotu/data/{1900 + i}_someone_r.txt": f"{i}. {speech}".encode() for i in range(20)}
-    files |= {f"moby-dick/data/chapter_{i}.txt": f"CHAPTER {i}.\n\nCall me Ishmael.\n".encode() for i in range(10)}
-    npm_package(DATASETS, downloads, files | {"moby-dick/data/chapter_1.json": b"{}", "cmudict/data/a.txt": b"no"})
-    counts = prepare("text", {"max_characters": 500}, tmp_path / "text")["samples"]
-    found = metas(tmp_path / "text")
-    assert sum(counts.values()) == len(found) and counts["train"] > 400
-    assert {meta["source"].partition("-")[0] for _, meta in found.values()} == {"sotu", "moby"}
-    assert all(split == split_of(meta["source"]) for split, meta in found.values())
-    samples = [s for split in counts for x in resolve_shards(str(tmp_path / "text"), split) for s in iterate(x)]
-    assert all(s.image is None and 0 < len(s.caption) <= 500 for s in samples)
-    assert "CHAPTER 3.\nCall me Ishmael." in {s.caption for s in samples}
-
-
-@pytest.mark.parametrize("limit", [7, 40, 1000])
-def test_pieces_lose_no_word(limit):
-    text = "One. Two and three! A longer sentence, here.\n\nNext paragraph?\nAverylongwordwithoutanyspace end."
-    cut = list(pieces(text, limit))
-    assert all(0 < len(piece) <= limit for piece in cut)
-    assert "".join("".join(cut).split()) == "".join(text.split())
-    if limit == 1000:
-        assert cut == [text.replace("\n\n", "\n")]
-
-
-# --------------------------------------------------------------------------------------------------------- clip art
-
-
-def debian_package(name: str, folder: Path, downloads: Path) -> None:
-    control = folder / "DEBIAN" / "control"
-    control.parent.mkdir(parents=True)
-    control.write_text(f"Package: {name}\nVersion: 1\nArchitecture: all\nMaintainer: a <a@b.c>\nDescription: test\n")
-    subprocess.run(["dpkg-deb", "--build", folder, downloads / f"{name}_1_all.deb"], check=True, capture_output=True)
-
-
-def drawing(title: str, keywords: tuple[str, ...] = ()) -> str:
-    words = "".join(f"<rdf:li>{word}</rdf:li>" for word in keywords)
-    return (
-        f"<svg><metadata><dc:title>{title}</dc:title><rdf:Bag>{words}</rdf:Bag><dc:title>Author</dc:title></metadata>"
-    )
-
-
-@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs Debian's dpkg-deb")
-def test_clip_art(tmp_path):
-    downloads = tmp_path / "downloads"
-    downloads.mkdir()
-    drawings = {
-        "animals/cat": drawing("Cat &amp; mouse", ("hash", "", "house_cat")),
-        "animals/huge": drawing("Huge"),
-        "animals/broken": drawing("Broken"),
-        "computer/icons/theme/disk": drawing("Disk"),
-        "shapes/line": drawing("Clipart by A. Person - line"),
-        "shapes/untitled": "<svg/>",
-    } | {f"shapes/star_{i}": drawing("gramastar") for i in range(11)}
-    images = {name: Image.new("RGBA", (20, 10), (0, 0, 255, 255)) for name in drawings}
-    images["animals/huge"] = Image.new("1", (2100, 2000))
-    for name, svg in drawings.items():
-        for kind in ("svg", "png"):
-            path = tmp_path / kind / ROOT / kind / f"{name}.{kind}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(svg) if kind == "svg" else images[name].save(path)
-    (tmp_path / "png" / ROOT / "png/animals/broken.png").write_bytes(b"no image")
-    (tmp_path / "png" / ROOT / "png/animals/link.png").symlink_to("cat.png")
-    debian_package(SVG, tmp_path / "svg", downloads)
-    debian_package(PNG, tmp_path / "png", downloads)
-    corpus = ClipArt(size=16)
-    samples = {s.key: s for entry in corpus.entries(downloads) if (s := corpus.sample(entry)) is not None}
-    assert {key: s.caption for key, s in samples.items()} == {
-        "clipart-animals-cat": "Cat & mouse. house cat. (animals)",
-        "clipart-shapes-line": "line. (shapes)",
-    }
-    image = Image.open(io.BytesIO(samples["clipart-animals-cat"].png))
-    assert (image.size, image.getpixel((8, 8)), image.getpixel((8, 1))) == ((16, 16), (0, 0, 255), (255, 255, 255))
-
-
-def test_clip_art_without_debian_tools(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match="openclipart-png: Debian packages need apt-get and dpkg-deb"):
-        fetch_debian([PNG], tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- command line

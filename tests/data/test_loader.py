@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from moe_dist.batch import IMAGE
-from moe_dist.config import TrainConfig
 from moe_dist.data.heldout import ShuffledCaptions, heldout_batches
-from moe_dist.data.loader import accumulation_steps, make_loader, merge_states
+from moe_dist.data.loader import make_loader
+from moe_dist.engine.state import merge_states
 from moe_dist.errors import UserError
 from tests.data.synthetic import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
 
@@ -111,19 +111,13 @@ def test_states_of_different_moments_do_not_merge():
     _, early = next(ranks[0])
     next(ranks[1])
     _, late = next(ranks[1])
-    with pytest.raises(ValueError, match="different moments"):
+    with pytest.raises(RuntimeError, match=r"disagree on .*groups"):
         merge_states([early, late])
 
 
 def test_bad_counts_are_named():
     with pytest.raises(UserError, match=r"data.lanes=4 is not a multiple of the 3 data-parallel ranks"):
         loader(0, 3)
-    train = TrainConfig(steps=1, global_batch_groups=8, micro_batch_groups=2)
-    assert accumulation_steps(train, data_config(), 2) == 2
-    with pytest.raises(UserError, match=r"data.lanes=4 .* 3 data-parallel ranks"):
-        accumulation_steps(train, data_config(), 3)
-    with pytest.raises(UserError, match=r"train.global_batch_groups=8 .* 2 ranks times train.micro_batch_groups=3"):
-        accumulation_steps(train.model_copy(update={"micro_batch_groups": 3}), data_config(), 2)
     with pytest.raises(UserError, match=r"data.sequence_length=8 cannot hold an image: its 6 codes .* need 10"):
         loader(sequence_length=8)
     with pytest.raises(UserError, match=r"data.sequence_length=4 is below"):

@@ -106,6 +106,16 @@ def test_flat_folder_is_split_by_the_hash_of_the_key(own_tar):
     assert len(keys["train"]) >= 15
 
 
+def test_a_train_folder_alone_shares_no_sample_between_its_splits(own_tar, tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "train").symlink_to(own_tar.parent)
+    keys = [
+        {sample.key for shard in resolve_shards(str(tmp_path / "corpus"), split) for sample in iterate(shard)}
+        for split in ("train", "validation", "test")
+    ]
+    assert len(set.union(*keys)) == sum(map(len, keys)) == 20
+
+
 def test_validation_shards_leave_all_of_a_flat_folder_for_training(own_tar, emoji_shards):
     spec, validation = str(own_tar.parent), str(emoji_shards / "validation")
     assert resolve_shards(spec, "train", validation) == [Shard(str(own_tar))]

@@ -1,4 +1,4 @@
-"""Runs of the toy model on real ranks for the tests of checkpoints; their state in full, by DeepSpeed's own accessors."""
+"""Runs of the toy model on real ranks for tests of checkpoints; their state in full, by DeepSpeed's own accessors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from moe_dist.engine import checkpoint
 from moe_dist.engine.zero import init_distributed, make_engine
 from moe_dist.errors import UserError
+from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.distributed import run_ranks
-from tests.engine.toy import EXPERTS, MOMA, ToyModel, make_config, objective, step_batches
+from tests.engine.toy import EXPERTS, MOMA, TOKENS, VOCABULARY, ToyModel, make_config, objective, step_batches
 
 MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
 PARAMS = {"AdamW": {"lr": 0.05, "weight_decay": 0.1}, "SGD": {"lr": 0.5, "momentum": 0.9}}
@@ -32,10 +33,13 @@ class Job:
     optimizer: str = "AdamW"
     bf16: bool = False
     gain: int = 3  # elements of one parameter
+    transformer: bool = False  # the real model, wide enough for its operations to use several threads
+    offload: bool = False
     threads: int = 1
     start: int = 0
     stop: int = 0
     load: str | None = None
+    used: bool = False  # load into an engine that has already trained something else
     save: str | None = None
     save_at: int = 0
 
@@ -91,8 +95,15 @@ def build(job: Job):
         "zero_optimization": {"stage": job.stage, "stage3_param_persistence_threshold": 100},
         "bf16": {"enabled": job.bf16},
     }
+    if job.offload:
+        section["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     config = make_config(router=job.router, expert=job.expert, deepspeed=section)
-    model = CheckpointToy(job.router, layout, job.gain)
+    if job.transformer:
+        ffn = config.model.ffn.model_copy(update={"hidden_size": 128})
+        sizes = config.model.model_copy(update={"hidden_size": 128, "ffn": ffn})
+        model: nn.Module = Transformer(sizes, VOCABULARY, layout, seed=0)
+    else:
+        model = CheckpointToy(job.router, layout, job.gain)
     if job.load is not None:
         for parameter in model.parameters():
             parameter.data.add_(7.0)
@@ -104,6 +115,8 @@ def run_on_rank(rank: int, job: Job) -> Outcome:
     engine, layout = build(job)
     state = None
     at_save: dict[str, Tensor] = {}
+    if job.used:
+        engine.train_step(step_batches(9, rank, job.world, groups=4), objective, 0.01)
     if job.load is not None:
         state = checkpoint.load(job.load, engine, layout)
         at_save = account(engine, MOMENTS[job.optimizer] if job.start else ())
@@ -115,10 +128,12 @@ def run_on_rank(rank: int, job: Job) -> Outcome:
             checkpoint.save(job.save, engine, layout, state={"step": step, "loader": {"lanes": lanes}})
             at_save = account(engine, MOMENTS[job.optimizer] if step else ())
         if step < job.stop:
-            result = engine.train_step(step_batches(step, rank, job.world, groups=4), objective, 0.01)
+            batches = step_batches(step, rank, job.world, groups=4, tokens=768 if job.transformer else TOKENS)
+            result = engine.train_step(batches, objective, 0.01)
             losses.append(result.loss_sums["loss"])
             norms.append(result.grad_norm)
     assert engine.skipped_steps == (3 if job.load or job.save else 0)
+    assert engine.steps == job.stop
     return Outcome(losses, norms, state, at_save, account(engine, MOMENTS[job.optimizer] if job.stop else ()))
 
 
@@ -150,7 +165,7 @@ def account(engine: Any, moments: tuple[str, ...]) -> dict[str, Tensor]:
                 found |= {f"{kind} {name} of {e}": row for e, row in zip(param.expert_ids, tensor.unbind())}
             else:
                 found[f"{kind} {name}"] = tensor
-    found["calls"] = engine.module.calls.clone()
+    found |= {name: buffer.clone() for name, buffer in engine.module.named_buffers() if name == "calls"}
     return found
 
 
@@ -160,3 +175,10 @@ def _unite(accounts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         for name, tensor in found.items():
             assert torch.equal(united.setdefault(name, tensor), tensor), f"ranks differ in {name}"
     return united
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """Same names, types and bits."""
+    assert left.keys() == right.keys()
+    for name in left:
+        assert left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]), name

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from moe_dist.batch import IMAGE, TEXT
-from moe_dist.data.heldout import heldout_batches
+from moe_dist.data.heldout import ShuffledCaptions, heldout_batches
 from moe_dist.evaluate.bigram import Bigram, Bigrams
 from moe_dist.evaluate.perplexity import mean_losses
 from moe_dist.parallel.layout import Layout
+from tests.data.real import emoji_store, emoji_vocabulary
 from tests.data.synthetic import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
 
 V = SmallVocabulary
@@ -105,3 +106,23 @@ def test_repeated_captions_do_not_fool_the_fit():
         for store in (once, MemoryStore(once.documents * 4))
     )
     assert repeated < plain + 0.1
+
+
+def test_on_real_emoji_it_beats_the_unigram_and_ignores_shuffled_captions(emoji_samples, tmp_path):
+    vocabulary = emoji_vocabulary(emoji_samples, tmp_path)
+    train, held = (emoji_store(emoji_samples, split, vocabulary) for split in ("train", "validation"))
+    config = data_config(sequence_length=512)
+    bigram = Bigram.fit(train, vocabulary, config)
+
+    def batches(store):
+        return list(heldout_batches(store, vocabulary, config, groups=99, dp_rank=0, dp=1, batch_groups=1))
+
+    result = mean_losses(bigram.token_losses, batches(held), Layout())
+    targets = torch.cat([b.targets_T[b.loss_mask_T] for b in batches(held)])
+    modality = vocabulary.modality_of[targets]
+    for name, m in (("text", TEXT), ("image", IMAGE)):
+        share = torch.bincount(targets[modality == m]).double() / (modality == m).sum()
+        entropy = -torch.special.xlogy(share, share).sum()  # the loss of the held-out split's own best unigram
+        assert result[f"eval/loss/{name}"] < entropy - 0.3
+    shuffled = mean_losses(bigram.token_losses, batches(ShuffledCaptions(held)), Layout())
+    assert shuffled["eval/loss/image"] == pytest.approx(result["eval/loss/image"], abs=0.05)

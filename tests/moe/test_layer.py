@@ -174,7 +174,10 @@ def test_the_only_read_from_the_device_is_split_sizes():
 
 
 def test_a_tokens_rows_are_added_up_in_float32():
-    """bf16 cannot represent 257: summed in bf16, nine rows of one token would stay at the first one's 256."""
+    """bf16 cannot represent 257: summed in bf16, nine rows of one token would stay at the first one's 256.
+
+    CPU's index_add happens to sum bf16 in float32 anyway; CUDA's does not.
+    """
     plan = RoutingPlan(
         token_ids_N=torch.zeros(9, dtype=torch.int64), weights_N=torch.ones(9), counts_E=torch.tensor([9])
     )

@@ -30,5 +30,5 @@ def test_a_failing_rank_is_reported_and_the_pool_recovers():
 
 
 def test_expert_parallelism_without_ranks_is_refused():
-    with pytest.raises(UserError, match="parallel.expert=2 does not divide the 1 ranks"):
+    with pytest.raises(UserError, match=r"parallel.expert=2 does not divide the 1 ranks"):
         make_layout(expert=2, device=torch.device("cpu"))

@@ -1,0 +1,68 @@
+"""Held-out loss of a run, beside a bigram model and shuffled captions: launch/evaluate.py RUN [section.key=value ...]
+
+Reads RUN/config.yaml and the newest checkpoint, writes RUN/evaluation.json. Runs on one process, or under any launcher
+with parallel.expert set to fit (a checkpoint does not depend on the layout). eval.groups says how much is looked at.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_dist.batch import MODALITIES
+from moe_dist.config import load_config
+from moe_dist.engine.zero import init_distributed
+from moe_dist.errors import UserError
+from moe_dist.evaluate.comparison import compare_with_references
+from moe_dist.parallel.layout import make_layout
+from moe_dist.telemetry.run_folder import RunFolder
+from moe_dist.train import Run, open_data
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args()
+    try:
+        evaluate_run(RunFolder(arguments.run), arguments.overrides)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
+    """Compare, print a table and write RUN/evaluation.json."""
+    config = load_config(folder.config, ["parallel.expert=1", f"run.dir={folder.path}", *overrides])
+    layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+    run = Run.build(config, layout, folder)
+    if run.step == 0:
+        raise UserError(f"{folder.path} holds no complete checkpoint")
+    _, train, held_out = open_data(config.data, layout)
+    results = compare_with_references(
+        run.engine.eval_forward, train=train, held_out=held_out, vocabulary=run.vocabulary, data=config.data,
+        layout=layout, groups=config.eval.groups, batch_groups=config.train.micro_batch_groups,
+    )  # fmt: skip
+    if layout.is_main:
+        causal = bool(run.engine.module.causal_routing)
+        (folder.path / "evaluation.json").write_text(
+            json.dumps({"step": run.step, "causal": causal, **results}, indent=1) + "\n"
+        )
+        Console().print(table(results, run.step, causal))
+
+
+def table(results: dict[str, float], step: int, causal: bool) -> Table:
+    label = "" if causal else ", non-causal (expert choice)"
+    grid = Table("nats per token", *MODALITIES, title=f"held-out loss after {step} steps{label}", title_justify="left")
+    for name, prefix in (("model", "loss"), ("captions shuffled", "shuffled/loss"), ("bigram model", "bigram")):
+        values = [results.get(f"eval/{prefix}/{modality}") for modality in MODALITIES]
+        grid.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values))
+    return grid
+
+
+if __name__ == "__main__":
+    sys.exit(main())

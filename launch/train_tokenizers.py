@@ -1,0 +1,32 @@
+"""Train the tokenizers of a corpus: python launch/train_tokenizers.py shards=DIR out=DIR [vq.image_size=64]
+
+Writes OUT/text.model and OUT/vq. All keys and their defaults: TokenizerRecipe in moe_dist/data/prepare_tokenizers.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from moe_dist.config import apply_override, validate
+from moe_dist.data.prepare_tokenizers import TokenizerRecipe, train_tokenizers
+from moe_dist.errors import UserError
+
+
+def main(arguments: list[str]) -> None:
+    settings: dict[str, Any] = {}
+    for argument in arguments:
+        apply_override(settings, argument)
+    recipe = validate(TokenizerRecipe, settings, "train_tokenizers.py")
+    text, quality = train_tokenizers(recipe)
+    print(f"{recipe.out}/text.model: {text.size} pieces")
+    if quality is not None:
+        print(f"{recipe.out}/vq: held-out {quality}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
