@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.batch import MODALITIES, Batch
-from moe_dist.config import Config, DataConfig, load_config
+from moe_dist.config import Config, DataConfig, MoEFFN, load_config
 from moe_dist.data.heldout import heldout_batches
 from moe_dist.data.loader import Loader, make_loader
 from moe_dist.data.shards import Split
 from moe_dist.data.tokenized import TokenStore, build_cache, load_vocabulary, open_store
 from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.engine import checkpoint
-from moe_dist.engine.deepspeed_config import check_section
+from moe_dist.engine.deepspeed_config import accumulation_steps, check_section
 from moe_dist.engine.schedule import learning_rate
 from moe_dist.engine.state import TrainState, check_resumable
 from moe_dist.engine.zero import Engine, StepResult, init_distributed, make_engine
@@ -27,12 +27,13 @@ from moe_dist.losses.objective import Objective
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.placement import make_placement
+from moe_dist.moe.registry import router_settings
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.parallel.together import together
 from moe_dist.telemetry.progress import Progress
 from moe_dist.telemetry.report import write_report
 from moe_dist.telemetry.routing import routing_counts, routing_metrics
-from moe_dist.telemetry.run_folder import RunFolder
+from moe_dist.telemetry.run_folder import RunFolder, State, read_status
 from moe_dist.telemetry.sinks import Sinks
 from moe_dist.telemetry.throughput import model_flops
 
@@ -46,7 +47,10 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
     """
     config = load_config(path, overrides)
     check_section(config.deepspeed)
+    if isinstance(config.model.ffn, MoEFFN):
+        router_settings(config.model.ffn.router)
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+    accumulation_steps(config.train, layout.world)  # what the recipe gets wrong shows before the data are read
     folder = RunFolder(Path(config.run.dir))
     run = None
     try:
@@ -54,7 +58,8 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
         run.loop()
     except BaseException as error:
         if layout.is_main and folder.status.exists():
-            folder.write_status("failed", run.step if run else 0, str(error) or type(error).__name__)
+            step = run.step if run else read_status(folder.path)["step"]
+            folder.write_status("failed", step, str(error) or type(error).__name__)
         raise
 
 
@@ -123,7 +128,9 @@ class Run:
         sinks.close()
         if main:
             write_report(self.folder.path)
-            self.folder.write_status("done" if self.step >= train.steps else "stopped", self.step)
+            state: State = "done" if self.step >= train.steps else "stopped"
+            self.folder.write_status(state, self.step)
+            print(f"{state} after {self.step} of {train.steps} steps: {self.folder.path}", flush=True)
 
     def train_step(self) -> dict[str, Any]:
         """Take one optimizer step; the metrics of telemetry/keys.py. Collective."""

@@ -73,6 +73,11 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def _sorted(caption):
+    label, keywords, group = caption.split(". ")
+    return f"{label}. {', '.join(sorted(keywords.split(', ')))}. {group}"
+
+
 def test_emoji_from_packages_to_samples(out):
     record = prepare("emoji", {}, out)
     assert record["samples"] == {"train": 198, "validation": 48, "test": 48}
@@ -83,7 +88,9 @@ def test_emoji_from_packages_to_samples(out):
         assert verify(shards) == record["samples"][split]
     assert len(samples) == 294 and all(s.image.size == (64, 64) for s in samples.values())
     joker = samples["noto-1f0cf"]
-    assert joker.caption == "joker. card, game, wildcard. (things: all of them)"
+    captions = {samples[f"{vendor}-1f0cf"].caption for vendor in ("noto", "twemoji", "fluent")}
+    assert {_sorted(caption) for caption in captions} == {"joker. card, game, wildcard. (things: all of them)"}
+    assert len(captions) > 1  # every picture lists the keywords in an order of its own
     assert joker.image.tobytes() == Image.open(EMOJI / "noto" / "1f0cf.png").convert("RGB").tobytes()
     assert metas(out)["fluent-1f0cf"][1] == {
         "vendor": "fluent",
