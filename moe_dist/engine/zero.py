@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import deepspeed
@@ -56,6 +56,8 @@ def init_distributed() -> torch.device:
     deepspeed.ops.__compatible_ops__ = {}
     accelerator = get_accelerator()
     place = discover()
+    # Where each task sees its own GPU only (srun --gpus-per-task), that one is number 0.
+    place = replace(place, local_rank=place.local_rank % max(accelerator.device_count(), 1))
     place.export()
     accelerator.set_device(place.local_rank)
     deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
