@@ -34,5 +34,5 @@ data/emoji/corpus.json: | setup
 	$(BIN)/python launch/prepare_data.py corpus=emoji out=data/emoji
 
 data/tokenizers/.done: | data/emoji/corpus.json
-	$(BIN)/python launch/train_tokenizers.py shards=data/emoji out=data/tokenizers
+	$(BIN)/python launch/train_tokenizers.py shards=data/emoji out=data/tokenizers vocab_size=1024
 	touch $@
