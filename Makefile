@@ -8,6 +8,7 @@ BIN := .venv/bin
 .PHONY: train test test-fast lint setup data
 
 train: data  ## pre-train the quickstart; `make train ARGS="train.steps=20 run.dir=runs/x"` passes overrides on
+	OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))}" \
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) launch/train.py --config $(CONFIG) $(ARGS)
 
 test: setup  ## all tests

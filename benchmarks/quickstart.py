@@ -5,8 +5,8 @@ benchmarks/results/<date>-quickstart.md. Resumable: a recipe whose run is done i
 """
 
 import json
+import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,11 +31,8 @@ def run(recipe: str) -> str:
     """One row of the table."""
     folder = RunFolder(ROOT / "runs" / "benchmark" / recipe)
     launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "launch/train.py"]
-    subprocess.run(
-        [*launcher, "--config", f"configs/{recipe}.yaml", f"run.dir={folder.path}"], cwd=ROOT, check=True
-    )
-    # The largest process among all that have ended: a rank (a resumed benchmark does not know it any more).
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    # A resumed benchmark does not know the ranks' memory any more.
+    peak = peak_gib([*launcher, "--config", f"configs/{recipe}.yaml", f"run.dir={folder.path}"])
     subprocess.run([sys.executable, "launch/evaluate.py", str(folder.path), "eval.groups=64"], cwd=ROOT, check=True)
     lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
     results = json.loads((folder.path / "evaluation.json").read_text())
@@ -48,6 +45,16 @@ def run(recipe: str) -> str:
             own, shuffled, bigram = (results[f"eval/{kind}/{m}"] for kind in ("loss", "shuffled/loss", "bigram"))
             assert own < bigram - MARGIN and own < shuffled, f"{recipe} has not learnt {m}: {results}"
     return "| " + " | ".join(cells) + " |"
+
+
+def peak_gib(command: list[str]) -> float:
+    """Run a command; the resident memory of the largest process it started: a rank."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return usage.ru_maxrss / 2**20
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ with parallel.expert set to fit (a checkpoint does not depend on the layout). ev
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -17,35 +16,31 @@ from moe_dist.config import load_config
 from moe_dist.engine.zero import init_distributed
 from moe_dist.errors import UserError
 from moe_dist.evaluate.comparison import compare_with_references
+from moe_dist.parallel.launch import run_rank
 from moe_dist.parallel.layout import make_layout
 from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.train import Run, open_data
+from moe_dist.train import Run
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
-    try:
-        evaluate_run(RunFolder(arguments.run), arguments.overrides)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    evaluate_run(RunFolder(arguments.run), arguments.overrides)
 
 
 def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
     """Compare, print a table and write RUN/evaluation.json."""
-    config = load_config(folder.config, ["parallel.expert=1", f"run.dir={folder.path}", *overrides])
+    config = load_config(folder.config, ["parallel.expert=1", "run.resume=auto", f"run.dir={folder.path}", *overrides])
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
     run = Run.build(config, layout, folder)
     if run.step == 0:
         raise UserError(f"{folder.path} holds no complete checkpoint")
-    _, train, held_out = open_data(config.data, layout)
     results = compare_with_references(
-        run.engine.eval_forward, train=train, held_out=held_out, vocabulary=run.vocabulary, data=config.data,
-        layout=layout, groups=config.eval.groups, batch_groups=config.train.micro_batch_groups,
+        run.engine.eval_forward, train=run.documents, held_out=run.held_out, vocabulary=run.vocabulary,
+        data=config.data, layout=layout, groups=config.eval.groups, batch_groups=config.train.micro_batch_groups,
     )  # fmt: skip
     if layout.is_main:
         causal = bool(run.engine.module.causal_routing)
@@ -65,4 +60,4 @@ def table(results: dict[str, float], step: int, causal: bool) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_rank(main)

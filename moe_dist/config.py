@@ -123,7 +123,7 @@ class Config(Strict):
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
     schedule: ScheduleConfig = ScheduleConfig()
-    deepspeed: dict[str, Any]  # DeepSpeed's own section; keys are checked by engine/zero.py
+    deepspeed: dict[str, Any]  # DeepSpeed's own section; keys are checked by engine/deepspeed_config.py
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class Run:
     vocabulary: Vocabulary
     engine: Engine
     loader: Loader
+    documents: TokenStore  # of the training split
     held_out: TokenStore
     loader_state: dict[str, Any]
     peak_lr: float
@@ -79,9 +81,10 @@ class Run:
         section = check_section(config.deepspeed)
         resume_from, state = checkpoint.resolve_resume(config), None
         if resume_from is not None:
-            state = TrainState.from_json(checkpoint.read_state(resume_from))
-            check_resumable(state.config, config)
-        vocabulary, store, held_out = open_data(config.data, layout)
+            with together():
+                state = TrainState.from_json(checkpoint.read_state(resume_from))
+                check_resumable(state.config, config)
+        vocabulary, documents, held_out = open_data(config.data, layout)
         if state is not None and state.vocabulary != vocabulary.fingerprint():
             raise UserError(f"{resume_from} was trained with other tokenizers than {vocabulary.describe()}")
         model = Transformer(config.model, vocabulary.size, layout, config.seed)
@@ -90,12 +93,12 @@ class Run:
             checkpoint.load(resume_from, engine, layout)
         with together():
             loader = make_loader(
-                store, vocabulary, config.data, seed=config.seed, dp_rank=layout.rank, dp=layout.world,
+                documents, vocabulary, config.data, seed=config.seed, dp_rank=layout.rank, dp=layout.world,
                 batch_groups=config.train.micro_batch_groups, state=state.loader if state else None,
             )  # fmt: skip
         return cls(
             config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
-            held_out=held_out, loader_state=state.loader if state else {},
+            documents=documents, held_out=held_out, loader_state=state.loader if state else {},
             peak_lr=section.optimizer.params.lr, step=state.step if state else 0, tokens=state.tokens if state else 0,
         )  # fmt: skip
 
@@ -106,7 +109,7 @@ class Run:
         with together():
             if main:
                 self.folder.open(self.config, step=self.step)
-        sinks = Sinks(self.folder, self.config, is_main=main, causal=causal, step=self.step)
+            sinks = Sinks(self.folder, self.config, is_main=main, causal=causal, step=self.step)
         with Progress(last, step=self.step, is_main=main, causal=causal) as progress:
             while self.step < last:
                 metrics = self.train_step()
@@ -126,9 +129,7 @@ class Run:
         """Take one optimizer step; the metrics of telemetry/keys.py. Collective."""
         started = time.perf_counter()
         config, reader = self.config, Reader(self.loader)
-        lr = learning_rate(
-            self.step, config=config.schedule, peak=self.peak_lr, steps=config.train.steps
-        )
+        lr = learning_rate(self.step, config=config.schedule, peak=self.peak_lr, steps=config.train.steps)
         result = self.engine.train_step(reader.read(self.engine.accumulation), Objective(), lr)
         self.loader_state = reader.state
         self.step += 1
@@ -194,8 +195,11 @@ def open_data(data: DataConfig, layout: Layout) -> tuple[Vocabulary, TokenStore,
         for split in SPLITS:
             build_cache(data, split, vocabulary, rank=layout.rank, world=layout.world, device=layout.device)
     with together():
-        store, held_out = (open_store(data, split, vocabulary) for split in SPLITS)
-    return vocabulary, store, held_out
+        documents, held_out = (open_store(data, split, vocabulary) for split in SPLITS)
+    for split, store in zip(SPLITS, (documents, held_out), strict=True):
+        if layout.is_main and store.report.bad:
+            print(f"warning: {split}: {store.report.summary()}", file=sys.stderr, flush=True)
+    return vocabulary, documents, held_out
 
 
 class Reader:

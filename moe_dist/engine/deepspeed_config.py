@@ -107,11 +107,6 @@ class DeepSpeedSection(Strict):
     memory_breakdown: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
-    @property
-    def offloads_optimizer(self) -> bool:
-        offload = self.zero_optimization.offload_optimizer
-        return offload is not None and offload.device == "cpu"
-
 
 def check_section(raw: dict[str, Any]) -> DeepSpeedSection:
     """Validate `deepspeed` of a recipe. Raises UserError naming the key, and our key where we own the matter."""

@@ -35,7 +35,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int, layout: Layout, seed: int):
         super().__init__()
-        self.config, self.num_layers = config, config.num_layers
+        self.config = config
         self.embedding = nn.Embedding(vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, layer=layer, seed=seed, layout=layout) for layer in range(config.num_layers)

@@ -19,10 +19,6 @@ class Placement:
         return len(self.local_experts)
 
     @property
-    def experts_per_rank(self) -> int:
-        return len(self.local_experts[0])
-
-    @property
     def order(self) -> tuple[int, ...]:
         """Global expert ids, rank after rank."""
         return tuple(expert for rank in self.local_experts for expert in rank)

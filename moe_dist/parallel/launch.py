@@ -9,8 +9,11 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Mapping
+import sys
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 from moe_dist.errors import UserError
 
@@ -62,6 +65,29 @@ def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether this is rank 0, as far as a launcher's variables tell: to print what every rank knows only once."""
     names = ("RANK", *(rank for rank, _ in _MPI_VARIABLES), "SLURM_PROCID")
     return next((environment[name] for name in names if name in environment), "0") == "0"
+
+
+def run_rank(main: Callable[[], None]) -> NoReturn:
+    """Run what a rank is started for, and exit: 0, 2 after a UserError (rank 0 says it), 1 after a defect of ours.
+
+    After an error other ranks may still wait in a collective. Python's clean-up would wait for them too, so it is
+    left out: the launcher sees this rank's exit at once and ends the others.
+    """
+    code = 0
+    try:
+        main()
+    except UserError as error:
+        code = 2
+        if is_main_process():  # the others have the same sentence to tell
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    except Exception:
+        code = 1
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    sys.exit(0)
 
 
 def free_port() -> int:

@@ -149,21 +149,23 @@ def _skip(rank, config, how):
     assert told == [[False, False, True, False, False], 1, 5]
 
 
+SKIPPING = {
+    "1": sgd(1),
+    "2": sgd(2),
+    "3": sgd(3, zero_optimization=PARTITIONED),
+    "1-offload": sgd(1, zero_optimization={"stage": 1} | OFFLOADED),
+    "2-offload": sgd(2, zero_optimization={"stage": 2} | OFFLOADED),
+    "3-offload": sgd(3, zero_optimization=PARTITIONED | OFFLOADED),
+    "1-bf16": sgd(1, bf16={"enabled": True}),
+    "2-bf16": sgd(2, bf16={"enabled": True}),
+    "3-bf16": sgd(3, bf16={"enabled": True}),
+}
+
+
 @pytest.mark.parametrize("how", ["nan", "inf", "gradient"])
 @pytest.mark.parametrize(
     "deepspeed",
-    [
-        sgd(1),
-        sgd(2),
-        sgd(3, zero_optimization=PARTITIONED),
-        sgd(1, zero_optimization={"stage": 1} | OFFLOADED),
-        sgd(2, zero_optimization={"stage": 2} | OFFLOADED),
-        sgd(3, zero_optimization=PARTITIONED | OFFLOADED),
-        sgd(1, bf16={"enabled": True}),
-        sgd(2, bf16={"enabled": True}),
-        sgd(3, bf16={"enabled": True}),
-    ],
-    ids=["1", "2", "3", "1-offload", "2-offload", "3-offload", "1-bf16", "2-bf16", "3-bf16"],
+    [pytest.param(value, id=key, marks=pytest.mark.slow if "-" in key else ()) for key, value in SKIPPING.items()],
 )
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(deepspeed, how):
     run_ranks(_skip, 2, make_config(expert=2, groups=4, deepspeed=deepspeed, non_finite="skip"), how)
@@ -308,17 +310,17 @@ def test_evaluation_is_the_same_forward_pass_and_leaves_no_trace(deepspeed):
 def _tiny_updates(rank, config):
     engine, layout = build(config)
     before = full_parameters(engine)
-    for _ in range(64):
+    for _ in range(32):
         engine.train_step(step_inputs(0, layout, config), objective, config.deepspeed["optimizer"]["params"]["lr"])
     after = full_parameters(engine)
     assert all(p.dtype == torch.bfloat16 for p in engine.module.parameters())
     return float((after["output.weight"] - before["output.weight"]).abs().max())
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_bf16_adds_up_updates_below_its_own_precision(stage):
     """Each step moves a weight by at most 1e-4 of its size; bfloat16 alone, with steps of 4e-3, would never move."""
     adam = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
     config = make_config(expert=2, deepspeed=sgd(stage, bf16={"enabled": True}) | adam)
     moved = run_ranks(_tiny_updates, 2, config)
-    assert 3e-3 < moved[0] < 2e-2
+    assert 1.5e-3 < moved[0] < 1e-2

@@ -15,6 +15,7 @@ from moe_dist.parallel.layout import Layout
 
 VOCABULARY, WIDTH, EXPERTS = 50, 16, 4  # ids from 40 on are image codes
 TOKENS = 24  # of one selection group
+INIT_STD = 0.3  # of so narrow a model: with 0.02 its experts would hardly matter
 TOP_K = {"type": "top_k", "num_experts": EXPERTS, "top_k": 2}
 MOMA = {
     "type": "modality",
@@ -41,11 +42,11 @@ class ToyModel(nn.Module):
         self.norm = nn.RMSNorm(WIDTH)
         ffn = MoEFFN(type="moe", hidden_size=16, router=router)
         self.ffn = build_moe_layer(
-            ffn, hidden_size=WIDTH, layer=0, seed=seed, layout=layout, init_std=0.3, output_std=0.3
+            ffn, hidden_size=WIDTH, layer=0, seed=seed, layout=layout, init_std=INIT_STD, output_std=INIT_STD
         )
         self.output = nn.Linear(WIDTH, VOCABULARY)
         for parameter in (self.embedding.weight, self.output.weight):
-            nn.init.normal_(parameter, std=0.3, generator=generator)
+            nn.init.normal_(parameter, std=INIT_STD, generator=generator)
         nn.init.zeros_(self.output.bias)
 
     def forward(self, tokens_T: Tensor, info: TokenInfo) -> Output:
@@ -112,7 +113,7 @@ def make_config(
         "run": {"dir": "unused"},
         "data": {"shards": "unused", "text_tokenizer": "unused"},
         "model": {
-            "hidden_size": WIDTH, "num_layers": 2, "num_heads": 2,
+            "hidden_size": WIDTH, "num_layers": 2, "num_heads": 2, "init_std": INIT_STD,
             "ffn": {"type": "moe", "hidden_size": 16, "router": router},
         },
         "parallel": {"expert": expert},

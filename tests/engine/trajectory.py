@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,40 +24,46 @@ class Trajectory:
     norms: list[float]
     parameters: dict[str, Tensor]  # final, full; an expert's under "name[expert]"
     loss_tokens: list[list[int]]  # [step][rank]: predictions that counted
+    moved: dict[str, float]  # how far each parameter went, relative to its largest entry
 
     def deviation(self, other: Trajectory) -> dict[str, float]:
         """Largest difference: absolute for losses, relative for norms, relative to a parameter's largest entry."""
         assert self.parameters.keys() == other.parameters.keys()
+        losses = [abs(mine - theirs) for mine, theirs in zip(self.losses, other.losses, strict=True)]
+        norms = [abs(mine - theirs) / theirs for mine, theirs in zip(self.norms, other.norms, strict=True)]
+        parameters = [
+            float((self.parameters[name] - theirs).abs().max() / theirs.abs().max())
+            for name, theirs in other.parameters.items()
+        ]
         return {
-            "loss": max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True)),
-            "norm": max(abs(a - b) / b for a, b in zip(self.norms, other.norms, strict=True)),
-            "parameters": max(
-                float((mine - theirs).abs().max() / theirs.abs().max())
-                for mine, theirs in ((self.parameters[name], other.parameters[name]) for name in other.parameters)
-            ),
-        }
+            "loss": max(losses), "norm": max(norms), "parameters": max(parameters),
+            "first loss": losses[0], "first norm": norms[0],
+        }  # fmt: skip
 
 
 def train(build: Build, config: Config, world: int, *, steps: int = 8, plant: Callable | None = None) -> Trajectory:
     """Train on `world` ranks. plant(engine, layout) -> objective puts a fault in."""
     results = run_ranks(_train, world, build, config, steps, plant)
-    losses, norms, _, _ = results[0]
-    for other, others_norms, _, _ in results[1:]:
+    losses, norms, *_ = results[0]
+    for other, others_norms, *_ in results[1:]:
         assert other == losses and others_norms == norms, "ranks report different figures"
+    initial = {name: value for result in results for name, value in result[2].items()}
     parameters: dict[str, Tensor] = {}
-    for _, _, part, _ in results:
-        for name, value in part.items():
+    for result in results:
+        for name, value in result[3].items():
             # Ranks that share a parameter must hold the same one; a planted fault may break that, rank 0 speaks then.
             if name in parameters and plant is None:
                 assert torch.equal(value, parameters[name]), f"ranks hold different {name}"
             parameters.setdefault(name, value)
-    return Trajectory(losses, norms, parameters, [list(row) for row in zip(*(result[3] for result in results))])
+    moved = {name: float((value - initial[name]).abs().max() / value.abs().max()) for name, value in parameters.items()}
+    return Trajectory(losses, norms, parameters, [list(row) for row in zip(*(result[4] for result in results))], moved)
 
 
 def _train(rank: int, build: Build, config: Config, steps: int, plant: Callable | None) -> tuple:
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
     engine = make_engine(build(config, layout), config, layout, EXPERTS)
     goal = plant(engine, layout) if plant else objective
+    initial = full_parameters(engine)
     losses, norms, loss_tokens = [], [], []
     for step in range(steps):
         batches = step_inputs(step, layout, config)
@@ -67,7 +72,7 @@ def _train(rank: int, build: Build, config: Config, steps: int, plant: Callable 
         assert not result.skipped
         losses.append(result.loss_sums["loss"] / result.counts["tokens"])
         norms.append(result.grad_norm)
-    return losses, norms, full_parameters(engine), loss_tokens
+    return losses, norms, initial, full_parameters(engine), loss_tokens
 
 
 def step_inputs(step: int, layout: Layout, config: Config) -> list[Batch]:
@@ -91,10 +96,10 @@ def full_parameters(engine: Engine) -> dict[str, Tensor]:
     return parameters
 
 
-def assert_learns(trajectory: Trajectory, *, clip: float, tolerance: float) -> None:
-    """The comparison can fail: every step clips, the loss moves, and ranks differ in what counts."""
+def assert_can_fail(trajectory: Trajectory, *, clip: float, loss_moves: float) -> None:
+    """Every step clips, loss and parameters (each expert, each router) move, ranks differ strongly in what counts."""
     assert min(trajectory.norms) > clip, "clipping was not active"
-    assert all(math.isfinite(loss) for loss in trajectory.losses)
-    assert max(trajectory.losses) - min(trajectory.losses) > 1000 * tolerance
+    assert max(trajectory.losses) - min(trajectory.losses) > loss_moves
+    assert min(trajectory.moved.values()) > 1e-3, min(trajectory.moved, key=trajectory.moved.get)
     if len(trajectory.loss_tokens[0]) > 1:
-        assert max(max(row) / min(row) for row in trajectory.loss_tokens) > 1.5
+        assert all(max(row) > 3 * min(row) for row in trajectory.loss_tokens)

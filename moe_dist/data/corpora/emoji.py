@@ -1,10 +1,14 @@
 """Emoji as image-caption pairs: Noto (Apache-2.0), Twemoji (CC-BY-4.0) and Fluent 3D (MIT); captions: emojibase (MIT).
 
-"deciduous tree. deciduous, forest, green, habitat, shedding, tree. (animals & nature: other plants)"
+"deciduous tree. forest, shedding, green, deciduous, tree, habitat. (animals & nature: other plants)"
+
+Keywords are a set: every picture lists them in an order of its own, drawn by hash. emojibase's alphabetical order would
+give all vendors' pictures and most skin tones one caption, which a model then learns by heart.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -39,8 +43,12 @@ class Entry:
     vendor: str
     code: str  # code points without variation selectors, e.g. 1F44B-1F3FB
     image: bytes  # as the vendor ships it
-    caption: str
-    meta: dict[str, Any]
+    meta: dict[str, Any]  # label, keywords, group, subgroup
+
+    @property
+    def caption(self) -> str:
+        ordered = sorted(self.meta["keywords"], key=lambda word: _digest(f"{self.vendor} {self.code} {word}"))
+        return f"{self.meta['label']}. {', '.join(ordered)}. ({self.meta['group']}: {self.meta['subgroup']})"
 
 
 class Emoji(Strict):
@@ -57,7 +65,7 @@ class Emoji(Strict):
     def entries(self, downloads: Path) -> list[Entry]:
         captions = dict(_captions(downloads, self.base))
         return [
-            Entry(vendor, code, image, *captions[code])
+            Entry(vendor, code, image, captions[code])
             for vendor, (package, folder) in IMAGE_FOLDERS.items()
             for code, image in _images(package, folder, downloads).items()
             if code in captions
@@ -84,8 +92,8 @@ def _images(package: str, folder: str, downloads: Path) -> dict[str, bytes]:
     return {_normal(Path(path).stem.upper()): image for path, image in sorted(files.items())}
 
 
-def _captions(downloads: Path, base: bool) -> Iterator[tuple[str, tuple[str, dict[str, Any]]]]:
-    """Code -> caption and its parts, for every emoji of a group and its skin-tone variants."""
+def _captions(downloads: Path, base: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Code -> the parts of its caption, for every emoji of a group and its skin-tone variants."""
     files = read_npm(NAMES, downloads, lambda path: path in ("en/data.json", "en/messages.json"))
     messages = json.loads(files["en/messages.json"])
     groups = {item["order"]: item["message"] for item in messages["groups"]}
@@ -96,10 +104,12 @@ def _captions(downloads: Path, base: bool) -> Iterator[tuple[str, tuple[str, dic
         keywords = emoji.get("tags", [])
         group, subgroup = groups[emoji["group"]], subgroups[emoji["subgroup"]]
         for variant in [emoji] if base else [emoji, *emoji.get("skins", [])]:
-            label = variant["label"]
-            caption = f"{label}. {', '.join(keywords)}. ({group}: {subgroup})"
-            meta = {"label": label, "keywords": keywords, "group": group, "subgroup": subgroup}
-            yield _normal(variant["hexcode"]), (caption, meta)
+            meta = {"label": variant["label"], "keywords": keywords, "group": group, "subgroup": subgroup}
+            yield _normal(variant["hexcode"]), meta
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _normal(code: str) -> str:
