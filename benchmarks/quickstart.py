@@ -20,6 +20,7 @@ from moe_dist.telemetry.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+MARGIN = 0.3  # nats by which MoMa's held-out loss must beat the bigram model's, in each modality
 RECIPES = ("moma_quickstart", "moe_8x_quickstart", "dense_quickstart")
 HEADER = "| recipe | train s | tokens/s (median) | peak GiB a rank | " + " | ".join(
     f"{m} first -> last | {m} held-out | shuffled | bigram" for m in MODALITIES
@@ -40,6 +41,9 @@ def run(recipe: str) -> str:
     for m in MODALITIES:
         cells.append(f"{lines[0][f'loss/{m}']:.2f} -> {lines[-1][f'loss/{m}']:.2f}")
         cells += [f"{results[f'eval/{kind}/{m}']:.3f}" for kind in ("loss", "shuffled/loss", "bigram")]
+        if recipe.startswith("moma"):
+            own, shuffled, bigram = (results[f"eval/{kind}/{m}"] for kind in ("loss", "shuffled/loss", "bigram"))
+            assert own < bigram - MARGIN and own < shuffled, f"{recipe} has not learnt {m}: {results}"
     return "| " + " | ".join(cells) + " |"
 
 

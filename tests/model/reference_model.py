@@ -1,6 +1,7 @@
-"""The dense model in plain PyTorch, document by document, from a dict of the real model's parameters.
+"""The model in plain PyTorch, document by document, from a dict of the real model's parameters.
 
-Nothing of moe_dist or megatron is used: the formulas of the papers, written as simply as possible.
+Nothing of moe_dist or megatron is used: the formulas of the papers, written as simply as possible. Expert layers are
+the caller's (tests/reference.py).
 """
 
 import math
@@ -52,8 +53,8 @@ def swiglu(x, gate_up, down):
     return (gate * torch.sigmoid(gate) * up) @ down.T
 
 
-def transformer(tokens, parameters, config):
-    """Logits [L, V] of one document alone."""
+def transformer(tokens, parameters, config, ffn=None):
+    """Logits [L, V] of one document alone. ffn(layer, x) is its feed-forward part; the default is the dense one."""
     x = parameters["embedding.weight"][tokens]
     for layer in range(config.num_layers):
         own = {k.removeprefix(f"layers.{layer}."): v for k, v in parameters.items() if k.startswith(f"layers.{layer}.")}
@@ -62,8 +63,8 @@ def transformer(tokens, parameters, config):
         def attend(x, core=core):
             return attention(x, core, num_heads=config.num_heads, base=config.rope_base, epsilon=config.norm_epsilon)
 
-        def feed(x, own=own):
-            return swiglu(x, own["ffn.gate_up.weight"], own["ffn.down.weight"])
+        def feed(x, own=own, layer=layer):
+            return ffn(layer, x) if ffn else swiglu(x, own["ffn.gate_up.weight"], own["ffn.down.weight"])
 
         for branch, weight in ((attend, own["attention_norm.weight"]), (feed, own["ffn_norm.weight"])):
             if config.norm == "swin":

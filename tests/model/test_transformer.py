@@ -11,6 +11,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.plan import RoutingRecord
 from moe_dist.moe.random import seeded_normal_
 from moe_dist.parallel.layout import Layout
+from tests import reference
 from tests.model import reference_model
 from tests.model.batches import DENSE, EXPERT_CHOICE, MOMA, TOP_K, VOCAB, make_batch, model_config
 
@@ -47,6 +48,31 @@ def test_dense_model_equals_plain_pytorch_in_float64(norm):
     theirs = dict(zip(parameters, torch.autograd.grad(expected, list(parameters.values()))))
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
     for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("norm", ["swin", "pre"])
+@pytest.mark.parametrize("ffn", [TOP_K, EXPERT_CHOICE, MOMA], ids=["top_k", "moe_8x", "moma"])
+def test_expert_model_equals_plain_pytorch_in_float64(ffn, norm):
+    """One document that is one selection group: loss and every gradient, routers' and experts' included."""
+    model, batch = build(ffn, norm=norm).double(), make_batch([21])
+    loss, ours = gradients(model, batch)
+    parameters = {name: parameter.detach().requires_grad_() for name, parameter in model.named_parameters()}
+
+    def feed(layer, x_TD):
+        own = f"layers.{layer}.ffn."
+        gate_weights = [value for name, value in parameters.items() if name.startswith(f"{own}router.")]
+        gates_TE = reference.gates(model.layers[layer].ffn.router, x_TD, gate_weights, batch.info)
+        experts = parameters[f"{own}experts.gate_up"], parameters[f"{own}experts.down"]
+        return reference.expert_layer(x_TD, gates_TE, *experts)
+
+    logits = reference_model.transformer(batch.tokens_T, parameters, model.config, feed)
+    probs = torch.softmax(logits, dim=1)[torch.arange(len(logits)), batch.targets_T]
+    expected = -probs.log()[batch.loss_mask_T].sum()
+    theirs = dict(zip(parameters, torch.autograd.grad(expected, list(parameters.values()))))
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
+    for name, gradient in ours.items():
+        assert gradient.any(), name
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 

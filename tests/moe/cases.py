@@ -40,7 +40,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     },
 }
 
-BATCHES = ("mixed", "one_sided", "rank_0_padding", "no_images", "one_token", "skewed")
+BATCHES = ("mixed", "one_sided", "rank_0_padding", "no_images", "one_token", "skewed", "repeated")
 
 
 def make_info(modality_T: Tensor, valid_T: Tensor, first_id: int = 0, num_groups: int = GROUPS) -> TokenInfo:
@@ -73,6 +73,8 @@ def make_batch(kind: str, rank: int) -> tuple[Tensor, TokenInfo, Tensor]:
         valid_T = (torch.arange(TOKENS) == TOKENS - 3) & (rank == 0)
     elif kind == "skewed":
         x_TD = x_TD.abs()
+    elif kind == "repeated":  # three kinds of token tie; to the third, zero, all experts tie too
+        x_TD = torch.cat([x_TD[:2], torch.zeros_like(x_TD[:1])])[torch.arange(TOKENS) % 3]
     return x_TD.requires_grad_(), make_info(modality_T, valid_T, first_id=rank * TOKENS), loss_TD
 
 
