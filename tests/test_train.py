@@ -156,6 +156,8 @@ def test_bad_input_on_ranks(overrides, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-4096])
     _failed_with(launch(DEEPSPEED, overrides), shard.name)
     _failed_with(launch(TORCHRUN, [*overrides, "parallel.expert=3"]), "parallel.expert=3 does not divide the 2 ranks")
+    seven = [*overrides, "model.ffn.router.text.num_experts=3"]
+    _failed_with(launch(TORCHRUN, seven), "parallel.expert=2 does not divide the model's 7 experts")
 
 
 @pytest.mark.slow
