@@ -13,7 +13,7 @@ from moe_dist.config import Config
 from moe_dist.engine.zero import Engine, init_distributed, make_engine
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.distributed import run_ranks
-from tests.engine.toy import EXPERTS, objective, step_batches
+from tests.engine.toy import EXPERTS, ToyModel, objective, step_batches
 
 Build = Callable[[Config, Layout], nn.Module]
 
@@ -79,6 +79,12 @@ def step_inputs(step: int, layout: Layout, config: Config) -> list[Batch]:
     """This rank's micro-batches: two global batches in turn, so that the loss falls."""
     groups, micro = config.train.global_batch_groups, config.train.micro_batch_groups
     return step_batches(step % 2, layout.rank, layout.world, groups=groups, micro=micro)
+
+
+def toy_engine(config: Config) -> tuple[Engine, Layout]:
+    """An engine around the toy model, on the ranks that call it."""
+    layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+    return make_engine(ToyModel(config.model.ffn.router, layout), config, layout, EXPERTS), layout
 
 
 def full_parameters(engine: Engine) -> dict[str, Tensor]:

@@ -56,6 +56,7 @@ def test_torchrun(tmp_path):
     check(launch(tmp_path, [TOOLS / "torchrun", "--standalone", "--nproc_per_node=2"]), "environment")
 
 
+@pytest.mark.slow
 def test_alone(tmp_path):
     (place,) = launch(tmp_path, [sys.executable])
     assert (place["rank"], place["world"], place["total"], place["launcher"]) == (0, 1, 1, "single")
@@ -88,6 +89,7 @@ def test_launchers_inside_an_allocation_win_over_slurm():
     )
 
 
+@pytest.mark.slow
 def test_mpiexec_inside_an_allocation(tmp_path):
     """The batch step is one task: both MPI ranks inherit SLURM_PROCID=0."""
     command = ["env", "SLURM_PROCID=0", "SLURM_STEP_NUM_TASKS=1", "SLURM_JOB_ID=5", "SLURM_STEP_NODELIST=localhost"]
