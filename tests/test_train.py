@@ -152,22 +152,23 @@ def test_bad_input_alone(override, sentence, overrides):
 @pytest.mark.slow
 def test_bad_input_on_ranks(overrides, tmp_path):
     """What one rank meets, all ranks end with: a shard that only rank 1 reads is cut short."""
+    seven = [*overrides, "model.ffn.router.text.num_experts=3"]
+    _failed_with(launch(TORCHRUN, seven), "parallel.expert=2 does not divide the model's 7 experts")
     shard = sorted((tmp_path / "shards" / "train").glob("*.tar"))[1]
     shard.write_bytes(shard.read_bytes()[:-4096])
     _failed_with(launch(DEEPSPEED, overrides), shard.name)
     _failed_with(launch(TORCHRUN, [*overrides, "parallel.expert=3"]), "parallel.expert=3 does not divide the 2 ranks")
-    seven = [*overrides, "model.ffn.router.text.num_experts=3"]
-    _failed_with(launch(TORCHRUN, seven), "parallel.expert=2 does not divide the model's 7 experts")
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_model_or_other_tokenizers(overrides, tokenizers, tmp_path):
-    short = [*overrides, "parallel.expert=1", "train.stop_after=1"]
+    model = shutil.copy(tokenizers / "text.model", tmp_path)
+    short = [*overrides, "parallel.expert=1", "train.stop_after=1", f"data.text_tokenizer={model}"]
     assert launch(ALONE, short).returncode == 0
-    elsewhere = [f"run.dir={tmp_path / 'other'}", f"run.resume={tmp_path / 'run' / 'checkpoints' / 'step_00000001'}"]
-    _failed_with(launch(ALONE, [*short, *elsewhere, "model.num_layers=1"]), "step_00000001")
-    other = f"data.text_tokenizer={tokenizers / 'other.model'}"
-    _failed_with(launch(ALONE, [*short, *elsewhere, other]), "step_00000001")
+    again = [*short, f"run.resume={tmp_path / 'run' / 'checkpoints' / 'step_00000001'}", "train.stop_after=2"]
+    _failed_with(launch(ALONE, [*again, "model.num_layers=1"]), "model.num_layers was 2 and is now 1")
+    shutil.copy(tokenizers / "other.model", model)
+    _failed_with(launch(ALONE, again), "step_00000001 was trained with other tokenizers than text tokenizer")
 
 
 def _failed_with(result, sentence):
