@@ -140,7 +140,8 @@ def test_texts_and_pictures_without_captions(recipe, tmp_path, emoji_samples):
 def test_bad_images_are_skipped_counted_and_limited(recipe, tmp_path, emoji_samples):
     good = [s for s in emoji_samples if s.split == "train"][:9]
     bad = Sample("broken", "train", good[0].png[:200], "a broken picture")
-    write_shards([*good, bad], tmp_path / "bad", samples_per_shard=5)
+    held_out = [s for s in emoji_samples if s.split == "validation"][:1]
+    write_shards([*good, bad, *held_out], tmp_path / "bad", samples_per_shard=5)
     with pytest.raises(
         UserError, match=r"1 of 10 samples skipped: 1 undecodable image \(broken\).*max_bad_fraction=0.01"
     ):
