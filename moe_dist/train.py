@@ -78,7 +78,7 @@ class Run:
     loader_state: dict[str, Any]
     peak_lr: float
     step: int = 0  # optimizer steps done
-    tokens: int = 0  # valid tokens trained on, over all ranks
+    tokens: int = 0  # predictions trained on, over all ranks
 
     @classmethod
     def build(cls, config: Config, layout: Layout, folder: RunFolder) -> Run:
@@ -111,10 +111,13 @@ class Run:
         """Train, evaluate and save until the last step."""
         train, main, causal = self.config.train, self.layout.is_main, bool(self.engine.module.causal_routing)
         last = min(train.steps, train.stop_after or train.steps)
+        is_new = self.step < last
         with together():
             if main:
                 self.folder.open(self.config, step=self.step)
             sinks = Sinks(self.folder, self.config, is_main=main, causal=causal, step=self.step)
+            if self.config.eval.every:
+                next(self.held_out_batches())  # a held-out split that cannot be used shows now, not after many steps
         with Progress(last, step=self.step, is_main=main, causal=causal) as progress:
             while self.step < last:
                 metrics = self.train_step()
@@ -127,7 +130,8 @@ class Run:
                     self.save()
         sinks.close()
         if main:
-            write_report(self.folder.path)
+            if is_new:
+                write_report(self.folder.path)
             state: State = "done" if self.step >= train.steps else "stopped"
             self.folder.write_status(state, self.step)
             print(f"{state} after {self.step} of {train.steps} steps: {self.folder.path}", flush=True)
@@ -159,11 +163,14 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss, with the routing of training. Collective."""
-        batches = heldout_batches(
+        return evaluate(self.engine.eval_forward, self.held_out_batches(), self.layout)
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """This rank's share of the held-out groups."""
+        return heldout_batches(
             self.held_out, self.vocabulary, self.config.data, groups=self.config.eval.groups,
             dp_rank=self.layout.rank, dp=self.layout.world, batch_groups=self.config.train.micro_batch_groups,
         )  # fmt: skip
-        return evaluate(self.engine.eval_forward, batches, self.layout)
 
     def save(self) -> None:
         """Write a checkpoint of this moment and remove those that are too old. Collective."""
