@@ -15,6 +15,8 @@ import torch.multiprocessing as mp
 
 _POOLS: dict[int, Pool] = {}
 _TIMEOUT = 300.0  # seconds a rank may take before the pool is declared hung
+# Every process group of a call keeps its gloo threads, which poll: after some hundred of them everything crawls.
+_CALLS_PER_POOL = 20
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
@@ -25,10 +27,14 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
     """
     pool = _POOLS.get(world) or _POOLS.setdefault(world, Pool(world))
     try:
-        return pool.run(function, args)
+        results = pool.run(function, args)
     except BaseException:
         _POOLS.pop(world).close()
         raise
+    pool.calls += 1
+    if pool.calls >= _CALLS_PER_POOL:
+        _POOLS.pop(world).close()
+    return results
 
 
 class Pool:
@@ -39,7 +45,7 @@ class Pool:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.pipes, self.processes = [], []
+        self.pipes, self.processes, self.calls = [], [], 0
         for rank in range(world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
