@@ -88,12 +88,15 @@ def test_a_document_alone_gives_the_logits_it_has_in_company(ffn):
 
 @FFNS
 def test_causality_is_what_causal_routing_says(ffn):
-    """Change one token: earlier logits of a causal model stay the same to the bit; with expert choice some move."""
-    model, batch = build(ffn), make_batch([40], seed=4)
+    """Change one token: earlier logits of a causal model stay as they are; with expert choice some move.
+
+    To 1e-12, not to the bit: another number of rows in an expert's product may round differently.
+    """
+    model, batch = build(ffn).double(), make_batch([40], seed=4)
     changed_T = batch.tokens_T.clone()
     changed_T[30] = (changed_T[30] + 1) % VOCAB
     before, after = (model(tokens_T, batch.info).logits_TV for tokens_T in (batch.tokens_T, changed_T))
-    same_T = (before == after).all(dim=1)
+    same_T = (before - after).abs().amax(dim=1) < 1e-12
     assert not same_T[30:].any()
     assert bool(same_T[:30].all()) == model.causal_routing == (ffn in (DENSE, TOP_K))
 
