@@ -13,8 +13,6 @@ import sys
 from datetime import date
 from pathlib import Path
 
-import psutil
-
 from moe_dist.batch import MODALITIES
 from moe_dist.telemetry.run_folder import RunFolder
 
@@ -60,8 +58,8 @@ def peak_gib(command: list[str]) -> float:
 def main() -> None:
     rows = [run(recipe) for recipe in sys.argv[1:] or RECIPES]
     columns = HEADER.count("|")
-    memory = psutil.virtual_memory().total / 2**30
-    machine = f"{psutil.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}, no GPU"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    machine = f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}, no GPU"
     out = ROOT / "benchmarks" / "results" / f"{date.today()}-quickstart.md"
     out.write_text(
         f"# Quickstarts, {date.today()}\n\n{machine}. `python benchmarks/quickstart.py {' '.join(sys.argv[1:])}`\n\n"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from moe_dist.batch import MODALITIES, Batch
 from moe_dist.config import Config, DataConfig, MoEFFN, load_config
 from moe_dist.data.heldout import heldout_batches
@@ -28,6 +30,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.placement import make_placement
 from moe_dist.moe.registry import router_settings
+from moe_dist.moe.router import Router
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.parallel.together import together
 from moe_dist.telemetry.progress import Progress
@@ -93,7 +96,7 @@ class Run:
         if state is not None and state.vocabulary != vocabulary.fingerprint():
             raise UserError(f"{resume_from} was trained with other tokenizers than {vocabulary.describe()}")
         model = Transformer(config.model, vocabulary.size, layout, config.seed)
-        engine = make_engine(model, config, layout, num_experts(model))
+        engine = make_engine(model, config, layout, next((router.num_experts for router in routers(model)), 0))
         if resume_from is not None:
             checkpoint.load(resume_from, engine, layout)
         with together():
@@ -193,7 +196,7 @@ class Run:
         )
 
     def _routing(self, batch: Batch, result: StepResult) -> dict[str, Any]:
-        router = next(module.router for module in self.engine.module.modules() if isinstance(module, MoELayer))
+        router = routers(self.engine.module)[0]
         return routing_metrics(
             routing_counts(result.records, batch.info.to(self.layout.device), self.layout),
             self.layout,
@@ -236,9 +239,9 @@ def losses(result: StepResult) -> dict[str, float]:
     return {name: total / counts[name] for name, total in result.loss_sums.items() if counts[name]}
 
 
-def num_experts(model: Transformer) -> int:
-    """Experts of one layer, over all ranks; 0 for a dense model."""
-    return next((module.router.num_experts for module in model.modules() if isinstance(module, MoELayer)), 0)
+def routers(model: nn.Module) -> list[Router]:
+    """Of the expert layers, from the first; none in a dense model."""
+    return [module.router for module in model.modules() if isinstance(module, MoELayer)]
 
 
 def _due(step: int, every: int, last: int) -> bool:

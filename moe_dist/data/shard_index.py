@@ -25,6 +25,11 @@ class ShardIndex:
     sha256: str
 
 
+def user_cache() -> Path:
+    """Where files go that cannot lie beside a shard."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_dist"
+
+
 def local_path(url: str) -> Path | None:
     """The file a URL means, or None if it is remote."""
     parsed = urlparse(url)
@@ -70,9 +75,8 @@ def _sha256(shard: Path) -> str:
 
 
 def _index_paths(shard: Path) -> tuple[Path, Path]:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_dist" / "shards"
     name = hashlib.sha256(str(shard.resolve()).encode()).hexdigest()[:32]
-    return shard.with_name(shard.name + ".index.json"), cache / f"{name}.index.json"
+    return shard.with_name(shard.name + ".index.json"), user_cache() / "shards" / f"{name}.index.json"
 
 
 def _read_index(shard: Path) -> ShardIndex | None:

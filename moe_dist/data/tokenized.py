@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moe_dist.config import DataConfig
 from moe_dist.data.image import load_image_tokenizer
 from moe_dist.data.samples import RawSample, SampleReport
-from moe_dist.data.shard_index import local_path, verify_shard
+from moe_dist.data.shard_index import local_path, user_cache, verify_shard
 from moe_dist.data.shards import TAR_SUFFIXES, Shard, Split, iterate, resolve_shards
 from moe_dist.data.text import TextTokenizer
 from moe_dist.data.token_shard import MANIFEST, Document, TokenShard, TokenShardWriter
@@ -155,8 +155,7 @@ class _Source:
         identity = index.sha256 if index else shard.url
         digest = hashlib.sha256(f"{identity} {shard.split}".encode()).hexdigest()[:DIGITS]
         file = re.sub(r"[^\w.-]+", "_", shard.url.rpartition("/")[2])[-64:]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_dist"
-        parents = (path.parent, cache) if path else (cache,)
+        parents = (path.parent, user_cache()) if path else (user_cache(),)
         return cls(
             shard=shard,
             samples=index.count if index else 0,
