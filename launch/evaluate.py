@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.batch import MODALITIES
-from moe_dist.config import load_config
 from moe_dist.engine.zero import init_distributed
 from moe_dist.errors import UserError
 from moe_dist.evaluate.comparison import compare_with_references
 from moe_dist.parallel.launch import run_rank
 from moe_dist.parallel.layout import make_layout
+from moe_dist.parallel.together import together
 from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.train import Run
+from moe_dist.train import Run, check_recipe
 
 
 def main() -> None:
@@ -33,8 +33,9 @@ def main() -> None:
 
 def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
     """Compare, print a table and write RUN/evaluation.json."""
-    config = load_config(folder.config, ["parallel.expert=1", "run.resume=auto", f"run.dir={folder.path}", *overrides])
+    config = folder.evaluation_config(overrides)
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+    check_recipe(config, layout)
     run = Run.build(config, layout, folder)
     if run.step == 0:
         raise UserError(f"{folder.path} holds no complete checkpoint")
@@ -42,12 +43,12 @@ def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
         run.engine.eval_forward, train=run.documents, held_out=run.held_out, vocabulary=run.vocabulary,
         data=config.data, layout=layout, groups=config.eval.groups, batch_groups=config.train.micro_batch_groups,
     )  # fmt: skip
-    if layout.is_main:
-        causal = bool(run.engine.module.causal_routing)
-        (folder.path / "evaluation.json").write_text(
-            json.dumps({"step": run.step, "causal": causal, **results}, indent=1) + "\n"
-        )
-        Console().print(table(results, run.step, causal))
+    causal = bool(run.engine.module.causal_routing)
+    with together():
+        if layout.is_main:
+            record = {"step": run.step, "causal": causal, **results}
+            (folder.path / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
+            Console().print(table(results, run.step, causal))
 
 
 def table(results: dict[str, float], step: int, causal: bool) -> Table:

@@ -12,6 +12,7 @@ from typing import Any
 from moe_dist.config import apply_override
 from moe_dist.data.corpora.prepare import prepare
 from moe_dist.errors import UserError
+from moe_dist.parallel.launch import run_rank
 
 
 def main(arguments: list[str]) -> None:
@@ -27,12 +28,9 @@ def main(arguments: list[str]) -> None:
         print(f"{out}: already prepared")
     else:
         counts = ", ".join(f"{count} {split}" for split, count in record["samples"].items())
-        print(f"{out}: {counts} samples ({record['licence']})")
+        domains = "".join(f"; {domain} {count}" for domain, count in record["domains"].items())
+        print(f"{out}: {counts} samples{domains} ({record['licence']})")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_rank(lambda: main(sys.argv[1:]))

@@ -6,10 +6,9 @@ Writes loss.png and routing.png into every run folder; several runs are also ove
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from moe_dist.errors import UserError
+from moe_dist.parallel.launch import run_rank
 from moe_dist.telemetry.report import loss_figure, read_baseline, read_run, save_figure, write_report
 
 
@@ -21,21 +20,13 @@ def main() -> None:
         "--out", type=Path, default=Path("comparison.png"), metavar="PNG", help="overlay of several runs: %(default)s"
     )
     arguments = parser.parse_args()
-    try:
-        baseline = read_baseline(arguments.baseline) if arguments.baseline else {}
-        files = [file for run in arguments.runs for file in write_report(run, baseline)]
-        if len(arguments.runs) > 1:
-            save_figure(loss_figure([read_run(run) for run in arguments.runs], baseline), arguments.out)
-            files.append(arguments.out)
-    except UserError as error:
-        sys.exit(_fail(error))
+    baseline = read_baseline(arguments.baseline) if arguments.baseline else {}
+    files = [file for run in arguments.runs for file in write_report(run, baseline)]
+    if len(arguments.runs) > 1:
+        save_figure(loss_figure([read_run(run) for run in arguments.runs], baseline), arguments.out)
+        files.append(arguments.out)
     print("\n".join(str(file) for file in files))
 
 
-def _fail(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-
-
 if __name__ == "__main__":
-    main()
+    run_rank(main)

@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_dist.config import apply_override, validate
 from moe_dist.data.prepare_tokenizers import TokenizerRecipe, train_tokenizers
-from moe_dist.errors import UserError
+from moe_dist.parallel.launch import run_rank
 
 
 def main(arguments: list[str]) -> None:
@@ -25,8 +25,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_rank(lambda: main(sys.argv[1:]))

@@ -95,11 +95,6 @@ class Batch:
     info: TokenInfo
     sidecar: Mapping[str, Tensor] = field(default_factory=dict)  # pixels, neighbours: for systems that need them
 
-    @property
-    def loss_tokens(self) -> int:
-        """Number of predictions that count (call on the host copy: it synchronises on a device)."""
-        return int(self.loss_mask_T.sum())
-
     def to(self, device: torch.device | str) -> Batch:
         sidecar = {name: value.to(device, non_blocking=True) for name, value in self.sidecar.items()}
         return replace(_to(self, device), info=self.info.to(device), sidecar=sidecar)

@@ -1,7 +1,8 @@
 """The recipe: frozen, strict models, one YAML file plus `section.key=value` overrides.
 
 An unknown key, a wrong type or a value out of range is a UserError that names the key. A leaf: imports nothing of ours
-but the error. Routers bring their own settings models (see moe/registry.py): `model.ffn.router` stays a mapping here.
+but the error. Routers bring their own settings models (see moe/registry.py), losses theirs: their sections stay
+mappings here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from moe_dist.errors import UserError
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Patterns = Annotated[tuple[str, ...], Field(strict=False)]  # of names; a list will do, also after a validator
 
 
 class Strict(BaseModel):
@@ -37,7 +39,7 @@ class RunConfig(Strict):
 class DataConfig(Strict):
     shards: str | tuple[str, ...]  # folder(s), brace-expanded tar paths or remote URLs, as webdataset takes them
     validation_shards: str | tuple[str, ...] | None = None  # default: validation/ beside train/, or a split by hash
-    text_tokenizer: str  # SentencePiece .model file
+    text_tokenizer: str  # SentencePiece .model file, or a Hugging Face folder with a tokenizer.json
     image_tokenizer: str | None = None  # folder of a trained VQ tokenizer or of Hugging Face ChameleonVQVAE weights
     sequence_length: Positive = 512
     group_sequences: Positive = 4  # packed sequences that compete together in expert-choice routing
@@ -45,6 +47,7 @@ class DataConfig(Strict):
     image_first: Fraction = 0.5  # share of pairs in image-before-text order
     caption_dropout: Fraction = 0.1  # share of pairs whose caption is left out (guidance needs it)
     image_fraction: Fraction | None = None  # image share of a group's tokens; None: as the data comes
+    neighbours: str | None = None  # store that launch/align.py makes, for losses.manifold (docs/roma.md)
     max_bad_fraction: Fraction = 0.01  # the run fails if more samples than this cannot be decoded
 
 
@@ -53,9 +56,26 @@ class DenseFFN(Strict):
     hidden_size: Positive
 
 
+class LoRAConfig(Strict):
+    """Low-rank deltas beside frozen weights, (alpha / rank) B A dropout(x) (Hu et al., arXiv 2106.09685)."""
+
+    rank: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class SwiGLUExpertsConfig(Strict):
+    type: Literal["swiglu"] = "swiglu"
+
+
+class LoRAExpertsConfig(LoRAConfig):
+    type: Literal["lora"]
+
+
 class MoEFFN(Strict):
     type: Literal["moe"]
-    hidden_size: Positive  # of one expert
+    hidden_size: Positive  # of one expert; with LoRA experts, of the dense FFN that they share
+    experts: Annotated[SwiGLUExpertsConfig | LoRAExpertsConfig, Field(discriminator="type")] = SwiGLUExpertsConfig()
     router: dict[str, Any]  # type: and the settings of that router class
 
 
@@ -63,18 +83,58 @@ class ModelConfig(Strict):
     hidden_size: Positive
     num_layers: Positive
     num_heads: Positive
+    num_query_groups: Positive | None = None  # keys and values, each shared by as many heads; default: num_heads
+    head_size: Positive | None = None  # default: hidden_size / num_heads
     ffn: Annotated[DenseFFN | MoEFFN, Field(discriminator="type")]
     norm: Literal["swin", "pre"] = "swin"  # swin: x + norm(f(x)), Chameleon; pre: x + f(norm(x))
     norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
     qk_norm: bool = True
+    attention_lora: LoRAConfig | None = None  # on the projections q, k, v and o, which are frozen then
     rope_base: Annotated[float, Field(gt=0)] = 10000.0
+    tie_embeddings: bool = False  # one matrix for input embedding and output
     init_std: Annotated[float, Field(gt=0)] = 0.02
     recompute: bool = False  # recompute each block's activations in the backward pass
 
     @model_validator(mode="after")
     def _heads(self):
-        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
-            raise ValueError(f"hidden_size={self.hidden_size} needs an even size per head, num_heads={self.num_heads}")
+        if self.head_size is None and self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
+        if self.size_per_head % 2:
+            raise ValueError(f"the rotary embedding needs an even size per head, not {self.size_per_head}")
+        if self.num_heads % self.query_groups:
+            raise ValueError(f"num_query_groups={self.query_groups} does not divide num_heads={self.num_heads}")
+        return self
+
+    @property
+    def size_per_head(self) -> int:
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def query_groups(self) -> int:
+        return self.num_query_groups or self.num_heads
+
+
+class InitFrom(Strict):
+    """Start from the parameters of an earlier stage's checkpoint; a plain path stands for `checkpoint` alone.
+
+    Patterns match whole parameter names, `*` any text (docs/checkpoints.md, "From stage to stage").
+    """
+
+    checkpoint: str  # a checkpoint folder, or a run folder: its newest complete checkpoint
+    rename: dict[str, str] = {}  # the checkpoint's names -> the model's; what each `*` stands for is carried over
+    new: Patterns = ()  # parameters of the model that keep their own initial values
+    left_out: Patterns = ()  # parameters of the checkpoint that are not used
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_path(cls, data: Any) -> Any:
+        return {"checkpoint": data} if isinstance(data, str) else data
+
+    @model_validator(mode="after")
+    def _as_many_stars(self):
+        for old, new in self.rename.items():
+            if old.count("*") != new.count("*"):
+                raise ValueError(f"rename '{old}: {new}' has not as many * on both sides")
         return self
 
 
@@ -120,8 +180,11 @@ class Config(Strict):
     run: RunConfig
     data: DataConfig
     model: ModelConfig
+    init_from: InitFrom | None = None  # not read when a run resumes
+    trainable: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)  # patterns of names; all else is frozen
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
+    losses: dict[str, dict[str, Any]] = {}  # terms beside the language loss, see losses/registry.py
     schedule: ScheduleConfig = ScheduleConfig()
     deepspeed: dict[str, Any]  # DeepSpeed's own section; keys are checked by engine/deepspeed_config.py
     eval: EvalConfig = EvalConfig()
@@ -151,7 +214,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no configuration file {path}")
-    data = _parse(path.read_text(), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the configuration file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"the configuration file {path} is not UTF-8 text (byte {error.start})") from None
+    data = _parse(text, str(path))
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections")
     for override in overrides:
@@ -184,7 +253,7 @@ def validate(model: type[Strict], data: Any, where: str, prefix: str = ""):
 
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved recipe as YAML that load_config reads back to an equal value."""
-    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 
 
 def _parse(text: str, where: str) -> Any:
@@ -194,7 +263,12 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
-_TAGS = ("dense", "moe")  # pydantic puts the tag of a discriminated union into the path; a user's file has no such key
+_TAGS = (
+    "dense",
+    "moe",
+    "swiglu",
+    "lora",
+)  # pydantic puts the tag of a discriminated union into the path; a user's file has no such key
 
 
 def _explain(model: type[BaseModel], item: Any, prefix: str) -> str:
@@ -214,7 +288,8 @@ def _known_keys(model: Any, location: list[str]) -> list[str]:
     for part in location:
         field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
         if field is not None:
-            model = field.annotation
+            optional = [part for part in getattr(field.annotation, "__args__", ()) if part is not type(None)]
+            model = optional[0] if len(optional) == 1 else field.annotation
         else:  # the tag of a discriminated union
             members = [m for m in getattr(model, "__args__", ()) if hasattr(m, "model_fields")]
             model = next((m for m in members if m.model_fields["type"].annotation.__args__[0] == part), None)

@@ -1,4 +1,6 @@
-"""The one exception a user is meant to read."""
+"""The one exception a user is meant to read, and what else amounts to it."""
+
+from __future__ import annotations
 
 
 class UserError(Exception):
@@ -6,3 +8,13 @@ class UserError(Exception):
 
     Command lines print the sentence without a traceback and exit with status 2.
     """
+
+
+def as_user_error(error: Exception) -> UserError | None:
+    """The UserError that an exception is or amounts to; None for a defect of ours.
+
+    What the operating system says of a file (no permission, no space) is the user's to put right.
+    """
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return UserError(f"{error.filename}: {error.strerror}")
+    return error if isinstance(error, UserError) else None

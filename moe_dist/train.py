@@ -5,33 +5,41 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from rich.console import Console
 from torch import nn
 
-from moe_dist.batch import MODALITIES, Batch
-from moe_dist.config import Config, DataConfig, MoEFFN, load_config
+from moe_dist.batch import Batch
+from moe_dist.config import Config, DataConfig, InitFrom, MoEFFN, load_config
 from moe_dist.data.heldout import heldout_batches
-from moe_dist.data.loader import Loader, make_loader
+from moe_dist.data.loader import Loader, check_data, make_loader
+from moe_dist.data.neighbours import NeighbourStore
 from moe_dist.data.shards import Split
 from moe_dist.data.tokenized import TokenStore, build_cache, load_vocabulary, open_store
 from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.engine import checkpoint
 from moe_dist.engine.deepspeed_config import accumulation_steps, check_section
+from moe_dist.engine.init_from import Account, init_from
+from moe_dist.engine.manifest import identity, resolve_init
 from moe_dist.engine.schedule import learning_rate
 from moe_dist.engine.state import TrainState, check_resumable
+from moe_dist.engine.trainable import freeze_others
 from moe_dist.engine.zero import Engine, StepResult, init_distributed, make_engine
 from moe_dist.errors import UserError
 from moe_dist.evaluate.perplexity import evaluate
-from moe_dist.losses.objective import Objective
+from moe_dist.losses.objective import make_objective
+from moe_dist.losses.registry import loss_settings
+from moe_dist.losses.term import Context
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.placement import make_placement
-from moe_dist.moe.registry import router_settings
 from moe_dist.moe.router import Router
-from moe_dist.parallel.layout import Layout, make_layout
+from moe_dist.parallel.layout import Layout, check_layout, make_layout
 from moe_dist.parallel.together import together
 from moe_dist.telemetry.progress import Progress
 from moe_dist.telemetry.report import write_report
@@ -49,11 +57,8 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
     RUN/status.json says how it ended: done, stopped (there is more to train), or failed with the reason.
     """
     config = load_config(path, overrides)
-    check_section(config.deepspeed)
-    if isinstance(config.model.ffn, MoEFFN):
-        router_settings(config.model.ffn.router)
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
-    accumulation_steps(config.train, layout.world)  # what the recipe gets wrong shows before the data are read
+    check_recipe(config, layout)
     folder = RunFolder(Path(config.run.dir))
     run = None
     try:
@@ -61,9 +66,30 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
         run.loop()
     except BaseException as error:
         if layout.is_main and folder.status.exists():
-            step = run.step if run else read_status(folder.path)["step"]
-            folder.write_status("failed", step, str(error) or type(error).__name__)
+            with suppress(UserError):  # of a full disk: what is to be told is what came before
+                step = run.step if run else read_status(folder.path)["step"]
+                folder.write_status("failed", step, str(error) or type(error).__name__)
         raise
+
+
+def check_recipe(config: Config, layout: Layout) -> None:
+    """Raise UserError for what a recipe gets wrong, by itself or for these ranks, before any data are read.
+
+    The model is built without memory, so that routers, experts and frozen parameters say what they object to.
+    """
+    check_section(config.deepspeed)
+    if config.losses and not isinstance(config.model.ffn, MoEFFN):
+        raise UserError(f"the loss '{next(iter(config.losses))}' needs routers, and the model is dense")
+    loss_settings(config.losses)
+    accumulation_steps(config.train, layout.world)
+    check_data(config.data, dp=layout.world)
+    if config.data.neighbours is not None and config.init_from is None:
+        raise UserError("data.neighbours needs init_from: a store belongs to the checkpoint it was collected with")
+    with torch.device("meta"):
+        model = Transformer(config.model, 1, Layout(), config.seed)
+    for router in routers(model)[:1]:
+        check_layout(world=layout.world, expert=layout.expert, num_experts=router.num_experts)
+    freeze_others(model, config.trainable)
 
 
 @dataclass(kw_only=True)
@@ -80,6 +106,7 @@ class Run:
     held_out: TokenStore
     loader_state: dict[str, Any]
     peak_lr: float
+    initial: Account | None  # what a fresh start took from init_from
     step: int = 0  # optimizer steps done
     tokens: int = 0  # predictions trained on, over all ranks
 
@@ -88,25 +115,30 @@ class Run:
         """Read the data, build the model and its engine, and continue from a checkpoint if there is one. Collective."""
         section = check_section(config.deepspeed)
         resume_from, state = checkpoint.resolve_resume(config), None
+        source = resolve_init(config) if resume_from is None else None
         if resume_from is not None:
             with together():
                 state = TrainState.from_json(checkpoint.read_state(resume_from))
                 check_resumable(state.config, config)
-        vocabulary, documents, held_out = open_data(config.data, layout)
-        if state is not None and state.vocabulary != vocabulary.fingerprint():
-            raise UserError(f"{resume_from} was trained with other tokenizers than {vocabulary.describe()}")
+        with together():
+            vocabulary = load_vocabulary(config.data)
+            if state is not None and state.vocabulary != vocabulary.fingerprint():
+                raise UserError(f"{resume_from} was trained with other tokenizers than {vocabulary.describe()}")
+        documents, held_out = open_data(config.data, vocabulary, layout)
         model = Transformer(config.model, vocabulary.size, layout, config.seed)
         engine = make_engine(model, config, layout, next((router.num_experts for router in routers(model)), 0))
         if resume_from is not None:
             checkpoint.load(resume_from, engine, layout)
+        initial = start_from(source, engine, layout, vocabulary) if source is not None else None
         with together():
             loader = make_loader(
                 documents, vocabulary, config.data, seed=config.seed, dp_rank=layout.rank, dp=layout.world,
-                batch_groups=config.train.micro_batch_groups, state=state.loader if state else None,
+                batch_groups=config.train.micro_batch_groups, neighbours=open_neighbours(config.data, source),
+                state=state.loader if state else None,
             )  # fmt: skip
         return cls(
             config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
-            documents=documents, held_out=held_out, loader_state=state.loader if state else {},
+            documents=documents, held_out=held_out, loader_state=state.loader if state else {}, initial=initial,
             peak_lr=section.optimizer.params.lr, step=state.step if state else 0, tokens=state.tokens if state else 0,
         )  # fmt: skip
 
@@ -118,6 +150,7 @@ class Run:
         with together():
             if main:
                 self.folder.open(self.config, step=self.step)
+                self._tell_the_start()
             sinks = Sinks(self.folder, self.config, is_main=main, causal=causal, step=self.step)
             if self.config.eval.every:
                 next(self.held_out_batches())  # a held-out split that cannot be used shows now, not after many steps
@@ -127,27 +160,39 @@ class Run:
                 if _due(self.step, self.config.eval.every, last):
                     metrics |= self.evaluate()
                 if self.step % self.config.telemetry.every == 0 or self.step == last or "eval/loss" in metrics:
-                    sinks.log(self.step, metrics)
+                    with together():
+                        sinks.log(self.step, metrics)
                 progress.update(self.step, metrics)
                 if _due(self.step, self.config.checkpoint.every, last) or self.step == last:
                     self.save()
-        sinks.close()
-        if main:
-            if is_new:
-                write_report(self.folder.path)
-            state: State = "done" if self.step >= train.steps else "stopped"
-            self.folder.write_status(state, self.step)
-            print(f"{state} after {self.step} of {train.steps} steps: {self.folder.path}", flush=True)
+        with together():
+            sinks.close()
+            if main:
+                if is_new:
+                    write_report(self.folder.path)
+                state: State = "done" if self.step >= train.steps else "stopped"
+                self.folder.write_status(state, self.step)
+                print(f"{state} after {self.step} of {train.steps} steps: {self.folder.path}", flush=True)
+
+    def _tell_the_start(self) -> None:
+        """Print what init_from has done, and keep it in RUN/init_from.json."""
+        if self.initial is not None:
+            self.folder.write_initial(self.initial.to_json())
+            Console().print(self.initial.table())
+        elif self.config.init_from is not None:
+            print(f"resumed after step {self.step}: init_from is not read again", flush=True)
 
     def train_step(self) -> dict[str, Any]:
         """Take one optimizer step; the metrics of telemetry/keys.py. Collective."""
         started = time.perf_counter()
         config, reader = self.config, Reader(self.loader)
         lr = learning_rate(self.step, config=config.schedule, peak=self.peak_lr, steps=config.train.steps)
-        result = self.engine.train_step(reader.read(self.engine.accumulation), Objective(), lr)
+        context = Context(layout=self.layout, group_sequences=config.data.group_sequences)
+        objective = make_objective(config.losses, context, self.step)
+        result = self.engine.train_step(reader.read(self.engine.accumulation), objective, lr)
         self.loader_state = reader.state
         self.step += 1
-        self.tokens += result.counts["tokens"]
+        self.tokens += result.counts["loss"]
         seconds = time.perf_counter() - started
         metrics = {
             "tokens": self.tokens,
@@ -157,7 +202,7 @@ class Run:
             "skipped_steps": self.engine.skipped_steps,
             "step_seconds": seconds,
             "data_wait_seconds": reader.seconds,
-            "tokens_per_second": result.counts["tokens"] / seconds,
+            "tokens_per_second": result.counts["loss"] / seconds,
             "model_flops_per_second": self._flops(reader.batch, result) / seconds,
         }
         if result.records and self.step % config.telemetry.every == 0:
@@ -166,7 +211,7 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss, with the routing of training. Collective."""
-        return evaluate(self.engine.eval_forward, self.held_out_batches(), self.layout)
+        return evaluate(self.engine.eval_forward, self.held_out_batches(), self.layout, self.held_out.domains)
 
     def held_out_batches(self) -> Iterator[Batch]:
         """This rank's share of the held-out groups."""
@@ -188,27 +233,39 @@ class Run:
 
     def _flops(self, batch: Batch, result: StepResult) -> int:
         """Of the step, over all ranks: all have equally many tokens, so this rank's last micro-batch stands for all."""
-        rows = [record.plan.token_ids_N.numel() for record in result.records] or None
+        rows = [int(record.load_E.sum()) for record in result.records] or None
+        return self.engine.accumulation * self.layout.world * self._flops_of(batch, rows)
+
+    def _flops_of(self, batch: Batch, rows: list[int] | None) -> int:
         lengths = batch.info.document_lengths
-        micro_batches = self.engine.accumulation * self.layout.world
-        return micro_batches * model_flops(
+        return model_flops(
             self.config.model, vocab_size=self.vocabulary.size, document_lengths=lengths, ffn_rows=rows
         )
 
     def _routing(self, batch: Batch, result: StepResult) -> dict[str, Any]:
         router = routers(self.engine.module)[0]
-        return routing_metrics(
-            routing_counts(result.records, batch.info.to(self.layout.device), self.layout),
+        moved, domains = batch.to(self.layout.device), self.documents.domains
+        counts = routing_counts(
+            result.records, moved.info, self.layout, domain_T=moved.sidecar.get("domain_T"), num_domains=len(domains)
+        )
+        metrics: dict[str, Any] = routing_metrics(
+            counts,
             self.layout,
             expert_groups=router.expert_groups,
             local_experts=make_placement(router.expert_groups, self.layout.expert).local_experts,
+            domains=domains,
         )
+        if router.reference_top_k is not None:
+            tokens, layers = int(batch.info.valid_T.sum()), len(result.records)
+            reference = self._flops_of(batch, [router.reference_top_k * tokens] * layers)
+            ours = self._flops_of(batch, [round(metrics["moe/experts_per_token"] * tokens)] * layers)
+            metrics["moe/flops_saved"] = 1 - ours / reference
+        return metrics
 
 
-def open_data(data: DataConfig, layout: Layout) -> tuple[Vocabulary, TokenStore, TokenStore]:
-    """The vocabulary, and the tokens of the training and the held-out documents, made where missing. Collective."""
-    with together():  # each rank tokenises its share of the shards
-        vocabulary = load_vocabulary(data)
+def open_data(data: DataConfig, vocabulary: Vocabulary, layout: Layout) -> tuple[TokenStore, TokenStore]:
+    """The tokens of the training and the held-out documents, made where missing. Collective."""
+    with together(patient=True):  # each rank tokenises its share of the shards
         for split in SPLITS:
             build_cache(data, split, vocabulary, rank=layout.rank, world=layout.world, device=layout.device)
     with together():
@@ -216,7 +273,24 @@ def open_data(data: DataConfig, layout: Layout) -> tuple[Vocabulary, TokenStore,
     for split, store in zip(SPLITS, (documents, held_out), strict=True):
         if layout.is_main and store.report.bad:
             print(f"warning: {split}: {store.report.summary()}", file=sys.stderr, flush=True)
-    return vocabulary, documents, held_out
+    return documents, held_out
+
+
+def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account:
+    """Fill a new model from the checkpoint of an earlier stage. Collective."""
+    with together():
+        before = checkpoint.read_state(source.checkpoint).get("vocabulary", vocabulary.fingerprint())
+    account = init_from(source, engine, layout)
+    if before != vocabulary.fingerprint() and "embedding.weight" in account.loaded:
+        raise UserError(f"{source.checkpoint} was trained with other tokenizers than {vocabulary.describe()}")
+    return account
+
+
+def open_neighbours(data: DataConfig, source: InitFrom | None) -> NeighbourStore | None:
+    """The recipe's neighbour store, which must be of the model that a new run starts from (None: the run resumes)."""
+    if data.neighbours is None:
+        return None
+    return NeighbourStore(data.neighbours, model=identity(source.checkpoint) if source is not None else None)
 
 
 class Reader:
@@ -234,9 +308,8 @@ class Reader:
 
 
 def losses(result: StepResult) -> dict[str, float]:
-    """Mean of each loss over the predictions it belongs to, in nats; a modality without predictions has none."""
-    counts = {"loss": result.counts["tokens"], **{f"loss/{name}": result.counts[name] for name in MODALITIES}}
-    return {name: total / counts[name] for name, total in result.loss_sums.items() if counts[name]}
+    """Mean of each loss over what it belongs to; a modality without predictions has none."""
+    return {name: total / result.counts[name] for name, total in result.loss_sums.items() if result.counts[name]}
 
 
 def routers(model: nn.Module) -> list[Router]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +57,17 @@ def tokenizers(emoji_samples, tmp_path_factory) -> Path:
     for seed, name in enumerate(("vq", "other_vq")):
         train_vq(pixels, small, VQTraining(steps=5, seed=seed)).save(folder / name)
     return folder
+
+
+@pytest.fixture
+def overrides(emoji_shards, tokenizers, tmp_path) -> list[str]:
+    """The quickstart in small: the same model and launcher, the fixtures' pairs, eight steps."""
+    return [
+        f"run.dir={tmp_path / 'run'}",
+        f"data.shards={shutil.copytree(emoji_shards, tmp_path / 'shards')}",
+        f"data.text_tokenizer={tokenizers / 'text.model'}",
+        f"data.image_tokenizer={tokenizers / 'vq'}",
+        *["data.sequence_length=128", "data.group_sequences=2", "data.lanes=4"],
+        *["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.ffn.hidden_size=32"],
+        *["train.steps=8", "schedule.warmup_steps=2", "eval.every=4", "eval.groups=2", "checkpoint.every=4"],
+    ]

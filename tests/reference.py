@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from moe_dist.batch import MODALITIES, TokenInfo
 from moe_dist.moe.expert_choice import ModalityRouter
-from moe_dist.moe.router import TopKRouter
+from moe_dist.moe.token_choice import TokenChoiceRouter
 
 _WORD = (1 << 64) - 1
+LORA_ALPHA = 12.0  # of every LoRA that is compared with an oracle
 
 
 def splitmix_hash(key: int, *ids: int) -> int:
@@ -52,27 +54,62 @@ def groups_of(info: TokenInfo, modalities: Sequence[int]) -> list[list[int]]:
     ]
 
 
-def top_k_gates(
-    x_TD: Tensor, weight_ED: Tensor, info: TokenInfo, groups: list[list[int]], key: int, *, k, score, renormalize
-) -> Tensor:
-    num_experts = weight_ED.shape[0]
-    rows = [[torch.zeros((), dtype=x_TD.dtype)] * num_experts for _ in range(info.num_tokens)]
-    for t in [t for group in groups for t in group]:
-        logits = [(x_TD[t] * weight_ED[e]).sum() for e in range(num_experts)]
-        if score == "softmax":
-            total = sum(torch.exp(logit) for logit in logits)
-            scores = [torch.exp(logit) / total for logit in logits]
-        else:
-            scores = [1 / (1 + torch.exp(-logit)) for logit in logits]
-        best = sorted(
-            range(num_experts),
-            key=lambda e: selection_key(logits[e].item(), int(info.token_id_T[t]), e, key),
-            reverse=True,
-        )[:k]
-        total = sum(scores[e] for e in best) if renormalize else 1
-        for e in best:
-            rows[t][e] = scores[e] / total
-    return torch.stack([torch.stack(row) for row in rows])
+@dataclass
+class Decision:
+    """gates_TE, and the assignments as sets: (token, column) chosen, (token, expert) kept."""
+
+    gates_TE: Tensor
+    chosen: set[tuple[int, int]]
+    kept: set[tuple[int, int]]
+
+
+def token_choice(
+    x_TD: Tensor, weight_CD: Tensor, bias_C: Tensor | None, info: TokenInfo, groups: list[list[int]], key: int, settings
+) -> Decision:
+    """TopKRouter and NullExpertRouter (AdaMoE, arXiv 2406.13233), with capacity."""
+    columns, experts, k = weight_CD.shape[0], settings.num_experts, settings.top_k
+    rows = [[torch.zeros((), dtype=x_TD.dtype)] * experts for _ in range(info.num_tokens)]
+    chosen, kept = set(), set()
+    for group in groups:
+        values, weights = {}, {}
+        for t in group:
+            logits = [(x_TD[t] * weight_CD[c]).sum() + (0 if bias_C is None else bias_C[c]) for c in range(columns)]
+            token = int(info.token_id_T[t])
+            ranked = sorted(
+                range(columns), key=lambda c: selection_key(logits[c].item(), token, c, key), reverse=True
+            )
+            best = ranked[:k]
+            chosen |= {(t, c) for c in best}
+            values[t], weights[t] = _token_choice_weights(logits, best, experts, settings)
+        for e in range(experts):
+            mine = [t for t in group if (t, e) in chosen]
+            if settings.capacity_factor is not None:
+                capacity = math.ceil(Fraction(str(settings.capacity_factor)) * len(group) * k / columns)
+                gate = {t: selection_key(values[t][e].item(), int(info.token_id_T[t]), e, key) for t in mine}
+                position = settings.drop_policy == "position"
+                mine = sorted(mine) if position else sorted(mine, key=gate.__getitem__, reverse=True)
+                mine = mine[:capacity]
+            for t in mine:
+                kept.add((t, e))
+                rows[t][e] = weights[t][e]
+    return Decision(torch.stack([torch.stack(row) for row in rows]), chosen, kept)
+
+
+def _token_choice_weights(logits: list[Tensor], best: list[int], experts: int, settings):
+    """Gate values of all columns, and the combine weight of each chosen true expert."""
+    total = sum(torch.exp(logit) for logit in logits)
+    if getattr(settings, "score", "softmax") == "softmax":
+        values = [torch.exp(logit) / total for logit in logits]
+    else:
+        values = [1 / (1 + torch.exp(-logit)) for logit in logits]
+    true = [c for c in best if c < experts]
+    if settings.type == "null_experts":
+        total = sum(torch.exp(logits[c]) for c in true)
+        return values, {c: torch.exp(logits[c]) / total for c in true}
+    if settings.weighting == "straight_through":
+        return values, {c: values[c] / values[c].detach() for c in true}
+    total = sum(values[c] for c in true) if settings.renormalize else 1
+    return values, {c: values[c] / total for c in true}
 
 
 def expert_choice_gates(
@@ -95,18 +132,27 @@ def expert_choice_gates(
     return torch.stack([torch.stack(row) for row in rows])
 
 
-def gates(router, x_TD: Tensor, weights_ED: Sequence[Tensor], info: TokenInfo, modality: int | None = None) -> Tensor:
-    """The oracle of any of our routers; weights_ED: its gates' weights (a copy), in the order of its parameters."""
-    if isinstance(router, ModalityRouter):
-        children = zip(MODALITIES, weights_ED)
-        columns = [gates(getattr(router, name), x_TD, [w], info, m) for m, (name, w) in enumerate(children)]
-        return torch.cat(columns, dim=1)
-    settings = router.settings
+def decide(router, x_TD: Tensor, weights: Sequence[Tensor], info: TokenInfo, modality: int | None = None) -> Decision:
+    """The oracle of a token-choice router; weights: its gate's weight and, where it has one, bias (copies)."""
     groups = groups_of(info, range(len(MODALITIES)) if modality is None else [modality])
-    arguments = (x_TD, weights_ED[0], info, groups, router.key)
-    if isinstance(router, TopKRouter):
-        return top_k_gates(*arguments, k=settings.top_k, score=settings.score, renormalize=settings.renormalize)
-    return expert_choice_gates(*arguments, capacity_factor=settings.capacity_factor)
+    bias_C = weights[1] if router.settings.bias else None
+    return token_choice(x_TD, weights[0], bias_C, info, groups, router.key, router.settings)
+
+
+def gates(router, x_TD: Tensor, weights: Sequence[Tensor], info: TokenInfo, modality: int | None = None) -> Tensor:
+    """The oracle of any of our routers; weights: its gates' parameters (copies), in the order of its parameters."""
+    if isinstance(router, ModalityRouter):
+        left, columns = list(weights), []
+        for index, name in enumerate(MODALITIES):
+            child = getattr(router, name)
+            mine, left = left[: len(list(child.parameters()))], left[len(list(child.parameters())) :]
+            columns.append(gates(child, x_TD, mine, info, index))
+        return torch.cat(columns, dim=1)
+    if isinstance(router, TokenChoiceRouter):
+        return decide(router, x_TD, weights, info, modality).gates_TE
+    groups = groups_of(info, range(len(MODALITIES)) if modality is None else [modality])
+    factor = router.settings.capacity_factor
+    return expert_choice_gates(x_TD, weights[0], info, groups, router.key, capacity_factor=factor)
 
 
 def expert_layer(x_TD: Tensor, gates_TE: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor) -> Tensor:
@@ -119,5 +165,39 @@ def expert_layer(x_TD: Tensor, gates_TE: Tensor, gate_up_EDF: Tensor, down_EFD: 
             hidden = x_TD[t] @ gate_up_EDF[e]
             gate, up = hidden[:width], hidden[width:]
             y_D = y_D + gates_TE[t, e] * ((gate / (1 + torch.exp(-gate)) * up) @ down_EFD[e])
+        outputs.append(y_D)
+    return torch.stack(outputs)
+
+
+def dropped(x_D: Tensor, key: int, token_id: int, rate: float) -> Tensor:
+    """Dropout of one token: each column's 16 bits of a hash, below the rate's share of 2^16, make it zero."""
+    limit = round(rate * 2**16)
+    bits = [splitmix_hash(key, token_id, column // 4) >> 16 * (column % 4) & 0xFFFF for column in range(len(x_D))]
+    keep_D = torch.tensor([0.0 if value < limit else 1 / (1 - limit / 2**16) for value in bits], dtype=x_D.dtype)
+    return x_D * keep_D
+
+
+def lora_layer(x_TD: Tensor, gates_TE: Tensor, info: TokenInfo, experts, weights: dict[str, Tensor]) -> Tensor:
+    """LLaVA-MoLE (arXiv 2401.16160) token by token; weights: the layer's parameters by name (copies).
+
+    The expert of a token is the one with a gate; its gate scales the deltas. A token without one (padding) gets zero.
+    """
+
+    def delta(part: str, x_D: Tensor, t: int, e: int) -> Tensor:
+        settings = experts.lora[part]
+        x_D = dropped(x_D, settings.key, int(info.token_id_T[t]), settings.rate) if settings.rate else x_D
+        a_eDr, b_erF = weights[f"experts.lora.{part}.a"], weights[f"experts.lora.{part}.b"]
+        return gates_TE[t, e] * LORA_ALPHA / a_eDr.shape[2] * ((x_D @ a_eDr[e]) @ b_erF[e])
+
+    gate_up_FD, down_DF = weights["experts.base.gate_up.weight"], weights["experts.base.down.weight"]
+    gate_FD, up_FD = gate_up_FD[: down_DF.shape[1]], gate_up_FD[down_DF.shape[1] :]
+    outputs = []
+    for t in range(x_TD.shape[0]):
+        y_D = 0 * x_TD[t]
+        for e in gates_TE[t].nonzero().flatten().tolist():
+            gate_F = gate_FD @ x_TD[t] + delta("gate", x_TD[t], t, e)
+            up_F = up_FD @ x_TD[t] + delta("up", x_TD[t], t, e)
+            h_F = gate_F / (1 + torch.exp(-gate_F)) * up_F
+            y_D = y_D + down_DF @ h_F + delta("down", h_F, t, e)
         outputs.append(y_D)
     return torch.stack(outputs)

@@ -4,6 +4,7 @@ import pytest
 
 from moe_dist.config import load_config, save_config
 from moe_dist.errors import UserError
+from tests.permissions import public_folder, unprivileged
 
 RECIPE = "configs/moma_quickstart.yaml"
 
@@ -15,6 +16,22 @@ def test_round_trip(tmp_path):
     assert load_config(tmp_path / "config.yaml") == config
 
 
+def test_a_recipe_that_is_not_utf8(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(b"run:\n  dir: caf\xe9\n")
+    with pytest.raises(UserError, match=r"recipe.yaml is not UTF-8 text \(byte 15\)"):
+        load_config(recipe)
+
+
+def test_a_recipe_that_may_not_be_read():
+    with public_folder() as folder:
+        recipe = folder / "recipe.yaml"
+        recipe.write_text("seed: 0\n")
+        recipe.chmod(0o000)
+        with unprivileged(), pytest.raises(UserError, match=r"recipe.yaml cannot be read: Permission denied"):
+            load_config(recipe)
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -24,7 +41,9 @@ def test_round_trip(tmp_path):
         ("train.steps=many", "key 'train.steps': input should be a valid integer, got 'many'"),
         ("train.steps=0", "key 'train.steps': input should be greater than 0, got 0"),
         ("parallel.expert=1.5", "key 'parallel.expert': .* got 1.5"),
-        ("model.num_heads=3", "hidden_size=128 needs an even size per head, num_heads=3"),
+        ("model.num_heads=3", "hidden_size=128 is not a multiple of num_heads=3"),
+        ("model.head_size=3", "the rotary embedding needs an even size per head, not 3"),
+        ("model.num_query_groups=3", "num_query_groups=3 does not divide num_heads=4"),
         ("model.ffn.type=sparse", "key 'model.ffn': input tag 'sparse'"),
         ("train.steps", "override 'train.steps' is not of the form section.key=value"),
         ("seed.x=1", "override 'seed.x=1': 'seed' is a value, not a section"),

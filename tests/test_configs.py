@@ -9,6 +9,7 @@ import torch
 from moe_dist.config import load_config
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
+from moe_dist.telemetry.throughput import model_flops
 
 FOLDER = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -70,3 +71,18 @@ def test_the_quickstarts_differ_in_one_line_of_the_model():
         assert other.model.ffn.hidden_size == moma.model.ffn.hidden_size  # one expert a token: as many active FLOPs
         same = {"run", "model", "parallel"}
         assert other.model_dump(exclude=same) == moma.model_dump(exclude=same)
+
+
+def test_the_adamoe_recipes_differ_in_the_router_and_train_with_equal_flops():
+    null, top_2 = (load_config(FOLDER / f"adamoe{name}_quickstart.yaml") for name in ("", "_top2"))
+    own = {"run", "model", "train", "schedule", "losses"}
+    assert null.model_dump(exclude=own) == top_2.model_dump(exclude=own)
+    ffn = {"ffn": {"router"}}
+    assert null.model.model_dump(exclude=ffn) == top_2.model.model_dump(exclude=ffn)
+    router, flops = null.model.ffn.router, []
+    at_balance = router["top_k"] * router["num_experts"] / (router["num_experts"] + router["num_null_experts"])
+    for config, experts in ((null, at_balance), (top_2, top_2.model.ffn.router["top_k"])):
+        rows = [round(experts * 512)] * config.model.num_layers
+        of_a_step = model_flops(config.model, vocab_size=2048, document_lengths=[512], ffn_rows=rows)
+        flops.append(of_a_step * config.train.steps)
+    assert flops[0] == pytest.approx(flops[1], rel=0.02)

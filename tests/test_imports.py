@@ -21,6 +21,8 @@ ALLOWED = {
     "losses": {*LEAVES, "parallel"},
     "telemetry": {*LEAVES, "parallel"},
     "engine": {*LEAVES, "parallel"},
+    "alignment": {*LEAVES, "data"},
+    "convert": {*LEAVES, "parallel", "moe", "model", "engine", "data"},
     "evaluate": {*LEAVES, "parallel", "data", "model", "losses"},
 }
 FOREIGN = {"megatron": "model/mcore.py", "deepspeed": "engine/"}  # package -> the only place that may import it

@@ -1,54 +1,20 @@
 """The whole job as a user starts it: real launchers, two ranks, real shards, real DeepSpeed; small enough for tests."""
 
 import json
-import os
 import resource
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from moe_dist.data.text import train_text_tokenizer
+from moe_dist.data.vq import VQConfig, VQTokenizer
 from moe_dist.engine.checkpoint import read_state
 from moe_dist.telemetry.keys import undeclared
 from moe_dist.telemetry.run_folder import read_status
-
-ROOT = Path(__file__).parent.parent
-BIN = Path(sys.executable).parent
-DEEPSPEED = [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-MPIEXEC = [str(BIN / "mpiexec"), "-n", "2", sys.executable]
-ALONE = [sys.executable]
-
-
-@pytest.fixture
-def overrides(emoji_shards, tokenizers, tmp_path):
-    """The quickstart in small: the same model and launcher, the fixtures' pairs, eight steps."""
-    return [
-        f"run.dir={tmp_path / 'run'}",
-        f"data.shards={shutil.copytree(emoji_shards, tmp_path / 'shards')}",
-        f"data.text_tokenizer={tokenizers / 'text.model'}",
-        f"data.image_tokenizer={tokenizers / 'vq'}",
-        *["data.sequence_length=128", "data.group_sequences=2", "data.lanes=4"],
-        *["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.ffn.hidden_size=32"],
-        *["train.steps=8", "schedule.warmup_steps=2", "eval.every=4", "eval.groups=2", "checkpoint.every=4"],
-    ]
-
-
-def launch(launcher, overrides, *, config="configs/moma_quickstart.yaml", threads=1):
-    """Run launch/train.py; 'PORT' stands in for a free port of the deepspeed launcher."""
-    if launcher is DEEPSPEED:
-        launcher = [*DEEPSPEED, str(20000 + os.getpid() % 20000)]
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    return subprocess.run(
-        [*launcher, "launch/train.py", "--config", config, *overrides],
-        cwd=ROOT,
-        env=clean | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+from tests.engine.test_checkpoint import read
+from tests.launching import ALONE, DEEPSPEED, MPIEXEC, ROOT, TORCHRUN, launch, launch_tool
 
 
 def metrics_of(run_dir):
@@ -110,13 +76,33 @@ def test_other_launchers_agree_with_one_process(launcher, overrides, tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_of_the_quickstart_stays_under_three_gib_a_rank(overrides):
-    """Batch and model of the shipped recipe. Data, number of steps and vocabulary are smaller: 432 ids and the markers
-    for 2,560, so each copy of the logits (4,096 tokens in float32) takes 0.03 GiB less than the recipe's."""
-    names = ("data.sequence_length", "data.group_sequences", "data.lanes", "model.", "train.steps")
-    own = [override for override in overrides if not override.startswith(names)]
-    assert launch(DEEPSPEED, [*own, "train.stop_after=3", "data.lanes=2"]).returncode == 0
+def test_an_evaluation_at_another_layout_finds_the_losses_of_training(overrides, tmp_path):
+    """Trained alone, evaluated on two ranks; expert choice's losses say what they are."""
+    short = [*overrides, "parallel.expert=1", "train.stop_after=2"]
+    trained = launch(ALONE, short)
+    assert trained.returncode == 0, trained.stderr
+    done = launch_tool(TORCHRUN, "evaluate.py", [str(tmp_path / "run"), "parallel.expert=2"])
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    last = metrics_of(tmp_path / "run")[-1]
+    assert (found["step"], found["causal"]) == (2, False)
+    for key in ("eval/loss", "eval/loss/text", "eval/loss/image"):
+        assert found[key] == pytest.approx(last[key], abs=1e-5), key
+    assert "held-out loss after 2 steps, non-causal (expert choice)" in " ".join(done.stdout.split())
+
+
+@pytest.mark.slow
+def test_memory_of_the_quickstart_stays_under_three_gib_a_rank(overrides, emoji_samples, tmp_path):
+    """The shipped recipe with a vocabulary of its size (1,024 pieces, 512 codes); less data, and only three steps."""
+    texts = [*(sample.caption for sample in emoji_samples), (ROOT / "LICENSE").read_text()]
+    assert train_text_tokenizer(texts, tmp_path / "text.model", vocab_size=1024).size == 1024
+    VQTokenizer(VQConfig()).save(tmp_path / "vq")
+    own = [override for override in overrides if override.startswith(("run.dir", "data.shards"))]
+    own += [f"data.text_tokenizer={tmp_path / 'text.model'}", f"data.image_tokenizer={tmp_path / 'vq'}"]
+    done = launch(DEEPSPEED, [*own, "train.stop_after=3", "eval.groups=2"])
+    assert done.returncode == 0, done.stderr
     largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # GiB, of any process so far
+    print(f"largest resident memory of a rank: {largest:.2f} GiB")
     assert 0.3 < largest < 3
 
 
@@ -134,6 +120,8 @@ def test_the_other_quickstarts_train(recipe, overrides):
         ("train.stpes=3", "unknown key 'train.stpes' (did you mean 'steps'?)"),
         ("deepspeed.gradient_cliping=0.3", "gradient_cliping"),
         ("model.ffn.router.text={type: expert_choice, num_expert: 4}", "num_expert"),
+        ("model.ffn.experts={type: lora, rank: 0, alpha: 8}", "model.ffn.experts.rank"),
+        ("model.ffn.experts={type: lora, rank: 4, alpha: 8}", "type=lora needs exactly 1 expert for every token"),
         ("parallel.expert=2", "parallel.expert=2 does not divide the 1 ranks of this run"),
         ("data.shards=/nowhere", "/nowhere"),
         ("data.text_tokenizer=/nowhere.model", "/nowhere.model"),
@@ -169,6 +157,45 @@ def test_a_checkpoint_of_another_model_or_other_tokenizers(overrides, tokenizers
     _failed_with(launch(ALONE, [*again, "model.num_layers=1"]), "model.num_layers was 2 and is now 1")
     shutil.copy(tokenizers / "other.model", model)
     _failed_with(launch(ALONE, again), "step_00000001 was trained with other tokenizers than text tokenizer")
+
+
+@pytest.mark.slow
+def test_a_second_stage_starts_from_the_first(overrides, tokenizers, tmp_path):
+    """Dense on one rank; LoRA experts over its frozen weights on two; resumed without the first."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    dense = [*overrides, f"run.dir={first}", "train.stop_after=2"]
+    assert launch(ALONE, dense, config="configs/dense_quickstart.yaml").returncode == 0
+    before = read(first / "checkpoints" / "step_00000002")
+
+    own = "['layers.*.ffn.router.*', 'layers.*.lora.*']"
+    rename = "{'layers.*.ffn.*': 'layers.*.ffn.experts.base.*'}"
+    stage = [
+        *[*overrides, f"run.dir={second}", "parallel.expert=2", f"trainable={own}"],
+        "model.ffn={type: moe, hidden_size: 32, experts: {type: lora, rank: 4, alpha: 8.0}, "
+        "router: {type: top_k, num_experts: 4, top_k: 1}}",
+        f"init_from={{checkpoint: {first}, rename: {rename}, new: {own}}}",
+    ]
+    begun = launch(TORCHRUN, [*stage, "train.stop_after=2"])
+    assert begun.returncode == 0, begun.stderr
+    account = json.loads((second / "init_from.json").read_text())
+    assert account["init_from"]["checkpoint"] == str(first / "checkpoints" / "step_00000002")
+    after = read(second / "checkpoints" / "step_00000002")
+    frozen = {name.partition("/")[2]: tensor for name, tensor in after.items() if name.startswith("frozen/")}
+    source = {entry["name"]: entry["from"] for entry in account["loaded"]["entries"]}
+    assert frozen.keys() == source.keys() and {f"master/{name}" for name in source.values()} <= before.keys()
+    assert all(torch.equal(tensor, before[f"master/{source[name]}"]) for name, tensor in frozen.items())
+    assert source["layers.1.ffn.experts.base.down.weight"] == "layers.1.ffn.down.weight"
+    row = next(line for line in begun.stdout.splitlines() if "loaded" in line)
+    assert str(account["loaded"]["tensors"]) in row and f"{account['loaded']['parameters']:,}" in row
+
+    wrong = [*stage, "run.resume=none", "train.stop_after=3"]
+    other = [*wrong, "parallel.expert=1", f"data.image_tokenizer={tokenizers / 'other_vq'}"]
+    _failed_with(launch(ALONE, other), "step_00000002 was trained with other tokenizers than text tokenizer")
+    shutil.rmtree(first)
+    _failed_with(launch(ALONE, [*wrong, "parallel.expert=1"]), f"init_from.checkpoint={first} is neither a complete")
+    again = launch(TORCHRUN, [*stage, "train.stop_after=3"])
+    assert again.returncode == 0, again.stderr
+    assert "resumed after step 2: init_from is not read again" in again.stdout
 
 
 def _failed_with(result, sentence):

@@ -17,6 +17,7 @@ import numpy as np
 
 from moe_dist.batch import Batch
 from moe_dist.config import DataConfig
+from moe_dist.data.instruction import Prompt
 from moe_dist.data.lanes import make_lanes
 from moe_dist.data.packing import Assembler, Document, Group, TokenStore, collate
 from moe_dist.data.vocabulary import Vocabulary
@@ -50,7 +51,8 @@ def heldout_batches(
     plan += [padding] * (rounds * dp - len(plan))
     mine = [(number, plan[number]) for number in range(dp_rank, len(plan), dp)]
     for start in range(0, rounds, batch_groups):
-        yield collate(mine[start : start + batch_groups], vocabulary, data.sequence_length)
+        groups_now = mine[start : start + batch_groups]
+        yield collate(groups_now, vocabulary, data.sequence_length, instructions=bool(store.domains))
 
 
 def _pass(assembler: Assembler, data: DataConfig) -> Iterator[Group]:
@@ -63,6 +65,7 @@ def _pass(assembler: Assembler, data: DataConfig) -> Iterator[Group]:
 class _Mixed:
     text: np.ndarray
     image: np.ndarray | None
+    prompt: Prompt | None
 
 
 class ShuffledCaptions:
@@ -75,6 +78,7 @@ class ShuffledCaptions:
     def __init__(self, store: TokenStore):
         self._store = store
         self.has_image = np.asarray(store.has_image)
+        self.domains, self.part_ends = store.domains, store.part_ends
         pairs = np.flatnonzero(self.has_image)
         captions = {int(i): np.ascontiguousarray(store.document(int(i)).text).tobytes() for i in pairs}
         # Equal captions lie side by side, those of one length in random order; a shift by the size of the largest set
@@ -96,4 +100,5 @@ class ShuffledCaptions:
         document = self._store.document(index)
         if index not in self._caption_of:
             return document
-        return _Mixed(text=self._store.document(self._caption_of[index]).text, image=document.image)
+        other = self._store.document(self._caption_of[index])
+        return _Mixed(text=other.text, image=document.image, prompt=other.prompt)

@@ -1,10 +1,11 @@
 """Lanes: the fixed number of data streams that make the order of the data independent of the number of ranks.
 
-The documents of a store are cut into data.lanes contiguous ranges whose sizes differ by one at most. A lane is
-infinite: it reads its range over and over, each epoch in a fresh order, so a lane with fewer documents (or shorter
-ones) just begins its next epoch earlier; no lane waits for another and no document is left out. Everything that
-depends on order happens inside the lane: shuffling, packing, the mix of modalities. Selection group j of a run is
-group j // lanes of lane j mod lanes.
+The documents of a store are cut into data.lanes contiguous ranges whose sizes differ by one at most; of several corpora
+(data.shards is a list) each is cut for itself, so that every lane has its share of every corpus. A lane is infinite: it
+reads its documents over and over, each epoch in a fresh order, so a lane with fewer documents (or shorter ones) just
+begins its next epoch earlier; no lane waits for another and no document is left out. Everything that depends on order
+happens inside the lane: shuffling, packing, the mix of modalities and of corpora. Selection group j of a run is group
+j // lanes of lane j mod lanes.
 
 State: per stream the epoch, the place in it, and the (epoch, document, start) of the pieces read but not yet packed;
 their tokens are assembled again on resume.
@@ -141,11 +142,11 @@ def make_lanes(
     """Lanes `numbers` of the `lanes` into which the store is cut. UserError where the store does not allow it."""
     has_image = np.asarray(assembler.store.has_image)
     if data.image_fraction is None:
-        ranges = _ranges(np.arange(len(assembler.store)), lanes, "documents")
+        ranges = _ranges(np.arange(len(assembler.store)), assembler.store.part_ends, lanes, "documents")
         return {n: Lane(Stream(ranges[n], assembler, lane=n, epochs=epochs), data) for n in numbers}
     _check_fraction(assembler, data.image_fraction)
-    pairs = _ranges(np.flatnonzero(has_image), lanes, "image-text pairs")
-    texts = _ranges(np.flatnonzero(~has_image), lanes, "text-only documents")
+    pairs = _ranges(np.flatnonzero(has_image), assembler.store.part_ends, lanes, "image-text pairs")
+    texts = _ranges(np.flatnonzero(~has_image), assembler.store.part_ends, lanes, "text-only documents")
     return {
         n: SteeredLane(
             Stream(pairs[n], assembler, lane=n, epochs=epochs),
@@ -157,10 +158,17 @@ def make_lanes(
     }
 
 
-def _ranges(documents: np.ndarray, lanes: int, kind: str) -> list[np.ndarray]:
+def _ranges(documents: np.ndarray, part_ends: np.ndarray, lanes: int, kind: str) -> list[np.ndarray]:
+    """The documents (ascending) of each lane."""
     if len(documents) < lanes:
         raise UserError(f"data.lanes={lanes} needs at least as many {kind}, the shards hold {len(documents)}")
-    return np.array_split(documents, lanes)
+    ranges: list[list[np.ndarray]] = [[] for _ in range(lanes)]
+    first = 0  # the lane that is next to get one more than others
+    for part in np.split(documents, np.searchsorted(documents, part_ends[:-1])):
+        for number, share in enumerate(np.array_split(part, lanes)):
+            ranges[(first + number) % lanes].append(share)
+        first = (first + len(part)) % lanes
+    return [np.concatenate(shares) for shares in ranges]
 
 
 def _check_fraction(assembler: Assembler, fraction: float) -> None:

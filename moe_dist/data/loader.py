@@ -17,6 +17,7 @@ import numpy as np
 from moe_dist.batch import Batch
 from moe_dist.config import DataConfig
 from moe_dist.data.lanes import Lanes, make_lanes
+from moe_dist.data.neighbours import NeighbourStore
 from moe_dist.data.packing import SHORTEST_PIECE, Assembler, TokenStore, collate
 from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.errors import UserError
@@ -28,11 +29,20 @@ class Loader:
     """Endless iterator over (batch, state). A thread prepares one batch ahead; an error there is raised by next()."""
 
     def __init__(
-        self, lanes: Lanes, assembler: Assembler, identity: State, *, dp_rank: int, dp: int, batch_groups: int
+        self,
+        lanes: Lanes,
+        assembler: Assembler,
+        identity: State,
+        *,
+        dp_rank: int,
+        dp: int,
+        batch_groups: int,
+        neighbours: NeighbourStore | None,
     ):
         self._lanes = lanes
         self._assembler = assembler
         self._identity = identity
+        self._neighbours = neighbours
         self._dp_rank, self._dp, self._batch_groups = dp_rank, dp, batch_groups
         self._groups = 0  # groups that all ranks together have read
         self._lane_states = {str(number): lane.state() for number, lane in lanes.items()}
@@ -64,7 +74,10 @@ class Loader:
             groups.append((number, self._lanes[index].next_group()))
             self._lane_states[str(index)] = self._lanes[index].state()
         self._groups += self._batch_groups * self._dp
-        batch = collate(groups, self._assembler.vocabulary, self._assembler.sequence_length)
+        assembler, instructions = self._assembler, bool(self._assembler.store.domains)
+        batch = collate(groups, assembler.vocabulary, assembler.sequence_length, instructions=instructions)
+        if self._neighbours is not None:
+            batch = self._neighbours.join(batch)
         return batch, {"groups": self._groups, "lanes": dict(self._lane_states), "of": self._identity}
 
 
@@ -77,17 +90,16 @@ def make_loader(
     dp_rank: int,
     dp: int,
     batch_groups: int,
+    neighbours: NeighbourStore | None = None,
     state: State | None = None,
 ) -> Loader:
     """The loader of one data-parallel rank.
 
-    batch_groups: selection groups in a micro-batch. state: what came with the last batch that was used, merged over the
-    ranks as a checkpoint does; a rank's own state will do at an unchanged number of ranks.
+    batch_groups: selection groups in a micro-batch. neighbours: joined to every batch. state: what came with the last
+    batch that was used, merged over the ranks as a checkpoint does; a rank's own state will do at an unchanged number
+    of ranks.
     """
-    if data.lanes % dp:
-        raise UserError(f"data.lanes={data.lanes} is not a multiple of the {dp} data-parallel ranks")
-    if data.sequence_length < SHORTEST_PIECE:
-        raise UserError(f"data.sequence_length={data.sequence_length} is below the minimum of {SHORTEST_PIECE}")
+    check_data(data, dp=dp)
     assembler = Assembler(
         store=store,
         vocabulary=vocabulary,
@@ -102,14 +114,26 @@ def make_loader(
     lanes = make_lanes(assembler, data, numbers=range(dp_rank, data.lanes, dp), lanes=data.lanes)
     keys = ("lanes", "sequence_length", "group_sequences", "image_fraction")
     identity = {"seed": seed, "documents": len(store), **{f"data.{key}": getattr(data, key) for key in keys}}
-    loader = Loader(lanes, assembler, identity, dp_rank=dp_rank, dp=dp, batch_groups=batch_groups)
+    if neighbours is not None:
+        identity["data.neighbours"] = neighbours.identity
+    loader = Loader(
+        lanes, assembler, identity, dp_rank=dp_rank, dp=dp, batch_groups=batch_groups, neighbours=neighbours
+    )
     if state is not None:
         _check_identity(state["of"], identity)
         loader.restore(state)
     return loader
 
 
+def check_data(data: DataConfig, *, dp: int) -> None:
+    """Raise UserError for what is wrong with any documents, on dp data-parallel ranks."""
+    if data.lanes % dp:
+        raise UserError(f"data.lanes={data.lanes} is not a multiple of the {dp} data-parallel ranks")
+    if data.sequence_length < SHORTEST_PIECE:
+        raise UserError(f"data.sequence_length={data.sequence_length} is below the minimum of {SHORTEST_PIECE}")
+
+
 def _check_identity(saved: State, now: State) -> None:
     for key, value in now.items():
-        if saved[key] != value:
-            raise UserError(f"the loader state was saved with {key}={saved[key]}, this run has {key}={value}")
+        if saved.get(key) != value:
+            raise UserError(f"the loader state was saved with {key}={saved.get(key)}, this run has {key}={value}")

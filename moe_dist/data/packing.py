@@ -4,13 +4,17 @@ Assembly (one image-text pair or one text is a document):
   pair       BOS BOI codes EOI caption EOS   or   BOS caption BOI codes EOI EOS   (data.image_first)
   pair whose caption is dropped (data.caption_dropout)   BOS BOI codes EOI EOS
   text only  BOS text EOS
+  instruction   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
 Order and dropout are functions of (seed, epoch, document number): the same at every parallel layout and after a resume.
 
 Lengths: an image is never cut nor split over two sequences. A pair that is longer than a sequence loses the end of its
 caption. A text may be cut anywhere and goes on in a later sequence; each piece is a document of its own for attention
-and positions, only the first one begins with BOS and only the last one ends with EOS.
+and positions, only the first one begins with BOS and only the last one ends with EOS. An instruction is never cut: one
+that does not fit what is left of a sequence goes into a later one.
 
-Shape suffixes: T tokens of one micro-batch.
+Every token is predicted from those before it, but of an instruction only the answer and EOS.
+
+Shape suffixes: T tokens of one micro-batch, S its instructions.
 """
 
 from __future__ import annotations
@@ -23,9 +27,11 @@ import numpy as np
 import torch
 
 from moe_dist.batch import Batch, TokenInfo
+from moe_dist.data.instruction import Prompt
 from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.errors import UserError
 
+NO_DOMAIN = -1  # of padding, and of all that is no instruction
 SHORTEST_PIECE = 8  # tokens: a text is not cut to fill less room than this
 
 
@@ -33,10 +39,13 @@ class Document(Protocol):
     """One sample as vocabulary ids, without markers."""
 
     @property
-    def text(self) -> np.ndarray: ...  # ids of the caption or text, possibly none
+    def text(self) -> np.ndarray: ...  # ids of the caption or text, possibly none; or of a prompt, then the answer
 
     @property
     def image(self) -> np.ndarray | None: ...  # ids of the image codes
+
+    @property
+    def prompt(self) -> Prompt | None: ...  # of an instruction, which with its markers fits a sequence
 
 
 class TokenStore(Protocol):
@@ -44,6 +53,8 @@ class TokenStore(Protocol):
 
     has_image: np.ndarray  # bool per document
     lengths: np.ndarray  # text and image tokens per document, without markers
+    domains: tuple[str, ...]  # sorted names of the instructions' domains; none without instructions
+    part_ends: np.ndarray  # int64: the documents of several corpora lie one after another, and end here
 
     def __len__(self) -> int: ...
 
@@ -65,10 +76,18 @@ class Piece:
     document: int
     start: int
     tokens: np.ndarray  # int64 ids
-    image_tokens: int  # a piece with an image is never cut
+    image_tokens: int
+    prompt_tokens: int = 0  # of an instruction: how many tokens come before the answer
+    domain: int = NO_DOMAIN  # index into the store's domains
+    sample: int = 0  # Prompt.sample
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def whole(self) -> bool:
+        """Never cut: there is an image in it, or it is an instruction."""
+        return bool(self.image_tokens or self.prompt_tokens)
 
     def split(self, at: int) -> tuple[Piece, Piece]:
         return (
@@ -92,6 +111,8 @@ class Assembler:
         """The document's tokens in this epoch, from token `start` on. UserError if its image cannot fit a sequence."""
         document = self.store.document(index)
         v, text, image = self.vocabulary, document.text, document.image
+        if document.prompt is not None:
+            return self._instruction(epoch, index, document, document.prompt)
         if image is None:
             tokens = np.concatenate([[v.bos], text, [v.eos]])
             return Piece(epoch, index, start, tokens.astype(np.int64)[start:], 0)
@@ -107,6 +128,14 @@ class Assembler:
         block = [[v.boi], image, [v.eoi]]
         parts = [*block, caption] if image_first else [caption, *block]
         return Piece(epoch, index, 0, np.concatenate([[v.bos], *parts, [v.eos]]).astype(np.int64), len(image))
+
+    def _instruction(self, epoch: int, index: int, document: Document, prompt: Prompt) -> Piece:
+        v, image = self.vocabulary, document.image
+        before = [v.bos] if image is None else [v.bos, v.boi, *image, v.eoi]
+        tokens = np.concatenate([before, document.text, [v.eos]]).astype(np.int64)
+        domain = self.store.domains.index(prompt.domain)
+        image_tokens = 0 if image is None else len(image)
+        return Piece(epoch, index, 0, tokens, image_tokens, len(before) + prompt.length, domain, prompt.sample)
 
 
 def fill(pending: list[Piece], room: int) -> list[Piece]:
@@ -132,7 +161,7 @@ def fill(pending: list[Piece], room: int) -> list[Piece]:
 
 
 def _must_cut(piece: Piece, room: int) -> bool:
-    return len(piece) > room >= SHORTEST_PIECE and not piece.image_tokens
+    return len(piece) > room >= SHORTEST_PIECE and not piece.whole
 
 
 def _cut(pending: list[Piece], i: int, room: int) -> Piece:
@@ -164,11 +193,16 @@ def best_subset(lengths: Sequence[int], room: int) -> list[int]:
 Group = Sequence[Sequence[Piece]]  # the pieces of each packed sequence of a selection group
 
 
-def collate(groups: Sequence[tuple[int, Group]], vocabulary: Vocabulary, sequence_length: int) -> Batch:
+def collate(
+    groups: Sequence[tuple[int, Group]], vocabulary: Vocabulary, sequence_length: int, *, instructions: bool
+) -> Batch:
     """Lay (global group number, group) end to end as one micro-batch on the CPU.
 
-    The target of a token is the next token of its piece; the last token of a piece and padding have none. Every run of
-    padding is a document of its own, so the document lengths add up to T.
+    The target of a token is the next token of its piece; the last token of a piece and padding have none, nor has a
+    prompt before its last token. Every run of padding is a document of its own, so the document lengths add up to T.
+
+    instructions: there are some among the data, so the sidecar holds, of those in this micro-batch, domain_T (index
+    into the store's domains, -1 outside), prompt_end_S (index of the last prompt token) and sample_S (sample_hash).
     """
     group_tokens = len(groups[0][1]) * sequence_length
     num_tokens = len(groups) * group_tokens
@@ -176,6 +210,7 @@ def collate(groups: Sequence[tuple[int, Group]], vocabulary: Vocabulary, sequenc
     targets = np.full(num_tokens, vocabulary.pad, dtype=np.int64)
     valid, has_target = np.zeros(num_tokens, dtype=bool), np.zeros(num_tokens, dtype=bool)
     document_lengths: list[int] = []
+    placed: list[tuple[int, Piece]] = []
     begin = 0
     for sequence in (sequence for _, group in groups for sequence in group):
         at, end = begin, begin + sequence_length
@@ -183,8 +218,9 @@ def collate(groups: Sequence[tuple[int, Group]], vocabulary: Vocabulary, sequenc
             stop = at + len(piece)
             tokens[at:stop] = piece.tokens
             targets[at : stop - 1] = piece.tokens[1:]
-            has_target[at : stop - 1] = True
+            has_target[at + max(piece.prompt_tokens - 1, 0) : stop - 1] = True
             document_lengths.append(len(piece))
+            placed.append((at, piece))
             at = stop
         valid[begin:at] = True
         if at < end:
@@ -208,7 +244,17 @@ def collate(groups: Sequence[tuple[int, Group]], vocabulary: Vocabulary, sequenc
         loss_mask_T=torch.from_numpy(has_target),
         target_modality_T=vocabulary.modality_of[targets_T],
         info=info,
+        sidecar=_sidecar(placed, num_tokens) if instructions else {},
     )
+
+
+def _sidecar(placed: Sequence[tuple[int, Piece]], num_tokens: int) -> dict[str, torch.Tensor]:
+    domain_T = torch.full((num_tokens,), NO_DOMAIN)
+    for at, piece in placed:
+        domain_T[at : at + len(piece)] = piece.domain
+    prompted = [(at + piece.prompt_tokens - 1, piece.sample) for at, piece in placed if piece.prompt_tokens]
+    prompt_end_S, sample_S = torch.tensor(prompted, dtype=torch.int64).view(-1, 2).T.contiguous()
+    return {"domain_T": domain_T, "prompt_end_S": prompt_end_S, "sample_S": sample_S}
 
 
 def reachable_image_fraction(assembler: Assembler) -> float:

@@ -1,4 +1,4 @@
-"""Both tokenizers of a corpus, trained on its shards: SentencePiece on the captions, our VQ tokenizer on the images.
+"""Both tokenizers of a corpus, trained on its shards: SentencePiece on the texts, our VQ tokenizer on the images.
 
 OUT/text.model            the SentencePiece model                                  (data.text_tokenizer)
 OUT/vq/                   config.json, model.safetensors                           (data.image_tokenizer)
@@ -19,7 +19,7 @@ from moe_dist.config import Fraction, Positive, Strict
 from moe_dist.data.pixels import crop_and_resize
 from moe_dist.data.samples import RawSample, SampleReport
 from moe_dist.data.shards import Shard, Split, iterate, resolve_shards, verify
-from moe_dist.data.text import VOCAB_SIZE, TextTokenizer, train_text_tokenizer
+from moe_dist.data.text import VOCAB_SIZE, SentencePieceTokenizer, train_text_tokenizer
 from moe_dist.data.vq import VQConfig
 from moe_dist.data.vq_training import VQQuality, VQTraining, measure, reconstruction_grid, train_vq
 
@@ -38,11 +38,11 @@ class TokenizerRecipe(Strict):
     max_bad_fraction: Fraction = 0.01  # as data.max_bad_fraction
 
 
-def train_tokenizers(recipe: TokenizerRecipe) -> tuple[TextTokenizer, VQQuality | None]:
+def train_tokenizers(recipe: TokenizerRecipe) -> tuple[SentencePieceTokenizer, VQQuality | None]:
     """Train and write both tokenizers; a corpus without images gets the text tokenizer only. Raises UserError."""
     out = Path(recipe.out)
-    captions, images = _read(recipe, "train", recipe.training.max_images)
-    text = train_text_tokenizer(captions, out / "text.model", recipe.vocab_size)
+    texts, images = _read(recipe, "train", recipe.training.max_images)
+    text = train_text_tokenizer(texts, out / "text.model", recipe.vocab_size)
     if images is None:
         return text, None
     tokenizer = train_vq(images, recipe.vq, recipe.training)
@@ -58,19 +58,19 @@ def train_tokenizers(recipe: TokenizerRecipe) -> tuple[TextTokenizer, VQQuality 
 
 
 def _read(recipe: TokenizerRecipe, split: Split, max_images: int) -> tuple[list[str], np.ndarray | None]:
-    """The captions of a split and its first max_images images, [N, H, W, 3] uint8."""
+    """The captions, texts, prompts and answers of a split and its first max_images images, [N, H, W, 3] uint8."""
     shards = resolve_shards(recipe.shards, split)
     verify(shards)
     report = SampleReport()
-    captions: list[str] = []
+    texts: list[str] = []
     images: list[np.ndarray] = []
     for sample in _samples(shards, report):
-        if sample.caption is not None:
-            captions.append(sample.caption)
+        if sample.text is not None:
+            texts.append(sample.text)
         if sample.image is not None and len(images) < max_images:
             images.append(crop_and_resize(sample.image, recipe.vq.image_size))
     report.check(recipe.max_bad_fraction)
-    return captions, np.stack(images) if images else None
+    return texts, np.stack(images) if images else None
 
 
 def _samples(shards: list[Shard], report: SampleReport) -> Iterator[RawSample]:

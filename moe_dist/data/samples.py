@@ -1,7 +1,9 @@
-"""One raw sample of a shard, decoded: an RGB image, a caption, or both; and the account of those that could not be.
+"""One raw sample of a shard, decoded: an RGB image, a caption, or both, or an instruction with or without an image; and
+the account of those that could not be.
 
 A sample is the group of a tar's members that share a key: `.jpg`, `.jpeg`, `.png` or `.webp` for the image, `.txt` for
-the caption, or `.json` with the field `caption` or `text`. Other members are ignored.
+the caption, or `.json` with the field `caption` or `text`, else with `prompt` and `answer` (data/instruction.py). Other
+members are ignored.
 """
 
 from __future__ import annotations
@@ -12,9 +14,11 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image, ImageOps
 
+from moe_dist.data.instruction import Instruction, is_instruction, read_instruction, sample_hash
 from moe_dist.errors import UserError
 
 MAX_MEGAPIXELS = 64.0  # read from the header: a larger image is never decoded (decompression bombs)
@@ -25,11 +29,18 @@ KEYS_SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """A decoded sample; at least one of image and caption is there."""
+    """A decoded sample; at least one of image, caption and instruction is there, and never the last two."""
 
     key: str
     image: Image.Image | None  # mode RGB, its own size
     caption: str | None
+    instruction: Instruction | None = None
+    hash: int = 0  # of an instruction: sample_hash
+
+    @property
+    def text(self) -> str | None:
+        """All that a text tokenizer will meet of the sample."""
+        return self.instruction.prompt + self.instruction.answer if self.instruction else self.caption
 
 
 class BadSample(Exception):
@@ -71,12 +82,20 @@ class SampleReport:
 
 
 def decode_sample(members: Mapping[str, bytes], *, max_megapixels: float = MAX_MEGAPIXELS) -> RawSample:
-    """Decode the members (suffix -> content, and `__key__`) of one sample. Raises BadSample."""
-    image = next((decode_image(members[s], max_megapixels) for s in IMAGE_SUFFIXES if s in members), None)
-    caption = _decode_caption(members)
+    """Decode the members (suffix -> content, `__key__` and `__url__`) of one sample.
+
+    Raises BadSample, and UserError naming shard and sample for an instruction that is none.
+    """
+    key, file = str(members["__key__"]), next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
+    image = None if file is None else decode_image(file, max_megapixels)
+    record = _decode_json(members) if "txt" not in members else {}
+    caption = _decode_caption(members, record)
+    if caption is None and is_instruction(record):
+        instruction = read_instruction(record, f"shard {members['__url__']!s}, sample '{key}'")
+        return RawSample(key, image, None, instruction, sample_hash(instruction.prompt, file or b""))
     if image is None and caption is None:
         raise BadSample("neither image nor caption")
-    return RawSample(str(members["__key__"]), image, caption)
+    return RawSample(key, image, caption)
 
 
 def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
@@ -114,12 +133,19 @@ def encode_png(image: Image.Image, size: int) -> bytes:
     return out.getvalue()
 
 
-def _decode_caption(members: Mapping[str, bytes]) -> str | None:
+def _decode_json(members: Mapping[str, bytes]) -> dict[str, Any]:
     try:
-        if "txt" in members:
-            return members["txt"].decode().strip() or None
         record = json.loads(members.get("json", b"{}"))
     except ValueError:  # not UTF-8, or not JSON
         raise BadSample("undecodable caption") from None
-    captions = [record[name] for name in CAPTION_FIELDS if name in record] if isinstance(record, dict) else []
+    return record if isinstance(record, dict) else {}
+
+
+def _decode_caption(members: Mapping[str, bytes], record: Mapping[str, Any]) -> str | None:
+    if "txt" in members:
+        try:
+            return members["txt"].decode().strip() or None
+        except ValueError:
+            raise BadSample("undecodable caption") from None
+    captions = [record[name] for name in CAPTION_FIELDS if name in record]
     return next((text.strip() for text in captions if isinstance(text, str) and text.strip()), None)

@@ -39,7 +39,7 @@ def local_path(url: str) -> Path | None:
 
 
 def verify_shard(shard: str | Path, *, content: bool = True) -> ShardIndex:
-    """Check a shard against its index, or build the index on first use. Raises UserError naming the shard.
+    """Check a shard against its index, or build the index on first use. Raises UserError (or OSError) naming the shard.
 
     content=False compares the sizes only, without reading the shard.
     """
@@ -58,12 +58,12 @@ def verify_shard(shard: str | Path, *, content: bool = True) -> ShardIndex:
 
 
 def _scan(shard: Path) -> ShardIndex:
-    try:
-        with shard.open("rb") as stream:
+    with shard.open("rb") as stream:
+        try:
             names = [{"fname": name, "data": b"", "__url__": str(shard)} for name, _ in tar_members(stream)]
-        count = sum(1 for _ in group_by_keys(names))
-    except DAMAGE as error:
-        raise UserError(f"shard {shard} is corrupt or truncated: {explain(error)}") from None
+            count = sum(1 for _ in group_by_keys(names))
+        except DAMAGE as error:
+            raise UserError(f"shard {shard} is corrupt or truncated: {explain(error)}") from None
     if count == 0:
         raise UserError(f"shard {shard} holds no samples")
     return ShardIndex(count, shard.stat().st_size, _sha256(shard))
@@ -94,8 +94,12 @@ def _write_index(shard: Path, index: ShardIndex) -> None:
     try:
         _write_atomically(beside, json.dumps(asdict(index)))
     except OSError:  # a read-only folder
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(cached, json.dumps(asdict(index)))
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            _write_atomically(cached, json.dumps(asdict(index)))
+        except OSError as error:
+            tried = f"tried {beside.parent} and {cached.parent} ({error.strerror or error})"
+            raise UserError(f"the index of shard {shard} cannot be written: {tried}") from None
 
 
 def _write_atomically(path: Path, text: str) -> None:

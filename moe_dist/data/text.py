@@ -1,4 +1,4 @@
-"""The text tokenizer: SentencePiece, trained on the corpus or any .model file a user brings."""
+"""The text tokenizer: SentencePiece, trained on the corpus or any .model file, or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
+from moe_dist.data.hf_tokenizer import HuggingFaceTokenizer
 from moe_dist.errors import UserError
 
 VOCAB_SIZE = 2048  # of a tokenizer trained on captions; long texts deserve 8192 or more
@@ -19,10 +22,31 @@ MAX_LINE_BYTES = 1 << 24  # SentencePiece silently leaves out longer lines; its 
 logger = logging.getLogger(__name__)
 
 
-class TextTokenizer:
+class TextTokenizer(Protocol):
+    """Text to ids and back. pad, bos, eos: the tokenizer's own ids, None where it has none."""
+
+    size: int
+    pad: int | None
+    bos: int | None
+    eos: int | None
+    sha256: str  # equal exactly if every text gets the same ids
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_continuation(self, text: str) -> list[int]: ...  # of a text that goes on where another one ended
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def load_text_tokenizer(path: str | Path) -> TextTokenizer:
+    """The tokenizer that data.text_tokenizer names: a Hugging Face folder or a SentencePiece file. Raises UserError."""
+    return HuggingFaceTokenizer(path) if Path(path).is_dir() else SentencePieceTokenizer(path)
+
+
+class SentencePieceTokenizer:
     """A SentencePiece model. Raises UserError if the file is missing or is no such model.
 
-    pad, bos, eos are the model's own ids, None where it has none; unknown characters become byte pieces or <unk>.
+    Unknown characters become byte pieces or <unk>.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,6 +58,7 @@ class TextTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError):
             raise UserError(f"{path} is not a SentencePiece model") from None
+        self._continuation = sentencepiece.SentencePieceProcessor(model_proto=_without_blank_before(content))
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.size: int = self._processor.get_piece_size()
         ids = (self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id())
@@ -47,12 +72,23 @@ class TextTokenizer:
         """Ids of the text's pieces, without BOS or EOS."""
         return self._processor.encode(text)
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on where another one ended: no blank is put before it, as encode does."""
+        return self._continuation.encode(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; control pieces (pad, bos, eos) give nothing."""
         return self._processor.decode([int(i) for i in ids])
 
 
-def train_text_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int = VOCAB_SIZE) -> TextTokenizer:
+def _without_blank_before(content: bytes) -> bytes:
+    """The same SentencePiece model, but for the blank that it puts before every text."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]  # made at import
+    model.normalizer_spec.add_dummy_prefix = False
+    return model.SerializeToString()
+
+
+def train_text_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int = VOCAB_SIZE) -> SentencePieceTokenizer:
     """Train byte-pair encoding with byte fallback on the texts and write it to `out`, bitwise the same each time.
 
     Text survives encode and decode unchanged: no Unicode normalisation, blanks are kept. A corpus too small for
@@ -74,7 +110,7 @@ def train_text_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int 
     aside = out.with_name(f".{out.name}.partial")
     aside.write_bytes(content)
     aside.replace(out)
-    return TextTokenizer(out)
+    return SentencePieceTokenizer(out)
 
 
 def _train(lines: Sequence[str], vocab_size: int) -> bytes:

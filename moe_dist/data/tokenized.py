@@ -2,8 +2,9 @@
 
 A shard's tokens lie beside it in tokens/<vocabulary>/<shard>/, or in the user's cache folder where the shard is remote
 or its folder cannot be written. The name of <vocabulary> is the digest of both tokenizers, that of <shard> ends in a
-digest of the tar's checksum (of a remote shard's URL) and of the split read out of it: another tokenizer or another tar
-never meets old tokens, it makes new ones. A folder may be shipped with tokens/ and no tars; its tokenizers must match.
+digest of the tar's checksum (of a remote shard's URL), of the split read out of it and of the files' format: another
+tokenizer, tar or format never meets old tokens, it makes new ones. A folder may be shipped with tokens/ and no tars;
+its tokenizers and format must match.
 
 Call order on every rank: load_vocabulary, build_cache, a barrier, open_store.
 """
@@ -26,8 +27,8 @@ from moe_dist.data.image import load_image_tokenizer
 from moe_dist.data.samples import RawSample, SampleReport
 from moe_dist.data.shard_index import local_path, user_cache, verify_shard
 from moe_dist.data.shards import TAR_SUFFIXES, Shard, Split, iterate, resolve_shards
-from moe_dist.data.text import TextTokenizer
-from moe_dist.data.token_shard import MANIFEST, Document, TokenShard, TokenShardWriter
+from moe_dist.data.text import load_text_tokenizer
+from moe_dist.data.token_shard import FORMAT, MANIFEST, Document, TokenShard, TokenShardWriter
 from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.errors import UserError
 
@@ -38,35 +39,54 @@ DIGITS = 16  # of a digest in a folder's name
 def load_vocabulary(data: DataConfig) -> Vocabulary:
     """The vocabulary of the two tokenizers that a recipe names. Raises UserError."""
     image = load_image_tokenizer(data.image_tokenizer) if data.image_tokenizer is not None else None
-    return Vocabulary(TextTokenizer(data.text_tokenizer), image)
+    return Vocabulary(load_text_tokenizer(data.text_tokenizer), image)
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
 
 
 class TokenStore:
-    """The documents of a split, in the order of the shards and of the samples in them."""
+    """The documents of a split: one part of the recipe's list after the other, in the order of shards and samples.
 
-    def __init__(self, shards: Sequence[TokenShard]) -> None:
-        self._shards = shards
+    An instruction is never cut: one that is longer than a sequence is left out, and counted in the report.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[TokenShard]], sequence_length: int) -> None:
+        self._shards = shards = [shard for part in parts for shard in part]
         self._ends = np.cumsum([len(shard) for shard in shards])
         self.text_tokens = sum(shard.manifest["text_tokens"] for shard in shards)
         self.image_tokens = sum(shard.manifest["image_tokens"] for shard in shards)
-        self.has_image = np.concatenate([shard.image_rows >= 0 for shard in shards])  # bool per document
+        has_image = np.concatenate([shard.image_rows >= 0 for shard in shards])
         text_lengths = np.concatenate([np.diff(shard.text_ends, prepend=0) for shard in shards])
-        image_codes = self.image_tokens // max(1, int(self.has_image.sum()))
-        self.lengths = text_lengths + image_codes * self.has_image  # text and image tokens per document, no markers
+        image_codes = self.image_tokens // max(1, int(has_image.sum()))
+        lengths = text_lengths + image_codes * has_image
         self.report = SampleReport()  # the samples behind the documents, and those that could not be used
         for shard in shards:
             self.report.merge(shard.report)
+        self._kept = self._without_long_instructions(lengths + 2 + 2 * has_image, sequence_length)
+        self.has_image, self.lengths = has_image[self._kept], lengths[self._kept]  # text and image tokens, no markers
+        self.domains = tuple(sorted({domain for shard in shards for domain in shard.domains}))
+        self.part_ends = np.searchsorted(self._kept, np.cumsum([sum(map(len, part)) for part in parts]))
+
+    def _without_long_instructions(self, lengths: np.ndarray, sequence_length: int) -> np.ndarray:
+        """Numbers of the documents that are used. lengths: with markers."""
+        kept = np.ones(len(lengths), dtype=bool)
+        for shard, end in zip(self._shards, self._ends, strict=True):
+            prompted = shard.prompts[:, 0] + end - len(shard)
+            for number in prompted[lengths[prompted] > sequence_length]:
+                key = f"{shard.manifest['shard']} number {number - end + len(shard)}"
+                self.report.add_bad(f"instruction longer than data.sequence_length={sequence_length}", key)
+                kept[number] = False
+        return np.flatnonzero(kept)
 
     def __len__(self) -> int:
-        return len(self.has_image)
+        return len(self._kept)
 
     def document(self, index: int) -> Document:
         """The document of this number, 0 <= index < len."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
+        index = int(self._kept[index])
         number = int(np.searchsorted(self._ends, index, side="right"))
         shard = self._shards[number]
         return shard.document(index - int(self._ends[number]) + len(shard))
@@ -78,14 +98,14 @@ def open_store(data: DataConfig, split: Split, vocabulary: Vocabulary) -> TokenS
     Raises UserError if a shard's tokens are missing or damaged, if shipped tokens were made with other tokenizers, or
     if more than data.max_bad_fraction of the split's samples could not be used.
     """
-    tars, shipped = _sources(data, split)
-    folders = list(_shipped_token_shards(shipped, split, vocabulary))
-    for source in (_Source.of(shard, vocabulary, content=False) for shard in tars):
-        folder = source.find()
-        if folder is None:
-            raise UserError(f"the token cache of shard {source.shard.url} is missing")
-        folders.append(folder)
-    store = TokenStore([TokenShard(folder) for folder in folders])
+    parts: list[list[TokenShard]] = []
+    for part in _parts(data, split):
+        if isinstance(part, Path):
+            folders = _shipped_token_shards(part, split, vocabulary)
+        else:
+            folders = [_Source.of(shard, vocabulary, content=False).made() for shard in part]
+        parts.append([TokenShard(folder) for folder in folders])
+    store = TokenStore(parts, data.sequence_length)
     store.report.check(data.max_bad_fraction)
     return store
 
@@ -107,8 +127,12 @@ def build_cache(
     Every local tar of the share is checked against its index, tokenised already or not. Raises UserError on the rank
     that meets the problem; the caller tells the others.
     """
-    tars, shipped = _sources(data, split)
-    list(_shipped_token_shards(shipped, split, vocabulary))  # shipped tokens of other tokenizers are an error here
+    tars: list[Shard] = []
+    for part in _parts(data, split):
+        if isinstance(part, Path):
+            _shipped_token_shards(part, split, vocabulary)  # those of other tokenizers are an error here
+        else:
+            tars += part
     sources = [_Source.of(shard, vocabulary, content=True) for shard in tars[rank::world]]
     missing = [source for source in sources if source.find() is None]
     if not missing:
@@ -153,7 +177,7 @@ class _Source:
         path = local_path(shard.url)
         index = verify_shard(path, content=content) if path else None
         identity = index.sha256 if index else shard.url
-        digest = hashlib.sha256(f"{identity} {shard.split}".encode()).hexdigest()[:DIGITS]
+        digest = hashlib.sha256(f"{identity} {shard.split} {FORMAT}".encode()).hexdigest()[:DIGITS]
         file = re.sub(r"[^\w.-]+", "_", shard.url.rpartition("/")[2])[-64:]
         parents = (path.parent, user_cache()) if path else (user_cache(),)
         return cls(
@@ -167,27 +191,39 @@ class _Source:
     def find(self) -> Path | None:
         return next((home / self.name for home in self.homes if (home / self.name / MANIFEST).is_file()), None)
 
+    def made(self) -> Path:
+        """As find. Raises UserError where there is none."""
+        folder = self.find()
+        if folder is None:
+            raise UserError(f"the token cache of shard {self.shard.url} is missing")
+        return folder
+
     def new_folder(self) -> Path:
         for home in self.homes:
             try:
                 home.mkdir(parents=True, exist_ok=True)
             except OSError:
                 continue
-            if os.access(home, os.W_OK):
+            if os.access(home, os.W_OK, effective_ids=True):
                 return home / self.name
         tried = " and ".join(str(home) for home in self.homes)
         raise UserError(f"the tokens of shard {self.shard.url} cannot be written: tried {tried}")
 
 
-def _sources(data: DataConfig, split: Split) -> tuple[list[Shard], list[Path]]:
-    """The split's tars, and the folders that hold tokens in place of tars."""
-    own = data.validation_shards if split == "validation" and data.validation_shards is not None else data.shards
-    parts = [own] if isinstance(own, str) else list(own)
-    shipped = {part: folder for part in parts if (folder := _shipped_folder(Path(part), split))}
-    raw = [part for part in parts if part not in shipped]
-    if own is data.validation_shards:
-        return (resolve_shards((), split, raw) if raw else []), list(shipped.values())
-    return (resolve_shards(raw, split, data.validation_shards) if raw else []), list(shipped.values())
+def _parts(data: DataConfig, split: Split) -> list[list[Shard] | Path]:
+    """What each part of the recipe's list means: tars, or a folder that holds tokens in place of tars."""
+    held_out = data.validation_shards if split == "validation" else None
+    own = data.shards if held_out is None else held_out
+    parts: list[list[Shard] | Path] = []
+    for part in [own] if isinstance(own, str) else own:
+        folder = _shipped_folder(Path(part), split)
+        if folder is not None:
+            parts.append(folder)
+        elif held_out is not None:
+            parts.append(resolve_shards((), split, part))
+        else:
+            parts.append(resolve_shards(part, split, data.validation_shards))
+    return parts
 
 
 def _shipped_folder(part: Path, split: Split) -> Path | None:
@@ -198,18 +234,17 @@ def _shipped_folder(part: Path, split: Split) -> Path | None:
     return None
 
 
-def _shipped_token_shards(folders: Iterable[Path], split: Split, vocabulary: Vocabulary) -> Iterator[Path]:
-    for folder in folders:
-        mine = folder / TOKENS / vocabulary.fingerprint()[:DIGITS]
-        found = sorted(manifest.parent for manifest in (folder / TOKENS).glob(f"[!.]*/[!.]*/{MANIFEST}"))
-        shards = [TokenShard(path) for path in found]
-        usable = [shard for shard in shards if shard.folder.parent == mine]
-        whole = [] if folder.name == "train" != split else [s for s in usable if s.manifest["split"] is None]
-        matching = [shard for shard in usable if shard.manifest["split"] == split] or whole
-        if not matching:
-            made_with = " or ".join(sorted({s.manifest["made_with"] for s in shards})) or "nothing"
-            raise UserError(
-                f"the tokens of {split} in {folder} were made with {made_with}, "
-                f"but the recipe names {vocabulary.describe()}, and there are no tars to tokenise anew"
-            )
-        yield from (shard.folder for shard in matching)
+def _shipped_token_shards(folder: Path, split: Split, vocabulary: Vocabulary) -> list[Path]:
+    mine = folder / TOKENS / vocabulary.fingerprint()[:DIGITS]
+    found = sorted(manifest.parent for manifest in (folder / TOKENS).glob(f"[!.]*/[!.]*/{MANIFEST}"))
+    shards = [TokenShard(path) for path in found]
+    usable = [s for s in shards if s.folder.parent == mine and s.manifest["format"] == FORMAT]
+    whole = [] if folder.name == "train" != split else [s for s in usable if s.manifest["split"] is None]
+    matching = [shard for shard in usable if shard.manifest["split"] == split] or whole
+    if not matching:
+        made = {f"{s.manifest['made_with']} in format {s.manifest['format']}" for s in shards}
+        raise UserError(
+            f"the tokens of {split} in {folder} were made with {' or '.join(sorted(made)) or 'nothing'}, but the "
+            f"recipe names {vocabulary.describe()} in format {FORMAT}, and there are no tars to tokenise anew"
+        )
+    return [shard.folder for shard in matching]

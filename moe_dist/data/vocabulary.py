@@ -1,8 +1,8 @@
 """One vocabulary: text pieces, markers, image codes; and the modality of every id, stated here and nowhere else.
 
-  [0, P)  the SentencePiece model's pieces, with its own PAD, BOS and EOS where it has them
-  then    those of PAD, BOS, EOS that it lacks, then BOI and EOI (begin and end of image)
-  then    the image codes, in order
+  [0, P)  the text tokenizer's pieces, with its own PAD, BOS and EOS where it has them
+  then    those of PAD, BOS, EOS that it lacks
+  then    with an image tokenizer: BOI and EOI (begin and end of image), and the image codes, in order
 
 A token is an image token if and only if it is an image code: all pieces and all markers, BOI and EOI too, are text.
 """
@@ -24,14 +24,15 @@ Codes = TypeVar("Codes", int, np.ndarray, Tensor)
 
 
 class Vocabulary:
-    """Ids of everything a model reads; without an image tokenizer there are no image codes. V = size."""
+    """Ids of everything a model reads. V = size."""
 
     def __init__(self, text: TextTokenizer, image: ImageTokenizer | None = None) -> None:
         self.text, self.image = text, image
-        own = {"pad": text.pad, "bos": text.bos, "eos": text.eos, "boi": None, "eoi": None}
+        own = {"pad": text.pad, "bos": text.bos, "eos": text.eos} | ({"boi": None, "eoi": None} if image else {})
         missing = [name for name, value in own.items() if value is None]
         ids = own | {name: text.size + i for i, name in enumerate(missing)}
-        self.pad, self.bos, self.eos, self.boi, self.eoi = (ids[name] for name in own)
+        self.pad, self.bos, self.eos = (ids[name] for name in ("pad", "bos", "eos"))
+        self.boi, self.eoi = ids.get("boi"), ids.get("eoi")
         self.first_image_code: int = text.size + len(missing)
         self.size: int = self.first_image_code + (image.codebook_size if image else 0)
         self._digests = (text.sha256, image.sha256 if image else None)

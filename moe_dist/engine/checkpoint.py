@@ -14,23 +14,21 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from moe_dist.engine.fragments import (
-    BUFFER,
-    FROZEN,
-    MASTER,
+    MODEL_KINDS,
     fragments,
+    kind_of,
     moment_names,
     optimizer_scalars,
     refresh_working_parameters,
@@ -57,12 +55,13 @@ from moe_dist.engine.storage import (
     FragmentSavePlanner,
     ShardReader,
     ShardWriter,
+    StoredFile,
     read_index,
     write_json,
 )
 from moe_dist.errors import UserError
 from moe_dist.parallel.layout import Layout
-from moe_dist.parallel.together import together
+from moe_dist.parallel.together import gather_objects, together
 
 __all__ = ["checkpoint_path", "load", "newest_complete", "prune", "read_state", "resolve_resume", "save", "verify"]
 
@@ -78,7 +77,7 @@ def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]
     what = f"cannot write the checkpoint {path}"
     header = {
         "format": FORMAT,
-        "state": merge_states(_gather(state)),
+        "state": merge_states(gather_objects(state)),
         "optimizer": optimizer_scalars(engine),
         "engine": {"steps": engine.steps, "skipped_steps": engine.skipped_steps},
         "written_by": {
@@ -96,7 +95,7 @@ def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]
             dcp.save({}, storage_writer=writer, planner=FragmentSavePlanner(fragments(engine)))
         with _disk(what):
             if layout.is_main:
-                _commit(partial, path, writer, header)
+                commit(partial, path, writer.files, header)
     except UserError:
         if layout.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -110,11 +109,9 @@ def load(path: str | Path, engine: Any, layout: Layout) -> dict[str, Any]:
     parameters follow from the masters. A damaged file or another model's checkpoint is a UserError on every rank.
     """
     path = Path(path)
-    with together():
-        verify(path, share=layout.rank, shares=layout.world)
-    header = json.loads((path / STATE).read_text())  # nothing is read before every rank's share is found undamaged
-    metadata = read_index(path)
-    stored_moments = {_kind(name) for name in metadata.state_dict_metadata} - {MASTER, FROZEN, BUFFER}
+    metadata = open_index(path, layout)
+    header = json.loads((path / STATE).read_text())
+    stored_moments = {kind_of(name) for name in metadata.state_dict_metadata} - set(MODEL_KINDS)
     reset_optimizer(engine, with_moments=bool(stored_moments))
     wanted = fragments(engine)
     _check_same_model(path, wanted, metadata)
@@ -122,18 +119,29 @@ def load(path: str | Path, engine: Any, layout: Layout) -> dict[str, Any]:
         if moment_names(engine) != stored_moments:
             ours, theirs = sorted(moment_names(engine)), sorted(stored_moments)
             raise UserError(f"{path} holds the optimizer moments {theirs}, this run's optimizer keeps {ours}")
-    with _dcp(f"cannot read the checkpoint {path}"):
-        dcp.load({}, storage_reader=ShardReader(path, metadata), planner=FragmentLoadPlanner(wanted))
+    read_fragments(path, metadata, wanted)
     set_optimizer_scalars(engine, header["optimizer"])
     refresh_working_parameters(engine)
     engine.steps, engine.skipped_steps = header["engine"]["steps"], header["engine"]["skipped_steps"]
     return header["state"]
 
 
-def _commit(partial: Path, path: Path, writer: ShardWriter, header: dict[str, Any]) -> None:
+def open_index(path: Path, layout: Layout) -> Metadata:
+    """Verify a checkpoint, each rank a share of its files, and read its index. Collective, before anything is read."""
+    with together():
+        verify(path, share=layout.rank, shares=layout.world)
+    return read_index(path)
+
+
+def read_fragments(path: Path, metadata: Metadata, wanted: list[Fragment]) -> None:
+    """Fill fragments (whose names are the checkpoint's) from the stored pieces, cast to their own dtype. Collective."""
+    with _dcp(f"cannot read the checkpoint {path}"):
+        dcp.load({}, storage_reader=ShardReader(path, metadata), planner=FragmentLoadPlanner(wanted))
+
+
+def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> None:
     """Write state and manifest, then make the checkpoint visible by one rename."""
-    files = {*writer.files, write_json(partial / STATE, header)}
-    write_manifest(partial, files)
+    write_manifest(partial, {*files, write_json(partial / STATE, header)})
     _sync_folder(partial)
     replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
     if path.exists():  # the same step saved again, by a run started anew in this folder
@@ -153,12 +161,12 @@ def _sync_folder(folder: Path) -> None:
 
 def _check_same_model(path: Path, wanted: list[Fragment], metadata: Metadata) -> None:
     """Raise UserError where the model's logical tensors (over all ranks) are not the checkpoint's. Collective."""
-    mine = {f.name: (f.shape, f.tensor.dtype) for f in wanted if _kind(f.name) in (MASTER, FROZEN, BUFFER)}
-    model = {name: form for of_rank in _gather(mine) for name, form in of_rank.items()}
+    mine = {f.name: (f.shape, f.tensor.dtype) for f in wanted if kind_of(f.name) in MODEL_KINDS}
+    model = {name: form for of_rank in gather_objects(mine) for name, form in of_rank.items()}
     stored = {
         name: (metadata.planner_data[name], entry.properties.dtype)  # type: ignore[union-attr]
         for name, entry in metadata.state_dict_metadata.items()
-        if _kind(name) in (MASTER, FROZEN, BUFFER)
+        if kind_of(name) in MODEL_KINDS
     }
     missing = [name for name in model if name not in stored]
     changed = [name for name in model if name in stored and stored[name] != model[name]]
@@ -179,18 +187,6 @@ def _check_same_model(path: Path, wanted: list[Fragment], metadata: Metadata) ->
 
 def _show(form: tuple[tuple[int, ...], torch.dtype]) -> str:
     return f"{DTYPE_NAMES[form[1]]}{list(form[0])}"
-
-
-def _kind(name: str) -> str:
-    return name.split("/", 1)[0]
-
-
-def _gather(value: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [value]
-    gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moe_dist.engine.storage import Fragment
 
-MASTER, FROZEN, BUFFER = "master", "frozen", "buffer"
+MASTER, FROZEN, BUFFER = MODEL_KINDS = "master", "frozen", "buffer"  # all other kinds are moments
 
 
 class _Piece(NamedTuple):
@@ -49,6 +49,11 @@ def fragments(engine: Any) -> list[Fragment]:
         if name in persistent:
             found += _logical(f"{BUFFER}/{name}", buffer, 0, buffer.view(-1))
     return found
+
+
+def kind_of(name: str) -> str:
+    """The first part of a logical tensor's name."""
+    return name.split("/", 1)[0]
 
 
 def moment_names(engine: Any) -> set[str]:

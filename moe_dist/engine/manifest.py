@@ -10,17 +10,19 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from moe_dist.config import Config
+from moe_dist.config import Config, InitFrom
 from moe_dist.engine.storage import StoredFile, write_json
 from moe_dist.errors import UserError
 from moe_dist.parallel.together import together
+
+Answer = TypeVar("Answer")
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -51,6 +53,11 @@ def read_state(path: str | Path) -> dict[str, Any]:
     return json.loads((path / STATE).read_text())["state"]
 
 
+def identity(path: str | Path) -> str:
+    """A digest that no other checkpoint has: of the manifest, which holds the checksum of every file."""
+    return hashlib.sha256((Path(path) / MANIFEST).read_bytes()).hexdigest()
+
+
 def newest_complete(run_dir: str | Path) -> Path | None:
     """The newest checkpoint of a run whose files are all there; None if there is none."""
     return next((path for path in reversed(_checkpoints(run_dir)) if _is_complete(path)), None)
@@ -71,16 +78,36 @@ def prune(run_dir: str | Path, keep: int) -> None:
 
 def resolve_resume(config: Config) -> Path | None:
     """The checkpoint that `run.resume` (auto | none | a path) means; None: start fresh. Collective, rank 0 decides."""
-    answer: list[Path | None] = [None]
+    return _on_rank_0(lambda: _resolve_resume(config))
+
+
+def resolve_init(config: Config) -> InitFrom | None:
+    """`init_from` with its path made that of a checkpoint (a run's newest). Collective, rank 0 decides."""
+    return _on_rank_0(lambda: config.init_from and _resolve_init(config.init_from))
+
+
+def _on_rank_0(decide: Callable[[], Answer]) -> Answer:
+    answer: list[Any] = [None]
     with together():
         if not dist.is_initialized() or dist.get_rank() == 0:
-            answer = [_resolve(config)]
+            answer = [decide()]
     if dist.is_initialized():
         dist.broadcast_object_list(answer, src=0)
     return answer[0]
 
 
-def _resolve(config: Config) -> Path | None:
+def _resolve_init(settings: InitFrom) -> InitFrom:
+    path = newest_complete(settings.checkpoint) or Path(settings.checkpoint)
+    try:
+        _manifest(path)
+    except UserError as error:
+        raise UserError(
+            f"init_from.checkpoint={path} is neither a complete checkpoint nor a run folder with one: {error}"
+        ) from None
+    return settings.model_copy(update={"checkpoint": str(path)})
+
+
+def _resolve_resume(config: Config) -> Path | None:
     if config.run.resume == "none":
         return None
     if config.run.resume == "auto":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from moe_dist.config import Config, validate
@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "model.recompute",
     "data.validation_shards",
     "data.max_bad_fraction",
+    "data.neighbours",  # the loader's state knows the store by its content
     "deepspeed.zero_optimization",
     "deepspeed.wall_clock_breakdown",
     "deepspeed.memory_breakdown",
@@ -49,6 +50,9 @@ class TrainState:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TrainState:
+        """Raises UserError for the state of a checkpoint that no run has written."""
+        if data.keys() != {field.name for field in fields(cls)}:
+            raise UserError("the checkpoint holds weights alone, not a run that could be resumed: use init_from")
         return cls(**data)
 
 

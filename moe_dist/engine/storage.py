@@ -13,7 +13,7 @@ import math
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -74,6 +74,30 @@ class Fragment:
     @property
     def chunk(self) -> ChunkStorageMetadata:
         return ChunkStorageMetadata(torch.Size([self.offset]), torch.Size([self.tensor.numel()]))
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that is on the disk, or still to be made."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self) -> Tensor:
+        """All of it."""
+        tensor = self.make()
+        if (tuple(tensor.shape), tensor.dtype) != (self.shape, self.dtype):
+            raise RuntimeError(f"{tensor.dtype}{list(tensor.shape)} was made, not {self.dtype}{list(self.shape)}")
+        return tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> LazyTensor:
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 class FragmentSavePlanner(DefaultSavePlanner):
@@ -162,7 +186,9 @@ class ShardWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         if plan.items:
-            stored = _write_safetensors(self.folder / plan.storage_data, plan.items, planner)
+            data = {_key(item.index): cast(Tensor, planner.resolve_data(item)) for item in plan.items}
+            tensors = {key: LazyTensor.of(tensor) for key, tensor in data.items()}
+            stored = write_safetensors(self.folder / plan.storage_data, tensors)
             results = [WriteResult(index=item.index, size_in_bytes=0, storage_data=stored) for item in plan.items]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
@@ -254,14 +280,13 @@ def write_json(path: Path, value: Any) -> StoredFile:
     return StoredFile(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def _write_safetensors(path: Path, items: Sequence[WriteItem], planner: SavePlanner) -> StoredFile:
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> StoredFile:
     """Stream tensors to the disk, hashing on the way (safetensors.save_file would hold a second copy of them all)."""
-    tensors = {_key(item.index): cast(Tensor, planner.resolve_data(item)) for item in items}
-    order = sorted(tensors, key=lambda key: -tensors[key].element_size())  # aligned, as the library itself writes them
+    order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)  # aligned, as the library itself writes them
     header, size = {}, 0
     for key in order:
         tensor = tensors[key]
-        end = size + tensor.numel() * tensor.element_size()
+        end = size + tensor.numel * tensor.dtype.itemsize
         header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [size, end]}
         size = end
     text = json.dumps(header).encode()
@@ -269,7 +294,7 @@ def _write_safetensors(path: Path, items: Sequence[WriteItem], planner: SavePlan
     digest = hashlib.sha256()
     with path.open("wb") as stream:
         head: Iterable[Any] = (struct.pack("<Q", len(text)), text)
-        for data in chain(head, (_bytes_of(tensors[key]) for key in order)):
+        for data in chain(head, (_bytes_of(tensors[key].read()) for key in order)):
             stream.write(data)
             digest.update(data)
         stream.flush()

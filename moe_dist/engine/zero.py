@@ -3,10 +3,10 @@
 The only file that imports DeepSpeed, which hands expert groups to ZeRO for its own MoE classes only: a thin subclass of
 its engine does it for ours, over the groups of our layout.
 
-A step follows the gradient of sum(loss) / count(predictions that count), both over all ranks and micro-batches, clipped
-by the norm over all parameters, each expert counted once. DeepSpeed averages gradients over all ranks, also those of
-experts (which the all-to-all has already summed over the expert-parallel ranks): so every rank's sum is scaled by
-world / count, and nothing else.
+A step follows the gradient of the objective, whose terms are sums divided by counts, both over all ranks and
+micro-batches, clipped by the norm over all parameters, each expert counted once. DeepSpeed averages gradients over all
+ranks, also those of experts (which the all-to-all has already summed over the expert-parallel ranks): so every rank's
+part is scaled by the number of ranks, and nothing else.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from deepspeed.runtime.utils import register_output_backward_hooks
 from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 
-from moe_dist.batch import MODALITIES, Batch
+from moe_dist.batch import Batch
 from moe_dist.config import Config
 from moe_dist.engine.deepspeed_config import DeepSpeedSection, accumulation_steps, check_section, to_deepspeed
+from moe_dist.engine.trainable import freeze_others
 from moe_dist.errors import UserError
 from moe_dist.parallel.launch import discover
 from moe_dist.parallel.layout import Layout, check_layout
@@ -41,8 +42,8 @@ from moe_dist.parallel.together import together
 class StepResult:
     """What one optimizer step did. The same on every rank, but for `records`."""
 
-    loss_sums: dict[str, float]  # each term of the objective, summed over all ranks and micro-batches
-    counts: dict[str, int]  # predictions that counted: "tokens", and one a modality of the target
+    loss_sums: dict[str, float]  # each metric of the objective, summed over all ranks and micro-batches
+    counts: dict[str, int]  # what they are sums over, by the same names; "loss": the predictions that counted
     grad_norm: float  # over all parameters, before clipping; inf where it is not finite
     skipped: bool  # a loss or gradient was not finite: nothing was changed
     records: tuple[Any, ...]  # this rank's routing records of the last micro-batch
@@ -67,18 +68,20 @@ def init_distributed() -> torch.device:
 def make_engine(model: nn.Module, config: Config, layout: Layout, num_experts: int) -> Engine:
     """Hand a model to ZeRO. Collective. The peak learning rate is deepspeed.optimizer.params.lr.
 
-    num_experts: of one MoE layer, over all ranks (0: a dense model). Raises UserError for what the recipe gets wrong.
+    num_experts: of one MoE layer, over all ranks (0: a dense model). Freezes what config.trainable does not name.
+    Raises UserError for what the recipe gets wrong.
     """
     section = check_section(config.deepspeed)
     if num_experts:
         check_layout(world=layout.world, expert=layout.expert, num_experts=num_experts)
     accumulation = accumulation_steps(config.train, layout.world)
+    freeze_others(model, config.trainable)
     _mark_experts(model, layout)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
     logger.setLevel(section.log_level.upper())
     zero = _ZeroEngine(
         model,
-        to_deepspeed(section, accumulation=accumulation, num_parameters=num_parameters),
+        to_deepspeed(section, accumulation=accumulation, num_parameters=sum(p.numel() for p in trained)),
         lambda params: make_optimizer(params, section),
         num_experts=num_experts,
     )
@@ -134,20 +137,19 @@ class Engine:
         anything is computed. A loss or gradient that is not finite on any rank leaves parameters and optimizer as they
         were on all ranks; train.non_finite then decides whether the run stops (UserError) or goes on.
         """
-        batches, counts = self._collect(micro_batches)
+        batches, counts = self._collect(micro_batches, objective)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        scale = self._layout.world / counts["tokens"]
         sums: dict[str, Tensor] = {}
         records: tuple[Any, ...] = ()
         for batch in batches:
             batch = batch.to(self._layout.device)
             output = self._zero(batch.tokens_T, batch.info)
-            result = objective(output, batch)
-            for name, value in result.terms.items():
+            result = objective(output, batch, counts)
+            for name, value in result.sums.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
             records = output.records
-            self._zero.backward(_poison(result.loss) * scale)
+            self._zero.backward(_poison(result.loss) * self._layout.world)
             self._zero.step()
         loss_sums = self._sum_over_ranks(sums)
         grad_norm = float(self._zero.get_global_grad_norm())
@@ -168,7 +170,7 @@ class Engine:
         finally:
             self._zero.train()
 
-    def _collect(self, micro_batches: Iterable[Batch]) -> tuple[list[Batch], dict[str, int]]:
+    def _collect(self, micro_batches: Iterable[Batch], objective: Any) -> tuple[list[Batch], dict[str, int]]:
         """This rank's micro-batches, and the counts over all ranks: one all-reduce, which tells of a failed rank."""
         problem: Exception | None = None
         batches: list[Batch] = []
@@ -178,17 +180,19 @@ class Engine:
                 raise ValueError(f"{len(batches)} micro-batches were given for an accumulation of {self.accumulation}")
         except Exception as error:
             problem = error
-        counts = sum((_count(batch) for batch in batches), torch.zeros(len(MODALITIES), dtype=torch.int64))
+        counted = [torch.tensor(objective.counts(batch)) for batch in batches]
+        counts = sum(counted, torch.zeros(len(objective.names), dtype=torch.int64))
         total = torch.cat([counts, torch.tensor([int(problem is not None)])]).to(self._layout.device)
         dist.all_reduce(total, group=self._layout.dp_group)
-        *by_modality, failed = total.tolist()
+        *totals, failed = total.tolist()
         if failed:
             with together():
                 if problem is not None:
                     raise problem
-        if not sum(by_modality):
+        named = dict(zip(objective.names, totals))
+        if not named["loss"]:
             raise UserError("no token of this step's global batch carries a loss: check the loss mask of the data")
-        return batches, {"tokens": sum(by_modality), **dict(zip(MODALITIES, by_modality))}
+        return batches, named
 
     def _sum_over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
         names = sorted(sums)
@@ -222,7 +226,12 @@ class _ZeroEngine(DeepSpeedEngine):
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         super()._configure_distributed_model(model)
-        if self._experts:
+        # Stages 1 and 2 insist on a group of experts in the optimizer; stage 3 must place frozen experts as well.
+        is_placed = any(
+            hasattr(parameter, "expert_ids") and (parameter.requires_grad or self.zero_optimization_partition_weights())
+            for parameter in model.parameters()
+        )
+        if is_placed:
             self.has_moe_layers = True
             self.num_experts = [self._experts]
 
@@ -284,8 +293,3 @@ def _mark_experts(model: nn.Module, layout: Layout) -> None:
 def _poison(loss: Tensor) -> Tensor:
     """Give a loss that is not finite gradients that are not: the norm, which all ranks share, makes them all skip."""
     return loss * (loss.detach() * 0.0 + 1.0)
-
-
-def _count(batch: Batch) -> Tensor:
-    """Predictions that count, by modality of the target."""
-    return torch.bincount(batch.target_modality_T[batch.loss_mask_T], minlength=len(MODALITIES)).cpu()

@@ -38,7 +38,7 @@ def compare_with_references(
             store, vocabulary, data, groups=groups, dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
         )
 
-    model = evaluate(forward, batches(held_out), layout)
+    model = evaluate(forward, batches(held_out), layout, held_out.domains)
     shuffled = evaluate(forward, batches(ShuffledCaptions(held_out)), layout) if held_out.has_image.any() else {}
     bigram = mean_losses(Bigram.fit(train, vocabulary, data).token_losses, batches(held_out), layout)
     return (

@@ -1,11 +1,11 @@
-"""Held-out loss in nats per token, over all predictions and per modality of the predicted token.
+"""Held-out loss in nats per token: over all predictions, per modality of the predicted token, per domain.
 
-Shape suffixes: T tokens of one micro-batch, V vocabulary, M modalities.
+Shape suffixes: T tokens of one micro-batch, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,29 +19,40 @@ TokenLosses = Callable[[Batch], Tensor]  # [T] loss of every prediction in nats;
 
 
 @torch.no_grad()
-def evaluate(forward: Callable, batches: Iterable[Batch], layout: Layout) -> dict[str, float]:
+def evaluate(
+    forward: Callable, batches: Iterable[Batch], layout: Layout, domains: Sequence[str] = ()
+) -> dict[str, float]:
     """Mean cross-entropy of a model.
 
-    forward: Batch -> an output with logits_TV. Collective: every rank calls it with equally many batches, as
-    heldout_batches gives them. Returns eval/loss, eval/loss/text and eval/loss/image; a modality never predicted has no
-    key.
+    forward: Batch -> an output with logits_TV. domains: names for the batches' domain_T, where the data have domains.
+    Collective: every rank calls it with equally many batches, as heldout_batches gives them. Returns eval/loss,
+    eval/loss/text and eval/loss/image, and eval/loss/domain/NAME; what is never predicted has no key.
     """
 
     def token_losses(batch: Batch) -> Tensor:
         return F.cross_entropy(forward(batch).logits_TV.float(), batch.targets_T, reduction="none")
 
-    return mean_losses(token_losses, (batch.to(layout.device) for batch in batches), layout)
+    return mean_losses(token_losses, (batch.to(layout.device) for batch in batches), layout, domains)
 
 
-def mean_losses(token_losses: TokenLosses, batches: Iterable[Batch], layout: Layout) -> dict[str, float]:
-    """Mean of any per-token loss over the counted predictions of all ranks; keys as in evaluate."""
-    totals = torch.zeros(2, len(MODALITIES), dtype=torch.float64, device=layout.device)  # sums, counts
+def mean_losses(
+    token_losses: TokenLosses, batches: Iterable[Batch], layout: Layout, domains: Sequence[str] = ()
+) -> dict[str, float]:
+    """Mean of any per-token loss over the counted predictions of all ranks; domains and keys as in evaluate."""
+    names = [*(f"eval/loss/{name}" for name in MODALITIES), *(f"eval/loss/domain/{name}" for name in domains)]
+    # Of each name: sum, count. The last row takes what has no domain.
+    totals = torch.zeros(len(names) + 1, 2, dtype=torch.float64, device=layout.device)
     for batch in batches:
         losses_T = torch.where(batch.loss_mask_T, token_losses(batch).double(), 0.0)
-        totals[0].index_add_(0, batch.target_modality_T, losses_T)
-        totals[1].index_add_(0, batch.target_modality_T, batch.loss_mask_T.double())
+        counted_T2 = torch.stack([losses_T, batch.loss_mask_T.double()], dim=1)
+        totals.index_add_(0, batch.target_modality_T, counted_T2)
+        if domains:
+            domain_T = batch.sidecar["domain_T"]
+            totals.index_add_(0, torch.where(domain_T < 0, len(names), domain_T + len(MODALITIES)), counted_T2)
     if layout.dp_group is not None:
         dist.all_reduce(totals, group=layout.dp_group)
-    sums_M, counts_M = totals.tolist()
-    means = {f"eval/loss/{name}": s / n for name, s, n in zip(MODALITIES, sums_M, counts_M, strict=True) if n}
-    return {"eval/loss": sum(sums_M) / sum(counts_M), **means} if means else {}
+    rows = totals.tolist()
+    means = {name: total / count for name, (total, count) in zip(names, rows) if count}
+    totals_of_modalities = rows[: len(MODALITIES)]
+    count = sum(count for _, count in totals_of_modalities)
+    return {"eval/loss": sum(total for total, _ in totals_of_modalities) / count, **means} if count else {}

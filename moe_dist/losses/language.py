@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.batch import MODALITIES, Batch
+from moe_dist.losses.term import ModelOutput
 
 _CHUNK = 1024  # tokens whose half-precision logits are copied to float32 at a time
 _IGNORED = -100
@@ -23,6 +24,20 @@ class LossTerms:
     total: Tensor  # 0-d float32: nats, summed over the predictions that count
     by_modality_M: Tensor  # the same by the target's modality, detached
     counts_M: Tensor  # int64 number of predictions of each modality
+
+
+class LanguageLoss:
+    """Next-token cross-entropy, a mean over all predictions that count; reported per modality of the target as well."""
+
+    names = ("loss", *(f"loss/{name}" for name in MODALITIES))
+
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        by_modality_M = torch.bincount(batch.target_modality_T[batch.loss_mask_T], minlength=len(MODALITIES)).tolist()
+        return sum(by_modality_M), *by_modality_M
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
+        loss = language_loss(output.logits_TV, batch)
+        return loss.total, *loss.by_modality_M
 
 
 def language_loss(logits_TV: Tensor, batch: Batch) -> LossTerms:

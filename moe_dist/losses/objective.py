@@ -1,62 +1,54 @@
-"""What training minimises: a weighted sum of named terms, each a sum over the micro-batch."""
+"""What training minimises: a weighted sum of named terms, the language loss first."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_dist.batch import MODALITIES, Batch
-from moe_dist.losses.language import language_loss
-from moe_dist.moe.plan import RoutingRecord
-
-
-class ModelOutput(Protocol):
-    """What a term may read of a forward pass (model/transformer.py returns one)."""
-
-    @property
-    def logits_TV(self) -> Tensor: ...
-
-    @property
-    def records(self) -> tuple[RoutingRecord, ...]: ...
-
-
-class Term(Protocol):
-    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The 0-d sum to minimise, and detached sums to report, by metric name."""
-        ...
-
-
-def language_term(output: ModelOutput, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Next-token cross-entropy; reports `loss/text` and `loss/image`."""
-    loss = language_loss(output.logits_TV, batch)
-    return loss.total, {f"loss/{name}": value for name, value in zip(MODALITIES, loss.by_modality_M)}
+from moe_dist.batch import Batch
+from moe_dist.losses.language import LanguageLoss
+from moe_dist.losses.registry import LOSSES, loss_settings
+from moe_dist.losses.term import Context, ModelOutput, Term
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveOutput:
-    loss: Tensor  # 0-d: weighted sum of the terms, each summed (not averaged) over the micro-batch
-    terms: dict[str, Tensor]  # detached sums by metric name; `loss` among them
+    loss: Tensor  # 0-d: this micro-batch's part of the objective; summed over micro-batches and ranks it is the whole
+    sums: dict[str, Tensor]  # detached, by metric name; divided by the counts of that name they are means
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Weight and function of each term by name. The default is the language loss alone."""
+    """(weight, term) by name. Lives for one optimizer step, since a term may remember the step's micro-batches."""
 
-    terms: Mapping[str, tuple[float, Term]] = field(
-        default_factory=lambda: MappingProxyType({"language": (1.0, language_term)})
-    )
+    terms: Mapping[str, tuple[float, Term]]
 
-    def __call__(self, output: ModelOutput, batch: Batch) -> ObjectiveOutput:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all metrics."""
+        return tuple(name for _, term in self.terms.values() for name in term.names)
+
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        """What each metric's sum over this micro-batch is to be divided by, once both are added up over the step."""
+        return tuple(count for _, term in self.terms.values() for count in term.counts(batch))
+
+    def __call__(self, output: ModelOutput, batch: Batch, counts: Mapping[str, int]) -> ObjectiveOutput:
+        """counts: of all ranks' micro-batches of the step together. A term without anything to count adds nothing."""
         losses: list[Tensor] = []
-        reported: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         for weight, term in self.terms.values():
-            loss, parts = term(output, batch)
-            losses.append(weight * loss)
-            reported |= parts
-        total = torch.stack(losses).sum()
-        return ObjectiveOutput(total, {"loss": total.detach(), **reported})
+            parts = term(output, batch)
+            losses.append(parts[0] * (weight / max(counts[term.names[0]], 1)))
+            sums |= {name: part.detach() for name, part in zip(term.names, parts)}
+        return ObjectiveOutput(torch.stack(losses).sum(), sums)
+
+
+def make_objective(losses: Mapping[str, dict], context: Context, step: int) -> Objective:
+    """The objective of optimizer step `step` (from 0): the language loss, and the recipe's `losses` beside it."""
+    terms: dict[str, tuple[float, Term]] = {"language": (1.0, LanguageLoss())}
+    for name, settings in loss_settings(losses).items():
+        terms[name] = (settings.weight_at(step), LOSSES[name](settings, context))
+    return Objective(terms)

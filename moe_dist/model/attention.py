@@ -3,7 +3,8 @@
 A micro-batch is T tokens laid end to end. A token attends to the earlier tokens of its own document only. No T x T mask
 is ever made: the documents' places are worked out once per micro-batch and shared by all layers.
 
-Shape suffixes: T tokens, H heads, d size per head, P padded tokens (P >= T).
+Shape suffixes: T tokens, H heads, G query groups (G divides H; the heads of a group share key and value), d size per
+head, P padded tokens (P >= T).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _MULTIPLE = 16  # padded document lengths: few different ones, and at most 15 to
 class Documents(Protocol):
     """Where the documents of a micro-batch lie: all that attention must know about them."""
 
-    def attend(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
+    def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         """Softmax attention, scaled by 1/sqrt(d), causal within each document: [T, H, d]."""
         ...
 
@@ -67,13 +68,14 @@ class BucketedDocuments:
             places += token.numel()
         return cls(torch.cat(gather).to(device), scatter_T.to(device), tuple(buckets))
 
-    def attend(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
+    def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
+        grouped = key_TGd.shape[1] != query_THd.shape[1]
         sizes = [documents * padded for documents, padded in self.buckets]
-        pieces = [x.index_select(0, self.gather_P).split(sizes) for x in (query_THd, key_THd, value_THd)]
+        pieces = [x.index_select(0, self.gather_P).split(sizes) for x in (query_THd, key_TGd, value_TGd)]
         outputs = []
         for bucket, *qkv in zip(self.buckets, *pieces):
             query, key, value = (x.unflatten(0, bucket).transpose(1, 2) for x in qkv)
-            output = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, self.scatter_T)
 
@@ -93,15 +95,20 @@ class VarlenDocuments:
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
         return cls(ends.to(device), max(lengths))
 
-    def attend(self, query_THd: Tensor, key_THd: Tensor, value_THd: Tensor) -> Tensor:
-        ends, longest = self.ends, self.longest
-        output = varlen_attn(query_THd, key_THd, value_THd, ends, ends, longest, longest, window_size=(-1, 0))
+    def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
+        ends, longest, grouped = self.ends, self.longest, key_TGd.shape[1] != query_THd.shape[1]
+        output = varlen_attn(
+            query_THd, key_TGd, value_TGd, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped
+        )
         assert isinstance(output, Tensor)  # it returns a tuple only when asked for more
         return output
 
 
 def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:
-    """Angles of RoPE (Su et al., arXiv 2104.09864, eq. 15), float32 [T, 1, 1, d]: both halves of a head turn alike."""
+    """Angles of RoPE (Su et al., arXiv 2104.09864, eq. 15), float32 [T, 1, 1, d]: both halves of a head turn alike.
+
+    The frequencies are rounded as in the models whose weights are imported: 1 / base^x, not base^-x.
+    """
     exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_T.device) / head_size
-    angle_Td = position_T[:, None].float() * base**-exponent
+    angle_Td = position_T[:, None].float() * (1.0 / base**exponent)
     return torch.cat([angle_Td, angle_Td], dim=1)[:, None, None, :]

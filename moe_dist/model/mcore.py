@@ -4,19 +4,22 @@ Around megatron's own code (fused projection of queries, keys and values, their 
 parts that need neither Transformer Engine nor CUDA nor megatron's global parallel state. There is no tensor or context
 parallelism: megatron is handed groups of one rank.
 
-Shape suffixes: T tokens, D model width, H heads, d size per head.
+Shape suffixes: T tokens, D model width, H heads, G query groups, d size per head.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig
 from moe_dist.model.attention import Documents
+from moe_dist.model.lora import DroppedDocuments, LoRALinear
 from moe_dist.moe.random import seeded_normal_
 
 with warnings.catch_warnings():  # four times, about packages that nothing here uses
@@ -48,6 +51,19 @@ class Linear(nn.Linear):
         return super().forward(x), None
 
 
+class AdaptedLinear(LoRALinear):
+    """LoRALinear with megatron's constructor and result."""
+
+    def __init__(
+        self, input_size: int, output_size: int, *, adapters: dict[str, Any], bias: bool, **_tensor_parallel_settings
+    ):
+        assert not bias
+        super().__init__(input_size, output_size, **adapters)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(x), None
+
+
 class HeadNorm(nn.LayerNorm):
     """LayerNorm over one head of a query or key, before the rotary embedding (Chameleon, arXiv 2405.09818)."""
 
@@ -62,28 +78,33 @@ class DocumentAttention(nn.Module):
         super().__init__()
 
     def forward(
-        self, query_T1Hd: Tensor, key_T1Hd: Tensor, value_T1Hd: Tensor, attention_mask: Documents, **_unused
+        self, query_T1Hd: Tensor, key_T1Gd: Tensor, value_T1Gd: Tensor, attention_mask: Documents, **_unused
     ) -> Tensor:
-        output_THd = attention_mask.attend(query_T1Hd.squeeze(1), key_T1Hd.squeeze(1), value_T1Hd.squeeze(1))
+        output_THd = attention_mask.attend(query_T1Hd.squeeze(1), key_T1Gd.squeeze(1), value_T1Gd.squeeze(1))
         return output_THd.flatten(1).unsqueeze(1)
 
 
 class Attention(nn.Module):
-    """Causal self-attention within documents, with RoPE and optional query and key norms."""
+    """Causal self-attention within documents, with RoPE, grouped queries (Ainslie et al., arXiv 2305.13245), optional
+    query and key norms and optional LoRA."""
 
     def __init__(self, config: ModelConfig, *, layer: int, seed: int):
         super().__init__()
         self.core = build_module(
-            attention_spec(config),
+            attention_spec(config, layer=layer, seed=seed),
             config=megatron_config(config),
             layer_number=layer + 1,
             pg_collection=ProcessGroupCollection(tp=OneRankGroup(), cp=OneRankGroup()),
         )
         for key, std in (("linear_qkv", config.init_std), ("linear_proj", output_std(config))):
-            name = f"layers.{layer}.attention.core.{key}.weight"
+            name = f"{_name(layer, key)}.weight"
             seeded_normal_(getattr(self.core, key).weight, seed=seed, name=name, std=std)
 
-    def forward(self, x_TD: Tensor, documents: Documents, angles_T11d: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor, token_id_T: Tensor, documents: Documents, angles_T11d: Tensor) -> Tensor:
+        """y_TD; the global token ids decide about LoRA's dropout."""
+        if isinstance(self.core.linear_qkv, LoRALinear):
+            x_TD = self.core.linear_qkv.with_dropout(x_TD, token_id_T)
+            documents = DroppedDocuments(documents, self.core.linear_proj, token_id_T)
         output_T1D, _ = self.core(x_TD.unsqueeze(1), attention_mask=documents, rotary_pos_emb=angles_T11d)
         return output_T1D.squeeze(1)
 
@@ -93,19 +114,34 @@ def output_std(config: ModelConfig) -> float:
     return config.init_std / math.sqrt(2 * config.num_layers)
 
 
-def attention_spec(config: ModelConfig) -> ModuleSpec:
+def attention_spec(config: ModelConfig, *, layer: int, seed: int) -> ModuleSpec:
     norm = HeadNorm if config.qk_norm else None
+    qkv: Any = Linear
+    projection: Any = Linear
+    if config.attention_lora is not None:
+        query, key = config.num_heads * config.size_per_head, config.query_groups * config.size_per_head
+        parts = {"q": query, "k": key, "v": key}
+        lora = {"lora": config.attention_lora, "seed": seed}
+        of_qkv = {"parts": parts, "groups": config.query_groups, "name": _name(layer, "linear_qkv")}
+        of_proj = {"parts": {"o": config.hidden_size}, "groups": 1, "name": _name(layer, "linear_proj")}
+        qkv = partial(AdaptedLinear, adapters=of_qkv | lora)
+        projection = ModuleSpec(module=AdaptedLinear, params={"adapters": of_proj | lora})
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=Linear,
+            linear_qkv=qkv,
             core_attention=DocumentAttention,
-            linear_proj=Linear,
+            linear_proj=projection,
             q_layernorm=norm,
             k_layernorm=norm,
         ),
     )
+
+
+def _name(layer: int, projection: str) -> str:
+    """Global parameter prefix of an attention projection."""
+    return f"layers.{layer}.attention.core.{projection}"
 
 
 def megatron_config(config: ModelConfig) -> TransformerConfig:
@@ -114,6 +150,8 @@ def megatron_config(config: ModelConfig) -> TransformerConfig:
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_heads,
+        num_query_groups=config.query_groups,
+        kv_channels=config.size_per_head,
         layernorm_epsilon=config.norm_epsilon,
         add_bias_linear=False,
         activation_func=F.silu,

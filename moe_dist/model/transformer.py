@@ -27,7 +27,8 @@ class ModelOutput:
 
 
 class Transformer(nn.Module):
-    """MoMa's base model (arXiv 2407.21770), after Chameleon. Output weights are not tied to the embedding.
+    """MoMa's base model (arXiv 2407.21770), after Chameleon. With pre-norm, grouped queries and
+    without query and key norms it is a Llama; tie_embeddings: the output has no matrix of its own.
 
     Every parameter is drawn by (seed, its name, its global expert), so the weights do not depend on the layout. Built
     under `torch.device("meta")` it allocates nothing.
@@ -42,7 +43,9 @@ class Transformer(nn.Module):
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.output = nn.Linear(config.hidden_size, vocab_size, bias=False)
-        for name in ("embedding", "output"):
+        if config.tie_embeddings:
+            self.output.weight = self.embedding.weight  # one parameter, named embedding.weight
+        for name in ("embedding",) if config.tie_embeddings else ("embedding", "output"):
             seeded_normal_(getattr(self, name).weight, seed=seed, name=f"{name}.weight", std=config.init_std)
 
     @property
@@ -55,9 +58,7 @@ class Transformer(nn.Module):
         config = self.config
         x_TD = self.embedding(tokens_T)
         documents = locate_documents(info.document_lengths, device=x_TD.device, dtype=x_TD.dtype)
-        angles_T11d = rotary_angles(
-            info.position_T, head_size=config.hidden_size // config.num_heads, base=config.rope_base
-        )
+        angles_T11d = rotary_angles(info.position_T, head_size=config.size_per_head, base=config.rope_base)
         records = []
         for block in self.layers:
             if config.recompute and self.training:

@@ -37,6 +37,7 @@ class Receipt:
 
     counts_e: tuple[int, ...]  # rows of each local expert; sums to R
     weights_R: Tensor
+    token_id_R: Tensor | None  # int64 global token id of each row, where `dispatch` was given them
     token_ids_N: Tensor  # the token to which each row belongs, in the order in which rows come home
     num_tokens: int
     sent_re: list[list[int]]  # rows sent to each expert of each rank
@@ -44,7 +45,9 @@ class Receipt:
 
 
 class Dispatcher(Protocol):
-    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Receipt]: ...
+    def dispatch(self, x_TD: Tensor, plan: RoutingPlan, token_id_T: Tensor | None = None) -> tuple[Tensor, Receipt]:
+        """The rows, and their receipt; token_id_T (global token ids) travel beside the rows where they are given."""
+        ...
 
     def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor: ...
 
@@ -55,17 +58,19 @@ class LocalDispatcher:
     def __init__(self, split_sizes: SplitSizes = split_sizes):
         self.split_sizes = split_sizes
 
-    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Receipt]:
+    def dispatch(self, x_TD: Tensor, plan: RoutingPlan, token_id_T: Tensor | None = None) -> tuple[Tensor, Receipt]:
         counts = self.split_sizes(plan.counts_E)
+        token_ids_N = plan.token_ids_N[: sum(counts)]
         receipt = Receipt(
             counts_e=tuple(counts),
-            weights_R=plan.weights_N,
-            token_ids_N=plan.token_ids_N,
+            weights_R=plan.weights_N[: sum(counts)],
+            token_id_R=None if token_id_T is None else token_id_T.index_select(0, token_ids_N),
+            token_ids_N=token_ids_N,
             num_tokens=x_TD.shape[0],
             sent_re=[counts],
             received_re=[counts],
         )
-        return x_TD.index_select(0, plan.token_ids_N), receipt
+        return x_TD.index_select(0, token_ids_N), receipt
 
     def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor:
         return _add_up(y_RD, receipt)
@@ -81,22 +86,26 @@ class AllToAllDispatcher:
         self.placement, self.group, self.split_sizes = placement, group, split_sizes
         self.order_E = torch.tensor(placement.order, device="cpu")
 
-    def dispatch(self, x_TD: Tensor, plan: RoutingPlan) -> tuple[Tensor, Receipt]:
+    def dispatch(self, x_TD: Tensor, plan: RoutingPlan, token_id_T: Tensor | None = None) -> tuple[Tensor, Receipt]:
         sent_re, received_re = self.split_sizes(self._exchange_counts(plan.counts_E))
         token_ids_N = _by_rank(plan.token_ids_N, self.placement.order, sent_re)
         weights_N = _by_rank(plan.weights_N, self.placement.order, sent_re)
         send, recv = _totals(sent_re), _totals(received_re)
-        rows_RD = all_to_all_rows(x_TD.index_select(0, token_ids_N), send, recv, self.group)
-        weights_R = all_to_all_rows(weights_N, send, recv, self.group)
+
+        def deliver(x_N: Tensor) -> Tensor:
+            return _swap_blocks(all_to_all_rows(x_N, send, recv, self.group), received_re)
+
+        rows_RD = deliver(x_TD.index_select(0, token_ids_N))
         receipt = Receipt(
             counts_e=tuple(sum(column) for column in zip(*received_re)),
-            weights_R=_swap_blocks(weights_R, received_re),
+            weights_R=deliver(weights_N),
+            token_id_R=None if token_id_T is None else deliver(token_id_T.index_select(0, token_ids_N)),
             token_ids_N=token_ids_N,
             num_tokens=x_TD.shape[0],
             sent_re=sent_re,
             received_re=received_re,
         )
-        return _swap_blocks(rows_RD, received_re), receipt
+        return rows_RD, receipt
 
     def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor:
         received_er = [list(column) for column in zip(*receipt.received_re)]
@@ -122,9 +131,9 @@ def make_dispatcher(placement: Placement, layout: Layout) -> Dispatcher:
 
 
 def _by_rank(x_N: Tensor, order: Sequence[int], sent_re: list[list[int]]) -> Tensor:
-    """Put assignments sorted by expert in the order of the placement: rank after rank."""
+    """Put assignments sorted by expert in the order of the placement, rank after rank; cut off what goes nowhere."""
     counts = dict(zip(order, (count for row in sent_re for count in row)))
-    pieces = x_N.split([counts[expert] for expert in range(len(order))])
+    pieces = x_N[: sum(counts.values())].split([counts[expert] for expert in range(len(order))])
     return torch.cat([pieces[expert] for expert in order])
 
 

@@ -6,9 +6,7 @@ selection groups together.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
-from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,14 +15,10 @@ from torch import Tensor, nn
 
 from moe_dist.batch import MODALITIES, TokenInfo
 from moe_dist.config import Positive
-from moe_dist.moe.plan import RoutingPlan, RoutingRecord
+from moe_dist.moe.capacity import expert_capacity, join_plans
+from moe_dist.moe.plan import Routing, RoutingPlan, RoutingRecord
 from moe_dist.moe.random import fold_key
-from moe_dist.moe.router import Gate, RouterSettings, Site, make_record, selection_keys
-
-
-def expert_capacity(num_tokens: int, capacity_factor: float, num_experts: int) -> int:
-    """Tokens that each expert takes of a selection group: ceil(b * c / E), at most b. Exact (no float rounding)."""
-    return min(num_tokens, math.ceil(num_tokens * Fraction(str(capacity_factor)) / num_experts))
+from moe_dist.moe.router import Gate, RouterSettings, Site, selection_keys
 
 
 class ExpertChoiceRouter(nn.Module):
@@ -34,6 +28,8 @@ class ExpertChoiceRouter(nn.Module):
     """
 
     causal = False
+    experts_per_token = None
+    reference_top_k = None
 
     class Settings(RouterSettings):
         type: Literal["expert_choice"]
@@ -60,7 +56,11 @@ class ExpertChoiceRouter(nn.Module):
             weights_N=probs_VE.t().gather(1, chosen_EK).flatten(),
             counts_E=token_V.new_full((self.num_experts,), chosen_EK.shape[1]),
         )
-        return plan, make_record(self.layer, info.num_tokens, token_V, logits_VE, probs_VE, plan)
+        chosen_VE = torch.zeros_like(keys_VE, dtype=torch.bool).scatter(0, chosen_EK.t(), True)
+        routing = Routing(
+            token_V=token_V, logits_VC=logits_VE, probs_VC=probs_VE, chosen_VC=chosen_VE, kept_VE=chosen_VE
+        )
+        return plan, RoutingRecord(layer=self.layer, plan=plan, parts=(routing,))
 
     def _choose(self, keys_VE: Tensor, group_sizes: list[int]) -> Tensor:
         """Rows of keys_VE that each expert takes: its best of every selection group, group after group."""
@@ -79,6 +79,8 @@ class ModalityRouter(nn.Module):
     so any router class can be one.
     """
 
+    reference_top_k = None
+
     class Settings(RouterSettings):
         type: Literal["modality"]
         text: dict[str, Any]
@@ -94,6 +96,8 @@ class ModalityRouter(nn.Module):
             self.add_module(name, child)
         self.num_experts = sum(child.num_experts for child in children.values())
         self.causal = all(child.causal for child in children.values())
+        counts = {child.experts_per_token for child in children.values()}
+        self.experts_per_token = counts.pop() if len(counts) == 1 else None
         groups, offset = [], 0
         for child in children.values():
             groups += [tuple(expert + offset for expert in group) for group in child.expert_groups]
@@ -103,18 +107,9 @@ class ModalityRouter(nn.Module):
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]:
         routed = [getattr(self, name)(x_TD, only(info, index)) for index, name in enumerate(MODALITIES)]
         plans, records = zip(*routed)
-        plan = RoutingPlan(
-            token_ids_N=torch.cat([plan.token_ids_N for plan in plans]),
-            weights_N=torch.cat([plan.weights_N for plan in plans]),
-            counts_E=torch.cat([plan.counts_E for plan in plans]),
-        )
-        record = RoutingRecord(
-            layer=self.layer,
-            logits_TE=torch.cat([record.logits_TE for record in records], dim=1),
-            probs_TE=torch.cat([record.probs_TE for record in records], dim=1),
-            plan=plan,
-        )
-        return plan, record
+        plan = join_plans(plans)
+        parts = tuple(part for record in records for part in record.parts)
+        return plan, RoutingRecord(layer=self.layer, plan=plan, parts=parts)
 
 
 def only(info: TokenInfo, modality: int) -> TokenInfo:

@@ -19,10 +19,17 @@ from moe_dist.moe.random import seeded_normal_
 class Experts(Protocol):
     """An nn.Module over rows sorted by local expert: counts_e (host) rows for each, with combine weights weights_R.
 
-    Every parameter gets a gradient (zero, not None) also when its expert, or the whole rank, has no row.
+    Every trainable parameter gets a gradient (zero, not None) also when its expert, or the whole rank, has no row.
     """
 
-    def __call__(self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor) -> Tensor: ...
+    experts_per_token: int | None  # so many must a router give every token; None: any number
+    needs_token_ids: (
+        bool  # token_id_R, the global token id of each row, is given (else None): randomness is keyed by it
+    )
+
+    def __call__(
+        self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class GroupedExperts(nn.Module):
@@ -30,6 +37,9 @@ class GroupedExperts(nn.Module):
 
     No biases. Each parameter carries `expert_ids`, the global expert of each of its rows.
     """
+
+    experts_per_token = None
+    needs_token_ids = False
 
     def __init__(
         self,
@@ -54,18 +64,31 @@ class GroupedExperts(nn.Module):
             parameter.expert_ids = self.expert_ids  # type: ignore[attr-defined]
             seeded_normal_(parameter, seed=seed, name=f"{name}.{key}", std=std)
 
-    def forward(self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor) -> Tensor:
+    def forward(
+        self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
+    ) -> Tensor:
         """y_RD in the dtype of the rows, to which the (float32) weights are rounded before they multiply."""
-        multiply = grouped_matmul if _has_grouped_kernel(rows_RD) else looped_matmul
-        gate_RF, up_RF = multiply(rows_RD, self.gate_up, counts_e).chunk(2, dim=1)
-        y_RD = multiply(F.silu(gate_RF) * up_RF, self.down, counts_e)
+        gate_RF, up_RF = matmul_by_expert(rows_RD, self.gate_up, counts_e).chunk(2, dim=1)
+        y_RD = matmul_by_expert(F.silu(gate_RF) * up_RF, self.down, counts_e)
         return y_RD * weights_R.to(y_RD.dtype)[:, None]
 
 
+def matmul_by_expert(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
+    """Multiply each expert's rows by its matrix: [R, F]."""
+    multiply = grouped_matmul if _has_grouped_kernel(x_RD) else looped_matmul
+    return multiply(x_RD, weight_eDF, counts_e)
+
+
 def grouped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
-    """Multiply each expert's rows by its matrix, in one operation."""
+    """The same in one operation. Its kernel takes multiples of 8 only: zeros are added to other sizes (LoRA ranks)."""
+    inner, outer = -weight_eDF.shape[1] % 8, -weight_eDF.shape[2] % 8
+    if inner:
+        x_RD = F.pad(x_RD, (0, inner))
+    if inner or outer:
+        weight_eDF = F.pad(weight_eDF, (0, outer, 0, inner))
     ends_e = torch.tensor(counts_e, device="cpu").cumsum(0, dtype=torch.int32)
-    return F.grouped_mm(x_RD, weight_eDF, offs=ends_e.to(x_RD.device, non_blocking=True))
+    y_RF = F.grouped_mm(x_RD, weight_eDF, offs=ends_e.to(x_RD.device, non_blocking=True))
+    return y_RF[:, :-outer] if outer else y_RF
 
 
 def looped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:

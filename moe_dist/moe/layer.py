@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from moe_dist.batch import TokenInfo
 from moe_dist.config import MoEFFN
 from moe_dist.moe.dispatch import Dispatcher, make_dispatcher
-from moe_dist.moe.experts import Experts, GroupedExperts
+from moe_dist.moe.experts import Experts
 from moe_dist.moe.placement import make_placement
 from moe_dist.moe.plan import RoutingRecord
-from moe_dist.moe.registry import build_router
+from moe_dist.moe.registry import build_experts, build_router
 from moe_dist.moe.router import Router, Site
 from moe_dist.parallel.layout import Layout
 
@@ -28,8 +28,9 @@ class MoELayer(nn.Module):
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, RoutingRecord]:
         """y_TD in the dtype of x_TD, and what the router saw and decided."""
         plan, record = self.router(x_TD, info)
-        rows_RD, receipt = self.dispatcher.dispatch(x_TD, plan)
-        y_RD = self.experts(rows_RD, receipt.counts_e, receipt.weights_R)
+        token_id_T = info.token_id_T if self.experts.needs_token_ids else None
+        rows_RD, receipt = self.dispatcher.dispatch(x_TD, plan, token_id_T)
+        y_RD = self.experts(rows_RD, receipt.counts_e, receipt.weights_R, receipt.token_id_R)
         return self.dispatcher.combine(y_RD, receipt), record
 
 
@@ -47,10 +48,11 @@ def build_moe_layer(
         Site(hidden_size=hidden_size, layer=layer, seed=seed, init_std=init_std, name=f"{name}.router"),
     )
     placement = make_placement(router.expert_groups, layout.expert)
-    experts = GroupedExperts(
-        placement.local_experts[layout.ep_rank],
+    experts = build_experts(
+        ffn,
+        router,
+        expert_ids=placement.local_experts[layout.ep_rank],
         hidden_size=hidden_size,
-        expert_size=ffn.hidden_size,
         seed=seed,
         name=f"{name}.experts",
         init_std=init_std,

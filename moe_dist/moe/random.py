@@ -1,6 +1,9 @@
 """Randomness that depends on names and numbers alone: not on rank, device or layout, nor on what was drawn before.
 
-`hash_ids` hashes token and expert ids on the device; `seeded_normal_` initialises a parameter from its name.
+`hash_ids` hashes token and expert ids on the device; `dropout` draws its mask from such a hash; `seeded_normal_`
+initialises a parameter from its name.
+
+Shape suffixes: R rows, D columns.
 """
 
 from __future__ import annotations
@@ -28,6 +31,20 @@ def hash_ids(key: int, *ids: Tensor) -> Tensor:
     for id_ in ids:
         state = _splitmix64(state ^ id_)
     return state
+
+
+def dropout(x_RD: Tensor, token_id_R: Tensor, *, key: int, rate: float) -> Tensor:
+    """Zero each element with probability `rate`, scale the others by 1 / (1 - rate); decided by (key, token, column).
+
+    Column c reads bits 16 (c mod 4) to 16 (c mod 4) + 15 of the hash of (key, token, c div 4), so `rate` is rounded to
+    a multiple of 2^-16.
+    """
+    word_W = torch.arange((x_RD.shape[1] + 3) // 4, device=x_RD.device)
+    shift_4 = torch.arange(0, 64, 16, device=x_RD.device)
+    bits_RD = (hash_ids(key, token_id_R[:, None], word_W)[:, :, None] >> shift_4 & 0xFFFF).flatten(1)
+    dropped = round(rate * 2**16)
+    keep_RD = bits_RD[:, : x_RD.shape[1]] >= dropped
+    return torch.where(keep_RD, x_RD / (1 - dropped / 2**16), 0.0)
 
 
 def _splitmix64(z: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from moe_dist.errors import UserError
+import torch.distributed as dist
+
+from moe_dist.errors import UserError, as_user_error
 
 # (rank, world) as MPI launchers tell their processes: MPICH and its kin, Open MPI, PMIx.
 _MPI_VARIABLES = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMIX_RANK", ""))
@@ -56,19 +58,23 @@ def discover(environment: Mapping[str, str] = os.environ) -> Place:
         world=1,
         local_rank=0,
         master_addr="127.0.0.1",
-        master_port=int(environment.get("MASTER_PORT") or free_port()),
+        master_port=_integer(environment, "MASTER_PORT", 0) or free_port(),
         launcher="single",
     )
 
 
 def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is rank 0, as far as a launcher's variables tell: to print what every rank knows only once."""
+    """Whether this is rank 0, as far as a launcher's variables tell: to print what every rank knows only once.
+
+    A rank whose own number is no number speaks for itself.
+    """
     names = ("RANK", *(rank for rank, _ in _MPI_VARIABLES), "SLURM_PROCID")
-    return next((environment[name] for name in names if name in environment), "0") == "0"
+    rank = next((environment[name] for name in names if name in environment), "0")
+    return not rank.isdecimal() or int(rank) == 0
 
 
 def run_rank(main: Callable[[], None]) -> NoReturn:
-    """Run what a rank is started for, and exit: 0, 2 after a UserError (rank 0 says it), 1 after a defect of ours.
+    """Run a command line, on one rank or many, and exit: 0, 2 after a UserError (rank 0 says it), 1 after our defect.
 
     After an error other ranks may still wait in a collective. Python's clean-up would wait for them too, so it is
     left out: the launcher sees this rank's exit at once and ends the others.
@@ -76,13 +82,17 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
     code = 0
     try:
         main()
-    except UserError as error:
-        code = 2
-        if is_main_process():  # the others have the same sentence to tell
-            print(f"error: {error}", file=sys.stderr, flush=True)
-    except Exception:
-        code = 1
-        traceback.print_exc()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except Exception as error:
+        sentence = as_user_error(error)
+        if sentence is None:
+            code = 1
+            traceback.print_exc()
+        else:
+            code = 2
+            if is_main_process():  # the others have the same sentence to tell
+                print(f"error: {sentence}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
@@ -107,15 +117,25 @@ def _from_environment(environment: Mapping[str, str]) -> Place:
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
     if missing:
         raise UserError(f"the environment sets RANK or WORLD_SIZE but not {', '.join(missing)}")
-    rank = int(environment["RANK"])
+    rank, world = _integer(environment, "RANK"), _integer(environment, "WORLD_SIZE")
+    if rank >= world:
+        raise UserError(f"the environment sets RANK={rank}, but WORLD_SIZE={world} ranks are numbered from 0")
     return Place(
         rank=rank,
-        world=int(environment["WORLD_SIZE"]),
-        local_rank=int(environment.get("LOCAL_RANK", rank)),
+        world=world,
+        local_rank=_integer(environment, "LOCAL_RANK", rank),
         master_addr=environment["MASTER_ADDR"],
-        master_port=int(environment["MASTER_PORT"]),
+        master_port=_integer(environment, "MASTER_PORT"),
         launcher="environment",
     )
+
+
+def _integer(environment: Mapping[str, str], name: str, default: int = 0) -> int:
+    """A variable that counts something; the default where it is not set or empty."""
+    text = environment.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"the environment sets {name}={text}, which is not a whole number from 0 on")
+    return int(text)
 
 
 def _started_by_srun(environment: Mapping[str, str]) -> bool:
@@ -133,13 +153,13 @@ def _started_by_srun(environment: Mapping[str, str]) -> bool:
 def _from_slurm(environment: Mapping[str, str]) -> Place:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
     # Every task must name the same port without talking to the others: one that is the step's own.
-    step = 1009 * int(environment.get("SLURM_JOB_ID", 0)) + int(environment.get("SLURM_STEP_ID", 0))
+    step = 1009 * _integer(environment, "SLURM_JOB_ID") + _integer(environment, "SLURM_STEP_ID")
     return Place(
-        rank=int(environment["SLURM_PROCID"]),
-        world=int(environment["SLURM_STEP_NUM_TASKS"]),
-        local_rank=int(environment.get("SLURM_LOCALID", 0)),
+        rank=_integer(environment, "SLURM_PROCID"),
+        world=_integer(environment, "SLURM_STEP_NUM_TASKS"),
+        local_rank=_integer(environment, "SLURM_LOCALID"),
         master_addr=environment.get("MASTER_ADDR") or first_host(nodes),
-        master_port=int(environment.get("MASTER_PORT") or 20000 + step % 10000),
+        master_port=_integer(environment, "MASTER_PORT", 20000 + step % 10000),
         launcher="slurm",
     )
 
@@ -153,7 +173,7 @@ def _from_mpi(environment: Mapping[str, str]) -> Place:
     if world.rank == 0:
         one_machine = local.size == world.size
         address = environment.get("MASTER_ADDR") or ("127.0.0.1" if one_machine else socket.gethostname())
-        meeting = address, int(environment.get("MASTER_PORT") or free_port())
+        meeting = address, _integer(environment, "MASTER_PORT") or free_port()
     master_addr, master_port = world.bcast(meeting, root=0)
     return Place(
         rank=world.rank,

@@ -4,33 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
-from moe_dist.errors import UserError
+from moe_dist.errors import UserError, as_user_error
+
+PATIENCE = timedelta(days=2)
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together(*, patient: bool = False) -> Iterator[None]:
     """Run a rank-local step of the set-up; when it fails on any rank, raise that rank's UserError on every rank.
 
-    Collective at its end: every rank must pass through it, and the body must not communicate.
+    Collective at its end: every rank must pass through it, and the body must not communicate. patient: ranks that are
+    done wait for the others for PATIENCE, not just the minutes after which other collectives give up (collective at its
+    beginning, too).
     """
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    group = dist.new_group(backend="gloo", timeout=PATIENCE) if patient and not alone else None
     problem: Exception | None = None
     try:
         yield
     except Exception as error:
-        problem = error
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+        problem = as_user_error(error) or error
+    if alone:
         if problem:
             raise problem
         return
     sentences: list[str | None] = [None] * dist.get_world_size()
     mine = None if problem is None else str(problem) if isinstance(problem, UserError) else repr(problem)
-    dist.all_gather_object(sentences, mine)
+    dist.all_gather_object(sentences, mine, group=group)
+    if group is not None:
+        dist.destroy_process_group(group)
     if problem is not None and not isinstance(problem, UserError):
         raise problem  # a defect of ours: its traceback is worth more than the sentence
     first = next(((rank, text) for rank, text in enumerate(sentences) if text is not None), None)
     if first is not None:
         rank, text = first
         raise UserError(text if mine is not None else f"{text} (rank {rank})") from problem
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's picklable value, by rank. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered

@@ -1,6 +1,7 @@
 """The names of everything a run measures: one table, which metrics.jsonl, TensorBoard and W&B follow.
 
-{layer} stands for a layer's number, {modality} for text or image. All losses are in nats per predicted token.
+{layer} stands for a layer's number, {modality} for text or image, {domain} for a name that the instructions bring. All
+losses are in nats per predicted token.
 """
 
 from __future__ import annotations
@@ -16,8 +17,14 @@ KEYS = {
     "causal": "false: routing looked at later tokens (expert choice), so no loss of this line is a likelihood",
     "loss": "training loss of the step",
     "loss/{modality}": "the same, of the predictions whose target has this modality",
+    "loss/load_balance": "load-balancing loss before its weight, mean over layers; top_k at balance",
+    "loss/manifold": "RoMA's manifold term before its weight, mean over the samples that have neighbours",
+    "manifold/coverage": "share of the step's samples that have neighbours",
+    "loss/pooled_balance": "LLaVA-MoLE's balance loss before its weight; top_k / columns at balance",
+    "loss/router_z": "router z-loss before its weight, mean over layers",
     "eval/loss": "held-out loss",
     "eval/loss/{modality}": "the same, per modality of the target",
+    "eval/loss/domain/{domain}": "the same, per domain of the instruction",
     "eval/shuffled/loss": "held-out loss with the captions shuffled against the images",
     "eval/shuffled/loss/{modality}": "the same, per modality of the target",
     "eval/bigram/{modality}": "held-out loss of the smoothed bigram baseline",
@@ -31,10 +38,14 @@ KEYS = {
     "moe/{layer}/utilization": "list by expert: load over fair share (see telemetry/routing.py)",
     "moe/{layer}/experts_per_token/{modality}": "mean number of experts that a valid token reaches",
     "moe/{layer}/unrouted_fraction/{modality}": "share of the valid tokens that no expert takes",
+    "moe/{layer}/dropped_fraction": "list by expert: share of its assignments that found it full; only where any was",
+    "moe/{layer}/domain_share/{domain}": "list by expert: its share of the assignments of the domain's tokens",
+    "moe/experts_per_token": "mean number of experts that a valid token reaches, over all layers (null experts: none)",
+    "moe/flops_saved": "share of the model's FLOPs that a router with reference_top_k experts a token would add",
     "moe/rank_imbalance": "rows of the busiest expert-parallel rank over the mean of its group, in the worst layer",
 }
 
-_BLANKS = {"{layer}": r"\d+", "{modality}": "|".join(MODALITIES)}
+_BLANKS = {"{layer}": r"\d+", "{modality}": "|".join(MODALITIES), "{domain}": ".+"}
 _PATTERN = re.compile("|".join(re.sub(r"\{\w+\}", lambda blank: f"(?:{_BLANKS[blank[0]]})", key) for key in KEYS))
 
 

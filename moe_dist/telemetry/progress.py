@@ -67,6 +67,9 @@ class Progress:
 
     def line(self, step: int, metrics: Metrics) -> str:
         parts = [f"step {step}/{self.total}", *self._losses(metrics)]
+        if "moe/flops_saved" in metrics:
+            parts.append(f"{metrics['moe/experts_per_token']:.2f} true experts/token")
+            parts.append(f"{metrics['moe/flops_saved']:.1%} FLOPs saved")
         if "tokens_per_second" in metrics:
             parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
         return " | ".join([*parts, f"ETA {self._eta(step)}"])

@@ -1,4 +1,5 @@
-"""Pictures of runs from their metrics.jsonl: losses (of one run or several, overlaid) and routing over time.
+"""Pictures of runs from their metrics.jsonl: losses (of one run or several, overlaid), routing over time, and the
+experts that each domain goes to.
 
 Losses are in nats per predicted token, labelled non-causal where routing looks at later tokens (expert choice).
 """
@@ -79,11 +80,14 @@ def read_baseline(path: str | Path) -> dict[str, float]:
 
 
 def write_report(path: str | Path, baseline: Mapping[str, float] | None = None) -> list[Path]:
-    """Draw RUN/loss.png and, for a model with experts, RUN/routing.png; returns the files. Raises UserError."""
+    """Draw RUN/loss.png and, for a model with experts, RUN/routing.png and (where the data have domains)
+    RUN/domains.png; returns the files. Raises UserError."""
     run = read_run(path)
     figures = {"loss.png": loss_figure([run], baseline or {})}
     if any(key.endswith("/utilization") for key in run.keys):
         figures["routing.png"] = routing_figure(run)
+    if any("/domain_share/" in key for key in run.keys):
+        figures["domains.png"] = domain_figure(run)
     files = [Path(path) / name for name in figures]
     for file, figure in zip(files, figures.values(), strict=True):
         save_figure(figure, file)
@@ -140,6 +144,36 @@ def routing_figure(run: RunMetrics) -> Figure:
     imbalance.set_ylim(bottom=1)
     note = "; every expert has its fair share in every layer" if even else ""
     figure.suptitle(f"{run.name}: routing{note}", fontsize=11)
+    return figure
+
+
+def domain_figure(run: RunMetrics) -> Figure:
+    """A heat map a layer, one row a domain and one column an expert: the share of the domain's assignments that the
+    expert takes, over the last tenth of the run."""
+    keys = [key for key in run.keys if "/domain_share/" in key]
+    layers = sorted({int(key.split("/", 3)[1]) for key in keys})
+    domains = sorted({key.split("/", 3)[3] for key in keys})
+    shares = {key: _mean(values[-max(1, len(values) // 10) :]) for key in keys for _, values in [run.series(key)]}
+    experts = len(next(iter(shares.values())))
+    unknown = np.full(experts, np.nan)
+    columns = min(len(layers), max(1, 24 // max(experts, 6)))
+    rows = -(-len(layers) // columns)
+    size = (1.5 + columns * max(2.4, 0.4 * experts), 0.8 + rows * (0.9 + 0.35 * len(domains)))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis, layer in zip(axes.flat, layers):
+        table = np.stack([shares.get(f"moe/{layer}/domain_share/{domain}", unknown) for domain in domains])
+        image = axis.imshow(table, vmin=0, vmax=max(map(np.nanmax, shares.values())), cmap="Blues", aspect="auto")
+        axis.set_title(f"layer {layer}", fontsize=10)
+        axis.set_xticks(range(0, experts, -(-experts // 16)))
+        axis.set_yticks(range(len(domains)), domains if axis in axes[:, 0] else [""] * len(domains), fontsize=8)
+    for axis in axes.flat[len(layers) :]:
+        axis.set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("expert")
+    figure.colorbar(image, ax=axes, pad=0.01)
+    title = f"{run.name}: share of each domain's assignments that an expert takes (even: {1 / experts:.2g})"
+    figure.suptitle(title, fontsize=11)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: config.yaml, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/.
+"""The folder of a run: config.yaml, init_from.json, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/.
 
 Only rank 0 writes. Whatever is rewritten is replaced atomically, so a reader never sees half a file.
 status.json is the truth about how a run ended: launchers may exit with 0 after a signal.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_dist.config import Config, save_config
+from moe_dist.config import Config, load_config, save_config
 from moe_dist.errors import UserError
 
 State = Literal["running", "done", "stopped", "failed"]
@@ -30,6 +30,10 @@ class RunFolder:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def initial(self) -> Path:
+        return self.path / "init_from.json"
 
     @property
     def metrics(self) -> Path:
@@ -69,6 +73,17 @@ class RunFolder:
             elif self.metrics.stat().st_size:
                 os.replace(self.metrics, self.metrics.with_suffix(".previous.jsonl"))
         self.write_status("running", step)
+
+    def write_initial(self, account: dict[str, Any]) -> None:
+        """Keep what a run started from (init_from). Raises UserError."""
+        with self._writing():
+            _replace(self.initial, json.dumps(account, indent=1) + "\n")
+
+    def evaluation_config(self, overrides: Sequence[str]) -> Config:
+        """The run's recipe, to look at its newest checkpoint: on one process unless overridden, by any name of the
+        folder, without what only training reads. Raises UserError."""
+        fixed = ["parallel.expert=1", "run.resume=auto", f"run.dir={self.path}", "data.neighbours=null"]
+        return load_config(self.config, [*fixed, *overrides])
 
     def write_status(self, state: State, step: int, reason: str | None = None) -> None:
         """Say how the run stands; `reason` is one sentence for a run that stopped or failed. Raises UserError."""

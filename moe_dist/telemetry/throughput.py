@@ -2,14 +2,15 @@
 
 Conventions: a multiply-add is 2 FLOPs; matrix products alone count (not norms, activations, softmax, nor the routers'
 small products, under 0.5 %); attention counts the pairs (query, earlier or same key) of each document, L (L + 1) / 2 of
-them for length L; the backward pass counts twice the forward; recomputed activations do not count.
+them for length L; the backward pass counts twice the forward, of the frozen weights beside LoRA once (they have no
+gradient); what else a recipe freezes counts as if it were trained; recomputed activations do not count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from moe_dist.config import DenseFFN, ModelConfig
+from moe_dist.config import DenseFFN, LoRAExpertsConfig, ModelConfig
 
 
 def model_flops(
@@ -25,21 +26,47 @@ def model_flops(
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     if ffn_rows is None:
         ffn_rows = [tokens] * model.num_layers
-    projections = 4 * width * width * tokens * model.num_layers
-    attention = 2 * width * pairs * model.num_layers
-    ffn = 3 * width * model.ffn.hidden_size * sum(ffn_rows)
-    output = width * vocab_size * tokens
-    return 3 * 2 * (projections + attention + ffn + output)
+    base, delta = _attention_weights(model), _attention_lora_weights(model)
+    projections = ((2 if delta else 3) * base + 3 * delta) * tokens * model.num_layers
+    attention = 3 * 2 * model.num_heads * model.size_per_head * pairs * model.num_layers
+    shared, expert = _ffn_weights(model)
+    ffn = (2 * shared + 3 * expert) * sum(ffn_rows)
+    output = 3 * width * vocab_size * tokens
+    return 2 * (projections + attention + ffn + output)
 
 
 def num_parameters(model: ModelConfig, *, vocab_size: int, num_experts: int = 1, counted: float | None = None) -> float:
     """Parameters of a whole model, over all ranks. `num_experts`: experts of a layer (1 for a dense model).
 
     `counted`: how many experts of each layer to count; all by default. With the average number of experts a token gets,
-    this is the number of active parameters of a token.
+    this is the number of active parameters of a token. Biases and null experts of routers are left out.
     """
-    width, head_size = model.hidden_size, model.hidden_size // model.num_heads
+    width = model.hidden_size
     routing = 0 if isinstance(model.ffn, DenseFFN) else width * num_experts
-    experts = 3 * width * model.ffn.hidden_size * (num_experts if counted is None else counted)
-    norms = 2 * width + (4 * head_size if model.qk_norm else 0)  # queries' and keys' norms have weights and biases
-    return model.num_layers * (4 * width * width + norms + routing + experts) + width + 2 * width * vocab_size
+    shared, expert = _ffn_weights(model)
+    experts = shared + expert * (num_experts if counted is None else counted)
+    attention = _attention_weights(model) + _attention_lora_weights(model)
+    norms = 2 * width + (4 * model.size_per_head if model.qk_norm else 0)  # those of queries and keys have biases too
+    vocabulary = width * vocab_size * (1 if model.tie_embeddings else 2)
+    return model.num_layers * (attention + norms + routing + experts) + width + vocabulary
+
+
+def _attention_weights(model: ModelConfig) -> int:
+    """Of the projections of one layer: queries and outputs of all heads, keys and values of the query groups."""
+    return 2 * (model.num_heads + model.query_groups) * model.size_per_head * model.hidden_size
+
+
+def _attention_lora_weights(model: ModelConfig) -> int:
+    """Of the deltas of one layer's projections: from and to the width for q, k, v and o each."""
+    if model.attention_lora is None:
+        return 0
+    heads = 2 * (model.num_heads + model.query_groups) * model.size_per_head
+    return model.attention_lora.rank * (4 * model.hidden_size + heads)
+
+
+def _ffn_weights(model: ModelConfig) -> tuple[int, int]:
+    """Of one layer's feed-forward part: the base that LoRA experts share, and one expert."""
+    dense = 3 * model.hidden_size * model.ffn.hidden_size
+    if isinstance(model.ffn, DenseFFN) or not isinstance(model.ffn.experts, LoRAExpertsConfig):
+        return 0, dense
+    return dense, 3 * model.ffn.experts.rank * (model.hidden_size + model.ffn.hidden_size)

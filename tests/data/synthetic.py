@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from moe_dist.config import DataConfig, validate
+from moe_dist.data.instruction import Prompt
 
 TEXT_IDS, IMAGE_IDS = 40, 16
 
@@ -25,11 +27,16 @@ class SmallVocabulary:
 class MemoryDocument:
     text: np.ndarray
     image: np.ndarray | None
+    prompt: Prompt | None = None
 
 
 class MemoryStore:
-    def __init__(self, documents: list[MemoryDocument]):
+    """part_sizes: documents of each corpus, where there are several."""
+
+    def __init__(self, documents: list[MemoryDocument], part_sizes: Sequence[int] | None = None):
         self.documents = documents
+        self.part_ends = np.cumsum(part_sizes or [len(documents)])
+        self.domains = tuple(sorted({d.prompt.domain for d in documents if d.prompt}))
         self.has_image = np.array([d.image is not None for d in documents])
         self.lengths = np.array([len(d.text) + (0 if d.image is None else len(d.image)) for d in documents])
 
@@ -53,6 +60,21 @@ def random_store(
     documents = [MemoryDocument(words(caption), rng.integers(v.first_image, v.size, codes)) for _ in range(pairs)]
     documents += [MemoryDocument(words(text), None) for _ in range(texts)]
     return MemoryStore([documents[i] for i in rng.permutation(len(documents))])
+
+
+def random_instructions(seed: int, *, count: int, pictures: float = 0.5, codes: int = 6) -> list[MemoryDocument]:
+    """Of domains "a" and "b"; every one differs in its first words. 5 to 14 ids, and of a share of them an image."""
+    rng = np.random.default_rng(seed)
+    v = SmallVocabulary
+
+    def document(number: int) -> MemoryDocument:
+        prompt = [v.first_text + number % TEXT_IDS, v.first_text + number // TEXT_IDS]
+        prompt += rng.integers(v.first_text, v.first_image, rng.integers(1, 6)).tolist()
+        answer = rng.integers(v.first_text, v.first_image, rng.integers(2, 7)).tolist()
+        image = rng.integers(v.first_image, v.size, codes) if rng.random() < pictures else None
+        return MemoryDocument(np.array(prompt + answer), image, Prompt(len(prompt), "ab"[number % 2], 10**18 + number))
+
+    return [document(number) for number in range(count)]
 
 
 def data_config(**changes) -> DataConfig:

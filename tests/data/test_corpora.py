@@ -122,6 +122,22 @@ def test_base_leaves_the_skin_tones_out(out):
     assert next(iter(iterate(resolve_shards(str(out))[0]))).image.size == (32, 32)
 
 
+def test_questions_about_emoji(out):
+    """Two questions a picture, each of the split that the picture has among the captions."""
+    record = prepare("emoji_qa", {"base": False, "size": 32}, out.with_name("emoji_qa"))
+    assert record["samples"] == {"train": 396, "validation": 96, "test": 96} and record["domains"] == {"emoji": 588}
+    prepare("emoji", {}, out)
+    captions = metas(out)
+    for key, (split, meta) in metas(out.with_name("emoji_qa")).items():
+        assert captions[key.rpartition("-")[0]][0] == split
+        assert meta["concept"] == captions[key.rpartition("-")[0]][1]["concept"]
+    samples = {s.key: s for shard in resolve_shards(str(out.with_name("emoji_qa"))) for s in iterate(shard)}
+    asked = {kind: samples[f"noto-1f0cf-{kind}"] for kind in ("name", "group")}
+    assert {kind: s.instruction.answer for kind, s in asked.items()} == {"name": " joker", "group": " things"}
+    assert asked["name"].instruction.prompt == "What is in the picture?\nAnswer:"
+    assert asked["name"].image.size == (32, 32) and asked["name"].caption is None
+
+
 @pytest.mark.parametrize(
     ("code", "concept"),
     [
@@ -171,6 +187,9 @@ def test_another_folder_is_never_overwritten(out):
     before = digests(out)
     with pytest.raises(UserError, match="prepared otherwise"):
         prepare("emoji", {"size": 32}, out)
+    (out / RECORD).write_text('{"corpus": "emo')
+    with pytest.raises(UserError, match=r"corpus.json is missing or is not JSON"):
+        prepare("emoji", {}, out)
     (out / RECORD).unlink()
     with pytest.raises(UserError, match="not empty and not a prepared corpus"):
         prepare("emoji", {}, out)
@@ -206,7 +225,7 @@ def test_command_line_ends_with_one_sentence_and_status_2(out):
         text=True,
     )
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr == "corpus emoji: unknown key 'siz' (did you mean 'size'?)\n"
+    assert run.stderr == "error: corpus emoji: unknown key 'siz' (did you mean 'size'?)\n"
 
 
 @pytest.mark.parametrize(
@@ -240,7 +259,9 @@ def test_no_network_is_one_sentence(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "fewest"), [("emoji", 10_900), ("text", 6_000), ("clipart", 2_800)])
+@pytest.mark.parametrize(
+    ("name", "fewest"), [("emoji", 10_900), ("text", 6_000), ("clipart", 2_800), ("emoji_qa", 11_300)]
+)
 def test_the_real_packages(name, fewest, tmp_path):
     """Needs the package registries; without them there is nothing to test."""
     try:
@@ -250,7 +271,7 @@ def test_the_real_packages(name, fewest, tmp_path):
     assert sum(record["samples"].values()) >= fewest
     for split in SPLITS:
         assert verify(resolve_shards(str(tmp_path / name), split)) == record["samples"][split]
-    if name == "emoji":
+    if name != "text":
         splits: dict[str, set[str]] = {}
         for split, meta in metas(tmp_path / name).values():
             splits.setdefault(meta["concept"], set()).add(split)

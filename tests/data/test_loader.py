@@ -160,9 +160,7 @@ def test_a_process_ends_while_the_loader_reads_ahead():
 def heldout(rank=0, dp=1, *, groups=100, batch_groups=1, store=STORE, **data):
     config = data_config(**data)
     return list(
-        heldout_batches(
-            store, SmallVocabulary, config, groups=groups, dp_rank=rank, dp=dp, batch_groups=batch_groups
-        )
+        heldout_batches(store, SmallVocabulary, config, groups=groups, dp_rank=rank, dp=dp, batch_groups=batch_groups)
     )
 
 

@@ -102,7 +102,7 @@ def test_fill_never_cuts_a_pair_nor_leaves_one_token():
 def test_collate_by_hand():
     text = Piece(0, 0, 0, np.array([V.bos, 10, 11, V.eos]), 0)
     pair = Piece(0, 1, 0, np.array([V.bos, V.boi, 50, V.eoi, V.eos]), 1)
-    batch = collate([(3, [[text], [pair, text]]), (7, [[], [text, text]])], V, 10)
+    batch = collate([(3, [[text], [pair, text]]), (7, [[], [text, text]])], V, 10, instructions=False)
     info = batch.info
     assert info.document_lengths == (4, 6, 5, 4, 1, 10, 4, 4, 2)
     assert batch.tokens_T[10:20].tolist() == [*pair.tokens, *text.tokens, V.pad]
@@ -114,7 +114,7 @@ def test_collate_by_hand():
     assert info.token_id_T.tolist() == [*range(60, 80), *range(140, 160)]
     assert info.valid_T.sum() == 4 + 9 + 8
     assert info.modality_counts == ((12, 8), (1, 0))
-    assert batch.loss_tokens == 3 + 4 + 3 + 3 + 3
+    assert int(batch.loss_mask_T.sum()) == 3 + 4 + 3 + 3 + 3
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -123,7 +123,7 @@ def test_collate_properties_on_random_documents(seed):
     make = assembler(store)
     pending = [make(0, i) for i in range(len(store))]
     sequences = [fill(pending, 32) for _ in range(8)]
-    batch = collate([(0, sequences[:4]), (1, sequences[4:])], V, 32)
+    batch = collate([(0, sequences[:4]), (1, sequences[4:])], V, 32, instructions=False)
     info = batch.info
     assert sum(info.document_lengths) == 256 == info.num_tokens
     boundaries = np.cumsum(info.document_lengths)

@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from moe_dist.data.samples import MAX_MEGAPIXELS, SampleReport, to_rgb
-from moe_dist.data.shard_index import verify_shard
+from moe_dist.data.shard_index import user_cache, verify_shard
 from moe_dist.data.shards import SPLITS, Shard, iterate, resolve_shards, split_of, verify, write_shards
 from moe_dist.errors import UserError
+from moe_dist.parallel.together import together
+from tests.permissions import public_folder, unprivileged
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -215,23 +217,47 @@ def test_tar_without_samples_is_named(tmp_path):
         verify_shard(write_tar(tmp_path / "empty.tar", {}))
 
 
-def test_index_of_a_read_only_folder_lies_in_the_cache(own_tar, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture
+def public_tar(own_tar, monkeypatch):
+    """That shard where everybody may read it and only its owner may write, beside a cache folder open to all."""
+    verify_shard(own_tar)  # imports what it needs while it may
+    with public_folder() as folder:
+        (folder / "cache").mkdir()
+        (folder / "cache").chmod(0o777)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        (folder / "own").mkdir()
+        yield Path(shutil.copy(own_tar, folder / "own"))
+        (folder / "own").chmod(0o755)
 
-    def refuse(path, text, *args, **kwargs):  # root may write anywhere, so the refusal is played
-        if path.parent == own_tar.parent:
-            raise PermissionError(path)
-        return original(path, text, *args, **kwargs)
 
-    original = Path.write_text
-    monkeypatch.setattr(Path, "write_text", refuse)
-    built = verify_shard(own_tar)
-    assert built.count == 20 and not list(own_tar.parent.glob("*.json"))
-    assert len(list((tmp_path / "cache").rglob("*.index.json"))) == 1
-    assert verify_shard(own_tar) == built
-    own_tar.write_bytes(own_tar.read_bytes()[:-512])
+def test_index_of_a_read_only_folder_lies_in_the_cache(public_tar):
+    public_tar.parent.chmod(0o555)
+    with unprivileged():
+        built = verify_shard(public_tar)
+        assert built.count == 20 and not list(public_tar.parent.glob("*.json"))
+        assert len(list(user_cache().rglob("*.index.json"))) == 1
+        assert verify_shard(public_tar) == built
+    public_tar.write_bytes(public_tar.read_bytes()[:-512])
     with pytest.raises(UserError, match=r"mine.tar is truncated"):
-        verify_shard(own_tar)
+        verify_shard(public_tar)
+
+
+def test_an_index_that_can_be_written_nowhere(public_tar):
+    public_tar.parent.chmod(0o555)
+    user_cache().parent.chmod(0o555)
+    with unprivileged(), pytest.raises(UserError) as error:
+        verify_shard(public_tar)
+    tried = f"tried {public_tar.parent} and {user_cache()}/shards (Permission denied)"
+    assert str(error.value) == f"the index of shard {public_tar} cannot be written: {tried}"
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_a_shard_that_may_not_be_read(public_tar, indexed):
+    if indexed:
+        verify_shard(public_tar)
+    public_tar.chmod(0o000)
+    with unprivileged(), pytest.raises(UserError, match=r"mine.tar: Permission denied"), together():
+        verify_shard(public_tar)
 
 
 # ------------------------------------------------------------------------------------------------------ bad samples

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from moe_dist.data.text import TextTokenizer, train_text_tokenizer
+from moe_dist.data.text import SentencePieceTokenizer, train_text_tokenizer
 from moe_dist.errors import UserError
 
 TEXTS = [f"a {size} {color} {thing} on the {place}" for size in ("small", "large") for color in ("red", "green", "blue")
@@ -55,9 +55,9 @@ def test_a_vocabulary_below_the_byte_pieces_is_one_sentence(tmp_path):
 
 def test_bad_files_are_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.model"):
-        TextTokenizer(tmp_path / "nowhere.model")
+        SentencePieceTokenizer(tmp_path / "nowhere.model")
     (tmp_path / "broken.model").write_bytes(b"no protobuf")
     with pytest.raises(UserError, match=r"broken\.model is not a SentencePiece model"):
-        TextTokenizer(tmp_path / "broken.model")
+        SentencePieceTokenizer(tmp_path / "broken.model")
     with pytest.raises(UserError, match="no captions"):
         train_text_tokenizer(["", " \n"], tmp_path / "text.model")

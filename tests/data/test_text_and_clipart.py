@@ -8,6 +8,7 @@ from PIL import Image
 
 from moe_dist.data.corpora.clipart import PNG, ROOT, SVG, ClipArt
 from moe_dist.data.corpora.packages import fetch_debian
+from moe_dist.data.corpora.picture_qa import ClipArtQA
 from moe_dist.data.corpora.prepare import prepare
 from moe_dist.data.corpora.text import DATASETS, pieces
 from moe_dist.data.shards import iterate, resolve_shards, split_of
@@ -78,7 +79,18 @@ def test_clip_art(tmp_path):
         "clipart-animals-cat": "Cat & mouse. house cat. (animals)",
         "clipart-shapes-line": "line. (shapes)",
     }
-    image = Image.open(io.BytesIO(samples["clipart-animals-cat"].png))
+    asks = ClipArtQA(size=16)
+    questions = {s.key: s for entry in asks.entries(downloads) if (s := asks.sample(entry)) is not None}
+    assert {key: s.meta["answer"] for key, s in questions.items()} == {
+        "clipart-animals-cat-name": " Cat & mouse",
+        "clipart-animals-cat-group": " animals",
+        "clipart-shapes-line-name": " line",
+        "clipart-shapes-line-group": " shapes",
+    }
+    cat = samples["clipart-animals-cat"]
+    assert questions["clipart-animals-cat-name"].png == cat.png
+    assert {s.split for key, s in questions.items() if "cat" in key} == {cat.split}
+    image = Image.open(io.BytesIO(cat.png))
     assert (image.size, image.getpixel((8, 8)), image.getpixel((8, 1))) == ((16, 16), (0, 0, 255), (255, 255, 255))
 
 

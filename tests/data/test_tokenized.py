@@ -176,7 +176,7 @@ def test_a_damaged_cache_is_named(recipe, shards):
 
 def test_a_read_only_folder_gets_its_tokens_in_the_users_cache(recipe, shards, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("moe_dist.data.tokenized.os.access", lambda path, mode: "cache" in str(path))
+    monkeypatch.setattr("moe_dist.data.tokenized.os.access", lambda path, mode, **_: "cache" in str(path))
     (shards / "train").chmod(stat.S_IRUSR | stat.S_IXUSR)
     assert len(store_of(recipe())) == 132
     assert len(list((tmp_path / "cache").glob("moe_dist/tokens/*/*/manifest.json"))) == 9

@@ -45,7 +45,7 @@ def test_a_token_is_image_iff_it_is_a_code():
 
 def test_without_an_image_tokenizer_everything_is_text():
     v = Vocabulary(text_tokenizer())
-    assert v.size == 105 and (v.modality_of == TEXT).all()
+    assert v.size == 103 and (v.modality_of == TEXT).all() and (v.boi, v.eoi) == (None, None)
 
 
 def test_the_fingerprint_is_that_of_both_tokenizers():

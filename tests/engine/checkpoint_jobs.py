@@ -10,7 +10,9 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
+from moe_dist.config import InitFrom, ModelConfig
 from moe_dist.engine import checkpoint
+from moe_dist.engine.init_from import init_from
 from moe_dist.engine.zero import init_distributed, make_engine
 from moe_dist.errors import UserError
 from moe_dist.model.transformer import Transformer
@@ -34,11 +36,15 @@ class Job:
     bf16: bool = False
     gain: int = 3  # elements of one parameter
     transformer: bool = False  # the real model, wide enough for its operations to use several threads
+    model: ModelConfig | None = None  # the real model of this configuration
+    trainable: tuple[str, ...] = ("*",)
     offload: bool = False
+    wrapped: bool = False  # every name begins with `inner.`
     threads: int = 1
     start: int = 0
     stop: int = 0
     load: str | None = None
+    init: InitFrom | None = None  # load as the first checkpoint of another stage
     used: bool = False  # load into an engine that has already trained something else
     save: str | None = None
     save_at: int = 0
@@ -52,7 +58,7 @@ class Job:
 class Outcome:
     losses: list[float]
     norms: list[float]
-    state: Any  # what checkpoint.load returned on rank 0
+    state: Any  # what checkpoint.load returned on rank 0, or init_from's account
     at_save: dict[str, Tensor]  # account of the state when it was saved (or loaded)
     at_end: dict[str, Tensor]
 
@@ -79,6 +85,15 @@ class CheckpointToy(ToyModel):
         return output._replace(logits_TV=output.logits_TV * self.gain.mean() * self.tilt.mean())
 
 
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens_T, info):
+        return self.inner(tokens_T, info)
+
+
 def run(job: Job) -> Outcome:
     """Run a job on `job.world` ranks; rank-dependent accounts are united, and must agree where ranks hold the same."""
     results = run_ranks(run_on_rank, job.world, job)
@@ -97,13 +112,17 @@ def build(job: Job):
     }
     if job.offload:
         section["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
-    config = make_config(router=job.router, expert=job.expert, deepspeed=section)
-    if job.transformer:
+    config = make_config(router=job.router, expert=job.expert, deepspeed=section, trainable=job.trainable)
+    if job.model is not None:
+        model: nn.Module = Transformer(job.model, VOCABULARY, layout, seed=0)
+    elif job.transformer:
         ffn = config.model.ffn.model_copy(update={"hidden_size": 128})
         sizes = config.model.model_copy(update={"hidden_size": 128, "ffn": ffn})
-        model: nn.Module = Transformer(sizes, VOCABULARY, layout, seed=0)
+        model = Transformer(sizes, VOCABULARY, layout, seed=0)
     else:
         model = CheckpointToy(job.router, layout, job.gain)
+    if job.wrapped:
+        model = Wrapped(model)
     if job.load is not None:
         for parameter in model.parameters():
             parameter.data.add_(7.0)
@@ -120,6 +139,9 @@ def run_on_rank(rank: int, job: Job) -> Outcome:
     if job.load is not None:
         state = checkpoint.load(job.load, engine, layout)
         at_save = account(engine, MOMENTS[job.optimizer] if job.start else ())
+    if job.init is not None:
+        state = init_from(job.init, engine, layout).to_json()
+        at_save = account(engine, ())
     losses, norms = [], []
     for step in range(job.start, job.stop + 1):
         if job.save is not None and step == job.save_at:
@@ -165,7 +187,7 @@ def account(engine: Any, moments: tuple[str, ...]) -> dict[str, Tensor]:
                 found |= {f"{kind} {name} of {e}": row for e, row in zip(param.expert_ids, tensor.unbind())}
             else:
                 found[f"{kind} {name}"] = tensor
-    found |= {name: buffer.clone() for name, buffer in engine.module.named_buffers() if name == "calls"}
+    found |= {name: buffer.clone() for name, buffer in engine.module.named_buffers() if name.endswith("calls")}
     return found
 
 

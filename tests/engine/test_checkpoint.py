@@ -79,6 +79,42 @@ def test_any_layout_to_any_on_four_ranks(router, tmp_path):
     check_pairs(LAYOUTS, tmp_path, **({"router": TOP_K} if router == "top_k" else {}))
 
 
+ROUTERS, EXPERT_STACK = ("ffn.router.*",), ("ffn.experts.down", "gain")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize(
+    ("trainable", "stage"),
+    [(ROUTERS, 1), (ROUTERS, 3), (EXPERT_STACK, 2), *(
+        pytest.param(patterns, stage, marks=pytest.mark.slow)
+        for patterns, stage in ((ROUTERS, 2), (EXPERT_STACK, 1), (EXPERT_STACK, 3))
+    )],
+)  # fmt: skip
+def test_a_partly_frozen_model_resumes_bitwise(trainable, stage, bf16, tmp_path):
+    path = tmp_path / "step_00000002"
+    job = Job(stage=stage, bf16=bf16, threads=2, trainable=trainable, stop=4, save=str(path), save_at=2)
+    whole, rest = run(job), run(job.resumed())
+    assert rest.losses == whole.losses[2:] and rest.norms == whole.norms[2:]
+    assert len(set(whole.losses)) == 4
+    assert_same(rest.at_save, whole.at_save)
+    assert_same(rest.at_end, whole.at_end)
+    stored = [name.partition("[")[0].partition("/")[::2] for name in read(path)]
+    trained = {f"ffn.router.{key}.gate.weight" for key in ("text", "image")}
+    trained = trained if trainable is ROUTERS else {"ffn.experts.down", "gain"}
+    assert {name for kind, name in stored if kind in ("master", "exp_avg", "exp_avg_sq")} == trained
+    assert not {name for kind, name in stored if kind == "frozen"} & trained
+
+
+def test_a_partly_frozen_model_from_any_layout_to_any(tmp_path):
+    check_pairs(SMALL, tmp_path, trainable=ROUTERS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable", [ROUTERS, EXPERT_STACK])
+def test_a_partly_frozen_model_from_any_layout_to_any_on_four_ranks(trainable, tmp_path):
+    check_pairs([(4, 2, 1), (2, 2, 3), (4, 4, 3)], tmp_path, trainable=trainable)
+
+
 def test_bf16_keeps_float32_masters(tmp_path):
     job = Job(bf16=True, stop=4, save=str(tmp_path / "step_00000002"), save_at=2)
     source = run(job)

@@ -16,18 +16,30 @@ import torch
 from moe_dist.config import Config
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
-from tests.engine.toy import MOMA, TOP_K, VOCABULARY, make_config, objective, sgd, step_batches
+from tests.engine.toy import (
+    MOMA,
+    TOP_K,
+    VOCABULARY,
+    CrossEntropy,
+    loss_count,
+    make_config,
+    objective,
+    sgd,
+    step_batches,
+)
 from tests.engine.trajectory import Trajectory, assert_can_fail, train
 
 CLIP = 0.5
 GROUPS = 16  # selection groups of the global batch
 ROUTERS = {"top_k": TOP_K, "moma": MOMA}
 BF16 = {"bf16": {"enabled": True}}
-# The loss moves 90,000 times as far.
-FLOAT32 = {"loss": 1e-5, "norm": 1e-5, "parameters": 1e-5}
-# bfloat16 weights take steps of 4e-3: an update that differs in its last bit soon moves a token to another expert. Only
-# the first step, before any update, is exact.
-BFLOAT16 = {"loss": 5e-2, "norm": 0.3, "parameters": 0.6, "first loss": 1e-5, "first norm": 5e-3}
+# The loss moves 0.9 at least: 90,000 times as far.
+FLOAT32 = {"loss": 1e-5, "norm": 1e-5, "parameters": 1e-5, "update": 1e-4}
+# bfloat16 takes steps of 4e-3: an update that differs in its last bit soon moves a token to another expert. So every
+# step starts from the reference's weights, and losses agree as in float32. Gradients are rounded to bfloat16 and summed
+# in another order at stage 3: norms, in which many roundings meet, come within 6e-4 (the loss moves 1,000 times the
+# tolerance as well), the update of the least parameter (the bias of a norm over 8 keys) within 6e-2.
+BFLOAT16 = {"loss": 1e-5, "norm": 9e-4, "update": 8e-2}
 
 
 def build(config: Config, layout: Layout) -> Transformer:
@@ -53,16 +65,18 @@ def recipe(
 
 @cache
 def reference(router: str, bf16: bool = False) -> Trajectory:
-    """One process, one micro-batch."""
-    return train(build, recipe(router, **(BF16 if bf16 else {})), 1)
+    """One process, one micro-batch; in bf16 four, added up in float32: on CPU long sums in bf16 lose what is small."""
+    return train(build, recipe(router, accumulation=4, **BF16) if bf16 else recipe(router), 1)
 
 
-def assert_same(trajectory: Trajectory, expected: Trajectory, tolerances: dict[str, float]) -> None:
+def assert_same(
+    trajectory: Trajectory, expected: Trajectory, tolerances: dict[str, float], loss_moves: float = 0.9
+) -> None:
     deviation = trajectory.deviation(expected)
     print("deviation", {name: f"{value:.1e}" for name, value in deviation.items()})
     exceeded = {name: deviation[name] for name, tolerance in tolerances.items() if not deviation[name] <= tolerance}
     assert not exceeded, f"deviates: {exceeded}"
-    assert_can_fail(trajectory, clip=CLIP, loss_moves=0.9)
+    assert_can_fail(trajectory, clip=CLIP, loss_moves=loss_moves)
 
 
 LAYOUTS = [  # world, expert, accumulation
@@ -88,11 +102,12 @@ def test_float32(router, stage, world, expert, accumulation):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize(
-    ("world", "expert", "accumulation"), [(1, 1, 4), (2, 2, 1), (2, 2, 4), (2, 1, 4), (4, 2, 1), (4, 2, 4)]
+    ("world", "expert", "accumulation"), [(1, 1, 1), (2, 2, 1), (2, 2, 4), (2, 1, 4), (4, 2, 1), (4, 2, 4)]
 )
 def test_bf16(router, stage, world, expert, accumulation):
     config = recipe(router, world=world, expert=expert, accumulation=accumulation, stage=stage, **BF16)
-    assert_same(train(build, config, world), reference(router, bf16=True), BFLOAT16)
+    expected = reference(router, bf16=True)
+    assert_same(train(build, config, world, guide=expected), expected, BFLOAT16)
 
 
 @pytest.mark.slow
@@ -122,6 +137,28 @@ def test_recomputation_changes_nothing(stage):
     config = recipe("moma", world=2, expert=2, accumulation=2, stage=stage)
     config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": True})})
     assert_same(train(build, config, 2), reference("moma"), FLOAT32)
+
+
+LLAMA = {"num_heads": 4, "num_query_groups": 2, "norm": "pre", "qk_norm": False, "tie_embeddings": True}
+
+
+@cache
+def llama_reference() -> Trajectory:
+    return train(build, _llama(recipe("top_k")), 1)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_tied_embeddings_and_grouped_queries(stage, recompute):
+    """ZeRO sees the shared matrix once, though two modules use it."""
+    config = _llama(recipe("top_k", world=2, expert=2, accumulation=2, stage=stage), recompute=recompute)
+    trajectory = train(build, config, 2)
+    assert "output.weight" not in trajectory.masters[-1]
+    assert_same(trajectory, llama_reference(), FLOAT32, loss_moves=0.6)
+
+
+def _llama(config: Config, **changes) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update=LLAMA | changes)})
 
 
 # --- faults, planted in a layout that is exact without them
@@ -156,33 +193,31 @@ def local_norm(engine, layout):
 
 
 def mean_of_the_ranks_means(engine, layout):
-    totals = cycle(step_batches(step, 0, 1, groups=GROUPS, micro=GROUPS)[0].loss_tokens for step in range(2))
+    totals = cycle(loss_count(step_batches(step, 0, 1, groups=GROUPS, micro=GROUPS)[0]) for step in range(2))
 
-    def local_mean(output, batch):
-        result = objective(output, batch)
-        return result._replace(loss=result.loss * next(totals) / (layout.world * batch.loss_tokens))
+    class LocalMean(CrossEntropy):
+        def __call__(self, output, batch, counts):
+            result = super().__call__(output, batch, counts)
+            return result._replace(loss=result.loss * next(totals) / (layout.world * loss_count(batch)))
 
-    return local_mean
-
-
-FAULTS = [expert_gradients_times_ep, missing_reduction, local_norm, mean_of_the_ranks_means]
+    return LocalMean()
 
 
+FAULTS = {  # and what they show in
+    expert_gradients_times_ep: "deviates: .*'norm'",
+    missing_reduction: "deviates: .*'update'",
+    local_norm: "ranks report different figures",
+    mean_of_the_ranks_means: "deviates: .*'norm'",
+}
+
+
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bf16"])
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
-def test_a_planted_fault_is_caught(plant, router):
-    """In the layout of test_float32[ep2], which is exact without it."""
+def test_a_planted_fault_is_caught(plant, router, bf16):
+    """In the layout of test_float32[ep2] and of test_bf16[2-2-1], which are exact without it."""
     builder = build_with_missing_reduction if plant is missing_reduction else build
-    with pytest.raises(AssertionError, match=r"deviates: |ranks report different figures"):
-        assert_same(train(builder, recipe(router, world=2, expert=2), 2, plant=plant), reference(router), FLOAT32)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize(
-    "plant", [expert_gradients_times_ep, mean_of_the_ranks_means], ids=lambda plant: plant.__name__
-)
-def test_a_planted_fault_of_scale_is_caught_in_bf16(plant, router):
-    with pytest.raises(AssertionError, match="'first norm'"):
-        config = recipe(router, world=2, expert=2, **BF16)
-        assert_same(train(build, config, 2, plant=plant), reference(router, bf16=True), BFLOAT16)
+    config, expected = recipe(router, world=2, expert=2, **(BF16 if bf16 else {})), reference(router, bf16)
+    with pytest.raises(AssertionError, match=FAULTS[plant]):
+        trajectory = train(builder, config, 2, plant=plant, guide=expected if bf16 else None)
+        assert_same(trajectory, expected, BFLOAT16 if bf16 else FLOAT32)

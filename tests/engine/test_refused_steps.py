@@ -29,9 +29,12 @@ class Spoiled:
     def __post_init__(self):
         object.__setattr__(self, "calls", [])
 
-    def __call__(self, output, batch):
+    names = objective.names
+    counts = staticmethod(objective.counts)
+
+    def __call__(self, output, batch, counts):
         self.calls.append(0)
-        result = objective(output, batch)
+        result = objective(output, batch, counts)
         if len(self.calls) - 1 != self.when:
             return result
         if self.how == "gradient":
@@ -39,7 +42,7 @@ class Spoiled:
             return result
         # Its gradient is finite: only the loss tells.
         value = {"nan": math.nan, "inf": math.inf}[self.how]
-        return result._replace(loss=result.loss + value, terms=result.terms | {"loss": result.loss.detach() + value})
+        return result._replace(loss=result.loss + value, sums=result.sums | {"loss": result.loss.detach() + value})
 
 
 def _skip(rank, config, how):

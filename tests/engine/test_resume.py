@@ -85,6 +85,7 @@ def test_keys_that_may_change(override):
     [
         "seed=77", "model.num_layers=77", "model.ffn.router.text.num_experts=77", "data.lanes=77", "data.shards=other",
         "train.steps=7777", "train.global_batch_groups=77", "schedule.end_lr=0.7", "deepspeed.optimizer.params.lr=0.7",
+        'trainable=["*.router.*"]',
     ],
 )  # fmt: skip
 def test_keys_that_may_not(override):

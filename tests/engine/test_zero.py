@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from moe_dist.engine.trainable import freeze_others
 from moe_dist.engine.zero import parameter_groups
 from moe_dist.errors import UserError
 from moe_dist.parallel.layout import Layout
 from tests.distributed import run_ranks
-from tests.engine.toy import MOMA, TOP_K, ToyModel, make_config, objective, sgd
+from tests.engine.toy import MOMA, SUM, TOP_K, ToyModel, loss_count, make_config, objective, sgd
 from tests.engine.trajectory import full_parameters, step_inputs, toy_engine
 
 LR = 0.1
@@ -27,11 +28,13 @@ def _both(rank, config, lrs):
     """(engine's figures, plain torch's figures), parameters of both."""
     engine, layout = toy_engine(config)
     model = ToyModel(config.model.ffn.router, layout)
+    freeze_others(model, config.trainable)
     settings = copy.deepcopy(config.deepspeed["optimizer"])
     decay = settings["params"].pop("weight_decay", 0.0)
     groups = [
         {"params": [p], "weight_decay": decay if "norm" not in name and "bias" not in name else 0.0}
         for name, p in model.named_parameters()
+        if p.requires_grad
     ]
     optimizer = getattr(torch.optim, settings["type"])(groups, **settings["params"])
     ours, plain = [], []
@@ -41,14 +44,14 @@ def _both(rank, config, lrs):
         ours.append((result.loss_sums["loss"], result.grad_norm))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = sum(objective(model(batch.tokens_T, batch.info), batch).loss for batch in batches)
-        (loss / sum(batch.loss_tokens for batch in batches)).backward()
+        loss = sum(objective(model(batch.tokens_T, batch.info), batch, SUM).loss for batch in batches)
+        (loss / sum(loss_count(batch) for batch in batches)).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.deepspeed["gradient_clipping"])
         optimizer.step()
         optimizer.zero_grad()
         plain.append((loss.item(), norm.item()))
-        assert result.counts["tokens"] == sum(batch.loss_tokens for batch in batches)
-        assert result.counts["tokens"] == result.counts["text"] + result.counts["image"]
+        assert result.counts["loss"] == sum(loss_count(batch) for batch in batches)
+        assert result.counts["loss"] == result.counts["loss/text"] + result.counts["loss/image"]
     theirs = {}
     for name, parameter in model.named_parameters():
         experts = getattr(parameter, "expert_ids", ())
@@ -58,8 +61,9 @@ def _both(rank, config, lrs):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("optimizer", [{}, ADAM], ids=["sgd", "adamw"])
-def test_one_process_equals_plain_torch(stage, optimizer):
-    config = make_config(router=MOMA, groups=4, micro=2, deepspeed=sgd(stage) | optimizer)
+@pytest.mark.parametrize("trainable", [("*",), ("*router*", "output.*")], ids=["all", "some"])
+def test_one_process_equals_plain_torch(stage, optimizer, trainable):
+    config = make_config(router=MOMA, groups=4, micro=2, deepspeed=sgd(stage) | optimizer, trainable=trainable)
     ((ours, plain, mine, theirs),) = run_ranks(_both, 1, config, [0.1, 0.05, 0.0, 0.02])
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(plain), rtol=1e-5, atol=1e-5)
     assert mine.keys() == theirs.keys()
@@ -110,7 +114,7 @@ def _evaluate(rank, config):
             if evaluating:
                 outputs = [engine.eval_forward(batch) for batch in batches]
                 assert not any(output.logits_TV.requires_grad for output in outputs)
-                loss = sum(objective(output, batch).loss for output, batch in zip(outputs, batches))
+                loss = sum(objective(output, batch, SUM).loss for output, batch in zip(outputs, batches))
                 held_out = sum(run_losses(loss, layout))
             result = engine.train_step(batches, objective, LR)
             assert engine.module.training

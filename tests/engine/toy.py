@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from moe_dist.moe.layer import build_moe_layer
 from moe_dist.parallel.layout import Layout
 
 VOCABULARY, WIDTH, EXPERTS = 50, 16, 4  # ids from 40 on are image codes
-TOKENS = 24  # of one selection group
+TOKENS = 96  # of one selection group
 INIT_STD = 0.3  # of so narrow a model: with 0.02 its experts would hardly matter
 TOP_K = {"type": "top_k", "num_experts": EXPERTS, "top_k": 2}
 MOMA = {
@@ -31,7 +32,7 @@ class Output(NamedTuple):
 
 class ObjectiveOutput(NamedTuple):
     loss: Tensor
-    terms: dict[str, Tensor]
+    sums: dict[str, Tensor]
 
 
 class ToyModel(nn.Module):
@@ -55,22 +56,43 @@ class ToyModel(nn.Module):
         return Output(self.output(x_TD + y_TD), (record,))
 
 
-def objective(output: Output, batch: Batch) -> ObjectiveOutput:
-    """Cross-entropy summed over the predictions that count."""
-    loss_T = F.cross_entropy(output.logits_TV.float(), batch.targets_T, reduction="none") * batch.loss_mask_T
-    terms = {"loss": loss_T.sum()}
-    for index, name in enumerate(MODALITIES):
-        terms[f"loss/{name}"] = loss_T[batch.target_modality_T == index].sum()
-    return ObjectiveOutput(terms["loss"], terms)
+class CrossEntropy:
+    """The mean over the predictions that count."""
+
+    names = ("loss", *(f"loss/{name}" for name in MODALITIES))
+
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        counted_T = batch.target_modality_T[batch.loss_mask_T]
+        return len(counted_T), *(int((counted_T == index).sum()) for index in range(len(MODALITIES)))
+
+    def __call__(self, output: Output, batch: Batch, counts: Mapping[str, int]) -> ObjectiveOutput:
+        loss_T = F.cross_entropy(output.logits_TV.float(), batch.targets_T, reduction="none") * batch.loss_mask_T
+        sums = {"loss": loss_T.sum()}
+        for index, name in enumerate(MODALITIES):
+            sums[f"loss/{name}"] = loss_T[batch.target_modality_T == index].sum()
+        return ObjectiveOutput(sums["loss"] / counts["loss"], sums)
+
+
+objective = CrossEntropy()
+SUM = {"loss": 1}  # in place of the counts: the sum instead of the mean
+
+
+def loss_count(batch: Batch) -> int:
+    """Number of predictions that count."""
+    return int(batch.loss_mask_T.sum())
 
 
 def make_group(index: int, *, tokens: int = TOKENS, vocabulary: int = VOCABULARY, first_image: int = 40) -> dict:
-    """Tensors of selection group `index` of a run: two documents. Groups differ strongly in how much of them counts."""
+    """Tensors of selection group `index` of a run: two documents, in one of which an image begins after a quarter.
+
+    Groups differ strongly in how much of them counts and in how long the image is; every fourth has none.
+    """
     generator = torch.Generator().manual_seed(1000 + index)
     tokens_T = torch.randint(
         0, first_image // 4, (tokens,), generator=generator
     )  # few words: there is something to learn
-    image_T = torch.arange(tokens) % tokens // (tokens // 4) == 1
+    image_tokens = tokens * (2, 1, 3, 0)[index % 4] // 8
+    image_T = (torch.arange(tokens) >= tokens // 4) & (torch.arange(tokens) < tokens // 4 + image_tokens)
     codes_T = torch.randint(first_image, vocabulary, (tokens,), generator=generator)
     tokens_T = torch.where(image_T, codes_T, tokens_T)
     half = tokens // 2
@@ -107,7 +129,14 @@ def step_batches(step: int, rank: int, world: int, *, groups: int, micro: int = 
 
 
 def make_config(
-    *, router: dict = TOP_K, expert: int = 1, groups: int = 4, micro: int = 1, deepspeed: dict | None = None, **train
+    *,
+    router: dict = TOP_K,
+    expert: int = 1,
+    groups: int = 4,
+    micro: int = 1,
+    deepspeed: dict | None = None,
+    trainable: tuple[str, ...] = ("*",),
+    **train,
 ) -> Config:
     raw = {
         "run": {"dir": "unused"},
@@ -117,6 +146,7 @@ def make_config(
             "ffn": {"type": "moe", "hidden_size": 16, "router": router},
         },
         "parallel": {"expert": expert},
+        "trainable": trainable,
         "train": {"steps": 8, "global_batch_groups": groups, "micro_batch_groups": micro} | train,
         "deepspeed": sgd() if deepspeed is None else deepspeed,
     }  # fmt: skip

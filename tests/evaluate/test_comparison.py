@@ -10,7 +10,7 @@ from moe_dist.config import ModelConfig, validate
 from moe_dist.data.loader import make_loader
 from moe_dist.evaluate.bigram import Bigram, Bigrams
 from moe_dist.evaluate.comparison import compare_with_references
-from moe_dist.losses.objective import Objective
+from moe_dist.losses.language import language_loss
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 from tests.data.synthetic import MemoryDocument, MemoryStore, SmallVocabulary, data_config
@@ -60,7 +60,7 @@ def test_a_small_moma_beats_the_bigram_model_and_needs_its_captions():
     for _ in range(250):
         batch, _ = next(loader)
         optimizer.zero_grad()
-        (Objective()(model(batch.tokens_T, batch.info), batch).loss / batch.loss_tokens).backward()
+        (language_loss(model(batch.tokens_T, batch.info).logits_TV, batch).total / batch.loss_mask_T.sum()).backward()
         optimizer.step()
     with torch.no_grad():
         results = compare(lambda batch: model(batch.tokens_T, batch.info))

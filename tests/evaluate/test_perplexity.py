@@ -1,5 +1,6 @@
 """Held-out losses against sums by hand, at one and at several ranks."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,30 @@ def test_means_over_the_counted_predictions_of_each_modality():
 
 def test_a_modality_without_predictions_has_no_key():
     assert set(evaluate(table_forward, batches(pairs=0), Layout())) == {"eval/loss", "eval/loss/text"}
+
+
+def in_domains(given):
+    """Every third token is of no domain, the others of one of two by turns."""
+    for batch in given:
+        domain_T = torch.arange(batch.info.num_tokens) % 3 - 1
+        yield replace(batch, sidecar={"domain_T": domain_T})
+
+
+def test_each_domain_has_a_mean_of_its_own():
+    sums, counts = [0.0, 0.0], [0, 0]
+    for batch in in_domains(batches()):
+        with torch.no_grad():
+            logits = table_forward(batch).logits_TV.double()
+        for t in batch.loss_mask_T.nonzero().squeeze(1).tolist():
+            if t % 3:
+                sums[t % 3 - 1] += F.cross_entropy(logits[t], batch.targets_T[t]).item()
+                counts[t % 3 - 1] += 1
+    result = evaluate(table_forward, in_domains(batches()), Layout(), ("birds", "ships", "nothing"))
+    assert result["eval/loss/domain/birds"] == pytest.approx(sums[0] / counts[0], rel=1e-5)
+    assert result["eval/loss/domain/ships"] == pytest.approx(sums[1] / counts[1], rel=1e-5)
+    assert "eval/loss/domain/nothing" not in result
+    plain = evaluate(table_forward, batches(), Layout())
+    assert {key: result[key] for key in plain} == pytest.approx(plain, rel=1e-12)
 
 
 def losses_of_rank(rank, world):

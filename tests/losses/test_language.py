@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moe_dist.losses import language
-from moe_dist.losses.language import language_loss
-from moe_dist.losses.objective import Objective, language_term
+from moe_dist.losses.language import LanguageLoss, language_loss
+from moe_dist.losses.objective import Objective
 from tests.model.batches import VOCAB, make_batch
 
 
@@ -56,27 +56,41 @@ def test_bf16_logits_are_summed_in_float32_chunk_by_chunk(monkeypatch):
     torch.testing.assert_close(logits.grad, exact.grad.bfloat16(), rtol=1e-2, atol=1e-5)
 
 
+LANGUAGE = {"language": (1.0, LanguageLoss())}
+
+
 def test_a_batch_without_predictions_has_loss_zero_and_zero_gradients():
     batch = make_batch([12])
     batch = replace(batch, loss_mask_T=torch.zeros(12, dtype=torch.bool))
     logits = torch.randn(12, VOCAB, requires_grad=True)
-    result = Objective()(Output(logits), batch)
+    result = Objective(LANGUAGE)(Output(logits), batch, {"loss": 0})
     result.loss.backward()
     assert result.loss == 0 and not logits.grad.any()
 
 
-def test_objective_weighs_its_terms_and_reports_sums_by_metric_name():
+class Squares:
+    names = ("loss/squares",)
+
+    def counts(self, batch):
+        return (7,)
+
+    def __call__(self, output, batch):
+        return (output.logits_TV.pow(2).sum(),)
+
+
+def test_objective_weighs_its_terms_divides_each_by_its_own_count_and_reports_sums():
     batch = make_batch([15, 9])
     logits = torch.randn(24, VOCAB, requires_grad=True)
-
-    def squares(output, batch):
-        return output.logits_TV.pow(2).sum(), {"loss/squares": output.logits_TV.detach().pow(2).sum()}
-
     terms = language_loss(logits, batch)
-    plain = Objective()(Output(logits), batch)
-    assert set(plain.terms) == {"loss", "loss/text", "loss/image"}
-    assert plain.loss == plain.terms["loss"] == terms.total and plain.loss.requires_grad
-    weighted = Objective({"language": (1.0, language_term), "squares": (0.5, squares)})(Output(logits), batch)
-    torch.testing.assert_close(weighted.loss, terms.total + 0.5 * logits.pow(2).sum())
-    assert set(weighted.terms) == {"loss", "loss/text", "loss/image", "loss/squares"}
-    assert not any(value.requires_grad for value in weighted.terms.values())
+    plain = Objective(LANGUAGE)
+    assert plain.counts(batch) == (22, *terms.counts_M.tolist())
+    result = plain(Output(logits), batch, {"loss": 100})
+    assert list(result.sums) == ["loss", "loss/text", "loss/image"]
+    torch.testing.assert_close(result.loss, terms.total / 100)
+    both = Objective(LANGUAGE | {"squares": (0.5, Squares())})
+    counts = dict(zip(both.names, both.counts(batch)))
+    assert counts["loss/squares"] == 7
+    result = both(Output(logits), batch, counts)
+    torch.testing.assert_close(result.loss, terms.total / 22 + 0.5 * logits.pow(2).sum() / 7)
+    assert set(result.sums) == {"loss", "loss/text", "loss/image", "loss/squares"}
+    assert not any(value.requires_grad for value in result.sums.values())

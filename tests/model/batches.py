@@ -8,7 +8,15 @@ from moe_dist.config import ModelConfig, validate
 VOCAB = 50
 DENSE = {"type": "dense", "hidden_size": 48}
 TOP_K = {"type": "moe", "hidden_size": 48, "router": {"type": "top_k", "num_experts": 4, "top_k": 2}}
+LORA = {"rank": 8, "alpha": 16.0}
+LORA_EXPERTS = {
+    "type": "moe",
+    "hidden_size": 48,
+    "experts": {"type": "lora", **LORA},
+    "router": {"type": "top_k", "num_experts": 3, "top_k": 1, "weighting": "straight_through"},
+}
 EXPERT_CHOICE = {"type": "moe", "hidden_size": 48, "router": {"type": "expert_choice", "num_experts": 4}}
+LLAMA = {"norm": "pre", "qk_norm": False, "num_query_groups": 2, "head_size": 4, "rope_base": 100.0}
 MOMA = {
     "type": "moe",
     "hidden_size": 48,

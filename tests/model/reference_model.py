@@ -9,11 +9,19 @@ import math
 import torch
 
 
-def attention(x, weights, *, num_heads, base, epsilon):
-    """One document x [L, D]; weights: qkv [3D, D] in megatron's order (per head: query, key, value), proj, norms."""
-    length, width = x.shape
-    size = width // num_heads
-    query, key, value = (x @ weights["linear_qkv.weight"].T).view(length, num_heads, 3, size).unbind(2)
+def attention(x, weights, *, num_heads, base, epsilon, groups=None, delta=None):
+    """One document x [L, D]. Weights: qkv in megatron's order (of each group: its heads' queries, a key, a value), proj
+    and norms. Head h reads the key and value of group h // (heads per group).
+
+    delta(part, x): what LoRA adds to all queries "q", keys "k" and values "v", head after head, and to the output "o".
+    """
+    length, groups = len(x), groups or num_heads
+    shared = num_heads // groups
+    size = len(weights["linear_qkv.weight"]) // (num_heads + 2 * groups)
+    mixed = (x @ weights["linear_qkv.weight"].T).view(length, groups, shared + 2, size)
+    query, key, value = mixed[:, :, :shared].flatten(1, 2), mixed[:, :, shared], mixed[:, :, shared + 1]
+    if delta:
+        query, key, value = (y + delta(part, x).view_as(y) for part, y in zip("qkv", (query, key, value)))
     if "q_layernorm.weight" in weights:
         query = layer_norm(query, weights["q_layernorm.weight"], weights["q_layernorm.bias"], epsilon)
         key = layer_norm(key, weights["k_layernorm.weight"], weights["k_layernorm.bias"], epsilon)
@@ -22,16 +30,17 @@ def attention(x, weights, *, num_heads, base, epsilon):
     for t in range(length):
         heads = []
         for h in range(num_heads):
-            scores = key[: t + 1, h] @ query[t, h] / math.sqrt(size)
-            heads.append(torch.softmax(scores, dim=0) @ value[: t + 1, h])
+            scores = key[: t + 1, h // shared] @ query[t, h] / math.sqrt(size)
+            heads.append(torch.softmax(scores, dim=0) @ value[: t + 1, h // shared])
         rows.append(torch.cat(heads))
-    return torch.stack(rows) @ weights["linear_proj.weight"].T
+    attended = torch.stack(rows)
+    return attended @ weights["linear_proj.weight"].T + (delta("o", attended) if delta else 0)
 
 
 def rotate(x, base):
     """RoPE with the two halves of a head as real and imaginary part; positions count from 0. Angles in float32."""
     length, _, size = x.shape
-    frequency = torch.tensor([base ** (-2 * i / size) for i in range(size // 2)], dtype=torch.float32)
+    frequency = 1 / base ** (torch.arange(0, size, 2) / size)
     angle = torch.outer(torch.arange(length).float(), frequency)
     turn = torch.complex(angle.cos().double(), angle.sin().double())[:, None, :]
     real, imaginary = x.chunk(2, dim=-1)
@@ -61,7 +70,8 @@ def transformer(tokens, parameters, config, ffn=None):
         core = {k.removeprefix("attention.core."): v for k, v in own.items()}
 
         def attend(x, core=core):
-            return attention(x, core, num_heads=config.num_heads, base=config.rope_base, epsilon=config.norm_epsilon)
+            settings = {"num_heads": config.num_heads, "groups": config.num_query_groups, "base": config.rope_base}
+            return attention(x, core, epsilon=config.norm_epsilon, **settings)
 
         def feed(x, own=own, layer=layer):
             return ffn(layer, x) if ffn else swiglu(x, own["ffn.gate_up.weight"], own["ffn.down.weight"])
@@ -71,4 +81,5 @@ def transformer(tokens, parameters, config, ffn=None):
                 x = x + rms_norm(branch(x), weight, config.norm_epsilon)
             else:
                 x = x + branch(rms_norm(x, weight, config.norm_epsilon))
-    return rms_norm(x, parameters["norm.weight"], config.norm_epsilon) @ parameters["output.weight"].T
+    output = parameters["embedding.weight" if config.tie_embeddings else "output.weight"]
+    return rms_norm(x, parameters["norm.weight"], config.norm_epsilon) @ output.T

@@ -6,6 +6,7 @@ import torch
 from moe_dist.model import attention
 from moe_dist.model.attention import BucketedDocuments, VarlenDocuments, locate_documents, rotary_angles
 from moe_dist.model.mcore import Attention
+from tests import reference
 from tests.model import reference_model
 from tests.model.batches import model_config
 
@@ -16,30 +17,79 @@ def positions(lengths):
     return torch.cat([torch.arange(length) for length in lengths])
 
 
-@pytest.mark.parametrize("qk_norm", [True, False])
+@pytest.mark.parametrize(
+    ("qk_norm", "groups", "size"), [(True, None, 8), (False, None, 8), (True, 2, 8), (False, 1, 4)], ids=str
+)
 @pytest.mark.parametrize("lengths", [LENGTHS, [1], [64], [3, 3, 3]], ids=str)
-def test_attention_equals_the_naive_formula_in_float64(lengths, qk_norm):
+def test_attention_equals_the_naive_formula_in_float64(lengths, qk_norm, groups, size):
+    """Also with keys and values shared by 2 or all of the 4 heads, and heads narrower than their share of the width."""
     torch.manual_seed(0)
-    config = model_config(qk_norm=qk_norm, rope_base=100.0)
+    config = model_config(qk_norm=qk_norm, rope_base=100.0, num_query_groups=groups, head_size=size)
     module = Attention(config, layer=0, seed=3).double()
     for parameter in module.parameters():  # norms too must matter
         torch.nn.init.normal_(parameter, std=0.5)
     x = torch.randn(sum(lengths), config.hidden_size, dtype=torch.float64, requires_grad=True)
     documents = locate_documents(lengths, device=x.device, dtype=x.dtype)
-    angles = rotary_angles(positions(lengths), head_size=8, base=100.0)
+    angles = rotary_angles(positions(lengths), head_size=size, base=100.0)
     upstream = torch.randn_like(x)
 
-    output = module(x, documents, angles)
+    output = module(x, torch.arange(len(x)), documents, angles)
     names, parameters = zip(*module.core.named_parameters())
     gradients = torch.autograd.grad(output, [x, *parameters], upstream)
 
     weights = dict(zip(names, parameters))
-    settings = {"num_heads": config.num_heads, "base": 100.0, "epsilon": config.norm_epsilon}
+    settings = {"num_heads": config.num_heads, "groups": groups, "base": 100.0, "epsilon": config.norm_epsilon}
     expected = torch.cat([reference_model.attention(piece, weights, **settings) for piece in x.split(lengths)])
     expected_gradients = torch.autograd.grad(expected, [x, *parameters], upstream, allow_unused=True)
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
     for ours, theirs in zip(gradients, expected_gradients):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("qk_norm", "groups", "size"), [(True, None, 8), (False, 2, 4)], ids=str)
+def test_lora_on_attention_equals_the_naive_formula_in_float64(qk_norm, groups, size, dropout):
+    """Each projection has a delta and a dropout mask of its own; the base is frozen."""
+    lora = {"rank": 5, "alpha": reference.LORA_ALPHA, "dropout": dropout}
+    config = model_config(
+        qk_norm=qk_norm, rope_base=100.0, num_query_groups=groups, head_size=size, attention_lora=lora
+    )
+    module = Attention(config, layer=0, seed=3).double()
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    lengths, ids = [7, 16, 17], 500 + torch.arange(40)
+    x = torch.randn(40, config.hidden_size, dtype=torch.float64, requires_grad=True)
+    documents = locate_documents(lengths, device=x.device, dtype=x.dtype)
+    upstream = torch.randn_like(x)
+
+    angles = rotary_angles(positions(lengths), head_size=size, base=100.0)
+    output = module(x, ids, documents, angles)
+    weights = dict(module.core.named_parameters())
+    frozen = {name for name, weight in weights.items() if not weight.requires_grad}
+    assert frozen == {"linear_qkv.weight", "linear_proj.weight"}
+    trained = [weight for weight in weights.values() if weight.requires_grad]
+    gradients = torch.autograd.grad(output, [x, *trained], upstream)
+
+    def attend(piece, piece_ids):
+        def delta(part, x):
+            projection = "linear_proj" if part == "o" else "linear_qkv"
+            adapter = getattr(module.core, projection).lora[part]
+            rows = [reference.dropped(row, adapter.key, int(i), dropout) for row, i in zip(x, piece_ids)]
+            a, b = (weights[f"{projection}.lora.{part}.{key}"] for key in "ab")
+            return reference.LORA_ALPHA / 5 * (torch.stack(rows) @ a) @ b
+
+        settings = {"num_heads": config.num_heads, "groups": groups, "base": 100.0, "epsilon": config.norm_epsilon}
+        return reference_model.attention(piece, weights, **settings, delta=delta)
+
+    expected = torch.cat([attend(*pieces) for pieces in zip(x.split(lengths), ids.split(lengths))])
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, [x, *trained], upstream)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    repeated = module(x, ids, documents, angles)
+    assert torch.equal(repeated, output)
+    evaluated = module.eval()(x, ids, documents, angles)
+    assert (evaluated - output).abs().max() > 0.1 if dropout else torch.equal(evaluated, output)
 
 
 def test_rotary_angles_are_float32_and_the_plain_formula():
@@ -67,12 +117,15 @@ def test_far_away_values_do_not_leak_between_documents():
     assert finite_T[:5].all() and finite_T[11:].all() and not finite_T[7:11].any()
 
 
-def test_cuda_in_half_precision_calls_flash_attention_by_cumulative_lengths(monkeypatch):
+@pytest.mark.parametrize("groups", [2, 1])
+def test_cuda_in_half_precision_calls_flash_attention_by_cumulative_lengths(groups, monkeypatch):
     """The kernel needs a GPU; its stand-in computes what the documentation of varlen_attn says, from the same call."""
 
-    def stand_in(query, key, value, ends_q, ends_k, longest_q, longest_k, *, window_size):
+    def stand_in(query, key, value, ends_q, ends_k, longest_q, longest_k, *, window_size, enable_gqa):
         assert window_size == (-1, 0) and longest_q == longest_k == max(LENGTHS)
         assert ends_q.dtype == torch.int32 and torch.equal(ends_q, ends_k) and ends_q[0] == 0
+        assert enable_gqa == (groups != 2)
+        key, value = (x.repeat_interleave(2 // groups, dim=1) for x in (key, value))
         pieces = [x.split(ends_q.diff().tolist()) for x in (query, key, value)]
         outputs = []
         for q, k, v in zip(*pieces):
@@ -82,7 +135,7 @@ def test_cuda_in_half_precision_calls_flash_attention_by_cumulative_lengths(monk
         return torch.cat(outputs)
 
     monkeypatch.setattr(attention, "varlen_attn", stand_in)
-    qkv = [torch.randn(sum(LENGTHS), 2, 4) for _ in range(3)]
+    qkv = [torch.randn(sum(LENGTHS), heads, 4) for heads in (2, groups, groups)]
     ours = VarlenDocuments.build(LENGTHS, torch.device("cpu")).attend(*qkv)
     bucketed = BucketedDocuments.build(LENGTHS, torch.device("cpu")).attend(*qkv)
     torch.testing.assert_close(ours, bucketed)
@@ -91,7 +144,8 @@ def test_cuda_in_half_precision_calls_flash_attention_by_cumulative_lengths(monk
 def test_the_call_of_flash_attention_fits_its_real_signature():
     """The real operator on the meta device: shapes and dtypes alone, forward and backward."""
     meta = torch.device("meta")
-    qkv = [torch.empty(sum(LENGTHS), 2, 8, dtype=torch.bfloat16, device=meta, requires_grad=True) for _ in range(3)]
+    settings = {"dtype": torch.bfloat16, "device": meta, "requires_grad": True}
+    qkv = [torch.empty(sum(LENGTHS), heads, 8, **settings) for heads in (4, 2, 2)]
     output = VarlenDocuments.build(LENGTHS, meta).attend(*qkv)
     assert output.shape == qkv[0].shape and output.dtype == torch.bfloat16
     output.sum().backward()

@@ -13,7 +13,7 @@ from moe_dist.moe.random import seeded_normal_
 from moe_dist.parallel.layout import Layout
 from tests import reference
 from tests.model import reference_model
-from tests.model.batches import DENSE, EXPERT_CHOICE, MOMA, TOP_K, VOCAB, make_batch, model_config
+from tests.model.batches import DENSE, EXPERT_CHOICE, LLAMA, MOMA, TOP_K, VOCAB, make_batch, model_config
 
 FFNS = pytest.mark.parametrize("ffn", [DENSE, TOP_K, EXPERT_CHOICE, MOMA], ids=["dense", "top_k", "moe_8x", "moma"])
 
@@ -29,9 +29,13 @@ def gradients(model, batch):
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("norm", ["swin", "pre"])
-def test_dense_model_equals_plain_pytorch_in_float64(norm):
-    model = build(norm=norm).double()
+@pytest.mark.parametrize(
+    "changes",
+    [{"norm": "swin"}, {"norm": "pre"}, {"tie_embeddings": True}, LLAMA, {**LLAMA, "tie_embeddings": True}],
+    ids=["swin", "pre", "tied", "llama", "tied-llama"],
+)
+def test_dense_model_equals_plain_pytorch_in_float64(changes):
+    model = build(**changes).double()
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -47,6 +51,7 @@ def test_dense_model_equals_plain_pytorch_in_float64(norm):
     expected = -probs.log()[batch.loss_mask_T].sum()
     theirs = dict(zip(parameters, torch.autograd.grad(expected, list(parameters.values()))))
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=0)
+    assert ("output.weight" in ours) != model.config.tie_embeddings
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name], rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -123,7 +128,7 @@ def test_recomputation_gives_identical_gradients_and_records_keep_theirs(ffn):
         output = model(batch.tokens_T, batch.info)
         loss = language_loss(output.logits_TV, batch).total
         for record in output.records:  # as a balance loss would
-            loss = loss + record.probs_TE.pow(2).sum()
+            loss = loss + sum(part.probs_VC.pow(2).sum() for part in record.parts)
         loss.backward()
         results.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in results[0].items():
@@ -158,7 +163,7 @@ def test_bf16_keeps_routing_and_rope_in_float32_and_trains(ffn, monkeypatch):
     assert output.logits_TV.dtype == torch.bfloat16
     assert all(angle.dtype == torch.float32 for angle in angles)
     for record in output.records:
-        assert record.logits_TE.dtype == record.probs_TE.dtype == torch.float32
+        assert all(part.logits_VC.dtype == part.probs_VC.dtype == torch.float32 for part in record.parts)
     agreement = torch.nn.functional.cosine_similarity(output.logits_TV.float(), exact, dim=1)
     assert agreement.median() > 0.99
     language_loss(output.logits_TV, batch).total.backward()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_dist.batch import IMAGE, TEXT, TokenInfo
 from moe_dist.config import MoEFFN
@@ -22,6 +22,17 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "top_1": {"type": "top_k", "num_experts": 8, "top_k": 1},
     "top_2_sigmoid": {"type": "top_k", "num_experts": 8, "top_k": 2, "score": "sigmoid", "renormalize": True},
     "top_8": {"type": "top_k", "num_experts": 8, "top_k": 8, "renormalize": True},
+    "biased": {"type": "top_k", "num_experts": 8, "top_k": 1, "bias": True, "weighting": "straight_through"},
+    "by_position": {"type": "top_k", "num_experts": 8, "top_k": 2, "capacity_factor": 0.8},
+    "by_probability": {
+        "type": "top_k", "num_experts": 8, "top_k": 2, "capacity_factor": 0.8, "drop_policy": "probability",
+    },
+    "padded": {"type": "top_k", "num_experts": 8, "top_k": 2, "capacity_factor": 1.2, "pad_to_capacity": True},
+    "null": {"type": "null_experts", "num_experts": 8, "num_null_experts": 8, "top_k": 3},
+    "null_full": {
+        "type": "null_experts", "num_experts": 8, "num_null_experts": 4, "top_k": 4, "capacity_factor": 0.6,
+        "drop_policy": "probability",
+    },
     "moe_8x": {"type": "expert_choice", "num_experts": 8},
     "4t4i": {
         "type": "modality",
@@ -38,7 +49,12 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "text": {"type": "top_k", "num_experts": 6, "top_k": 2},
         "image": {"type": "expert_choice", "num_experts": 2},
     },
-}
+    "null_in_text": {
+        "type": "modality",
+        "text": {"type": "null_experts", "num_experts": 4, "num_null_experts": 3, "top_k": 2},
+        "image": {"type": "top_k", "num_experts": 4, "top_k": 2, "capacity_factor": 0.7, "pad_to_capacity": True},
+    },
+}  # fmt: skip
 
 BATCHES = ("mixed", "one_sided", "rank_0_padding", "no_images", "one_token", "skewed", "repeated")
 
@@ -84,17 +100,21 @@ def make_layer(router: str, kind: str = "mixed", layout: Layout | None = None) -
     layer = build_moe_layer(
         ffn, hidden_size=WIDTH, layer=3, seed=5, layout=layout or Layout(), init_std=0.3, output_std=0.2
     ).double()
+    for name, parameter in layer.router.named_parameters():
+        if name.endswith("bias"):  # it starts at zero, where it could not be missed
+            nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
     if kind == "skewed":
         with torch.no_grad():
-            for weight_ED in layer.router.parameters():
-                weight_ED.abs_().mul_(-1)[0].mul_(-1)
+            for name, parameter in layer.router.named_parameters():
+                if name.endswith("weight"):
+                    parameter.abs_().mul_(-1)[0].mul_(-1)
     return layer
 
 
 def run_layer(layer: MoELayer, kind: str, rank: int) -> dict[str, Any]:
     """Forward and backward of one rank's micro-batch: everything the oracle predicts."""
     x_TD, info, loss_TD = make_batch(kind, rank)
-    y_TD, record = layer(x_TD, info)
+    y_TD, _ = layer(x_TD, info)
     (y_TD * loss_TD).sum().backward()
     return {
         "y": y_TD.detach(),
@@ -103,8 +123,6 @@ def run_layer(layer: MoELayer, kind: str, rank: int) -> dict[str, Any]:
         "expert_ids": layer.experts.expert_ids,
         "gate_up_grad": layer.experts.gate_up.grad,
         "down_grad": layer.experts.down.grad,
-        "logits": record.logits_TE.detach(),
-        "probs": record.probs_TE.detach(),
     }
 
 

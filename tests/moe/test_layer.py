@@ -81,8 +81,8 @@ def test_recomputed_activations_give_the_same_gradients():
 def _drop_a_row(layer):
     dispatch = layer.dispatcher.dispatch
 
-    def faulty(x_TD, plan):
-        rows_RD, receipt = dispatch(x_TD, plan)
+    def faulty(x_TD, plan, token_id_T):
+        rows_RD, receipt = dispatch(x_TD, plan, token_id_T)
         if len(rows_RD):
             rows_RD = torch.cat([rows_RD[:-1], torch.zeros_like(rows_RD[-1:])])
         return rows_RD, receipt
@@ -92,15 +92,15 @@ def _drop_a_row(layer):
 
 def _forget_the_weights_gradient(layer):
     experts = layer.experts.forward
-    layer.experts.forward = lambda rows, counts, weights: experts(rows, counts, weights.detach())
+    layer.experts.forward = lambda rows, counts, weights, ids: experts(rows, counts, weights.detach(), ids)
 
 
 def _rows_in_rank_order(layer):
     """Leave the received rows as they come: sorted by rank, not by expert."""
     dispatch = layer.dispatcher.dispatch
 
-    def faulty(x_TD, plan):
-        rows_RD, receipt = dispatch(x_TD, plan)
+    def faulty(x_TD, plan, token_id_T):
+        rows_RD, receipt = dispatch(x_TD, plan, token_id_T)
         received_er = [list(column) for column in zip(*receipt.received_re)]
         pieces = rows_RD.split([size for row in received_er for size in row])
         inner = len(received_er[0])
@@ -113,7 +113,7 @@ def _rows_in_rank_order(layer):
 def _gradient_kept_at_home(layer):
     """An all-to-all whose backward forgets to send anything back."""
     dispatch = layer.dispatcher.dispatch
-    layer.dispatcher.dispatch = lambda x_TD, plan: dispatch(x_TD.detach(), plan)
+    layer.dispatcher.dispatch = lambda x_TD, plan, token_id_T: dispatch(x_TD.detach(), plan, token_id_T)
 
 
 FAULTS = {

@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_dist.moe.random import fold_key, hash_ids, seeded_normal_
+from moe_dist.moe.random import dropout, fold_key, hash_ids, seeded_normal_
 from tests.reference import splitmix_hash
 
 
@@ -37,3 +37,17 @@ def test_initialisation_depends_on_name_and_seed_alone():
     assert torch.equal(first, second) and not torch.equal(first, third)
     assert abs(float(first.std()) - 0.5) < 0.02 and abs(float(first.mean())) < 0.02
     seeded_normal_(torch.empty(2, device="meta"), seed=0, name="a", std=1.0)
+
+
+def test_dropout_keeps_the_mean_and_decides_every_element_by_itself():
+    x_RD = torch.ones(4096, 61)
+    y_RD = dropout(x_RD, torch.arange(4096), key=3, rate=0.25)
+    kept_RD = (y_RD > 0).double()
+    assert torch.equal(y_RD.unique(), torch.tensor([0.0, 1 / 0.75]))
+    assert abs(kept_RD.mean().item() - 0.75) < 0.005
+    assert (kept_RD.mean(0) - 0.75).abs().max() < 0.04 and (kept_RD.mean(1) - 0.75).abs().mean() < 0.06
+    correlation = torch.corrcoef(kept_RD.t()) - torch.eye(61)
+    assert correlation.abs().max() < 0.09  # 5.5 standard deviations of independent columns
+    rows = torch.tensor([7, 99])
+    assert torch.equal(dropout(x_RD[rows], rows, key=3, rate=0.25), y_RD[rows])
+    assert not torch.equal(dropout(x_RD, torch.arange(4096), key=4, rate=0.25), y_RD)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moe_dist.batch import IMAGE, TEXT
+from moe_dist.batch import TEXT
 from moe_dist.errors import UserError
-from moe_dist.moe.expert_choice import expert_capacity
+from moe_dist.moe.capacity import expert_capacity
 from moe_dist.moe.registry import build_router, router_settings
 from moe_dist.moe.router import Site
 from tests import reference
@@ -18,7 +18,8 @@ def dense(plan, num_tokens):
     """gates_TE that a plan stands for; a token twice at one expert would be counted twice."""
     gates_TE = torch.zeros(num_tokens, len(plan.counts_E), dtype=plan.weights_N.dtype)
     expert_N = torch.repeat_interleave(torch.arange(len(plan.counts_E)), plan.counts_E)
-    return gates_TE.index_put((plan.token_ids_N, expert_N), plan.weights_N, accumulate=True)
+    rows = len(expert_N)
+    return gates_TE.index_put((plan.token_ids_N[:rows], expert_N), plan.weights_N[:rows], accumulate=True)
 
 
 @pytest.mark.parametrize("kind", BATCHES)
@@ -29,21 +30,95 @@ def test_plan_and_record_equal_the_oracle(router, kind):
     plan, record = router(x_TD, info)
     weights = [weight.detach() for weight in router.parameters()]
     close(dense(plan, TOKENS).detach(), reference.gates(router, x_TD.detach(), weights, info), "gates")
-    assert int(plan.counts_E.sum()) == len(plan.token_ids_N) == len(plan.weights_N)
+    rows = int(plan.counts_E.sum())
+    assert len(plan.token_ids_N) == len(plan.weights_N) >= rows
+    assert not plan.complete or rows == len(plan.token_ids_N)
     assert record.plan is plan and record.layer == 3
-    for expert in range(router.num_experts):
-        reachable_T = info.valid_T.clone()
-        if len(router.expert_groups) == 2:
-            reachable_T &= info.modality_T == (TEXT if expert in router.expert_groups[0] else IMAGE)
-        logits_T, probs_T = record.logits_TE[:, expert], record.probs_TE[:, expert]
-        assert torch.equal(logits_T.isfinite(), reachable_T)
-        assert torch.equal(logits_T == -torch.inf, ~reachable_T)
-        assert torch.equal(probs_T > 0, reachable_T)
+    seen = torch.cat([part.token_V for part in record.parts])
+    assert sorted(seen.tolist()) == info.valid_T.nonzero().flatten().tolist()
+    if len(record.parts) == 2:
+        assert [set(info.modality_T[part.token_V].tolist()) - {m} for m, part in enumerate(record.parts)] == [set()] * 2
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize("router", [name for name, raw in ROUTERS.items() if raw["type"] in ("top_k", "null_experts")])
+def test_what_token_choice_records_equals_the_oracle(router, kind):
+    """What was chosen, what found room, and the gate values; with null experts only true assignments fill an expert."""
+    router = make_layer(router, kind).router
+    x_TD, info, _ = make_batch(kind, 0)
+    _, record = router(x_TD, info)
+    (part,) = record.parts
+    decision = reference.decide(router, x_TD.detach(), [p.detach() for p in router.parameters()], info)
+    assert _pairs(part.token_V, part.chosen_VC) == decision.chosen
+    assert _pairs(part.token_V, part.kept_VE) == decision.kept
+    of_expert = [sum(e == expert for _, e in decision.kept) for expert in range(8)]
+    wished = [sum(c == expert for _, c in decision.chosen) for expert in range(8)]
+    assert record.load_E.tolist() == of_expert
+    assert record.dropped_E.tolist() == [a - b for a, b in zip(wished, of_expert)]
+    of_token = [sum(t == token for t, _ in decision.kept) for token in range(TOKENS)]
+    assert record.experts_of_T(TOKENS).tolist() == of_token
+    logits_VC = torch.stack([x_TD[t] @ router.gate.weight.T for t in part.token_V.tolist()] or [part.logits_VC.sum(0)])
+    if len(part.token_V):
+        close(part.logits_VC, logits_VC if router.gate.bias is None else logits_VC + router.gate.bias, "logits")
+
+
+def _pairs(token_V, mask_VC):
+    return {(int(token_V[v]), c) for v, c in mask_VC.nonzero().tolist()}
+
+
+def test_the_cases_drop_take_nulls_and_leave_tokens_without_an_expert():
+    """Else the comparisons above would show little."""
+    for name in ("by_position", "by_probability", "null_full"):
+        x_TD, info, _ = make_batch("skewed", 0)
+        _, record = make_layer(name, "skewed").router(x_TD, info)
+        assert record.dropped_E.sum() > 0, name
+    x_TD, info, _ = make_batch("mixed", 0)
+    _, record = make_layer("null").router(x_TD, info)
+    experts = set(record.experts_of_T(TOKENS)[info.valid_T].tolist())
+    assert experts >= {0, 1, 2}
+
+
+def test_padding_to_capacity_gives_static_shapes_and_the_same_layer():
+    """Every expert gets the same number of rows whatever the tokens are; outputs and gradients stay bitwise."""
+    shapes = set()
+    for kind in BATCHES:
+        results = {}
+        for pad in (False, True):
+            layer = make_layer("padded", kind)
+            layer.router.settings = layer.router.settings.model_copy(update={"pad_to_capacity": pad})
+            x_TD, info, loss_TD = make_batch(kind, 0)
+            plan, _ = layer.router(x_TD, info)
+            y_TD, _ = layer(x_TD, info)
+            (y_TD * loss_TD).sum().backward()
+            results[pad] = [y_TD, x_TD.grad, *(p.grad for p in layer.parameters())]
+        shapes.add((tuple(plan.token_ids_N.shape), tuple(plan.counts_E.tolist())))
+        for plain, padded in zip(results[False], results[True]):
+            close(padded, plain, kind)
+    assert shapes == {((8 * 8,), (8,) * 8)}  # 2 groups of ceil(1.2 * 12 * 2 / 8) = 4
+
+
+def test_null_experts_with_copied_columns_tie_and_are_chosen_at_random():
+    """AdaMoE starts the null columns as copies of the experts': each copy is then chosen as often as its original."""
+    router = make_layer("null").router
+    with torch.no_grad():
+        router.gate.weight[8:] = router.gate.weight[:8]
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(6000, WIDTH, generator=generator, dtype=torch.float64)
+    info = make_info(torch.zeros(6000, dtype=torch.int64), torch.ones(6000, dtype=torch.bool), num_groups=1)
+    _, record = router(x_TD, info)
+    share = record.load_E.sum().item() / (3 * 6000)
+    assert abs(share - 0.5) < 0.02  # k n / (n + m) = 1.5 true experts a token
+
+
+def test_dropping_by_probability_is_not_causal():
+    built = {name: build_router(ROUTERS[name], SITE).causal for name in ("by_position", "by_probability", "null")}
+    assert built == {"by_position": True, "by_probability": False, "null": True}
 
 
 def test_what_layouts_and_losses_ask_of_a_router():
     built = {name: build_router(raw, SITE) for name, raw in ROUTERS.items()}
-    assert {name for name, router in built.items() if router.causal} == {"top_1", "top_2_sigmoid", "top_8"}
+    causal = {"top_1", "top_2_sigmoid", "top_8", "biased", "by_position", "padded", "null", "null_in_text"}
+    assert {name for name, router in built.items() if router.causal} == causal
     assert built["7t1i"].expert_groups == ((0, 1, 2, 3, 4, 5, 6), (7,))
     assert built["moe_8x"].expert_groups == (tuple(range(8)),)
     assert all(router.num_experts == 8 for router in built.values())
@@ -69,7 +144,7 @@ def test_capacity_rounds_up_and_stays_within_the_group(tokens, factor, experts, 
 def _assignments(plan, info):
     """Set of (expert, token id)."""
     expert_N = torch.repeat_interleave(torch.arange(len(plan.counts_E)), plan.counts_E)
-    return set(zip(expert_N.tolist(), info.token_id_T[plan.token_ids_N].tolist()))
+    return set(zip(expert_N.tolist(), info.token_id_T[plan.token_ids_N[: len(expert_N)]].tolist()))
 
 
 @pytest.mark.parametrize("router", ["moe_8x", "4t4i", "6t2i"])
@@ -127,7 +202,8 @@ def test_routing_stays_float32_under_bf16_and_autocast(router):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast, _ = router(x_TD, info)
     exact, _ = router.float()(x_TD.float(), info)
-    assert plan.weights_N.dtype == record.logits_TE.dtype == record.probs_TE.dtype == torch.float32
+    assert plan.weights_N.dtype == torch.float32
+    assert all(part.logits_VC.dtype == part.probs_VC.dtype == torch.float32 for part in record.parts)
     for other in (under_autocast, exact):
         assert all(torch.equal(a, b) for a, b in zip(vars_of(plan), vars_of(other)))
 
@@ -136,7 +212,7 @@ def test_losses_reach_the_gate_through_the_record():
     router = build_router(ROUTERS["4t4i"], SITE).double()
     x_TD, info, _ = make_batch("mixed", 0)
     _, record = router(x_TD, info)
-    record.probs_TE.sum().backward()
+    sum(part.probs_VC.sum() for part in record.parts).backward()
     text_TD = x_TD.detach()[info.valid_T & (info.modality_T == TEXT)]
     weight_ED = router.text.gate.weight.detach().clone().requires_grad_()
     (text_TD @ weight_ED.T).sigmoid().sum().backward()
@@ -156,10 +232,19 @@ def test_non_finite_inputs_do_not_break_the_plan():
     "raw, message",
     [
         ({"type": "top_kk"}, r"key 'model.ffn.router.type': there is no router 'top_kk' \(did you mean 'top_k'\?\)"),
-        ({}, "there is no router 'None': one of top_k, expert_choice, modality"),
+        ({}, "there is no router 'None': one of top_k, null_experts, expert_choice, modality"),
         ({"type": "top_k", "num_experts": 4, "topk": 2}, "unknown key 'model.ffn.router.topk'"),
         ({"type": "top_k", "num_experts": 4}, "key 'model.ffn.router.top_k' is missing"),
-        ({"type": "top_k", "num_experts": 2, "top_k": 3}, "top_k=3 is more than num_experts=2"),
+        ({"type": "top_k", "num_experts": 2, "top_k": 3}, "top_k=3 is more than the router's 2 columns"),
+        (
+            {"type": "null_experts", "num_experts": 2, "num_null_experts": 1, "top_k": 4},
+            "top_k=4 is more than the router's 3 columns",
+        ),
+        ({"type": "top_k", "num_experts": 4, "top_k": 1, "pad_to_capacity": True}, "needs a capacity_factor"),
+        (
+            {"type": "top_k", "num_experts": 4, "top_k": 1, "renormalize": True, "weighting": "straight_through"},
+            "weighting=straight_through leaves nothing to renormalize",
+        ),
         ({"type": "expert_choice", "num_experts": 0}, "'model.ffn.router.num_experts'"),
         ({"type": "expert_choice", "num_experts": 4, "capacity_factor": 0}, "'model.ffn.router.capacity_factor'"),
         (

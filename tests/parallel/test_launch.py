@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.errors import UserError
-from moe_dist.parallel.launch import Place, discover, first_host
+from moe_dist.parallel.launch import Place, discover, first_host, is_main_process
 
 TOOLS = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[2]
@@ -102,6 +102,57 @@ def test_an_incomplete_environment_is_named(missing):
     del environment[missing]
     with pytest.raises(UserError, match=missing):
         discover(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"RANK": "one"}, "RANK=one, which is not a whole number"),
+        ({"RANK": "-1"}, "RANK=-1, which is not a whole number"),
+        ({"RANK": "2"}, "RANK=2, but WORLD_SIZE=2 ranks are numbered from 0"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two, which is not a whole number"),
+        ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK=1.5, which is not a whole number"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http, which is not a whole number"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_named(environment, sentence):
+    complete = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    with pytest.raises(UserError, match=sentence):
+        discover(complete | environment)
+
+
+def test_a_slurm_variable_that_makes_no_sense_is_named():
+    with pytest.raises(UserError, match="SLURM_PROCID=x, which is not a whole number"):
+        discover(SRUN | {"SLURM_PROCID": "x"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "main"),
+    [({}, True), ({"RANK": "0"}, True), ({"RANK": "1"}, False), ({"RANK": "one"}, True), ({"PMI_RANK": "3"}, False)],
+)
+def test_who_speaks_for_all(environment, main):
+    assert is_main_process(environment) is main
+
+
+ENDING = """
+import atexit, sys, torch.distributed as dist
+from moe_dist.parallel.launch import discover, run_rank
+def main():
+    discover().export()
+    dist.init_process_group("gloo")
+    atexit.register(lambda: print("open" if dist.is_initialized() else "closed"))
+run_rank(main)
+"""
+
+
+def test_the_process_group_is_closed_at_a_clean_end():
+    foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_", "PMI", "OMPI", "SLURM")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", ENDING], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert (run.stdout, run.stderr) == ("closed\n", "")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,11 @@
 """An error on one rank is raised on all of them."""
 
+import time
+from datetime import timedelta
+from pathlib import Path
+
 import pytest
+import torch.distributed as dist
 
 from moe_dist.errors import UserError
 from moe_dist.parallel.together import together
@@ -30,6 +35,42 @@ def test_a_defect_keeps_its_type_where_it_happened():
         ("KeyError", "'broken on 0'"),
         ("UserError", "KeyError('broken on 0') (rank 0)"),
     ]
+
+
+def _open_nothing(rank):
+    try:
+        with together():
+            Path("/nowhere").read_text()
+    except UserError as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def test_what_the_operating_system_refuses_is_the_users_to_put_right():
+    assert run_ranks(_open_nothing, 2) == [("UserError", "/nowhere: No such file or directory")] * 2
+
+
+def _be_late(rank, patient):
+    """The default group gives up after a second; rank 1 takes three."""
+    _renew_default_group(rank, timeout=timedelta(seconds=1))
+    with together(patient=patient):
+        if rank == 1:
+            time.sleep(3)
+    _renew_default_group(rank)
+
+
+def _renew_default_group(rank, **settings):
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", rank=rank, world_size=2, **settings)
+
+
+def test_patient_ranks_wait_for_a_late_one():
+    run_ranks(_be_late, 2, True)
+
+
+def test_other_ranks_give_up():
+    with pytest.raises(RuntimeError, match=r"Timed out waiting 1000ms"):
+        run_ranks(_be_late, 2, False)
 
 
 def test_one_process_alone():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_dist.errors import UserError
-from moe_dist.telemetry.report import loss_figure, read_baseline, read_run, routing_figure, write_report
+from moe_dist.telemetry.report import domain_figure, loss_figure, read_baseline, read_run, routing_figure, write_report
 
 
 def make_run(path, *, causal=False, experts=3, images=True, steps=40):
@@ -98,6 +98,34 @@ def test_short_runs_draw_too(tmp_path, steps, causal):
     files = write_report(make_run(tmp_path / "run", steps=steps, causal=causal))
     assert [file.name for file in files] == ["loss.png", "routing.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def with_domains(path, layers=2):
+    """Early and late shares differ; layer 1 has never seen the second domain."""
+    lines = [json.loads(line) for line in (make_run(path) / "metrics.jsonl").read_text().splitlines()[:-1]]
+    for line in lines:
+        late = line["step"] > 36
+        for layer in range(layers):
+            line[f"moe/{layer}/domain_share/emoji"] = [0.5, 0.25, 0.25] if late else [0.0, 0.0, 1.0]
+        line["moe/0/domain_share/clip/art"] = [0.0, 1.0, 0.0]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_domains_have_a_map_a_layer_of_the_end_of_the_run(tmp_path):
+    run = with_domains(tmp_path / "run")
+    assert [file.name for file in write_report(run)] == ["loss.png", "routing.png", "domains.png"]
+    first, second, _ = domain_figure(read_run(run)).axes
+    assert [label.get_text() for label in first.get_yticklabels()] == ["clip/art", "emoji"]
+    assert first.images[0].get_array().tolist() == [[0, 1, 0], [0.5, 0.25, 0.25]]
+    assert second.images[0].get_array().mask[0].all() and second.get_title() == "layer 1"
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("layers", [1, 4, 7])
+def test_domain_maps_of_any_number_of_layers_draw(tmp_path, layers):
+    figure = domain_figure(read_run(with_domains(tmp_path / "run", layers)))
+    assert sum(axis.get_visible() for axis in figure.axes) == layers + 1  # the colour bar
 
 
 def test_a_dense_run_has_no_routing_picture(tmp_path):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.batch import MODALITIES, TokenInfo
-from moe_dist.moe.plan import RoutingPlan, RoutingRecord
+from moe_dist.moe.plan import Routing, RoutingPlan, RoutingRecord
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.telemetry.keys import undeclared
 from moe_dist.telemetry.routing import routing_counts, routing_metrics
@@ -51,20 +51,29 @@ def make_records(pairs):
             weights_N=torch.ones(len(chosen)),
             counts_E=torch.bincount(torch.tensor([e for _, e in chosen], dtype=torch.int64), minlength=EXPERTS),
         )
+        kept_TE = torch.zeros(TOKENS, EXPERTS, dtype=torch.bool)
+        for t, e in chosen:
+            kept_TE[t, e] = True
+        chosen_TE = kept_TE.clone()
+        chosen_TE[:2, 0] = True  # found expert 0 full, unless they are in it
         empty_TE = torch.zeros(TOKENS, EXPERTS)
-        records.append(RoutingRecord(layer=layer, logits_TE=empty_TE, probs_TE=empty_TE, plan=plan))
+        routing = Routing(
+            token_V=torch.arange(TOKENS), logits_VC=empty_TE, probs_VC=empty_TE, chosen_VC=chosen_TE, kept_VE=kept_TE
+        )
+        records.append(RoutingRecord(layer=layer, plan=plan, parts=(routing,)))
     return records
 
 
 def oracle(micro_batches_by_rank, expert, local_experts):
     """The definitions, one assignment at a time. micro_batches_by_rank: [rank] -> list of (info, pairs)."""
-    metrics, imbalances = {}, []
+    metrics, imbalances, tokens, assignments = {}, [], 0, 0
     for i, layer in enumerate(LAYERS):
-        load = [0] * EXPERTS
+        load, dropped = [0] * EXPERTS, 0
         rows = [0] * len(micro_batches_by_rank)
         experts_of = {m: [] for m in range(len(MODALITIES))}
         for rank, micro_batches in enumerate(micro_batches_by_rank):
             for info, pairs in micro_batches:
+                dropped += 2 - sum((t, 0) in pairs[i] for t in range(2))
                 for _, e in pairs[i]:
                     load[e] += 1
                     owner = next(r for r, experts in enumerate(local_experts) if e in experts)
@@ -77,12 +86,15 @@ def oracle(micro_batches_by_rank, expert, local_experts):
             for e in group:
                 metrics[f"moe/{layer}/utilization/{e}"] = load[e] / fair
         for m, counts in experts_of.items():
+            tokens, assignments = tokens + len(counts), assignments + sum(counts)
             metrics[f"moe/{layer}/experts_per_token/{MODALITIES[m]}"] = sum(counts) / len(counts)
             metrics[f"moe/{layer}/unrouted_fraction/{MODALITIES[m]}"] = counts.count(0) / len(counts)
+        metrics |= {f"moe/{layer}/dropped_fraction/{e}": 0.0 for e in range(1, EXPERTS)}
+        metrics[f"moe/{layer}/dropped_fraction/0"] = dropped / (dropped + load[0])
         for start in range(0, len(rows), expert):
             members = rows[start : start + expert]
             imbalances.append(max(members) * expert / sum(members))
-    return metrics | {"moe/rank_imbalance": max(imbalances)}
+    return metrics | {"moe/rank_imbalance": max(imbalances), "moe/experts_per_token": assignments / tokens}
 
 
 def flatten(metrics):
@@ -151,3 +163,65 @@ def test_counts_of_different_layers_do_not_add_up():
     counts = routing_counts(records, info, Layout())
     with pytest.raises(ValueError, match="do not add up"):
         counts + routing_counts(records[:1], info, Layout())
+
+
+DOMAINS = ("animals", "plants", "unseen")
+
+
+def domains_of(seed):
+    return torch.randint(-1, 2, (TOKENS,), generator=torch.Generator().manual_seed(seed))
+
+
+def measure_domains(micro_batches, layout, local_experts):
+    """micro_batches: (seed of the domains, (info, pairs)) of one rank."""
+    counts = [
+        routing_counts(make_records(pairs), info, layout, domain_T=domains_of(seed), num_domains=len(DOMAINS))
+        for seed, (info, pairs) in micro_batches
+    ]
+    total = counts[0] + counts[1]
+    metrics = routing_metrics(total, layout, expert_groups=GROUPS, local_experts=local_experts, domains=DOMAINS)
+    return {key: value for key, value in metrics.items() if "/domain_share/" in key}
+
+
+def domain_oracle(micro_batches_by_rank):
+    """The share of each expert in a domain's assignments, one assignment at a time."""
+    metrics = {}
+    for i, layer in enumerate(LAYERS):
+        for d, domain in enumerate(DOMAINS):
+            experts = [
+                e
+                for micro_batches in micro_batches_by_rank
+                for seed, (_, pairs) in micro_batches
+                for t, e in pairs[i]
+                if domains_of(seed)[t] == d
+            ]
+            if experts:
+                metrics[f"moe/{layer}/domain_share/{domain}"] = [
+                    experts.count(e) / len(experts) for e in range(EXPERTS)
+                ]
+    return metrics
+
+
+def _domain_batches(rank):
+    return [(100 * rank + i, batch) for i, batch in enumerate(_of_rank(rank))]
+
+
+def _measure_domains_on_rank(rank, expert, local_experts):
+    layout = make_layout(expert=expert, device=torch.device("cpu"))
+    return measure_domains(_domain_batches(rank), layout, local_experts)
+
+
+def test_domain_shares_equal_the_loops():
+    metrics = measure_domains(_domain_batches(0), Layout(), [range(EXPERTS)])
+    expected = domain_oracle([_domain_batches(0)])
+    assert not undeclared(metrics) and len(expected) == 2 * len(LAYERS), "the domain without a token has no key"
+    assert flatten(metrics) == pytest.approx(flatten(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("world", "expert", "local_experts"), [(2, 2, [(0, 1, 4), (2, 3, 5)]), (2, 1, [range(EXPERTS)])]
+)
+def test_domain_shares_are_exact_over_ranks(world, expert, local_experts):
+    expected = flatten(domain_oracle([_domain_batches(rank) for rank in range(world)]))
+    for metrics in run_ranks(_measure_domains_on_rank, world, expert, local_experts):
+        assert flatten(metrics) == pytest.approx(expected, abs=1e-12)

@@ -7,7 +7,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 from moe_dist.telemetry.throughput import model_flops, num_parameters
-from tests.model.batches import DENSE, EXPERT_CHOICE, MOMA, TOP_K, VOCAB, make_batch, model_config
+from tests.model.batches import (
+    DENSE,
+    EXPERT_CHOICE,
+    LLAMA,
+    LORA,
+    LORA_EXPERTS,
+    MOMA,
+    TOP_K,
+    VOCAB,
+    make_batch,
+    model_config,
+)
 
 LENGTHS = [16, 48, 64, 16, 48]  # multiples of 16: attention on CPU pads to them
 
@@ -34,26 +45,40 @@ MAPPING = {
 }
 
 
-@pytest.mark.parametrize("ffn", [DENSE, TOP_K, EXPERT_CHOICE, MOMA], ids=["dense", "top_k", "moe_8x", "moma"])
-def test_model_flops_within_one_percent_of_the_counted_operations(ffn):
-    config = model_config(ffn, hidden_size=64)
+TIED_LLAMA = {**LLAMA, "head_size": 24, "tie_embeddings": True}
+FFNS = {"dense": DENSE, "top_k": TOP_K, "moe_8x": EXPERT_CHOICE, "moma": MOMA, "lora": LORA_EXPERTS}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, TIED_LLAMA, {"attention_lora": LORA}, {**TIED_LLAMA, "attention_lora": LORA}],
+    ids=["chameleon", "llama", "lora", "llama-lora"],
+)
+@pytest.mark.parametrize("ffn", FFNS.values(), ids=FFNS)
+def test_model_flops_within_one_percent_of_the_counted_operations(ffn, changes):
+    config = model_config(ffn, hidden_size=64, **changes)
     model, batch = Transformer(config, VOCAB, Layout(), seed=0), make_batch(LENGTHS)
     with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
         output = model(batch.tokens_T, batch.info)
         output.logits_TV.sum().backward()
-    rows = [int(record.plan.counts_E.sum()) for record in output.records] or None
+    rows = [int(record.load_E.sum()) for record in output.records] or None
     formula = model_flops(config, vocab_size=VOCAB, document_lengths=LENGTHS, ffn_rows=rows)
     assert formula == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-@pytest.mark.parametrize("ffn", [DENSE, TOP_K, EXPERT_CHOICE, MOMA], ids=["dense", "top_k", "moe_8x", "moma"])
-@pytest.mark.parametrize("qk_norm", [True, False])
-def test_parameter_formula_is_exact(ffn, qk_norm):
-    config = model_config(ffn, qk_norm=qk_norm)
+@pytest.mark.parametrize("ffn", FFNS.values(), ids=FFNS)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"qk_norm": False}, LLAMA, TIED_LLAMA, {**TIED_LLAMA, "attention_lora": LORA}],
+    ids=["plain", "no-qk-norm", "llama", "tied", "lora"],
+)
+def test_parameter_formula_is_exact(ffn, changes):
+    config = model_config(ffn, **changes)
     with torch.device("meta"):
         model = Transformer(config, VOCAB, Layout(), seed=0)
     experts = 1 if ffn is DENSE else model.layers[0].ffn.router.num_experts
     total = sum(parameter.numel() for parameter in model.parameters())
     assert num_parameters(config, vocab_size=VOCAB, num_experts=experts) == total
     active = num_parameters(config, vocab_size=VOCAB, num_experts=experts, counted=1)
-    assert total - active == config.num_layers * (experts - 1) * 3 * 32 * 48
+    one = 3 * 8 * (32 + 48) if ffn is LORA_EXPERTS else 3 * 32 * 48
+    assert total - active == config.num_layers * (experts - 1) * one

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Protocol
 
 from moe_dist.data.corpora.clipart import ClipArt
 from moe_dist.data.corpora.emoji import Emoji
+from moe_dist.data.corpora.multiple_choice import MultipleChoice
+from moe_dist.data.corpora.picture_qa import ClipArtQA, EmojiQA
 from moe_dist.data.corpora.text import Text
 from moe_dist.data.shards import Sample
 
@@ -30,4 +32,11 @@ class Corpus(Protocol):
         """Turn an entry into a sample; None leaves it out."""
 
 
-BUILDERS: dict[str, type] = {"emoji": Emoji, "clipart": ClipArt, "text": Text}
+BUILDERS: dict[str, type] = {
+    "emoji": Emoji,
+    "clipart": ClipArt,
+    "text": Text,
+    "emoji_qa": EmojiQA,
+    "clipart_qa": ClipArtQA,
+    "multiple_choice": MultipleChoice,
+}

@@ -63,7 +63,7 @@ class Emoji(Strict):
         fetch_npm([NOTO, TWEMOJI, FLUENT, NAMES], downloads)
 
     def entries(self, downloads: Path) -> list[Entry]:
-        captions = dict(_captions(downloads, self.base))
+        captions = read_captions(downloads, base=self.base)
         return [
             Entry(vendor, code, image, captions[code])
             for vendor, (package, folder) in IMAGE_FOLDERS.items()
@@ -83,6 +83,11 @@ def base_concept(code: str) -> str:
     parts = [PEOPLE.get(part, part) for part in code.split("-")]
     kept = [part for part in parts if part not in SKIN_TONES | GENDER_SIGNS | JOINERS]
     return "-".join(kept or parts)
+
+
+def read_captions(downloads: Path, *, base: bool) -> dict[str, dict[str, Any]]:
+    """Code -> label, keywords, group, subgroup; with `base` without the skin-tone variants."""
+    return dict(_captions(downloads, base))
 
 
 def _images(package: str, folder: str, downloads: Path) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,22 @@ def read_npm(package: str, downloads: Path, wanted: Callable[[str], bool]) -> di
     archive = npm_archive(package, downloads)
     with archive.open("rb") as stream:
         return _read(stream, archive, "package/", wanted)
+
+
+def fetch_pypi(package: str, downloads: Path) -> None:
+    """Bring the wheel of `name==version`, without what it depends on, into `downloads`."""
+    if not pypi_archive(package, downloads).is_file():
+        with tempfile.TemporaryDirectory(dir=downloads) as folder:
+            get = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", package]
+            run = subprocess.run(get, cwd=folder, capture_output=True, text=True)
+            _check(run, f"pip could not download {package}")
+            _move_files(folder, downloads)
+
+
+def pypi_archive(package: str, downloads: Path) -> Path:
+    """The file that pip makes of `name==version`, a wheel of Python code alone."""
+    name, _, version = package.partition("==")
+    return downloads / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
 
 
 def fetch_debian(packages: Sequence[str], downloads: Path) -> None:

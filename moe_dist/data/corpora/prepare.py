@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from moe_dist.config import validate
 from moe_dist.data.corpora import BUILDERS, Corpus
-from moe_dist.data.shards import write_shards
+from moe_dist.data.shards import Sample, write_shards
+from moe_dist.data.weights import read_json
 from moe_dist.errors import UserError
 
 RECORD = "corpus.json"
@@ -35,7 +37,13 @@ def prepare(name: str, settings: dict[str, Any], out: Path) -> dict[str, Any] | 
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as aside:
         partial = Path(aside) / out.name
         partial.mkdir()
-        record = identity | {"licence": corpus.licence, "samples": _write(corpus, downloads, partial, name)}
+        samples = _samples(corpus, downloads, name)
+        domains = Counter(sample.meta["domain"] for sample in samples if "domain" in sample.meta)
+        record = identity | {
+            "licence": corpus.licence,
+            "samples": write_shards(samples, partial),
+            "domains": dict(sorted(domains.items())),  # of instructions
+        }
         (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         try:
             os.rename(partial, out)  # takes the place of an empty folder, never of a full one
@@ -49,14 +57,14 @@ def _is_prepared(out: Path, identity: dict[str, Any]) -> bool:
         return False
     if not (out / RECORD).is_file():
         raise UserError(f"{out} is not empty and not a prepared corpus: choose another out= or remove it")
-    found = json.loads((out / RECORD).read_text())
+    found = read_json(out / RECORD)
     if any(found.get(key) != value for key, value in identity.items()):
         was = {key: found.get(key) for key in identity}
         raise UserError(f"{out} was prepared otherwise ({json.dumps(was)}): choose another out= or remove it")
     return True
 
 
-def _write(corpus: Corpus, downloads: Path, out: Path, name: str) -> dict[str, int]:
+def _samples(corpus: Corpus, downloads: Path, name: str) -> list[Sample]:
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns) as progress:
         task = progress.add_task(f"{name}: downloading packages", total=None)
@@ -65,4 +73,4 @@ def _write(corpus: Corpus, downloads: Path, out: Path, name: str) -> dict[str, i
         entries = corpus.entries(downloads)
         progress.remove_task(task)
         encoded = (corpus.sample(entry) for entry in progress.track(entries, description=f"{name}: encoding samples"))
-        return write_shards((sample for sample in encoded if sample is not None), out)
+        return [sample for sample in encoded if sample is not None]

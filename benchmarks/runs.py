@@ -1,0 +1,67 @@
+"""Train a recipe, evaluate it, and write down what was seen: shared by the benchmarks that train."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+from moe_dist.telemetry.run_folder import RunFolder
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def train_and_evaluate(recipe: str) -> tuple[list[dict], dict, float]:
+    """The lines of metrics.jsonl, what launch/evaluate.py found, and a rank's peak memory in GiB.
+
+    Two ranks. Resumable: a run that is done is only evaluated again (and its memory is then not known: too small).
+    """
+    folder = RunFolder(ROOT / "runs" / "benchmark" / recipe)
+    launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "launch/train.py"]
+    peak = peak_gib([*launcher, "--config", f"configs/{recipe}.yaml", f"run.dir={folder.path}"])
+    subprocess.run([sys.executable, "launch/evaluate.py", str(folder.path), "eval.groups=64"], cwd=ROOT, check=True)
+    lines = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    return lines, json.loads((folder.path / "evaluation.json").read_text()), peak
+
+
+def seconds(lines: Sequence[dict]) -> float:
+    """Of all training steps together."""
+    return sum(line["step_seconds"] for line in lines)
+
+
+def flops(lines: Sequence[dict]) -> float:
+    """Of all training steps together, by the formula of telemetry/throughput.py."""
+    return sum(line["model_flops_per_second"] * line["step_seconds"] for line in lines)
+
+
+def tokens_per_second(lines: Sequence[dict]) -> float:
+    return statistics.median(line["tokens_per_second"] for line in lines)
+
+
+def peak_gib(command: Sequence[str]) -> float:
+    """Run a command; the resident memory of the largest process it started: a rank."""
+    process = subprocess.Popen(command, cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
+    return usage.ru_maxrss / 2**20
+
+
+def write_result(name: str, title: str, note: str, header: str, rows: Sequence[str]) -> None:
+    """benchmarks/results/<date>-<name>.md: the machine in words, the command, a note, a table."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    machine = f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}, no GPU"
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    table = [header, "|" + "---|" * (header.count("|") - 1), *rows]
+    out = ROOT / "benchmarks" / "results" / f"{date.today()}-{name}.md"
+    lines = [f"# {title}, {date.today()}", "", f"{machine}. `{command}`", "", note, "", *table]
+    out.write_text("\n".join(lines) + "\n")
+    print(out.read_text())

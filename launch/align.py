@@ -1,0 +1,93 @@
+"""Builds RoMA's neighbour store (docs/roma.md), which a recipe names as data.neighbours. Two steps:
+
+  launch/align.py collect RUN STORE [section.key=value ...]
+      How RUN's newest checkpoint routes and answers each sample of data.shards. One process, or under any launcher.
+  launch/align.py neighbours STORE EMBEDDER [--k 3] [--sigma S]
+      Whom each sample shall be routed like. One process.
+"""
+
+import argparse
+from pathlib import Path
+
+from moe_dist.alignment.embedder import embed
+from moe_dist.alignment.neighbours import nearest
+from moe_dist.config import DataConfig, validate
+from moe_dist.data.choices import read_choices, read_instructions
+from moe_dist.data.heldout import heldout_batches
+from moe_dist.data.neighbours import Samples, read_samples, write_neighbours, write_samples
+from moe_dist.engine.manifest import identity, newest_complete
+from moe_dist.engine.zero import init_distributed
+from moe_dist.errors import UserError
+from moe_dist.evaluate.multiple_choice import answer
+from moe_dist.parallel.launch import run_rank
+from moe_dist.parallel.layout import make_layout
+from moe_dist.parallel.together import together
+from moe_dist.telemetry.run_folder import RunFolder
+from moe_dist.train import Run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = parser.add_subparsers(required=True)
+    step = steps.add_parser("collect")
+    step.add_argument("run", type=Path, help="a run folder")
+    step.add_argument("store", type=Path)
+    step.add_argument("overrides", nargs="*", metavar="section.key=value")
+    step.set_defaults(call=lambda a: collect(RunFolder(a.run), a.store, a.overrides))
+    step = steps.add_parser("neighbours")
+    step.add_argument("store", type=Path)
+    step.add_argument("embedder", type=Path, help="folder of a sentence-embedding model")
+    step.add_argument("--k", type=int, default=3, help="neighbours of a sample (3: the paper's best)")
+    step.add_argument("--sigma", type=float, help="width of the similarity (default: the median distance)")
+    step.set_defaults(call=lambda a: find_neighbours(a.store, a.embedder, a.k, a.sigma))
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    arguments = parser.parse_args()
+    arguments.call(arguments)
+
+
+def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
+    """Forward the model over every training sample and keep its routing and whether it is right."""
+    config = folder.evaluation_config(overrides)
+    layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+    run = Run.build(config, layout, folder)
+    checkpoint = newest_complete(folder.path)
+    if checkpoint is None:
+        raise UserError(f"{folder.path} holds no complete checkpoint")
+    batches = heldout_batches(
+        run.documents, run.vocabulary, config.data, groups=len(run.documents), dp_rank=layout.rank, dp=layout.world,
+        batch_groups=config.train.micro_batch_groups,
+    )  # fmt: skip
+    with together():
+        choices = read_choices(config.data, "train", run.vocabulary.text)
+    answers = answer(run.engine.eval_forward, batches, choices, layout)
+    with together():
+        if layout.is_main:
+            samples = Samples(
+                sample_N=answers.sample_N, right_N=answers.right_N, routing_NR=answers.routing_NR
+            )  # fmt: skip
+            about = {
+                "model": identity(checkpoint), "checkpoint": str(checkpoint),
+                "data": config.data.model_dump(mode="json"),
+            }  # fmt: skip
+            write_samples(store, samples, about)
+            print(f"{store}: {int(answers.right_N.sum())} of {len(answers.right_N)} samples answered rightly")
+
+
+def find_neighbours(store: Path, embedder: Path, k: int, sigma: float | None) -> None:
+    """Embed the questions of the store's samples and complete it."""
+    samples, about = read_samples(store)
+    data = validate(DataConfig, about["data"], str(store))
+    instructions = read_instructions(data, "train")
+    questions = {sample: each.question or each.prompt for sample, each in instructions.items()}
+    missing = [sample for sample in samples.sample_N.tolist() if sample not in questions]
+    if missing:
+        raise UserError(f"{len(missing)} samples of {store} are no longer in its shards {data.shards}: collect it anew")
+    embedding_NE = embed([questions[sample] for sample in samples.sample_N.tolist()], embedder)
+    neighbours, sigma = nearest(embedding_NE, samples.right_N, k=k, sigma=sigma)
+    write_neighbours(store, neighbours, {"embedder": str(embedder), "k": k, "sigma": sigma})
+    covered = int((neighbours.weight_NK > 0).any(dim=1).sum())
+    print(f"{store}: {covered} of {len(samples.sample_N)} samples have neighbours, sigma {sigma:.3f}")
+
+
+if __name__ == "__main__":
+    run_rank(main)

@@ -1,0 +1,40 @@
+"""Weights in: launch/convert.py import --format hf --from FOLDER --to OUT
+               launch/convert.py upcycle --from CHECKPOINT --to OUT --experts N [model.ffn.router.KEY=VALUE ...]
+
+import: a Hugging Face folder (Llama family) becomes a checkpoint. upcycle: the experts of every layer become copies of
+a dense checkpoint's FFN. OUT/model.yaml is the recipe's `model:` section that fits; a run starts from it by init_from.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from moe_dist.convert.hugging_face import import_folder
+from moe_dist.convert.upcycle import upcycle
+from moe_dist.parallel.launch import run_rank
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    jobs = parser.add_subparsers(dest="job", required=True)
+    importing, upcycling = jobs.add_parser("import"), jobs.add_parser("upcycle")
+    for job in (importing, upcycling):
+        job.add_argument("--from", dest="source", type=Path, required=True, metavar="FOLDER")
+        job.add_argument("--to", dest="out", type=Path, required=True, metavar="OUT", help="a new folder")
+    importing.add_argument("--format", choices=["hf"], required=True, help="hf: Hugging Face, safetensors")
+    upcycling.add_argument("--experts", type=int, required=True, help="number of experts of each layer")
+    upcycling.add_argument("--seed", type=int, default=0, help="of the gates: %(default)s")
+    upcycling.add_argument("overrides", nargs="*", metavar="model.ffn.router.KEY=VALUE")
+    arguments = parser.parse_args(argv)
+    if arguments.job == "import":
+        import_folder(arguments.source, arguments.out)
+    else:
+        upcycle(
+            arguments.source, arguments.out, num_experts=arguments.experts, overrides=arguments.overrides,
+            seed=arguments.seed,
+        )  # fmt: skip
+    print(f"{arguments.out}: checkpoint and model.yaml")
+
+
+if __name__ == "__main__":
+    run_rank(lambda: main(sys.argv[1:]))

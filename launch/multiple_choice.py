@@ -1,0 +1,127 @@
+"""Accuracy of runs on the multiple-choice items of their held-out split, with 95 % intervals, and compared in pairs.
+
+  launch/multiple_choice.py RUN [RUN ...] [--out FILE.json] [section.key=value ...]
+
+Answers with each RUN's newest checkpoint, keeps the answers in RUN/multiple_choice.json (a second call does not compute
+them again), prints a table, and compares every later run with every earlier one. Runs on one process, or under any
+launcher. `data.validation_shards=FOLDER` asks the items of another folder.
+"""
+
+import argparse
+import json
+import sys
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_dist.data.choices import read_choices
+from moe_dist.data.heldout import heldout_batches
+from moe_dist.engine.manifest import identity, newest_complete
+from moe_dist.engine.zero import init_distributed
+from moe_dist.errors import UserError
+from moe_dist.evaluate.multiple_choice import OVERALL, Comparison, Result, answer
+from moe_dist.parallel.launch import run_rank
+from moe_dist.parallel.layout import make_layout
+from moe_dist.parallel.together import together
+from moe_dist.telemetry.run_folder import RunFolder
+from moe_dist.train import Run
+
+ANSWERS = "multiple_choice.json"
+
+
+def main() -> None:
+    run(sys.argv[1:])
+
+
+def run(argv: list[str]) -> None:
+    """The command line's work. Collective."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arguments", nargs="+", metavar="RUN or section.key=value")
+    parser.add_argument("--out", type=Path, help="write the comparison as JSON")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    arguments = parser.parse_intermixed_args(argv)
+    overrides = [argument for argument in arguments.arguments if "=" in argument]
+    folders = [RunFolder(Path(argument)) for argument in arguments.arguments if "=" not in argument]
+    device = init_distributed()
+    results = {str(folder.path): result_of(folder, overrides, device) for folder in folders}
+    layout = make_layout(expert=1, device=device)
+    with together():
+        summary = compare(results)
+        if layout.is_main:
+            show(summary, Console())
+            if arguments.out is not None:
+                arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def result_of(folder: RunFolder, overrides: list[str], device: Any) -> Result:
+    """The run's answers: those kept in its folder if they are of this checkpoint and these items, else new ones."""
+    config = folder.evaluation_config(overrides)
+    checkpoint = newest_complete(folder.path)
+    if checkpoint is None:
+        raise UserError(f"{folder.path} holds no complete checkpoint")
+    about = {"checkpoint": identity(checkpoint), "data": config.data.model_dump(mode="json")}
+    kept = folder.path / ANSWERS
+    if kept.is_file() and (saved := json.loads(kept.read_text()))["of"] == about:
+        return Result.from_json(saved)
+    layout = make_layout(expert=config.parallel.expert, device=device)
+    run = Run.build(config, layout, folder)
+    batches = heldout_batches(
+        run.held_out, run.vocabulary, config.data, groups=len(run.held_out), dp_rank=layout.rank, dp=layout.world,
+        batch_groups=config.train.micro_batch_groups,
+    )  # fmt: skip
+    with together():
+        choices = read_choices(config.data, "validation", run.vocabulary.text)
+    answers = answer(run.engine.eval_forward, batches, choices, layout)
+    result = Result.of(answers, run.held_out.domains)
+    with together():
+        if layout.is_main:
+            kept.write_text(json.dumps({"of": about, "step": run.step, **result.to_json()}) + "\n")
+    return result
+
+
+def compare(results: dict[str, Result]) -> dict[str, Any]:
+    """Accuracies of every run, and every later run against every earlier one."""
+    return {
+        "accuracy": {name: result.to_json()["accuracy"] for name, result in results.items()},
+        "comparisons": [
+            {
+                "first": first, "second": second,
+                **{
+                    task: Comparison.of(items, results[second].tasks()[task]).to_json()
+                    for task, items in results[first].tasks().items()
+                },
+            }
+            for first, second in combinations(results, 2)
+        ],
+    }  # fmt: skip
+
+
+def show(summary: dict[str, Any], console: Console) -> None:
+    """Two tables: accuracies in per cent, and differences in points."""
+    accuracy = summary["accuracy"]
+    table = Table("accuracy, % [95 % interval]", "items", *accuracy)
+    for task, first in accuracy[next(iter(accuracy))].items():
+        cells = [_interval(of[task]["share"], of[task]["interval_95"]) for of in accuracy.values()]
+        table.add_row(task, str(first["items"]), *cells)
+    console.print(table)
+    if summary["comparisons"]:
+        table = Table("difference in points [95 % interval]", OVERALL, "gained", "lost", "McNemar p")
+        for pair in summary["comparisons"]:
+            overall = pair[OVERALL]
+            table.add_row(
+                f"{pair['second']} - {pair['first']}", _interval(overall["difference"], overall["interval_95"], "+"),
+                str(overall["gained"]), str(overall["lost"]), f"{overall['mcnemar_p']:.2g}",
+            )  # fmt: skip
+        console.print(table)
+
+
+def _interval(value: float, interval: tuple[float, float], sign: str = "") -> str:
+    low, high = interval
+    return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
+if __name__ == "__main__":
+    run_rank(main)

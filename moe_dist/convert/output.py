@@ -1,0 +1,52 @@
+"""What a conversion writes: a checkpoint of parameters alone, and the recipe's `model:` section that fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import yaml
+
+from moe_dist.config import ModelConfig
+from moe_dist.engine.storage import LazyTensor
+from moe_dist.engine.weights import write_tensors
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.layout import Layout
+
+MODEL = "model.yaml"
+
+
+def write_model(
+    out: str | Path,
+    model: ModelConfig,
+    vocab_size: int,
+    tensors: Mapping[str, LazyTensor],
+    *,
+    source: str,
+    files: Mapping[str, bytes],
+) -> None:
+    """Write `out` with model.yaml and `files` (by relative path). Raises UserError where it cannot be written.
+
+    The tensors must be the parameters of `model`: that they are is checked against the real one, on the meta device.
+    """
+    expected, given = parameter_shapes(model, vocab_size), {name: tensor.shape for name, tensor in tensors.items()}
+    if expected != given:
+        differing = sorted(dict(set(expected.items()) ^ set(given.items())))
+        raise RuntimeError(f"the conversion does not fit the model: {differing}")
+    section = model.model_dump(mode="json", exclude_unset=True)
+    text = f"# the model of the weights beside it ({source})\n" + yaml.safe_dump({"model": section}, sort_keys=False)
+    state = {"step": 0, "source": source, "config": {"model": section}}
+    write_tensors(out, tensors, state, {MODEL: text.encode(), **files})
+
+
+def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Of a whole model, an expert's under `NAME[global id]`. Raises UserError where the settings do not build."""
+    with torch.device("meta"):
+        built = Transformer(model, vocab_size, Layout(), seed=0)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in built.named_parameters():
+        experts = getattr(parameter, "expert_ids", None)
+        own = {name: parameter} if experts is None else {f"{name}[{e}]": row for e, row in zip(experts, parameter)}
+        shapes |= {key: tuple(value.shape) for key, value in own.items()}
+    return shapes

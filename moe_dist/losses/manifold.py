@@ -1,0 +1,81 @@
+"""RoMA's manifold term: samples with similar questions shall be routed as the model routes the ones it gets right.
+
+Shape suffixes: T tokens, V tokens that a router saw, C columns of a router, S samples of a micro-batch, K neighbours of
+a sample, R routing values of a sample (the columns of all its layers, end to end).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dist.batch import Batch
+from moe_dist.config import Positive
+from moe_dist.errors import UserError
+from moe_dist.losses.term import Context, ModelOutput, TermSettings
+from moe_dist.moe.plan import Routing, RoutingRecord
+
+
+class Manifold:
+    """mean_i sum_j W_ij ||r_i - r_j||^2 (Routing Manifold Alignment, 2025, its equation of L_manifold).
+
+    r_i is the routing of sample i's last prompt token in the last `last_layers` expert layers; the neighbours' r_j and
+    W_ij are constants that data.neighbours adds to the batch (data/neighbours.py). A sample without neighbours (its
+    weights are all 0) is left out of the mean; manifold/coverage is the share of samples that have some.
+    """
+
+    class Settings(TermSettings):
+        last_layers: Positive = 5  # the paper's best: five layers 76.2, all sixteen 75.1 (OLMoE, mean accuracy)
+
+    names = ("loss/manifold", "manifold/coverage")
+
+    def __init__(self, settings: Settings, context: Context):
+        self.layers = settings.last_layers
+
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        if "neighbour_weights_SK" not in batch.sidecar:
+            raise UserError("losses.manifold needs the neighbours of every sample: set data.neighbours")
+        covered_S = _covered(batch)
+        return int(covered_S.sum()), len(covered_S)
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
+        records = output.records[-self.layers :]
+        if len(records) < self.layers:
+            raise UserError(f"losses.manifold.last_layers={self.layers}, the model has {len(records)} expert layers")
+        routing_SR = sample_routing(records, batch.sidecar["prompt_end_S"], batch.info.num_tokens)
+        stored_SKR = batch.sidecar["neighbour_routing_SKR"]
+        if stored_SKR.shape[-1] < routing_SR.shape[1]:
+            raise UserError(
+                f"data.neighbours holds {stored_SKR.shape[-1]} routing values of each sample, but the last "
+                f"{self.layers} expert layers of this model have {routing_SR.shape[1]} columns"
+            )
+        neighbours_SKR = stored_SKR[..., -routing_SR.shape[1] :].to(routing_SR.dtype)
+        distance_SK = (routing_SR[:, None] - neighbours_SKR).square().sum(-1)
+        weights_SK = batch.sidecar["neighbour_weights_SK"].to(routing_SR.dtype)
+        return (weights_SK * distance_SK).sum(), _covered(batch).sum().to(routing_SR.dtype)
+
+
+def sample_routing(records: Sequence[RoutingRecord], token_S: Tensor, num_tokens: int) -> Tensor:
+    """[S, R] softmax over all columns of each layer's router at the tokens token_S (indices into the T tokens).
+
+    The softmax before top-k, whatever the router makes of its logits. In a composite router the columns of a part that
+    does not see the token are 0.
+    """
+    parts = [part for record in records for part in record.parts]
+    return torch.cat([_part_routing(part, token_S, num_tokens) for part in parts], dim=1)
+
+
+def _part_routing(part: Routing, token_S: Tensor, num_tokens: int) -> Tensor:
+    row_V = torch.arange(len(part.token_V), device=token_S.device)
+    row_T = row_V.new_full((num_tokens,), len(part.token_V)).index_copy(0, part.token_V, row_V)
+    row_S = row_T.index_select(0, token_S)
+    logits_VC = F.pad(part.logits_VC, (0, 0, 0, 1))  # one row more: for tokens that this router does not see
+    probs_SC = logits_VC.index_select(0, row_S).softmax(dim=1)
+    return probs_SC * (row_S < len(part.token_V))[:, None]
+
+
+def _covered(batch: Batch) -> Tensor:
+    return (batch.sidecar["neighbour_weights_SK"] > 0).any(dim=1)

@@ -1,0 +1,85 @@
+"""Random small Llamas as Hugging Face folders, and our checkpoints as models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from moe_dist.batch import TokenInfo
+from moe_dist.config import ModelConfig, validate
+from moe_dist.engine.checkpoint import read_state
+from moe_dist.engine.weights import read_tensors
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.layout import Layout
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-4, "rope_theta": 300.0, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def save_llama(folder: Path, *, dtype=torch.float32, max_shard_size="1GB", **changes) -> LlamaForCausalLM:
+    """A random model, written by transformers; norms' weights are random too, so that each matters.
+
+    It computes in float32, with weights that `dtype` holds exactly.
+    """
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**(SIZES | changes))).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
+        parameter.data = parameter.data.to(dtype).float()
+    stored = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}  # a shared one once
+    model.save_pretrained(folder, state_dict=stored, max_shard_size=max_shard_size)
+    return model
+
+
+def load_checkpoint(path: Path) -> Transformer:
+    """The whole model of a checkpoint, on one process; every parameter is filled, every tensor used."""
+    tensors = {name: lazy.read() for name, lazy in read_tensors(path).items()}
+    section = validate(ModelConfig, read_state(path)["config"]["model"], "test")
+    model = Transformer(section, len(tensors["embedding.weight"]), Layout(), seed=99)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            experts = getattr(parameter, "expert_ids", None)
+            targets = {name: parameter} if experts is None else {f"{name}[{e}]": parameter[e] for e in experts}
+            for key, target in targets.items():
+                target.copy_(tensors.pop(key))
+    assert not tensors, f"not used: {list(tensors)}"
+    return model
+
+
+def as_documents(documents: list[list[int]]) -> tuple[Tensor, TokenInfo]:
+    """Token ids of several documents, packed into one micro-batch of text."""
+    lengths = [len(ids) for ids in documents]
+    tokens = sum(lengths)
+    info = TokenInfo.build(
+        modality_T=torch.zeros(tokens, dtype=torch.int64),
+        valid_T=torch.ones(tokens, dtype=torch.bool),
+        position_T=torch.cat([torch.arange(length) for length in lengths]),
+        token_id_T=torch.arange(tokens),
+        document_lengths=lengths,
+        num_groups=1,
+    )
+    return torch.tensor([token for ids in documents for token in ids]), info
+
+
+@torch.no_grad()
+def logits_apart(model: LlamaForCausalLM, documents: list[list[int]]) -> Tensor:
+    """transformers' logits of each document on its own, one after another."""
+    return torch.cat([model(torch.tensor([ids])).logits[0] for ids in documents])
+
+
+@torch.no_grad()
+def logits_packed(model: Transformer, documents: list[list[int]]) -> Tensor:
+    return model(*as_documents(documents)).logits_TV
+
+
+def random_documents(vocabulary: int = 64) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (9, 1, 40, 17)]
+
+

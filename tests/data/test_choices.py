@@ -1,0 +1,54 @@
+"""Multiple-choice items read back from their shards, named by letter and by text."""
+
+import pytest
+
+from moe_dist.config import DataConfig, validate
+from moe_dist.data.choices import Choice, read_choices, read_instructions
+from moe_dist.data.instruction import sample_hash
+from moe_dist.data.shards import Sample, write_shards
+from moe_dist.data.text import train_text_tokenizer
+from moe_dist.errors import UserError
+
+ITEM = {"domain": "d", "question": "Which is red?", "options": ["sky", "rose", "grass", "sea"], "correct": 1}
+LETTER = {**ITEM, "prompt": "Which is red? Answer:", "answer": " B"}
+TEXT = {**ITEM, "prompt": "Options: sky, rose, grass, sea. Which is red?", "answer": " rose"}
+
+
+def shards(folder, *metas, captions=()):
+    samples = [Sample(f"i{n}", "train", meta=meta) for n, meta in enumerate(metas)]
+    samples += [Sample(f"c{n}", "train", caption=caption) for n, caption in enumerate(captions)]
+    write_shards(samples, folder)
+    train = str(folder / "train" / "shard-000000.tar")
+    raw = {"shards": train, "validation_shards": "unused", "text_tokenizer": "unused"}
+    return validate(DataConfig, raw, "test", "data")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    texts = [LETTER["prompt"], TEXT["prompt"], " A", " B", " C", " D", " rose", " grass"] * 3
+    return train_text_tokenizer(texts, tmp_path / "text.model", vocab_size=290)
+
+
+def test_options_are_named_as_the_answer_is(tmp_path, tokenizer):
+    data = shards(tmp_path / "shards", LETTER, TEXT, captions=["no item"])
+    assert {i.prompt for i in read_instructions(data, "train").values()} == {LETTER["prompt"], TEXT["prompt"]}
+    choices = read_choices(data, "train", tokenizer)
+
+    def first(*names):
+        return tuple(tokenizer.encode_continuation(f" {name}")[0] for name in names)
+
+    assert choices[sample_hash(LETTER["prompt"])] == Choice(first(*"ABCD"), 1)
+    assert choices[sample_hash(TEXT["prompt"])] == Choice(first(*ITEM["options"]), 1)
+
+
+def test_what_is_no_item_is_named(tmp_path, tokenizer):
+    for number, (meta, message) in enumerate(
+        (
+            ({**TEXT, "answer": " sky"}, "its answer ' sky' is neither the letter nor the text of its right option"),
+            ({"prompt": "Say so.", "answer": " B", "domain": "d"}, "the sample 'Say so....' is no multiple-choice"),
+            ({**TEXT, "prompt": "?", "options": ["sky", "rose"]}, "have 2 or 4 options, not equally many"),
+        )
+    ):
+        data = shards(tmp_path / str(number), LETTER, meta)
+        with pytest.raises(UserError, match=message):
+            read_choices(data, "train", tokenizer)

@@ -1,0 +1,44 @@
+"""Intervals and the exact test, against published figures and what they promise."""
+
+import math
+import random
+
+import pytest
+
+from moe_dist.evaluate.intervals import mcnemar, paired_difference, wilson
+
+
+@pytest.mark.parametrize(
+    ("right", "items", "low", "high"),
+    [  # Newcombe 1998 (Statistics in Medicine 17:857), table I, method 3
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilson_equals_published_intervals(right, items, low, high):
+    assert wilson(right, items) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(items - right, items) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_mcnemar_is_the_binomial_tail():
+    assert mcnemar(0, 0) == 1.0 and mcnemar(5, 5) == 1.0
+    assert mcnemar(0, 5) == mcnemar(5, 0) == pytest.approx(2 / 32)
+    assert mcnemar(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert 0 < mcnemar(3000, 3400) < 1e-5  # numbers too large for floating point factorials
+
+
+def test_the_paired_interval_covers_as_often_as_it_says():
+    """Pairs drawn with a known difference: about 95 % of the intervals hold it."""
+    draw, items, p_gained, p_lost = random.Random(0), 150, 0.15, 0.08
+    covered = 0
+    for _ in range(2000):
+        outcomes = [draw.random() for _ in range(items)]
+        gained = sum(u < p_gained for u in outcomes)
+        lost = sum(p_gained <= u < p_gained + p_lost for u in outcomes)
+        low, high = paired_difference(gained, lost, items)
+        covered += low <= p_gained - p_lost <= high
+    assert 0.93 < covered / 2000 < 0.97
+    low, high = paired_difference(30, 10, 200)
+    assert math.isclose(low + high, 2 * 20 / 202) and -1 <= low < 0.1 < high <= 1
