@@ -72,8 +72,9 @@ def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
         raise
 
 
+@together()  # no rank may leave while another still sets up its groups
 def check_recipe(config: Config, layout: Layout) -> None:
-    """Raise UserError for what a recipe gets wrong, by itself or for these ranks, before any data are read.
+    """Raise UserError for what a recipe gets wrong, by itself or for these ranks, before any data are read. Collective.
 
     The model is built without memory, so that routers, experts and frozen parameters say what they object to.
     """

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.errors import UserError
+from moe_dist.parallel.together import together
 
 CPU = torch.device("cpu")
 
@@ -55,7 +56,8 @@ def make_layout(*, expert: int, device: torch.device) -> Layout:
         check_layout(world=1, expert=expert, num_experts=expert)
         return Layout(device=device)
     world, rank = dist.get_world_size(), dist.get_rank()
-    check_layout(world=world, expert=expert, num_experts=expert)
+    with together():
+        check_layout(world=world, expert=expert, num_experts=expert)
     ep_group, _ = dist.new_subgroups_by_enumeration(
         [list(range(start, start + expert)) for start in range(0, world, expert)]
     )
