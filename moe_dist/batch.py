@@ -30,6 +30,7 @@ class TokenInfo:
     by_modality_V: Tensor  # int64, indices of valid tokens, sorted by (modality, group, index)
     modality_counts: tuple[tuple[int, ...], ...]  # [modality][group] number of valid tokens
     document_lengths: tuple[int, ...]  # every token belongs to one document (padding too): sums to T
+    causal: bool = False  # no decision about a token may look at a later one: auxiliary routers decide (docs/moma.md)
 
     @classmethod
     def build(
@@ -79,6 +80,10 @@ class TokenInfo:
         if modality is not None:
             return list(pieces[modality * groups : (modality + 1) * groups])
         return [torch.cat([pieces[m * groups + g] for m in range(len(MODALITIES))]) for g in range(groups)]
+
+    def causally(self) -> TokenInfo:
+        """The same tokens, to be routed causally, as inference must be: expert choice needs auxiliary routers then."""
+        return replace(self, causal=True)
 
     def to(self, device: torch.device | str) -> TokenInfo:
         return _to(self, device)

@@ -5,6 +5,7 @@ Shape suffixes: T tokens, D model width, V vocabulary, d size per head.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from moe_dist.model.block import Block
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.plan import RoutingRecord
 from moe_dist.moe.random import seeded_normal_
+from moe_dist.moe.router import Router
 from moe_dist.parallel.layout import Layout
 
 
@@ -51,10 +53,22 @@ class Transformer(nn.Module):
     @property
     def causal_routing(self) -> bool:
         """False where a token's experts depend on later tokens (expert choice); then its losses are not causal."""
-        return all(block.ffn.router.causal for block in self.layers if isinstance(block.ffn, MoELayer))
+        return all(router.causal for router in self._routers())
+
+    @property
+    def can_route_causally(self) -> bool:
+        """True where every router decides causally with TokenInfo.causal: by itself, or through an auxiliary router."""
+        return all(router.causal or router.has_auxiliary for router in self._routers())
+
+    def _routers(self) -> Iterator[Router]:
+        return (block.ffn.router for block in self.layers if isinstance(block.ffn, MoELayer))
 
     def forward(self, tokens_T: Tensor, info: TokenInfo) -> ModelOutput:
-        """Logits of the next token at each of the T tokens, and the routers' records."""
+        """Logits of the next token at each of the T tokens, and the routers' records.
+
+        With `info.causally()` routing is causal, as inference needs it; otherwise it is that of training. Raises
+        UserError where a router cannot be causal (`can_route_causally`).
+        """
         config = self.config
         x_TD = self.embedding(tokens_T)
         documents = locate_documents(info.document_lengths, device=x_TD.device, dtype=x_TD.dtype)

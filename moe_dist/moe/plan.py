@@ -36,6 +36,7 @@ class Routing:
     probs_VC: Tensor  # float32 gate values
     chosen_VC: Tensor  # bool: what the router chose, before any expert was full
     kept_VE: Tensor  # bool: what reached its expert
+    auxiliary_VC: Tensor | None = None  # float32 logits of the auxiliary router, where there is one
 
     @property
     def num_experts(self) -> int:

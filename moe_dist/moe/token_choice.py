@@ -50,6 +50,7 @@ class TokenChoiceRouter(nn.Module):
     """What both routers below share. A subclass says what a chosen column weighs; a full expert drops an assignment
     after that, so the weights of those that stay do not change."""
 
+    has_auxiliary = False
     experts_per_token: int | None = None
     reference_top_k: int | None = None  # experts per token of the model that FLOPs are compared with
 
