@@ -15,6 +15,7 @@ from moe_dist.data.shards import Sample, write_shards
 from moe_dist.data.tokenized import build_cache, load_vocabulary
 from moe_dist.errors import UserError
 from moe_dist.parallel.layout import Layout, make_layout
+from moe_dist.parallel.signals import StopSignals
 from moe_dist.telemetry.run_folder import read_status
 from moe_dist.train import check_recipe, open_data
 from tests.distributed import run_ranks
@@ -114,7 +115,7 @@ def _open_data(rank: int, config: Config, cache: str) -> str | None:
     os.environ["XDG_CACHE_HOME"] = cache
     layout = make_layout(expert=1, device=torch.device("cpu"))
     try:
-        open_data(config.data, load_vocabulary(config.data), layout)
+        open_data(config.data, load_vocabulary(config.data), layout, StopSignals())
     except UserError as error:
         return str(error).removesuffix(" (rank 0)").removesuffix(" (rank 1)")
     finally:
