@@ -1,4 +1,4 @@
-"""A run that is told to stop: real ranks meet real signals at exact moments, and a resumed run is bitwise the whole one."""
+"""A run that is told to stop: real ranks meet real signals at exact moments; resumed, it is bitwise the whole run."""
 
 from __future__ import annotations
 
