@@ -58,9 +58,11 @@ def test_a_wrong_recipe(world, override, sentence):
 
 
 @pytest.mark.slow
-def test_a_wrong_recipe_shows_before_the_data_are_looked_for():
-    nowhere = ["data.shards=/nowhere", "data.text_tokenizer=/nowhere.model"]
+def test_a_wrong_recipe_shows_before_the_data_are_looked_for(tmp_path):
+    nowhere = [f"run.dir={tmp_path / 'run'}", "data.shards=/nowhere", "data.text_tokenizer=/nowhere.model"]
     all_failed_with(bare_ranks([*nowhere, "data.lanes=3"]), "data.lanes=3 is not a multiple of the 2")
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["restart"]) == ("failed", False) and "data.lanes=3" in status["reason"]
 
 
 @pytest.mark.slow
@@ -72,8 +74,8 @@ def test_a_recipe_that_is_not_utf8(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
-def test_an_environment_that_is_no_number(name):
-    outcomes = bare_ranks([], world=1, variables={name: "one"})
+def test_an_environment_that_is_no_number(name, tmp_path):
+    outcomes = bare_ranks([f"run.dir={tmp_path}"], world=1, variables={name: "one"})
     all_failed_with(outcomes, f"the environment sets {name}=one, which is not a whole number from 0 on")
 
 
