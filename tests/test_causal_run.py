@@ -1,4 +1,4 @@
-"""Both stages as a user starts them: mixture-of-depths trained on two ranks, then auxiliary routers, then evaluation."""
+"""Both stages as a user starts them: mixture-of-depths on two ranks, then auxiliary routers, then evaluation."""
 
 import json
 
