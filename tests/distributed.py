@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import distributed_c10d
 
 _POOLS: dict[int, Pool] = {}
 _TIMEOUT = 300.0  # seconds a rank may take before the pool is declared hung
-# Every process group of a call keeps its gloo threads, which poll: after some hundred of them everything crawls.
-_CALLS_PER_POOL = 20
+# A gloo group keeps three threads, one of which polls: after some hundred groups everything crawls. A call's groups go
+# with it, but for those that a DeepSpeed engine holds: they are never freed.
+_MAX_THREADS = 300
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
@@ -31,8 +34,7 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
     except BaseException:
         _POOLS.pop(world).close()
         raise
-    pool.calls += 1
-    if pool.calls >= _CALLS_PER_POOL:
+    if pool.threads > _MAX_THREADS:
         _POOLS.pop(world).close()
     return results
 
@@ -45,7 +47,7 @@ class Pool:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.pipes, self.processes, self.calls = [], [], 0
+        self.pipes, self.processes, self.threads = [], [], 0
         for rank in range(world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
@@ -64,9 +66,10 @@ class Pool:
                 failures.append(f"rank {rank}: no answer")
                 continue
             try:
-                ok, value = pipe.recv()
+                ok, value, threads = pipe.recv()
             except EOFError:
-                ok, value = False, "the process died"
+                ok, value, threads = False, "the process died", 0
+            self.threads = max(self.threads, threads)
             results.append(value)
             if not ok:
                 failures.append(f"rank {rank}:\n{value}")
@@ -92,10 +95,21 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
             function, args = pipe.recv()
         except EOFError:
             return
+        _forget_groups()
         try:
-            pipe.send((True, function(rank, *args)))
+            answer = True, function(rank, *args)
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            answer = False, traceback.format_exc()
+        pipe.send((*answer, len(os.listdir("/proc/self/task"))))
+
+
+def _forget_groups() -> None:
+    """Destroy the process groups of the call before, which every rank has left by now."""
+    for group in list(distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    if groups := sys.modules.get("deepspeed.utils.groups"):
+        groups._WORLD_GROUP = None  # DeepSpeed keeps its own copy of the default group
 
 
 @atexit.register
