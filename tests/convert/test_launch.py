@@ -53,7 +53,7 @@ def test_verify_needs_no_model_and_names_what_is_damaged(tmp_path, capsys):
     run, flipped, cut = verify_run(tmp_path)
     capsys.readouterr()
     convert.main(["verify", str(run / "step_00000001")])
-    assert capsys.readouterr().out.endswith("step_00000001: 3 files, 21 tensors, 0.3 MiB: all as written\n")
+    assert capsys.readouterr().out.endswith("step_00000001: 3 files, 21 tensors, 0.2 MiB: all as written\n")
     with pytest.raises(UserError, match=rf"^{flipped} is damaged"):
         convert.main(["verify", str(run.parent)])
     lines = capsys.readouterr().out.splitlines()
