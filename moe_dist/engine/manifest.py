@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from moe_dist.config import Config, InitFrom
-from moe_dist.engine.storage import StoredFile, write_json
+from moe_dist.engine.storage import StoredFile, read_json, write_json
 from moe_dist.errors import UserError
 from moe_dist.parallel.together import together
 
@@ -33,24 +33,33 @@ def checkpoint_path(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The optimizer steps done before the checkpoint of this name."""
+    return int(path.name.removeprefix("step_"))
+
+
 def write_manifest(folder: Path, files: Iterable[StoredFile]) -> None:
     entries = {file.name: {"bytes": file.size, "sha256": file.sha256} for file in files}
     write_json(folder / MANIFEST, {"format": FORMAT, "files": dict(sorted(entries.items()))})
 
 
-def verify(path: str | Path, *, share: int = 0, shares: int = 1) -> None:
-    """Check all files' sizes and the checksums of this share of the files. Raises UserError naming the bad file."""
+def verify(path: str | Path, *, share: int = 0, shares: int = 1) -> dict[str, int]:
+    """Check all files' sizes and the checksums of this share of the files. Raises UserError naming the bad file.
+
+    Returns the bytes of every file. Nothing that they do not hold is ever read: see storage.read_index.
+    """
     path = Path(path)
     files = _manifest(path)
     for name in sorted(files)[share::shares]:
         _verify_checksum(path / name, files)
+    return {name: entry["bytes"] for name, entry in files.items()}
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
     """The trainer's state alone, verified: to check a recipe against it before anything is built. Raises UserError."""
     path = Path(path)
     _verify_checksum(path / STATE, _manifest(path))
-    return json.loads((path / STATE).read_text())["state"]
+    return read_json(path / STATE)["state"]
 
 
 def identity(path: str | Path) -> str:
@@ -58,18 +67,27 @@ def identity(path: str | Path) -> str:
     return hashlib.sha256((Path(path) / MANIFEST).read_bytes()).hexdigest()
 
 
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Those of a run, complete or not, from the oldest."""
+    folder = Path(run_dir) / "checkpoints"
+    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+
+
 def newest_complete(run_dir: str | Path) -> Path | None:
     """The newest checkpoint of a run whose files are all there; None if there is none."""
-    return next((path for path in reversed(_checkpoints(run_dir)) if _is_complete(path)), None)
+    return next((path for path in reversed(checkpoints(run_dir)) if _is_complete(path)), None)
 
 
-def prune(run_dir: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints, and leftovers of interrupted saves. For one rank to call.
+def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
+    """Remove the complete checkpoints but for the newest `keep` and those of a step that is a multiple of `keep_every`
+    (0: none), and leftovers of interrupted saves. For one rank to call.
 
     Best effort: what cannot be removed stays. Damaged checkpoints are left for a person to look at.
     """
-    complete = [path for path in _checkpoints(run_dir) if _is_complete(path)]
+    complete = [path for path in checkpoints(run_dir) if _is_complete(path)]
     for path in complete[:-keep]:
+        if keep_every and step_of(path) % keep_every == 0:
+            continue
         with suppress(OSError):
             path.rename(path.with_name(path.name + PARTIAL))  # at no moment does a half-removed one look complete
     for path in (Path(run_dir) / "checkpoints").glob(f"step_*{PARTIAL}"):
@@ -118,11 +136,6 @@ def _resolve_resume(config: Config) -> Path | None:
     except UserError as error:
         raise UserError(f"run.resume={path} is not a complete checkpoint: {error}") from None
     return path
-
-
-def _checkpoints(run_dir: str | Path) -> list[Path]:
-    folder = Path(run_dir) / "checkpoints"
-    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
 
 
 def _is_complete(path: Path) -> bool:
