@@ -150,6 +150,8 @@ class Run:
         is_new = self.step < last
         with together():
             if main:
+                for path in checkpoint.set_aside_later(self.folder.path, self.step):
+                    print(f"set aside: {path} is of a later step than {self.step}", flush=True)
                 self.folder.open(self.config, step=self.step)
                 self._tell_the_start()
             sinks = Sinks(self.folder, self.config, is_main=main, causal=causal, step=self.step)
