@@ -165,6 +165,7 @@ class EvalConfig(Strict):
 class CheckpointConfig(Strict):
     every: Count = 100  # steps; 0: only at the end
     keep: Positive = 2
+    asynchronous: bool = True  # training goes on while one is written; costs host memory (docs/checkpoints.md)
 
 
 class TelemetryConfig(Strict):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
@@ -72,15 +73,17 @@ __all__ = [
 
 
 def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]) -> None:
-    """Write a checkpoint between two optimizer steps. Collective.
+    """Write a checkpoint between two optimizer steps, and wait for the disk. Collective. (A run saves by saver.py.)
 
     `state` is JSON-able; mappings in it (the loader's lanes) are united over the ranks, all else must be equal on them.
     A problem on any rank (disk full, read-only) is the same UserError on every rank; earlier checkpoints stay whole.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + PARTIAL)
-    what = f"cannot write the checkpoint {path}"
-    header = {
+    write(path, fragments(engine), describe(engine, layout, state), layout)
+
+
+def describe(engine: Any, layout: Layout, state: dict[str, Any]) -> dict[str, Any]:
+    """The content of state.json at this moment; nothing in it changes later. Collective."""
+    return {
         "format": FORMAT,
         "state": merge_states(gather_objects(state)),
         "optimizer": optimizer_scalars(engine),
@@ -90,15 +93,31 @@ def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]
             "torch": torch.__version__, "threads": torch.get_num_threads(),
         },
     }  # fmt: skip
+
+
+def write(
+    path: str | Path,
+    held: list[Fragment],
+    header: dict[str, Any],
+    layout: Layout,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write this rank's fragments and commit, as `save` does. Collective over `group`, a group of all ranks.
+
+    It touches nothing of the engine's: a background thread may run it, in a group that nobody else uses.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + PARTIAL)
+    what = f"cannot write the checkpoint {path}"
     writer = ShardWriter(partial)
     try:
-        with _disk(what):
+        with _disk(what, group):
             if layout.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         with _dcp(what):
-            dcp.save({}, storage_writer=writer, planner=FragmentSavePlanner(fragments(engine)))
-        with _disk(what):
+            dcp.save({}, storage_writer=writer, planner=FragmentSavePlanner(held), process_group=group)
+        with _disk(what, group):
             if layout.is_main:
                 commit(partial, path, writer.files, header)
     except UserError:
@@ -196,9 +215,9 @@ def _show(form: tuple[tuple[int, ...], torch.dtype]) -> str:
 
 
 @contextmanager
-def _disk(what: str) -> Iterator[None]:
+def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     """A rank-local step that touches the disk: an OSError becomes a UserError on every rank. Collective at its end."""
-    with together():
+    with together(group=group):
         try:
             yield
         except OSError as error:

@@ -15,15 +15,15 @@ PATIENCE = timedelta(days=2)
 
 
 @contextmanager
-def together(*, patient: bool = False) -> Iterator[None]:
+def together(*, patient: bool = False, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run a rank-local step of the set-up; when it fails on any rank, raise that rank's UserError on every rank.
 
     Collective at its end: every rank must pass through it, and the body must not communicate. patient: ranks that are
     done wait for the others for PATIENCE, not just the minutes after which other collectives give up (collective at its
-    beginning, too).
+    beginning, too). group: another one of all ranks, for a thread that must not get between the default group's.
     """
     alone = not dist.is_initialized() or dist.get_world_size() == 1
-    group = dist.new_group(backend="gloo", timeout=PATIENCE) if patient and not alone else None
+    own = dist.new_group(backend="gloo", timeout=PATIENCE) if patient and not alone else None
     problem: Exception | None = None
     try:
         yield
@@ -35,9 +35,9 @@ def together(*, patient: bool = False) -> Iterator[None]:
         return
     sentences: list[str | None] = [None] * dist.get_world_size()
     mine = None if problem is None else str(problem) if isinstance(problem, UserError) else repr(problem)
-    dist.all_gather_object(sentences, mine, group=group)
-    if group is not None:
-        dist.destroy_process_group(group)
+    dist.all_gather_object(sentences, mine, group=own or group)
+    if own is not None:
+        dist.destroy_process_group(own)
     if problem is not None and not isinstance(problem, UserError):
         raise problem  # a defect of ours: its traceback is worth more than the sentence
     first = next(((rank, text) for rank, text in enumerate(sentences) if text is not None), None)
