@@ -28,12 +28,14 @@ from tests.distributed import FORK_SERVER
 from tests.launching import MOMA, ROOT
 
 PATIENCE = 120.0  # seconds after which a rank counts as hanging
+IN_SAVES = ("save", "write", "tensors", "index", "commit", "prune")
 WINDOWS = {  # functions to die in, as the code looks them up
-    "save": "moe_dist.engine.checkpoint:save",
-    "write": "moe_dist.engine.storage:write_safetensors",
+    "save": "moe_dist.engine.saver:Saver.save",  # in the training thread
+    "write": "moe_dist.engine.saver:write",  # these in the writer's, if saves are asynchronous
+    "tensors": "moe_dist.engine.storage:write_safetensors",
     "index": "moe_dist.engine.storage:ShardWriter.finish",
     "commit": "moe_dist.engine.checkpoint:commit",
-    "prune": "moe_dist.engine.checkpoint:prune",
+    "prune": "moe_dist.engine.saver:prune",
     "step": "moe_dist.engine.zero:Engine.train_step",
     "backward": "moe_dist.engine.zero:_ZeroEngine.backward",
     "optimizer": "moe_dist.engine.zero:_ZeroEngine.step",
@@ -130,7 +132,7 @@ def _rank(rank: int, world: int, port: int, overrides: list[str], logs: Path, ki
 
 
 def _watch(where: str, events: list[int], kill: Kill | None, trace: Path) -> None:
-    """Wrap a function so that the events inside each call are counted, and that the process dies at the one of `kill`."""
+    """Wrap a function: the events inside each call are counted, and the process dies at the one of `kill`."""
     module, _, path = where.partition(":")
     *parents, name = path.split(".")
     owner: Any = import_module(module)

@@ -144,7 +144,8 @@ def _resolve_resume(config: Config) -> Path | None:
 def _checkpoints(run_dir: str | Path) -> list[Path]:
     """By step, damaged ones included. A kill between commit's two renames leaves a checkpoint under its other name."""
     folder = Path(run_dir) / "checkpoints"
-    found = [path for path in folder.glob("step_*") if re.fullmatch(rf"step_\d{{8,}}({re.escape(REPLACED)})?", path.name)]
+    name = re.compile(rf"step_\d{{8,}}({re.escape(REPLACED)})?")
+    found = [path for path in folder.glob("step_*") if name.fullmatch(path.name)]
     return sorted((path for path in found if path.suffix != REPLACED or path.with_suffix("") not in found), key=_step)
 
 

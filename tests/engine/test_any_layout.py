@@ -1,4 +1,4 @@
-"""A run goes on at any layout: the real model, data, loader and checkpoint of every kind of system, on 1, 2 and 4 ranks."""
+"""A run goes on at any layout of 1, 2 and 4 ranks: every kind of system with the real model, data and checkpoint."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ TOP_1 = "model.ffn.router={type: top_k, num_experts: 4, top_k: 1, bias: true, we
 SYSTEMS = {
     "moma": [],
     "top_k": ["model.ffn.router={type: top_k, num_experts: 4, top_k: 2}", "losses={load_balance: {weight: 0.01}}"],
-    "null_experts": ["model.ffn.router={type: null_experts, num_experts: 4, num_null_experts: 4, top_k: 3}", "losses={load_balance: {weight: 0.01}}"],
+    "null_experts": [
+        "model.ffn.router={type: null_experts, num_experts: 4, num_null_experts: 4, top_k: 3}",
+        "losses={load_balance: {weight: 0.01}}",
+    ],
     "lora_experts": [
         *[LORA, TOP_1, "model.attention_lora={rank: 4, alpha: 8, dropout: 0.05}"],
         *["trainable=['*.router.*', '*.lora.*']", "losses={pooled_balance: {weight: 0.01}}"],
@@ -93,7 +96,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def save_all(rank: int, overrides: list[str], layouts: list[At], folder: Path) -> list[Record]:
-    """Train anew at each layout, and save."""
+    """Train anew at each layout, and save; training goes on while the checkpoint is written."""
     records = []
     for at in layouts:
         run = start(recipe(overrides, at, folder))
@@ -101,12 +104,11 @@ def save_all(rank: int, overrides: list[str], layouts: list[At], folder: Path) -
             run.train_step()
         run.save()
         records.append(record(run))
+        run.saver.wait()
     return records
 
 
-def load_all(
-    rank: int, overrides: list[str], layouts: list[At], paths: list[Path], folder: Path
-) -> list[list[Record]]:
+def load_all(rank: int, overrides: list[str], layouts: list[At], paths: list[Path], folder: Path) -> list[list[Record]]:
     """Load every checkpoint at every layout: the first as a run does that starts, the others after it has trained."""
     records = []
     for number, at in enumerate(layouts):
@@ -263,7 +265,7 @@ REFUSED = [  # ranks, what changes, the sentence
     (4, ["train.micro_batch_groups=2"], "train.global_batch_groups=4 is not a multiple of 8 (4 ranks times"),
     (3, ["parallel.expert=1"], "train.global_batch_groups=4 is not a multiple of 3 (3 ranks times"),
     (3, ["parallel.expert=1", "train.global_batch_groups=6"], "data.lanes=4 is not a multiple of the 3 data-parallel"),
-    (3, ["parallel.expert=1", "train.global_batch_groups=6", "data.lanes=6"], "data.lanes was 4 and is now 6, train.gl"),
+    (3, ["parallel.expert=1", "train.global_batch_groups=6", "data.lanes=6"], "data.lanes was 4 and is now 6, train."),
 ]
 
 

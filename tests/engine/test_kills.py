@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +17,63 @@ import pytest
 
 from moe_dist.engine.checkpoint import checkpoint_path, newest_complete, read_state, verify
 from moe_dist.telemetry.run_folder import read_status
-from tests.mortal import WINDOWS, Kill, counts_of, run_ranks_of_train, trace_of
+from tests.mortal import IN_SAVES, WINDOWS, Counts, Kill, counts_of, run_ranks_of_train, trace_of
 
 STEPS, EVERY, GROUPS = 6, 2, 4
-STAGES = (1, 3)
 LONG = "MOE_DIST_LONG" in os.environ
-KILLS = [  # stage, window, seed
-    (stage, window, seed)
-    for stage in STAGES
-    for number, window in enumerate(WINDOWS)
-    for seed in (range(3) if LONG else range(number % len(STAGES) == STAGES.index(stage)))
+
+
+@dataclass(frozen=True)
+class How:
+    """How the run is laid out and saves."""
+
+    stage: int
+    asynchronous: bool
+
+    def __str__(self) -> str:
+        return f"stage_{self.stage}-{'a' if self.asynchronous else ''}synchronous"
+
+
+ALL_KILLS = [
+    (how, window, seed)
+    for how in (How(1, True), How(3, True), How(3, False))
+    for window in WINDOWS
+    for seed in range(2)
 ]
+FEW_KILLS = [*((How(1, True), window, 0) for window in IN_SAVES), *((How(3, False), "commit", 0),)]
+FEW_KILLS += [(How(1 if window == "backward" else 3, True), window, 0) for window in WINDOWS if window not in IN_SAVES]
+KILLS = ALL_KILLS if LONG else FEW_KILLS
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run that nobody kills."""
+
+    how: How
+    overrides: list[str]
+    run_dir: Path  # it kept every checkpoint
+    counts: Counts  # with checkpoint.keep=1
 
 
 @pytest.fixture(scope="module")
-def undisturbed(request, small_run, tmp_path_factory):
-    """Overrides of a short run, the folder of one that went through and kept every checkpoint, and its counts."""
-    folder = tmp_path_factory.mktemp(f"stage_{request.param}")
-    overrides = [*small_run(folder), f"deepspeed.zero_optimization.stage={request.param}", "eval.every=0"]
-    overrides += [f"train.steps={STEPS}", f"checkpoint.every={EVERY}", "telemetry.tensorboard=false"]
-    overrides += [f"train.global_batch_groups={GROUPS}", "train.micro_batch_groups=1"]
-    for name, keep in (("reference", STEPS), ("counted", 1)):
-        codes, printed = run_ranks_of_train([*overrides, f"checkpoint.keep={keep}"], folder / name / "run")
-        assert codes == [0, 0], printed
-    same(folder / "counted" / "run", folder / "reference" / "run")
-    return [*overrides, "checkpoint.keep=1"], folder / "reference" / "run", counts_of(folder / "counted" / "run")
+def undisturbed(small_run, tmp_path_factory) -> Callable[[How], Undisturbed]:
+    """The undisturbed run that is laid out so: it is run once."""
+
+    @cache
+    def run(how: How) -> Undisturbed:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        overrides = [*small_run(folder), f"deepspeed.zero_optimization.stage={how.stage}", "eval.every=0"]
+        overrides += [f"checkpoint.asynchronous={str(how.asynchronous).lower()}", f"checkpoint.every={EVERY}"]
+        overrides += [f"train.steps={STEPS}", f"train.global_batch_groups={GROUPS}", "train.micro_batch_groups=1"]
+        overrides += ["telemetry.tensorboard=false"]
+        for name, keep in (("reference", STEPS), ("counted", 1)):
+            codes, printed = run_ranks_of_train([*overrides, f"checkpoint.keep={keep}"], folder / name / "run")
+            assert codes == [0, 0], printed
+        reference, counted = folder / "reference" / "run", folder / "counted" / "run"
+        same(counted, reference)
+        return Undisturbed(how, [*overrides, "checkpoint.keep=1"], reference, counts_of(counted))
+
+    return run
 
 
 def test_there_are_enough_kills():
@@ -46,48 +81,50 @@ def test_there_are_enough_kills():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("undisturbed", "window", "seed"), KILLS, indirect=["undisturbed"])
-def test_a_killed_rank(undisturbed, window, seed, tmp_path):
-    overrides, reference, counts = undisturbed
-    run_dir = tmp_path / "run"
-    kill = Kill.draw(seed, window, counts)
-    codes, printed = run_ranks_of_train(overrides, run_dir, kill=kill)
-    assert codes[kill.rank] == -9 and codes[1 - kill.rank] == 1, printed
+@pytest.mark.parametrize(("how", "window", "seed"), KILLS, ids=str)
+def test_a_killed_rank(how, window, seed, undisturbed, tmp_path):
+    reference, run_dir = undisturbed(how), tmp_path / "run"
+    kill = Kill.draw(seed, window, reference.counts)
+    codes, printed = run_ranks_of_train(reference.overrides, run_dir, kill=kill)
+    assert codes[kill.rank] == -9 and codes[1 - kill.rank] == 1, (kill, codes, printed)
     trace = trace_of(run_dir)
     print(f"rank {kill.rank} died in {' < '.join(trace.stack[:3])}")
     assert trace.inside, f"{kill} did not land where it was meant to: {trace.stack}"
     check_what_is_left(run_dir, reference, kill)
-    codes, printed = run_ranks_of_train(overrides, run_dir)
+    codes, printed = run_ranks_of_train(reference.overrides, run_dir)
     assert codes == [0, 0], printed
-    same(run_dir, reference)
+    same(run_dir, reference.run_dir)
 
 
-def check_what_is_left(run_dir: Path, reference: Path, kill: Kill) -> None:
+def check_what_is_left(run_dir: Path, undisturbed: Undisturbed, kill: Kill) -> None:
     """Every checkpoint is whole and the undisturbed run's; the newest is the last whose saving had ended."""
     left = {path.name for path in (run_dir / "checkpoints").iterdir()}
     for name in left:
         if not name.endswith(".tmp"):
             verify(run_dir / "checkpoints" / name)
-            assert stored(run_dir / "checkpoints" / name) == stored(reference / "checkpoints" / name)
+            assert stored(run_dir / "checkpoints" / name) == stored(undisturbed.run_dir / "checkpoints" / name)
     path = newest_complete(run_dir)
     newest = int(path.name.removeprefix("step_")) if path is not None else 0
     saving = EVERY * (kill.call + 1)  # the step that was being saved, if one was
+    before = saving - EVERY
     name = checkpoint_path(run_dir, saving).name
     match kill.window:
-        case "write" | "index":  # begun, and not there yet
-            assert newest == saving - EVERY and f"{name}.tmp" in left
+        case "save":  # an asynchronous one begins with the end of the one before
+            assert newest in ((max(before - EVERY, 0), before) if undisturbed.how.asynchronous else (before, saving))
+        case "write":
+            assert newest in (before, saving)
+        case "tensors" | "index":  # begun, and not there yet
+            assert newest == before and f"{name}.tmp" in left
         case "commit":  # under one name or the other
-            assert newest in (saving - EVERY, saving) and (f"{name}.tmp" in left) == (newest < saving)
-        case "save":
-            assert newest in (saving - EVERY, saving)
+            assert newest in (before, saving) and (f"{name}.tmp" in left) == (newest == before)
         case "prune":
             assert newest == saving
-        case "step" | "metrics":  # a call for each step
-            assert newest == kill.call // EVERY * EVERY
-        case "backward" | "optimizer":  # a call for each micro-batch
-            assert newest == kill.call // (GROUPS // 2) // EVERY * EVERY
-        case _:
-            assert newest < STEPS
+        case window:
+            if window in ("step", "metrics", "backward", "optimizer"):
+                steps = kill.call // (1 if window in ("step", "metrics") else GROUPS // 2)  # done before
+                due = steps // EVERY * EVERY  # it may still have been on its way
+                assert newest in ((max(due - EVERY, 0), due) if undisturbed.how.asynchronous else (due,))
+            assert newest <= STEPS - EVERY
 
 
 def same(run_dir: Path, reference: Path) -> None:
