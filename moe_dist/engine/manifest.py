@@ -173,10 +173,17 @@ def _verify_checksum(file: Path, files: dict[str, dict[str, Any]]) -> None:
             )
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError for a key given twice, which a flipped bit can make of the next file's name."""
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError
+    return dict(pairs)
+
+
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
     """The files of a checkpoint, found to exist with the right sizes. Raises UserError naming the one that does not."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(), object_pairs_hook=_unique)
         files, version = manifest["files"], manifest["format"]
         sizes = {name: int(files[name]["bytes"]) for name in {STATE, *files} if files[name]["sha256"]}
     except OSError:
