@@ -164,7 +164,8 @@ class EvalConfig(Strict):
 
 class CheckpointConfig(Strict):
     every: Count = 100  # steps; 0: only at the end
-    keep: Positive = 2
+    keep: Positive = 2  # the newest; older ones are removed
+    keep_every: Count = 0  # steps: those of a multiple of it stay as well; 0: none
     asynchronous: bool = True  # training goes on while one is written; costs host memory (docs/checkpoints.md)
 
 

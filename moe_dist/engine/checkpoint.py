@@ -153,8 +153,8 @@ def load(path: str | Path, engine: Any, layout: Layout) -> dict[str, Any]:
 def open_index(path: Path, layout: Layout) -> Metadata:
     """Verify a checkpoint, each rank a share of its files, and read its index. Collective, before anything is read."""
     with together():
-        verify(path, share=layout.rank, shares=layout.world)
-    return read_index(path)
+        verified = verify(path, share=layout.rank, shares=layout.world)
+    return read_index(path, verified)  # not before every rank has found its share undamaged
 
 
 def read_fragments(path: Path, metadata: Metadata, wanted: list[Fragment]) -> None:

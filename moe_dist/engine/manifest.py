@@ -36,17 +36,26 @@ def checkpoint_path(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The optimizer steps done before the checkpoint of this name."""
+    return int(path.stem.removeprefix("step_"))
+
+
 def write_manifest(folder: Path, files: Iterable[StoredFile]) -> None:
     entries = {file.name: {"bytes": file.size, "sha256": file.sha256} for file in files}
     write_json(folder / MANIFEST, {"format": FORMAT, "files": dict(sorted(entries.items()))})
 
 
-def verify(path: str | Path, *, share: int = 0, shares: int = 1) -> None:
-    """Check all files' sizes and the checksums of this share of the files. Raises UserError naming the bad file."""
+def verify(path: str | Path, *, share: int = 0, shares: int = 1) -> dict[str, int]:
+    """Check all files' sizes and the checksums of this share of the files. Raises UserError naming the bad file.
+
+    Returns the bytes of every file. Nothing that they do not hold is ever read: see storage.read_index.
+    """
     path = Path(path)
     files = _manifest(path)
     for name in sorted(files)[share::shares]:
         _verify_checksum(path / name, files)
+    return {name: entry["bytes"] for name, entry in files.items()}
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -61,9 +70,21 @@ def identity(path: str | Path) -> str:
     return hashlib.sha256((Path(path) / MANIFEST).read_bytes()).hexdigest()
 
 
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Those of a run, complete or not, from the oldest.
+
+    After a kill between the two renames of `commit` a step that was saved again is found under its other name.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    name = re.compile(rf"step_\d{{8,}}({re.escape(REPLACED)})?")
+    found = [path for path in folder.glob("step_*") if name.fullmatch(path.name)]
+    known = [path for path in found if path.suffix != REPLACED or path.with_suffix("") not in found]
+    return sorted(known, key=step_of)
+
+
 def newest_complete(run_dir: str | Path) -> Path | None:
     """The newest checkpoint of a run, whose files are all there; None if there is none. UserError if it is damaged."""
-    path = next(reversed(_checkpoints(run_dir)), None)
+    path = next(reversed(checkpoints(run_dir)), None)
     if path is not None:
         try:
             _manifest(path)
@@ -72,13 +93,17 @@ def newest_complete(run_dir: str | Path) -> Path | None:
     return path
 
 
-def prune(run_dir: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints, and leftovers of interrupted saves. For one rank to call.
+def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
+    """Remove the complete checkpoints but for the newest `keep` and those of a step that is a multiple of `keep_every`
+    (0: none), and leftovers of interrupted saves. For one rank to call.
 
     Best effort: what cannot be removed stays. Damaged checkpoints are left for a person to look at.
     """
-    known = _checkpoints(run_dir)
-    for path in [path for path in known if _is_complete(path)][:-keep]:
+    known = checkpoints(run_dir)
+    complete = [path for path in known if _is_complete(path)]
+    for path in complete[:-keep]:
+        if keep_every and step_of(path) % keep_every == 0:
+            continue
         with suppress(OSError):
             path.rename(path.with_name(path.name + PARTIAL))  # at no moment does a half-removed one look complete
     for path in (Path(run_dir) / "checkpoints").glob("step_*"):
@@ -89,7 +114,7 @@ def prune(run_dir: str | Path, keep: int) -> None:
 def set_aside_later(run_dir: str | Path, step: int) -> list[Path]:
     """Rename the checkpoints of later steps, which a run that starts after `step` steps has not written, and return
     them: pruning would take them for the newest, and so would the next start. For one rank to call."""
-    later = [path for path in _checkpoints(run_dir) if _step(path) > step]
+    later = [path for path in checkpoints(run_dir) if step_of(path) > step]
     for path in later:
         aside = path.with_name(f"{path.stem}{ASIDE}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -141,18 +166,6 @@ def _resolve_resume(config: Config) -> Path | None:
     return path
 
 
-def _checkpoints(run_dir: str | Path) -> list[Path]:
-    """By step, damaged ones included. A kill between commit's two renames leaves a checkpoint under its other name."""
-    folder = Path(run_dir) / "checkpoints"
-    name = re.compile(rf"step_\d{{8,}}({re.escape(REPLACED)})?")
-    found = [path for path in folder.glob("step_*") if name.fullmatch(path.name)]
-    return sorted((path for path in found if path.suffix != REPLACED or path.with_suffix("") not in found), key=_step)
-
-
-def _step(path: Path) -> int:
-    return int(path.stem.removeprefix("step_"))
-
-
 def _remedy(path: Path) -> str:
     return f"restore it, or move {path} away to go on from the checkpoint before it"
 
@@ -173,17 +186,10 @@ def _verify_checksum(file: Path, files: dict[str, dict[str, Any]]) -> None:
             )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError for a key given twice, which a flipped bit can make of the next file's name."""
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError
-    return dict(pairs)
-
-
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
     """The files of a checkpoint, found to exist with the right sizes. Raises UserError naming the one that does not."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(), object_pairs_hook=_unique)
+        manifest = json.loads((path / MANIFEST).read_text())
         files, version = manifest["files"], manifest["format"]
         sizes = {name: int(files[name]["bytes"]) for name in {STATE, *files} if files[name]["sha256"]}
     except OSError:

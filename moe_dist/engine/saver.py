@@ -88,7 +88,7 @@ class Saver:
     def _write(self, path: Path, held: list[Fragment], header: dict[str, Any]) -> None:
         write(path, held, header, self.layout, self._group)
         if self.layout.is_main:
-            prune(self.run_dir, self.settings.keep)
+            prune(self.run_dir, self.settings.keep, self.settings.keep_every)
 
 
 class HostBuffers:

@@ -13,7 +13,7 @@ import math
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -87,6 +87,10 @@ class LazyTensor:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
     def read(self) -> Tensor:
         """All of it."""
@@ -255,8 +259,11 @@ class ShardReader(StorageReader):
         return True
 
 
-def read_index(folder: Path) -> Metadata:
-    """The index as DCP's metadata: storage_data names the file of each piece, planner_data the shape of each tensor."""
+def read_index(folder: Path, verified: Container[str]) -> Metadata:
+    """The index as DCP's metadata: storage_data names the file of each piece, planner_data the shape of each tensor.
+
+    Raises UserError where a piece lies in a file that is not among the verified ones.
+    """
     metadata = Metadata({}, planner_data={}, storage_data={})
     for name, entry in json.loads((folder / INDEX).read_text())["tensors"].items():
         shape = tuple(entry["shape"])
@@ -266,6 +273,8 @@ def read_index(folder: Path) -> Metadata:
         )
         metadata.planner_data[name] = shape
         for start, _, file in entry["pieces"]:
+            if file not in verified:
+                raise UserError(f"{folder / INDEX} names the file {file}, which no manifest vouches for")
             metadata.storage_data[MetadataIndex(name, [start])] = file
     return metadata
 
@@ -280,13 +289,16 @@ def write_json(path: Path, value: Any) -> StoredFile:
     return StoredFile(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> StoredFile:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+) -> StoredFile:
     """Stream tensors to the disk, hashing on the way (safetensors.save_file would hold a second copy of them all)."""
     order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)  # aligned, as the library itself writes them
-    header, size = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    size = 0
     for key in order:
         tensor = tensors[key]
-        end = size + tensor.numel * tensor.dtype.itemsize
+        end = size + tensor.nbytes
         header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [size, end]}
         size = end
     text = json.dumps(header).encode()

@@ -31,8 +31,7 @@ def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
     Verifies the files first; the tensors are read when they are asked for. Raises UserError naming a damaged file.
     """
     path = Path(path)
-    verify(path)
-    metadata = read_index(path)
+    metadata = read_index(path, verify(path))
     pieces: dict[str, list[tuple[int, str]]] = {}
     for index, file in metadata.storage_data.items():
         pieces.setdefault(index.fqn, []).append((index.offset[0], file))

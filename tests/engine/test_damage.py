@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from moe_dist.engine import checkpoint
 from moe_dist.engine.checkpoint import verify
+from moe_dist.engine.storage import read_index
 from moe_dist.errors import UserError
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import MOMENTS, Job, account, assert_same, build
@@ -90,7 +91,7 @@ def test_every_damage_is_found(saved, copied):
     manifest, found = json.loads((whole / "manifest.json").read_text()), 0
     for what in damaged(folder, whole, PLACES):
         try:
-            verify(folder)
+            read_index(folder, verify(folder))
             checkpoint.read_state(folder)
         except UserError as error:
             assert says_what_it_is(str(error), folder), (what, str(error))
@@ -110,7 +111,7 @@ def test_every_single_bit_of_the_manifest(copied):
         for bit in range(8):
             file.write_bytes(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
             try:
-                verify(folder)
+                read_index(folder, verify(folder))
             except UserError:
                 found += 1
             else:
