@@ -30,24 +30,19 @@ def launch_tool(
     launcher: Sequence[str], tool: str, arguments: Sequence[str], *, threads: int = 1
 ) -> subprocess.CompletedProcess:
     """Run launch/TOOL and wait for its end."""
-    return subprocess.run(
-        _command(launcher, tool, arguments), cwd=ROOT, env=_environment() | {"OMP_NUM_THREADS": str(threads)},
-        capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
-
-
-def start(launcher: Sequence[str], overrides: Sequence[str], *, config: str | Path = MOMA) -> subprocess.Popen:
-    """Run launch/train.py, and do not wait. Output and errors are read together."""
-    return subprocess.Popen(
-        _command(launcher, "train.py", ["--config", str(config), *overrides]), cwd=ROOT, env=_environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def _command(launcher: Sequence[str], tool: str, arguments: Sequence[str]) -> list[str]:
     if launcher is DEEPSPEED:
         launcher = [*DEEPSPEED, str(20000 + os.getpid() % 20000)]
-    return [*launcher, f"launch/{tool}", *arguments]
+    own = _environment() | {"OMP_NUM_THREADS": str(threads)}
+    command = [*launcher, f"launch/{tool}", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=400)
+
+
+def start(launcher: Sequence[str], overrides: Sequence[str]) -> subprocess.Popen:
+    """Run launch/train.py and do not wait; the process has what it prints. The caller gives DeepSpeed a port."""
+    return subprocess.Popen(
+        [*launcher, "launch/train.py", "--config", MOMA, *overrides], cwd=ROOT, env=_environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def bare_ranks(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -22,7 +23,9 @@ from typing import Any
 
 import torch
 
+from moe_dist.engine.checkpoint import checkpoint_path, read_state, verify
 from moe_dist.parallel.launch import free_port, run_rank
+from moe_dist.telemetry.run_folder import read_status
 from moe_dist.train import train
 from tests.distributed import FORK_SERVER
 from tests.launching import MOMA, ROOT
@@ -42,7 +45,29 @@ WINDOWS = {  # functions to die in, as the code looks them up
     "exchange": "moe_dist.parallel.collectives:_exchange",
     "metrics": "moe_dist.telemetry.sinks:Sinks.log",
 }
+STEPS, EVERY, GROUPS = 6, 2, 4  # of a run; a checkpoint every so many; selection groups of a step
 Counts = list[dict[str, list[int]]]  # [rank][window][call]: events inside
+
+
+@dataclass(frozen=True)
+class How:
+    """How the run is laid out and saves."""
+
+    stage: int
+    asynchronous: bool
+
+    def __str__(self) -> str:
+        return f"stage_{self.stage}-{'a' if self.asynchronous else ''}synchronous"
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run that nobody kills."""
+
+    how: How
+    overrides: list[str]
+    run_dir: Path  # it kept every checkpoint
+    counts: Counts  # with checkpoint.keep=1
 
 
 @dataclass(frozen=True)
@@ -72,19 +97,22 @@ class Trace:
 
 
 def run_ranks_of_train(
-    overrides: Sequence[str], run_dir: Path, *, world: int = 2, kill: Kill | None = None
+    overrides: Sequence[str],
+    run_dir: Path,
+    *,
+    world: int = 2,
+    kill: Kill | None = None,
+    largest_file: int | None = None,
 ) -> tuple[list[int], list[str]]:
     """Train as launch/train.py does, on fresh processes: exit codes (-9: killed) and what was printed, by rank.
 
     Nobody ends the ranks that outlive another; one that still runs after PATIENCE is an AssertionError.
+    largest_file: no rank may write a larger one, in bytes.
     """
     logs = run_dir.parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    ranks = [
-        FORK_SERVER.Process(target=_rank, args=(rank, world, port, [*overrides, f"run.dir={run_dir}"], logs, kill))
-        for rank in range(world)
-    ]
+    own = (world, free_port(), [*overrides, f"run.dir={run_dir}"], logs, kill, largest_file)
+    ranks = [FORK_SERVER.Process(target=_rank, args=(rank, *own)) for rank in range(world)]
     for process in ranks:
         process.start()
     deadline = time.monotonic() + PATIENCE
@@ -111,7 +139,31 @@ def trace_of(run_dir: Path) -> Trace:
     return Trace(**json.loads((run_dir.parent / "logs" / "trace.json").read_text()))
 
 
-def _rank(rank: int, world: int, port: int, overrides: list[str], logs: Path, kill: Kill | None) -> None:
+def same(run_dir: Path, reference: Path) -> None:
+    """The runs ended in the same bits, with the same losses all along."""
+    last = [checkpoint_path(folder, STEPS) for folder in (run_dir, reference)]
+    verify(last[0])
+    assert stored(last[0]) == stored(last[1])
+    states: list[dict[str, Any]] = [read_state(path) for path in last]
+    assert all(states[0][key] == states[1][key] for key in ("step", "tokens", "loader"))
+    lines = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run_dir, reference)
+    ]
+    losses = [[(line["step"], line["loss"], line["grad_norm"]) for line in of_run] for of_run in lines]
+    assert losses[0] == losses[1] and len(losses[0]) == STEPS
+    assert read_status(run_dir)["state"] == "done"
+
+
+def stored(checkpoint: Path) -> dict[str, str]:
+    """Name and checksum of every file of tensors."""
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
+
+
+def _rank(
+    rank: int, world: int, port: int, overrides: list[str], logs: Path, kill: Kill | None, largest_file: int | None
+) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
     )
@@ -119,6 +171,8 @@ def _rank(rank: int, world: int, port: int, overrides: list[str], logs: Path, ki
     with (logs / f"rank_{rank}.log").open("wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    if largest_file is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
     counts: dict[str, list[int]] = {}
     for window, where in WINDOWS.items():
         if kill is None or (kill.rank, kill.window) == (rank, window):

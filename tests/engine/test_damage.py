@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch.distributed as dist
 
 from moe_dist.engine import checkpoint

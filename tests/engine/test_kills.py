@@ -5,35 +5,28 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from moe_dist.engine.checkpoint import checkpoint_path, newest_complete, read_state, verify
-from moe_dist.telemetry.run_folder import read_status
-from tests.mortal import IN_SAVES, WINDOWS, Counts, Kill, counts_of, run_ranks_of_train, trace_of
+from moe_dist.engine.checkpoint import checkpoint_path, newest_complete, verify
+from tests.mortal import (
+    EVERY,
+    GROUPS,
+    IN_SAVES,
+    STEPS,
+    WINDOWS,
+    How,
+    Kill,
+    Undisturbed,
+    run_ranks_of_train,
+    same,
+    stored,
+    trace_of,
+)
 
-STEPS, EVERY, GROUPS = 6, 2, 4
 LONG = "MOE_DIST_LONG" in os.environ
-
-
-@dataclass(frozen=True)
-class How:
-    """How the run is laid out and saves."""
-
-    stage: int
-    asynchronous: bool
-
-    def __str__(self) -> str:
-        return f"stage_{self.stage}-{'a' if self.asynchronous else ''}synchronous"
-
-
 ALL_KILLS = [
     (how, window, seed)
     for how in (How(1, True), How(3, True), How(3, False))
@@ -43,37 +36,6 @@ ALL_KILLS = [
 FEW_KILLS = [*((How(1, True), window, 0) for window in IN_SAVES), *((How(3, False), "commit", 0),)]
 FEW_KILLS += [(How(1 if window == "backward" else 3, True), window, 0) for window in WINDOWS if window not in IN_SAVES]
 KILLS = ALL_KILLS if LONG else FEW_KILLS
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """A run that nobody kills."""
-
-    how: How
-    overrides: list[str]
-    run_dir: Path  # it kept every checkpoint
-    counts: Counts  # with checkpoint.keep=1
-
-
-@pytest.fixture(scope="module")
-def undisturbed(small_run, tmp_path_factory) -> Callable[[How], Undisturbed]:
-    """The undisturbed run that is laid out so: it is run once."""
-
-    @cache
-    def run(how: How) -> Undisturbed:
-        folder = tmp_path_factory.mktemp("undisturbed")
-        overrides = [*small_run(folder), f"deepspeed.zero_optimization.stage={how.stage}", "eval.every=0"]
-        overrides += [f"checkpoint.asynchronous={str(how.asynchronous).lower()}", f"checkpoint.every={EVERY}"]
-        overrides += [f"train.steps={STEPS}", f"train.global_batch_groups={GROUPS}", "train.micro_batch_groups=1"]
-        overrides += ["telemetry.tensorboard=false"]
-        for name, keep in (("reference", STEPS), ("counted", 1)):
-            codes, printed = run_ranks_of_train([*overrides, f"checkpoint.keep={keep}"], folder / name / "run")
-            assert codes == [0, 0], printed
-        reference, counted = folder / "reference" / "run", folder / "counted" / "run"
-        same(counted, reference)
-        return Undisturbed(how, [*overrides, "checkpoint.keep=1"], reference, counts_of(counted))
-
-    return run
 
 
 def test_there_are_enough_kills():
@@ -125,25 +87,3 @@ def check_what_is_left(run_dir: Path, undisturbed: Undisturbed, kill: Kill) -> N
                 due = steps // EVERY * EVERY  # it may still have been on its way
                 assert newest in ((max(due - EVERY, 0), due) if undisturbed.how.asynchronous else (due,))
             assert newest <= STEPS - EVERY
-
-
-def same(run_dir: Path, reference: Path) -> None:
-    """The runs ended in the same bits, with the same losses all along."""
-    last = [checkpoint_path(folder, STEPS) for folder in (run_dir, reference)]
-    verify(last[0])
-    assert stored(last[0]) == stored(last[1])
-    states: list[dict[str, Any]] = [read_state(path) for path in last]
-    assert all(states[0][key] == states[1][key] for key in ("step", "tokens", "loader"))
-    lines = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (run_dir, reference)
-    ]
-    losses = [[(line["step"], line["loss"], line["grad_norm"]) for line in of_run] for of_run in lines]
-    assert losses[0] == losses[1] and len(losses[0]) == STEPS
-    assert read_status(run_dir)["state"] == "done"
-
-
-def stored(checkpoint: Path) -> dict[str, str]:
-    """Name and checksum of every file of tensors."""
-    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
