@@ -117,7 +117,7 @@ class ModelConfig(Strict):
 class InitFrom(Strict):
     """Start from the parameters of an earlier stage's checkpoint; a plain path stands for `checkpoint` alone.
 
-    Patterns match whole parameter names, `*` any text (docs/checkpoints.md, "From stage to stage").
+    Patterns match whole parameter names, `*` any text (docs/stages.md).
     """
 
     checkpoint: str  # a checkpoint folder, or a run folder: its newest complete checkpoint

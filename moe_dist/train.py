@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,37 +39,39 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.placement import make_placement
 from moe_dist.moe.router import Router
+from moe_dist.parallel.launch import is_main_process
 from moe_dist.parallel.layout import Layout, check_layout, make_layout
+from moe_dist.parallel.signals import Stopped, StopSignals
 from moe_dist.parallel.together import together
 from moe_dist.telemetry.progress import Progress
 from moe_dist.telemetry.report import write_report
 from moe_dist.telemetry.routing import routing_counts, routing_metrics
-from moe_dist.telemetry.run_folder import RunFolder, State, read_status
+from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.telemetry.sinks import Sinks
 from moe_dist.telemetry.throughput import model_flops
 
 SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
-def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Train a recipe to train.steps, or to train.stop_after. Every rank calls it; a UserError is raised on every rank.
+def train(path: str | Path, overrides: Sequence[str] = (), stop: StopSignals | None = None) -> None:
+    """Train a recipe to train.steps, to train.stop_after, or until `stop` has noted a signal on any rank.
 
-    RUN/status.json says how it ended: done, stopped (there is more to train), or failed with the reason.
+    Every rank calls it; a UserError is raised on every rank. RUN/status.json says how it ended.
     """
-    config = load_config(path, overrides)
-    layout = make_layout(expert=config.parallel.expert, device=init_distributed())
-    check_recipe(config, layout)
-    folder = RunFolder(Path(config.run.dir))
-    run = None
+    config, stop = load_config(path, overrides), stop or StopSignals()
+    folder, run = RunFolder(Path(config.run.dir)), None
     try:
-        run = Run.build(config, layout, folder)
+        layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+        check_recipe(config, layout)
+        run = Run.build(config, layout, folder, stop)
         run.loop()
     except BaseException as error:
-        if layout.is_main and folder.status.exists():
-            with suppress(UserError):  # of a full disk: what is to be told is what came before
-                step = run.step if run else read_status(folder.path)["step"]
-                folder.write_status("failed", step, str(error) or type(error).__name__)
-        raise
+        if is_main_process():
+            folder.write_failure(error, run.step if run else None)
+        if not isinstance(error, Stopped):
+            raise
+        if is_main_process():
+            print(f"stopped ({error}) before the first step: {folder.path}", flush=True)
 
 
 @together()  # no rank may leave while another still sets up its groups
@@ -110,13 +111,17 @@ class Run:
     loader_state: dict[str, Any]
     peak_lr: float
     initial: Account | None  # what a fresh start took from init_from
+    stop: StopSignals = field(default_factory=StopSignals)
     step: int = 0  # optimizer steps done
     tokens: int = 0  # predictions trained on, over all ranks
 
     @classmethod
-    def build(cls, config: Config, layout: Layout, folder: RunFolder) -> Run:
-        """Read the data, build the model and its engine, and continue from a checkpoint if there is one. Collective."""
-        section = check_section(config.deepspeed)
+    def build(cls, config: Config, layout: Layout, folder: RunFolder, stop: StopSignals | None = None) -> Run:
+        """Read the data, build the model and its engine, and continue from a checkpoint if there is one. Collective.
+
+        Raises Stopped on every rank where `stop` has noted a signal on any.
+        """
+        stop, section = stop or StopSignals(), check_section(config.deepspeed)
         resume_from, state = checkpoint.resolve_resume(config), None
         source = resolve_init(config) if resume_from is None else None
         if resume_from is not None:
@@ -127,7 +132,7 @@ class Run:
             vocabulary = load_vocabulary(config.data)
             if state is not None and state.vocabulary != vocabulary.fingerprint():
                 raise UserError(f"{resume_from} was trained with other tokenizers than {vocabulary.describe()}")
-        documents, held_out = open_data(config.data, vocabulary, layout)
+        documents, held_out = open_data(config.data, vocabulary, layout, stop)
         model = Transformer(config.model, vocabulary.size, layout, config.seed)
         engine = make_engine(model, config, layout, next((router.num_experts for router in routers(model)), 0))
         if resume_from is not None:
@@ -144,13 +149,14 @@ class Run:
             saver=Saver(folder.path, engine, layout, config.checkpoint), documents=documents, held_out=held_out,
             loader_state=state.loader if state else {}, initial=initial,
             peak_lr=section.optimizer.params.lr, step=state.step if state else 0, tokens=state.tokens if state else 0,
+            stop=stop,
         )  # fmt: skip
 
     def loop(self) -> None:
-        """Train, evaluate and save until the last step."""
+        """Train, evaluate and save until the last step, or the step at which a signal is noted."""
         train, main, causal = self.config.train, self.layout.is_main, bool(self.engine.module.causal_routing)
         last = min(train.steps, train.stop_after or train.steps)
-        is_new = self.step < last
+        is_new, saved, signal = self.step < last, self.step, None
         with together():
             if main:
                 for path in checkpoint.set_aside_later(self.folder.path, self.step):
@@ -161,24 +167,26 @@ class Run:
             if self.config.eval.every:
                 next(self.held_out_batches())  # a held-out split that cannot be used shows now, not after many steps
         with Progress(last, step=self.step, is_main=main, causal=causal) as progress, self.saver:
-            while self.step < last:
+            while self.step < last and not (signal := self.stop.agreed(self.layout.device)):
                 metrics = self.train_step()
                 if _due(self.step, self.config.eval.every, last):
                     metrics |= self.evaluate()
                 if self.step % self.config.telemetry.every == 0 or self.step == last or "eval/loss" in metrics:
                     with together():
                         sinks.log(self.step, metrics | self.saver.metrics())
+                        if main:
+                            self.folder.beat(self.step)
                 progress.update(self.step, metrics)
                 if _due(self.step, self.config.checkpoint.every, last) or self.step == last:
-                    self.save()
+                    saved = self.save()
+            if saved < self.step:
+                self.save()
         with together():
             sinks.close()
             if main:
-                if is_new:
+                if is_new and signal is None:  # a signal leaves little time
                     write_report(self.folder.path)
-                state: State = "done" if self.step >= train.steps else "stopped"
-                self.folder.write_status(state, self.step)
-                print(f"{state} after {self.step} of {train.steps} steps: {self.folder.path}", flush=True)
+                print(self.folder.write_end(self.step, train.steps, signal), flush=True)
 
     def _tell_the_start(self) -> None:
         """Print what init_from has done, and keep it in RUN/init_from.json."""
@@ -226,13 +234,14 @@ class Run:
             dp_rank=self.layout.rank, dp=self.layout.world, batch_groups=self.config.train.micro_batch_groups,
         )  # fmt: skip
 
-    def save(self) -> None:
-        """Save this moment. Collective."""
+    def save(self) -> int:
+        """Save this moment; the step. Collective."""
         state = TrainState(
             step=self.step, tokens=self.tokens, loader=self.loader_state,
             config=self.config.model_dump(mode="json"), vocabulary=self.vocabulary.fingerprint(),
         )  # fmt: skip
         self.saver.save(self.step, state.to_json())
+        return self.step
 
     def _flops(self, batch: Batch, result: StepResult) -> int:
         """Of the step, over all ranks: all have equally many tokens, so this rank's last micro-batch stands for all."""
@@ -264,11 +273,16 @@ class Run:
         return metrics
 
 
-def open_data(data: DataConfig, vocabulary: Vocabulary, layout: Layout) -> tuple[TokenStore, TokenStore]:
-    """The tokens of the training and the held-out documents, made where missing. Collective."""
+def open_data(
+    data: DataConfig, vocabulary: Vocabulary, layout: Layout, stop: StopSignals
+) -> tuple[TokenStore, TokenStore]:
+    """The tokens of the training and the held-out documents, made where missing. Collective. Raises Stopped."""
     with together(patient=True):  # each rank tokenises its share of the shards
         for split in SPLITS:
-            build_cache(data, split, vocabulary, rank=layout.rank, world=layout.world, device=layout.device)
+            build_cache(
+                data, split, vocabulary, rank=layout.rank, world=layout.world, device=layout.device, stop=stop.pending
+            )
+    stop.check(layout.device)
     with together():
         documents, held_out = (open_store(data, split, vocabulary) for split in SPLITS)
     for split, store in zip(SPLITS, (documents, held_out), strict=True):

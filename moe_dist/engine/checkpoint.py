@@ -11,7 +11,6 @@ A checkpoint is written to step_XXXXXXXX.tmp and renamed once every rank's file 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -22,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -60,6 +58,7 @@ from moe_dist.engine.storage import (
     ShardWriter,
     StoredFile,
     read_index,
+    read_json,
     write_json,
 )
 from moe_dist.errors import UserError
@@ -134,7 +133,7 @@ def load(path: str | Path, engine: Any, layout: Layout) -> dict[str, Any]:
     """
     path = Path(path)
     metadata = open_index(path, layout)
-    header = json.loads((path / STATE).read_text())
+    header = read_json(path / STATE)
     stored_moments = {kind_of(name) for name in metadata.state_dict_metadata} - set(MODEL_KINDS)
     reset_optimizer(engine, with_moments=bool(stored_moments))
     wanted = fragments(engine)
@@ -231,6 +230,6 @@ def _dcp(what: str) -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-        if isinstance(cause, OSError | UserError | SafetensorError):
+        if isinstance(cause, OSError | UserError):
             raise UserError(f"{what}: {cause} (rank {rank})") from None
         raise RuntimeError(str(error)) from None

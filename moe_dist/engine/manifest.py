@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from moe_dist.config import Config, InitFrom
-from moe_dist.engine.storage import StoredFile, write_json
+from moe_dist.engine.storage import StoredFile, read_json, write_json
 from moe_dist.errors import UserError
 from moe_dist.parallel.together import together
 
@@ -62,7 +62,7 @@ def read_state(path: str | Path) -> dict[str, Any]:
     """The trainer's state alone, verified: to check a recipe against it before anything is built. Raises UserError."""
     path = Path(path)
     _verify_checksum(path / STATE, _manifest(path))
-    return json.loads((path / STATE).read_text())["state"]
+    return read_json(path / STATE)["state"]
 
 
 def identity(path: str | Path) -> str:

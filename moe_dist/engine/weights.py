@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from moe_dist.engine.checkpoint import commit, verify
 from moe_dist.engine.fragments import FROZEN, MASTER
 from moe_dist.engine.manifest import FORMAT, PARTIAL
-from moe_dist.engine.storage import INDEX, LazyTensor, read_index, write_json, write_safetensors
+from moe_dist.engine.storage import INDEX, LazyTensor, open_shard, read_index, write_json, write_safetensors
 from moe_dist.errors import UserError
 
 FILE = "rank_00000.safetensors"
@@ -83,7 +82,7 @@ def write_tensors(
 def _read(path: Path, logical: str, pieces: list[tuple[int, str]], shape: tuple[int, ...]) -> Tensor:
     found = []
     for start, file in pieces:
-        with safe_open(path / file, framework="pt") as opened:
+        with open_shard(path / file) as opened:
             found.append(opened.get_tensor(f"{logical}@{start}"))
     return torch.cat(found).view(shape)
 

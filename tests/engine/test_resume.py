@@ -92,6 +92,16 @@ def test_checkpoints_of_later_steps_are_set_aside(tmp_path):
     assert left == {"step_00000001", "step_00000002.aside", "step_00000003.aside"}
 
 
+def test_prune_keeps_every_mth(tmp_path):
+    """The newest two and those of steps 10, 20, 30; a step saved at the end of a stage is none of them."""
+    for step in (5, 10, 12, 20, 25, 30, 35):
+        put(tmp_path, step)
+        prune(tmp_path, keep=2, keep_every=10)
+    left = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert left == [f"step_{step:08d}" for step in (10, 20, 30, 35)]
+    assert newest_complete(tmp_path) == checkpoint_path(tmp_path, 35)
+
+
 def test_resolve_resume(tmp_path):
     def resolve(value):
         return resolve_resume(recipe(f"run.dir={tmp_path}", f"run.resume={value}"))
@@ -112,7 +122,8 @@ def test_resolve_resume(tmp_path):
     "override",
     [
         "run.dir=elsewhere", "train.stop_after=7", "train.micro_batch_groups=1", "parallel.expert=1", "eval.every=3",
-        "checkpoint.keep=9", "telemetry.tensorboard=false", "model.recompute=true",
+        "checkpoint.keep=9", "checkpoint.keep_every=7", "checkpoint.asynchronous=false",
+        "telemetry.tensorboard=false", "model.recompute=true",
         "deepspeed.zero_optimization.stage=3",
     ],
 )  # fmt: skip
