@@ -37,7 +37,6 @@ from moe_dist.engine.fragments import (
 from moe_dist.engine.manifest import (
     FORMAT,
     PARTIAL,
-    REPLACED,
     STATE,
     checkpoint_path,
     newest_complete,
@@ -166,9 +165,8 @@ def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[
     """Write state and manifest, then make the checkpoint visible by one rename."""
     write_manifest(partial, {*files, write_json(partial / STATE, header)})
     _sync_folder(partial)
-    replaced = path.with_name(path.name + REPLACED)
-    if path.exists():  # the same step saved again
-        shutil.rmtree(replaced, ignore_errors=True)
+    replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
+    if path.exists():  # the same step saved again, which no run does
         path.rename(replaced)
     partial.rename(path)
     _sync_folder(path.parent)

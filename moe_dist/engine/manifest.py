@@ -28,7 +28,6 @@ Answer = TypeVar("Answer")
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 PARTIAL = ".tmp"
-REPLACED = ".replaced"  # a checkpoint whose step is being saved again, for the moment between two renames
 ASIDE = ".aside"  # one of a later step than a run has started from
 
 
@@ -38,7 +37,7 @@ def checkpoint_path(run_dir: str | Path, step: int) -> Path:
 
 def step_of(path: Path) -> int:
     """The optimizer steps done before the checkpoint of this name."""
-    return int(path.stem.removeprefix("step_"))
+    return int(path.name.removeprefix("step_"))
 
 
 def write_manifest(folder: Path, files: Iterable[StoredFile]) -> None:
@@ -71,15 +70,9 @@ def identity(path: str | Path) -> str:
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
-    """Those of a run, complete or not, from the oldest.
-
-    After a kill between the two renames of `commit` a step that was saved again is found under its other name.
-    """
+    """Those of a run, complete or not, from the oldest."""
     folder = Path(run_dir) / "checkpoints"
-    name = re.compile(rf"step_\d{{8,}}({re.escape(REPLACED)})?")
-    found = [path for path in folder.glob("step_*") if name.fullmatch(path.name)]
-    known = [path for path in found if path.suffix != REPLACED or path.with_suffix("") not in found]
-    return sorted(known, key=step_of)
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)), key=step_of)
 
 
 def newest_complete(run_dir: str | Path) -> Path | None:
@@ -99,16 +92,14 @@ def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
 
     Best effort: what cannot be removed stays. Damaged checkpoints are left for a person to look at.
     """
-    known = checkpoints(run_dir)
-    complete = [path for path in known if _is_complete(path)]
+    complete = [path for path in checkpoints(run_dir) if _is_complete(path)]
     for path in complete[:-keep]:
         if keep_every and step_of(path) % keep_every == 0:
             continue
         with suppress(OSError):
             path.rename(path.with_name(path.name + PARTIAL))  # at no moment does a half-removed one look complete
-    for path in (Path(run_dir) / "checkpoints").glob("step_*"):
-        if path.suffix == PARTIAL or (path.suffix == REPLACED and path not in known):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in (Path(run_dir) / "checkpoints").glob(f"step_*{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside_later(run_dir: str | Path, step: int) -> list[Path]:
@@ -116,7 +107,7 @@ def set_aside_later(run_dir: str | Path, step: int) -> list[Path]:
     them: pruning would take them for the newest, and so would the next start. For one rank to call."""
     later = [path for path in checkpoints(run_dir) if step_of(path) > step]
     for path in later:
-        aside = path.with_name(f"{path.stem}{ASIDE}")
+        aside = path.with_name(path.name + ASIDE)
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
     return later
@@ -191,7 +182,7 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files, version = manifest["files"], manifest["format"]
-        sizes = {name: int(files[name]["bytes"]) for name in {STATE, *files} if files[name]["sha256"]}
+        sizes = {name: int(files[name]["bytes"]) for name in (STATE, *files) if files[name]["sha256"]}
     except OSError:
         raise UserError(f"{path / MANIFEST} cannot be read") from None
     except (ValueError, KeyError, TypeError, AttributeError):

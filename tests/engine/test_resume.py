@@ -55,20 +55,6 @@ def test_a_damaged_newest_one_is_not_passed_over(tmp_path):
         newest_complete(tmp_path)
 
 
-def test_a_kill_between_the_two_renames_of_a_step_that_is_saved_again(tmp_path):
-    """The older checkpoint counts under its other name, until there is one of its step."""
-    put(tmp_path, 1)
-    replaced = put(tmp_path, 2).rename(tmp_path / "checkpoints" / "step_00000002.replaced")
-    put(tmp_path, 2).rename(tmp_path / "checkpoints" / "step_00000002.tmp")
-    assert newest_complete(tmp_path) == replaced
-    prune(tmp_path, keep=1)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [replaced.name]
-    newest = put(tmp_path, 2)
-    assert newest_complete(tmp_path) == newest
-    prune(tmp_path, keep=1)
-    assert list((tmp_path / "checkpoints").iterdir()) == [newest]
-
-
 def test_prune_keeps_the_newest_and_removes_leftovers(tmp_path):
     folders = [put(tmp_path, step) for step in (1, 2, 3, 4)]
     damaged = put(tmp_path, 5, complete=False)
