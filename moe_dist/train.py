@@ -159,6 +159,8 @@ class Run:
         is_new, saved, signal = self.step < last, self.step, None
         with together():
             if main:
+                for path in checkpoint.set_aside_later(self.folder.path, self.step):
+                    print(f"set aside: {path} is of a later step than {self.step}", flush=True)
                 self.folder.open(self.config, step=self.step)
                 self._tell_the_start()
             sinks = Sinks(self.folder, self.config, is_main=main, causal=causal, step=self.step)

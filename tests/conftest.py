@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -62,15 +63,24 @@ def tokenizers(emoji_samples, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def overrides(emoji_shards, tokenizers, tmp_path) -> list[str]:
-    """The quickstart in small: the same model and launcher, the fixtures' pairs, eight steps."""
-    return [
-        f"run.dir={tmp_path / 'run'}",
-        f"data.shards={shutil.copytree(emoji_shards, tmp_path / 'shards')}",
+@pytest.fixture(scope="session")
+def small_run(emoji_shards, tokenizers) -> Callable[[Path], list[str]]:
+    """Of a folder: the overrides that make of the quickstart a small run in it.
+
+    The same model and launcher, the fixtures' pairs, eight steps.
+    """
+    return lambda folder: [
+        f"run.dir={folder / 'run'}",
+        f"data.shards={shutil.copytree(emoji_shards, folder / 'shards')}",
         f"data.text_tokenizer={tokenizers / 'text.model'}",
         f"data.image_tokenizer={tokenizers / 'vq'}",
         *["data.sequence_length=128", "data.group_sequences=2", "data.lanes=4"],
         *["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.ffn.hidden_size=32"],
         *["train.steps=8", "schedule.warmup_steps=2", "eval.every=4", "eval.groups=2", "checkpoint.every=4"],
     ]
+
+
+@pytest.fixture
+def overrides(small_run, tmp_path) -> list[str]:
+    """A small run in the test's own folder."""
+    return small_run(tmp_path)

@@ -1,11 +1,12 @@
-"""Runs a function on real gloo ranks. A pool of processes lives as long as pytest, since imports cost seconds."""
+"""Runs functions on real gloo ranks, and starts ranks that may die.
+
+Imports cost seconds: a fork server makes them once, and every rank is a fresh process forked from it.
+"""
 
 from __future__ import annotations
 
 import atexit
 import os
-import socket
-import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +14,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.distributed import distributed_c10d
+
+from moe_dist.parallel.launch import free_port
 
 _POOLS: dict[int, Pool] = {}
 _TIMEOUT = 300.0  # seconds a rank may take before the pool is declared hung
-# A gloo group keeps three threads, one of which polls: after some hundred groups everything crawls. A call's groups go
-# with it, but for those that a DeepSpeed engine holds: they are never freed.
-_MAX_THREADS = 300
+# Every process group of a call keeps its gloo threads, which poll: after some hundred of them everything crawls.
+_CALLS_PER_POOL = 20
+FORK_SERVER = mp.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["moe_dist.train"])
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
@@ -34,23 +37,21 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
     except BaseException:
         _POOLS.pop(world).close()
         raise
-    if pool.threads > _MAX_THREADS:
+    pool.calls += 1
+    if pool.calls >= _CALLS_PER_POOL:
         _POOLS.pop(world).close()
     return results
 
 
 class Pool:
-    """`world` spawned processes, each with a pipe."""
+    """`world` processes, each with a pipe."""
 
     def __init__(self, world: int) -> None:
-        context = mp.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.pipes, self.processes, self.threads = [], [], 0
+        port = free_port()
+        self.pipes, self.processes, self.calls = [], [], 0
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            ours, theirs = FORK_SERVER.Pipe()
+            process = FORK_SERVER.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -66,10 +67,9 @@ class Pool:
                 failures.append(f"rank {rank}: no answer")
                 continue
             try:
-                ok, value, threads = pipe.recv()
+                ok, value = pipe.recv()
             except EOFError:
-                ok, value, threads = False, "the process died", 0
-            self.threads = max(self.threads, threads)
+                ok, value = False, "the process died"
             results.append(value)
             if not ok:
                 failures.append(f"rank {rank}:\n{value}")
@@ -95,21 +95,10 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
             function, args = pipe.recv()
         except EOFError:
             return
-        _forget_groups()
         try:
-            answer = True, function(rank, *args)
+            pipe.send((True, function(rank, *args)))
         except BaseException:
-            answer = False, traceback.format_exc()
-        pipe.send((*answer, len(os.listdir("/proc/self/task"))))
-
-
-def _forget_groups() -> None:
-    """Destroy the process groups of the call before, which every rank has left by now."""
-    for group in list(distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
-    if groups := sys.modules.get("deepspeed.utils.groups"):
-        groups._WORLD_GROUP = None  # DeepSpeed keeps its own copy of the default group
+            pipe.send((False, traceback.format_exc()))
 
 
 @atexit.register

@@ -43,6 +43,7 @@ from moe_dist.engine.manifest import (
     prune,
     read_state,
     resolve_resume,
+    set_aside_later,
     verify,
     write_manifest,
 )
@@ -63,7 +64,10 @@ from moe_dist.errors import UserError
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.together import gather_objects, together
 
-__all__ = ["checkpoint_path", "load", "newest_complete", "prune", "read_state", "resolve_resume", "save", "verify"]
+__all__ = [
+    "checkpoint_path", "load", "newest_complete", "prune", "read_state", "resolve_resume", "save", "set_aside_later",
+    "verify",
+]  # fmt: skip
 
 
 def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]) -> None:
@@ -162,7 +166,7 @@ def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[
     write_manifest(partial, {*files, write_json(partial / STATE, header)})
     _sync_folder(partial)
     replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
-    if path.exists():  # the same step saved again, by a run started anew in this folder
+    if path.exists():  # the same step saved again, which no run does
         path.rename(replaced)
     partial.rename(path)
     _sync_folder(path.parent)
