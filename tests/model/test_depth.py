@@ -80,7 +80,7 @@ def test_model_equals_the_loops_in_float64(kind, ffn, scope):
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     for name, gradient in ours.items():
         assert gradient.any() or kind == "tiny", name
-        torch.testing.assert_close(gradient, theirs[name], rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_each_scope_admits_its_share():
