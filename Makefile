@@ -21,8 +21,8 @@ test: setup  ## all tests
 test-fast: setup  ## the working loop
 	$(BIN)/python -m pytest -m "not slow"
 
-test-long: setup  ## kill -9 at many places of steps and saves
-	MOE_DIST_LONG=1 $(BIN)/python -m pytest tests/engine/test_kills.py
+test-long: setup  ## kill -9 at many places of steps and saves, under all launchers; more losses at changed layouts
+	MOE_DIST_LONG=1 $(BIN)/python -m pytest tests/engine/test_kills.py tests/test_lost_rank.py tests/engine/test_any_layout.py
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/mypy

@@ -31,7 +31,6 @@ from tests.distributed import FORK_SERVER
 from tests.launching import MOMA, ROOT
 
 PATIENCE = 120.0  # seconds after which a rank counts as hanging
-IN_SAVES = ("save", "write", "tensors", "index", "commit", "prune")
 WINDOWS = {  # functions to die in, as the code looks them up
     "save": "moe_dist.engine.saver:Saver.save",  # in the training thread
     "write": "moe_dist.engine.saver:write",  # these in the writer's, if saves are asynchronous

@@ -1,20 +1,19 @@
 """kill -9 at seeded places inside steps and saves: the checkpoints that were there stay, the run resumes bit for bit.
 
-`make test` tries every window once, `make test-long` many places in each (MOE_DIST_LONG=1).
+`make test` tries a place in most windows, `make test-long` several in each, at several layouts.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from moe_dist.engine.checkpoint import checkpoint_path, newest_complete, verify
+from tests.long import LONG
 from tests.mortal import (
     EVERY,
     GROUPS,
-    IN_SAVES,
     STEPS,
     WINDOWS,
     How,
@@ -26,15 +25,14 @@ from tests.mortal import (
     trace_of,
 )
 
-LONG = "MOE_DIST_LONG" in os.environ
 ALL_KILLS = [
     (how, window, seed)
     for how in (How(1, True), How(3, True), How(3, False))
     for window in WINDOWS
     for seed in range(2)
 ]
-FEW_KILLS = [*((How(1, True), window, 0) for window in IN_SAVES), *((How(3, False), "commit", 0),)]
-FEW_KILLS += [(How(1 if window == "backward" else 3, True), window, 0) for window in WINDOWS if window not in IN_SAVES]
+FEW_KILLS = [(How(1, True), window, 0) for window in ("save", "write", "tensors", "commit", "prune")]
+FEW_KILLS += [(How(3, False), window, 0) for window in ("step", "backward", "optimizer", "commit")]
 KILLS = ALL_KILLS if LONG else FEW_KILLS
 
 
