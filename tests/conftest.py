@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from moe_dist.data.corpora.emoji import base_concept
 from moe_dist.data.pixels import crop_and_resize
@@ -17,6 +18,8 @@ from moe_dist.data.shards import Sample, split_of, write_shards
 from moe_dist.data.text import train_text_tokenizer
 from moe_dist.data.vq import VQConfig
 from moe_dist.data.vq_training import VQTraining, train_vq
+
+torch.set_num_threads(1)  # of tensors this small a second thread only waits, and takes processor time from the ranks
 
 EMOJI = Path(__file__).parent / "fixtures" / "emoji"
 
