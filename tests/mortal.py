@@ -37,6 +37,7 @@ WINDOWS = {  # functions to die in, as the code looks them up
     "tensors": "moe_dist.engine.storage:write_safetensors",
     "index": "moe_dist.engine.storage:ShardWriter.finish",
     "commit": "moe_dist.engine.checkpoint:commit",
+    "sync": "moe_dist.engine.checkpoint:_sync_folder",  # just before a checkpoint becomes visible, and just after
     "prune": "moe_dist.engine.saver:prune",
     "step": "moe_dist.engine.zero:Engine.train_step",
     "backward": "moe_dist.engine.zero:_ZeroEngine.backward",
