@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.batch import TokenInfo
 from moe_dist.config import ModelConfig
-from moe_dist.model.attention import locate_documents, rotary_angles
+from moe_dist.model.attention import Documents, locate_documents, rotary_angles
 from moe_dist.model.block import Block
+from moe_dist.model.cache import Decoding
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.plan import RoutingRecord
 from moe_dist.moe.random import seeded_normal_
@@ -53,14 +54,22 @@ class Transformer(nn.Module):
         """False where a token's experts depend on later tokens (expert choice); then its losses are not causal."""
         return all(block.ffn.router.causal for block in self.layers if isinstance(block.ffn, MoELayer))
 
-    def forward(self, tokens_T: Tensor, info: TokenInfo) -> ModelOutput:
-        """Logits of the next token at each of the T tokens, and the routers' records."""
+    def forward(self, tokens_T: Tensor, info: TokenInfo, decoding: Decoding | None = None) -> ModelOutput:
+        """Logits of the next token at each of the T tokens, and the routers' records.
+
+        decoding: the documents go on where sequences of a cache have ended, and their positions likewise.
+        """
         config = self.config
         x_TD = self.embedding(tokens_T)
-        documents = locate_documents(info.document_lengths, device=x_TD.device, dtype=x_TD.dtype)
+        of_layers: list[Documents]
+        if decoding is None:
+            of_layers = [locate_documents(info.document_lengths, device=x_TD.device, dtype=x_TD.dtype)]
+            of_layers *= config.num_layers
+        else:
+            of_layers = [decoding.documents(layer, info) for layer in range(config.num_layers)]
         angles_T11d = rotary_angles(info.position_T, head_size=config.size_per_head, base=config.rope_base)
         records = []
-        for block in self.layers:
+        for block, documents in zip(self.layers, of_layers):
             if config.recompute and self.training:
                 # Not the reentrant kind, which would drop the gradient of what the records hold.
                 x_TD, record = checkpoint(
