@@ -155,6 +155,18 @@ def gates(router, x_TD: Tensor, weights: Sequence[Tensor], info: TokenInfo, moda
     return expert_choice_gates(x_TD, weights[0], info, groups, router.key, capacity_factor=factor)
 
 
+def admitted(logits_T: Sequence[float], info: TokenInfo, sets: list[list[int]], key: int, capacity: float) -> set[int]:
+    """Mixture-of-depths: the tokens of each competing set that a block works on, ceil(b c) of them."""
+    chosen = set()
+    for members in sets:
+
+        def rank(t: int) -> tuple[int, int]:
+            return selection_key(logits_T[t], int(info.token_id_T[t]), 0, key)
+
+        chosen |= set(sorted(members, key=rank, reverse=True)[: math.ceil(Fraction(str(capacity)) * len(members))])
+    return chosen
+
+
 def expert_layer(x_TD: Tensor, gates_TE: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor) -> Tensor:
     """y_t = sum_e g_te SwiGLU_e(x_t), every expert on every token."""
     width = down_EFD.shape[1]

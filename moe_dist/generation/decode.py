@@ -30,8 +30,11 @@ OnStep = Callable[[int], None]  # called after every step with the number of unf
 
 def check_can_generate(model: Transformer) -> None:
     """Raise UserError where a token's routing depends on other tokens."""
-    if not model.causal_routing:
-        raise UserError("the model's routing looks at later tokens (expert choice), so it cannot write token by token")
+    if not model.can_route_causally:
+        raise UserError(
+            "the model's routing looks at later tokens (expert choice, mixture-of-depths), so it cannot write token by "
+            "token: train auxiliary routers first (docs/moma.md)"
+        )
     for module in model.modules():
         settings = getattr(module.router, "settings", None) if isinstance(module, MoELayer) else None
         if getattr(settings, "capacity_factor", None) is not None:
@@ -65,7 +68,7 @@ def generate(
     while True:
         live = [number for number, row in enumerate(rows) if not row.sample.done]
         tokens_T, info = _micro_batch([rows[number] for number in live], form)
-        output = model(tokens_T.to(device), info.to(device), cache.go_on(live or [cache.padding]))
+        output = model(tokens_T.to(device), info.causally().to(device), cache.go_on(live or [cache.padding]))
         if live:
             ends = [end - 1 for end in accumulate(info.document_lengths)]
             _extend([rows[number] for number in live], output.logits_TV[ends], form, sampling, masks_KV)

@@ -11,7 +11,7 @@ of a sequence), L tokens of the longest sequence so far, H heads, G query groups
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ class Decoding:
     sequence_N: Tensor  # int64
 
     def documents(self, layer: int, info: TokenInfo) -> CachedDocuments:
-        """What the attention of a layer needs for the tokens of `info`: all of the micro-batch, or some in order."""
+        """What the attention of a layer needs."""
         return CachedDocuments(self.cache.layers[layer], self.cache.padding, self.sequence_N, info.document_T)
 
 
@@ -65,6 +65,10 @@ class CachedDocuments:
     padding: int
     sequence_N: Tensor
     document_T: Tensor
+
+    def select(self, info: TokenInfo) -> CachedDocuments:
+        """The same where the layer sees only the tokens of `info`: it keeps no others."""
+        return replace(self, document_T=info.document_T)
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         """Each token attends to its sequence up to itself: [T, H, d]."""
@@ -78,6 +82,8 @@ class CachedDocuments:
         layer.length_S[sequence_N] = start_N + count_N
         layer.length_S[self.padding] = 0
 
+        if not len(document_T):  # mixture-of-depths has admitted none
+            return query_THd
         longest, new = int((start_N + count_N).max()), int(count_N.max())
         query_NnHd = query_THd.new_zeros(len(sequence_N), new, *query_THd.shape[1:])
         query_NnHd[document_T, offset_T] = query_THd
