@@ -152,6 +152,10 @@ class Batch:
     info: TokenInfo
     sidecar: Mapping[str, Tensor] = field(default_factory=dict)  # pixels, neighbours: for systems that need them
 
+    def causally(self) -> Batch:
+        """The same, to be routed causally (TokenInfo.causally)."""
+        return replace(self, info=self.info.causally())
+
     def to(self, device: torch.device | str) -> Batch:
         sidecar = {name: value.to(device, non_blocking=True) for name, value in self.sidecar.items()}
         return replace(_to(self, device), info=self.info.to(device), sidecar=sidecar)

@@ -41,6 +41,7 @@ from moe_dist.moe.placement import make_placement
 from moe_dist.moe.router import Router
 from moe_dist.parallel.layout import Layout, check_layout, make_layout
 from moe_dist.parallel.together import together
+from moe_dist.telemetry.decisions import decision_metrics
 from moe_dist.telemetry.progress import Progress
 from moe_dist.telemetry.report import write_report
 from moe_dist.telemetry.routing import routing_counts, routing_metrics
@@ -79,8 +80,9 @@ def check_recipe(config: Config, layout: Layout) -> None:
     The model is built without memory, so that routers, experts and frozen parameters say what they object to.
     """
     check_section(config.deepspeed)
-    if config.losses and not isinstance(config.model.ffn, MoEFFN):
-        raise UserError(f"the loss '{next(iter(config.losses))}' needs routers, and the model is dense")
+    of_depth = {"causal_routers"} if config.model.depth else set()
+    if not isinstance(config.model.ffn, MoEFFN) and (lost := [name for name in config.losses if name not in of_depth]):
+        raise UserError(f"the loss '{lost[0]}' needs routers, and the model is dense")
     loss_settings(config.losses)
     accumulation_steps(config.train, layout.world)
     check_data(config.data, dp=layout.world)
@@ -208,6 +210,9 @@ class Run:
         }
         if result.records and self.step % config.telemetry.every == 0:
             metrics |= self._routing(reader.batch, result)
+        if self.step % config.telemetry.every == 0:
+            info = reader.batch.info.to(self.layout.device)
+            metrics |= decision_metrics(result.records, result.depths, info, self.layout)
         return metrics
 
     def evaluate(self) -> dict[str, float]:
@@ -235,13 +240,13 @@ class Run:
     def _flops(self, batch: Batch, result: StepResult) -> int:
         """Of the step, over all ranks: all have equally many tokens, so this rank's last micro-batch stands for all."""
         rows = [int(record.load_E.sum()) for record in result.records] or None
-        return self.engine.accumulation * self.layout.world * self._flops_of(batch, rows)
+        return self.engine.accumulation * self.layout.world * self._flops_of(batch, result, rows)
 
-    def _flops_of(self, batch: Batch, rows: list[int] | None) -> int:
-        lengths = batch.info.document_lengths
+    def _flops_of(self, batch: Batch, result: StepResult, rows: list[int] | None) -> int:
         return model_flops(
-            self.config.model, vocab_size=self.vocabulary.size, document_lengths=lengths, ffn_rows=rows
-        )
+            self.config.model, vocab_size=self.vocabulary.size, document_lengths=batch.info.document_lengths,
+            ffn_rows=rows, admitted={depth.layer: depth.document_lengths for depth in result.depths},
+        )  # fmt: skip
 
     def _routing(self, batch: Batch, result: StepResult) -> dict[str, Any]:
         router = routers(self.engine.module)[0]
@@ -258,8 +263,10 @@ class Run:
         )
         if router.reference_top_k is not None:
             tokens, layers = int(batch.info.valid_T.sum()), len(result.records)
-            reference = self._flops_of(batch, [router.reference_top_k * tokens] * layers)
-            ours = self._flops_of(batch, [round(metrics["moe/experts_per_token"] * tokens)] * layers)
+            admitted = {depth.layer: sum(depth.document_lengths) for depth in result.depths}
+            of_layers = [admitted.get(record.layer, tokens) for record in result.records]
+            reference = self._flops_of(batch, result, [router.reference_top_k * count for count in of_layers])
+            ours = self._flops_of(batch, result, [round(metrics["moe/experts_per_token"] * tokens)] * layers)
             metrics["moe/flops_saved"] = 1 - ours / reference
         return metrics
 

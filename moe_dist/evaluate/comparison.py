@@ -27,10 +27,12 @@ def compare_with_references(
     layout: Layout,
     groups: int,
     batch_groups: int,
+    causal_too: bool = False,
 ) -> dict[str, float]:
     """Held-out nats per token, under the keys of telemetry/keys.py. Collective.
 
     forward: Batch -> an output with logits_TV. groups: selection groups of the held-out split that are looked at.
+    causal_too: also with causal routing (eval/causal/...), of a model that has it beside that of training.
     """
 
     def batches(store: TokenStore):
@@ -39,10 +41,14 @@ def compare_with_references(
         )
 
     model = evaluate(forward, batches(held_out), layout, held_out.domains)
+    causal: dict[str, float] = {}
+    if causal_too:
+        causal = evaluate(lambda batch: forward(batch.causally()), batches(held_out), layout, held_out.domains)
     shuffled = evaluate(forward, batches(ShuffledCaptions(held_out)), layout) if held_out.has_image.any() else {}
     bigram = mean_losses(Bigram.fit(train, vocabulary, data).token_losses, batches(held_out), layout)
     return (
         model
+        | {key.replace("eval/", "eval/causal/"): value for key, value in causal.items()}
         | {key.replace("eval/", "eval/shuffled/"): value for key, value in shuffled.items()}
         | {key.replace("eval/loss", "eval/bigram"): value for key, value in bigram.items() if key != "eval/loss"}
     )

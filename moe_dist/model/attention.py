@@ -104,10 +104,8 @@ class VarlenDocuments:
         ends = torch.tensor([0, *accumulate(length for length in lengths if length)], dtype=torch.int32, device="cpu")
         return cls(ends.to(device), max(lengths))
 
-    def select(self, info: TokenInfo) -> Documents:
-        # The kernel wants tokens.
-        kind = VarlenDocuments if info.num_tokens else BucketedDocuments
-        return kind.build(info.document_lengths, self.ends.device)
+    def select(self, info: TokenInfo) -> VarlenDocuments:
+        return self.build(info.document_lengths, self.ends.device)
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         ends, longest, grouped = self.ends, self.longest, key_TGd.shape[1] != query_THd.shape[1]

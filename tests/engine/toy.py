@@ -28,6 +28,7 @@ MOMA = {
 class Output(NamedTuple):
     logits_TV: Tensor
     records: tuple
+    depths: tuple = ()
 
 
 class ObjectiveOutput(NamedTuple):

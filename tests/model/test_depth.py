@@ -115,10 +115,32 @@ def test_a_token_that_is_not_admitted_passes_unchanged_and_an_admitted_one_by_it
 
 
 def test_everything_admitted_with_open_gates_is_the_model_without_it():
-    model, plain, batch = build(MOMA, capacity=1.0), Transformer(model_config(MOMA), VOCAB, Layout(), seed=1), batch_of("mixed")
-    for depth in model.depth.values():  # gates of sigmoid(40 * something): near 1 for positive logits only
-        depth.router.gate.register_forward_hook(lambda module, args, logits: logits * 0 + 60)
-    torch.testing.assert_close(
-        model(batch.tokens_T, batch.info).logits_TV[batch.info.valid_T],
-        plain.double()(batch.tokens_T, batch.info).logits_TV[batch.info.valid_T],
-    )
+    model, plain = build(MOMA, capacity=1.0), Transformer(model_config(MOMA), VOCAB, Layout(), seed=1).double()
+    for depth in model.depth.values():
+        depth.router.gate.register_forward_hook(lambda module, args, logits: torch.full_like(logits, 60))
+    batch = batch_of("mixed")
+    ours, theirs = (m(batch.tokens_T, batch.info).logits_TV[batch.info.valid_T] for m in (model, plain))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_records_number_tokens_as_the_batch_does():
+    """What losses and telemetry read: every token that an expert has is one that the layer admitted."""
+    batch = batch_of("mixed")
+    output = build(MOMA)(batch.tokens_T, batch.info)
+    for depth in output.depths:
+        record = output.records[depth.layer]
+        admitted_T = torch.zeros(64, dtype=torch.bool)
+        admitted_T[depth.routing.token_V[depth.routing.kept_VE[:, 0]]] = True
+        seen_V = torch.cat([part.token_V for part in record.parts])
+        assert torch.equal(seen_V.sort().values, admitted_T.nonzero()[:, 0])
+        for index, part in enumerate(record.parts):
+            assert (batch.info.modality_T[part.token_V] == index).all()
+        assert torch.equal(record.experts_of_T(64), torch.bincount(record.plan.token_ids_N, minlength=64))
+
+
+def test_one_read_of_the_device_for_each_layer():
+    model, batch, calls = build(DENSE), batch_of("mixed"), []
+    for depth in model.depth.values():
+        depth.split_sizes = lambda counts: calls.append(counts.shape) or counts.tolist()
+    model(batch.tokens_T, batch.info)
+    assert calls == [(2 * 2 + 4 + 7,)] * 2  # modalities by groups, sequences, documents
