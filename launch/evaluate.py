@@ -6,6 +6,7 @@ with parallel.expert set to fit (a checkpoint does not depend on the layout). ev
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -59,10 +60,13 @@ def table(results: dict[str, float], step: int, causal: bool) -> Table:
     rows = {f"model{note}": "loss", f"captions shuffled{note}": "shuffled/loss", "bigram model": "bigram"}
     if both:
         rows = {"model, causal (auxiliary routers)": "causal/loss"} | rows
-    grid = Table("nats per token", *MODALITIES, title=f"held-out loss after {step} steps{label}", title_justify="left")
+    headings = ("nats per token / perplexity", *MODALITIES, "caption given image", "image given caption")
+    grid = Table(*headings, title=f"held-out loss after {step} steps{label}", title_justify="left")
     for name, prefix in rows.items():
-        values = [results.get(f"eval/{prefix}/{modality}") for modality in MODALITIES]
-        grid.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values))
+        keys = [f"{prefix}/{modality}" for modality in MODALITIES]
+        keys += [f"{prefix.removesuffix('loss')}{task}" for task in ("image_to_text", "text_to_image")]
+        values = [results.get(f"eval/{key}") for key in keys]
+        grid.add_row(name, *("-" if value is None else f"{value:.3f} / {math.exp(value):,.1f}" for value in values))
     return grid
 
 

@@ -44,9 +44,10 @@ def write_samples(folder: Path, samples: Sequence[Generated], image: ImageTokeni
         given = " ".join(part if isinstance(part, str) else "[picture]" for part in sample.prompt)
         line = {"number": sample.number, "task": sample.task, "prompt": given, "text": text, "images": names}
         lines.append(line | {"tokens": sample.tokens} | settings)
-        shown = pictures or [part for part in sample.prompt if not isinstance(part, str)]
+        shown: list[Image.Image | None] = [*pictures]
+        shown = shown or [part for part in sample.prompt if not isinstance(part, str)] or [None]
         words = {"image": given, "text": text, "mixed": f"{given} | {text}"}[sample.task]
-        cells += [(picture, words) for picture in (shown or [None])]
+        cells += [(picture, words) for picture in shown]
     (folder / "samples.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     contact_sheet(cells).save(folder / "sheet.png")
 

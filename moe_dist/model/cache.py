@@ -82,8 +82,6 @@ class CachedDocuments:
         layer.length_S[sequence_N] = start_N + count_N
         layer.length_S[self.padding] = 0
 
-        if not len(document_T):  # mixture-of-depths has admitted none
-            return query_THd
         longest, new = int((start_N + count_N).max()), int(count_N.max())
         query_NnHd = query_THd.new_zeros(len(sequence_N), new, *query_THd.shape[1:])
         query_NnHd[document_T, offset_T] = query_THd

@@ -105,17 +105,17 @@ def test_a_tokenizer_whose_markers_are_one_token_can_end_a_text(tokenizers):
 
 
 def test_bad_prompts(form, tokenizers, tmp_path):
-    with pytest.raises(UserError, match=r"an image of 16 codes and 4 markers need \d+, and data.sequence_length=48 wou"):
+    with pytest.raises(UserError, match=r"an image of 16 codes and 4 markers need \d+, and data.sequence_length=48 "):
         form.text_to_image("a long caption " * 10)
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens: data.sequence_length=48 has no room for more"):
         form.mixed(["one two three " * 20])
-    with pytest.raises(UserError, match="the prompt has 19 tokens: data.sequence_length=19"):
+    with pytest.raises(UserError, match=r"the prompt has 19 tokens: data\.sequence_length=19"):
         make_format(tokenizers, 19).image_to_text(PICTURE)
     textual = Format(Vocabulary(load_text_tokenizer(tokenizers / "text.model")), CONTEXT)
     assert textual.next(textual.start(0, textual.mixed(["a"]), 9)) == textual.TEXT
-    with pytest.raises(UserError, match="no image tokenizer .* cannot make a picture"):
+    with pytest.raises(UserError, match=r"no image tokenizer .* cannot make a picture"):
         textual.text_to_image("a")
-    with pytest.raises(UserError, match="no image tokenizer .* cannot read a picture"):
+    with pytest.raises(UserError, match=r"no image tokenizer .* cannot read a picture"):
         textual.mixed(["a", PICTURE])
     (tmp_path / "broken.png").write_bytes(b"no picture")
     for name, sentence in (("broken.png", "undecodable image"), ("none.png", "No such file")):

@@ -115,7 +115,8 @@ def on_rank(rank: int, ffn: dict, changes: dict) -> None:
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         model = Transformer(model_config(ffn, **changes), VOCAB, layout, seed=1).to(dtype)
         steps = STEPS if rank == 0 else [(7,), (4,), *[(0,)] * (len(STEPS) - 2)]
-        compare(model, make_batch(LENGTHS if rank == 0 else [11], seed=rank, first_token_id=1000 * rank), steps, tolerance)
+        batch = make_batch(LENGTHS if rank == 0 else [11], seed=rank, first_token_id=1000 * rank)
+        compare(model, batch, steps, tolerance)
 
 
 @pytest.mark.parametrize(
