@@ -5,8 +5,8 @@
   --mixed "Two hearts:" @heart.png     goes on with texts and pictures (@FILE); may be given several times
 
 Writes a new folder under RUN/samples/: PNGs, samples.jsonl and a contact sheet, sheet.png. Reads RUN/config.yaml and
-the newest checkpoint, no shards. Runs on one process, or under any launcher with parallel.expert set to fit: the samples do
-not depend on the layout. Overrides of the recipe (section.key=value) come right after RUN.
+the newest checkpoint, no shards. Runs on one process, or under any launcher with parallel.expert set to fit: the
+samples do not depend on the layout. Overrides of the recipe (section.key=value) come right after RUN.
 """
 
 import argparse

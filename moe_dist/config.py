@@ -140,6 +140,7 @@ class InitFrom(Strict):
     rename: dict[str, str] = {}  # the checkpoint's names -> the model's; what each `*` stands for is carried over
     new: Patterns = ()  # parameters of the model that keep their own initial values
     left_out: Patterns = ()  # parameters of the checkpoint that are not used
+    data_position: bool = False  # go on in the data where the checkpoint's run had stopped; false: from their beginning
 
     @model_validator(mode="before")
     @classmethod

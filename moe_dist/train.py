@@ -25,6 +25,7 @@ from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.engine import checkpoint
 from moe_dist.engine.deepspeed_config import accumulation_steps, check_section
 from moe_dist.engine.init_from import Account, init_from
+from moe_dist.engine.init_from import loader_state as loader_state_of
 from moe_dist.engine.manifest import identity, resolve_init
 from moe_dist.engine.schedule import learning_rate
 from moe_dist.engine.state import TrainState, check_resumable
@@ -134,14 +135,15 @@ class Run:
             checkpoint.load(resume_from, engine, layout)
         initial = start_from(source, engine, layout, vocabulary) if source is not None else None
         with together():
+            loader_state = state.loader if state else loader_state_of(source) if source is not None else None
             loader = make_loader(
                 documents, vocabulary, config.data, seed=config.seed, dp_rank=layout.rank, dp=layout.world,
                 batch_groups=config.train.micro_batch_groups, neighbours=open_neighbours(config.data, source),
-                state=state.loader if state else None,
+                state=loader_state,
             )  # fmt: skip
         return cls(
             config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
-            documents=documents, held_out=held_out, loader_state=state.loader if state else {}, initial=initial,
+            documents=documents, held_out=held_out, loader_state=loader_state or {}, initial=initial,
             peak_lr=section.optimizer.params.lr, step=state.step if state else 0, tokens=state.tokens if state else 0,
         )  # fmt: skip
 
