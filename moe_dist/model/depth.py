@@ -5,7 +5,6 @@ Shape suffixes: T tokens, K admitted tokens, D model width, V valid tokens, d si
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from moe_dist.batch import TokenInfo
@@ -43,8 +42,7 @@ class MixtureOfDepths(nn.Module):
         self, block: nn.Module, x_TD: Tensor, info: TokenInfo, documents: Documents, angles_T11d: Tensor
     ) -> tuple[Tensor, RoutingRecord | None, DepthRecord]:
         """What the block returns, over all T tokens and with token numbers among them; and what was admitted."""
-        routing = self.router(x_TD, info)
-        admitted_T = torch.zeros_like(info.valid_T).index_copy(0, routing.token_V, routing.kept_VE.squeeze(1))
+        admitted_T, routing = self.router(x_TD, info)
         token_K, inner = info.select(admitted_T, self.split_sizes)
         x_KD = x_TD.index_select(0, token_K)
         y_KD, record = block(x_KD, inner, documents.select(inner), angles_T11d.index_select(0, token_K))

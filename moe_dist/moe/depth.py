@@ -36,8 +36,8 @@ class DepthRouter(nn.Module):
         self.gate = Gate(1, site)
         self.auxiliary = AuxiliaryRouter(1, site) if settings.auxiliary else None
 
-    def forward(self, x_TD: Tensor, info: TokenInfo) -> Routing:
-        """The decision about every valid token: one column, True where it is admitted."""
+    def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, Routing]:
+        """admitted_T (bool), and the decision about every valid token with its gate value, in one column."""
         sets = self._sets(info)
         token_V = torch.cat(sets)
         x_VD = x_TD.index_select(0, token_V)
@@ -50,7 +50,8 @@ class DepthRouter(nn.Module):
             sizes = [len(members) for members in sets]
             capacities = [expert_capacity(size, self.settings.capacity, 1) for size in sizes]
             admitted_V1 = keep_within_capacity(torch.ones_like(keys_V1, dtype=torch.bool), keys_V1, sizes, capacities)
-        return Routing(
+        admitted_T = torch.zeros_like(info.valid_T).index_copy(0, token_V, admitted_V1.squeeze(1))
+        return admitted_T, Routing(
             token_V=token_V, logits_VC=logits_V1, probs_VC=logits_V1.sigmoid(), chosen_VC=admitted_V1,
             kept_VE=admitted_V1, auxiliary_VC=auxiliary_V1,
         )  # fmt: skip

@@ -13,7 +13,7 @@ from itertools import cycle
 import pytest
 import torch
 
-from moe_dist.config import Config
+from moe_dist.config import Config, DepthConfig
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 from tests.engine.toy import (
@@ -167,6 +167,34 @@ def test_tied_embeddings_and_grouped_queries(stage, recompute):
 
 def _llama(config: Config, **changes) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update=LLAMA | changes)})
+
+
+@cache
+def depth_reference(scope: str) -> Trajectory:
+    return train(build, _with_depth(recipe("moma"), scope), 1)
+
+
+@pytest.mark.parametrize(
+    ("scope", "world", "expert", "accumulation", "stage", "recompute"),
+    [
+        ("group", 2, 2, 4, 1, False),
+        pytest.param("group", 2, 1, 2, 2, True, marks=pytest.mark.slow),
+        pytest.param("modality", 2, 2, 1, 3, True, marks=pytest.mark.slow),
+        pytest.param("sequence", 4, 2, 2, 1, False, marks=pytest.mark.slow),
+    ],
+)
+def test_mixture_of_depths(scope, world, expert, accumulation, stage, recompute):
+    """Every fourth selection group has no image, and padding differs. Every step starts from the reference's weights:
+    float32's rounding may grow to 1.5e-4 of an update over eight steps."""
+    config = _with_depth(recipe("moma", world=world, expert=expert, accumulation=accumulation, stage=stage), scope)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": recompute})})
+    trajectory = train(build, config, world, guide=depth_reference(scope))
+    assert_same(trajectory, depth_reference(scope), FLOAT32, loss_moves=0.3)
+    assert trajectory.moved["depth.0.router.gate.weight"] > 1e-3
+
+
+def _with_depth(config: Config, scope: str) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update={"depth": DepthConfig(scope=scope)})})
 
 
 # --- faults, planted in a layout that is exact without them

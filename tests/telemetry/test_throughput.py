@@ -47,10 +47,11 @@ MAPPING = {
 }
 
 
-def admit_every_fourth(module, inputs, routing):
+def admit_every_fourth(module, inputs, output):
     """As many tokens of every document are admitted as make a multiple of 16."""
+    admitted_T, routing = output
     kept_V1 = (routing.token_V % 4 == 0)[:, None]
-    return replace(routing, chosen_VC=kept_V1, kept_VE=kept_V1)
+    return torch.arange(len(admitted_T)) % 4 == 0, replace(routing, chosen_VC=kept_V1, kept_VE=kept_V1)
 
 
 TIED_LLAMA = {**LLAMA, "head_size": 24, "tie_embeddings": True}
