@@ -12,11 +12,10 @@ import statistics
 import subprocess
 import sys
 
-from runs import ROOT, write_result
-
 from moe_dist.convert.upcycle import upcycle
 from moe_dist.engine.manifest import newest_complete
 from moe_dist.telemetry.run_folder import RunFolder
+from runs import ROOT, write_result
 
 RUNS = ROOT / "runs" / "benchmark" / "upcycle"
 WAYS = {  # name -> experts, gates, Gumbel noise
@@ -32,7 +31,7 @@ NOTE = (
     "Nats per token. First step: the training loss before any update, on a batch that all ways share; jump: against "
     "the seed on that batch. Recovered: the first step from which the mean over {mean} steps is at most the seed's own "
     "last {mean} ({seed:.3f}). Last steps: mean over the last {mean} of {steps}; against 1t1i: of the seed that went "
-    "on in the same way. With Gumbel noise training losses carry the noise, held-out losses do not. Non-causal throughout."
+    "on in the same way. With Gumbel noise training losses carry the noise, held-out losses do not. All non-causal."
 )
 
 

@@ -58,13 +58,15 @@ def table(results: dict[str, float], step: int, causal: bool) -> Table:
     label = "" if causal or both else ", non-causal (expert choice)"
     note = ", non-causal (routing of training)" if both else ""
     rows = {f"model{note}": "loss", f"captions shuffled{note}": "shuffled/loss", "bigram model": "bigram"}
+    given = {f"model{note}": ""}  # rows that have losses of one modality given the other: what their keys begin with
     if both:
-        rows = {"model, causal (auxiliary routers)": "causal/loss"} | rows
+        name = "model, causal (auxiliary routers)"
+        rows, given = {name: "causal/loss"} | rows, {name: "causal/"} | given
     headings = ("nats per token / perplexity", *MODALITIES, "caption given image", "image given caption")
     grid = Table(*headings, title=f"held-out loss after {step} steps{label}", title_justify="left")
     for name, prefix in rows.items():
         keys = [f"{prefix}/{modality}" for modality in MODALITIES]
-        keys += [f"{prefix.removesuffix('loss')}{task}" for task in ("image_to_text", "text_to_image")]
+        keys += [f"{given[name]}{task}" if name in given else "" for task in ("image_to_text", "text_to_image")]
         values = [results.get(f"eval/{key}") for key in keys]
         grid.add_row(name, *("-" if value is None else f"{value:.3f} / {math.exp(value):,.1f}" for value in values))
     return grid
