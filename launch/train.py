@@ -1,22 +1,27 @@
 """Train a recipe: launch/train.py --config configs/NAME.yaml [section.key=value ...]
 
-Started by the deepspeed launcher, torchrun, srun or mpiexec (or alone, on one rank).
+Started by the deepspeed launcher, torchrun, srun or mpiexec (or alone, on one rank). SIGTERM, SIGUSR1, SIGUSR2 or
+Ctrl-C, to one rank or more, stops it with a checkpoint (docs/checkpoints.md).
 """
 
 import argparse
 
-from moe_dist.parallel.launch import run_rank
-from moe_dist.train import train
+from moe_dist.parallel.signals import StopSignals
 
 
-def main() -> None:
+def main(stop: StopSignals) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="the recipe, a YAML file")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a value of the recipe")
     arguments = parser.parse_args()
-    train(arguments.config, arguments.overrides)
+    from moe_dist.train import train
+
+    train(arguments.config, arguments.overrides, stop)
 
 
 if __name__ == "__main__":
-    run_rank(main)
+    with StopSignals() as stop:  # before the imports, which take seconds
+        from moe_dist.parallel.launch import run_rank
+
+        run_rank(lambda: main(stop))

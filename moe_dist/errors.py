@@ -10,6 +10,10 @@ class UserError(Exception):
     """
 
 
+class PeerError(Exception):
+    """Another rank has run into a defect of ours: the sentence names it; that rank has printed its traceback."""
+
+
 def as_user_error(error: Exception) -> UserError | None:
     """The UserError that an exception is or amounts to; None for a defect of ours.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,38 +39,40 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.placement import make_placement
 from moe_dist.moe.router import Router
+from moe_dist.parallel.launch import is_main_process
 from moe_dist.parallel.layout import Layout, check_layout, make_layout
+from moe_dist.parallel.signals import Stopped, StopSignals
 from moe_dist.parallel.together import together
 from moe_dist.telemetry.decisions import decision_metrics
 from moe_dist.telemetry.progress import Progress
 from moe_dist.telemetry.report import write_report
 from moe_dist.telemetry.routing import routing_counts, routing_metrics
-from moe_dist.telemetry.run_folder import RunFolder, State, read_status
+from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.telemetry.sinks import Sinks
-from moe_dist.telemetry.throughput import model_flops
+from moe_dist.telemetry.throughput import flops_saved, model_flops
 
 SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
-def train(path: str | Path, overrides: Sequence[str] = ()) -> None:
-    """Train a recipe to train.steps, or to train.stop_after. Every rank calls it; a UserError is raised on every rank.
+def train(path: str | Path, overrides: Sequence[str] = (), stop: StopSignals | None = None) -> None:
+    """Train a recipe to train.steps, to train.stop_after, or until `stop` has noted a signal on any rank.
 
-    RUN/status.json says how it ended: done, stopped (there is more to train), or failed with the reason.
+    Every rank calls it; a UserError is raised on every rank. RUN/status.json says how it ended.
     """
-    config = load_config(path, overrides)
-    layout = make_layout(expert=config.parallel.expert, device=init_distributed())
-    check_recipe(config, layout)
-    folder = RunFolder(Path(config.run.dir))
-    run = None
+    config, stop = load_config(path, overrides), stop or StopSignals()
+    folder, run = RunFolder(Path(config.run.dir)), None
     try:
-        run = Run.build(config, layout, folder)
+        layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+        check_recipe(config, layout)
+        run = Run.build(config, layout, folder, stop)
         run.loop()
     except BaseException as error:
-        if layout.is_main and folder.status.exists():
-            with suppress(UserError):  # of a full disk: what is to be told is what came before
-                step = run.step if run else read_status(folder.path)["step"]
-                folder.write_status("failed", step, str(error) or type(error).__name__)
-        raise
+        if is_main_process():
+            folder.write_failure(error, run.step if run else None)
+        if not isinstance(error, Stopped):
+            raise
+        if is_main_process():
+            print(f"stopped ({error}) before the first step: {folder.path}", flush=True)
 
 
 @together()  # no rank may leave while another still sets up its groups
@@ -111,13 +112,17 @@ class Run:
     loader_state: dict[str, Any]
     peak_lr: float
     initial: Account | None  # what a fresh start took from init_from
+    stop: StopSignals = field(default_factory=StopSignals)
     step: int = 0  # optimizer steps done
     tokens: int = 0  # predictions trained on, over all ranks
 
     @classmethod
-    def build(cls, config: Config, layout: Layout, folder: RunFolder) -> Run:
-        """Read the data, build the model and its engine, and continue from a checkpoint if there is one. Collective."""
-        section = check_section(config.deepspeed)
+    def build(cls, config: Config, layout: Layout, folder: RunFolder, stop: StopSignals | None = None) -> Run:
+        """Read the data, build the model and its engine, and continue from a checkpoint if there is one. Collective.
+
+        Raises Stopped on every rank where `stop` has noted a signal on any.
+        """
+        stop, section = stop or StopSignals(), check_section(config.deepspeed)
         resume_from, state = checkpoint.resolve_resume(config), None
         source = resolve_init(config) if resume_from is None else None
         if resume_from is not None:
@@ -128,7 +133,7 @@ class Run:
             vocabulary = load_vocabulary(config.data)
             if state is not None and state.vocabulary != vocabulary.fingerprint():
                 raise UserError(f"{resume_from} was trained with other tokenizers than {vocabulary.describe()}")
-        documents, held_out = open_data(config.data, vocabulary, layout)
+        documents, held_out = open_data(config.data, vocabulary, layout, stop)
         model = Transformer(config.model, vocabulary.size, layout, config.seed)
         engine = make_engine(model, config, layout, next((router.num_experts for router in routers(model)), 0))
         if resume_from is not None:
@@ -145,13 +150,14 @@ class Run:
             config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
             documents=documents, held_out=held_out, loader_state=loader_state or {}, initial=initial,
             peak_lr=section.optimizer.params.lr, step=state.step if state else 0, tokens=state.tokens if state else 0,
+            stop=stop,
         )  # fmt: skip
 
     def loop(self) -> None:
-        """Train, evaluate and save until the last step."""
+        """Train, evaluate and save until the last step, or the step at which a signal is noted."""
         train, main, causal = self.config.train, self.layout.is_main, bool(self.engine.module.causal_routing)
         last = min(train.steps, train.stop_after or train.steps)
-        is_new = self.step < last
+        is_new, saved, signal = self.step < last, self.step, None
         with together():
             if main:
                 self.folder.open(self.config, step=self.step)
@@ -160,24 +166,26 @@ class Run:
             if self.config.eval.every:
                 next(self.held_out_batches())  # a held-out split that cannot be used shows now, not after many steps
         with Progress(last, step=self.step, is_main=main, causal=causal) as progress:
-            while self.step < last:
+            while self.step < last and not (signal := self.stop.agreed(self.layout.device)):
                 metrics = self.train_step()
                 if _due(self.step, self.config.eval.every, last):
                     metrics |= self.evaluate()
                 if self.step % self.config.telemetry.every == 0 or self.step == last or "eval/loss" in metrics:
                     with together():
                         sinks.log(self.step, metrics)
+                        if main:
+                            self.folder.beat(self.step)
                 progress.update(self.step, metrics)
                 if _due(self.step, self.config.checkpoint.every, last) or self.step == last:
-                    self.save()
+                    saved = self.save()
+        if saved < self.step:
+            self.save()
         with together():
             sinks.close()
             if main:
-                if is_new:
+                if is_new and signal is None:  # a signal leaves little time
                     write_report(self.folder.path)
-                state: State = "done" if self.step >= train.steps else "stopped"
-                self.folder.write_status(state, self.step)
-                print(f"{state} after {self.step} of {train.steps} steps: {self.folder.path}", flush=True)
+                print(self.folder.write_end(self.step, train.steps, signal), flush=True)
 
     def _tell_the_start(self) -> None:
         """Print what init_from has done, and keep it in RUN/init_from.json."""
@@ -228,8 +236,8 @@ class Run:
             dp_rank=self.layout.rank, dp=self.layout.world, batch_groups=self.config.train.micro_batch_groups,
         )  # fmt: skip
 
-    def save(self) -> None:
-        """Write a checkpoint of this moment and remove those that are too old. Collective."""
+    def save(self) -> int:
+        """Write a checkpoint of this moment and remove those that are too old; the step. Collective."""
         state = TrainState(
             step=self.step, tokens=self.tokens, loader=self.loader_state,
             config=self.config.model_dump(mode="json"), vocabulary=self.vocabulary.fingerprint(),
@@ -238,17 +246,20 @@ class Run:
         checkpoint.save(path, self.engine, self.layout, state=state.to_json())
         if self.layout.is_main:
             checkpoint.prune(self.folder.path, self.config.checkpoint.keep)
+        return self.step
 
     def _flops(self, batch: Batch, result: StepResult) -> int:
         """Of the step, over all ranks: all have equally many tokens, so this rank's last micro-batch stands for all."""
         rows = [int(record.load_E.sum()) for record in result.records] or None
-        return self.engine.accumulation * self.layout.world * self._flops_of(batch, result, rows)
+        return self.engine.accumulation * self.layout.world * model_flops(
+            self.config.model, **self._seen(batch, result), ffn_rows=rows
+        )
 
-    def _flops_of(self, batch: Batch, result: StepResult, rows: list[int] | None) -> int:
-        return model_flops(
-            self.config.model, vocab_size=self.vocabulary.size, document_lengths=batch.info.document_lengths,
-            ffn_rows=rows, admitted={depth.layer: depth.document_lengths for depth in result.depths},
-        )  # fmt: skip
+    def _seen(self, batch: Batch, result: StepResult) -> dict[str, Any]:
+        """What the FLOP formulas are told about a micro-batch."""
+        admitted = {depth.layer: depth.document_lengths for depth in result.depths}
+        lengths = batch.info.document_lengths
+        return {"vocab_size": self.vocabulary.size, "document_lengths": lengths, "admitted": admitted}
 
     def _routing(self, batch: Batch, result: StepResult) -> dict[str, Any]:
         router = routers(self.engine.module)[0]
@@ -264,20 +275,23 @@ class Run:
             domains=domains,
         )
         if router.reference_top_k is not None:
-            tokens, layers = int(batch.info.valid_T.sum()), len(result.records)
-            admitted = {depth.layer: sum(depth.document_lengths) for depth in result.depths}
-            of_layers = [admitted.get(record.layer, tokens) for record in result.records]
-            reference = self._flops_of(batch, result, [router.reference_top_k * count for count in of_layers])
-            ours = self._flops_of(batch, result, [round(metrics["moe/experts_per_token"] * tokens)] * layers)
-            metrics["moe/flops_saved"] = 1 - ours / reference
+            metrics["moe/flops_saved"] = flops_saved(
+                self.config.model, **self._seen(batch, result), tokens=int(batch.info.valid_T.sum()),
+                experts=metrics["moe/experts_per_token"], top_k=router.reference_top_k,
+            )  # fmt: skip
         return metrics
 
 
-def open_data(data: DataConfig, vocabulary: Vocabulary, layout: Layout) -> tuple[TokenStore, TokenStore]:
-    """The tokens of the training and the held-out documents, made where missing. Collective."""
+def open_data(
+    data: DataConfig, vocabulary: Vocabulary, layout: Layout, stop: StopSignals
+) -> tuple[TokenStore, TokenStore]:
+    """The tokens of the training and the held-out documents, made where missing. Collective. Raises Stopped."""
     with together(patient=True):  # each rank tokenises its share of the shards
         for split in SPLITS:
-            build_cache(data, split, vocabulary, rank=layout.rank, world=layout.world, device=layout.device)
+            build_cache(
+                data, split, vocabulary, rank=layout.rank, world=layout.world, device=layout.device, stop=stop.pending
+            )
+    stop.check(layout.device)
     with together():
         documents, held_out = (open_store(data, split, vocabulary) for split in SPLITS)
     for split, store in zip(SPLITS, (documents, held_out), strict=True):

@@ -20,19 +20,30 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_POR
 
 
 def launch(
-    launcher: Sequence[str], overrides: Sequence[str], *, config: str | Path = MOMA, threads: int = 1
+    launcher: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    config: str | Path = MOMA,
+    threads: int = 1,
+    variables: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
     """Run launch/train.py and wait for its end."""
-    return launch_tool(launcher, "train.py", ["--config", str(config), *overrides], threads=threads)
+    arguments = ["--config", str(config), *overrides]
+    return launch_tool(launcher, "train.py", arguments, threads=threads, variables=variables)
 
 
 def launch_tool(
-    launcher: Sequence[str], tool: str, arguments: Sequence[str], *, threads: int = 1
+    launcher: Sequence[str],
+    tool: str,
+    arguments: Sequence[str],
+    *,
+    threads: int = 1,
+    variables: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
     """Run launch/TOOL and wait for its end."""
     if launcher is DEEPSPEED:
         launcher = [*DEEPSPEED, str(20000 + os.getpid() % 20000)]
-    own = _environment() | {"OMP_NUM_THREADS": str(threads)}
+    own = _environment() | {"OMP_NUM_THREADS": str(threads)} | (variables or {})
     command = [*launcher, f"launch/{tool}", *arguments]
     return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=400)
 
@@ -65,6 +76,11 @@ def bare_ranks(
     finally:
         for process in processes:
             process.kill()
+
+
+def signals_at(*rules: str) -> dict[str, str]:
+    """Variables that have ranks meet signals at exact moments, "rank:SIGNAME:function:call" (see moments/)."""
+    return {"PYTHONPATH": f"{ROOT / 'tests' / 'moments'}:{ROOT}", "SIGNALS": ",".join(rules)}
 
 
 def _environment() -> dict[str, str]:

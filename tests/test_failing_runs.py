@@ -15,6 +15,7 @@ from moe_dist.data.shards import Sample, write_shards
 from moe_dist.data.tokenized import build_cache, load_vocabulary
 from moe_dist.errors import UserError
 from moe_dist.parallel.layout import Layout, make_layout
+from moe_dist.parallel.signals import StopSignals
 from moe_dist.telemetry.run_folder import read_status
 from moe_dist.train import check_recipe, open_data
 from tests.distributed import run_ranks
@@ -57,9 +58,11 @@ def test_a_wrong_recipe(world, override, sentence):
 
 
 @pytest.mark.slow
-def test_a_wrong_recipe_shows_before_the_data_are_looked_for():
-    nowhere = ["data.shards=/nowhere", "data.text_tokenizer=/nowhere.model"]
+def test_a_wrong_recipe_shows_before_the_data_are_looked_for(tmp_path):
+    nowhere = [f"run.dir={tmp_path / 'run'}", "data.shards=/nowhere", "data.text_tokenizer=/nowhere.model"]
     all_failed_with(bare_ranks([*nowhere, "data.lanes=3"]), "data.lanes=3 is not a multiple of the 2")
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["restart"]) == ("failed", False) and "data.lanes=3" in status["reason"]
 
 
 @pytest.mark.slow
@@ -71,8 +74,8 @@ def test_a_recipe_that_is_not_utf8(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
-def test_an_environment_that_is_no_number(name):
-    outcomes = bare_ranks([], world=1, variables={name: "one"})
+def test_an_environment_that_is_no_number(name, tmp_path):
+    outcomes = bare_ranks([f"run.dir={tmp_path}"], world=1, variables={name: "one"})
     all_failed_with(outcomes, f"the environment sets {name}=one, which is not a whole number from 0 on")
 
 
@@ -114,7 +117,7 @@ def _open_data(rank: int, config: Config, cache: str) -> str | None:
     os.environ["XDG_CACHE_HOME"] = cache
     layout = make_layout(expert=1, device=torch.device("cpu"))
     try:
-        open_data(config.data, load_vocabulary(config.data), layout)
+        open_data(config.data, load_vocabulary(config.data), layout, StopSignals())
     except UserError as error:
         return str(error).removesuffix(" (rank 0)").removesuffix(" (rank 1)")
     finally:

@@ -28,21 +28,18 @@ def test_the_main_job_and_an_exact_resume(overrides, tmp_path):
     assert launch(DEEPSPEED, [*overrides, f"run.dir={whole}"], threads=2).returncode == 0
     first = launch(DEEPSPEED, [*overrides, f"run.dir={parts}", "train.stop_after=4"], threads=2)
     assert first.returncode == 0, first.stderr
-    assert read_status(parts) | {"updated": 0} == {"state": "stopped", "step": 4, "reason": None, "updated": 0}
+    stopped = {"state": "stopped", "step": 4, "reason": "train.stop_after", "restart": False, "updated": 0}
+    assert read_status(parts) | {"updated": 0} == stopped
     second = launch(DEEPSPEED, [*overrides, f"run.dir={parts}"], threads=2)
     assert second.returncode == 0, second.stderr
     assert read_status(parts)["state"] == "done"
 
     lines = metrics_of(whole)
     assert [line["step"] for line in lines] == list(range(1, 9)) == [line["step"] for line in metrics_of(parts)]
-    timed = ("seconds", "per_second")
-    for straight, resumed in zip(lines, metrics_of(parts), strict=True):
-        assert {k: v for k, v in straight.items() if not k.endswith(timed)} == {
-            k: v for k, v in resumed.items() if not k.endswith(timed)
-        }
+    assert same_but_for_time(lines) == same_but_for_time(metrics_of(parts))
     assert lines[0]["loss"] - lines[-1]["loss"] > 0.02  # it learns, so equality is not that of a run that stands still
     last = "checkpoints/step_00000008"
-    assert _stored(whole / last) == _stored(parts / last)
+    assert stored(whole / last) == stored(parts / last)
     states = [read_state(run / last) for run in (whole, parts)]
     for key in ("step", "tokens", "loader"):  # what would be read next, too
         assert states[0][key] == states[1][key]
@@ -55,7 +52,12 @@ def test_the_main_job_and_an_exact_resume(overrides, tmp_path):
     assert "non-causal" in second.stdout  # expert choice looks ahead, and the losses say so
 
 
-def _stored(checkpoint):
+def same_but_for_time(lines):
+    """Metrics without those that differ between two equal runs."""
+    return [{k: v for k, v in line.items() if not k.endswith(("seconds", "per_second"))} for line in lines]
+
+
+def stored(checkpoint):
     """Name and checksum of every file of tensors."""
     files = json.loads((checkpoint / "manifest.json").read_text())["files"]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
@@ -107,10 +109,27 @@ def test_memory_of_the_quickstart_stays_under_three_gib_a_rank(overrides, emoji_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["dense_quickstart", "moe_8x_quickstart"])
+@pytest.mark.parametrize("recipe", ["dense_quickstart", "moe_8x_quickstart", "adamoe_top2_quickstart"])
 def test_the_other_quickstarts_train(recipe, overrides):
     done = launch(DEEPSPEED, [*overrides, "train.stop_after=2"], config=f"configs/{recipe}.yaml")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_adamoe_trains_on_text_and_says_what_it_saves(overrides, tmp_path):
+    own = [*overrides, "data.image_tokenizer=null", "train.stop_after=2", "telemetry.tensorboard=false"]
+    done = launch(TORCHRUN, own, config="configs/adamoe_quickstart.yaml")
+    assert done.returncode == 0, done.stderr
+    lines = metrics_of(tmp_path / "run")
+    assert len(lines) == 2 and undeclared(lines[-1]) == []
+    for line in lines:
+        assert line["causal"] and "loss/image" not in line
+        assert 1.2 < line["moe/experts_per_token"] < 1.8  # 1.5 at balance
+        assert line["moe/experts_per_token"] == pytest.approx(line["moe/1/experts_per_token/text"], abs=0.3)
+        assert 0 < line["moe/flops_saved"] < 1 - line["moe/experts_per_token"] / 2  # of which experts are a part
+        assert 2.9 < line["loss/load_balance"] < 4  # top_k at balance
+    experts, saved = (lines[-1][f"moe/{key}"] for key in ("experts_per_token", "flops_saved"))
+    assert f"{experts:.2f} true experts/token | {saved:.1%} FLOPs saved" in done.stdout
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,11 +121,13 @@ def build_cache(
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
+    stop: Callable[[], bool] = lambda: False,
 ) -> None:
     """Tokenise this rank's share of a split's shards, where that is not done yet; rank 0 shows its progress.
 
     Every local tar of the share is checked against its index, tokenised already or not. Raises UserError on the rank
-    that meets the problem; the caller tells the others.
+    that meets the problem; the caller tells the others. Returns early, within a sample, once `stop` says so: shards
+    that are finished stay, and another call goes on with the others.
     """
     tars: list[Shard] = []
     for part in _parts(data, split):
@@ -133,7 +135,7 @@ def build_cache(
             _shipped_token_shards(part, split, vocabulary)  # those of other tokenizers are an error here
         else:
             tars += part
-    sources = [_Source.of(shard, vocabulary, content=True) for shard in tars[rank::world]]
+    sources = [_Source.of(shard, vocabulary, content=True) for shard in tars[rank::world] if not stop()]
     missing = [source for source in sources if source.find() is None]
     if not missing:
         return
@@ -146,14 +148,20 @@ def build_cache(
         for number, source in enumerate(missing, 1):
             report = SampleReport()
             writer = TokenShardWriter(vocabulary, device)
-            writer.add(_counted(iterate(source.shard, report), progress, task))
+            writer.add(_counted(iterate(source.shard, report), progress, task, stop))
+            if stop():
+                return
             writer.write(source.new_folder(), source.origin, report)
             if known:  # samples of other splits in the same tar are done as well
                 progress.update(task, completed=sum(source.samples for source in missing[:number]))
 
 
-def _counted(samples: Iterable[RawSample], progress: Progress, task) -> Iterator[RawSample]:
+def _counted(
+    samples: Iterable[RawSample], progress: Progress, task, stop: Callable[[], bool]
+) -> Iterator[RawSample]:
     for sample in samples:
+        if stop():
+            return
         yield sample
         progress.advance(task)
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from moe_dist.errors import UserError, as_user_error
+from moe_dist.errors import PeerError, UserError, as_user_error
 
 # (rank, world) as MPI launchers tell their processes: MPICH and its kin, Open MPI, PMIx.
 _MPI_VARIABLES = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMIX_RANK", ""))
@@ -76,6 +76,8 @@ def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
 def run_rank(main: Callable[[], None]) -> NoReturn:
     """Run a command line, on one rank or many, and exit: 0, 2 after a UserError (rank 0 says it), 1 after our defect.
 
+    (docs/checkpoints.md, "Stopping and starting again", has the exit statuses beside what RUN/status.json then says.)
+
     After an error other ranks may still wait in a collective. Python's clean-up would wait for them too, so it is
     left out: the launcher sees this rank's exit at once and ends the others.
     """
@@ -86,13 +88,11 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
             dist.destroy_process_group()
     except Exception as error:
         sentence = as_user_error(error)
-        if sentence is None:
-            code = 1
+        code = 1 if sentence is None else 2
+        if sentence is None and not isinstance(error, PeerError):
             traceback.print_exc()
-        else:
-            code = 2
-            if is_main_process():  # the others have the same sentence to tell
-                print(f"error: {sentence}", file=sys.stderr, flush=True)
+        elif is_main_process():  # the others have the same sentence to tell
+            print(f"error: {sentence or error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     sys.stderr.flush()
     if code:

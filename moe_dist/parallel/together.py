@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
-from moe_dist.errors import UserError, as_user_error
+from moe_dist.errors import PeerError, UserError, as_user_error
 
 PATIENCE = timedelta(days=2)
 
@@ -17,6 +18,8 @@ PATIENCE = timedelta(days=2)
 @contextmanager
 def together(*, patient: bool = False) -> Iterator[None]:
     """Run a rank-local step of the set-up; when it fails on any rank, raise that rank's UserError on every rank.
+
+    A defect of ours keeps its type on the rank that met it and is a PeerError on the others.
 
     Collective at its end: every rank must pass through it, and the body must not communicate. patient: ranks that are
     done wait for the others for PATIENCE, not just the minutes after which other collectives give up (collective at its
@@ -33,17 +36,19 @@ def together(*, patient: bool = False) -> Iterator[None]:
         if problem:
             raise problem
         return
-    sentences: list[str | None] = [None] * dist.get_world_size()
-    mine = None if problem is None else str(problem) if isinstance(problem, UserError) else repr(problem)
-    dist.all_gather_object(sentences, mine, group=group)
+    problems: list[tuple[type[Exception], str] | None] = [None] * dist.get_world_size()
+    mine: tuple[type[Exception], str] | None = None
+    if problem is not None:
+        mine = (UserError, str(problem)) if isinstance(problem, UserError) else (PeerError, repr(problem))
+    dist.all_gather_object(problems, mine, group=group)
     if group is not None:
         dist.destroy_process_group(group)
     if problem is not None and not isinstance(problem, UserError):
         raise problem  # a defect of ours: its traceback is worth more than the sentence
-    first = next(((rank, text) for rank, text in enumerate(sentences) if text is not None), None)
+    first = next(((rank, met) for rank, met in enumerate(problems) if met is not None), None)
     if first is not None:
-        rank, text = first
-        raise UserError(text if mine is not None else f"{text} (rank {rank})") from problem
+        rank, (kind, text) = first
+        raise kind(text if mine is not None else f"{text} (rank {rank})") from problem
 
 
 def gather_objects(value: Any) -> list[Any]:
@@ -53,3 +58,12 @@ def gather_objects(value: Any) -> list[Any]:
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest of every rank's values. Collective."""
+    if not dist.is_initialized():
+        return value
+    everyones = torch.tensor(value, device=device)
+    dist.all_reduce(everyones, op=dist.ReduceOp.MAX)
+    return int(everyones)

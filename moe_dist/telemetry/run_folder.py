@@ -1,22 +1,34 @@
 """The folder of a run: config.yaml, init_from.json, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/.
 
 Only rank 0 writes. Whatever is rewritten is replaced atomically, so a reader never sees half a file.
-status.json is the truth about how a run ended: launchers may exit with 0 after a signal.
+
+status.json is the truth about how a run ended, since launchers may exit with 0 after a signal or a failure:
+    state     running | done | stopped (there is more to train) | failed
+    step      optimizer steps done
+    reason    why it stopped (a signal's name, or the recipe's train.stop_after) or failed; else null
+    restart   whether starting again, with nothing changed, can help: what a scheduler needs to know
+    updated   when this was written, UTC
+A run that was killed says `running` for ever. Who reads that after its launcher has returned knows it was killed, and
+`restart` is true; anybody else looks at `updated`, which a run that trains renews with its logged steps (`beat`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from moe_dist.config import Config, load_config, save_config
-from moe_dist.errors import UserError
+from moe_dist.errors import UserError, as_user_error
+from moe_dist.parallel.signals import Stopped
+
+BEAT_SECONDS = 10.0  # status.json of a run that trains is renewed no more often than this
 
 State = Literal["running", "done", "stopped", "failed"]
 
@@ -72,7 +84,7 @@ class RunFolder:
                 _replace(self.metrics, "".join(f"{line}\n" for line in _lines(self.metrics) if _step(line) <= step))
             elif self.metrics.stat().st_size:
                 os.replace(self.metrics, self.metrics.with_suffix(".previous.jsonl"))
-        self.write_status("running", step)
+        self.write_status("running", step, restart=True)
 
     def write_initial(self, account: dict[str, Any]) -> None:
         """Keep what a run started from (init_from). Raises UserError."""
@@ -85,12 +97,45 @@ class RunFolder:
         fixed = ["parallel.expert=1", "run.resume=auto", f"run.dir={self.path}", "data.neighbours=null"]
         return load_config(self.config, [*fixed, *overrides])
 
-    def write_status(self, state: State, step: int, reason: str | None = None) -> None:
-        """Say how the run stands; `reason` is one sentence for a run that stopped or failed. Raises UserError."""
+    def write_status(self, state: State, step: int, reason: str | None = None, *, restart: bool) -> None:
+        """Say how the run stands, see the top of this file. Raises UserError."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        status = {"state": state, "step": step, "reason": reason, "updated": now}
+        status = {"state": state, "step": step, "reason": reason, "restart": restart, "updated": now}
         with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
             _replace(self.status, json.dumps(status) + "\n")
+
+    def beat(self, step: int) -> None:
+        """Show that the run lives, now and then. Raises UserError."""
+        with self._writing():
+            if time.time() - self.status.stat().st_mtime >= BEAT_SECONDS:
+                self.write_status("running", step, restart=True)
+
+    def write_end(self, step: int, steps: int, signal: str | None) -> str:
+        """Say that a run is done, or stopped by a signal or else by its recipe; the line to print. Raises UserError."""
+        done = step >= steps
+        reason = None if done else signal or "train.stop_after"
+        self.write_status("done" if done else "stopped", step, reason, restart=not done and signal is not None)
+        return f"{'done' if done else f'stopped ({reason})'} after {step} of {steps} steps: {self.path}"
+
+    def write_failure(self, error: BaseException, step: int | None) -> None:
+        """Say what has ended a run before its last step. step None: while it was set up, before `open`.
+
+        A UserError needs a person first; after anything else (a lost rank, a defect, a signal in the set-up) starting
+        again can help. The set-up has changed nothing of an earlier run in the folder: that one's step stays, and a run
+        that was done still is. Best effort, since what has ended the run may be the disk.
+        """
+        before: dict[str, Any] = {}
+        if step is None:
+            with suppress(UserError):
+                before = read_status(self.path)
+        step = before.get("step", 0) if step is None else step
+        user_error = as_user_error(error) if isinstance(error, Exception) else None
+        reason = str(user_error or error) or type(error).__name__
+        state: State = "stopped" if isinstance(error, Stopped) else "failed"
+        if before.get("state") != "done":
+            with suppress(UserError):
+                self.write_status(state, step, reason, restart=user_error is None)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -42,6 +42,28 @@ def model_flops(
     return 2 * (projections + attention + ffn + output)
 
 
+def flops_saved(
+    model: ModelConfig,
+    *,
+    vocab_size: int,
+    document_lengths: Iterable[int],
+    tokens: int,
+    experts: float,
+    top_k: int,
+    admitted: Mapping[int, Sequence[int]] | None = None,
+) -> float:
+    """AdaMoE's "FLOPs saved" (arXiv 2406.13233): the share that is saved where a token takes `experts` experts of every
+    layer on average, against `top_k` of them. `tokens`: those that are routed, without padding; `admitted`: as in
+    model_flops, where `experts` is a mean over all of `tokens`, also those that pass by a layer."""
+    lengths, admitted = list(document_lengths), admitted or {}
+    of_layers = [sum(admitted[layer]) if layer in admitted else tokens for layer in range(model.num_layers)]
+    ours, theirs = (
+        model_flops(model, vocab_size=vocab_size, document_lengths=lengths, ffn_rows=rows, admitted=admitted)
+        for rows in ([round(experts * tokens)] * model.num_layers, [top_k * count for count in of_layers])
+    )
+    return 1 - ours / theirs
+
+
 def num_parameters(model: ModelConfig, *, vocab_size: int, num_experts: int = 1, counted: float | None = None) -> float:
     """Parameters of a whole model, over all ranks. `num_experts`: experts of a layer (1 for a dense model).
 

@@ -1,5 +1,6 @@
 """The token cache against the tokenizers themselves, on real shards: complete or absent, never mixed up."""
 
+import itertools
 import json
 import shutil
 import stat
@@ -90,6 +91,18 @@ def test_an_interrupted_writer_leaves_nothing_that_counts(recipe, shards, monkey
         build_cache(data, "train", v)
     monkeypatch.undo()
     assert not manifests(shards / "train")
+    assert len(store_of(data)) == 132
+
+
+def test_told_to_stop_it_keeps_whole_shards_and_goes_on_later(recipe, shards):
+    data = recipe()
+    v, tars = load_vocabulary(data), len(resolve_shards(data.shards))
+    asked = itertools.count()
+    # It asks before each tar is checked, before each sample, and after each shard: this is in the second shard.
+    build_cache(data, "train", v, stop=lambda: next(asked) >= tars + 16 + 1 + 5)
+    assert len(manifests(shards / "train")) == 1
+    build_cache(data, "train", v, stop=lambda: True)
+    assert len(manifests(shards / "train")) == 1
     assert len(store_of(data)) == 132
 
 

@@ -100,10 +100,10 @@ def test_float32(router, stage, world, expert, accumulation):
 
 
 def test_gumbel_noise_is_the_same_on_every_layout():
-    """Drawn by token, so that ranks and accumulation do not change it; and it matters."""
-    config = recipe("noisy", world=2, expert=2, accumulation=4)
-    assert_same(train(build, config, 2), reference("noisy"), FLOAT32, loss_moves=0.5)
-    assert reference("noisy").deviation(reference("moma"))["parameters"] > 0.01
+    """Drawn by token, so that ranks do not change it; and it matters."""
+    alone, spread = (train(build, recipe("noisy", world=n, expert=n), n, steps=3) for n in (1, 2))
+    assert_same(spread, alone, FLOAT32, loss_moves=0.01)
+    assert alone.deviation(train(build, recipe("moma"), 1, steps=3))["parameters"] > 0.01
 
 
 @pytest.mark.slow

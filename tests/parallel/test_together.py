@@ -33,7 +33,7 @@ def test_every_rank_hears_of_a_user_error():
 def test_a_defect_keeps_its_type_where_it_happened():
     assert run_ranks(_fail_on, 2, (0,), KeyError) == [
         ("KeyError", "'broken on 0'"),
-        ("UserError", "KeyError('broken on 0') (rank 0)"),
+        ("PeerError", "KeyError('broken on 0') (rank 0)"),
     ]
 
 
