@@ -72,7 +72,9 @@ class BucketedDocuments:
             gather.append(token.flatten())
             buckets.append((len(members), padded))
             places += token.numel()
-        return cls(torch.cat(gather).to(device), scatter_T.to(device), tuple(buckets))
+        return cls(
+            torch.cat(gather).to(device, non_blocking=True), scatter_T.to(device, non_blocking=True), tuple(buckets)
+        )
 
     def select(self, info: TokenInfo) -> BucketedDocuments:
         return self.build(info.document_lengths, self.gather_P.device)
@@ -102,7 +104,7 @@ class VarlenDocuments:
     @classmethod
     def build(cls, lengths: Sequence[int], device: torch.device) -> VarlenDocuments:
         ends = torch.tensor([0, *accumulate(length for length in lengths if length)], dtype=torch.int32, device="cpu")
-        return cls(ends.to(device), max(lengths))
+        return cls(ends.to(device, non_blocking=True), max(lengths))
 
     def select(self, info: TokenInfo) -> VarlenDocuments:
         return self.build(info.document_lengths, self.ends.device)
