@@ -22,7 +22,7 @@ from moe_dist.generation.prompt import Format, Sample
 from moe_dist.generation.sampling import Sampling, choose, guide
 from moe_dist.model.cache import KVCache
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.layer import MoELayer
+from moe_dist.moe.token_choice import TokenChoiceRouter
 from moe_dist.parallel.layout import Layout
 
 OnStep = Callable[[int], None]  # called after every step with the number of unfinished samples of all ranks
@@ -36,10 +36,10 @@ def check_can_generate(model: Transformer) -> None:
             "token: train auxiliary routers first (docs/moma.md)"
         )
     for module in model.modules():
-        settings = getattr(module.router, "settings", None) if isinstance(module, MoELayer) else None
-        if getattr(settings, "capacity_factor", None) is not None:
+        if isinstance(module, TokenChoiceRouter) and module.settings.capacity_factor is not None:
             raise UserError(
-                "with a capacity a sample would depend on those beside it: set model.ffn.router.capacity_factor=null"
+                "with a capacity a sample would depend on those beside it: set capacity_factor of model.ffn.router to "
+                "null"
             )
 
 

@@ -102,7 +102,9 @@ def test_float32(router, stage, world, expert, accumulation):
 def test_gumbel_noise_is_the_same_on_every_layout():
     """Drawn by token, so that ranks do not change it; and it matters."""
     alone, spread = (train(build, recipe("noisy", world=n, expert=n), n, steps=3) for n in (1, 2))
-    assert_same(spread, alone, FLOAT32, loss_moves=0.01)
+    deviation = spread.deviation(alone)
+    assert all(deviation[name] <= tolerance for name, tolerance in FLOAT32.items()), deviation
+    assert min(alone.moved.values()) > 1e-5 and min(alone.norms) > CLIP
     assert alone.deviation(train(build, recipe("moma"), 1, steps=3))["parameters"] > 0.01
 
 

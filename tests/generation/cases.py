@@ -32,9 +32,9 @@ def make_format(tokenizers: Path, context: int = CONTEXT) -> Format:
     return Format(Vocabulary(load_text_tokenizer(tokenizers / "text.model"), image), context)
 
 
-def make_model(ffn: dict, form: Format, layout: Layout | None = None) -> Transformer:
+def make_model(recipe: dict, form: Format, layout: Layout | None = None) -> Transformer:
     """Weights so large that its predictions differ strongly; images are begun and documents ended now and then."""
-    config: ModelConfig = model_config(ffn, init_std=0.3)
+    config: ModelConfig = model_config(**recipe, init_std=0.3)
     model = Transformer(config, form.vocabulary.size, layout or Layout(), seed=1).double()
     with torch.no_grad():
         model.output.weight[[form.vocabulary.boi, form.vocabulary.eos]] *= 5
@@ -51,12 +51,12 @@ def make_samples(form: Format, *, guided: bool = False) -> list[Sample]:
     return [form.start(number, prompt, 14 + 2 * number) for number, prompt in enumerate(prompts)]
 
 
-def generate_on_rank(rank: int, tokenizers: Path, ffn: dict, sampling: Sampling, guided: bool) -> dict[int, list[int]]:
+def generate_on_rank(rank: int, tokenizers: Path, recipe: dict, sampling: Sampling, guided: bool) -> dict:
     """This rank's samples; with a rank number of -1 all of them, without ranks."""
     layout = Layout() if rank < 0 else make_layout(expert=2, device=torch.device("cpu"))
     form = make_format(tokenizers)
     samples = make_samples(form, guided=guided)[layout.rank :: layout.world]
-    generate(make_model(ffn, form, layout), samples, form, sampling, layout, lambda left: None)
+    generate(make_model(recipe, form, layout), samples, form, sampling, layout, lambda left: None)
     return {sample.number: sample.generated for sample in samples}
 
 
@@ -72,7 +72,7 @@ def without_cache(model: Transformer, form: Format, sample: Sample, sampling: Sa
             position_T=position_T, token_id_T=position_T + (2 * sample.number + unconditional) * form.context,
             document_lengths=[len(tokens_T)], num_groups=1,
         )  # fmt: skip
-        return model(tokens_T, info).logits_TV[-1]
+        return model(tokens_T, info.causally()).logits_TV[-1]
 
     while not sample.done:
         logits_V = logits(sample.prompt.tokens, False)
