@@ -151,6 +151,7 @@ LORA = {"rank": 2, "alpha": 4.0}
 REFUSED = {
     "swin": ({"norm": "swin"}, "model.norm is 'swin', Llama and Mixtral have 'pre'"),
     "qk_norm": ({"qk_norm": True}, "model.qk_norm is True, Llama and Mixtral have False"),
+    "mixture-of-depths": ({"depth": {}}, "model.depth is not null, Llama and Mixtral have None"),
     "attention LoRA": ({"attention_lora": LORA}, "model.attention_lora is not null, Llama and Mixtral have None"),
     "LoRA experts": (
         {"ffn": SPARSE | {"experts": {"type": "lora", **LORA}, "router": SPARSE["router"] | {"top_k": 1}}},

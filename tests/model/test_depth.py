@@ -138,6 +138,19 @@ def test_records_number_tokens_as_the_batch_does():
         assert torch.equal(record.experts_of_T(64), torch.bincount(record.plan.token_ids_N, minlength=64))
 
 
+def test_static_shapes_hold_as_many_as_any_group_admits():
+    """pad_to_capacity where one group admits seven tokens and the other one: the same loss as without padding."""
+    router = {"type": "top_k", "num_experts": 4, "top_k": 2, "capacity_factor": 1.0}
+    valid_T = torch.zeros(64, dtype=torch.bool).index_fill(0, torch.tensor([*range(25), 50]), True)
+    losses = []
+    for pad in (False, True):
+        model = build({**TOP_K, "router": router | {"pad_to_capacity": pad}})
+        batch = batch_of("mixed")
+        batch = replace(batch, info=rebuilt(batch.info, valid_T=valid_T), loss_mask_T=valid_T)
+        losses.append(gradients(model, batch)[1])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+
+
 def test_one_read_of_the_device_for_each_layer():
     model, batch, calls = build(DENSE), batch_of("mixed"), []
     for depth in model.depth.values():
