@@ -41,6 +41,8 @@ NEEDS_adamoe_top2_quickstart := data/text_tokenizer/text.model
 DENSE := runs/dense_quickstart/checkpoints/step_00000320/manifest.json
 NEEDS_llava_mole_quickstart := data/emoji_qa/corpus.json data/clipart_qa/corpus.json $(DENSE)
 NEEDS_llava_lora_quickstart := $(NEEDS_llava_mole_quickstart)
+MOMA := runs/moma_quickstart/checkpoints/step_00000320/manifest.json
+NEEDS_moma_causal_quickstart := data/tokenizers/.done $(MOMA)
 
 data: $(or $(NEEDS_$(RECIPE)),data/tokenizers/.done)  ## corpus and tokenizers of CONFIG
 
@@ -56,6 +58,9 @@ data/emoji_qa/corpus.json data/clipart_qa/corpus.json: data/%/corpus.json: | set
 
 $(DENSE):
 	$(MAKE) train CONFIG=configs/dense_quickstart.yaml ARGS=
+
+$(MOMA):
+	$(MAKE) train CONFIG=configs/moma_quickstart.yaml ARGS=
 
 data/text/corpus.json: | setup
 	$(BIN)/python launch/prepare_data.py corpus=text out=data/text

@@ -6,6 +6,7 @@ with parallel.expert set to fit (a checkpoint does not depend on the layout). ev
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -39,11 +40,12 @@ def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
     run = Run.build(config, layout, folder)
     if run.step == 0:
         raise UserError(f"{folder.path} holds no complete checkpoint")
+    causal = bool(run.engine.module.causal_routing)
     results = compare_with_references(
         run.engine.eval_forward, train=run.documents, held_out=run.held_out, vocabulary=run.vocabulary,
         data=config.data, layout=layout, groups=config.eval.groups, batch_groups=config.train.micro_batch_groups,
+        causal_too=not causal and bool(run.engine.module.can_route_causally),
     )  # fmt: skip
-    causal = bool(run.engine.module.causal_routing)
     with together():
         if layout.is_main:
             record = {"step": run.step, "causal": causal, **results}
@@ -52,11 +54,21 @@ def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
 
 
 def table(results: dict[str, float], step: int, causal: bool) -> Table:
-    label = "" if causal else ", non-causal (expert choice)"
-    grid = Table("nats per token", *MODALITIES, title=f"held-out loss after {step} steps{label}", title_justify="left")
-    for name, prefix in (("model", "loss"), ("captions shuffled", "shuffled/loss"), ("bigram model", "bigram")):
-        values = [results.get(f"eval/{prefix}/{modality}") for modality in MODALITIES]
-        grid.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values))
+    both = "eval/causal/loss" in results  # where rows differ in their routing, each says which is its own
+    label = "" if causal or both else ", non-causal (expert choice)"
+    note = ", non-causal (routing of training)" if both else ""
+    rows = {f"model{note}": "loss", f"captions shuffled{note}": "shuffled/loss", "bigram model": "bigram"}
+    given = {f"model{note}": ""}  # rows that have losses of one modality given the other: what their keys begin with
+    if both:
+        name = "model, causal (auxiliary routers)"
+        rows, given = {name: "causal/loss"} | rows, {name: "causal/"} | given
+    headings = ("nats per token / perplexity", *MODALITIES, "caption given image", "image given caption")
+    grid = Table(*headings, title=f"held-out loss after {step} steps{label}", title_justify="left")
+    for name, prefix in rows.items():
+        keys = [f"{prefix}/{modality}" for modality in MODALITIES]
+        keys += [f"{given[name]}{task}" if name in given else "" for task in ("image_to_text", "text_to_image")]
+        values = [results.get(f"eval/{key}") for key in keys]
+        grid.add_row(name, *("-" if value is None else f"{value:.3f} / {math.exp(value):,.1f}" for value in values))
     return grid
 
 

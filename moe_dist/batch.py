@@ -8,10 +8,12 @@ A micro-batch holds whole groups, one after another, so routing does not depend 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 MODALITIES = ("text", "image")
@@ -29,7 +31,9 @@ class TokenInfo:
     token_id_T: Tensor  # int64, unique over the whole run and the same at every parallel layout
     by_modality_V: Tensor  # int64, indices of valid tokens, sorted by (modality, group, index)
     modality_counts: tuple[tuple[int, ...], ...]  # [modality][group] number of valid tokens
+    sequence_counts: tuple[int, ...]  # number of valid tokens of each packed sequence
     document_lengths: tuple[int, ...]  # every token belongs to one document (padding too): sums to T
+    causal: bool = False  # no decision about a token may look at a later one: auxiliary routers decide (docs/moma.md)
 
     @classmethod
     def build(
@@ -41,11 +45,16 @@ class TokenInfo:
         token_id_T: Tensor,
         document_lengths: Sequence[int],
         num_groups: int,
+        num_sequences: int | None = None,
     ) -> TokenInfo:
-        """Derive indices and host-side counts from CPU tensors. Groups are equal, contiguous runs of the T tokens."""
-        num_tokens = modality_T.numel()
-        if num_tokens % num_groups or sum(document_lengths) != num_tokens:
-            raise ValueError(f"{num_tokens} tokens do not form {num_groups} groups and documents {document_lengths}")
+        """Derive indices and host-side counts from CPU tensors. Groups are equal, contiguous runs of the T tokens, and
+        so are packed sequences (None: each group is one)."""
+        num_tokens, sequences = modality_T.numel(), num_sequences or num_groups
+        if num_tokens % sequences or sequences % num_groups or sum(document_lengths) != num_tokens:
+            raise ValueError(
+                f"{num_tokens} tokens do not form {num_groups} groups, {sequences} sequences and documents "
+                f"{document_lengths}"
+            )
         group_T = torch.arange(num_tokens) // (num_tokens // num_groups)
         key_T = modality_T * num_groups + group_T
         valid_V = valid_T.nonzero().squeeze(1)
@@ -60,6 +69,7 @@ class TokenInfo:
             token_id_T=token_id_T,
             by_modality_V=valid_V[order_V],
             modality_counts=tuple(tuple(row) for row in counts.tolist()),
+            sequence_counts=tuple(valid_T.view(sequences, -1).sum(1).tolist()),
             document_lengths=tuple(document_lengths),
         )
 
@@ -80,8 +90,55 @@ class TokenInfo:
             return list(pieces[modality * groups : (modality + 1) * groups])
         return [torch.cat([pieces[m * groups + g] for m in range(len(MODALITIES))]) for g in range(groups)]
 
+    def sequences(self) -> list[Tensor]:
+        """Indices of the valid tokens of each packed sequence."""
+        return list(self.by_modality_V.sort().values.split(self.sequence_counts))
+
+    def select(self, keep_T: Tensor, read: Callable[[Tensor], list]) -> tuple[Tensor, TokenInfo]:
+        """Some of the valid tokens, in order: token_K, their indices, and their TokenInfo, with what each had.
+
+        A document keeps its number and its place in document_lengths, also where nothing of it is left (length 0).
+        read: brings int64 counts to the host (moe/dispatch.py split_sizes); called once, the only synchronisation.
+        """
+        keep_V = keep_T.index_select(0, self.by_modality_V)
+        of_groups = [count for row in self.modality_counts for count in row]
+        in_order_V = keep_T.index_select(0, self.by_modality_V.sort().values)
+        counted = [(keep_V, of_groups), (in_order_V, self.sequence_counts), (keep_T, self.document_lengths)]
+        counts = read(torch.cat([_sums(keep, lengths) for keep, lengths in counted]))
+        groups, sequences = counts[: len(of_groups)], counts[len(of_groups) : -len(self.document_lengths)]
+        lengths, each = counts[-len(self.document_lengths) :], self.num_groups
+        token_K = _first(keep_T, sum(lengths))
+        place_T = keep_T.cumsum(0) - 1
+        kept = {name: getattr(self, name).index_select(0, token_K) for name in _OF_EACH_TOKEN}
+        return token_K, replace(
+            self,
+            **kept,
+            by_modality_V=place_T.index_select(0, self.by_modality_V.index_select(0, _first(keep_V, sum(lengths)))),
+            modality_counts=tuple(tuple(groups[i : i + each]) for i in range(0, len(groups), each)),
+            sequence_counts=tuple(sequences),
+            document_lengths=tuple(lengths),
+        )
+
+    def causally(self) -> TokenInfo:
+        """The same tokens, to be routed causally, as inference must be: expert choice needs auxiliary routers then."""
+        return replace(self, causal=True)
+
     def to(self, device: torch.device | str) -> TokenInfo:
         return _to(self, device)
+
+
+_OF_EACH_TOKEN = ("modality_T", "valid_T", "document_T", "position_T", "token_id_T")
+
+
+def _sums(keep: Tensor, lengths: Sequence[int]) -> Tensor:
+    """How many are kept in each of the consecutive runs of these lengths."""
+    ends = torch.tensor([0, *accumulate(lengths)], device="cpu").to(keep.device, non_blocking=True)
+    return F.pad(keep.cumsum(0), (1, 0)).index_select(0, ends).diff()
+
+
+def _first(keep: Tensor, number: int) -> Tensor:
+    """Indices of what is kept, of which there are so many, without asking the device how many."""
+    return keep.logical_not().long().argsort(stable=True)[:number]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +151,10 @@ class Batch:
     target_modality_T: Tensor  # int64, modality of the target
     info: TokenInfo
     sidecar: Mapping[str, Tensor] = field(default_factory=dict)  # pixels, neighbours: for systems that need them
+
+    def causally(self) -> Batch:
+        """The same, to be routed causally (TokenInfo.causally)."""
+        return replace(self, info=self.info.causally())
 
     def to(self, device: torch.device | str) -> Batch:
         sidecar = {name: value.to(device, non_blocking=True) for name, value in self.sidecar.items()}

@@ -79,6 +79,16 @@ class MoEFFN(Strict):
     router: dict[str, Any]  # type: and the settings of that router class
 
 
+class DepthConfig(Strict):
+    """Mixture-of-depths (MoMa, arXiv 2407.21770): some blocks work on a share of the tokens, the others pass by."""
+
+    capacity: Annotated[float, Field(gt=0, le=1)] = 0.25  # share of the competing tokens that such a block admits
+    every: Positive = 2  # every so many blocks one is such, from the first
+    scope: Literal["group", "modality", "sequence"] = "group"  # who competes: a selection group (the paper's batch),
+    # each modality of it by itself (so that both are admitted at the same share), or a packed sequence
+    auxiliary: bool = False  # a second gate beside each, for causal inference
+
+
 class ModelConfig(Strict):
     hidden_size: Positive
     num_layers: Positive
@@ -86,6 +96,7 @@ class ModelConfig(Strict):
     num_query_groups: Positive | None = None  # keys and values, each shared by as many heads; default: num_heads
     head_size: Positive | None = None  # default: hidden_size / num_heads
     ffn: Annotated[DenseFFN | MoEFFN, Field(discriminator="type")]
+    depth: DepthConfig | None = None  # mixture-of-depths; None: every block works on all tokens
     norm: Literal["swin", "pre"] = "swin"  # swin: x + norm(f(x)), Chameleon; pre: x + f(norm(x))
     norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
     qk_norm: bool = True
@@ -113,6 +124,11 @@ class ModelConfig(Strict):
     def query_groups(self) -> int:
         return self.num_query_groups or self.num_heads
 
+    @property
+    def depth_layers(self) -> range:
+        """The layers with mixture-of-depths."""
+        return range(0, self.num_layers if self.depth else 0, self.depth.every if self.depth else 1)
+
 
 class InitFrom(Strict):
     """Start from the parameters of an earlier stage's checkpoint; a plain path stands for `checkpoint` alone.
@@ -124,6 +140,7 @@ class InitFrom(Strict):
     rename: dict[str, str] = {}  # the checkpoint's names -> the model's; what each `*` stands for is carried over
     new: Patterns = ()  # parameters of the model that keep their own initial values
     left_out: Patterns = ()  # parameters of the checkpoint that are not used
+    data_position: bool = False  # go on in the data where the checkpoint's run had stopped; false: from their beginning
 
     @model_validator(mode="before")
     @classmethod

@@ -24,6 +24,7 @@ from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.engine import checkpoint
 from moe_dist.engine.deepspeed_config import accumulation_steps, check_section
 from moe_dist.engine.init_from import Account, init_from
+from moe_dist.engine.init_from import loader_state as loader_state_of
 from moe_dist.engine.manifest import identity, resolve_init
 from moe_dist.engine.saver import Saver
 from moe_dist.engine.schedule import learning_rate
@@ -43,6 +44,7 @@ from moe_dist.parallel.launch import is_main_process
 from moe_dist.parallel.layout import Layout, check_layout, make_layout
 from moe_dist.parallel.signals import Stopped, StopSignals
 from moe_dist.parallel.together import together
+from moe_dist.telemetry.decisions import decision_metrics
 from moe_dist.telemetry.progress import Progress
 from moe_dist.telemetry.report import write_report
 from moe_dist.telemetry.routing import routing_counts, routing_metrics
@@ -81,8 +83,9 @@ def check_recipe(config: Config, layout: Layout) -> None:
     The model is built without memory, so that routers, experts and frozen parameters say what they object to.
     """
     check_section(config.deepspeed)
-    if config.losses and not isinstance(config.model.ffn, MoEFFN):
-        raise UserError(f"the loss '{next(iter(config.losses))}' needs routers, and the model is dense")
+    of_depth = {"causal_routers"} if config.model.depth else set()
+    if not isinstance(config.model.ffn, MoEFFN) and (lost := [name for name in config.losses if name not in of_depth]):
+        raise UserError(f"the loss '{lost[0]}' needs routers, and the model is dense")
     loss_settings(config.losses)
     accumulation_steps(config.train, layout.world)
     check_data(config.data, dp=layout.world)
@@ -139,15 +142,16 @@ class Run:
             checkpoint.load(resume_from, engine, layout)
         initial = start_from(source, engine, layout, vocabulary) if source is not None else None
         with together():
+            loader_state = state.loader if state else loader_state_of(source) if source is not None else None
             loader = make_loader(
                 documents, vocabulary, config.data, seed=config.seed, dp_rank=layout.rank, dp=layout.world,
                 batch_groups=config.train.micro_batch_groups, neighbours=open_neighbours(config.data, source),
-                state=state.loader if state else None,
+                state=loader_state,
             )  # fmt: skip
         return cls(
             config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
             saver=Saver(folder.path, engine, layout, config.checkpoint), documents=documents, held_out=held_out,
-            loader_state=state.loader if state else {}, initial=initial,
+            loader_state=loader_state or {}, initial=initial,
             peak_lr=section.optimizer.params.lr, step=state.step if state else 0, tokens=state.tokens if state else 0,
             stop=stop,
         )  # fmt: skip
@@ -221,6 +225,9 @@ class Run:
         }
         if result.records and self.step % config.telemetry.every == 0:
             metrics |= self._routing(reader.batch, result)
+        if self.step % config.telemetry.every == 0:
+            info = reader.batch.info.to(self.layout.device)
+            metrics |= decision_metrics(result.records, result.depths, info, self.layout)
         return metrics
 
     def evaluate(self) -> dict[str, float]:
@@ -246,10 +253,15 @@ class Run:
     def _flops(self, batch: Batch, result: StepResult) -> int:
         """Of the step, over all ranks: all have equally many tokens, so this rank's last micro-batch stands for all."""
         rows = [int(record.load_E.sum()) for record in result.records] or None
-        lengths = batch.info.document_lengths
         return self.engine.accumulation * self.layout.world * model_flops(
-            self.config.model, vocab_size=self.vocabulary.size, document_lengths=lengths, ffn_rows=rows
+            self.config.model, **self._seen(batch, result), ffn_rows=rows
         )
+
+    def _seen(self, batch: Batch, result: StepResult) -> dict[str, Any]:
+        """What the FLOP formulas are told about a micro-batch."""
+        admitted = {depth.layer: depth.document_lengths for depth in result.depths}
+        lengths = batch.info.document_lengths
+        return {"vocab_size": self.vocabulary.size, "document_lengths": lengths, "admitted": admitted}
 
     def _routing(self, batch: Batch, result: StepResult) -> dict[str, Any]:
         router = routers(self.engine.module)[0]
@@ -266,9 +278,8 @@ class Run:
         )
         if router.reference_top_k is not None:
             metrics["moe/flops_saved"] = flops_saved(
-                self.config.model, vocab_size=self.vocabulary.size, document_lengths=batch.info.document_lengths,
-                tokens=int(batch.info.valid_T.sum()), experts=metrics["moe/experts_per_token"],
-                top_k=router.reference_top_k,
+                self.config.model, **self._seen(batch, result), tokens=int(batch.info.valid_T.sum()),
+                experts=metrics["moe/experts_per_token"], top_k=router.reference_top_k,
             )  # fmt: skip
         return metrics
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from moe_dist.model.depth import MixtureOfDepths
 from moe_dist.moe.dispatch import split_sizes
 from moe_dist.moe.layer import MoELayer
 
@@ -28,6 +30,7 @@ HOST_WORK = {
     "moe_dist.moe.dispatch.AllToAllDispatcher._exchange_counts",  # the order of the experts over the ranks
     "moe_dist.model.attention.VarlenDocuments.build",  # once per micro-batch, from the documents' lengths
     "moe_dist.model.attention.BucketedDocuments.build",
+    "moe_dist.batch._sums",  # where groups, sequences and documents end, of which mixture-of-depths admits a part
 }
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
@@ -79,31 +82,37 @@ def expert_layers(model: nn.Module) -> list[MoELayer]:
     return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
-def read_counts(model: nn.Module, *inputs: Any) -> list[list[int]]:
-    """What every expert layer of a model on the CPU reads from the device in a forward pass."""
-    counts: list[list[int]] = []
+def readers(model: nn.Module) -> list[Any]:
+    """What reads counts from the device, by its split_sizes: every expert layer, every layer with mixture-of-depths."""
+    depths = [module for module in model.modules() if isinstance(module, MixtureOfDepths)]
+    return [*(layer.dispatcher for layer in expert_layers(model)), *depths]
 
-    def recorded(tensor: Tensor) -> list:
-        counts.append(split_sizes(tensor))
-        return counts[-1]
 
-    for layer in expert_layers(model):
-        layer.dispatcher.split_sizes = recorded
+def read_counts(model: nn.Module, *inputs: Any) -> list[Any]:
+    """What every reader of a model on the CPU reads in a forward pass."""
+    counts: dict[int, list] = {}
+
+    def recorded(tensor: Tensor, number: int) -> list:
+        counts[number] = split_sizes(tensor)
+        return counts[number]
+
+    for number, reader in enumerate(readers(model)):
+        reader.split_sizes = partial(recorded, number=number)
     model(*inputs)
-    return counts
+    return [counts[number] for number in sorted(counts)]
 
 
 def inject(model: nn.Module, counts: Sequence[Any]) -> list[int]:
-    """Let the expert layers read these counts; the list that comes back says how often each did."""
+    """Let the readers read these counts; the list that comes back says how often each did."""
     calls = [0] * len(counts)
-    for number, (layer, known) in enumerate(zip(expert_layers(model), counts, strict=True)):
+    for number, (reader, known) in enumerate(zip(readers(model), counts, strict=True)):
 
         def answer(tensor: Tensor, number: int = number, known: Any = known) -> Any:
             assert tuple(tensor.shape) == np.shape(known)
             calls[number] += 1
             return known
 
-        layer.dispatcher.split_sizes = answer
+        reader.split_sizes = answer
     return calls
 
 

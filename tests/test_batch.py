@@ -6,7 +6,7 @@ import torch
 from moe_dist.batch import IMAGE, MODALITIES, TEXT, TokenInfo
 
 
-def make_info(num_groups=3, group_tokens=20, seed=0):
+def make_info(num_groups=3, group_tokens=20, seed=0, num_sequences=None, documents=None):
     generator = torch.Generator().manual_seed(seed)
     tokens = num_groups * group_tokens
     return TokenInfo.build(
@@ -14,8 +14,9 @@ def make_info(num_groups=3, group_tokens=20, seed=0):
         valid_T=torch.rand(tokens, generator=generator) < 0.7,
         position_T=torch.zeros(tokens, dtype=torch.int64),
         token_id_T=torch.arange(tokens),
-        document_lengths=[group_tokens] * num_groups,
+        document_lengths=documents or [group_tokens] * num_groups,
         num_groups=num_groups,
+        num_sequences=num_sequences,
     )
 
 
@@ -42,3 +43,26 @@ def test_documents_and_groups_must_cover_the_tokens():
             modality_T=info.modality_T, valid_T=info.valid_T, position_T=info.position_T, token_id_T=info.token_id_T,
             document_lengths=[20] * 3, num_groups=7,
         )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_selection_has_what_its_tokens_had(share):
+    """Against loops; one read brings all counts to the host, and a document that loses all keeps its number."""
+    info, reads = make_info(num_sequences=6, documents=[7, 13, 20, 5, 1, 14]), []
+    keep_T = info.valid_T & (torch.rand(60, generator=torch.Generator().manual_seed(3)) < share)
+    token_K, selected = info.select(keep_T, lambda counts: reads.append(1) or counts.tolist())
+    kept = [t for t in range(60) if keep_T[t]]
+    assert token_K.tolist() == kept and len(reads) == 1 and bool(selected.valid_T.all())
+    for name in ("modality_T", "document_T", "position_T", "token_id_T"):
+        assert getattr(selected, name).tolist() == [int(getattr(info, name)[t]) for t in kept], name
+    assert list(selected.document_lengths) == [sum(int(info.document_T[t]) == d for t in kept) for d in range(6)]
+    assert list(selected.sequence_counts) == [sum(t // 10 == s for t in kept) for s in range(6)]
+    for modality in (TEXT, IMAGE):
+        for group, members in enumerate(selected.members(modality)):
+            expected = [t for t in kept if t // 20 == group and int(info.modality_T[t]) == modality]
+            assert [kept[k] for k in members.tolist()] == expected
+            assert selected.modality_counts[modality][group] == len(expected)
+    for sequence, members in enumerate(selected.sequences()):
+        assert [kept[k] for k in members.tolist()] == [t for t in kept if t // 10 == sequence]
+    again_K, twice = selected.select(torch.ones(len(kept), dtype=torch.bool), torch.Tensor.tolist)
+    assert again_K.tolist() == list(range(len(kept))) and twice.modality_counts == selected.modality_counts

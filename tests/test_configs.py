@@ -18,6 +18,9 @@ TABLE = {  # arXiv 2407.21770, the model table: dense parameters, parameters wit
     "moma_90m": (0.090 * BILLION, 0.210 * BILLION, 6_291_456, 160_000),
     "moma_435m": (0.435 * BILLION, 1.9 * BILLION, 6_291_456, 160_000),
     "moma_1_4b": (1.4 * BILLION, 7.1 * BILLION, 8_388_608, 120_000),
+    "mod_moma_90m": (0.110 * BILLION, 0.317 * BILLION, 6_291_456, 160_000),  # with mixture-of-depths
+    "mod_moma_435m": (0.635 * BILLION, 3 * BILLION, 6_291_456, 160_000),
+    "mod_moma_1_4b": (2.3 * BILLION, 12 * BILLION, 8_388_608, 120_000),
 }
 
 
@@ -71,6 +74,37 @@ def test_the_quickstarts_differ_in_one_line_of_the_model():
         assert other.model.ffn.hidden_size == moma.model.ffn.hidden_size  # one expert a token: as many active FLOPs
         same = {"run", "model", "parallel"}
         assert other.model_dump(exclude=same) == moma.model_dump(exclude=same)
+
+
+def flops_per_token(model, documents=(128,) * 8) -> float:
+    """Of training, with one expert a token on average and every document's tokens admitted at the same share."""
+    share = model.depth.capacity if model.depth else 1.0
+    admitted = {layer: [round(share * length) for length in documents] for layer in model.depth_layers}
+    rows = [sum(admitted.get(layer, documents)) for layer in range(model.num_layers)]
+    flops = model_flops(model, vocab_size=1536, document_lengths=documents, ffn_rows=rows, admitted=admitted)
+    return flops / sum(documents)
+
+
+def test_mixture_of_depths_has_the_flops_of_the_recipe_without_it_by_more_layers():
+    plain, mod = (load_config(FOLDER / f"{name}_quickstart.yaml") for name in ("moma", "mod_moma"))
+    own = {"num_layers", "depth"}
+    assert mod.model.model_dump(exclude=own) == plain.model.model_dump(exclude=own)
+    assert mod.model_dump(exclude={"run", "model"}) == plain.model_dump(exclude={"run", "model"})
+    assert list(mod.model.depth_layers) == [0, 2, 4, 6] and mod.model.depth.capacity == 0.25
+    assert flops_per_token(mod.model) == pytest.approx(flops_per_token(plain.model), rel=0.03)
+    shallow = mod.model.model_copy(update={"num_layers": 4})
+    assert flops_per_token(shallow) < 0.75 * flops_per_token(plain.model)
+
+
+def test_the_causal_stage_trains_auxiliary_routers_of_the_quickstart_and_nothing_else():
+    plain, causal = (load_config(FOLDER / f"{name}_quickstart.yaml") for name in ("moma", "moma_causal"))
+    names = {name for name, _ in build(causal, 100).named_parameters()}
+    new = names - {name for name, _ in build(plain, 100).named_parameters()}
+    assert len(new) == 4 * 2 * 2 and all(".auxiliary.w" in name for name in new)
+    assert causal.trainable == causal.init_from.new == ("*.auxiliary.*",)
+    assert causal.init_from.checkpoint == plain.run.dir and causal.data == plain.data
+    text = {"type": "expert_choice", "num_experts": 4, "auxiliary": True}
+    assert causal.model.ffn.router == {"type": "modality", "text": text, "image": text}
 
 
 def test_the_adamoe_recipes_differ_in_the_router_and_train_with_equal_flops():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_dist.config import DenseFFN, LoRAConfig, ModelConfig, validate
+from moe_dist.config import DenseFFN, DepthConfig, LoRAConfig, ModelConfig, validate
 from moe_dist.errors import UserError
 from moe_dist.moe.registry import router_settings
 
@@ -24,7 +24,7 @@ REFUSED = {  # keys of config.json that would make it another model -> the value
     "quantization_config": None,
 }
 # What both are: pre-norm, plain attention; of experts, dropless top-k with softmax weights renormalised over the k.
-ARCHITECTURE = {"norm": "pre", "qk_norm": False, "attention_lora": None}
+ARCHITECTURE = {"norm": "pre", "qk_norm": False, "attention_lora": None, "depth": None}
 ROUTER = {
     "type": "top_k", "score": "softmax", "renormalize": True, "weighting": "score", "bias": False,
     "capacity_factor": None,
@@ -95,7 +95,7 @@ def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> 
         found |= {f"model.ffn.router.{key}": (router.get(key), value) for key, value in ROUTER.items()}
     for key, (ours, theirs) in found.items():
         if ours != theirs:
-            shown = "not null" if isinstance(ours, LoRAConfig) else repr(ours)
+            shown = "not null" if isinstance(ours, LoRAConfig | DepthConfig) else repr(ours)
             raise UserError(f"{none}: {key} is {shown}, Llama and Mixtral have {theirs!r}")
     if model.hidden_size % model.num_heads:
         raise UserError(

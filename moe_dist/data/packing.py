@@ -237,6 +237,7 @@ def collate(
         token_id_T=torch.from_numpy(token_ids),
         document_lengths=document_lengths,
         num_groups=len(groups),
+        num_sequences=num_tokens // sequence_length,
     )
     return Batch(
         tokens_T=tokens_T,

@@ -47,6 +47,7 @@ class StepResult:
     grad_norm: float  # over all parameters, before clipping; inf where it is not finite
     skipped: bool  # a loss or gradient was not finite: nothing was changed
     records: tuple[Any, ...]  # this rank's routing records of the last micro-batch
+    depths: tuple[Any, ...]  # and what mixture-of-depths admitted in it
 
 
 def init_distributed() -> torch.device:
@@ -142,13 +143,14 @@ class Engine:
             group["lr"] = lr
         sums: dict[str, Tensor] = {}
         records: tuple[Any, ...] = ()
+        depths: tuple[Any, ...] = ()
         for batch in batches:
             batch = batch.to(self._layout.device)
             output = self._zero(batch.tokens_T, batch.info)
             result = objective(output, batch, counts)
             for name, value in result.sums.items():
                 sums[name] = sums.get(name, 0.0) + value.detach().double()
-            records = output.records
+            records, depths = output.records, output.depths
             self._zero.backward(_poison(result.loss) * self._layout.world)
             self._zero.step()
         loss_sums = self._sum_over_ranks(sums)
@@ -157,8 +159,9 @@ class Engine:
         if skipped:
             self._stop_or_go_on(loss_sums)
         return StepResult(
-            loss_sums=loss_sums, counts=counts, grad_norm=grad_norm, skipped=skipped, records=tuple(records)
-        )
+            loss_sums=loss_sums, counts=counts, grad_norm=grad_norm, skipped=skipped, records=tuple(records),
+            depths=tuple(depths),
+        )  # fmt: skip
 
     @torch.no_grad()
     def eval_forward(self, batch: Batch) -> Any:

@@ -8,11 +8,13 @@ from typing import Any
 
 from moe_dist.config import validate
 from moe_dist.errors import UserError
+from moe_dist.losses.auxiliary import CausalRouters
 from moe_dist.losses.balance import LoadBalance, PooledBalance, RouterZ
 from moe_dist.losses.manifold import Manifold
 from moe_dist.losses.term import TermClass, TermSettings
 
 LOSSES: dict[str, TermClass] = {
+    "causal_routers": CausalRouters,
     "load_balance": LoadBalance,
     "manifold": Manifold,
     "pooled_balance": PooledBalance,

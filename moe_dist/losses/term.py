@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_dist.batch import Batch
 from moe_dist.config import Count, Strict
-from moe_dist.moe.plan import RoutingRecord
+from moe_dist.moe.plan import DepthRecord, RoutingRecord
 from moe_dist.parallel.layout import Layout
 
 
@@ -46,6 +46,9 @@ class ModelOutput(Protocol):
 
     @property
     def records(self) -> tuple[RoutingRecord, ...]: ...
+
+    @property
+    def depths(self) -> tuple[DepthRecord, ...]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

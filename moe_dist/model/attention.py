@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from moe_dist.batch import TokenInfo
+
 _MULTIPLE = 16  # padded document lengths: few different ones, and at most 15 tokens of padding a document
 
 
@@ -27,6 +29,10 @@ class Documents(Protocol):
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         """Softmax attention, scaled by 1/sqrt(d), causal within each document: [T, H, d]."""
+        ...
+
+    def select(self, info: TokenInfo) -> Documents:
+        """The same documents where attention sees nothing but the tokens of `info` (TokenInfo.select)."""
         ...
 
 
@@ -51,12 +57,12 @@ class BucketedDocuments:
 
     @classmethod
     def build(cls, lengths: Sequence[int], device: torch.device) -> BucketedDocuments:
-        length_N = torch.tensor(lengths, device="cpu")
+        length_N = torch.tensor([length for length in lengths if length], dtype=torch.int64, device="cpu")
         start_N = length_N.cumsum(0) - length_N
         padded_N = (length_N + _MULTIPLE - 1) // _MULTIPLE * _MULTIPLE
         scatter_T = torch.empty(sum(lengths), dtype=torch.int64, device="cpu")
         gather, buckets, places = [], [], 0
-        for padded in padded_N.unique().tolist():
+        for padded in padded_N.unique().tolist() or [_MULTIPLE]:  # without a token: one bucket of no document
             members = (padded_N == padded).nonzero()
             offset = torch.arange(padded, device="cpu")
             token = start_N[members] + offset.minimum(length_N[members] - 1)
@@ -69,6 +75,9 @@ class BucketedDocuments:
         return cls(
             torch.cat(gather).to(device, non_blocking=True), scatter_T.to(device, non_blocking=True), tuple(buckets)
         )
+
+    def select(self, info: TokenInfo) -> BucketedDocuments:
+        return self.build(info.document_lengths, self.gather_P.device)
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         grouped = key_TGd.shape[1] != query_THd.shape[1]
@@ -94,8 +103,11 @@ class VarlenDocuments:
 
     @classmethod
     def build(cls, lengths: Sequence[int], device: torch.device) -> VarlenDocuments:
-        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
+        ends = torch.tensor([0, *accumulate(length for length in lengths if length)], dtype=torch.int32, device="cpu")
         return cls(ends.to(device, non_blocking=True), max(lengths))
+
+    def select(self, info: TokenInfo) -> VarlenDocuments:
+        return self.build(info.document_lengths, self.ends.device)
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         ends, longest, grouped = self.ends, self.longest, key_TGd.shape[1] != query_THd.shape[1]

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from moe_dist.batch import TokenInfo
 from moe_dist.config import LoRAConfig
 from moe_dist.model.attention import Documents
 from moe_dist.moe.lora import LowRank
@@ -70,6 +71,9 @@ class DroppedDocuments:
     documents: Documents
     projection: LoRALinear
     token_id_T: Tensor
+
+    def select(self, info: TokenInfo) -> DroppedDocuments:
+        return DroppedDocuments(self.documents.select(info), self.projection, info.token_id_T)
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         """[T, H, d] where dropout is off, else [T, 2 H, d]."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig
-from moe_dist.model.attention import Documents
+from moe_dist.model.attention import Documents, locate_documents
 from moe_dist.model.lora import DroppedDocuments, LoRALinear
 from moe_dist.moe.random import seeded_normal_
 
@@ -101,7 +101,10 @@ class Attention(nn.Module):
             seeded_normal_(getattr(self.core, key).weight, seed=seed, name=name, std=std)
 
     def forward(self, x_TD: Tensor, token_id_T: Tensor, documents: Documents, angles_T11d: Tensor) -> Tensor:
-        """y_TD; the global token ids decide about LoRA's dropout."""
+        """y_TD; the global token ids decide about LoRA's dropout. T may be 0 (mixture-of-depths admits nothing)."""
+        if not len(x_TD):  # megatron cannot: one token of zeros, cut off again, gives every weight a gradient of zero
+            alone, ids, angles = locate_documents([1], device=x_TD.device, dtype=x_TD.dtype), token_id_T, angles_T11d
+            return self(F.pad(x_TD, (0, 0, 0, 1)), F.pad(ids, (0, 1)), alone, F.pad(angles, (0, 0) * 3 + (0, 1)))[:0]
         if isinstance(self.core.linear_qkv, LoRALinear):
             x_TD = self.core.linear_qkv.with_dropout(x_TD, token_id_T)
             documents = DroppedDocuments(documents, self.core.linear_proj, token_id_T)

@@ -5,17 +5,22 @@ Shape suffixes: T tokens, D model width, V vocabulary, d size per head.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.batch import TokenInfo
 from moe_dist.config import ModelConfig
-from moe_dist.model.attention import locate_documents, rotary_angles
+from moe_dist.model.attention import Documents, locate_documents, rotary_angles
 from moe_dist.model.block import Block
+from moe_dist.model.cache import Decoding
+from moe_dist.model.depth import MixtureOfDepths
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.plan import RoutingRecord
+from moe_dist.moe.plan import DepthRecord, RoutingRecord
 from moe_dist.moe.random import seeded_normal_
 from moe_dist.parallel.layout import Layout
 
@@ -24,6 +29,7 @@ from moe_dist.parallel.layout import Layout
 class ModelOutput:
     logits_TV: Tensor  # in the model's dtype
     records: tuple[RoutingRecord, ...]  # one of every expert layer, from the first; empty for a dense model
+    depths: tuple[DepthRecord, ...] = ()  # one of every layer with mixture-of-depths
 
 
 class Transformer(nn.Module):
@@ -41,6 +47,9 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             Block(config, layer=layer, seed=seed, layout=layout) for layer in range(config.num_layers)
         )
+        self.depth = nn.ModuleDict(
+            {str(layer): MixtureOfDepths(config, layer=layer, seed=seed) for layer in config.depth_layers}
+        )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.output = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tie_embeddings:
@@ -50,24 +59,43 @@ class Transformer(nn.Module):
 
     @property
     def causal_routing(self) -> bool:
-        """False where a token's experts depend on later tokens (expert choice); then its losses are not causal."""
-        return all(block.ffn.router.causal for block in self.layers if isinstance(block.ffn, MoELayer))
+        """False where a token's experts or blocks depend on later tokens; then its losses are not causal."""
+        return all(router.causal for router in self._routers())
 
-    def forward(self, tokens_T: Tensor, info: TokenInfo) -> ModelOutput:
-        """Logits of the next token at each of the T tokens, and the routers' records."""
+    @property
+    def can_route_causally(self) -> bool:
+        """True where every router decides causally with TokenInfo.causal: by itself, or through an auxiliary router."""
+        return all(router.causal or router.has_auxiliary for router in self._routers())
+
+    def _routers(self) -> Iterator[Any]:
+        """Of the expert layers, and of the layers with mixture-of-depths."""
+        yield from (block.ffn.router for block in self.layers if isinstance(block.ffn, MoELayer))
+        yield from (self.depth[str(layer)].router for layer in self.config.depth_layers)
+
+    def forward(self, tokens_T: Tensor, info: TokenInfo, decoding: Decoding | None = None) -> ModelOutput:
+        """Logits of the next token at each of the T tokens, and the routers' records.
+
+        With `info.causally()` routing is causal, as inference needs it; otherwise it is that of training. Raises
+        UserError where a router cannot be causal (`can_route_causally`). decoding: the documents go on where sequences
+        of a cache have ended, and their positions likewise.
+        """
         config = self.config
         x_TD = self.embedding(tokens_T)
-        documents = locate_documents(info.document_lengths, device=x_TD.device, dtype=x_TD.dtype)
+        of_layers: list[Documents]
+        if decoding is None:
+            of_layers = [locate_documents(info.document_lengths, device=x_TD.device, dtype=x_TD.dtype)]
+            of_layers *= config.num_layers
+        else:
+            of_layers = [decoding.documents(layer, info) for layer in range(config.num_layers)]
         angles_T11d = rotary_angles(info.position_T, head_size=config.size_per_head, base=config.rope_base)
-        records = []
-        for block in self.layers:
+        records, depths = [], []
+        for layer, (block, documents) in enumerate(zip(self.layers, of_layers)):
+            run: Any = partial(self.depth[str(layer)], block) if layer in config.depth_layers else block
             if config.recompute and self.training:
                 # Not the reentrant kind, which would drop the gradient of what the records hold.
-                x_TD, record = checkpoint(
-                    block, x_TD, info, documents, angles_T11d, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x_TD, record = block(x_TD, info, documents, angles_T11d)
+                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+            x_TD, record, *depth = run(x_TD, info, documents, angles_T11d)
+            depths += depth
             if record is not None:
                 records.append(record)
-        return ModelOutput(self.output(self.norm(x_TD)), tuple(records))
+        return ModelOutput(self.output(self.norm(x_TD)), tuple(records), tuple(depths))

@@ -6,7 +6,7 @@ experts, then its null experts), N assignments.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Routing:
     probs_VC: Tensor  # float32 gate values
     chosen_VC: Tensor  # bool: what the router chose, before any expert was full
     kept_VE: Tensor  # bool: what reached its expert
+    auxiliary_VC: Tensor | None = None  # float32 logits of the auxiliary router, where there is one
 
     @property
     def num_experts(self) -> int:
@@ -75,3 +76,18 @@ class RoutingRecord:
         for part in self.parts:
             count_T = count_T.index_add(0, part.token_V, part.kept_VE.sum(1))
         return count_T
+
+    def renumbered(self, token_K: Tensor) -> RoutingRecord:
+        """Where the layer saw only some tokens (mixture-of-depths): token i of what it saw is token_K[i] of all."""
+        parts = tuple(replace(part, token_V=token_K.index_select(0, part.token_V)) for part in self.parts)
+        plan = replace(self.plan, token_ids_N=token_K.index_select(0, self.plan.token_ids_N))
+        return replace(self, plan=plan, parts=parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DepthRecord:
+    """Which tokens a layer with mixture-of-depths admitted."""
+
+    layer: int
+    routing: Routing  # of the valid tokens, with one column: the block
+    document_lengths: tuple[int, ...]  # how many tokens of each document were admitted

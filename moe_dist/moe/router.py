@@ -30,6 +30,7 @@ class Router(Protocol):
 
     num_experts: int
     causal: bool  # False: the decision about a token looks at later tokens (expert choice)
+    has_auxiliary: bool  # with TokenInfo.causal its decisions are causal all the same (moe/auxiliary.py)
     experts_per_token: int | None  # how many every valid token gets; None where that varies or may vary
     expert_groups: tuple[tuple[int, ...], ...]  # experts to be spread evenly over ranks, one tuple a modality
     reference_top_k: int | None  # experts per token that telemetry compares the FLOPs with
@@ -71,10 +72,15 @@ class Gate(nn.Module):
         seeded_normal_(self.weight, seed=site.seed, name=f"{site.name}.gate.weight", std=site.init_std)
 
     def forward(self, x_VD: Tensor) -> Tensor:
-        dtype = torch.promote_types(x_VD.dtype, torch.float32)
-        with _no_autocast(x_VD.device.type):
-            bias = None if self.bias is None else self.bias.to(dtype)
-            return F.linear(x_VD.to(dtype), self.weight.to(dtype), bias)
+        return precise_linear(x_VD, self.weight, self.bias)
+
+
+def precise_linear(x_VD: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
+    """x W^T (+ b) in float32, or float64 for float64 input, whatever the other dtypes and autocast."""
+    dtype = torch.promote_types(x_VD.dtype, torch.float32)
+    with _no_autocast(x_VD.device.type):
+        bias = None if bias_C is None else bias_C.to(dtype)
+        return F.linear(x_VD.to(dtype), weight_CD.to(dtype), bias)
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager:

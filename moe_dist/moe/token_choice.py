@@ -50,6 +50,7 @@ class TokenChoiceRouter(nn.Module):
     """What both routers below share. A subclass says what a chosen column weighs; a full expert drops an assignment
     after that, so the weights of those that stay do not change."""
 
+    has_auxiliary = False
     experts_per_token: int | None = None
     reference_top_k: int | None = None  # experts per token of the model that FLOPs are compared with
 
@@ -86,7 +87,7 @@ class TokenChoiceRouter(nn.Module):
         kept_VC = F.pad(kept_VE, (0, self.settings.columns - self.num_experts))
         expert_Vk = chosen_Vk.where(kept_VC.gather(1, chosen_Vk), self.num_experts)
         weight_Vk = self.weights(logits_VC, chosen_Vk)
-        plan = plan_assignments(token_V, expert_Vk, weight_Vk, self.num_experts, slots=self._slots(info))
+        plan = plan_assignments(token_V, expert_Vk, weight_Vk, self.num_experts, slots=self._slots(info, sizes))
         if self.settings.capacity_factor is None and self.settings.columns == self.num_experts:
             plan = replace(plan, complete=True)
         routing = Routing(
@@ -98,11 +99,14 @@ class TokenChoiceRouter(nn.Module):
         assert self.settings.capacity_factor is not None
         return expert_capacity(num_tokens, self.settings.capacity_factor, self.settings.columns, self.settings.top_k)
 
-    def _slots(self, info: TokenInfo) -> int | None:
-        """Rows of every expert with pad_to_capacity: of whole groups, padding included, so that it never changes."""
+    def _slots(self, info: TokenInfo, sizes: list[int]) -> int | None:
+        """Rows of every expert with pad_to_capacity: of whole groups, padding included, so that it never changes.
+
+        Of the tokens that mixture-of-depths admits there may be more in one group than in another.
+        """
         if not self.settings.pad_to_capacity:
             return None
-        return info.num_groups * self._capacity(info.num_tokens // info.num_groups)
+        return info.num_groups * self._capacity(max(info.num_tokens // info.num_groups, *sizes))
 
     def _priority(self, probs_VC: Tensor, token_V: Tensor, token_id_V: Tensor) -> Tensor:
         probs_VE = probs_VC[:, : self.num_experts]

@@ -134,7 +134,7 @@ def test_transformers_computes_what_our_model_does(ffn, tmp_path):
 def test_an_upcycled_llama_is_a_mixtral(tmp_path):
     llama = save_llama(tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "dense")
-    upcycle(tmp_path / "dense", tmp_path / "sparse", num_experts=4)
+    upcycle(tmp_path / "dense", tmp_path / "sparse", experts="4")
     export_folder(tmp_path / "sparse", tmp_path / "out")
     mixtral = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     documents = random_documents()
@@ -151,6 +151,7 @@ LORA = {"rank": 2, "alpha": 4.0}
 REFUSED = {
     "swin": ({"norm": "swin"}, "model.norm is 'swin', Llama and Mixtral have 'pre'"),
     "qk_norm": ({"qk_norm": True}, "model.qk_norm is True, Llama and Mixtral have False"),
+    "mixture-of-depths": ({"depth": {}}, "model.depth is not null, Llama and Mixtral have None"),
     "attention LoRA": ({"attention_lora": LORA}, "model.attention_lora is not null, Llama and Mixtral have None"),
     "LoRA experts": (
         {"ffn": SPARSE | {"experts": {"type": "lora", **LORA}, "router": SPARSE["router"] | {"top_k": 1}}},

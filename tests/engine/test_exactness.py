@@ -13,7 +13,7 @@ from itertools import cycle
 import pytest
 import torch
 
-from moe_dist.config import Config
+from moe_dist.config import Config, DepthConfig
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 from tests.engine.toy import (
@@ -32,6 +32,7 @@ from tests.engine.trajectory import Trajectory, assert_can_fail, train
 CLIP = 0.5
 GROUPS = 16  # selection groups of the global batch
 ROUTERS = {"top_k": TOP_K, "moma": MOMA}
+NOISY = {"noisy": MOMA | {name: MOMA[name] | {"gumbel_noise": True} for name in ("text", "image")}}
 BF16 = {"bf16": {"enabled": True}}
 # The loss moves 0.9 at least: 90,000 times as far.
 FLOAT32 = {"loss": 1e-5, "norm": 1e-5, "parameters": 1e-5, "update": 1e-4}
@@ -60,7 +61,7 @@ def recipe(
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {}) | (zero or {})
     deepspeed = sgd(clip=CLIP) | {"zero_optimization": zero} | section
     micro = GROUPS // world // accumulation
-    return make_config(router=ROUTERS[router], expert=expert, groups=GROUPS, micro=micro, deepspeed=deepspeed)
+    return make_config(router=(ROUTERS | NOISY)[router], expert=expert, groups=GROUPS, micro=micro, deepspeed=deepspeed)
 
 
 @cache
@@ -96,6 +97,15 @@ LAYOUTS = [  # world, expert, accumulation
 def test_float32(router, stage, world, expert, accumulation):
     config = recipe(router, world=world, expert=expert, accumulation=accumulation, stage=stage)
     assert_same(train(build, config, world), reference(router), FLOAT32)
+
+
+def test_gumbel_noise_is_the_same_on_every_layout():
+    """Drawn by token, so that ranks do not change it; and it matters."""
+    alone, spread = (train(build, recipe("noisy", world=n, expert=n), n, steps=3) for n in (1, 2))
+    deviation = spread.deviation(alone)
+    assert all(deviation[name] <= tolerance for name, tolerance in FLOAT32.items()), deviation
+    assert min(alone.moved.values()) > 1e-5 and min(alone.norms) > CLIP
+    assert alone.deviation(train(build, recipe("moma"), 1, steps=3))["parameters"] > 0.01
 
 
 @pytest.mark.slow
@@ -159,6 +169,34 @@ def test_tied_embeddings_and_grouped_queries(stage, recompute):
 
 def _llama(config: Config, **changes) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update=LLAMA | changes)})
+
+
+@cache
+def depth_reference(scope: str) -> Trajectory:
+    return train(build, _with_depth(recipe("moma"), scope), 1)
+
+
+@pytest.mark.parametrize(
+    ("scope", "world", "expert", "accumulation", "stage", "recompute"),
+    [
+        ("group", 2, 2, 4, 1, False),
+        pytest.param("group", 2, 1, 2, 2, True, marks=pytest.mark.slow),
+        pytest.param("modality", 2, 2, 1, 3, True, marks=pytest.mark.slow),
+        pytest.param("sequence", 4, 2, 2, 1, False, marks=pytest.mark.slow),
+    ],
+)
+def test_mixture_of_depths(scope, world, expert, accumulation, stage, recompute):
+    """Every fourth selection group has no image, and padding differs. Every step starts from the reference's weights:
+    float32's rounding may grow to 1.5e-4 of an update over eight steps."""
+    config = _with_depth(recipe("moma", world=world, expert=expert, accumulation=accumulation, stage=stage), scope)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"recompute": recompute})})
+    trajectory = train(build, config, world, guide=depth_reference(scope))
+    assert_same(trajectory, depth_reference(scope), FLOAT32, loss_moves=0.3)
+    assert trajectory.moved["depth.0.router.gate.weight"] > 1e-3
+
+
+def _with_depth(config: Config, scope: str) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update={"depth": DepthConfig(scope=scope)})})
 
 
 # --- faults, planted in a layout that is exact without them

@@ -28,6 +28,7 @@ MOMA = {
 class Output(NamedTuple):
     logits_TV: Tensor
     records: tuple
+    depths: tuple = ()
 
 
 class ObjectiveOutput(NamedTuple):
@@ -114,7 +115,7 @@ def make_batch(indices: list[int], **sizes: int) -> Batch:
     half = groups[0]["tokens"].numel() // 2
     info = TokenInfo.build(
         modality_T=cat["modality"], valid_T=cat["valid"], position_T=cat["position"], token_id_T=cat["ids"],
-        document_lengths=[half] * (2 * len(indices)), num_groups=len(indices),
+        document_lengths=[half] * (2 * len(indices)), num_groups=len(indices), num_sequences=2 * len(indices),
     )  # fmt: skip
     return Batch(
         tokens_T=cat["tokens"], targets_T=cat["targets"], loss_mask_T=cat["mask"],

@@ -33,7 +33,7 @@ def model_config(ffn=DENSE, **changes) -> ModelConfig:
     return validate(ModelConfig, {**sizes, "ffn": ffn, **changes}, "test")
 
 
-def make_batch(lengths, *, num_groups=1, padding=0, seed=0, first_token_id=0) -> Batch:
+def make_batch(lengths, *, num_groups=1, num_sequences=None, padding=0, seed=0, first_token_id=0) -> Batch:
     """Documents of these lengths, then one document of padding. Padding does not change what the others hold."""
     modalities, vocabulary = (torch.Generator().manual_seed(seed + offset) for offset in (0, 1000))
     documents = [*lengths, padding] if padding else list(lengths)
@@ -48,6 +48,7 @@ def make_batch(lengths, *, num_groups=1, padding=0, seed=0, first_token_id=0) ->
         token_id_T=torch.arange(tokens) + first_token_id,
         document_lengths=documents,
         num_groups=num_groups,
+        num_sequences=num_sequences,
     )
     tokens_T = torch.randint(VOCAB, (tokens,), generator=vocabulary)
     return Batch(

@@ -9,10 +9,11 @@ import math
 import torch
 
 
-def attention(x, weights, *, num_heads, base, epsilon, groups=None, delta=None):
+def attention(x, weights, *, num_heads, base, epsilon, groups=None, delta=None, position=None):
     """One document x [L, D]. Weights: qkv in megatron's order (of each group: its heads' queries, a key, a value), proj
     and norms. Head h reads the key and value of group h // (heads per group).
 
+    position [L]: where the tokens stand, 0, 1, 2, ... if not given.
     delta(part, x): what LoRA adds to all queries "q", keys "k" and values "v", head after head, and to the output "o".
     """
     length, groups = len(x), groups or num_heads
@@ -25,7 +26,8 @@ def attention(x, weights, *, num_heads, base, epsilon, groups=None, delta=None):
     if "q_layernorm.weight" in weights:
         query = layer_norm(query, weights["q_layernorm.weight"], weights["q_layernorm.bias"], epsilon)
         key = layer_norm(key, weights["k_layernorm.weight"], weights["k_layernorm.bias"], epsilon)
-    query, key = rotate(query, base), rotate(key, base)
+    position = torch.arange(length) if position is None else position
+    query, key = rotate(query, base, position), rotate(key, base, position)
     rows = []
     for t in range(length):
         heads = []
@@ -37,11 +39,11 @@ def attention(x, weights, *, num_heads, base, epsilon, groups=None, delta=None):
     return attended @ weights["linear_proj.weight"].T + (delta("o", attended) if delta else 0)
 
 
-def rotate(x, base):
-    """RoPE with the two halves of a head as real and imaginary part; positions count from 0. Angles in float32."""
-    length, _, size = x.shape
+def rotate(x, base, position):
+    """RoPE with the two halves of a head as real and imaginary part. Angles in float32."""
+    size = x.shape[2]
     frequency = 1 / base ** (torch.arange(0, size, 2) / size)
-    angle = torch.outer(torch.arange(length).float(), frequency)
+    angle = torch.outer(position.float(), frequency)
     turn = torch.complex(angle.cos().double(), angle.sin().double())[:, None, :]
     real, imaginary = x.chunk(2, dim=-1)
     turned = torch.complex(real, imaginary) * turn

@@ -1,4 +1,5 @@
-"""A step on a device touches the host once in every expert layer, and never makes a tensor there (tests/devices.py)."""
+"""A step on a device touches the host once in every expert layer and once where mixture-of-depths selects, and never
+makes a tensor there (tests/devices.py)."""
 
 import importlib
 from contextlib import ExitStack
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
-from moe_dist.model import transformer
+from moe_dist.model.attention import BucketedDocuments
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.experts import GroupedExperts
 from moe_dist.moe.layer import MoELayer
@@ -27,6 +28,7 @@ from tests.devices import (
     model_on_fake_cuda,
     on_fake_cuda,
     read_counts,
+    readers,
 )
 from tests.model.batches import DENSE, EXPERT_CHOICE, LORA_EXPERTS, MOMA, TOP_K, VOCAB, make_batch, model_config
 
@@ -58,6 +60,8 @@ MODELS = {
     "lora_dropout": (LORA_DROPOUT, {"attention_lora": DROPOUT}),
     "llama": (TOP_K, {"norm": "pre", "qk_norm": False, "num_query_groups": 2, "tie_embeddings": True}),
     "recomputed": (MOMA, {"recompute": True}),
+    "depth": (MOMA, {"depth": {}}),
+    "depth_of_modalities": (DENSE, {"depth": {"scope": "modality"}, "recompute": True}),
 }
 DEVICES = ("cuda", "meta")
 BATCH = make_batch(LENGTHS, padding=PADDING, num_groups=GROUPS)
@@ -124,23 +128,23 @@ def _over_ranks(counts, layer, layout):
 @pytest.fixture(autouse=True)
 def documents_of_real_lengths(monkeypatch):
     """Where documents lie is worked out on the host, from values: not by fake tensors."""
-    locate = transformer.locate_documents
+    build = BucketedDocuments.build
 
-    def located(lengths, *, device, dtype):
-        if device.type != "cuda" or dtype == torch.bfloat16:
-            return locate(lengths, device=device, dtype=dtype)
+    def built(lengths, device):
+        if device.type != "cuda":
+            return build(lengths, device)
         mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
         with _disable_current_modes():
-            return on_fake_cuda(locate(lengths, device=torch.device("cpu"), dtype=dtype), mode)
+            return on_fake_cuda(build(lengths, torch.device("cpu")), mode)
 
-    monkeypatch.setattr(transformer, "locate_documents", located)
+    monkeypatch.setattr(BucketedDocuments, "build", staticmethod(built))
 
 
 def once_each(device):
-    """A layer reads once in a forward pass; recomputed activations are a second one."""
+    """Each reads once in a forward pass; recomputed activations are a second one."""
     model = device.model
     passes = 2 if model.config.recompute and device.kind == "meta" else 1
-    return [passes] * len(expert_layers(model))
+    return [passes] * len(readers(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

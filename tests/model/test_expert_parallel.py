@@ -26,23 +26,36 @@ def losses_and_gradients(model, batches):
     return loss.detach(), gradients
 
 
-def rank_batch(rank):
+def rank_batch(rank, only_padding=False):
+    """With only_padding rank 1 has no valid token, so mixture-of-depths admits none there."""
+    if only_padding and rank == 1:
+        return make_batch([], padding=40, first_token_id=1000)
     return make_batch(LENGTHS[rank], seed=rank, first_token_id=1000 * rank, padding=5 * rank)
 
 
-def on_rank(rank, ffn, recompute):
+def on_rank(rank, ffn, changes, only_padding=False):
     layout = make_layout(expert=2, device=torch.device("cpu"))
-    model = Transformer(model_config(ffn, recompute=recompute), VOCAB, layout, seed=1).double()
-    return losses_and_gradients(model, [rank_batch(rank)])
+    model = Transformer(model_config(ffn, **changes), VOCAB, layout, seed=1).double()
+    return losses_and_gradients(model, [rank_batch(rank, only_padding)])
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("ffn", [DENSE, TOP_K, EXPERT_CHOICE, MOMA], ids=["dense", "top_k", "moe_8x", "moma"])
 def test_two_expert_parallel_ranks_equal_one_process_in_float64(ffn, recompute):
+    equals_one_process(ffn, {"recompute": recompute})
+
+
+@pytest.mark.parametrize("only_padding", [False, True])
+@pytest.mark.parametrize("ffn", [DENSE, MOMA], ids=["dense", "moma"])
+def test_so_do_layers_with_mixture_of_depths(ffn, only_padding):
+    equals_one_process(ffn, {"recompute": True, "depth": {"scope": "modality"}}, only_padding)
+
+
+def equals_one_process(ffn, changes, only_padding=False):
     """Shared parameters: the ranks' gradients add up. Expert parameters: the owner alone has the whole gradient."""
-    model = Transformer(model_config(ffn), VOCAB, Layout(), seed=1).double()
-    loss, expected = losses_and_gradients(model, [rank_batch(0), rank_batch(1)])
-    (loss_0, ours_0), (loss_1, ours_1) = run_ranks(on_rank, 2, ffn, recompute)
+    model = Transformer(model_config(ffn, **changes | {"recompute": False}), VOCAB, Layout(), seed=1).double()
+    loss, expected = losses_and_gradients(model, [rank_batch(rank, only_padding) for rank in range(2)])
+    (loss_0, ours_0), (loss_1, ours_1) = run_ranks(on_rank, 2, ffn, changes, only_padding)
     torch.testing.assert_close(loss_0 + loss_1, loss, rtol=1e-10, atol=0)
     owners = [{key for key in ours if isinstance(key, tuple)} for ours in (ours_0, ours_1)]
     assert not owners[0] & owners[1] and len(owners[0]) == len(owners[1])

@@ -1,5 +1,7 @@
 """The FLOP and parameter formulas against the operations and parameters of the real modules."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,32 +47,44 @@ MAPPING = {
 }
 
 
+def admit_every_fourth(module, inputs, output):
+    """As many tokens of every document are admitted as make a multiple of 16."""
+    admitted_T, routing = output
+    kept_V1 = (routing.token_V % 4 == 0)[:, None]
+    return torch.arange(len(admitted_T)) % 4 == 0, replace(routing, chosen_VC=kept_V1, kept_VE=kept_V1)
+
+
 TIED_LLAMA = {**LLAMA, "head_size": 24, "tie_embeddings": True}
 FFNS = {"dense": DENSE, "top_k": TOP_K, "moe_8x": EXPERT_CHOICE, "moma": MOMA, "lora": LORA_EXPERTS}
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, TIED_LLAMA, {"attention_lora": LORA}, {**TIED_LLAMA, "attention_lora": LORA}],
-    ids=["chameleon", "llama", "lora", "llama-lora"],
+    [{}, TIED_LLAMA, {"attention_lora": LORA}, {**TIED_LLAMA, "attention_lora": LORA}, {"depth": {}}],
+    ids=["chameleon", "llama", "lora", "llama-lora", "depth"],
 )
 @pytest.mark.parametrize("ffn", FFNS.values(), ids=FFNS)
 def test_model_flops_within_one_percent_of_the_counted_operations(ffn, changes):
     config = model_config(ffn, hidden_size=64, **changes)
-    model, batch = Transformer(config, VOCAB, Layout(), seed=0), make_batch(LENGTHS)
+    lengths = [4 * length for length in LENGTHS] if config.depth else LENGTHS
+    model, batch = Transformer(config, VOCAB, Layout(), seed=0), make_batch(lengths)
+    for depth in model.depth.values():
+        depth.router.register_forward_hook(admit_every_fourth)
     with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
         output = model(batch.tokens_T, batch.info)
         output.logits_TV.sum().backward()
     rows = [int(record.load_E.sum()) for record in output.records] or None
-    formula = model_flops(config, vocab_size=VOCAB, document_lengths=LENGTHS, ffn_rows=rows)
+    admitted = {depth.layer: depth.document_lengths for depth in output.depths}
+    assert all(list(of_layer) == LENGTHS for of_layer in admitted.values())
+    formula = model_flops(config, vocab_size=VOCAB, document_lengths=lengths, ffn_rows=rows, admitted=admitted)
     assert formula == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 @pytest.mark.parametrize("ffn", FFNS.values(), ids=FFNS)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"qk_norm": False}, LLAMA, TIED_LLAMA, {**TIED_LLAMA, "attention_lora": LORA}],
-    ids=["plain", "no-qk-norm", "llama", "tied", "lora"],
+    [{}, {"qk_norm": False}, LLAMA, TIED_LLAMA, {**TIED_LLAMA, "attention_lora": LORA}, {"depth": {}}],
+    ids=["plain", "no-qk-norm", "llama", "tied", "lora", "depth"],
 )
 def test_parameter_formula_is_exact(ffn, changes):
     config = model_config(ffn, **changes)
