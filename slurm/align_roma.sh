@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Align routers (RoMA): sbatch slurm/align_roma.sh [section.key=value ...]. Before it come the experts' stage, CONFIG=
+# configs/roma_experts.yaml sbatch slurm/pretrain_moma.sh, and the neighbour store of launch/align.py, if it is not there yet.
+#SBATCH --job-name=roma
+#SBATCH --nodes=2 --ntasks-per-node=1
+#SBATCH --output=%x-%j.log --open-mode=append
+#SBATCH --requeue --signal=B:USR1@120
+CONFIG=${CONFIG:-configs/roma_quickstart.yaml}
+command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p;T;q')
+source "$(dirname "${command%%.sh*}")/env.sh"
+train "$@"

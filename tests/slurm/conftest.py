@@ -1,0 +1,122 @@
+"""A real two-node Slurm for all tests of this folder, and a recipe whose steps are long enough to disturb."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.launching import ROOT
+
+DEVCLUSTER = ROOT / "slurm" / "devcluster.sh"
+PLANTED = Path(__file__).parent / "planted"
+SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+MISSING = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(name, path=SBIN) is None]
+PATIENCE = 150.0  # seconds; a busy machine is slow
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """Commands of the cluster, and waiting for what they have started."""
+
+    environment: dict[str, str]
+    folder: Path  # where jobs are submitted from, and their logs appear
+
+    def run(self, *command: str | Path) -> str:
+        done = subprocess.run(command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def devcluster(self, *arguments: str) -> str:
+        return self.run(DEVCLUSTER, *arguments)
+
+    def sbatch(self, script: str | Path, *arguments: str, options: tuple[str, ...] = (), **variables: str) -> str:
+        """Submit a script (a name is one of slurm/); the job's number."""
+        path = script if isinstance(script, Path) else ROOT / "slurm" / script
+        command = ["sbatch", "--parsable", "--time=5", *options, str(path), *arguments]
+        done = subprocess.run(
+            command, env=self.environment | variables, cwd=self.folder, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def show(self, job: str) -> dict[str, str]:
+        """What Slurm says of a job: JobState, ExitCode, Restarts, ..."""
+        return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", job)))
+
+    def log(self, job: str) -> str:
+        return "".join(path.read_text() for path in self.folder.glob(f"*-{job}.log"))
+
+    def until(self, condition: Callable[[], object], job: str) -> None:
+        """Wait for something that a job does."""
+        end = time.monotonic() + PATIENCE
+        while not condition():
+            assert time.monotonic() < end, f"{self.show(job)}\n{self.log(job)}"
+            time.sleep(0.1)
+
+    def ended(self, job: str, state: str = "COMPLETED") -> dict[str, str]:
+        """Wait for the end of a job, in this state."""
+        final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
+        self.until(lambda: self.show(job)["JobState"] in final, job)
+        shown = self.show(job)
+        assert shown["JobState"] == state, f"{shown}\n{self.log(job)}"
+        return shown
+
+
+@pytest.fixture(scope="session")
+def _cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
+    if MISSING:
+        pytest.skip(f"no {', '.join(MISSING)} here: apt-get install slurmctld slurmd slurm-client munge")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "SBATCH", "PMI"))}
+    folder = tmp_path_factory.mktemp("site")
+    site = folder / "site.sh"
+    site.write_text(f"VENV={sys.prefix}\n")
+    environment |= {"PATH": SBIN, "SITE": str(site), "OMP_NUM_THREADS": "1"}
+    try:
+        subprocess.run([DEVCLUSTER, "down"], env=environment, check=True, timeout=60)  # what a killed session has left
+        subprocess.run([DEVCLUSTER, "up", "2"], env=environment, check=True, timeout=120)
+        exports = subprocess.run([DEVCLUSTER, "env"], env=environment, check=True, capture_output=True, text=True).stdout
+        yield environment | dict(re.findall(r"(\w+)='([^']*)'", exports))
+    finally:
+        subprocess.run([DEVCLUSTER, "down"], env=environment, check=False, timeout=60)
+
+
+@pytest.fixture
+def slurm(_cluster, tmp_path) -> Iterator[Slurm]:
+    """The cluster, whole and without jobs."""
+    slurm = Slurm(_cluster, tmp_path)
+    slurm.devcluster("up", "2")
+    yield slurm
+    slurm.run("scancel", "--user", slurm.run("id", "-un").strip())
+    end = time.monotonic() + 40
+    while slurm.run("squeue", "--noheader") and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def _data(emoji_shards, tokenizers, tmp_path_factory) -> list[str]:
+    shards = shutil.copytree(emoji_shards, tmp_path_factory.mktemp("slurm") / "shards")
+    return [
+        f"data.shards={shards}", f"data.text_tokenizer={tokenizers / 'text.model'}",
+        f"data.image_tokenizer={tokenizers / 'vq'}",
+        *["data.sequence_length=128", "data.group_sequences=2", "data.lanes=4"],
+        *["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.ffn.hidden_size=32"],
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(_data, tmp_path) -> list[str]:
+    """The quickstart in small: 20 steps of some tenths of a second, a checkpoint every four."""
+    return [
+        *_data, f"run.dir={tmp_path / 'run'}", "train.steps=20", "schedule.warmup_steps=2",
+        *["train.global_batch_groups=32", "train.micro_batch_groups=2"],
+        *["eval.every=0", "checkpoint.every=4", "telemetry.tensorboard=false"],
+    ]  # fmt: skip
