@@ -174,8 +174,8 @@ class TelemetryConfig(Strict):
 
 
 class HealthConfig(Strict):
-    # A step, an evaluation or a checkpoint that takes longer ends the run, stacks in RUN/stacks; 0: never. Below the ten
-    # minutes after which NCCL gives up without them.
+    # A step, an evaluation or a checkpoint that takes longer ends the run, with stacks in RUN/stacks (0: never). Below
+    # the ten minutes after which NCCL gives up without them.
     hang_seconds: Annotated[float, Field(ge=0)] = 540
     straggler_every: Positive = 50  # steps between two looks for a slow rank
     straggler_factor: Annotated[float, Field(gt=1)] = 1.5  # slow: so many times the others' own time in a step

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One node's ranks under the DeepSpeed launcher: node.sh RANKS_PER_NODE launch/PROGRAM.py [argument ...]
 set -euo pipefail
+exec > "$LOGS/launcher-$SLURM_NODEID.log" 2>&1
 hostfile=$(mktemp)
 sed "s/\$/ slots=$1/" <<<"$NODES" > "$hostfile"
 

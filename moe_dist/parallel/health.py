@@ -1,7 +1,7 @@
 """Before training: do all ranks run the same thing, and does what one sends reach the others, how fast?
 
-A rank that differs in a package, in the code, in the recipe or in its number of devices trains something else, or hangs in
-the first collective: so that is found out first, and the host is named.
+A rank that differs in a package, in the code, in the recipe or in its number of devices trains something else, or hangs
+in the first collective: so that is found out first, and the host is named.
 """
 
 from __future__ import annotations
@@ -63,13 +63,14 @@ class Health:
         for host, group in groupby(enumerate(self.ranks), lambda item: item[1].host):
             ranks, reports = zip(*group)
             devices = ", ".join(sorted({report.device for report in reports}))
-            lines.append(f"{host}: rank{f's {ranks[0]}-{ranks[-1]}' if len(ranks) > 1 else f' {ranks[0]}'} on {devices}")
+            named = f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
+            lines.append(f"{host}: {named} on {devices}")
         first = self.ranks[0]
         common = ", ".join(f"{name} {found}" for name, found in first.versions.items())
         if self.bytes_per_second:
             slowest = min(range(len(self.ranks)), key=self.bytes_per_second.__getitem__)
-            rate = self.bytes_per_second[slowest] / 1e9
-            common += f"; all-to-all right, {rate:.2f} GB/s on the slowest rank ({slowest} on {self.ranks[slowest].host})"
+            rate, host = self.bytes_per_second[slowest] / 1e9, self.ranks[slowest].host
+            common += f"; all-to-all right, {rate:.2f} GB/s on the slowest rank ({slowest} on {host})"
         return "\n".join([*lines, f"{common}; code {first.code}"])
 
 
@@ -121,11 +122,11 @@ def compare(ranks: tuple[RankReport, ...]) -> list[str]:
         values = [rank.comparable().get(name) for rank in ranks]
         usual = Counter(values).most_common(1)[0][0]
         like = values.index(usual)
-        for rank, value in enumerate(values):
-            if value != usual:
-                differences.append(
-                    f"{name} is {value} on {ranks[rank].host} (rank {rank}) but {usual} on {ranks[like].host} (rank {like})"
-                )
+        differences += [
+            f"{name} is {value} on {ranks[rank].host} (rank {rank}), but {usual} on {ranks[like].host} (rank {like})"
+            for rank, value in enumerate(values)
+            if value != usual
+        ]
     return differences
 
 

@@ -17,20 +17,22 @@ GRACE = 5.0  # seconds in which all ranks write their stacks, before the end of 
 class HangWatch:
     """Context manager around a training loop: `beat` after every step, evaluation and checkpoint.
 
-    Where none comes for `seconds` (0: for ever), the stacks of all threads are added to FOLDER/rank-RANK.txt, by a thread
-    of C, which needs no interpreter lock; then `tell` is called and the process ends with status 1, so that a scheduler
-    starts the run again. Every rank watches itself: all of them wait for one that hangs, so all stacks are written.
+    Where none comes for `seconds` (0: for ever), the stacks of all threads are added to FOLDER/rank-RANK.txt, by a
+    thread of C, which needs no interpreter lock; then `tell` is called and the process ends with status 1, so that a
+    scheduler starts the run again. Every rank watches itself; all wait for the one that hangs, so all write their stacks.
     tell: for rank 0, to say in the run folder why the run has ended, with one sentence.
+    Raises OSError where FOLDER cannot be written.
     """
 
     def __init__(self, folder: Path, rank: int, seconds: float, tell: Callable[[str], None]) -> None:
         self.folder, self.rank, self.seconds, self.tell = folder, rank, seconds, tell
         self._closed = threading.Event()
+        if seconds:  # here, not when it is needed: the disk may be what hangs then
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = (folder / f"rank-{rank}.txt").open("a")
 
     def __enter__(self) -> HangWatch:
         if self.seconds:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / f"rank-{self.rank}.txt").open("a")
             self.beat()
             threading.Thread(target=self._watch, name="hang watch", daemon=True).start()
         return self

@@ -28,7 +28,7 @@ class Attempt:
 
     job: str
     step: int  # of the newest checkpoint when it started
-    found: dict[str, int]  # the checkpoints that were there when the job was started first, and when they were written, ns
+    found: dict[str, int]  # checkpoints that were there at the job's first start, and when written, ns
     failures: int  # of this job, up to this attempt, without a newer checkpoint
     status: int  # when status.json was written last before this attempt, ns; 0: never
     open: bool = True  # how it ended has not been settled yet

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
@@ -40,12 +41,12 @@ class Stragglers:
                 self._waited += time.perf_counter() - started
 
         # All collectives end here, DeepSpeed's as well, so it is the one place that knows of every wait.
-        self._wait, dist.Work.wait = wait, timed
+        self._wait, dist.Work.wait = wait, timed  # type: ignore[method-assign, assignment]
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        dist.Work.wait = self._wait
+        dist.Work.wait = self._wait  # type: ignore[method-assign]
         self.own.append(time.perf_counter() - self._started - self._waited)
         self.step += 1
         if kind is None and len(self.own) >= self.settings.straggler_every:
@@ -58,7 +59,7 @@ class Stragglers:
         if slow is None or self.rank:
             return
         line = {"step": self.step, "steps": steps, **slow}
-        with (self.folder.path / "stragglers.jsonl").open("a") as file:
+        with suppress(OSError), (self.folder.path / "stragglers.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(
             f"straggler: rank {slow['rank']} on {slow['host']} works {slow['own_seconds']:.3f} s in a step, the others "

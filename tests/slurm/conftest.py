@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,13 @@ DEVCLUSTER = ROOT / "slurm" / "devcluster.sh"
 PLANTED = Path(__file__).parent / "planted"
 SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 MISSING = [name for name in ("slurmctld", "slurmd", "sbatch", "munged") if shutil.which(name, path=SBIN) is None]
-PATIENCE = 150.0  # seconds; a busy machine is slow
+PATIENCE = 300.0  # seconds; a busy machine is slow
+
+
+def _run(command: Sequence[str | Path], environment: dict[str, str], folder: Path) -> str:
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    return done.stdout
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,7 @@ class Slurm:
     folder: Path  # where jobs are submitted from, and their logs appear
 
     def run(self, *command: str | Path) -> str:
-        done = subprocess.run(command, env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
-        return done.stdout
+        return _run(command, self.environment, self.folder)
 
     def devcluster(self, *arguments: str) -> str:
         return self.run(DEVCLUSTER, *arguments)
@@ -41,12 +45,8 @@ class Slurm:
     def sbatch(self, script: str | Path, *arguments: str, options: tuple[str, ...] = (), **variables: str) -> str:
         """Submit a script (a name is one of slurm/); the job's number."""
         path = script if isinstance(script, Path) else ROOT / "slurm" / script
-        command = ["sbatch", "--parsable", "--time=5", *options, str(path), *arguments]
-        done = subprocess.run(
-            command, env=self.environment | variables, cwd=self.folder, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.strip()
+        command = ["sbatch", "--parsable", "--time=10", *options, str(path), *arguments]
+        return _run(command, self.environment | variables, self.folder).strip()
 
     def show(self, job: str) -> dict[str, str]:
         """What Slurm says of a job: JobState, ExitCode, Restarts, ..."""
@@ -54,6 +54,12 @@ class Slurm:
 
     def log(self, job: str) -> str:
         return "".join(path.read_text() for path in self.folder.glob(f"*-{job}.log"))
+
+    def steps(self, overrides: list[str]) -> int:
+        """How many steps the run of these overrides has logged."""
+        run = next(Path(each.removeprefix("run.dir=")) for each in overrides if each.startswith("run.dir="))
+        metrics = run / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
 
     def until(self, condition: Callable[[], object], job: str) -> None:
         """Wait for something that a job does."""
@@ -81,12 +87,12 @@ def _cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
     site.write_text(f"VENV={sys.prefix}\n")
     environment |= {"PATH": SBIN, "SITE": str(site), "OMP_NUM_THREADS": "1"}
     try:
-        subprocess.run([DEVCLUSTER, "down"], env=environment, check=True, timeout=60)  # what a killed session has left
-        subprocess.run([DEVCLUSTER, "up", "2"], env=environment, check=True, timeout=120)
-        exports = subprocess.run([DEVCLUSTER, "env"], env=environment, check=True, capture_output=True, text=True).stdout
+        _run([DEVCLUSTER, "down"], environment, folder)  # what a killed session has left
+        _run([DEVCLUSTER, "up", "2"], environment, folder)
+        exports = _run([DEVCLUSTER, "env"], environment, folder)
         yield environment | dict(re.findall(r"(\w+)='([^']*)'", exports))
     finally:
-        subprocess.run([DEVCLUSTER, "down"], env=environment, check=False, timeout=60)
+        _run([DEVCLUSTER, "down"], environment, folder)
 
 
 @pytest.fixture
