@@ -37,11 +37,12 @@ def main() -> int:
         print(ending.sentence, flush=True)
         return EXIT[ending.verdict]
     config = load_config(arguments.config, arguments.overrides)
-    overrides = begin(config, arguments.job, arguments.restarts, arguments.max_failures)
-    if overrides is None:
+    plan = begin(config, arguments.job, arguments.restarts, arguments.max_failures)
+    if plan is None:
         print(f"{config.run.dir} is done: nothing is left to train", file=sys.stderr)
         return DONE
-    print("\n".join([config.run.dir, *overrides]))
+    print(f"start {arguments.restarts + 1} of job {arguments.job}: goes on after step {plan.step}", file=sys.stderr)
+    print("\n".join([config.run.dir, *plan.overrides]))
     return 0
 
 

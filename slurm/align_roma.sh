@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Align routers (RoMA): sbatch slurm/align_roma.sh [section.key=value ...]. Before it come the experts' stage, CONFIG=
-# configs/roma_experts.yaml sbatch slurm/pretrain_moma.sh, and the neighbour store of launch/align.py, if it is not there yet.
+# Align routers (RoMA): sbatch slurm/align_roma.sh [section.key=value ...]. Before it come the experts' stage,
+# CONFIG=configs/roma_experts.yaml sbatch slurm/pretrain_moma.sh, and the neighbour store (docs/roma.md).
 #SBATCH --job-name=roma
 #SBATCH --nodes=2 --ntasks-per-node=1
 #SBATCH --output=%x-%j.log --open-mode=append

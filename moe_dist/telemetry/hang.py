@@ -19,7 +19,7 @@ class HangWatch:
 
     Where none comes for `seconds` (0: for ever), the stacks of all threads are added to FOLDER/rank-RANK.txt, by a
     thread of C, which needs no interpreter lock; then `tell` is called and the process ends with status 1, so that a
-    scheduler starts the run again. Every rank watches itself; all wait for the one that hangs, so all write their stacks.
+    scheduler starts the run again. Every rank watches itself; all wait for one that hangs, so all write their stacks.
     tell: for rank 0, to say in the run folder why the run has ended, with one sentence.
     Raises OSError where FOLDER cannot be written.
     """

@@ -35,14 +35,22 @@ class Attempt:
 
 
 @dataclass(frozen=True, slots=True)
+class Plan:
+    """What an attempt does: it goes on after `step` steps, with these overrides added to the recipe's."""
+
+    step: int
+    overrides: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Ending:
     verdict: Verdict
     sentence: str
     failures: int = 0
 
 
-def begin(config: Config, job: str, restarts: int, max_failures: int) -> list[str] | None:
-    """The overrides that an attempt of `job` adds to the recipe; None where its run is done.
+def begin(config: Config, job: str, restarts: int, max_failures: int) -> Plan | None:
+    """Open the next attempt of `job`; None where its run is done.
 
     restarts: how often Slurm has started this job before. Raises UserError where it shall not start.
     """
@@ -65,13 +73,13 @@ def begin(config: Config, job: str, restarts: int, max_failures: int) -> list[st
             raise UserError(ending.sentence)
         failures = ending.failures
     checkpoints = _checkpoints(folder)
-    found = checkpoints if before is None else before.found
-    _write(
-        folder,
-        Attempt(job=job, step=_newest(checkpoints), found=found, failures=failures, status=_written(folder)),
-    )
+    step, found = _newest(checkpoints), checkpoints if before is None else before.found
+    _write(folder, Attempt(job=job, step=step, found=found, failures=failures, status=_written(folder)))
+    if config.run.resume == "auto":
+        return Plan(step, [])
     # A recipe that starts afresh, or from another run's checkpoint, does so once, not after every interruption.
-    return ["run.resume=auto"] if config.run.resume != "auto" and checkpoints.items() - found.items() else []
+    own = checkpoints.items() - found.items()
+    return Plan(step, ["run.resume=auto"]) if own else Plan(0, [])
 
 
 def end(run: Path, code: int, max_failures: int) -> Ending:

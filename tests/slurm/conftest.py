@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,9 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from moe_dist.errors import UserError
+from moe_dist.telemetry.run_folder import read_status
 from tests.launching import ROOT
 
 DEVCLUSTER = ROOT / "slurm" / "devcluster.sh"
@@ -55,11 +59,13 @@ class Slurm:
     def log(self, job: str) -> str:
         return "".join(path.read_text() for path in self.folder.glob(f"*-{job}.log"))
 
-    def steps(self, overrides: list[str]) -> int:
-        """How many steps the run of these overrides has logged."""
-        run = next(Path(each.removeprefix("run.dir=")) for each in overrides if each.startswith("run.dir="))
-        metrics = run / "metrics.jsonl"
-        return metrics.read_text().count("\n") if metrics.exists() else 0
+    def steps(self, run: Path) -> int:
+        """How many steps a run that is training has logged."""
+        try:
+            is_running = read_status(run)["state"] == "running"
+            return (run / "metrics.jsonl").read_text().count("\n") if is_running else 0
+        except (UserError, OSError):
+            return 0
 
     def until(self, condition: Callable[[], object], job: str) -> None:
         """Wait for something that a job does."""
@@ -118,11 +124,75 @@ def _data(emoji_shards, tokenizers, tmp_path_factory) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.fixture
-def tiny(_data, tmp_path) -> list[str]:
-    """The quickstart in small: 20 steps of some tenths of a second, a checkpoint every four."""
+def _tiny(data: list[str], run: Path) -> list[str]:
     return [
-        *_data, f"run.dir={tmp_path / 'run'}", "train.steps=20", "schedule.warmup_steps=2",
+        *data, f"run.dir={run}", "train.steps=20", "schedule.warmup_steps=2",
         *["train.global_batch_groups=32", "train.micro_batch_groups=2"],
         *["eval.every=0", "checkpoint.every=4", "telemetry.tensorboard=false"],
     ]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(_data, tmp_path) -> list[str]:
+    """The quickstart in small: 20 steps of some tenths of a second, a checkpoint every four."""
+    return _tiny(_data, tmp_path / "run")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that nothing has disturbed."""
+
+    job: str
+    run: Path
+    overrides: list[str]
+    shown: dict[str, str]
+    log: str
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        return metrics_of(self.run)
+
+    def equals(self, run: Path) -> None:
+        """The same steps with the same figures, and the same tensors in the last checkpoint."""
+        timed = ("seconds", "per_second")
+        ours, theirs = (
+            [{key: value for key, value in line.items() if not key.endswith(timed)} for line in metrics_of(each)]
+            for each in (self.run, run)
+        )
+        assert ours == theirs
+        assert _stored(self.run) == _stored(run)
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def _stored(run: Path) -> dict[str, str]:
+    """Name and checksum of every file of tensors of the last checkpoint."""
+    files = json.loads((run / "checkpoints" / "step_00000020" / "manifest.json").read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(_cluster, _data, tmp_path_factory) -> Finished:
+    """One task a rank, two pretended GPUs a node, the settings of a site."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    slurm = Slurm(_cluster, folder)
+    site = folder / "site.sh"
+    site.write_text(f'module() {{ echo "loaded ${{*:2}}"; }}\nMODULES="cuda/12 gcc"\nVENV={sys.prefix}\n')
+    overrides = _tiny(_data, folder / "run")
+    options = ("--gpus-per-node=2", "--cpus-per-task=1")
+    job = slurm.sbatch("pretrain_moma.sh", *overrides, options=options, SITE=str(site), SBATCH_PARTITION="urgent")
+    return Finished(job, folder / "run", overrides, slurm.ended(job), slurm.log(job))
+
+
+@pytest.fixture
+def planted(tmp_path) -> Callable[..., dict[str, str]]:
+    """Environment variables for sbatch that plant a fault (planted/sitecustomize.py), and settings of the site."""
+
+    def variables(fault: str, *settings: str) -> dict[str, str]:
+        site = tmp_path / "site.sh"
+        site.write_text("\n".join([f"VENV={sys.prefix}", *settings, ""]))
+        return {"PYTHONPATH": str(PLANTED), "PLANT": fault, "SITE": str(site)}
+
+    return variables
