@@ -112,6 +112,7 @@ EOF
 up() {  # number of nodes
   [[ ${1-} =~ ^[1-9][0-9]?$ ]] || die "up needs the number of nodes, 1 to 99"
   local program i states
+  ((${#dir} <= 55)) || die "DEVCLUSTER_DIR=$dir is longer than 55 characters, too long for the names of sockets below it"
   for program in munged slurmctld slurmd sinfo; do
     command -v "$program" >/dev/null || die "$program is not installed: apt-get install slurmctld slurmd slurm-client munge"
   done
