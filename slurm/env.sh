@@ -61,24 +61,27 @@ ranks() {
 }
 
 # --- the life of a job
-running='' asked=''
-ask_to_stop() {
-  asked=1
+running='' told=''
+pass_on() {
+  told=1
   [ -z "$running" ] || kill -USR1 "$running" 2>/dev/null || true  # srun hands it to the tasks
 }
-trap ask_to_stop USR1  # the time limit is near (--signal=B:USR1@SECONDS)
-trap : TERM            # Slurm ends this job, and tells the ranks itself: wait for their last checkpoint
+trap pass_on USR1    # the time limit is near (--signal=B:USR1@SECONDS)
+trap 'told=1' TERM   # Slurm ends this job, and has told the ranks itself: wait for their last checkpoint
 
 train() {
-  local plan run code=0 verdict=0
+  local plan run code=0 verdict=75
   plan=$(once launch/job.py begin --job "$job" --restarts "${SLURM_RESTART_COUNT:-0}" --max-failures "$MAX_FAILURES" \
     --config "$CONFIG" "$@") || code=$?
   [ "$code" != 10 ] || exit 0  # there is nothing left to do
   [ "$code" = 0 ] || exit "$code"
   run=$(head -n 1 <<<"$plan") logs=$run/logs/$job.${SLURM_RESTART_COUNT:-0}
   echo "job $job ($SLURM_JOB_NAME): $CONFIG on $nodes nodes, $ranks_per_node ranks each, by $START; logs of all ranks: $logs"
-  [ -n "$asked" ] || ranks launch/train.py --config "$CONFIG" "$@" $(tail -n +2 <<<"$plan") || code=$?
-  once launch/job.py end --code "$code" --max-failures "$MAX_FAILURES" "$run" || verdict=$?
+  if [ -z "$told" ]; then
+    ranks launch/train.py --config "$CONFIG" "$@" $(tail -n +2 <<<"$plan") || code=$?
+    verdict=0
+    once launch/job.py end --code "$code" --max-failures "$MAX_FAILURES" "$run" || verdict=$?
+  fi
   echo "run folder: $run"
   [ "$verdict" = 0 ] && [ "$code" = 0 ] || echo "to go on by hand: CONFIG=$CONFIG sbatch ${command%%.sh*}.sh $*"
   [ "$verdict" = 75 ] || exit "$verdict"
