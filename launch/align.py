@@ -48,11 +48,11 @@ def main() -> None:
 def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
     """Forward the model over every training sample and keep its routing and whether it is right."""
     config = folder.evaluation_config(overrides)
-    layout = make_layout(expert=config.parallel.expert, device=init_distributed())
-    run = Run.build(config, layout, folder)
     checkpoint = newest_complete(folder.path)
     if checkpoint is None:
         raise UserError(f"{folder.path} holds no complete checkpoint")
+    layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+    run = Run.build(config, layout, folder)
     batches = heldout_batches(
         run.documents, run.vocabulary, config.data, groups=len(run.documents), dp_rank=layout.rank, dp=layout.world,
         batch_groups=config.train.micro_batch_groups,

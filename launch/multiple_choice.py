@@ -45,6 +45,8 @@ def run(argv: list[str]) -> None:
     arguments = parser.parse_intermixed_args(argv)
     overrides = [argument for argument in arguments.arguments if "=" in argument]
     folders = [RunFolder(Path(argument)) for argument in arguments.arguments if "=" not in argument]
+    if not folders:
+        raise UserError("no run folder is named: launch/multiple_choice.py RUN [RUN ...] [section.key=value ...]")
     device = init_distributed()
     results = {str(folder.path): result_of(folder, overrides, device) for folder in folders}
     layout = make_layout(expert=1, device=device)
@@ -90,7 +92,7 @@ def compare(results: dict[str, Result]) -> dict[str, Any]:
             {
                 "first": first, "second": second,
                 **{
-                    task: Comparison.of(items, results[second].tasks()[task]).to_json()
+                    task: Comparison.of(items, results[second].tasks().get(task, {})).to_json()
                     for task, items in results[first].tasks().items()
                 },
             }

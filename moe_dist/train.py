@@ -50,7 +50,7 @@ from moe_dist.telemetry.routing import routing_counts, routing_metrics
 from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.telemetry.sinks import Sinks
 from moe_dist.telemetry.stragglers import Stragglers
-from moe_dist.telemetry.throughput import model_flops
+from moe_dist.telemetry.throughput import flops_saved, model_flops
 
 SPLITS: tuple[Split, Split] = ("train", "validation")
 
@@ -262,11 +262,8 @@ class Run:
     def _flops(self, batch: Batch, result: StepResult) -> int:
         """Of the step, over all ranks: all have equally many tokens, so this rank's last micro-batch stands for all."""
         rows = [int(record.load_E.sum()) for record in result.records] or None
-        return self.engine.accumulation * self.layout.world * self._flops_of(batch, rows)
-
-    def _flops_of(self, batch: Batch, rows: list[int] | None) -> int:
         lengths = batch.info.document_lengths
-        return model_flops(
+        return self.engine.accumulation * self.layout.world * model_flops(
             self.config.model, vocab_size=self.vocabulary.size, document_lengths=lengths, ffn_rows=rows
         )
 
@@ -284,10 +281,11 @@ class Run:
             domains=domains,
         )
         if router.reference_top_k is not None:
-            tokens, layers = int(batch.info.valid_T.sum()), len(result.records)
-            reference = self._flops_of(batch, [router.reference_top_k * tokens] * layers)
-            ours = self._flops_of(batch, [round(metrics["moe/experts_per_token"] * tokens)] * layers)
-            metrics["moe/flops_saved"] = 1 - ours / reference
+            metrics["moe/flops_saved"] = flops_saved(
+                self.config.model, vocab_size=self.vocabulary.size, document_lengths=batch.info.document_lengths,
+                tokens=int(batch.info.valid_T.sum()), experts=metrics["moe/experts_per_token"],
+                top_k=router.reference_top_k,
+            )  # fmt: skip
         return metrics
 
 

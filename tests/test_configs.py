@@ -86,3 +86,28 @@ def test_the_adamoe_recipes_differ_in_the_router_and_train_with_equal_flops():
         of_a_step = model_flops(config.model, vocab_size=2048, document_lengths=[512], ffn_rows=rows)
         flops.append(of_a_step * config.train.steps)
     assert flops[0] == pytest.approx(flops[1], rel=0.02)
+
+
+def test_the_llava_recipes_differ_in_the_experts_and_adapt_with_as_many_parameters():
+    mole, lora = (load_config(FOLDER / f"llava_{name}_quickstart.yaml") for name in ("mole", "lora"))
+    own = {"run", "model", "parallel", "losses"}
+    assert mole.model_dump(exclude=own) == lora.model_dump(exclude=own)
+    ffn = {"ffn": {"experts", "router"}}
+    assert mole.model.model_dump(exclude=ffn) == lora.model.model_dump(exclude=ffn)
+    (four, of_four), (one, of_one) = ((c.model.ffn.router["num_experts"], c.model.ffn.experts) for c in (mole, lora))
+    assert four * of_four.rank == one * of_one.rank
+    assert (of_four.alpha / of_four.rank, of_four.dropout) == (of_one.alpha / of_one.rank, of_one.dropout)
+
+
+def test_the_stages_of_roma_have_one_model_and_the_same_data():
+    tuned, aligned = (load_config(FOLDER / f"roma_{name}.yaml") for name in ("experts", "quickstart"))
+    assert aligned.model == tuned.model and aligned.init_from.checkpoint == tuned.run.dir
+    assert aligned.data.model_copy(update={"neighbours": None}) == tuned.data
+    layers = range(tuned.model.num_layers - 5, tuned.model.num_layers)  # what the manifold term reads by default
+    assert aligned.trainable == tuple(f"layers.{layer}.ffn.router.*" for layer in layers)
+
+
+def test_make_waits_for_the_last_checkpoint_of_the_dense_quickstart():
+    dense = load_config(FOLDER / "dense_quickstart.yaml")
+    last = f"{dense.run.dir}/checkpoints/step_{dense.train.steps:08d}/manifest.json"
+    assert f"DENSE := {last}\n" in (FOLDER.parent / "Makefile").read_text()

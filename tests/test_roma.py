@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,13 @@ from moe_dist.data.shards import Sample, write_shards
 from moe_dist.data.text import train_text_tokenizer
 from moe_dist.engine.checkpoint import newest_complete
 from moe_dist.engine.weights import read_tensors
+from moe_dist.errors import UserError
+from moe_dist.evaluate.multiple_choice import Result
 from moe_dist.telemetry.keys import undeclared
 from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.train import train
 from tests.distributed import run_ranks
+from tests.launching import ROOT
 
 WORDS = ("apple", "bread", "chair", "dance", "eagle", "fruit", "grass", "horse", "island", "juice", "knife", "lemon")
 ROUTERS = "layers.1.ffn.router.*"
@@ -168,6 +172,20 @@ def test_a_store_that_does_not_fit_is_refused(work, tmp_path):
     ):
         answers = run_ranks(train_on, 2, recipe, aligned(work, "refused", f"run.dir={tmp_path / 'run'}", *overrides))
         assert all(answer.startswith("UserError") and message in answer for answer in answers), answers
+
+
+def test_a_run_without_a_checkpoint_is_said_before_its_data_are_read(tmp_path):
+    shutil.copy(ROOT / "configs" / "roma_experts.yaml", tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        align.collect(RunFolder(tmp_path), tmp_path / "store", ["data.shards=/nowhere"])
+
+
+def test_runs_that_cannot_be_compared_are_said():
+    with pytest.raises(UserError, match=r"no run folder is named: launch/multiple_choice\.py RUN"):
+        multiple_choice.run(["data.validation_shards=/nowhere"])
+    one, other = Result({"even": {2: True}}), Result({"odd": {1: True}})
+    with pytest.raises(UserError, match="one answered 1, the other 0, 0 in common"):
+        multiple_choice.compare({"one": one, "other": other})
 
 
 def more_items(tmp_path: Path) -> Path:

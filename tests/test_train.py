@@ -109,10 +109,27 @@ def test_memory_of_the_quickstart_stays_under_three_gib_a_rank(overrides, emoji_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["dense_quickstart", "moe_8x_quickstart"])
+@pytest.mark.parametrize("recipe", ["dense_quickstart", "moe_8x_quickstart", "adamoe_top2_quickstart"])
 def test_the_other_quickstarts_train(recipe, overrides):
     done = launch(DEEPSPEED, [*overrides, "train.stop_after=2"], config=f"configs/{recipe}.yaml")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_adamoe_trains_on_text_and_says_what_it_saves(overrides, tmp_path):
+    own = [*overrides, "data.image_tokenizer=null", "train.stop_after=2", "telemetry.tensorboard=false"]
+    done = launch(TORCHRUN, own, config="configs/adamoe_quickstart.yaml")
+    assert done.returncode == 0, done.stderr
+    lines = metrics_of(tmp_path / "run")
+    assert len(lines) == 2 and undeclared(lines[-1]) == []
+    for line in lines:
+        assert line["causal"] and "loss/image" not in line
+        assert 1.2 < line["moe/experts_per_token"] < 1.8  # 1.5 at balance
+        assert line["moe/experts_per_token"] == pytest.approx(line["moe/1/experts_per_token/text"], abs=0.3)
+        assert 0 < line["moe/flops_saved"] < 1 - line["moe/experts_per_token"] / 2  # of which experts are a part
+        assert 2.9 < line["loss/load_balance"] < 4  # top_k at balance
+    experts, saved = (lines[-1][f"moe/{key}"] for key in ("experts_per_token", "flops_saved"))
+    assert f"{experts:.2f} true experts/token | {saved:.1%} FLOPs saved" in done.stdout
 
 
 @pytest.mark.slow

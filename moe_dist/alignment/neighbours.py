@@ -22,8 +22,13 @@ def nearest(embedding_NE: Tensor, right_N: Tensor, *, k: int, sigma: float | Non
     """The k nearest right samples of every sample, itself never, with their weights; and the sigma that was used.
 
     sigma None: the median of all distances found, so that it follows the embedder and the density of the questions.
-    Where there are fewer than k others, the missing ones weigh 0. Raises UserError if no sample is right.
+    Where there are fewer than k others, the missing ones weigh 0. Raises UserError if no sample is right, or for a k or
+    sigma that is not positive.
     """
+    if k < 1:
+        raise UserError(f"k={k}: a sample needs one neighbour at least")
+    if sigma is not None and not sigma > 0:
+        raise UserError(f"sigma={sigma} is not positive")
     candidate_C = right_N.nonzero().squeeze(1)
     if not len(candidate_C):
         raise UserError(f"the success set is empty: none of {len(right_N)} samples was answered rightly")

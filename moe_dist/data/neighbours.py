@@ -115,6 +115,8 @@ class NeighbourStore:
 
         Every instruction sample of the batch must be in the store.
         """
+        if "sample_S" not in batch.sidecar:
+            raise UserError(f"data.neighbours={self.folder} is of instructions, and data.shards holds none")
         sample_S = batch.sidecar["sample_S"]
         row_S = torch.searchsorted(self._samples.sample_N, sample_S).clamp(max=len(self._samples.sample_N) - 1)
         missing_S = self._samples.sample_N[row_S] != sample_S

@@ -7,9 +7,10 @@ backward pass. So its scale depends neither on the layout nor on accumulation st
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, Protocol
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
 from moe_dist.batch import Batch
@@ -24,8 +25,17 @@ def _as_steps(weight: Any) -> Any:
     return ((0, weight),)
 
 
+def _in_order(steps: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+    firsts = [first for first, _ in steps]
+    if any(a >= b for a, b in pairwise(firsts)):
+        raise ValueError(f"the first steps {firsts} do not ascend")
+    return steps
+
+
 Weight = Annotated[float, Field(ge=0)]
-Steps = Annotated[tuple[tuple[Count, Weight], ...], Field(min_length=1), BeforeValidator(_as_steps)]
+Steps = Annotated[
+    tuple[tuple[Count, Weight], ...], Field(min_length=1), BeforeValidator(_as_steps), AfterValidator(_in_order)
+]
 
 
 class ModelOutput(Protocol):
@@ -47,7 +57,7 @@ class Context:
 
 
 class TermSettings(Strict):
-    """Base of every term's settings. `weight`: a number, or a list of [first step, weight] in order, steps from 0."""
+    """Base of every term's settings. `weight`: a number, or a list of [first step, weight], steps ascending from 0."""
 
     weight: Steps
 

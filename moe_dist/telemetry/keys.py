@@ -1,7 +1,7 @@
 """The names of everything a run measures: one table, which metrics.jsonl, TensorBoard and W&B follow.
 
 {layer} stands for a layer's number, {modality} for text or image, {domain} for a name that the instructions bring. All
-losses are in nats per predicted token.
+losses are in nats per predicted token. The moe/ keys count the last micro-batch of the step on every rank.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KEYS = {
     "moe/{layer}/dropped_fraction": "list by expert: share of its assignments that found it full; only where any was",
     "moe/{layer}/domain_share/{domain}": "list by expert: its share of the assignments of the domain's tokens",
     "moe/experts_per_token": "mean number of experts that a valid token reaches, over all layers (null experts: none)",
-    "moe/flops_saved": "share of the model's FLOPs that a router with reference_top_k experts a token would add",
+    "moe/flops_saved": "share of the FLOPs saved against every token taking the router's reference_top_k experts",
     "moe/rank_imbalance": "rows of the busiest expert-parallel rank over the mean of its group, in the worst layer",
 }
 

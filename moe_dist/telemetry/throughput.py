@@ -35,6 +35,21 @@ def model_flops(
     return 2 * (projections + attention + ffn + output)
 
 
+def flops_saved(
+    model: ModelConfig, *, vocab_size: int, document_lengths: Iterable[int], tokens: int, experts: float, top_k: int
+) -> float:
+    """AdaMoE's "FLOPs saved" (arXiv 2406.13233): the share that is saved where a token takes `experts` experts of every
+    layer on average, against `top_k` of them. `tokens`: those that are routed, without padding."""
+    lengths = list(document_lengths)
+    ours, theirs = (
+        model_flops(
+            model, vocab_size=vocab_size, document_lengths=lengths, ffn_rows=[round(each * tokens)] * model.num_layers
+        )
+        for each in (experts, top_k)
+    )
+    return 1 - ours / theirs
+
+
 def num_parameters(model: ModelConfig, *, vocab_size: int, num_experts: int = 1, counted: float | None = None) -> float:
     """Parameters of a whole model, over all ranks. `num_experts`: experts of a layer (1 for a dense model).
 

@@ -57,6 +57,12 @@ def test_an_empty_success_set_is_an_error():
         nearest(random_samples()[0], torch.zeros(40, dtype=torch.bool), k=3, sigma=None)
 
 
+@pytest.mark.parametrize(("k", "sigma"), [(0, 0.5), (-1, None), (3, 0.0), (3, -1.0), (3, math.nan)])
+def test_a_number_or_width_that_is_none_is_an_error(k, sigma):
+    with pytest.raises(UserError, match=r"k=-?\d: a sample needs|sigma=.* is not positive"):
+        nearest(*random_samples(), k=k, sigma=sigma)
+
+
 @pytest.mark.slow
 def test_the_embedder_puts_like_questions_together(tmp_path):
     """The real all-MiniLM-L6-v2, from PyPI. Order and batching do not matter."""

@@ -48,6 +48,8 @@ def test_a_sample_that_is_not_there_is_said(store):
         message = rf"lacks {len(missing)} of a batch's {len(strangers)} samples, such as {missing[0]}"
         with pytest.raises(UserError, match=message):
             opened.join(batch_of(strangers))
+    with pytest.raises(UserError, match=r"data\.neighbours=.*store is of instructions, and data\.shards holds none"):
+        opened.join(make_batch([9, 9]))
 
 
 def test_a_store_of_another_model_is_refused(store):

@@ -2,60 +2,71 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
+from moe_dist.batch import Batch
 from moe_dist.config import Config, load_config
 from moe_dist.engine.zero import init_distributed, make_engine
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe.random import seeded_normal_
 from moe_dist.parallel.layout import make_layout
 from moe_dist.train import routers
 from tests.distributed import run_ranks
 from tests.engine.toy import VOCABULARY, sgd
 from tests.engine.trajectory import full_parameters, step_inputs
+from tests.losses.test_manifold import samples_of
 
 FOLDER = Path(__file__).parents[2] / "configs"
-# RoMA's second stage needs a neighbour store and trained deltas: tests/losses/test_manifold.py and tests/test_roma.py.
 RECIPES = sorted(
     path.stem
     for path in FOLDER.glob("*_quickstart.yaml")
     if "type: moe" in path.read_text() and load_config(path).data.neighbours is None
 )
+ROMA = [  # six of SmolLM2's thirty layers: the routers of the last five are trained, the lowest one's is not
+    "model.num_layers=6",
+    f"trainable={[f'layers.{layer}.ffn.router.*' for layer in range(1, 6)]}",
+]
 STEPS, CLIP = 5, 0.2
+Outcome = tuple[list[dict[str, float]], dict[str, Tensor], dict[str, Tensor]]
 
 
-def steps_of(rank: int, config: Config) -> tuple[list[dict[str, float]], dict[str, Tensor], dict[str, Tensor]]:
-    """Each step's losses and gradient norm; the parameters before and after."""
+def steps_of(rank: int, config: Config, change: Callable[[Batch], Batch] = lambda batch: batch) -> Outcome:
+    """Each step's losses and gradient norm; the parameters before and after. LoRA's B is drawn: where it is zero, as a
+    new one is, neither A nor the router would have a gradient from the language loss."""
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
     model = Transformer(config.model, VOCABULARY, layout, config.seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".b"):
+            seeded_normal_(parameter, seed=config.seed, name=name, std=0.05)
     engine = make_engine(model, config, layout, routers(model)[0].num_experts)
     before, steps = full_parameters(engine), []
     for step in range(STEPS):
         objective = make_objective(config.losses, Context(layout=layout, group_sequences=2), step)
-        result = engine.train_step(step_inputs(step, layout, config), objective, 0.5)
+        batches = [change(batch) for batch in step_inputs(step, layout, config)]
+        result = engine.train_step(batches, objective, 0.5)
         means = {name: total / result.counts[name] for name, total in result.loss_sums.items() if result.counts[name]}
         steps.append(means | {"grad_norm": result.grad_norm})
     return steps, before, full_parameters(engine)
 
 
-def on_ranks(recipe: str, world: int) -> Config:
+def on_ranks(recipe: str, world: int, overrides: Sequence[str] = ()) -> Config:
     """The recipe, with SGD and a small batch, not accumulated (a running share of the global batch would differ)."""
-    config = load_config(FOLDER / f"{recipe}.yaml", ["parallel.expert=1"] if world == 1 else [])
+    alone = ["parallel.expert=1"] if world == 1 else []
+    config = load_config(FOLDER / f"{recipe}.yaml", [*overrides, *alone])
     train = config.train.model_copy(update={"global_batch_groups": 4, "micro_batch_groups": 4 // world})
     return config.model_copy(update={"train": train, "deepspeed": sgd(clip=CLIP)})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_two_ranks_train_the_same_model(recipe):
-    ((expected, before, after),) = run_ranks(steps_of, 1, on_ranks(recipe, 1))
-    results = run_ranks(steps_of, 2, on_ranks(recipe, 2))
-    assert min(step["grad_norm"] for step in expected) > CLIP, "clipping was not active"
-    assert max(step["loss"] for step in expected) - min(step["loss"] for step in expected) > 0.1, "nothing was learnt"
+def assert_same(results: Sequence[Outcome], alone: Outcome) -> None:
+    """Every rank's figures, and every parameter that some rank holds."""
+    expected, before, after = alone
     for steps, *_ in results:
         for got, wanted in zip(steps, expected, strict=True):
             assert got == pytest.approx(wanted, rel=2e-5)
@@ -65,3 +76,30 @@ def test_two_ranks_train_the_same_model(recipe):
         step = float((value - before[name]).abs().max())
         error = float((parameters[name] - value).abs().max())
         assert error <= 2e-3 * step + 1e-7, f"{name}: off by {error:.1e} after a change of {step:.1e}"
+
+
+def moved(steps: Sequence[dict[str, float]], name: str) -> float:
+    return max(step[name] for step in steps) - min(step[name] for step in steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_ranks_train_the_same_model(recipe):
+    (alone,) = run_ranks(steps_of, 1, on_ranks(recipe, 1))
+    assert min(step["grad_norm"] for step in alone[0]) > CLIP, "clipping was not active"
+    assert moved(alone[0], "loss") > 0.1, "nothing was learnt"
+    assert_same(run_ranks(steps_of, 2, on_ranks(recipe, 2)), alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("expert", [1, 2], ids=["replicated", "spread"])
+def test_two_ranks_align_the_same_routers(expert):
+    """RoMA's recipe (its experts replicated) and the same with them spread: the routers move, and nothing else."""
+    neighbours = partial(samples_of, values=5 * 4)  # of five layers of four experts
+    (alone,) = run_ranks(steps_of, 1, on_ranks("roma_quickstart", 1, ROMA), neighbours)
+    steps, before, after = alone
+    assert moved(steps, "loss/manifold") > 1e-3 and all(0.2 < step["manifold/coverage"] < 0.9 for step in steps)
+    routers_of_five = {f"layers.{layer}.ffn.router.gate.weight" for layer in range(1, 6)}
+    assert {name for name in after if not before[name].equal(after[name])} == routers_of_five
+    config = on_ranks("roma_quickstart", 2, [*ROMA, f"parallel.expert={expert}"])
+    assert_same(run_ranks(steps_of, 2, config, neighbours), alone)

@@ -307,6 +307,9 @@ def test_what_is_wrong_with_losses_is_said_by_name():
         ({"router_z": {}}, "'losses.router_z.weight' is missing"),
         ({"router_z": {"weight": -1}}, "'losses.router_z.weight'"),
         ({"load_balance": {"weight": 1, "scope": "batch"}}, "'losses.load_balance.scope'"),
+        ({"router_z": {"weight": [[5, 0.1], [2, 0.2]]}}, r"'losses.router_z.weight': the first steps \[5, 2\] do not"),
+        ({"router_z": {"weight": [[5, 0.1], [5, 0.2]]}}, r"the first steps \[5, 5\] do not ascend"),
+        ({"router_z": {"weight": []}}, "'losses.router_z.weight'"),
     ):
         with pytest.raises(UserError, match=message):
             make_objective(raw, ONE_PROCESS, 0)

@@ -136,12 +136,12 @@ GROUPS, STEPS = 8, 4
 LOSSES = {"manifold": {"weight": 3.0, "last_layers": 1}}
 
 
-def samples_of(batch: Batch) -> Batch:
+def samples_of(batch: Batch, values: int = EXPERTS) -> Batch:
     """Some of a group's tokens end prompts, unequally many in each group; every fourth of them has no neighbours."""
     id_T = batch.info.token_id_T
     token_S = (batch.info.valid_T & (id_T % 5 < 1 + id_T // 48 % 3)).nonzero().squeeze(1)
     uncovered = tuple((id_T[token_S] % 4 == 0).nonzero().squeeze(1).tolist())
-    return with_neighbours(batch, token_S, values=EXPERTS, uncovered=uncovered)
+    return with_neighbours(batch, token_S, values=values, uncovered=uncovered)
 
 
 def train(rank: int, config: Config, losses: dict) -> tuple[list[dict[str, float]], dict[str, Tensor]]:

@@ -14,15 +14,19 @@ import time
 def arm(rules):
     """rules: function -> [(signal, number of the call, whether to the launcher)]"""
     calls = dict.fromkeys(rules, 0)
+    left = {(function, rule) for function in rules for rule in rules[function]}
 
     def on_event(frame, event, _):
         function = frame.f_code.co_qualname
         if event != "call" or function not in rules or "/moe_dist/" not in frame.f_code.co_filename:
             return
         calls[function] += 1
-        for number, call, to_launcher in rules[function]:
-            if call == calls[function]:
-                (by_way_of_the_launcher if to_launcher else signal.raise_signal)(number)
+        due = [rule for rule in rules[function] if rule[1] == calls[function]]
+        left.difference_update((function, rule) for rule in due)
+        if not left:
+            sys.setprofile(None)  # it slows a rank down
+        for number, _, to_launcher in due:
+            (by_way_of_the_launcher if to_launcher else signal.raise_signal)(number)
 
     sys.setprofile(on_event)
 

@@ -36,6 +36,13 @@ def test_causal_losses_carry_no_label_and_the_held_out_loss_stays_shown():
     assert line.startswith("step 2/100 | loss 3.000 | held-out loss 5.500 | ETA ") and "non-causal" not in line
 
 
+def test_null_experts_show_how_many_true_ones_a_token_takes_and_what_that_saves():
+    progress, _, _ = make_progress(causal=True)
+    line = progress.line(3, {"loss": 3.0, "moe/experts_per_token": 1.512, "moe/flops_saved": 0.1234})
+    assert line == "step 3/100 | loss 3.000 | 1.51 true experts/token | 12.3% FLOPs saved | ETA ?"
+    assert "experts" not in progress.line(3, {"loss": 3.0, "moe/experts_per_token": 1.0}), "without null experts"
+
+
 def test_a_log_file_gets_a_line_now_and_then_and_always_the_evaluations_and_the_end():
     progress, now, out = make_progress()
     with progress:

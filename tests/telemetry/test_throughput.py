@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
-from moe_dist.telemetry.throughput import model_flops, num_parameters
+from moe_dist.telemetry.throughput import flops_saved, model_flops, num_parameters
 from tests.model.batches import (
     DENSE,
     EXPERT_CHOICE,
@@ -82,3 +82,16 @@ def test_parameter_formula_is_exact(ffn, changes):
     active = num_parameters(config, vocab_size=VOCAB, num_experts=experts, counted=1)
     one = 3 * 8 * (32 + 48) if ffn is LORA_EXPERTS else 3 * 32 * 48
     assert total - active == config.num_layers * (experts - 1) * one
+
+
+@pytest.mark.parametrize(
+    ("experts", "percent"), [(1.66, 14.99), (1.68, 14.10), (1.59, 18.07), (1.63, 16.31), (1.70, 13.22), (1.67, 14.55)]
+)
+def test_flops_saved_are_those_of_adamoes_table(experts, percent):
+    """Mixtral-8x7B at the loads that the paper reports (arXiv 2406.13233); short sequences, as its tasks have."""
+    mixtral = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_query_groups": 8}
+    router = {"type": "null_experts", "num_experts": 8, "num_null_experts": 8, "top_k": 3}
+    config = model_config({"type": "moe", "hidden_size": 14336, "router": router}, **mixtral)
+    sizes = {"vocab_size": 32_000, "document_lengths": [200], "tokens": 200}
+    assert 100 * flops_saved(config, **sizes, experts=experts, top_k=2) == pytest.approx(percent, abs=0.2)
+    assert flops_saved(config, **sizes, experts=2.0, top_k=2) == 0
