@@ -37,6 +37,9 @@ once() {
   if [ -n "$CONTAINER" ]; then srun --nodes=1 --ntasks=1 --overlap "${container[@]}" python "$@"; else python "$@"; fi
 }
 
+# A question to the controller, which may be busy.
+insist() { "$@" || { sleep 2; "$@"; } || { sleep 10; "$@"; }; }
+
 # A program of launch/ on every rank, in the way that START says; the output of rank N is in $logs/rank-N.log, and that of
 # rank 0 is shown here as well. A rank that ends alone gives the others a while to say what has happened to them.
 ranks() {
@@ -85,9 +88,9 @@ train() {
   echo "run folder: $run"
   [ "$verdict" = 0 ] && [ "$code" = 0 ] || echo "to go on by hand: CONFIG=$CONFIG sbatch ${command%%.sh*}.sh $*"
   [ "$verdict" = 75 ] || exit "$verdict"
-  if [ "$(squeue --noheader --jobs="$job" --format=%T)" != RUNNING ]; then
+  if [ "$(insist squeue --noheader --jobs="$job" --format=%T)" != RUNNING ]; then
     exit "$code"  # cancelled, or Slurm is starting it again already
   fi
   echo "job $job: asks Slurm to start it again"
-  scontrol requeue "$job" || echo "job $job is not started again; the next job goes on from the last checkpoint"
+  insist scontrol requeue "$job" || echo "job $job is not started again; the next job goes on from the last checkpoint"
 }

@@ -7,5 +7,6 @@
 #SBATCH --requeue --signal=B:USR1@120
 CONFIG=${CONFIG:-configs/moma_quickstart.yaml}
 command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p;T;q')
+command=${command:-$SLURM_SUBMIT_DIR/slurm/pretrain_moma.sh}  # the controller may be too busy to answer
 source "$(dirname "${command%%.sh*}")/env.sh"
 train "$@"

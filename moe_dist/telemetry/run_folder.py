@@ -1,4 +1,5 @@
-"""The folder of a run: config.yaml, init_from.json, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/.
+"""The folder of a run: config.yaml, init_from.json, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/;
+health.json and stacks/ from the checks of the ranks; job.json and logs/ from a scheduler (docs/slurm.md).
 
 Only rank 0 writes. Whatever is rewritten is replaced atomically, so a reader never sees half a file.
 

@@ -28,7 +28,11 @@ PATIENCE = 300.0  # seconds; a busy machine is slow
 
 
 def _run(command: Sequence[str | Path], environment: dict[str, str], folder: Path) -> str:
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+    for _ in range(5):
+        done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
+        if done.returncode >= 0:  # Slurm's clients die of SIGPIPE where a busy controller closes a connection
+            break
+        time.sleep(1)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
 
