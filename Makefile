@@ -8,7 +8,7 @@ BIN := .venv/bin
 .DELETE_ON_ERROR:
 LAUNCH = OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))}" \
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS)
-.PHONY: train roma test test-fast lint setup data
+.PHONY: train roma test test-fast test-long lint setup data
 
 train: data  ## pre-train the quickstart; `make train ARGS="train.steps=20 run.dir=runs/x"` passes overrides on
 	$(LAUNCH) launch/train.py --config $(CONFIG) $(ARGS)
@@ -20,6 +20,9 @@ test: setup  ## all tests; what is skipped is told with the reason (no Slurm her
 
 test-fast: setup  ## the working loop
 	$(BIN)/python -m pytest -m "not slow"
+
+test-long: setup  ## kill -9 at many places of steps and saves
+	MOE_DIST_LONG=1 $(BIN)/python -m pytest tests/engine/test_kills.py
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/mypy

@@ -1,39 +1,58 @@
-"""Weights in: launch/convert.py import --format hf --from FOLDER --to OUT
-               launch/convert.py upcycle --from CHECKPOINT --to OUT --experts N [model.ffn.router.KEY=VALUE ...]
+"""Weights in and out, and whether a checkpoint is whole:
 
-import: a Hugging Face folder (Llama family) becomes a checkpoint. upcycle: the experts of every layer become copies of
-a dense checkpoint's FFN. OUT/model.yaml is the recipe's `model:` section that fits; a run starts from it by init_from.
+    launch/convert.py import --from FOLDER --to OUT       a Hugging Face folder (Llama, Mixtral) becomes a checkpoint
+    launch/convert.py export --from CHECKPOINT --to OUT   its inverse [--dtype bfloat16]
+    launch/convert.py upcycle --from CHECKPOINT --to OUT --experts N [model.ffn.router.KEY=VALUE ...]
+    launch/convert.py verify FOLDER                       a checkpoint or all of a run, every byte, without a model
+
+upcycle: the experts of every layer become copies of a dense checkpoint's FFN. A CHECKPOINT may be a run folder (its
+newest). Beside the checkpoint, import and upcycle write OUT/model.yaml, the recipe's `model:` section that fits; a run
+starts from it by init_from.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from moe_dist.convert.hugging_face import import_folder
+from moe_dist.convert.hugging_face import export_folder, import_folder
+from moe_dist.convert.inspection import inspect
 from moe_dist.convert.upcycle import upcycle
 from moe_dist.parallel.launch import run_rank
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    jobs = parser.add_subparsers(dest="job", required=True)
-    importing, upcycling = jobs.add_parser("import"), jobs.add_parser("upcycle")
-    for job in (importing, upcycling):
-        job.add_argument("--from", dest="source", type=Path, required=True, metavar="FOLDER")
-        job.add_argument("--to", dest="out", type=Path, required=True, metavar="OUT", help="a new folder")
-    importing.add_argument("--format", choices=["hf"], required=True, help="hf: Hugging Face, safetensors")
-    upcycling.add_argument("--experts", type=int, required=True, help="number of experts of each layer")
-    upcycling.add_argument("--seed", type=int, default=0, help="of the gates: %(default)s")
-    upcycling.add_argument("overrides", nargs="*", metavar="model.ffn.router.KEY=VALUE")
-    arguments = parser.parse_args(argv)
-    if arguments.job == "import":
+    arguments = parse(argv)
+    if arguments.job == "verify":
+        inspect(arguments.folder, print)
+    elif arguments.job == "import":
         import_folder(arguments.source, arguments.out)
+        print(f"{arguments.out}: checkpoint and model.yaml")
+    elif arguments.job == "export":
+        export_folder(arguments.source, arguments.out, dtype=arguments.dtype)
+        print(f"{arguments.out}: Hugging Face folder")
     else:
         upcycle(
             arguments.source, arguments.out, num_experts=arguments.experts, overrides=arguments.overrides,
             seed=arguments.seed,
         )  # fmt: skip
-    print(f"{arguments.out}: checkpoint and model.yaml")
+        print(f"{arguments.out}: checkpoint and model.yaml")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    jobs = parser.add_subparsers(dest="job", required=True)
+    importing, exporting, upcycling = (jobs.add_parser(name) for name in ("import", "export", "upcycle"))
+    for job in (importing, exporting, upcycling):
+        job.add_argument("--from", dest="source", type=Path, required=True, metavar="FOLDER")
+        job.add_argument("--to", dest="out", type=Path, required=True, metavar="OUT", help="a new folder")
+    for job in (importing, exporting):
+        job.add_argument("--format", choices=["hf"], default="hf", help="hf: Hugging Face, safetensors")
+    exporting.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    upcycling.add_argument("--experts", type=int, required=True, help="number of experts of each layer")
+    upcycling.add_argument("--seed", type=int, default=0, help="of the gates: %(default)s")
+    upcycling.add_argument("overrides", nargs="*", metavar="model.ffn.router.KEY=VALUE")
+    jobs.add_parser("verify").add_argument("folder", type=Path)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

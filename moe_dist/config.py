@@ -117,7 +117,7 @@ class ModelConfig(Strict):
 class InitFrom(Strict):
     """Start from the parameters of an earlier stage's checkpoint; a plain path stands for `checkpoint` alone.
 
-    Patterns match whole parameter names, `*` any text (docs/checkpoints.md, "From stage to stage").
+    Patterns match whole parameter names, `*` any text (docs/stages.md).
     """
 
     checkpoint: str  # a checkpoint folder, or a run folder: its newest complete checkpoint
@@ -164,7 +164,9 @@ class EvalConfig(Strict):
 
 class CheckpointConfig(Strict):
     every: Count = 100  # steps; 0: only at the end
-    keep: Positive = 2
+    keep: Positive = 2  # the newest; older ones are removed
+    keep_every: Count = 0  # steps: those of a multiple of it stay as well; 0: none
+    asynchronous: bool = True  # training goes on while one is written; costs host memory (docs/checkpoints.md)
 
 
 class TelemetryConfig(Strict):

@@ -25,6 +25,7 @@ from moe_dist.engine import checkpoint
 from moe_dist.engine.deepspeed_config import accumulation_steps, check_section
 from moe_dist.engine.init_from import Account, init_from
 from moe_dist.engine.manifest import identity, resolve_init
+from moe_dist.engine.saver import Saver
 from moe_dist.engine.schedule import learning_rate
 from moe_dist.engine.state import TrainState, check_resumable
 from moe_dist.engine.trainable import freeze_others
@@ -112,6 +113,7 @@ class Run:
     folder: RunFolder
     vocabulary: Vocabulary
     engine: Engine
+    saver: Saver
     loader: Loader
     documents: TokenStore  # of the training split
     held_out: TokenStore
@@ -153,7 +155,8 @@ class Run:
             )  # fmt: skip
         return cls(
             config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
-            documents=documents, held_out=held_out, loader_state=state.loader if state else {}, initial=initial,
+            saver=Saver(folder.path, engine, layout, config.checkpoint), documents=documents, held_out=held_out,
+            loader_state=state.loader if state else {}, initial=initial,
             peak_lr=section.optimizer.params.lr, step=state.step if state else 0, tokens=state.tokens if state else 0,
             stop=stop,
         )  # fmt: skip
@@ -165,6 +168,8 @@ class Run:
         is_new, saved, signal = self.step < last, self.step, None
         with together():
             if main:
+                for path in checkpoint.set_aside_later(self.folder.path, self.step):
+                    print(f"set aside: {path} is of a later step than {self.step}", flush=True)
                 self.folder.open(self.config, step=self.step)
                 self._tell_the_start()
             sinks = Sinks(self.folder, self.config, is_main=main, causal=causal, step=self.step)
@@ -172,7 +177,7 @@ class Run:
             watch = HangWatch(self.folder.stacks, self.layout.rank, self.config.health.hang_seconds, self._tell_hang)
             if self.config.eval.every:
                 next(self.held_out_batches())  # a held-out split that cannot be used shows now, not after many steps
-        with watch, Progress(last, step=self.step, is_main=main, causal=causal) as progress:
+        with watch, Progress(last, step=self.step, is_main=main, causal=causal) as progress, self.saver:
             while self.step < last and not (signal := self.stop.agreed(self.layout.device)):
                 with stragglers:
                     metrics = self.train_step()
@@ -182,15 +187,15 @@ class Run:
                     watch.beat()
                 if self.step % self.config.telemetry.every == 0 or self.step == last or "eval/loss" in metrics:
                     with together():
-                        sinks.log(self.step, metrics)
+                        sinks.log(self.step, metrics | self.saver.metrics())
                         if main:
                             self.folder.beat(self.step)
                 progress.update(self.step, metrics)
                 if _due(self.step, self.config.checkpoint.every, last) or self.step == last:
                     saved = self.save()
                     watch.beat()
-        if saved < self.step:
-            self.save()
+            if saved < self.step:
+                self.save()
         with together():
             sinks.close()
             if main:
@@ -248,15 +253,12 @@ class Run:
         )  # fmt: skip
 
     def save(self) -> int:
-        """Write a checkpoint of this moment and remove those that are too old; the step. Collective."""
+        """Save this moment; the step. Collective."""
         state = TrainState(
             step=self.step, tokens=self.tokens, loader=self.loader_state,
             config=self.config.model_dump(mode="json"), vocabulary=self.vocabulary.fingerprint(),
         )  # fmt: skip
-        path = checkpoint.checkpoint_path(self.folder.path, self.step)
-        checkpoint.save(path, self.engine, self.layout, state=state.to_json())
-        if self.layout.is_main:
-            checkpoint.prune(self.folder.path, self.config.checkpoint.keep)
+        self.saver.save(self.step, state.to_json())
         return self.step
 
     def _flops(self, batch: Batch, result: StepResult) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from moe_dist.data.corpora.emoji import base_concept
 from moe_dist.data.pixels import crop_and_resize
@@ -16,6 +18,8 @@ from moe_dist.data.shards import Sample, split_of, write_shards
 from moe_dist.data.text import train_text_tokenizer
 from moe_dist.data.vq import VQConfig
 from moe_dist.data.vq_training import VQTraining, train_vq
+
+torch.set_num_threads(1)  # of tensors this small a second thread only waits, and takes processor time from the ranks
 
 EMOJI = Path(__file__).parent / "fixtures" / "emoji"
 
@@ -59,15 +63,24 @@ def tokenizers(emoji_samples, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def overrides(emoji_shards, tokenizers, tmp_path) -> list[str]:
-    """The quickstart in small: the same model and launcher, the fixtures' pairs, eight steps."""
-    return [
-        f"run.dir={tmp_path / 'run'}",
-        f"data.shards={shutil.copytree(emoji_shards, tmp_path / 'shards')}",
+@pytest.fixture(scope="session")
+def small_run(emoji_shards, tokenizers) -> Callable[[Path], list[str]]:
+    """Of a folder: the overrides that make of the quickstart a small run in it.
+
+    The same model and launcher, the fixtures' pairs, eight steps.
+    """
+    return lambda folder: [
+        f"run.dir={folder / 'run'}",
+        f"data.shards={shutil.copytree(emoji_shards, folder / 'shards')}",
         f"data.text_tokenizer={tokenizers / 'text.model'}",
         f"data.image_tokenizer={tokenizers / 'vq'}",
         *["data.sequence_length=128", "data.group_sequences=2", "data.lanes=4"],
         *["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.ffn.hidden_size=32"],
         *["train.steps=8", "schedule.warmup_steps=2", "eval.every=4", "eval.groups=2", "checkpoint.every=4"],
     ]
+
+
+@pytest.fixture
+def overrides(small_run, tmp_path) -> list[str]:
+    """A small run in the test's own folder."""
+    return small_run(tmp_path)

@@ -1,10 +1,12 @@
-"""Runs a function on real gloo ranks. A pool of processes lives as long as pytest, since imports cost seconds."""
+"""Runs functions on real gloo ranks, and starts ranks that may die.
+
+Imports cost seconds: a fork server makes them once, and every rank is a fresh process forked from it.
+"""
 
 from __future__ import annotations
 
 import atexit
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from moe_dist.parallel.launch import free_port
+
 _POOLS: dict[int, Pool] = {}
 _TIMEOUT = 300.0  # seconds a rank may take before the pool is declared hung
 # Every process group of a call keeps its gloo threads, which poll: after some hundred of them everything crawls.
 _CALLS_PER_POOL = 20
+FORK_SERVER = mp.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["moe_dist.train"])
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
@@ -38,17 +44,14 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
 
 
 class Pool:
-    """`world` spawned processes, each with a pipe."""
+    """`world` processes, each with a pipe."""
 
     def __init__(self, world: int) -> None:
-        context = mp.get_context("spawn")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.pipes, self.processes, self.calls = [], [], 0
         for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
+            ours, theirs = FORK_SERVER.Pipe()
+            process = FORK_SERVER.Process(target=_serve, args=(rank, world, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)

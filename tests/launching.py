@@ -48,6 +48,14 @@ def launch_tool(
     return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=400)
 
 
+def start(launcher: Sequence[str], overrides: Sequence[str]) -> subprocess.Popen:
+    """Run launch/train.py and do not wait; the process has what it prints. The caller gives DeepSpeed a port."""
+    return subprocess.Popen(
+        [*launcher, "launch/train.py", "--config", MOMA, *overrides], cwd=ROOT, env=_environment(), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
 def bare_ranks(
     overrides: Sequence[str],
     *,

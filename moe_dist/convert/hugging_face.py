@@ -1,31 +1,96 @@
-"""A local Hugging Face folder becomes a checkpoint of ours, tensor by tensor."""
+"""A local Hugging Face folder becomes a checkpoint of ours, and the other way round, tensor by tensor."""
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_dist.convert import llama
+from moe_dist.config import ModelConfig, validate
+from moe_dist.convert.families import config_json, model_section
 from moe_dist.convert.output import write_model
+from moe_dist.convert.parts import from_theirs, parts, to_theirs
 from moe_dist.data.hf_tokenizer import TOKENIZER_FILES
 from moe_dist.data.weights import CONFIG, read_json
-from moe_dist.engine.storage import DTYPES, LazyTensor
+from moe_dist.engine.manifest import PARTIAL, newest_complete, read_state
+from moe_dist.engine.storage import DTYPES, LazyTensor, write_json, write_safetensors
+from moe_dist.engine.weights import read_tensors
 from moe_dist.errors import UserError
 
 INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9  # of a file; transformers' own
 
 
 def import_folder(folder: str | Path, out: str | Path) -> None:
     """Write `out`: the checkpoint, model.yaml, and tokenizer/ where the folder has one. Raises UserError."""
     folder = Path(folder)
-    model, vocab_size = llama.model_section(read_json(folder / CONFIG), str(folder / CONFIG))
-    tensors = llama.convert(model, vocab_size, read_folder(folder), str(folder))
+    model, vocab_size = model_section(read_json(folder / CONFIG), str(folder / CONFIG))
+    tensors = from_theirs(parts(model, vocab_size), read_folder(folder), str(folder))
     files = {f"tokenizer/{name}": (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     write_model(out, model, vocab_size, tensors, source=f"Hugging Face weights {folder}", files=files)
+
+
+def export_folder(
+    source: str | Path, out: str | Path, *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write `out`: sharded safetensors, their index, config.json and the tokenizer's files, if the checkpoint (or the
+    newest of the run) `source` has one.
+
+    dtype: float32 (what a checkpoint holds), bfloat16 or float16. Raises UserError.
+    """
+    path = newest_complete(source) or Path(source)
+    model = validate(ModelConfig, read_state(path)["config"]["model"], str(path), "model")
+    stored = read_tensors(path)
+    vocab_size = stored["embedding.weight"].shape[0]
+    config = config_json(model, vocab_size, dtype, str(path))
+    tensors = to_theirs(parts(model, vocab_size), stored, getattr(torch, dtype), str(path))
+    write_folder(out, config, tensors, tokenizer=path / "tokenizer", shard_bytes=shard_bytes)
+
+
+def write_folder(
+    out: str | Path, config: dict[str, Any], tensors: Mapping[str, LazyTensor], *, tokenizer: Path, shard_bytes: int
+) -> None:
+    """One tensor in memory at a time; the folder appears when it is complete. Raises UserError where it is there
+    already or cannot be written."""
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already")
+    aside = out.with_name(out.name + PARTIAL)
+    shards = _shards(tensors, shard_bytes)
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, shard in zip(names, shards, strict=True):
+            write_safetensors(aside / name, shard, {"format": "pt"})
+        places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(aside / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+        write_json(aside / CONFIG, config)
+        for file in sorted(tokenizer.glob("*")):
+            shutil.copyfile(file, aside / file.name)
+        aside.rename(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:
+    """In order, each of at most `limit` bytes or of one tensor."""
+    shards: list[dict[str, LazyTensor]] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > limit:
+            shards.append({})
+        shards[-1][name] = tensor
+    return shards
 
 
 def read_folder(folder: str | Path) -> dict[str, LazyTensor]:

@@ -11,7 +11,6 @@ A checkpoint is written to step_XXXXXXXX.tmp and renamed once every rank's file 
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
@@ -44,6 +43,7 @@ from moe_dist.engine.manifest import (
     prune,
     read_state,
     resolve_resume,
+    set_aside_later,
     verify,
     write_manifest,
 )
@@ -57,25 +57,31 @@ from moe_dist.engine.storage import (
     ShardWriter,
     StoredFile,
     read_index,
+    read_json,
     write_json,
 )
 from moe_dist.errors import UserError
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.together import gather_objects, together
 
-__all__ = ["checkpoint_path", "load", "newest_complete", "prune", "read_state", "resolve_resume", "save", "verify"]
+__all__ = [
+    "checkpoint_path", "load", "newest_complete", "prune", "read_state", "resolve_resume", "save", "set_aside_later",
+    "verify",
+]  # fmt: skip
 
 
 def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]) -> None:
-    """Write a checkpoint between two optimizer steps. Collective.
+    """Write a checkpoint between two optimizer steps, and wait for the disk. Collective. (A run saves by saver.py.)
 
     `state` is JSON-able; mappings in it (the loader's lanes) are united over the ranks, all else must be equal on them.
     A problem on any rank (disk full, read-only) is the same UserError on every rank; earlier checkpoints stay whole.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + PARTIAL)
-    what = f"cannot write the checkpoint {path}"
-    header = {
+    write(path, fragments(engine), describe(engine, layout, state), layout)
+
+
+def describe(engine: Any, layout: Layout, state: dict[str, Any]) -> dict[str, Any]:
+    """The content of state.json at this moment; nothing in it changes later. Collective."""
+    return {
         "format": FORMAT,
         "state": merge_states(gather_objects(state)),
         "optimizer": optimizer_scalars(engine),
@@ -85,15 +91,31 @@ def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]
             "torch": torch.__version__, "threads": torch.get_num_threads(),
         },
     }  # fmt: skip
+
+
+def write(
+    path: str | Path,
+    held: list[Fragment],
+    header: dict[str, Any],
+    layout: Layout,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write this rank's fragments and commit, as `save` does. Collective over `group`, a group of all ranks.
+
+    It touches nothing of the engine's: a background thread may run it, in a group that nobody else uses.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + PARTIAL)
+    what = f"cannot write the checkpoint {path}"
     writer = ShardWriter(partial)
     try:
-        with _disk(what):
+        with _disk(what, group):
             if layout.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
         with _dcp(what):
-            dcp.save({}, storage_writer=writer, planner=FragmentSavePlanner(fragments(engine)))
-        with _disk(what):
+            dcp.save({}, storage_writer=writer, planner=FragmentSavePlanner(held), process_group=group)
+        with _disk(what, group):
             if layout.is_main:
                 commit(partial, path, writer.files, header)
     except UserError:
@@ -110,7 +132,7 @@ def load(path: str | Path, engine: Any, layout: Layout) -> dict[str, Any]:
     """
     path = Path(path)
     metadata = open_index(path, layout)
-    header = json.loads((path / STATE).read_text())
+    header = read_json(path / STATE)
     stored_moments = {kind_of(name) for name in metadata.state_dict_metadata} - set(MODEL_KINDS)
     reset_optimizer(engine, with_moments=bool(stored_moments))
     wanted = fragments(engine)
@@ -129,8 +151,8 @@ def load(path: str | Path, engine: Any, layout: Layout) -> dict[str, Any]:
 def open_index(path: Path, layout: Layout) -> Metadata:
     """Verify a checkpoint, each rank a share of its files, and read its index. Collective, before anything is read."""
     with together():
-        verify(path, share=layout.rank, shares=layout.world)
-    return read_index(path)
+        verified = verify(path, share=layout.rank, shares=layout.world)
+    return read_index(path, verified)  # not before every rank has found its share undamaged
 
 
 def read_fragments(path: Path, metadata: Metadata, wanted: list[Fragment]) -> None:
@@ -144,7 +166,7 @@ def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[
     write_manifest(partial, {*files, write_json(partial / STATE, header)})
     _sync_folder(partial)
     replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
-    if path.exists():  # the same step saved again, by a run started anew in this folder
+    if path.exists():  # the same step saved again, which no run does
         path.rename(replaced)
     partial.rename(path)
     _sync_folder(path.parent)
@@ -190,9 +212,9 @@ def _show(form: tuple[tuple[int, ...], torch.dtype]) -> str:
 
 
 @contextmanager
-def _disk(what: str) -> Iterator[None]:
+def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     """A rank-local step that touches the disk: an OSError becomes a UserError on every rank. Collective at its end."""
-    with together():
+    with together(group=group):
         try:
             yield
         except OSError as error:
@@ -206,6 +228,6 @@ def _dcp(what: str) -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-        if isinstance(cause, OSError | UserError | SafetensorError):
+        if isinstance(cause, OSError | UserError):
             raise UserError(f"{what}: {cause} (rank {rank})") from None
         raise RuntimeError(str(error)) from None

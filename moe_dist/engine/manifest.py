@@ -1,7 +1,8 @@
 """The checkpoints in a run folder: which are complete, whether they are undamaged, which to resume from or to remove.
 
 A manifest names every file of a checkpoint with its size and SHA-256. It is written last, before the folder is renamed
-from step_XXXXXXXX.tmp to step_XXXXXXXX, so a folder of that name with all its files is a complete checkpoint.
+from step_XXXXXXXX.tmp to step_XXXXXXXX, so a folder of that name is a complete checkpoint; one that is not has been
+damaged since, and to do without it is for a person to decide.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from moe_dist.config import Config, InitFrom
-from moe_dist.engine.storage import StoredFile, write_json
+from moe_dist.engine.storage import StoredFile, read_json, write_json
 from moe_dist.errors import UserError
 from moe_dist.parallel.together import together
 
@@ -27,10 +28,16 @@ Answer = TypeVar("Answer")
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 PARTIAL = ".tmp"
+ASIDE = ".aside"  # one of a later step than a run has started from
 
 
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The optimizer steps done before the checkpoint of this name."""
+    return int(path.name.removeprefix("step_"))
 
 
 def write_manifest(folder: Path, files: Iterable[StoredFile]) -> None:
@@ -38,19 +45,23 @@ def write_manifest(folder: Path, files: Iterable[StoredFile]) -> None:
     write_json(folder / MANIFEST, {"format": FORMAT, "files": dict(sorted(entries.items()))})
 
 
-def verify(path: str | Path, *, share: int = 0, shares: int = 1) -> None:
-    """Check all files' sizes and the checksums of this share of the files. Raises UserError naming the bad file."""
+def verify(path: str | Path, *, share: int = 0, shares: int = 1) -> dict[str, int]:
+    """Check all files' sizes and the checksums of this share of the files. Raises UserError naming the bad file.
+
+    Returns the bytes of every file. Nothing that they do not hold is ever read: see storage.read_index.
+    """
     path = Path(path)
     files = _manifest(path)
     for name in sorted(files)[share::shares]:
         _verify_checksum(path / name, files)
+    return {name: entry["bytes"] for name, entry in files.items()}
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
     """The trainer's state alone, verified: to check a recipe against it before anything is built. Raises UserError."""
     path = Path(path)
     _verify_checksum(path / STATE, _manifest(path))
-    return json.loads((path / STATE).read_text())["state"]
+    return read_json(path / STATE)["state"]
 
 
 def identity(path: str | Path) -> str:
@@ -58,22 +69,48 @@ def identity(path: str | Path) -> str:
     return hashlib.sha256((Path(path) / MANIFEST).read_bytes()).hexdigest()
 
 
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Those of a run, complete or not, from the oldest."""
+    folder = Path(run_dir) / "checkpoints"
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)), key=step_of)
+
+
 def newest_complete(run_dir: str | Path) -> Path | None:
-    """The newest checkpoint of a run whose files are all there; None if there is none."""
-    return next((path for path in reversed(_checkpoints(run_dir)) if _is_complete(path)), None)
+    """The newest checkpoint of a run, whose files are all there; None if there is none. UserError if it is damaged."""
+    path = next(reversed(checkpoints(run_dir)), None)
+    if path is not None:
+        try:
+            _manifest(path)
+        except UserError as error:
+            raise UserError(f"{error}; {_remedy(path)}") from None
+    return path
 
 
-def prune(run_dir: str | Path, keep: int) -> None:
-    """Remove all but the newest `keep` complete checkpoints, and leftovers of interrupted saves. For one rank to call.
+def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
+    """Remove the complete checkpoints but for the newest `keep` and those of a step that is a multiple of `keep_every`
+    (0: none), and leftovers of interrupted saves. For one rank to call.
 
     Best effort: what cannot be removed stays. Damaged checkpoints are left for a person to look at.
     """
-    complete = [path for path in _checkpoints(run_dir) if _is_complete(path)]
+    complete = [path for path in checkpoints(run_dir) if _is_complete(path)]
     for path in complete[:-keep]:
+        if keep_every and step_of(path) % keep_every == 0:
+            continue
         with suppress(OSError):
             path.rename(path.with_name(path.name + PARTIAL))  # at no moment does a half-removed one look complete
     for path in (Path(run_dir) / "checkpoints").glob(f"step_*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside_later(run_dir: str | Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps, which a run that starts after `step` steps has not written, and return
+    them: pruning would take them for the newest, and so would the next start. For one rank to call."""
+    later = [path for path in checkpoints(run_dir) if step_of(path) > step]
+    for path in later:
+        aside = path.with_name(path.name + ASIDE)
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return later
 
 
 def resolve_resume(config: Config) -> Path | None:
@@ -120,9 +157,8 @@ def _resolve_resume(config: Config) -> Path | None:
     return path
 
 
-def _checkpoints(run_dir: str | Path) -> list[Path]:
-    folder = Path(run_dir) / "checkpoints"
-    return sorted(path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name))
+def _remedy(path: Path) -> str:
+    return f"restore it, or move {path} away to go on from the checkpoint before it"
 
 
 def _is_complete(path: Path) -> bool:
@@ -136,7 +172,9 @@ def _is_complete(path: Path) -> bool:
 def _verify_checksum(file: Path, files: dict[str, dict[str, Any]]) -> None:
     with file.open("rb") as stream:
         if hashlib.file_digest(stream, "sha256").hexdigest() != files[file.name]["sha256"]:
-            raise UserError(f"{file} is damaged: its checksum differs from the one in {MANIFEST}")
+            raise UserError(
+                f"{file} is damaged: its checksum differs from the one in {MANIFEST}; {_remedy(file.parent)}"
+            )
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
@@ -144,7 +182,7 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files, version = manifest["files"], manifest["format"]
-        sizes = {name: int(entry["bytes"]) for name, entry in files.items()}
+        sizes = {name: int(files[name]["bytes"]) for name in (STATE, *files) if files[name]["sha256"]}
     except OSError:
         raise UserError(f"{path / MANIFEST} cannot be read") from None
     except (ValueError, KeyError, TypeError, AttributeError):

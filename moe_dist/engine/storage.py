@@ -13,14 +13,15 @@ import math
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -87,6 +88,10 @@ class LazyTensor:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
     def read(self) -> Tensor:
         """All of it."""
@@ -241,7 +246,7 @@ class ShardReader(StorageReader):
         for item in plan.items:
             by_file[self.metadata.storage_data[item.storage_index]].append(item)
         for name, items in sorted(by_file.items()):
-            with safe_open(self.folder / name, framework="pt") as file:
+            with open_shard(self.folder / name) as file:
                 for item in items:
                     start = item.storage_offsets[0]
                     piece = file.get_slice(_key(item.storage_index))[start : start + item.lengths[0]]
@@ -255,10 +260,13 @@ class ShardReader(StorageReader):
         return True
 
 
-def read_index(folder: Path) -> Metadata:
-    """The index as DCP's metadata: storage_data names the file of each piece, planner_data the shape of each tensor."""
+def read_index(folder: Path, verified: Container[str]) -> Metadata:
+    """The index as DCP's metadata: storage_data names the file of each piece, planner_data the shape of each tensor.
+
+    Raises UserError where a piece lies in a file that is not among the verified ones.
+    """
     metadata = Metadata({}, planner_data={}, storage_data={})
-    for name, entry in json.loads((folder / INDEX).read_text())["tensors"].items():
+    for name, entry in read_json(folder / INDEX)["tensors"].items():
         shape = tuple(entry["shape"])
         pieces = [ChunkStorageMetadata(torch.Size([start]), torch.Size([size])) for start, size, _ in entry["pieces"]]
         metadata.state_dict_metadata[name] = TensorStorageMetadata(
@@ -266,8 +274,31 @@ def read_index(folder: Path) -> Metadata:
         )
         metadata.planner_data[name] = shape
         for start, _, file in entry["pieces"]:
+            if file not in verified:
+                raise UserError(f"{folder / INDEX} names the file {file}, which no manifest vouches for")
             metadata.storage_data[MetadataIndex(name, [start])] = file
     return metadata
+
+
+@contextmanager
+def open_shard(file: Path) -> Iterator[Any]:
+    """A safetensors file, opened. Raises UserError where it is none, or lacks what is asked for."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise UserError(f"{file} is not the safetensors file that it should be: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file. Raises UserError."""
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not the JSON file that it should be")
+    return content
 
 
 def write_json(path: Path, value: Any) -> StoredFile:
@@ -280,13 +311,16 @@ def write_json(path: Path, value: Any) -> StoredFile:
     return StoredFile(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> StoredFile:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
+) -> StoredFile:
     """Stream tensors to the disk, hashing on the way (safetensors.save_file would hold a second copy of them all)."""
     order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)  # aligned, as the library itself writes them
-    header, size = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    size = 0
     for key in order:
         tensor = tensors[key]
-        end = size + tensor.numel * tensor.dtype.itemsize
+        end = size + tensor.nbytes
         header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [size, end]}
         size = end
     text = json.dumps(header).encode()

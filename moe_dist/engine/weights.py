@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from moe_dist.engine.checkpoint import commit, verify
 from moe_dist.engine.fragments import FROZEN, MASTER
 from moe_dist.engine.manifest import FORMAT, PARTIAL
-from moe_dist.engine.storage import INDEX, LazyTensor, read_index, write_json, write_safetensors
+from moe_dist.engine.storage import INDEX, LazyTensor, open_shard, read_index, write_json, write_safetensors
 from moe_dist.errors import UserError
 
 FILE = "rank_00000.safetensors"
@@ -31,8 +30,7 @@ def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
     Verifies the files first; the tensors are read when they are asked for. Raises UserError naming a damaged file.
     """
     path = Path(path)
-    verify(path)
-    metadata = read_index(path)
+    metadata = read_index(path, verify(path))
     pieces: dict[str, list[tuple[int, str]]] = {}
     for index, file in metadata.storage_data.items():
         pieces.setdefault(index.fqn, []).append((index.offset[0], file))
@@ -84,7 +82,7 @@ def write_tensors(
 def _read(path: Path, logical: str, pieces: list[tuple[int, str]], shape: tuple[int, ...]) -> Tensor:
     found = []
     for start, file in pieces:
-        with safe_open(path / file, framework="pt") as opened:
+        with open_shard(path / file) as opened:
             found.append(opened.get_tensor(f"{logical}@{start}"))
     return torch.cat(found).view(shape)
 

@@ -75,7 +75,9 @@ class LoadBalance:
         """
         columns = [part.chosen_VC.shape[1] for part in parts]
         choices = torch.cat([part.chosen_VC.sum(0) for part in parts])
-        total = torch.cat([choices, choices.new_tensor([len(p.token_V) for p in parts] + [_valid_tokens(batch)])])
+        sizes = [len(part.token_V) for part in parts] + [_valid_tokens(batch)]
+        # new_full, not new_tensor: that would copy from the host and wait.
+        total = torch.cat([choices, *(choices.new_full((1,), size) for size in sizes)])
         if self.context.layout.dp_group is not None:
             dist.all_reduce(total, group=self.context.layout.dp_group)
         self.seen.append(total.to(parts[0].probs_VC.dtype))

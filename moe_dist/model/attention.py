@@ -66,7 +66,9 @@ class BucketedDocuments:
             gather.append(token.flatten())
             buckets.append((len(members), padded))
             places += token.numel()
-        return cls(torch.cat(gather).to(device), scatter_T.to(device), tuple(buckets))
+        return cls(
+            torch.cat(gather).to(device, non_blocking=True), scatter_T.to(device, non_blocking=True), tuple(buckets)
+        )
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         grouped = key_TGd.shape[1] != query_THd.shape[1]
@@ -93,7 +95,7 @@ class VarlenDocuments:
     @classmethod
     def build(cls, lengths: Sequence[int], device: torch.device) -> VarlenDocuments:
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
-        return cls(ends.to(device), max(lengths))
+        return cls(ends.to(device, non_blocking=True), max(lengths))
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         ends, longest, grouped = self.ends, self.longest, key_TGd.shape[1] != query_THd.shape[1]

@@ -16,17 +16,17 @@ PATIENCE = timedelta(days=2)
 
 
 @contextmanager
-def together(*, patient: bool = False) -> Iterator[None]:
+def together(*, patient: bool = False, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run a rank-local step of the set-up; when it fails on any rank, raise that rank's UserError on every rank.
 
     A defect of ours keeps its type on the rank that met it and is a PeerError on the others.
 
     Collective at its end: every rank must pass through it, and the body must not communicate. patient: ranks that are
     done wait for the others for PATIENCE, not just the minutes after which other collectives give up (collective at its
-    beginning, too).
+    beginning, too). group: another one of all ranks, for a thread that must not get between the default group's.
     """
     alone = not dist.is_initialized() or dist.get_world_size() == 1
-    group = dist.new_group(backend="gloo", timeout=PATIENCE) if patient and not alone else None
+    own = dist.new_group(backend="gloo", timeout=PATIENCE) if patient and not alone else None
     problem: Exception | None = None
     try:
         yield
@@ -40,9 +40,9 @@ def together(*, patient: bool = False) -> Iterator[None]:
     mine: tuple[type[Exception], str] | None = None
     if problem is not None:
         mine = (UserError, str(problem)) if isinstance(problem, UserError) else (PeerError, repr(problem))
-    dist.all_gather_object(problems, mine, group=group)
-    if group is not None:
-        dist.destroy_process_group(group)
+    dist.all_gather_object(problems, mine, group=own or group)
+    if own is not None:
+        dist.destroy_process_group(own)
     if problem is not None and not isinstance(problem, UserError):
         raise problem  # a defect of ours: its traceback is worth more than the sentence
     first = next(((rank, met) for rank, met in enumerate(problems) if met is not None), None)

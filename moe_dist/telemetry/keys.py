@@ -33,6 +33,7 @@ KEYS = {
     "skipped_steps": "steps skipped so far because of a non-finite loss or gradient",
     "step_seconds": "wall-clock seconds of the step, waiting for data included",
     "data_wait_seconds": "seconds of the step spent waiting for data",
+    "checkpoint_stall_seconds": "seconds that training stood still for the saves since the line before, if any",
     "tokens_per_second": "predictions trained on a second, over all ranks",
     "model_flops_per_second": "floating-point operations of the model a second, over all ranks",
     "moe/{layer}/utilization": "list by expert: load over fair share (see telemetry/routing.py)",

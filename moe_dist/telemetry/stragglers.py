@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -31,14 +32,15 @@ class Stragglers:
         self.own: list[float] = []
 
     def __enter__(self) -> Stragglers:
-        self._waited, wait = 0.0, dist.Work.wait
+        self._waited, wait, thread = 0.0, dist.Work.wait, threading.get_ident()
 
         def timed(work: dist.Work, *arguments: Any, **named: Any) -> Any:
             started = time.perf_counter()
             try:
                 return wait(work, *arguments, **named)
             finally:
-                self._waited += time.perf_counter() - started
+                if threading.get_ident() == thread:  # not the writer of a checkpoint
+                    self._waited += time.perf_counter() - started
 
         # All collectives end here, DeepSpeed's as well, so it is the one place that knows of every wait.
         self._wait, dist.Work.wait = wait, timed  # type: ignore[method-assign, assignment]

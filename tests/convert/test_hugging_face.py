@@ -125,15 +125,15 @@ FAULTS = {
     ),
     "surplus": (
         lambda f: change_tensors(f, lambda t: t.update({"model.extra": torch.ones(2)})),
-        r"has no place in its config.json for the tensor 'model\.extra'$",
+        r"has no place in its configuration for the tensor 'model\.extra'$",
     ),
     "tied, but an output": (
         lambda f: change_config(f, tie_word_embeddings=True),
-        r"no place in its config.json for the tensor 'lm_head\.weight'",
+        r"no place in its configuration for the tensor 'lm_head\.weight'",
     ),
     "shape": (
         lambda f: change_tensors(f, lambda t: t.update({NORM: torch.ones(47)})),
-        rf"tensor '{NORM}' has the shape \[47\], its config.json means \[48\]",
+        rf"tensor '{NORM}' has the shape \[47\], its configuration means \[48\]",
     ),
     "integers": (
         lambda f: change_tensors(f, lambda t: t.update({NORM: torch.ones(48, dtype=torch.int8)})),

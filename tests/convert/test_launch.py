@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from launch import convert, prepare_model
 from moe_dist.data.shards import Sample, split_of, write_shards
@@ -30,6 +32,53 @@ def test_import_then_upcycle(tmp_path, capsys):
     router = read_state(sparse)["config"]["model"]["ffn"]["router"]
     assert router == {"type": "top_k", "num_experts": 4, "top_k": 1, "renormalize": True, "bias": True}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "hf", "sparse"]
+
+
+def verify_run(tmp_path):
+    """A run folder with three checkpoints: whole, with one bit flipped, with a file cut short; and a partial one."""
+    save_llama(tmp_path / "hf")
+    run = tmp_path / "run" / "checkpoints"
+    for step in (1, 2, 3):
+        convert.main(["import", "--from", str(tmp_path / "hf"), "--to", str(run / f"step_{step:08d}")])
+    (run / "step_00000004.tmp").mkdir()
+    flipped, cut = (run / f"step_{step:08d}" / "rank_00000.safetensors" for step in (2, 3))
+    content = bytearray(flipped.read_bytes())
+    content[-9] ^= 4
+    flipped.write_bytes(content)
+    os.truncate(cut, 1000)
+    return run, flipped, cut
+
+
+def test_verify_needs_no_model_and_names_what_is_damaged(tmp_path, capsys):
+    run, flipped, cut = verify_run(tmp_path)
+    capsys.readouterr()
+    convert.main(["verify", str(run / "step_00000001")])
+    assert capsys.readouterr().out.endswith("step_00000001: 3 files, 21 tensors, 0.2 MiB: all as written\n")
+    with pytest.raises(UserError, match=rf"^{flipped} is damaged"):
+        convert.main(["verify", str(run.parent)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{run / 'step_00000001'}: 3 files")
+    assert lines[1].startswith(f"{run / 'step_00000002'}: NOT usable: {flipped} is damaged: its checksum differs")
+    assert lines[2].startswith(f"{run / 'step_00000003'}: NOT usable: {cut} has 1000 bytes, not ")
+    assert len(lines) == 3
+
+    command = [sys.executable, ROOT / "launch" / "convert.py", "verify", flipped.parent]
+    done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {flipped} is damaged")
+    with pytest.raises(UserError, match=r"hf/manifest\.json cannot be read"):
+        convert.main(["verify", str(tmp_path / "hf")])
+
+
+def test_export_is_the_inverse_of_import(tmp_path, capsys):
+    save_llama(tmp_path / "hf", dtype=torch.bfloat16)
+    convert.main(["import", "--format", "hf", "--from", str(tmp_path / "hf"), "--to", str(tmp_path / "ours")])
+    convert.main(["export", "--from", str(tmp_path / "ours"), "--to", str(tmp_path / "out"), "--dtype", "bfloat16"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"{tmp_path / 'out'}: Hugging Face folder"
+    theirs, ours = (
+        load_file(tmp_path / "hf" / "model.safetensors"),
+        load_file(tmp_path / "out" / "model-00001-of-00001.safetensors"),
+    )
+    assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ class Job:
 
     def resumed(self, **changes: Any) -> Job:
         """The job that goes on from this one's checkpoint."""
-        return replace(self, load=self.save, start=self.save_at, save=None, **changes)
+        return replace(self, **{"load": self.save, "start": self.save_at, "save": None} | changes)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ def test_a_damaged_file_is_named_on_every_rank(name, copied):
     for sentence in run_ranks(attempt, 2, job):
         assert f"{folder / name} is damaged" in sentence
     (folder / name).write_bytes(data[:-1])
-    assert checkpoint.newest_complete(folder.parent.parent) is None
+    with pytest.raises(UserError, match=f"{name} has .* bytes, not .*; restore it, or move {folder} away"):
+        checkpoint.newest_complete(folder.parent.parent)
     for sentence in run_ranks(attempt, 2, job):
         assert f"{folder / name} has {len(data) - 1} bytes, not {len(data)}" in sentence
     (folder / name).unlink()

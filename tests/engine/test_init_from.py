@@ -150,7 +150,7 @@ def forms_of(model: nn.Module) -> dict[str, Form]:
 
 def test_the_documented_example():
     """From the dense quickstart's model to LoRA experts over its feed-forward parts."""
-    text = (RECIPE.parents[1] / "docs" / "checkpoints.md").read_text()
+    text = (RECIPE.parents[1] / "docs" / "stages.md").read_text()
     example = yaml.safe_load(re.search(r"```yaml\n(init_from:.*?)```", text, re.DOTALL).group(1))
     dense = load_config(RECIPE.with_name("dense_quickstart.yaml"))
     experts = "{type: moe, hidden_size: 256, experts: {type: lora, rank: 4, alpha: 8.0}, router: {type: top_k, "

@@ -8,7 +8,7 @@ import pytest
 
 from moe_dist.config import load_config
 from moe_dist.engine.checkpoint import checkpoint_path, newest_complete, prune, resolve_resume
-from moe_dist.engine.manifest import write_manifest
+from moe_dist.engine.manifest import set_aside_later, write_manifest
 from moe_dist.engine.state import MAY_CHANGE, TrainState, check_resumable, merge_states
 from moe_dist.engine.storage import write_json
 from moe_dist.errors import UserError
@@ -30,14 +30,29 @@ def put(run_dir, step, *, complete=True):
     return folder
 
 
-def test_newest_complete_ignores_partial_ones(tmp_path):
+def test_the_newest_checkpoint(tmp_path):
     assert newest_complete(tmp_path) is None
-    old, _ = put(tmp_path, 9), put(tmp_path, 10, complete=False)
+    for step in (9, 10):
+        newest = put(tmp_path, step)
     put(tmp_path, 11).rename(tmp_path / "checkpoints" / "step_00000011.tmp")
-    (tmp_path / "checkpoints" / "step_00000012").mkdir()
-    assert newest_complete(tmp_path) == old
-    newer = put(tmp_path, 100_000_000)  # one digit more sorts last all the same
-    assert newest_complete(tmp_path) == newer
+    put(tmp_path, 12).rename(tmp_path / "checkpoints" / "step_00000012.aside")
+    assert newest_complete(tmp_path) == newest
+    for step in (99_999_999, 100_000_000):  # one digit more comes later all the same
+        assert newest_complete(put(tmp_path, step).parents[1]) == checkpoint_path(tmp_path, step)
+
+
+def test_a_damaged_newest_one_is_not_passed_over(tmp_path):
+    put(tmp_path, 1)
+    damaged = put(tmp_path, 2, complete=False)
+    with pytest.raises(UserError) as caught:
+        resolve_resume(recipe(f"run.dir={tmp_path}"))
+    remedy = f"restore it, or move {damaged} away to go on from the checkpoint before it"
+    assert str(caught.value) == f"{damaged / 'state.json'} is missing; {remedy}"
+    damaged.rename(tmp_path / "elsewhere")
+    assert newest_complete(tmp_path) == checkpoint_path(tmp_path, 1)
+    damaged.mkdir()
+    with pytest.raises(UserError, match=r"step_00000002/manifest\.json cannot be read; restore it, or move"):
+        newest_complete(tmp_path)
 
 
 def test_prune_keeps_the_newest_and_removes_leftovers(tmp_path):
@@ -51,6 +66,28 @@ def test_prune_keeps_the_newest_and_removes_leftovers(tmp_path):
     )
 
 
+def test_checkpoints_of_later_steps_are_set_aside(tmp_path):
+    """A run that starts anew would else prune its own and resume the other one's."""
+    put(tmp_path, 3).rename(tmp_path / "checkpoints" / "step_00000003.aside")
+    for step in (1, 2, 3):
+        put(tmp_path, step)
+    assert [path.name for path in set_aside_later(tmp_path, 1)] == ["step_00000002", "step_00000003"]
+    assert newest_complete(tmp_path) == checkpoint_path(tmp_path, 1)
+    prune(tmp_path, keep=1)
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"step_00000001", "step_00000002.aside", "step_00000003.aside"}
+
+
+def test_prune_keeps_every_mth(tmp_path):
+    """The newest two and those of steps 10, 20, 30; a step saved at the end of a stage is none of them."""
+    for step in (5, 10, 12, 20, 25, 30, 35):
+        put(tmp_path, step)
+        prune(tmp_path, keep=2, keep_every=10)
+    left = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert left == [f"step_{step:08d}" for step in (10, 20, 30, 35)]
+    assert newest_complete(tmp_path) == checkpoint_path(tmp_path, 35)
+
+
 def test_resolve_resume(tmp_path):
     def resolve(value):
         return resolve_resume(recipe(f"run.dir={tmp_path}", f"run.resume={value}"))
@@ -61,7 +98,6 @@ def test_resolve_resume(tmp_path):
     assert resolve("none") is None
     assert resolve(first) == first
     (second / "state.json").write_text("{}")
-    assert resolve("auto") == first
     with pytest.raises(UserError, match=r"run\.resume=.*step_00000002 is not a complete .*state\.json has 2 bytes"):
         resolve(second)
     with pytest.raises(UserError, match=r"run\.resume=.*nowhere is not a complete checkpoint"):
@@ -72,7 +108,8 @@ def test_resolve_resume(tmp_path):
     "override",
     [
         "run.dir=elsewhere", "train.stop_after=7", "train.micro_batch_groups=1", "parallel.expert=1", "eval.every=3",
-        "checkpoint.keep=9", "telemetry.tensorboard=false", "model.recompute=true",
+        "checkpoint.keep=9", "checkpoint.keep_every=7", "checkpoint.asynchronous=false",
+        "telemetry.tensorboard=false", "model.recompute=true",
         "deepspeed.zero_optimization.stage=3",
     ],
 )  # fmt: skip

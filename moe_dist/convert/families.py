@@ -1,0 +1,126 @@
+"""The models of Hugging Face that are also ours, Llama and Mixtral: config.json <-> the recipe's `model:` section."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_dist.config import DenseFFN, LoRAConfig, ModelConfig, validate
+from moe_dist.errors import UserError
+from moe_dist.moe.registry import router_settings
+
+DEFAULTS: dict[str, dict[str, Any]] = {  # by model_type: what a config.json may leave out
+    "llama": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0},
+    "mixtral": {
+        "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "num_key_value_heads": 8,
+        "num_local_experts": 8, "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
+REFUSED = {  # keys of config.json that would make it another model -> the value that does not
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "sliding_window": None,
+    "quantization_config": None,
+}
+# What both are: pre-norm, plain attention; of experts, dropless top-k with softmax weights renormalised over the k.
+ARCHITECTURE = {"norm": "pre", "qk_norm": False, "attention_lora": None}
+ROUTER = {
+    "type": "top_k", "score": "softmax", "renormalize": True, "weighting": "score", "bias": False,
+    "capacity_factor": None,
+}  # fmt: skip
+
+
+def model_section(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:
+    """The recipe's `model:` section that config.json (`raw`) means, and the number of vocabulary entries.
+
+    Raises UserError naming the key of an architecture that is neither Llama nor Mixtral, or that is not supported.
+    """
+    kind = raw.get("model_type")
+    if kind not in DEFAULTS:
+        raise UserError(f"{where}: model_type={kind!r} is not supported, only {' and '.join(DEFAULTS)} are")
+    raw = {**DEFAULTS[kind], **raw}
+    for key, value in REFUSED.items():
+        if raw.get(key, value) != value:
+            raise UserError(f"{where}: {key}={raw[key]!r} is not supported, only {value!r} is")
+    sizes = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"]
+    sizes += ["num_local_experts", "num_experts_per_tok"] if kind == "mixtral" else []
+    wrong = [key for key in sizes if not isinstance(raw.get(key), int) or raw[key] < 1]
+    if wrong:
+        raise UserError(f"{where}: key '{wrong[0]}' is missing or is no positive whole number")
+    ffn: dict[str, Any] = {"type": "dense", "hidden_size": raw["intermediate_size"]}
+    if kind == "mixtral":
+        router = {"num_experts": raw["num_local_experts"], "top_k": raw["num_experts_per_tok"], "renormalize": True}
+        ffn |= {"type": "moe", "router": {"type": "top_k"} | router}
+    section = {
+        "hidden_size": raw["hidden_size"],
+        "num_layers": raw["num_hidden_layers"],
+        "num_heads": raw["num_attention_heads"],
+        "num_query_groups": raw.get("num_key_value_heads") or raw["num_attention_heads"],
+        "head_size": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        "ffn": ffn,
+        "norm": "pre",
+        "norm_epsilon": raw["rms_norm_eps"],
+        "qk_norm": False,
+        "rope_base": _rope_base(raw, where),
+        "tie_embeddings": raw.get("tie_word_embeddings", False),
+        "init_std": raw.get("initializer_range", 0.02),
+    }
+    return validate(ModelConfig, section, where), raw["vocab_size"]
+
+
+def _rope_base(raw: Mapping[str, Any], where: str) -> float:
+    """rope_theta, at the top level (transformers 4) or among the rope_parameters (5)."""
+    parameters = raw.get("rope_parameters") or {}
+    for key, settings in (("rope_scaling", raw.get("rope_scaling") or {}), ("rope_parameters", parameters)):
+        kind = settings.get("rope_type", settings.get("type", "default"))
+        if kind != "default":
+            raise UserError(f"{where}: {key}={kind!r} is not supported, only the plain rotary embedding is")
+    for settings in (raw, parameters):
+        if settings.get("partial_rotary_factor", 1) != 1:
+            raise UserError(f"{where}: partial_rotary_factor={settings['partial_rotary_factor']} is not supported")
+    return parameters.get("rope_theta", raw["rope_theta"])
+
+
+def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> dict[str, Any]:
+    """The config.json of a model: `model_section` gives back the same one. Readable by transformers 4 and 5.
+
+    Raises UserError naming the first key that neither a Llama nor a Mixtral has.
+    """
+    none = f"{where} has no Hugging Face architecture"
+    found = {f"model.{key}": (getattr(model, key), value) for key, value in ARCHITECTURE.items()}
+    if not isinstance(model.ffn, DenseFFN):
+        router = router_settings(model.ffn.router).model_dump()
+        found["model.ffn.experts.type"] = (model.ffn.experts.type, "swiglu")
+        found |= {f"model.ffn.router.{key}": (router.get(key), value) for key, value in ROUTER.items()}
+    for key, (ours, theirs) in found.items():
+        if ours != theirs:
+            shown = "not null" if isinstance(ours, LoRAConfig) else repr(ours)
+            raise UserError(f"{none}: {key} is {shown}, Llama and Mixtral have {theirs!r}")
+    if model.hidden_size % model.num_heads:
+        raise UserError(
+            f"{none}: model.hidden_size={model.hidden_size} is no multiple of model.num_heads={model.num_heads}"
+        )
+    raw: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    raw |= {"attention_bias": False, "mlp_bias": False}
+    if not isinstance(model.ffn, DenseFFN):
+        raw = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "sliding_window": None}
+        raw |= {"num_local_experts": router["num_experts"], "num_experts_per_tok": router["top_k"]}
+    return raw | {
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.query_groups,
+        "head_dim": model.size_per_head,
+        "hidden_act": "silu",
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_theta": model.rope_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
+        "tie_word_embeddings": model.tie_embeddings,
+        "bos_token_id": None,  # the tokenizer knows them; left out they would be 1 and 2
+        "eos_token_id": None,
+        "torch_dtype": dtype,
+    }

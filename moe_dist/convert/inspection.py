@@ -1,0 +1,30 @@
+"""Checks checkpoints without the model and the ranks they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from moe_dist.engine.manifest import checkpoints, verify
+from moe_dist.engine.storage import read_index
+from moe_dist.errors import UserError
+
+
+def inspect(folder: str | Path, tell: Callable[[str], None]) -> None:
+    """Verify a checkpoint, or all of a run folder, down to every byte, and tell one line of each.
+
+    Raises the UserError of the first that is not as it was written, when all have been looked at.
+    """
+    problems = []
+    for path in checkpoints(folder) or [Path(folder)]:
+        try:
+            files = verify(path)
+            tensors = read_index(path, files).state_dict_metadata
+        except UserError as error:
+            problems.append(error)
+            tell(f"{path}: NOT usable: {error}")
+        else:
+            mib = sum(files.values()) / 2**20
+            tell(f"{path}: {len(files)} files, {len(tensors):,} tensors, {mib:,.1f} MiB: all as written")
+    if problems:
+        raise problems[0]

@@ -1,0 +1,157 @@
+"""Finds what a step does on the host, without a device: fake `cuda` tensors run a forward pass, meta tensors both.
+
+Neither kind holds values, so whatever reads one (`.item()`, `.tolist()`, `bool(...)`, `nonzero`, indexing by a mask)
+raises an error of PyTorch's own. `HotPath` finds what these kinds allow: tensors made on the CPU, and waiting copies.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moe_dist.moe.dispatch import split_sizes
+from moe_dist.moe.layer import MoELayer
+
+# Functions that may work on the CPU: small facts which the host knows already, copied without waiting.
+HOST_WORK = {
+    "moe_dist.moe.experts.grouped_matmul",  # where each expert's rows end, from the split sizes
+    "moe_dist.moe.dispatch.AllToAllDispatcher._exchange_counts",  # the order of the experts over the ranks
+    "moe_dist.model.attention.VarlenDocuments.build",  # once per micro-batch, from the documents' lengths
+    "moe_dist.model.attention.BucketedDocuments.build",
+}
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+
+
+class OnTheHost(AssertionError):
+    """The hot path made or read a tensor of the CPU, or waited for a copy."""
+
+
+class HotPath(TorchDispatchMode):
+    """Raises OnTheHost at every operation with a CPU tensor outside HOST_WORK, and at every copy that waits.
+
+    A number among the operands is a CPU tensor of no dimension to PyTorch: it costs nothing and is let through.
+    """
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        read, made = _devices((args, kwargs)), _devices(result)
+        if "cpu" in read | made:
+            if _caller() not in HOST_WORK and function is not torch.ops.aten.scalar_tensor.default:
+                raise OnTheHost(f"{function} reads tensors of {sorted(read)} and makes one of {sorted(made)}")
+            waits = function in _COPIES and read | made != {"cpu"} and not kwargs.get("non_blocking")
+            if waits or ("cpu" in made and read - {"cpu"}):
+                raise OnTheHost(f"{function} waits for a copy from {sorted(read)} to {sorted(made)}")
+        return result
+
+
+def _devices(values: Any) -> set[str]:
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    return {t.device.type for t in tensors if not (t.device.type == "cpu" and t.dim() == 0 and _is_number(t))}
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.float64, torch.int64, torch.bool) and not tensor.requires_grad
+
+
+def _caller() -> str | None:
+    """The innermost function of moe_dist on the stack; None in a backward pass."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("moe_dist."):
+            return f"{module}.{frame.f_code.co_qualname}"
+        frame = frame.f_back
+    return None
+
+
+def expert_layers(model: nn.Module) -> list[MoELayer]:
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+def read_counts(model: nn.Module, *inputs: Any) -> list[list[int]]:
+    """What every expert layer of a model on the CPU reads from the device in a forward pass."""
+    counts: list[list[int]] = []
+
+    def recorded(tensor: Tensor) -> list:
+        counts.append(split_sizes(tensor))
+        return counts[-1]
+
+    for layer in expert_layers(model):
+        layer.dispatcher.split_sizes = recorded
+    model(*inputs)
+    return counts
+
+
+def inject(model: nn.Module, counts: Sequence[Any]) -> list[int]:
+    """Let the expert layers read these counts; the list that comes back says how often each did."""
+    calls = [0] * len(counts)
+    for number, (layer, known) in enumerate(zip(expert_layers(model), counts, strict=True)):
+
+        def answer(tensor: Tensor, number: int = number, known: Any = known) -> Any:
+            assert tuple(tensor.shape) == np.shape(known)
+            calls[number] += 1
+            return known
+
+        layer.dispatcher.split_sizes = answer
+    return calls
+
+
+def on_fake_cuda(value: Any, mode: FakeTensorMode) -> Any:
+    """A tensor, or a record of tensors (Batch, TokenInfo), as fake `cuda` tensors."""
+    if isinstance(value, Tensor):
+        with mode, torch.no_grad():
+            return mode.from_tensor(value).to("cuda:0", non_blocking=True)  # waiting would need a real one
+    if hasattr(value, "__dataclass_fields__"):
+        return replace(value, **{f.name: on_fake_cuda(getattr(value, f.name), mode) for f in fields(value)})
+    if isinstance(value, dict):
+        return {key: on_fake_cuda(item, mode) for key, item in value.items()}
+    return value
+
+
+def model_on_fake_cuda(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """Replace a model's parameters by fake ones. They need no gradients: autograd would ask for a real device."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(on_fake_cuda(parameter.detach(), mode), requires_grad=False))
+    return model
+
+
+class PythonOperators(TorchFunctionMode):
+    """`x[...]` and `~x` by the operations they stand for: PyTorch's own ask for a device guard, which a CPU build
+    lacks for `cuda`. An index that is a tensor becomes PyTorch's operation, which fake tensors refuse for a mask."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__invert__:
+            return args[0].bitwise_not()
+        if function is not Tensor.__getitem__:
+            return function(*args, **(kwargs or {}))
+        x, index = args
+        items = list(index) if isinstance(index, tuple) else [index]
+        if any(isinstance(item, Tensor) for item in items):
+            return torch.ops.aten.index.Tensor(x, [item if isinstance(item, Tensor) else None for item in items])
+        if Ellipsis in items:
+            place = items.index(Ellipsis)
+            missing = x.dim() - sum(item is not None and item is not Ellipsis for item in items)
+            items[place : place + 1] = [slice(None)] * missing
+        dim = 0
+        for item in items:
+            if item is None:
+                x = x.unsqueeze(dim)
+            elif isinstance(item, int):
+                x = x.select(dim, item)
+                continue
+            elif item != slice(None):
+                x = torch.ops.aten.slice.Tensor(x, dim, item.start, item.stop, item.step or 1)
+            dim += 1
+        return x
