@@ -15,8 +15,8 @@ train: data  ## pre-train the quickstart; `make train ARGS="train.steps=20 run.d
 
 roma: runs/roma_comparison.json  ## RoMA from SmolLM2 to the comparison with its control; a step that is done is skipped
 
-test: setup  ## all tests
-	$(BIN)/python -m pytest
+test: setup  ## all tests; what is skipped is told with the reason (no Slurm here: docs/slurm.md)
+	$(BIN)/python -m pytest -rs
 
 test-fast: setup  ## the working loop
 	$(BIN)/python -m pytest -m "not slow"

@@ -40,16 +40,19 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.placement import make_placement
 from moe_dist.moe.router import Router
+from moe_dist.parallel.health import check_health
 from moe_dist.parallel.launch import is_main_process
 from moe_dist.parallel.layout import Layout, check_layout, make_layout
 from moe_dist.parallel.signals import Stopped, StopSignals
 from moe_dist.parallel.together import together
 from moe_dist.telemetry.decisions import decision_metrics
+from moe_dist.telemetry.hang import HangWatch
 from moe_dist.telemetry.progress import Progress
 from moe_dist.telemetry.report import write_report
 from moe_dist.telemetry.routing import routing_counts, routing_metrics
 from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.telemetry.sinks import Sinks
+from moe_dist.telemetry.stragglers import Stragglers
 from moe_dist.telemetry.throughput import flops_saved, model_flops
 
 SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -63,8 +66,14 @@ def train(path: str | Path, overrides: Sequence[str] = (), stop: StopSignals | N
     config, stop = load_config(path, overrides), stop or StopSignals()
     folder, run = RunFolder(Path(config.run.dir)), None
     try:
-        layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+        device = init_distributed()
+        health = check_health(config, device)  # first: ranks that differ would not meet in what comes
+        layout = make_layout(expert=config.parallel.expert, device=device)
         check_recipe(config, layout)
+        with together():
+            if layout.is_main:
+                folder.write_health(health.to_json())
+                print(health.summary(), flush=True)
         run = Run.build(config, layout, folder, stop)
         run.loop()
     except BaseException as error:
@@ -168,13 +177,18 @@ class Run:
                 self.folder.open(self.config, step=self.step)
                 self._tell_the_start()
             sinks = Sinks(self.folder, self.config, is_main=main, causal=causal, step=self.step)
+            stragglers = Stragglers(self.config.health, self.folder, rank=self.layout.rank, step=self.step)
+            watch = HangWatch(self.folder.stacks, self.layout.rank, self.config.health.hang_seconds, self._tell_hang)
             if self.config.eval.every:
                 next(self.held_out_batches())  # a held-out split that cannot be used shows now, not after many steps
-        with Progress(last, step=self.step, is_main=main, causal=causal) as progress, self.saver:
+        with watch, Progress(last, step=self.step, is_main=main, causal=causal) as progress, self.saver:
             while self.step < last and not (signal := self.stop.agreed(self.layout.device)):
-                metrics = self.train_step()
+                with stragglers:
+                    metrics = self.train_step()
+                watch.beat()
                 if _due(self.step, self.config.eval.every, last):
                     metrics |= self.evaluate()
+                    watch.beat()
                 if self.step % self.config.telemetry.every == 0 or self.step == last or "eval/loss" in metrics:
                     with together():
                         sinks.log(self.step, metrics | self.saver.metrics())
@@ -183,6 +197,7 @@ class Run:
                 progress.update(self.step, metrics)
                 if _due(self.step, self.config.checkpoint.every, last) or self.step == last:
                     saved = self.save()
+                    watch.beat()
             if saved < self.step:
                 self.save()
         with together():
@@ -191,6 +206,9 @@ class Run:
                 if is_new and signal is None:  # a signal leaves little time
                     write_report(self.folder.path)
                 print(self.folder.write_end(self.step, train.steps, signal), flush=True)
+
+    def _tell_hang(self, sentence: str) -> None:
+        self.folder.write_status("failed", self.step, sentence, restart=True)
 
     def _tell_the_start(self) -> None:
         """Print what init_from has done, and keep it in RUN/init_from.json."""

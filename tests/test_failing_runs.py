@@ -190,6 +190,7 @@ TOOLS = [
     "train.py --config /nowhere",
     "align.py collect /nowhere /nowhere",
     "multiple_choice.py /nowhere",
+    "job.py begin --job 1 --restarts 0 --max-failures 1 --config /nowhere",
 ]
 
 
