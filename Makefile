@@ -15,14 +15,14 @@ train: data  ## pre-train the quickstart; `make train ARGS="train.steps=20 run.d
 
 roma: runs/roma_comparison.json  ## RoMA from SmolLM2 to the comparison with its control; a step that is done is skipped
 
-test: setup  ## all tests
-	$(BIN)/python -m pytest
+test: setup  ## all tests; what is skipped is told with the reason (no Slurm here: docs/slurm.md)
+	$(BIN)/python -m pytest -rs
 
 test-fast: setup  ## the working loop
 	$(BIN)/python -m pytest -m "not slow"
 
-test-long: setup  ## kill -9 at many places of steps and saves
-	MOE_DIST_LONG=1 $(BIN)/python -m pytest tests/engine/test_kills.py
+test-long: setup  ## kill -9 at many places of steps and saves, under all launchers; more losses at changed layouts
+	MOE_DIST_LONG=1 $(BIN)/python -m pytest tests/engine/test_kills.py tests/test_lost_rank.py tests/engine/test_any_layout.py
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/mypy

@@ -5,18 +5,19 @@
     launch/convert.py upcycle --from CHECKPOINT --to OUT --experts N [model.ffn.router.KEY=VALUE ...]
     launch/convert.py verify FOLDER                       a checkpoint or all of a run, every byte, without a model
 
-upcycle: the experts of every layer become copies of a dense checkpoint's FFN. A CHECKPOINT may be a run folder (its
-newest). Beside the checkpoint, import and upcycle write OUT/model.yaml, the recipe's `model:` section that fits; a run
-starts from it by init_from.
+upcycle: the experts of every layer become copies of a dense checkpoint's FFN, or, of a model with one expert a modality
+(1t1i), of that modality's. A CHECKPOINT may be a run folder (its newest). Beside the checkpoint, import and upcycle
+write OUT/model.yaml, the recipe's `model:` section that fits; a run starts from it by init_from.
 """
 
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
 from moe_dist.convert.hugging_face import export_folder, import_folder
 from moe_dist.convert.inspection import inspect
-from moe_dist.convert.upcycle import upcycle
+from moe_dist.convert.upcycle import Gates, upcycle
 from moe_dist.parallel.launch import run_rank
 
 
@@ -32,8 +33,8 @@ def main(argv: list[str]) -> None:
         print(f"{arguments.out}: Hugging Face folder")
     else:
         upcycle(
-            arguments.source, arguments.out, num_experts=arguments.experts, overrides=arguments.overrides,
-            seed=arguments.seed,
+            arguments.source, arguments.out, experts=arguments.experts, gates=arguments.gates,
+            overrides=arguments.overrides, seed=arguments.seed,
         )  # fmt: skip
         print(f"{arguments.out}: checkpoint and model.yaml")
 
@@ -48,7 +49,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for job in (importing, exporting):
         job.add_argument("--format", choices=["hf"], default="hf", help="hf: Hugging Face, safetensors")
     exporting.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    upcycling.add_argument("--experts", type=int, required=True, help="number of experts of each layer")
+    upcycling.add_argument("--experts", required=True, help="of each layer: 8, or of each modality: 4t4i")
+    upcycling.add_argument("--gates", choices=get_args(Gates), default="fresh", help="of a 1t1i model: %(default)s")
     upcycling.add_argument("--seed", type=int, default=0, help="of the gates: %(default)s")
     upcycling.add_argument("overrides", nargs="*", metavar="model.ffn.router.KEY=VALUE")
     jobs.add_parser("verify").add_argument("folder", type=Path)

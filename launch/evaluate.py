@@ -6,6 +6,7 @@ with parallel.expert set to fit (a checkpoint does not depend on the layout). ev
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -57,12 +58,17 @@ def table(results: dict[str, float], step: int, causal: bool) -> Table:
     label = "" if causal or both else ", non-causal (expert choice)"
     note = ", non-causal (routing of training)" if both else ""
     rows = {f"model{note}": "loss", f"captions shuffled{note}": "shuffled/loss", "bigram model": "bigram"}
+    given = {f"model{note}": ""}  # rows that have losses of one modality given the other: what their keys begin with
     if both:
-        rows = {"model, causal (auxiliary routers)": "causal/loss"} | rows
-    grid = Table("nats per token", *MODALITIES, title=f"held-out loss after {step} steps{label}", title_justify="left")
+        name = "model, causal (auxiliary routers)"
+        rows, given = {name: "causal/loss"} | rows, {name: "causal/"} | given
+    headings = ("nats per token / perplexity", *MODALITIES, "caption given image", "image given caption")
+    grid = Table(*headings, title=f"held-out loss after {step} steps{label}", title_justify="left")
     for name, prefix in rows.items():
-        values = [results.get(f"eval/{prefix}/{modality}") for modality in MODALITIES]
-        grid.add_row(name, *("-" if value is None else f"{value:.3f}" for value in values))
+        keys = [f"{prefix}/{modality}" for modality in MODALITIES]
+        keys += [f"{given[name]}{task}" if name in given else "" for task in ("image_to_text", "text_to_image")]
+        values = [results.get(f"eval/{key}") for key in keys]
+        grid.add_row(name, *("-" if value is None else f"{value:.3f} / {math.exp(value):,.1f}" for value in values))
     return grid
 
 

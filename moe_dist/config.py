@@ -140,6 +140,7 @@ class InitFrom(Strict):
     rename: dict[str, str] = {}  # the checkpoint's names -> the model's; what each `*` stands for is carried over
     new: Patterns = ()  # parameters of the model that keep their own initial values
     left_out: Patterns = ()  # parameters of the checkpoint that are not used
+    data_position: bool = False  # go on in the data where the checkpoint's run had stopped; false: from their beginning
 
     @model_validator(mode="before")
     @classmethod
@@ -191,6 +192,14 @@ class TelemetryConfig(Strict):
     every: Positive = 1  # steps between two lines of metrics.jsonl
 
 
+class HealthConfig(Strict):
+    # A step, an evaluation or a checkpoint that takes longer ends the run, with stacks in RUN/stacks (0: never). Below
+    # the ten minutes after which NCCL gives up without them.
+    hang_seconds: Annotated[float, Field(ge=0)] = 540
+    straggler_every: Positive = 50  # steps between two looks for a slow rank
+    straggler_factor: Annotated[float, Field(gt=1)] = 1.5  # slow: so many times the others' own time in a step
+
+
 class Config(Strict):
     """A whole recipe."""
 
@@ -208,6 +217,7 @@ class Config(Strict):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    health: HealthConfig = HealthConfig()
 
 
 class _Loader(yaml.SafeLoader):

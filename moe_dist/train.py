@@ -24,6 +24,7 @@ from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.engine import checkpoint
 from moe_dist.engine.deepspeed_config import accumulation_steps, check_section
 from moe_dist.engine.init_from import Account, init_from
+from moe_dist.engine.init_from import loader_state as loader_state_of
 from moe_dist.engine.manifest import identity, resolve_init
 from moe_dist.engine.saver import Saver
 from moe_dist.engine.schedule import learning_rate
@@ -39,16 +40,19 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.placement import make_placement
 from moe_dist.moe.router import Router
+from moe_dist.parallel.health import check_health
 from moe_dist.parallel.launch import is_main_process
 from moe_dist.parallel.layout import Layout, check_layout, make_layout
 from moe_dist.parallel.signals import Stopped, StopSignals
 from moe_dist.parallel.together import together
 from moe_dist.telemetry.decisions import decision_metrics
+from moe_dist.telemetry.hang import HangWatch
 from moe_dist.telemetry.progress import Progress
 from moe_dist.telemetry.report import write_report
 from moe_dist.telemetry.routing import routing_counts, routing_metrics
 from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.telemetry.sinks import Sinks
+from moe_dist.telemetry.stragglers import Stragglers
 from moe_dist.telemetry.throughput import flops_saved, model_flops
 
 SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -62,8 +66,14 @@ def train(path: str | Path, overrides: Sequence[str] = (), stop: StopSignals | N
     config, stop = load_config(path, overrides), stop or StopSignals()
     folder, run = RunFolder(Path(config.run.dir)), None
     try:
-        layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+        device = init_distributed()
+        health = check_health(config, device)  # first: ranks that differ would not meet in what comes
+        layout = make_layout(expert=config.parallel.expert, device=device)
         check_recipe(config, layout)
+        with together():
+            if layout.is_main:
+                folder.write_health(health.to_json())
+                print(health.summary(), flush=True)
         run = Run.build(config, layout, folder, stop)
         run.loop()
     except BaseException as error:
@@ -141,15 +151,16 @@ class Run:
             checkpoint.load(resume_from, engine, layout)
         initial = start_from(source, engine, layout, vocabulary) if source is not None else None
         with together():
+            loader_state = state.loader if state else loader_state_of(source) if source is not None else None
             loader = make_loader(
                 documents, vocabulary, config.data, seed=config.seed, dp_rank=layout.rank, dp=layout.world,
                 batch_groups=config.train.micro_batch_groups, neighbours=open_neighbours(config.data, source),
-                state=state.loader if state else None,
+                state=loader_state,
             )  # fmt: skip
         return cls(
             config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
             saver=Saver(folder.path, engine, layout, config.checkpoint), documents=documents, held_out=held_out,
-            loader_state=state.loader if state else {}, initial=initial,
+            loader_state=loader_state or {}, initial=initial,
             peak_lr=section.optimizer.params.lr, step=state.step if state else 0, tokens=state.tokens if state else 0,
             stop=stop,
         )  # fmt: skip
@@ -166,13 +177,18 @@ class Run:
                 self.folder.open(self.config, step=self.step)
                 self._tell_the_start()
             sinks = Sinks(self.folder, self.config, is_main=main, causal=causal, step=self.step)
+            stragglers = Stragglers(self.config.health, self.folder, rank=self.layout.rank, step=self.step)
+            watch = HangWatch(self.folder.stacks, self.layout.rank, self.config.health.hang_seconds, self._tell_hang)
             if self.config.eval.every:
                 next(self.held_out_batches())  # a held-out split that cannot be used shows now, not after many steps
-        with Progress(last, step=self.step, is_main=main, causal=causal) as progress, self.saver:
+        with watch, Progress(last, step=self.step, is_main=main, causal=causal) as progress, self.saver:
             while self.step < last and not (signal := self.stop.agreed(self.layout.device)):
-                metrics = self.train_step()
+                with stragglers:
+                    metrics = self.train_step()
+                watch.beat()
                 if _due(self.step, self.config.eval.every, last):
                     metrics |= self.evaluate()
+                    watch.beat()
                 if self.step % self.config.telemetry.every == 0 or self.step == last or "eval/loss" in metrics:
                     with together():
                         sinks.log(self.step, metrics | self.saver.metrics())
@@ -181,6 +197,7 @@ class Run:
                 progress.update(self.step, metrics)
                 if _due(self.step, self.config.checkpoint.every, last) or self.step == last:
                     saved = self.save()
+                    watch.beat()
             if saved < self.step:
                 self.save()
         with together():
@@ -189,6 +206,9 @@ class Run:
                 if is_new and signal is None:  # a signal leaves little time
                     write_report(self.folder.path)
                 print(self.folder.write_end(self.step, train.steps, signal), flush=True)
+
+    def _tell_hang(self, sentence: str) -> None:
+        self.folder.write_status("failed", self.step, sentence, restart=True)
 
     def _tell_the_start(self) -> None:
         """Print what init_from has done, and keep it in RUN/init_from.json."""

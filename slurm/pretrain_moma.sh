@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Pre-train MoMa under Slurm, one task a rank: sbatch slurm/pretrain_moma.sh [section.key=value ...]
-# Partition, account, nodes and tasks are sbatch's own options; CONFIG=... names another recipe.
+# Pre-train MoMa: sbatch slurm/pretrain_moma.sh [section.key=value ...]. CONFIG=configs/NAME.yaml: another recipe.
+# Nodes and GPUs, as an example: sbatch -N 4 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=12 slurm/pretrain_moma.sh
 #SBATCH --job-name=moma
-#SBATCH --ntasks=2
-#SBATCH --output=%x-%j.log
-set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:-.}"
-source .venv/bin/activate
-srun --kill-on-bad-exit python launch/train.py --config "${CONFIG:-configs/moma_quickstart.yaml}" "$@"
+#SBATCH --nodes=2 --ntasks-per-node=1
+#SBATCH --output=%x-%j.log --open-mode=append
+#SBATCH --requeue --signal=B:USR1@120
+CONFIG=${CONFIG:-configs/moma_quickstart.yaml}
+command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p;T;q')
+command=${command:-$SLURM_SUBMIT_DIR/slurm/pretrain_moma.sh}  # the controller may be too busy to answer
+source "$(dirname "${command%%.sh*}")/env.sh"
+train "$@"

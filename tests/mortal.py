@@ -31,13 +31,13 @@ from tests.distributed import FORK_SERVER
 from tests.launching import MOMA, ROOT
 
 PATIENCE = 120.0  # seconds after which a rank counts as hanging
-IN_SAVES = ("save", "write", "tensors", "index", "commit", "prune")
 WINDOWS = {  # functions to die in, as the code looks them up
     "save": "moe_dist.engine.saver:Saver.save",  # in the training thread
     "write": "moe_dist.engine.saver:write",  # these in the writer's, if saves are asynchronous
     "tensors": "moe_dist.engine.storage:write_safetensors",
     "index": "moe_dist.engine.storage:ShardWriter.finish",
     "commit": "moe_dist.engine.checkpoint:commit",
+    "sync": "moe_dist.engine.checkpoint:_sync_folder",  # just before a checkpoint becomes visible, and just after
     "prune": "moe_dist.engine.saver:prune",
     "step": "moe_dist.engine.zero:Engine.train_step",
     "backward": "moe_dist.engine.zero:_ZeroEngine.backward",

@@ -112,16 +112,25 @@ def _token_choice_weights(logits: list[Tensor], best: list[int], experts: int, s
     return values, {c: values[c] / total for c in true}
 
 
+def gumbel_difference(key: int, token_id: int, expert: int) -> float:
+    """G' - G'' is logistic: the logit of a uniform number, here 40 bits of a hash."""
+    u = ((splitmix_hash(key, token_id, expert) >> 24) + 0.5) / 2**40
+    return math.log(u / (1 - u))
+
+
 def expert_choice_gates(
-    x_TD: Tensor, weight_ED: Tensor, info: TokenInfo, groups: list[list[int]], key: int, *, capacity_factor
+    x_TD: Tensor, weight_ED: Tensor, info: TokenInfo, groups: list[list[int]], key: int, *, capacity_factor,
+    noise_key: int | None = None,
 ) -> Tensor:
-    """MoMa (arXiv 2407.21770) eq. 1 within each group of tokens."""
+    """MoMa (arXiv 2407.21770) eq. 1 within each group of tokens; noise_key: with Gumbel noise on the gate."""
     num_experts = weight_ED.shape[0]
     rows = [[torch.zeros((), dtype=x_TD.dtype)] * num_experts for _ in range(info.num_tokens)]
     for group in groups:
         capacity = min(len(group), math.ceil(Fraction(str(capacity_factor)) * len(group) / num_experts))
         for e in range(num_experts):
             logits = {t: (x_TD[t] * weight_ED[e]).sum() for t in group}
+            if noise_key is not None:
+                logits = {t: x + gumbel_difference(noise_key, int(info.token_id_T[t]), e) for t, x in logits.items()}
             best = sorted(
                 group,
                 key=lambda t: selection_key(logits[t].item(), int(info.token_id_T[t]), e, key),
@@ -152,7 +161,10 @@ def gates(router, x_TD: Tensor, weights: Sequence[Tensor], info: TokenInfo, moda
         return decide(router, x_TD, weights, info, modality).gates_TE
     groups = groups_of(info, range(len(MODALITIES)) if modality is None else [modality])
     factor = router.settings.capacity_factor
-    return expert_choice_gates(x_TD, weights[0], info, groups, router.key, capacity_factor=factor)
+    noise_key = router.noise_key if router.settings.gumbel_noise and router.training else None
+    return expert_choice_gates(
+        x_TD, weights[0], info, groups, router.key, capacity_factor=factor, noise_key=noise_key
+    )
 
 
 def admitted(logits_T: Sequence[float], info: TokenInfo, sets: list[list[int]], key: int, capacity: float) -> set[int]:

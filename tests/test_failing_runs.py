@@ -186,9 +186,11 @@ TOOLS = [
     "report.py /nowhere",
     "convert.py upcycle --from /nowhere --to /nowhere --experts 2",
     "evaluate.py /nowhere",
+    "generate.py /nowhere --caption a",
     "train.py --config /nowhere",
     "align.py collect /nowhere /nowhere",
     "multiple_choice.py /nowhere",
+    "job.py begin --job 1 --restarts 0 --max-failures 1 --config /nowhere",
 ]
 
 

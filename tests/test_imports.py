@@ -24,6 +24,7 @@ ALLOWED = {
     "alignment": {*LEAVES, "data"},
     "convert": {*LEAVES, "parallel", "moe", "model", "engine", "data"},
     "evaluate": {*LEAVES, "parallel", "data", "model", "losses"},
+    "generation": {*LEAVES, "parallel", "data", "model", "moe"},
 }
 FOREIGN = {"megatron": "model/mcore.py", "deepspeed": "engine/"}  # package -> the only place that may import it
 

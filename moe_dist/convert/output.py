@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -25,8 +26,11 @@ def write_model(
     *,
     source: str,
     files: Mapping[str, bytes],
+    state: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `out` with model.yaml and `files` (by relative path). Raises UserError where it cannot be written.
+
+    state: what a later stage may take over from the run that the weights are of.
 
     The tensors must be the parameters of `model`: that they are is checked against the real one, on the meta device.
     """
@@ -36,8 +40,8 @@ def write_model(
         raise RuntimeError(f"the conversion does not fit the model: {differing}")
     section = model.model_dump(mode="json", exclude_unset=True)
     text = f"# the model of the weights beside it ({source})\n" + yaml.safe_dump({"model": section}, sort_keys=False)
-    state = {"step": 0, "source": source, "config": {"model": section}}
-    write_tensors(out, tensors, state, {MODEL: text.encode(), **files})
+    about = {**(state or {}), "step": 0, "source": source, "config": {"model": section}}
+    write_tensors(out, tensors, about, {MODEL: text.encode(), **files})
 
 
 def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:

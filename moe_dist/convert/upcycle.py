@@ -1,6 +1,8 @@
-"""Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): the experts of every layer start as copies of its dense FFN.
+"""Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): the experts of every layer start as copies of one FFN.
 
-With token choice whose weights sum to 1 the model then computes what the dense one did.
+From a dense model, of its FFN. From a model with one expert a modality (MoMa's 1t1i, arXiv 2407.21770), each modality's
+experts of that modality's. With token choice whose weights sum to 1 the model then computes what the seed did; with
+expert choice it does not, for a token gets none to all of the experts.
 """
 
 from __future__ import annotations
@@ -8,8 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
-from moe_dist.config import DenseFFN, ModelConfig, MoEFFN, apply_override, validate
+from moe_dist.batch import MODALITIES
+from moe_dist.config import DenseFFN, ModelConfig, MoEFFN, SwiGLUExpertsConfig, apply_override, validate
 from moe_dist.convert.output import write_model
 from moe_dist.engine.manifest import newest_complete, read_state
 from moe_dist.engine.storage import LazyTensor
@@ -19,43 +23,84 @@ from moe_dist.moe.registry import build_router
 from moe_dist.moe.router import Router, Site
 
 ROUTER = "model.ffn.router"
-_FFN = re.compile(r"layers\.\d+\.ffn\.(gate_up|down)\.weight")
+KEPT = ("loader", "vocabulary")  # of the seed's state: where it stood in its data, and with which tokenizers
+_DENSE = re.compile(r"layers\.\d+\.ffn\.(gate_up|down)\.weight")
+_EXPERT = re.compile(r"(layers\.\d+\.ffn\.experts\.(?:gate_up|down))\[(\d+)\]")
+_ROUTER = re.compile(r"layers\.\d+\.ffn\.router\..*")
+
+Gates = Literal["fresh", "copied"]
 
 
 def upcycle(
-    source: str | Path, out: str | Path, *, num_experts: int, overrides: Sequence[str] = (), seed: int = 0
+    source: str | Path,
+    out: str | Path,
+    *,
+    experts: str,
+    gates: Gates = "fresh",
+    overrides: Sequence[str] = (),
+    seed: int = 0,
 ) -> None:
-    """Write `out` from the checkpoint (or the newest of the run) `source` of a dense model. Raises UserError.
+    """Write `out` from the checkpoint (or the newest of the run) `source`. Raises UserError.
 
-    The router is top-2 of num_experts with weights that sum to 1, unless `overrides` (model.ffn.router.KEY=VALUE) say
-    otherwise; its gates are drawn by `seed`.
+    experts: of each layer, as `8` (top-2 of 8 with weights that sum to 1, from a dense model) or as `4t4i` (expert
+    choice among the experts of each modality). `overrides` (model.ffn.router.KEY=VALUE) say otherwise. gates: fresh
+    ones are drawn by `seed` as a new model's; copied, of a 1t1i model, all gates of a modality are the seed's one.
     """
     path = newest_complete(source) or Path(source)
-    dense = validate(ModelConfig, read_state(path)["config"]["model"], str(path), "model")
-    if not isinstance(dense.ffn, DenseFFN):
-        raise UserError(f"{path} holds a model whose model.ffn.type is '{dense.ffn.type}' already, not 'dense'")
-    model = _sparse(dense, num_experts, overrides)
-    stored = read_tensors(path)
-    tensors: dict[str, LazyTensor] = {}
+    state = read_state(path)
+    old = validate(ModelConfig, state["config"]["model"], str(path), "model")
+    model = _sparse(old, _router_section(old, experts, path), overrides)
     routers = _routers(model, seed)
+    if not isinstance(old.ffn, DenseFFN) and len(routers[0].expert_groups) != len(MODALITIES):
+        raise UserError(f"{path} has experts for each modality, and model.ffn.router.type would not")
+    if gates == "copied" and isinstance(old.ffn, DenseFFN):
+        raise UserError(f"{path} holds a dense model, which has no gates to copy: use fresh ones")
+    tensors: dict[str, LazyTensor] = {}
+    stored = read_tensors(path)
     for name, tensor in stored.items():
-        if _FFN.fullmatch(name):
-            tensors |= _copies(name, tensor, routers[0].num_experts)
-        else:
-            tensors[name] = tensor
+        if not _ROUTER.fullmatch(name):
+            tensors |= _copies(name, tensor, routers[0].expert_groups)
     for layer, router in enumerate(routers):
-        for name, parameter in router.named_parameters():  # type: ignore[attr-defined]
-            tensors[f"layers.{layer}.ffn.router.{name}"] = LazyTensor.of(parameter.detach())
+        for key, parameter in router.named_parameters():  # type: ignore[attr-defined]
+            name = f"layers.{layer}.ffn.router.{key}"
+            fresh = LazyTensor.of(parameter.detach())
+            tensors[name] = _repeated(stored[name], fresh) if gates == "copied" and name in stored else fresh
     tokenizer = path / "tokenizer"
     files = {f"tokenizer/{file.name}": file.read_bytes() for file in sorted(tokenizer.glob("*"))}
     vocab_size = stored["embedding.weight"].shape[0]
-    write_model(out, model, vocab_size, tensors, source=f"upcycled from {path}", files=files)
+    kept = {key: state[key] for key in KEPT if key in state}
+    write_model(out, model, vocab_size, tensors, source=f"upcycled from {path}", files=files, state=kept)
 
 
-def _sparse(dense: ModelConfig, num_experts: int, overrides: Sequence[str]) -> ModelConfig:
-    router = {"type": "top_k", "num_experts": num_experts, "top_k": min(2, num_experts), "renormalize": True}
-    section = dense.model_dump(mode="json", exclude_unset=True)
-    section["ffn"] = {"type": "moe", "hidden_size": dense.ffn.hidden_size, "router": router}
+def _router_section(old: ModelConfig, experts: str, path: Path) -> dict[str, Any]:
+    """The router of the new model before overrides. Raises UserError for a seed that is neither dense nor 1t1i."""
+    each = re.fullmatch(r"(\d+)t(\d+)i", experts)
+    if each is None and not experts.isdecimal():
+        raise UserError(f"--experts {experts}: a number, or text and image experts as 4t4i")
+    if isinstance(old.ffn, DenseFFN):
+        if each is None:
+            number = int(experts)
+            return {"type": "top_k", "num_experts": number, "top_k": min(2, number), "renormalize": True}
+        children: dict[str, Any] = {name: {"type": "expert_choice"} for name in MODALITIES}
+    else:
+        children = {name: old.ffn.router.get(name, {}) for name in MODALITIES}
+        is_seed = all(child.get("num_experts") == 1 for child in children.values())
+        if not is_seed or not isinstance(old.ffn.experts, SwiGLUExpertsConfig):
+            raise UserError(
+                f"{path} holds a model that is neither dense nor has exactly one expert a modality (1t1i), of which "
+                "more could be made"
+            )
+        if each is None:
+            raise UserError(f"--experts {experts}: {path} has experts for each modality: say how many of each, as 4t4i")
+    for name, count in zip(MODALITIES, each.groups(), strict=True):  # an auxiliary router knows the seed's choices only
+        settings = {key: value for key, value in children[name].items() if key != "auxiliary"}
+        children[name] = settings | {"num_experts": int(count)}
+    return {"type": "modality", **children}
+
+
+def _sparse(old: ModelConfig, router: dict[str, Any], overrides: Sequence[str]) -> ModelConfig:
+    section = old.model_dump(mode="json", exclude_unset=True)
+    section["ffn"] = {"type": "moe", "hidden_size": old.ffn.hidden_size, "router": router}
     for override in overrides:
         if not override.startswith((f"{ROUTER}.", f"{ROUTER}=")):
             raise UserError(f"override '{override}': upcycling changes {ROUTER} alone")
@@ -78,8 +123,20 @@ def _routers(model: ModelConfig, seed: int) -> list[Router]:
     ]  # fmt: skip
 
 
-def _copies(name: str, tensor: LazyTensor, num_experts: int) -> dict[str, LazyTensor]:
-    """A linear layer's weight [out, in] as the experts' rows of a stacked one, [in, out] each."""
-    prefix, key = name.removesuffix(".weight").rsplit(".", 1)
-    transposed = LazyTensor(tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T)
-    return {f"{prefix}.experts.{key}[{expert}]": transposed for expert in range(num_experts)}
+def _copies(name: str, tensor: LazyTensor, groups: Sequence[Sequence[int]]) -> dict[str, LazyTensor]:
+    """What a tensor of the seed becomes: an FFN the experts of its group (of a dense model, of all), others themselves.
+
+    A linear layer's weight is [out, in], an expert's row of a stacked one [in, out].
+    """
+    if _DENSE.fullmatch(name):
+        prefix, key = name.removesuffix(".weight").rsplit(".", 1)
+        transposed = LazyTensor(tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T)
+        return {f"{prefix}.experts.{key}[{expert}]": transposed for group in groups for expert in group}
+    if found := _EXPERT.fullmatch(name):
+        return {f"{found[1]}[{expert}]": tensor for expert in groups[int(found[2])]}
+    return {name: tensor}
+
+
+def _repeated(gate: LazyTensor, like: LazyTensor) -> LazyTensor:
+    """A gate of one column for as many as `like` has."""
+    return LazyTensor(like.shape, gate.dtype, lambda: gate.read().expand(like.shape))

@@ -23,6 +23,11 @@ def scale_pixels(pixels_BHWC: np.ndarray | Tensor) -> Tensor:
     return torch.as_tensor(pixels_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+def to_pixels(images_B3HW: Tensor) -> np.ndarray:
+    """The way back: [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]."""
+    return ((images_B3HW + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
 def in_chunks(function: Callable[[Tensor], Tensor], x_B: Tensor, chunk: int) -> Tensor:
     """function over chunks of exactly `chunk` rows, the last one padded with zeros.
 

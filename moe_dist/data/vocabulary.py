@@ -30,7 +30,8 @@ class Vocabulary:
         self.text, self.image = text, image
         own = {"pad": text.pad, "bos": text.bos, "eos": text.eos} | ({"boi": None, "eoi": None} if image else {})
         missing = [name for name, value in own.items() if value is None]
-        ids = own | {name: text.size + i for i, name in enumerate(missing)}
+        ids = {name: value for name, value in own.items() if value is not None}
+        ids |= {name: text.size + i for i, name in enumerate(missing)}
         self.pad, self.bos, self.eos = (ids[name] for name in ("pad", "bos", "eos"))
         self.boi, self.eoi = ids.get("boi"), ids.get("eoi")
         self.first_image_code: int = text.size + len(missing)

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from moe_dist.config import Count, Positive, Strict
-from moe_dist.data.pixels import scale_pixels
+from moe_dist.data.pixels import scale_pixels, to_pixels
 from moe_dist.data.vq import VQConfig, VQTokenizer
 from moe_dist.errors import UserError
 
@@ -127,8 +127,7 @@ def measure(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> VQQuality:
 
 def reconstruction_grid(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> Image.Image:
     """Rows of originals, each over the row of their reconstructions."""
-    images_N3HW = tokenizer.decode(tokenizer.encode(scale_pixels(pixels_NHW3)))
-    output_NHW3 = ((images_N3HW + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    output_NHW3 = to_pixels(tokenizer.decode(tokenizer.encode(scale_pixels(pixels_NHW3))))
     rows = []
     for start in range(0, len(pixels_NHW3) - GRID_COLUMNS + 1, GRID_COLUMNS):
         for images in (pixels_NHW3, output_NHW3):

@@ -1,8 +1,9 @@
 """Start a stage from an earlier stage's checkpoint, with an account of every tensor on both sides.
 
 Only what the model itself consists of is read: parameters (from float32 masters where there are any) and buffers. The
-optimizer, the schedule and the data start afresh. A tensor of the checkpoint is loaded or left out, one of the
-model is loaded or new; whatever is neither is an error, so that nothing is loaded in part without being told.
+optimizer and the schedule start afresh, and so do the data, unless data_position asks for more. A tensor of the
+checkpoint is loaded or left out, one of the model is loaded or new; whatever is neither is an error, so that nothing is
+loaded in part without being told.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.table import Table
 from moe_dist.config import InitFrom
 from moe_dist.engine.checkpoint import open_index, read_fragments
 from moe_dist.engine.fragments import MODEL_KINDS, fragments, kind_of, refresh_working_parameters
+from moe_dist.engine.manifest import read_state
 from moe_dist.engine.patterns import carried_over, compiled, matching
 from moe_dist.errors import UserError
 from moe_dist.parallel.layout import Layout
@@ -117,6 +119,19 @@ def init_from(settings: InitFrom, engine: Any, layout: Layout) -> Account:
     read_fragments(path, metadata, found)
     refresh_working_parameters(engine)
     return account
+
+
+def loader_state(settings: InitFrom) -> dict[str, Any] | None:
+    """Where the checkpoint's run stood in its data (merged over its ranks), if the stage is to go on from there.
+
+    Raises UserError where the checkpoint does not say.
+    """
+    if not settings.data_position:
+        return None
+    state = read_state(settings.checkpoint)
+    if not state.get("loader"):
+        raise UserError(f"init_from.data_position: {settings.checkpoint} does not say where its run was in the data")
+    return state["loader"]
 
 
 def match(settings: InitFrom, stored: Forms, model: Forms) -> Account:

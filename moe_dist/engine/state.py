@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "eval",
     "telemetry",
     "checkpoint",
+    "health",
     "parallel",  # the stored tensors do not depend on it
     "train.stop_after",
     "train.micro_batch_groups",  # selection groups do not depend on how many share a forward pass

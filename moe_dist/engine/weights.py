@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_dist.engine.checkpoint import commit, verify
 from moe_dist.engine.fragments import FROZEN, MASTER
@@ -42,6 +42,23 @@ def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
             read = partial(_read, path, logical, sorted(pieces[logical]), shape)
             found[name] = LazyTensor(shape, dtype, read)
     return found
+
+
+@torch.no_grad()
+def fill(model: nn.Module, path: str | Path) -> None:
+    """Fill a model's parameters from a checkpoint, of experts those that it holds; for what is not to be trained.
+
+    Every rank reads for itself. Raises UserError where the checkpoint is damaged or of another model.
+    """
+    stored = read_tensors(path)
+    for name, parameter in model.named_parameters():
+        experts = getattr(parameter, "expert_ids", None)
+        own = {name: parameter} if experts is None else {f"{name}[{e}]": row for e, row in zip(experts, parameter)}
+        for key, target in own.items():
+            if key not in stored or stored[key].shape != tuple(target.shape):
+                found = f"is {list(stored[key].shape)}" if key in stored else "is missing"
+                raise UserError(f"{path} is a checkpoint of another model: '{key}' {found}, not {list(target.shape)}")
+            target.copy_(stored[key].read())
 
 
 def write_tensors(

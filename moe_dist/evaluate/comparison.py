@@ -13,6 +13,7 @@ from moe_dist.data.heldout import ShuffledCaptions, heldout_batches
 from moe_dist.data.packing import TokenStore
 from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.evaluate.bigram import Bigram
+from moe_dist.evaluate.conditional import conditional_losses
 from moe_dist.evaluate.perplexity import evaluate, mean_losses
 from moe_dist.parallel.layout import Layout
 
@@ -40,10 +41,13 @@ def compare_with_references(
             store, vocabulary, data, groups=groups, dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
         )
 
-    model = evaluate(forward, batches(held_out), layout, held_out.domains)
-    causal: dict[str, float] = {}
-    if causal_too:
-        causal = evaluate(lambda batch: forward(batch.causally()), batches(held_out), layout, held_out.domains)
+    def of_model(forward: Callable) -> dict[str, float]:
+        return evaluate(forward, batches(held_out), layout, held_out.domains) | conditional_losses(
+            forward, held_out, vocabulary, data, layout, groups=groups, batch_groups=batch_groups
+        )
+
+    model = of_model(forward)
+    causal = of_model(lambda batch: forward(batch.causally())) if causal_too else {}
     shuffled = evaluate(forward, batches(ShuffledCaptions(held_out)), layout) if held_out.has_image.any() else {}
     bigram = mean_losses(Bigram.fit(train, vocabulary, data).token_losses, batches(held_out), layout)
     return (

@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.batch import TokenInfo
 from moe_dist.config import ModelConfig
-from moe_dist.model.attention import locate_documents, rotary_angles
+from moe_dist.model.attention import Documents, locate_documents, rotary_angles
 from moe_dist.model.block import Block
+from moe_dist.model.cache import Decoding
 from moe_dist.model.depth import MixtureOfDepths
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.plan import DepthRecord, RoutingRecord
@@ -71,18 +72,24 @@ class Transformer(nn.Module):
         yield from (block.ffn.router for block in self.layers if isinstance(block.ffn, MoELayer))
         yield from (self.depth[str(layer)].router for layer in self.config.depth_layers)
 
-    def forward(self, tokens_T: Tensor, info: TokenInfo) -> ModelOutput:
+    def forward(self, tokens_T: Tensor, info: TokenInfo, decoding: Decoding | None = None) -> ModelOutput:
         """Logits of the next token at each of the T tokens, and the routers' records.
 
         With `info.causally()` routing is causal, as inference needs it; otherwise it is that of training. Raises
-        UserError where a router cannot be causal (`can_route_causally`).
+        UserError where a router cannot be causal (`can_route_causally`). decoding: the documents go on where sequences
+        of a cache have ended, and their positions likewise.
         """
         config = self.config
         x_TD = self.embedding(tokens_T)
-        documents = locate_documents(info.document_lengths, device=x_TD.device, dtype=x_TD.dtype)
+        of_layers: list[Documents]
+        if decoding is None:
+            of_layers = [locate_documents(info.document_lengths, device=x_TD.device, dtype=x_TD.dtype)]
+            of_layers *= config.num_layers
+        else:
+            of_layers = [decoding.documents(layer, info) for layer in range(config.num_layers)]
         angles_T11d = rotary_angles(info.position_T, head_size=config.size_per_head, base=config.rope_base)
         records, depths = [], []
-        for layer, block in enumerate(self.layers):
+        for layer, (block, documents) in enumerate(zip(self.layers, of_layers)):
             run: Any = partial(self.depth[str(layer)], block) if layer in config.depth_layers else block
             if config.recompute and self.training:
                 # Not the reentrant kind, which would drop the gradient of what the records hold.

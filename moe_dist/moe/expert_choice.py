@@ -18,7 +18,7 @@ from moe_dist.config import Positive
 from moe_dist.moe.auxiliary import AuxiliaryRouter, decide_alone
 from moe_dist.moe.capacity import expert_capacity, join_plans, plan_assignments
 from moe_dist.moe.plan import Routing, RoutingPlan, RoutingRecord
-from moe_dist.moe.random import fold_key
+from moe_dist.moe.random import fold_key, logistic
 from moe_dist.moe.router import Gate, RouterSettings, Site, selection_keys
 
 
@@ -26,6 +26,10 @@ class ExpertChoiceRouter(nn.Module):
     """Every expert takes its highest-scoring valid tokens of each selection group; a token may get 0..E experts.
 
     s = sigmoid(x W); the weight is s, not normalised over experts. Capacity factor 1: one expert a token on average.
+
+    gumbel_noise: in training the gate is sigmoid(x W + G' - G'') with Gumbel noise (MoMa, section on upcycling), for
+    selection and weight alike. The noise follows from (seed, layer, token, expert): a token's number is unique over the
+    run, so it stands for the step as well, and every layout and a resumed run draw the same.
 
     With TokenInfo.causal the auxiliary router says which experts a token gets; the weight stays s (MoMa, eq. 3-4).
     """
@@ -39,6 +43,7 @@ class ExpertChoiceRouter(nn.Module):
         num_experts: Positive
         capacity_factor: Annotated[float, Field(gt=0)] = 1.0
         auxiliary: bool = False  # a second router beside it, for causal inference
+        gumbel_noise: bool = False  # in training: the gate is sigmoid(x W + G' - G''), for upcycled experts
 
     def __init__(self, settings: Settings, site: Site):
         super().__init__()
@@ -46,6 +51,7 @@ class ExpertChoiceRouter(nn.Module):
         self.expert_groups = (tuple(range(settings.num_experts)),)
         self.settings, self.layer = settings, site.layer
         self.key = fold_key(site.seed, site.name, "ties")
+        self.noise_key = fold_key(site.seed, site.name, "gumbel")
         self.gate = Gate(settings.num_experts, site)
         self.auxiliary = AuxiliaryRouter(settings.num_experts, site) if settings.auxiliary else None
         self.has_auxiliary = settings.auxiliary
@@ -54,7 +60,8 @@ class ExpertChoiceRouter(nn.Module):
         members = info.members()
         token_V = torch.cat(members)
         x_VD = x_TD.index_select(0, token_V)
-        logits_VE = self.gate(x_VD)
+        token_id_V = info.token_id_T.index_select(0, token_V)
+        logits_VE = self._add_noise(self.gate(x_VD), token_id_V)
         probs_VE = logits_VE.sigmoid()
         auxiliary_VE = None if self.auxiliary is None else self.auxiliary(x_VD)
         if info.causal:
@@ -62,7 +69,7 @@ class ExpertChoiceRouter(nn.Module):
             expert_VE = torch.arange(self.num_experts, device=x_TD.device).where(chosen_VE, self.num_experts)
             plan = plan_assignments(token_V, expert_VE, probs_VE, self.num_experts)
         else:
-            keys_VE = selection_keys(logits_VE, info.token_id_T.index_select(0, token_V), self.key)
+            keys_VE = selection_keys(logits_VE, token_id_V, self.key)
             chosen_EK = self._choose(keys_VE, [len(member) for member in members])
             chosen_VE = torch.zeros_like(keys_VE, dtype=torch.bool).scatter(0, chosen_EK.t(), True)
             plan = RoutingPlan(
@@ -75,6 +82,13 @@ class ExpertChoiceRouter(nn.Module):
             auxiliary_VC=auxiliary_VE,
         )  # fmt: skip
         return plan, RoutingRecord(layer=self.layer, plan=plan, parts=(routing,))
+
+    def _add_noise(self, logits_VE: Tensor, token_id_V: Tensor) -> Tensor:
+        """None in evaluation, nor where the gate is frozen, as in the stage that trains auxiliary routers."""
+        if not (self.settings.gumbel_noise and self.training and self.gate.weight.requires_grad):
+            return logits_VE
+        expert_E = torch.arange(self.num_experts, device=logits_VE.device)
+        return logits_VE + logistic(self.noise_key, token_id_V[:, None], expert_E).to(logits_VE.dtype)
 
     def _choose(self, keys_VE: Tensor, group_sizes: list[int]) -> Tensor:
         """Rows of keys_VE that each expert takes: its best of every selection group, group after group."""

@@ -1,7 +1,7 @@
 """Randomness that depends on names and numbers alone: not on rank, device or layout, nor on what was drawn before.
 
-`hash_ids` hashes token and expert ids on the device; `dropout` draws its mask from such a hash; `seeded_normal_`
-initialises a parameter from its name.
+`hash_ids` hashes token and expert ids on the device; `uniform`, `logistic` and `dropout` draw from such a hash;
+`seeded_normal_` initialises a parameter from its name.
 
 Shape suffixes: R rows, D columns.
 """
@@ -31,6 +31,16 @@ def hash_ids(key: int, *ids: Tensor) -> Tensor:
     for id_ in ids:
         state = _splitmix64(state ^ id_)
     return state
+
+
+def uniform(key: int, *ids: Tensor) -> Tensor:
+    """float64 in the open interval (0, 1) for each of the broadcast ids: the middles of 2^40 equal parts of it."""
+    return (_shift_right(hash_ids(key, *ids), 24).double() + 0.5) * 2.0**-40
+
+
+def logistic(key: int, *ids: Tensor) -> Tensor:
+    """float64 of the standard logistic distribution: that of G' - G'', two independent Gumbel variables."""
+    return uniform(key, *ids).logit()
 
 
 def dropout(x_RD: Tensor, token_id_R: Tensor, *, key: int, rate: float) -> Tensor:

@@ -1,4 +1,5 @@
-"""The folder of a run: config.yaml, init_from.json, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/.
+"""The folder of a run: config.yaml, init_from.json, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/;
+health.json and stacks/ from the checks of the ranks; job.json and logs/ from a scheduler (docs/slurm.md).
 
 Only rank 0 writes. Whatever is rewritten is replaced atomically, so a reader never sees half a file.
 
@@ -67,6 +68,10 @@ class RunFolder:
     def samples(self) -> Path:
         return self.path / "samples"
 
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
+
     def open(self, config: Config, *, step: int = 0) -> None:
         """Make the folder ready for a run that starts after `step` steps. Raises UserError where it cannot be written.
 
@@ -85,6 +90,12 @@ class RunFolder:
             elif self.metrics.stat().st_size:
                 os.replace(self.metrics, self.metrics.with_suffix(".previous.jsonl"))
         self.write_status("running", step, restart=True)
+
+    def write_health(self, health: dict[str, Any]) -> None:
+        """Keep what the ranks said of themselves before training. Raises UserError."""
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            _replace(self.path / "health.json", json.dumps(health, indent=1) + "\n")
 
     def write_initial(self, account: dict[str, Any]) -> None:
         """Keep what a run started from (init_from). Raises UserError."""

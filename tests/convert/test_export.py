@@ -134,7 +134,7 @@ def test_transformers_computes_what_our_model_does(ffn, tmp_path):
 def test_an_upcycled_llama_is_a_mixtral(tmp_path):
     llama = save_llama(tmp_path / "hf")
     import_folder(tmp_path / "hf", tmp_path / "dense")
-    upcycle(tmp_path / "dense", tmp_path / "sparse", num_experts=4)
+    upcycle(tmp_path / "dense", tmp_path / "sparse", experts="4")
     export_folder(tmp_path / "sparse", tmp_path / "out")
     mixtral = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     documents = random_documents()

@@ -17,6 +17,7 @@ from moe_dist.engine.checkpoint import read_state
 from moe_dist.errors import UserError
 from tests.convert.models import save_llama
 from tests.data.test_hf_tokenizer import save as save_tokenizer
+from tests.launching import ALONE, TORCHRUN, launch
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,3 +172,27 @@ def test_a_run_starts_from_imported_weights_dense_and_upcycled(emoji_samples, tm
     _, said, status = train(start_from(dense), out=tmp_path / "resumed", resume=str(dense))
     assert status != 0
     assert "error: the checkpoint holds weights alone, not a run that could be resumed: use init_from" in said
+
+
+@pytest.mark.slow
+def test_an_upcycled_stage_goes_on_in_the_data_and_starts_its_schedule_again(overrides, tmp_path):
+    """A 1t1i seed of four steps, one process; upcycled after two, and two more on two expert-parallel ranks."""
+    child = "{{type: expert_choice, num_experts: {}}}"
+    router = "model.ffn.router={{type: modality, text: {0}, image: {0}}}"
+    one, two = (router.format(child.format(number)) for number in (1, 2))
+    seed, stage = tmp_path / "seed", tmp_path / "stage"
+    short = [*overrides, "eval.every=0", "checkpoint.every=2"]
+    begun = launch(ALONE, [*short, "parallel.expert=1", one, f"run.dir={seed}", "train.stop_after=4"])
+    assert begun.returncode == 0, begun.stderr
+    half = str(seed / "checkpoints" / "step_00000002")
+    convert.main(["upcycle", "--from", half, "--to", str(tmp_path / "out"), "--experts", "2t2i", "--gates", "copied"])
+    start = f"init_from={{checkpoint: {tmp_path / 'out'}, data_position: true}}"
+    gone_on = launch(TORCHRUN, [*short, two, f"run.dir={stage}", start, "train.stop_after=2"])
+    assert gone_on.returncode == 0, gone_on.stderr
+    straight, after = (
+        read_state(run / "checkpoints" / name) for run, name in ((seed, "step_00000004"), (stage, "step_00000002"))
+    )
+    assert after["loader"] == straight["loader"]
+    assert after["step"] == 2 and after["tokens"] == straight["tokens"] - read_state(half)["tokens"]
+    lines = [(run / "metrics.jsonl").read_text().splitlines()[:2] for run in (seed, stage)]
+    assert [json.loads(line)["lr"] for line in lines[0]] == [json.loads(line)["lr"] for line in lines[1]]

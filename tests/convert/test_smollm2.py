@@ -42,7 +42,7 @@ def test_logits_of_smollm2_equal_those_of_transformers_on_real_text(tmp_path):
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
     assert mean_loss(ours, documents[0]) < 3, "a model that has read English"
 
-    upcycle(out, sparse, num_experts=2)
+    upcycle(out, sparse, experts="2")
     upcycled = logits_packed(load_checkpoint(sparse), documents)
     torch.testing.assert_close(upcycled, ours, rtol=0, atol=1e-4)
     assert mean_loss(upcycled, documents[0]) == pytest.approx(mean_loss(ours, documents[0]), abs=1e-5)

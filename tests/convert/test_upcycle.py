@@ -4,16 +4,20 @@ import pytest
 import torch
 import yaml
 
+from moe_dist.config import InitFrom
 from moe_dist.convert.hugging_face import import_folder
 from moe_dist.convert.upcycle import upcycle
 from moe_dist.engine import checkpoint
-from moe_dist.engine.weights import read_tensors
+from moe_dist.engine.init_from import loader_state
+from moe_dist.engine.manifest import newest_complete, read_state
+from moe_dist.engine.storage import LazyTensor
+from moe_dist.engine.weights import read_tensors, write_tensors
 from moe_dist.engine.zero import init_distributed, make_engine
 from moe_dist.errors import UserError
 from moe_dist.losses.language import language_loss
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.random import seeded_normal_
-from moe_dist.parallel.layout import make_layout
+from moe_dist.parallel.layout import Layout, make_layout
 from tests.convert.models import load_checkpoint, logits_packed, random_documents, save_llama
 from tests.distributed import run_ranks
 from tests.engine.toy import make_config, sgd, step_batches
@@ -45,7 +49,7 @@ def seed(tmp_path_factory):
     ids=["top2", "top1", "all", "null"],
 )
 def test_the_first_loss_is_the_seeds(overrides, seed, tmp_path):
-    upcycle(seed, tmp_path / "out", num_experts=EXPERTS, overrides=overrides)
+    upcycle(seed, tmp_path / "out", experts=str(EXPERTS), overrides=overrides)
     dense, sparse = load_checkpoint(seed), load_checkpoint(tmp_path / "out")
     batch = make_batch([30, 11, 20])
     with torch.no_grad():
@@ -59,7 +63,7 @@ def test_the_first_loss_is_the_seeds(overrides, seed, tmp_path):
 
 
 def test_weights_that_do_not_sum_to_one_show(seed, tmp_path):
-    upcycle(seed, tmp_path / "out", num_experts=EXPERTS, overrides=["model.ffn.router.renormalize=false"])
+    upcycle(seed, tmp_path / "out", experts=str(EXPERTS), overrides=["model.ffn.router.renormalize=false"])
     documents = random_documents()
     before, after = (logits_packed(load_checkpoint(path), documents) for path in (seed, tmp_path / "out"))
     assert (before - after).abs().max() > 0.1
@@ -67,7 +71,7 @@ def test_weights_that_do_not_sum_to_one_show(seed, tmp_path):
 
 def test_copies_are_bitwise_and_gates_are_drawn_by_the_seed(seed, tmp_path):
     for number, name in ((0, "a"), (0, "b"), (7, "c")):
-        upcycle(seed, tmp_path / name, num_experts=EXPERTS, seed=number)
+        upcycle(seed, tmp_path / name, experts=str(EXPERTS), seed=number)
     a, b, c, dense = (
         {name: tensor.read() for name, tensor in read_tensors(path).items()}
         for path in (tmp_path / "a", tmp_path / "b", tmp_path / "c", seed)
@@ -91,7 +95,7 @@ def test_copies_are_bitwise_and_gates_are_drawn_by_the_seed(seed, tmp_path):
 def test_the_recipe_that_fits_is_beside_it(seed, tmp_path):
     (seed / "tokenizer").mkdir(exist_ok=True)
     (seed / "tokenizer" / "tokenizer.json").write_text("{}")
-    upcycle(seed, tmp_path / "out", num_experts=EXPERTS, overrides=["model.ffn.router.score=sigmoid"])
+    upcycle(seed, tmp_path / "out", experts=str(EXPERTS), overrides=["model.ffn.router.score=sigmoid"])
     dense, sparse = (yaml.safe_load((path / "model.yaml").read_text())["model"] for path in (seed, tmp_path / "out"))
     assert sparse.pop("ffn") == {
         "type": "moe",
@@ -125,7 +129,7 @@ def load_into_engine(rank, path, stage, config):
 def test_a_checkpoint_of_ours_from_two_ranks_upcycled_for_two_expert_parallel_ranks(stage, tmp_path):
     """Moments are left behind; masters in many pieces are joined; the engine at EP=2 takes the result."""
     dense = run_ranks(train_and_save, 2, str(tmp_path / "run" / "checkpoints" / "step_00000001"))[0]
-    upcycle(tmp_path / "run", tmp_path / "out", num_experts=EXPERTS)
+    upcycle(tmp_path / "run", tmp_path / "out", experts=str(EXPERTS))
     config = load_checkpoint(tmp_path / "out").config
     on_ranks = run_ranks(load_into_engine, 2, str(tmp_path / "out"), stage, config)
     found = on_ranks[0] | on_ranks[1]
@@ -147,13 +151,108 @@ def test_a_checkpoint_of_ours_from_two_ranks_upcycled_for_two_expert_parallel_ra
 )
 def test_bad_settings_are_named(num_experts, overrides, sentence, seed, tmp_path):
     with pytest.raises(UserError, match=sentence):
-        upcycle(seed, tmp_path / "out", num_experts=num_experts, overrides=overrides)
+        upcycle(seed, tmp_path / "out", experts=str(num_experts), overrides=overrides)
     assert not list(tmp_path.iterdir())
 
 
 def test_bad_sources_are_named(seed, tmp_path):
     with pytest.raises(UserError, match=r"nowhere/manifest\.json cannot be read"):
-        upcycle(tmp_path / "nowhere", tmp_path / "out", num_experts=4)
-    upcycle(seed, tmp_path / "sparse", num_experts=2)
-    with pytest.raises(UserError, match=r"sparse holds a model whose model\.ffn\.type is 'moe' already, not 'dense'"):
-        upcycle(tmp_path / "sparse", tmp_path / "out", num_experts=4)
+        upcycle(tmp_path / "nowhere", tmp_path / "out", experts="4")
+    upcycle(seed, tmp_path / "sparse", experts="2")
+    with pytest.raises(UserError, match=r"sparse holds a model that is neither dense nor has exactly one expert a"):
+        upcycle(tmp_path / "sparse", tmp_path / "out", experts="4")
+
+
+def one_each(**child) -> dict:
+    """MoMa's 1t1i."""
+    router = {name: {"type": "expert_choice", "num_experts": 1, **child} for name in ("text", "image")}
+    return {"type": "moe", "hidden_size": 48, "router": {"type": "modality", **router}}
+
+
+@pytest.fixture(scope="module")
+def one_text_one_image(tmp_path_factory):
+    """A checkpoint as a run writes it: a 1t1i model after a place in its data."""
+    path = tmp_path_factory.mktemp("1t1i") / "run" / "checkpoints" / "step_00000007"
+    model = Transformer(model_config(one_each(auxiliary=True)), VOCABULARY, Layout(), seed=1)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        experts = getattr(parameter, "expert_ids", None)
+        rows = {name: parameter} if experts is None else {f"{name}[{e}]": row for e, row in zip(experts, parameter)}
+        tensors |= {key: LazyTensor.of(value.detach()) for key, value in rows.items()}
+    state = {"step": 7, "tokens": 9, "loader": {"groups": 56}, "vocabulary": "abc"}
+    write_tensors(path, tensors, state | {"config": {"model": model.config.model_dump(mode="json")}})
+    return path.parents[1]
+
+
+@pytest.mark.parametrize("gates", ["fresh", "copied"])
+@pytest.mark.parametrize(("experts", "text"), [("4t4i", 4), ("7t1i", 7), ("1t2i", 1)])
+def test_one_expert_a_modality_becomes_any_number(experts, text, gates, one_text_one_image, tmp_path):
+    noise = [f"model.ffn.router.{name}.gumbel_noise=true" for name in ("text", "image")]
+    upcycle(one_text_one_image, tmp_path / "out", experts=experts, gates=gates, overrides=noise, seed=3)
+    old, new = (
+        {name: tensor.read() for name, tensor in read_tensors(path).items()}
+        for path in (newest_complete(one_text_one_image), tmp_path / "out")
+    )
+    total = text + int(experts[2])
+    drawn = Transformer(load_checkpoint(tmp_path / "out").config, VOCABULARY, Layout(), seed=3)
+    for layer in range(3):
+        for key in ("gate_up", "down"):
+            for expert in range(total):
+                source = old[f"layers.{layer}.ffn.experts.{key}[{0 if expert < text else 1}]"]
+                assert torch.equal(new.pop(f"layers.{layer}.ffn.experts.{key}[{expert}]"), source)
+                assert source.any()
+        for index, name in enumerate(("text", "image")):
+            gate = f"layers.{layer}.ffn.router.{name}.gate.weight"
+            count = (text, total - text)[index]
+            fresh = getattr(drawn.layers[layer].ffn.router, name).gate.weight
+            assert torch.equal(new.pop(gate), old[gate].expand(count, -1) if gates == "copied" else fresh)
+    assert all(torch.equal(tensor, old[name]) for name, tensor in new.items()) and "embedding.weight" in new
+    assert not any(".experts." in name or ".router." in name for name in new), "surplus tensors"
+    router = read_state(tmp_path / "out")["config"]["model"]["ffn"]["router"]
+    assert router["text"] == {"type": "expert_choice", "num_experts": text, "gumbel_noise": True}
+
+
+def test_with_copied_gates_and_one_expert_each_the_model_is_its_seed(one_text_one_image, tmp_path):
+    upcycle(one_text_one_image, tmp_path / "out", experts="1t1i", gates="copied")
+    batch = make_batch([30, 11, 20])
+    old, new = (load_checkpoint(path) for path in (newest_complete(one_text_one_image), tmp_path / "out"))
+    with torch.no_grad():
+        assert torch.equal(*(model(batch.tokens_T, batch.info).logits_TV for model in (old, new)))
+
+
+def test_a_dense_model_becomes_experts_of_both_modalities(seed, tmp_path):
+    upcycle(seed, tmp_path / "out", experts="2t1i")
+    new, dense = read_tensors(tmp_path / "out"), read_tensors(seed)["layers.1.ffn.down.weight"].read()
+    assert all(torch.equal(new[f"layers.1.ffn.experts.down[{expert}]"].read(), dense.T) for expert in range(3))
+    assert "layers.1.ffn.experts.down[3]" not in new
+
+
+def test_where_the_seed_stood_in_its_data_is_kept(one_text_one_image, seed, tmp_path):
+    upcycle(one_text_one_image, tmp_path / "out", experts="2t2i")
+    state = read_state(tmp_path / "out")
+    assert (state["loader"], state["vocabulary"], state["step"]) == ({"groups": 56}, "abc", 0)
+    settings = InitFrom(checkpoint=str(tmp_path / "out"), data_position=True)
+    assert loader_state(settings) == {"groups": 56}
+    assert loader_state(settings.model_copy(update={"data_position": False})) is None
+    with pytest.raises(UserError, match=r"init_from\.data_position: .*dense does not say where its run was"):
+        loader_state(InitFrom(checkpoint=str(seed), data_position=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"experts": "4"}, "--experts 4: .* has experts for each modality: say how many of each, as 4t4i"),
+        ({"experts": "4x"}, "--experts 4x: a number, or text and image experts as 4t4i"),
+        ({"experts": "0t1i"}, r"key 'model\.ffn\.router\.text\.num_experts': input should be greater than 0"),
+        ({"experts": "2t2i", "overrides": ["model.ffn.router={type: top_k, num_experts: 4, top_k: 1}"]},
+         r"has experts for each modality, and model\.ffn\.router\.type would not"),
+    ],
+)  # fmt: skip
+def test_bad_settings_for_experts_of_modalities(settings, sentence, one_text_one_image, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        upcycle(one_text_one_image, tmp_path / "out", **settings)
+
+
+def test_a_dense_model_has_no_gates_to_copy(seed, tmp_path):
+    with pytest.raises(UserError, match="dense model, which has no gates to copy"):
+        upcycle(seed, tmp_path / "out", experts="2t2i", gates="copied")

@@ -32,6 +32,7 @@ from tests.engine.trajectory import Trajectory, assert_can_fail, train
 CLIP = 0.5
 GROUPS = 16  # selection groups of the global batch
 ROUTERS = {"top_k": TOP_K, "moma": MOMA}
+NOISY = {"noisy": MOMA | {name: MOMA[name] | {"gumbel_noise": True} for name in ("text", "image")}}
 BF16 = {"bf16": {"enabled": True}}
 # The loss moves 0.9 at least: 90,000 times as far.
 FLOAT32 = {"loss": 1e-5, "norm": 1e-5, "parameters": 1e-5, "update": 1e-4}
@@ -60,7 +61,7 @@ def recipe(
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {}) | (zero or {})
     deepspeed = sgd(clip=CLIP) | {"zero_optimization": zero} | section
     micro = GROUPS // world // accumulation
-    return make_config(router=ROUTERS[router], expert=expert, groups=GROUPS, micro=micro, deepspeed=deepspeed)
+    return make_config(router=(ROUTERS | NOISY)[router], expert=expert, groups=GROUPS, micro=micro, deepspeed=deepspeed)
 
 
 @cache
@@ -96,6 +97,15 @@ LAYOUTS = [  # world, expert, accumulation
 def test_float32(router, stage, world, expert, accumulation):
     config = recipe(router, world=world, expert=expert, accumulation=accumulation, stage=stage)
     assert_same(train(build, config, world), reference(router), FLOAT32)
+
+
+def test_gumbel_noise_is_the_same_on_every_layout():
+    """Drawn by token, so that ranks do not change it; and it matters."""
+    alone, spread = (train(build, recipe("noisy", world=n, expert=n), n, steps=3) for n in (1, 2))
+    deviation = spread.deviation(alone)
+    assert all(deviation[name] <= tolerance for name, tolerance in FLOAT32.items()), deviation
+    assert min(alone.moved.values()) > 1e-5 and min(alone.norms) > CLIP
+    assert alone.deviation(train(build, recipe("moma"), 1, steps=3))["parameters"] > 0.01
 
 
 @pytest.mark.slow

@@ -1,20 +1,19 @@
 """kill -9 at seeded places inside steps and saves: the checkpoints that were there stay, the run resumes bit for bit.
 
-`make test` tries every window once, `make test-long` many places in each (MOE_DIST_LONG=1).
+`make test` tries a place in most windows, `make test-long` several in each, at several layouts.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from moe_dist.engine.checkpoint import checkpoint_path, newest_complete, verify
+from tests.long import LONG
 from tests.mortal import (
     EVERY,
     GROUPS,
-    IN_SAVES,
     STEPS,
     WINDOWS,
     How,
@@ -26,15 +25,15 @@ from tests.mortal import (
     trace_of,
 )
 
-LONG = "MOE_DIST_LONG" in os.environ
 ALL_KILLS = [
     (how, window, seed)
     for how in (How(1, True), How(3, True), How(3, False))
     for window in WINDOWS
-    for seed in range(2)
+    for seed in (range(4) if window == "sync" else range(2))
 ]
-FEW_KILLS = [*((How(1, True), window, 0) for window in IN_SAVES), *((How(3, False), "commit", 0),)]
-FEW_KILLS += [(How(1 if window == "backward" else 3, True), window, 0) for window in WINDOWS if window not in IN_SAVES]
+FEW_KILLS = [(How(1, True), window, 0) for window in ("save", "write", "tensors", "commit", "prune")]
+FEW_KILLS += [(How(3, False), window, 0) for window in ("step", "backward", "optimizer")]
+FEW_KILLS += [(How(1, True), "sync", 2), (How(3, False), "sync", 0)]  # after a checkpoint became visible, and before
 KILLS = ALL_KILLS if LONG else FEW_KILLS
 
 
@@ -79,6 +78,9 @@ def check_what_is_left(run_dir: Path, undisturbed: Undisturbed, kill: Kill) -> N
             assert newest == before and f"{name}.tmp" in left
         case "commit":  # under one name or the other
             assert newest in (before, saving) and (f"{name}.tmp" in left) == (newest == before)
+        case "sync":  # two calls for each save
+            number, visible = divmod(kill.call, 2)
+            assert newest == EVERY * (number + visible)
         case "prune":
             assert newest == saving
         case window:

@@ -44,6 +44,11 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "text": {"type": "expert_choice", "num_experts": 7},
         "image": {"type": "expert_choice", "num_experts": 1},
     },
+    "noisy": {
+        "type": "modality",
+        "text": {"type": "expert_choice", "num_experts": 4, "gumbel_noise": True},
+        "image": {"type": "expert_choice", "num_experts": 4},
+    },
     "6t2i": {
         "type": "modality",
         "text": {"type": "top_k", "num_experts": 6, "top_k": 2},

@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_dist.moe.random import dropout, fold_key, hash_ids, seeded_normal_
+from moe_dist.moe.random import dropout, fold_key, hash_ids, logistic, seeded_normal_, uniform
 from tests.reference import splitmix_hash
 
 
@@ -26,6 +26,25 @@ def test_keys_are_stable_over_runs_and_machines():
     assert fold_key(0, "name") == fold_key(0, "name") != fold_key(1, "name")
     assert fold_key(0, "ab", "c") != fold_key(0, "a", "bc")
     assert fold_key(0, "name") == 4736901192757521091
+
+
+def test_uniform_numbers_are_40_bits_of_the_hash_and_never_0_or_1():
+    tokens = torch.arange(-5, 50)
+    expected = [((splitmix_hash(9, t) >> 24) + 0.5) / 2**40 for t in tokens.tolist()]
+    assert uniform(9, tokens).tolist() == expected
+    u = uniform(1, torch.arange(200_000))
+    assert u.min() > 0 and u.max() < 1
+    counts = (u * 20).long().bincount(minlength=20)
+    assert ((counts - 10_000).abs() < 500).all()  # five standard deviations
+
+
+def test_the_difference_of_two_gumbel_variables_is_logistic():
+    token = torch.arange(100_000)
+    gumbel = [-(-uniform(key, token).log()).log() for key in (1, 2)]
+    levels = torch.linspace(0.02, 0.98, 13, dtype=torch.float64)
+    ours, theirs = (sample.quantile(levels) for sample in (logistic(3, token), gumbel[0] - gumbel[1]))
+    assert (ours - theirs).abs().max() < 0.12
+    assert (ours - levels.logit()).abs().max() < 0.08
 
 
 def test_initialisation_depends_on_name_and_seed_alone():

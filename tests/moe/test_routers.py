@@ -257,3 +257,24 @@ def test_non_finite_inputs_do_not_break_the_plan():
 def test_bad_settings_name_their_key(raw, message):
     with pytest.raises(UserError, match=message):
         router_settings(raw)
+
+
+def test_gumbel_noise_is_for_training_alone():
+    """Not in evaluation, nor with a frozen gate; another draw for every token number, layer and expert."""
+    noisy = {"type": "expert_choice", "num_experts": 8, "gumbel_noise": True}
+    x_TD, info, _ = make_batch("mixed", 0)
+    x_TD = x_TD.detach().float()
+
+    def logits(raw, *, site=SITE, mode=lambda router: None, info=info):
+        router = build_router(raw, site)
+        mode(router)
+        return router(x_TD, info)[1].parts[0].logits_VC.detach()
+
+    plain = logits({**noisy, "gumbel_noise": False})
+    assert torch.equal(logits(noisy, mode=lambda router: router.eval()), plain)
+    assert torch.equal(logits(noisy, mode=lambda router: router.requires_grad_(False)), plain)
+    noise = logits(noisy) - plain
+    assert noise.abs().min() > 1e-4 and noise.flatten().unique().numel() == noise.numel()
+    later = make_info(info.modality_T, info.valid_T, first_id=TOKENS)
+    for other in (logits(noisy, site=SITE.child("x")), logits(noisy, info=later)):
+        assert (other - plain - noise).abs().median() > 0.1

@@ -1,0 +1,151 @@
+"""Samples of a trained model: launch/generate.py RUN [--caption TEXT ...] [--picture FILE ...] [--mixed PART ...]
+
+  --caption "a red heart" "a dog"      an image for each text
+  --picture cat.png dog.png            a text for each picture
+  --mixed "Two hearts:" @heart.png     goes on with texts and pictures (@FILE); may be given several times
+
+Writes a new folder under RUN/samples/: PNGs, samples.jsonl and a contact sheet, sheet.png. Reads RUN/config.yaml and
+the newest checkpoint, no shards. Runs on one process, or under any launcher with parallel.expert set to fit: the
+samples do not depend on the layout. Overrides of the recipe (section.key=value) come right after RUN.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from moe_dist.config import Config, validate
+from moe_dist.data.tokenized import load_vocabulary
+from moe_dist.data.vocabulary import Vocabulary
+from moe_dist.engine.deepspeed_config import check_section
+from moe_dist.engine.manifest import newest_complete, read_state
+from moe_dist.engine.weights import fill
+from moe_dist.engine.zero import init_distributed
+from moe_dist.errors import UserError
+from moe_dist.generation.decode import check_can_generate, generate
+from moe_dist.generation.pictures import Generated, write_samples
+from moe_dist.generation.prompt import Format, Prompt, Sample, read_picture
+from moe_dist.generation.sampling import Sampling
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.launch import run_rank
+from moe_dist.parallel.layout import Layout, make_layout
+from moe_dist.parallel.together import gather_objects, together
+from moe_dist.telemetry.run_folder import RunFolder
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--caption", nargs="+", action="extend", default=[], metavar="TEXT")
+    parser.add_argument("--picture", nargs="+", action="extend", default=[], metavar="FILE")
+    parser.add_argument("--mixed", nargs="+", action="append", default=[], metavar="PART")
+    parser.add_argument("--samples", type=int, default=1, help="of each prompt: %(default)s")
+    parser.add_argument("--batch", type=int, default=16, help="samples that a rank makes at a time: %(default)s")
+    for name, field in Sampling.model_fields.items():
+        kind = int if field.annotation is int else float
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help="%(default)s")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    generate_samples(parser.parse_intermixed_args(argv))
+
+
+def generate_samples(arguments: argparse.Namespace) -> None:
+    """The command line's work. Collective."""
+    device = init_distributed()
+    folder = RunFolder(arguments.run)
+    with together():
+        config = folder.evaluation_config(arguments.overrides)
+        sampling = validate(Sampling, {name: getattr(arguments, name) for name in Sampling.model_fields}, "generate")
+    layout = make_layout(expert=config.parallel.expert, device=device)
+    with together():
+        vocabulary = load_vocabulary(config.data)
+        model, step = load_model(config, vocabulary, folder.path, layout)
+        form = Format(vocabulary, config.data.sequence_length)
+        samples = start_samples(arguments, form, sampling)
+    mine = samples[layout.rank :: layout.world]
+    rounds = -(-len(samples) // (layout.world * arguments.batch))
+    for number in range(rounds):
+        begin = number * layout.world * arguments.batch
+        now = samples[begin : begin + layout.world * arguments.batch]
+        title = f"samples, round {number + 1} of {rounds}" if rounds > 1 else "samples"
+        with Bar(title, len(now), is_main=layout.is_main) as bar:
+            generate(model, now[layout.rank :: layout.world], form, sampling, layout, bar.update)
+    made = [Generated(s.number, s.prompt.task, s.prompt.parts, form.parts(s.generated), s.generated) for s in mine]
+    everything = sorted((sample for of_rank in gather_objects(made) for sample in of_rank), key=lambda s: s.number)
+    with together():
+        if layout.is_main:
+            out = new_folder(folder.samples, f"step_{step:08d}")
+            write_samples(out, everything, vocabulary.image, {"step": step, **sampling.model_dump()})
+            for number, text in ((s.number, part) for s in everything for part in s.parts if isinstance(part, str)):
+                print(f"{number:04d} {text}")
+            print(f"{len(everything)} samples of step {step}: {out}", flush=True)
+
+
+def load_model(config: Config, vocabulary: Vocabulary, run: Path, layout: Layout) -> tuple[Transformer, int]:
+    """The model of a run's newest checkpoint in the precision of its recipe, and the step."""
+    path = newest_complete(run)
+    if path is None:
+        raise UserError(f"{run} holds no complete checkpoint")
+    state = read_state(path)
+    if state["vocabulary"] != vocabulary.fingerprint():
+        raise UserError(f"{path} was trained with other tokenizers than {vocabulary.describe()}")
+    model = Transformer(config.model, vocabulary.size, layout, config.seed)
+    check_can_generate(model)
+    fill(model, path)
+    bf16 = check_section(config.deepspeed).bf16
+    dtype = torch.bfloat16 if bf16 is not None and bf16.enabled else torch.float32
+    return model.to(layout.device, dtype).eval(), state["step"]
+
+
+def start_samples(arguments: argparse.Namespace, form: Format, sampling: Sampling) -> list[Sample]:
+    """Of all prompts, in the order of the options. Every rank makes all of them, so that numbers agree."""
+    for name in ("samples", "batch"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
+    prompts: list[Prompt] = [form.text_to_image(caption) for caption in arguments.caption]
+    prompts += [form.image_to_text(read_picture(file)) for file in arguments.picture]
+    for parts in arguments.mixed:
+        prompts.append(form.mixed([read_picture(part[1:]) if part.startswith("@") else part for part in parts]))
+    if not prompts:
+        raise UserError("there is nothing to go on with: give --caption, --picture or --mixed")
+    if sampling.guidance != 1 and len(prompts) > len(arguments.caption):
+        raise UserError("--guidance is for images: it compares with the same prompt without its --caption")
+    repeated = [prompt for prompt in prompts for _ in range(arguments.samples)]
+    return [form.start(number, prompt, sampling.max_tokens) for number, prompt in enumerate(repeated)]
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """parent/name, or with the first free number behind it: earlier samples stay."""
+    number = 1
+    while (parent / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return parent / (name if number == 1 else f"{name}-{number}")
+
+
+class Bar:
+    """Progress of one round on rank 0: samples that are done, of all ranks, and tokens each has so far."""
+
+    def __init__(self, title: str, total: int, *, is_main: bool):
+        columns = (TextColumn(title), BarColumn(), TextColumn("{task.completed} of {task.total} done"))
+        tokens = TextColumn("{task.fields[tokens]} tokens each")
+        self.progress = Progress(*columns, tokens, TimeElapsedColumn(), console=Console(), disable=not is_main)
+        self.total, self.tokens = total, 0
+        self.task = self.progress.add_task(title, total=total, tokens=0)
+
+    def __enter__(self) -> "Bar":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+
+    def update(self, left: int) -> None:
+        self.tokens += 1
+        self.progress.update(self.task, completed=self.total - left, tokens=self.tokens)
+
+
+if __name__ == "__main__":
+    run_rank(lambda: main(sys.argv[1:]))

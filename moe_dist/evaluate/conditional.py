@@ -1,0 +1,84 @@
+"""Held-out loss of one modality given the other: captions whose image comes first, images whose caption comes first.
+
+exp of it is the conditional perplexity that the MoMa paper reports (arXiv 2407.21770, its table of auxiliary routers).
+
+Shape suffixes: T tokens of one micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dist.batch import IMAGE, Batch
+from moe_dist.config import DataConfig
+from moe_dist.data.heldout import heldout_batches
+from moe_dist.data.packing import Document, TokenStore
+from moe_dist.data.vocabulary import Vocabulary
+from moe_dist.evaluate.perplexity import evaluate
+from moe_dist.parallel.layout import Layout
+
+
+class Pairs:
+    """The image-text pairs of a store; neither texts nor instructions."""
+
+    domains: tuple[str, ...] = ()
+
+    def __init__(self, store: TokenStore):
+        pairs = np.flatnonzero(store.has_image)
+        self._store = store
+        self._numbers = [int(i) for i in pairs if not store.domains or store.document(int(i)).prompt is None]
+        self.has_image = np.ones(len(self._numbers), dtype=bool)
+        self.lengths = np.asarray(store.lengths)[self._numbers]
+        self.part_ends = np.array([len(self._numbers)])
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def document(self, index: int) -> Document:
+        return self._store.document(self._numbers[index])
+
+
+def conditional_losses(
+    forward: Callable,
+    store: TokenStore,
+    vocabulary: Vocabulary,
+    data: DataConfig,
+    layout: Layout,
+    *,
+    groups: int,
+    batch_groups: int,
+) -> dict[str, float]:
+    """Nats per token: eval/image_to_text, of captions and the EOS after them; eval/text_to_image, of image codes.
+
+    groups: selection groups of pairs that are looked at, for each of the two. Collective. Empty without pairs.
+    """
+    pairs = Pairs(store)
+    if not len(pairs):
+        return {}
+    found = {}
+    for key, image_first in (("eval/image_to_text", 1.0), ("eval/text_to_image", 0.0)):
+        ordered = data.model_copy(update={"image_first": image_first, "image_fraction": None})
+        batches = heldout_batches(
+            pairs, vocabulary, ordered, groups=groups, dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
+        )
+        masked = (replace(batch, loss_mask_T=_counted(batch, vocabulary, bool(image_first))) for batch in batches)
+        losses = evaluate(forward, masked, layout)
+        if losses:
+            found[key] = losses["eval/loss"]
+    return found
+
+
+def _counted(batch: Batch, vocabulary: Vocabulary, image_first: bool) -> Tensor:
+    """bool [T]: predictions after the image (of the caption and its end), or those of image codes."""
+    if not image_first:
+        return batch.loss_mask_T & (batch.target_modality_T == IMAGE)
+    assert vocabulary.eoi is not None
+    images_T = batch.tokens_T.eq(vocabulary.eoi).cumsum(0)
+    begin_T = torch.arange(len(images_T)) - batch.info.position_T  # of the token's document
+    return batch.loss_mask_T & (images_T > F.pad(images_T, (1, 0))[begin_T])
