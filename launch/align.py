@@ -12,18 +12,17 @@ from pathlib import Path
 from moe_dist.alignment.embedder import embed
 from moe_dist.alignment.neighbours import nearest
 from moe_dist.config import DataConfig, validate
-from moe_dist.data.choices import read_choices, read_instructions
-from moe_dist.data.heldout import heldout_batches
+from moe_dist.data.choices import read_instructions
 from moe_dist.data.neighbours import Samples, read_samples, write_neighbours, write_samples
 from moe_dist.engine.manifest import identity, newest_complete
 from moe_dist.engine.zero import init_distributed
 from moe_dist.errors import UserError
-from moe_dist.evaluate.multiple_choice import answer
+from moe_dist.evaluate.multiple_choice import answer_all
 from moe_dist.parallel.launch import run_rank
 from moe_dist.parallel.layout import make_layout
 from moe_dist.parallel.together import together
 from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.train import Run
+from moe_dist.train import Run, check_recipe
 
 
 def main() -> None:
@@ -52,14 +51,12 @@ def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
     if checkpoint is None:
         raise UserError(f"{folder.path} holds no complete checkpoint")
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+    check_recipe(config, layout)
     run = Run.build(config, layout, folder)
-    batches = heldout_batches(
-        run.documents, run.vocabulary, config.data, groups=len(run.documents), dp_rank=layout.rank, dp=layout.world,
+    answers = answer_all(
+        run.engine.eval_forward, run.documents, run.vocabulary, config.data, layout, split="train",
         batch_groups=config.train.micro_batch_groups,
     )  # fmt: skip
-    with together():
-        choices = read_choices(config.data, "train", run.vocabulary.text)
-    answers = answer(run.engine.eval_forward, batches, choices, layout)
     with together():
         if layout.is_main:
             samples = Samples(

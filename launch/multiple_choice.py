@@ -17,17 +17,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.data.choices import read_choices
-from moe_dist.data.heldout import heldout_batches
 from moe_dist.engine.manifest import identity, newest_complete
 from moe_dist.engine.zero import init_distributed
 from moe_dist.errors import UserError
-from moe_dist.evaluate.multiple_choice import OVERALL, Comparison, Result, answer
+from moe_dist.evaluate.multiple_choice import OVERALL, Comparison, Result, answer_all
 from moe_dist.parallel.launch import run_rank
 from moe_dist.parallel.layout import make_layout
 from moe_dist.parallel.together import together
 from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.train import Run
+from moe_dist.train import Run, check_recipe
 
 ANSWERS = "multiple_choice.json"
 
@@ -69,14 +67,12 @@ def result_of(folder: RunFolder, overrides: list[str], device: Any) -> Result:
     if kept.is_file() and (saved := json.loads(kept.read_text()))["of"] == about:
         return Result.from_json(saved)
     layout = make_layout(expert=config.parallel.expert, device=device)
+    check_recipe(config, layout)
     run = Run.build(config, layout, folder)
-    batches = heldout_batches(
-        run.held_out, run.vocabulary, config.data, groups=len(run.held_out), dp_rank=layout.rank, dp=layout.world,
+    answers = answer_all(
+        run.engine.eval_forward, run.held_out, run.vocabulary, config.data, layout, split="validation",
         batch_groups=config.train.micro_batch_groups,
     )  # fmt: skip
-    with together():
-        choices = read_choices(config.data, "validation", run.vocabulary.text)
-    answers = answer(run.engine.eval_forward, batches, choices, layout)
     result = Result.of(answers, run.held_out.domains)
     with together():
         if layout.is_main:

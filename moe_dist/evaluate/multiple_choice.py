@@ -13,15 +13,21 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor
 
 from moe_dist.batch import Batch
-from moe_dist.data.choices import Choice
+from moe_dist.config import DataConfig
+from moe_dist.data.choices import Choice, read_choices
+from moe_dist.data.heldout import heldout_batches
+from moe_dist.data.packing import TokenStore
+from moe_dist.data.shards import Split
+from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.errors import UserError
 from moe_dist.evaluate.intervals import Interval, mcnemar, paired_difference, wilson
 from moe_dist.losses.manifold import sample_routing
 from moe_dist.parallel.layout import Layout
-from moe_dist.parallel.together import gather_objects
+from moe_dist.parallel.together import gather_objects, together
 
 OVERALL = "overall"
 
@@ -41,6 +47,20 @@ class Answers:
         """bool: the right option alone is the likeliest."""
         right_N1 = self.log_probs_NO.gather(1, self.correct_N[:, None])
         return (self.log_probs_NO >= right_N1).sum(dim=1) == 1
+
+
+def answer_all(
+    forward: Callable, store: TokenStore, vocabulary: Vocabulary, data: DataConfig, layout: Layout, *, split: Split,
+    batch_groups: int,
+) -> Answers:  # fmt: skip
+    """Answer every item of a split, whose tokens `store` holds; rank 0 shows the progress. Collective."""
+    with together():
+        choices = read_choices(data, split, vocabulary.text)
+    batches = heldout_batches(
+        store, vocabulary, data, groups=len(store), dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
+    )
+    shown = track(list(batches), description="answering", disable=not layout.is_main)
+    return answer(forward, shown, choices, layout)
 
 
 @torch.no_grad()
