@@ -14,6 +14,14 @@ from tests.distributed import run_ranks
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def in_the_foreground():
+    """A shell that starts the tests in the background has them ignore Ctrl-C, and their children too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def handlers():
     return [signal.getsignal(number) for number in STOP_SIGNALS]
 
