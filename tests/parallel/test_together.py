@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from moe_dist.errors import UserError
 from moe_dist.parallel.together import together
-from tests.distributed import run_ranks
+from tests.distributed import Pool, run_ranks
 
 
 def _fail_on(rank, failing, kind):
@@ -50,27 +50,32 @@ def test_what_the_operating_system_refuses_is_the_users_to_put_right():
     assert run_ranks(_open_nothing, 2) == [("UserError", "/nowhere: No such file or directory")] * 2
 
 
-def _be_late(rank, patient):
+def _be_late(rank, patient, meeting):
     """The default group gives up after a second; rank 1 takes three."""
-    _renew_default_group(rank, timeout=timedelta(seconds=1))
+    dist.destroy_process_group()
+    # Meet in a file: at the old port a rank might still find the old store.
+    second = timedelta(seconds=1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=second)
     with together(patient=patient):
         if rank == 1:
             time.sleep(3)
-    _renew_default_group(rank)
 
 
-def _renew_default_group(rank, **settings):
-    dist.destroy_process_group()
-    dist.init_process_group("gloo", rank=rank, world_size=2, **settings)
+@pytest.fixture
+def ranks():
+    """Two ranks of this test's own, since it takes away their default group."""
+    pool = Pool(2)
+    yield pool
+    pool.close()
 
 
-def test_patient_ranks_wait_for_a_late_one():
-    run_ranks(_be_late, 2, True)
+def test_patient_ranks_wait_for_a_late_one(ranks, tmp_path):
+    ranks.run(_be_late, (True, tmp_path / "meeting"))
 
 
-def test_other_ranks_give_up():
+def test_other_ranks_give_up(ranks, tmp_path):
     with pytest.raises(RuntimeError, match=r"Timed out waiting 1000ms"):
-        run_ranks(_be_late, 2, False)
+        ranks.run(_be_late, (False, tmp_path / "meeting"))
 
 
 def test_one_process_alone():
