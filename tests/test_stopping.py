@@ -35,7 +35,7 @@ def test_stopped_at_every_turn_and_still_bitwise_the_whole_run(overrides, tmp_pa
 
     train(overrides, f"1:SIGUSR1:{TOKENISE}:1")  # one rank, in the set-up of a new run
     assert status_of(run) == ("stopped", 0, "SIGUSR1", True)
-    assert [path.name for path in run.iterdir()] == ["status.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["health.json", "status.json"]
 
     train(overrides, f"1:SIGUSR2:{STEP}:2")  # one rank, in a step: it ends before the checkpoint that was due
     assert (status_of(run), checkpoints(run)) == (("stopped", 2, "SIGUSR2", True), ["step_00000002"])
