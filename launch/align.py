@@ -14,7 +14,7 @@ from moe_dist.alignment.neighbours import nearest
 from moe_dist.config import DataConfig, validate
 from moe_dist.data.choices import read_instructions
 from moe_dist.data.neighbours import Samples, read_samples, write_neighbours, write_samples
-from moe_dist.engine.manifest import identity, newest_complete
+from moe_dist.engine.manifest import identity, trained
 from moe_dist.engine.zero import init_distributed
 from moe_dist.errors import UserError
 from moe_dist.evaluate.multiple_choice import answer_all
@@ -47,9 +47,7 @@ def main() -> None:
 def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
     """Forward the model over every training sample and keep its routing and whether it is right."""
     config = folder.evaluation_config(overrides)
-    checkpoint = newest_complete(folder.path)
-    if checkpoint is None:
-        raise UserError(f"{folder.path} holds no complete checkpoint")
+    checkpoint = trained(folder.path)
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
     check_recipe(config, layout)
     run = Run.build(config, layout, folder)

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.batch import MODALITIES
+from moe_dist.engine.manifest import trained
 from moe_dist.engine.zero import init_distributed
-from moe_dist.errors import UserError
 from moe_dist.evaluate.comparison import compare_with_references
 from moe_dist.parallel.launch import run_rank
 from moe_dist.parallel.layout import make_layout
@@ -35,11 +35,10 @@ def main() -> None:
 def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
     """Compare, print a table and write RUN/evaluation.json."""
     config = folder.evaluation_config(overrides)
+    trained(folder.path)  # before the data are read
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
     check_recipe(config, layout)
     run = Run.build(config, layout, folder)
-    if run.step == 0:
-        raise UserError(f"{folder.path} holds no complete checkpoint")
     causal = bool(run.engine.module.causal_routing)
     results = compare_with_references(
         run.engine.eval_forward, train=run.documents, held_out=run.held_out, vocabulary=run.vocabulary,

@@ -21,7 +21,7 @@ from moe_dist.config import Config, validate
 from moe_dist.data.tokenized import load_vocabulary
 from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.engine.deepspeed_config import check_section
-from moe_dist.engine.manifest import newest_complete, read_state
+from moe_dist.engine.manifest import read_state, trained
 from moe_dist.engine.weights import fill
 from moe_dist.engine.zero import init_distributed
 from moe_dist.errors import UserError
@@ -86,9 +86,7 @@ def generate_samples(arguments: argparse.Namespace) -> None:
 
 def load_model(config: Config, vocabulary: Vocabulary, run: Path, layout: Layout) -> tuple[Transformer, int]:
     """The model of a run's newest checkpoint in the precision of its recipe, and the step."""
-    path = newest_complete(run)
-    if path is None:
-        raise UserError(f"{run} holds no complete checkpoint")
+    path = trained(run)
     state = read_state(path)
     if state["vocabulary"] != vocabulary.fingerprint():
         raise UserError(f"{path} was trained with other tokenizers than {vocabulary.describe()}")

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.engine.manifest import identity, newest_complete
+from moe_dist.engine.manifest import identity, trained
 from moe_dist.engine.zero import init_distributed
 from moe_dist.errors import UserError
 from moe_dist.evaluate.multiple_choice import OVERALL, Comparison, Result, answer_all
@@ -59,9 +59,7 @@ def run(argv: list[str]) -> None:
 def result_of(folder: RunFolder, overrides: list[str], device: Any) -> Result:
     """The run's answers: those kept in its folder if they are of this checkpoint and these items, else new ones."""
     config = folder.evaluation_config(overrides)
-    checkpoint = newest_complete(folder.path)
-    if checkpoint is None:
-        raise UserError(f"{folder.path} holds no complete checkpoint")
+    checkpoint = trained(folder.path)
     about = {"checkpoint": identity(checkpoint), "data": config.data.model_dump(mode="json")}
     kept = folder.path / ANSWERS
     if kept.is_file() and (saved := json.loads(kept.read_text()))["of"] == about:

@@ -86,6 +86,14 @@ def newest_complete(run_dir: str | Path) -> Path | None:
     return path
 
 
+def trained(run_dir: str | Path) -> Path:
+    """The newest checkpoint of a run that has one. Raises UserError where it has none, or a damaged one."""
+    path = newest_complete(run_dir)
+    if path is None:
+        raise UserError(f"{run_dir} holds no complete checkpoint")
+    return path
+
+
 def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
     """Remove the complete checkpoints but for the newest `keep` and those of a step that is a multiple of `keep_every`
     (0: none), and leftovers of interrupted saves. For one rank to call.
