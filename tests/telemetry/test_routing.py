@@ -11,12 +11,15 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.batch import MODALITIES, TokenInfo
+from moe_dist.config import load_config
 from moe_dist.moe.placement import make_placement
 from moe_dist.moe.plan import Routing, RoutingPlan, RoutingRecord
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.telemetry.keys import undeclared
 from moe_dist.telemetry.routing import routing_counts, routing_metrics
 from tests.distributed import run_ranks
+from tests.engine.test_any_layout import start
+from tests.launching import MOMA
 
 TOKENS, EXPERTS = 24, 6
 GROUPS = ((0, 1, 2, 3), (4, 5))  # uneven: 4 text and 2 image experts
@@ -158,6 +161,17 @@ def test_ranks_that_share_every_expert_by_slices_are_in_balance():
     assert expected["moe/rank_imbalance"] > 1.02
     for metrics, _ in run_ranks(_measure_on_rank, 2, 2, uneven):
         assert flatten(metrics) == pytest.approx(expected, abs=1e-12)
+
+
+def _imbalance_of_runs(rank, overrides):
+    ways = [load_config(MOMA, [*overrides, f"model.ffn.slices={slices}"]) for slices in (1, 2)]
+    return [start(config).train_step()["moe/rank_imbalance"] for config in ways]
+
+
+def test_a_run_of_seven_text_experts_and_one_of_images_is_in_balance_with_slices(overrides):
+    children = [f"model.ffn.router.{name}.num_experts={number}" for name, number in (("text", 7), ("image", 1))]
+    for whole, sliced in run_ranks(_imbalance_of_runs, 2, [*overrides, *children, "parallel.expert=2"]):
+        assert whole > 1.1 and sliced == pytest.approx(1, abs=1e-12)
 
 
 def test_missing_modality_and_empty_plans():
