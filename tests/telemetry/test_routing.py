@@ -18,7 +18,7 @@ from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.telemetry.keys import undeclared
 from moe_dist.telemetry.routing import routing_counts, routing_metrics
 from tests.distributed import run_ranks
-from tests.engine.test_any_layout import start
+from tests.engine.test_any_layout import start as start_run
 from tests.launching import MOMA
 
 TOKENS, EXPERTS = 24, 6
@@ -165,7 +165,7 @@ def test_ranks_that_share_every_expert_by_slices_are_in_balance():
 
 def _imbalance_of_runs(rank, overrides):
     ways = [load_config(MOMA, [*overrides, f"model.ffn.slices={slices}"]) for slices in (1, 2)]
-    return [start(config).train_step()["moe/rank_imbalance"] for config in ways]
+    return [start_run(config).train_step()["moe/rank_imbalance"] for config in ways]
 
 
 def test_a_run_of_seven_text_experts_and_one_of_images_is_in_balance_with_slices(overrides):
