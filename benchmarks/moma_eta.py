@@ -2,11 +2,11 @@
 
   python benchmarks/moma_eta.py [--steps 640] [--seeds 0 1] [--jobs 2] [section.key=value ...]
 
-Trains dense, moe_8x, MoMa 1t1i and 4t4i, and mixture-of-depths + 4t4i, at equal active FLOPs a token, on emoji, clip art
-and texts, for each seed on the same data in the same order; then the auxiliary routers of each sparse model, for its
-held-out loss with causal routing. Builds its data on first use. Resumable: a run goes on from its checkpoint, and what is
-done is not done again. --jobs runs train at a time, one thread each. Writes benchmarks/results/<date>-moma_eta.md, .png
-and .json (the curves).
+Trains dense, moe_8x, MoMa 1t1i and 4t4i, and mixture-of-depths + 4t4i, at equal active FLOPs a token, on emoji, clip
+art and texts, for each seed on the same data in the same order; then the auxiliary routers of each sparse model, for
+its held-out loss with causal routing. Builds its data on first use. Resumable: a run goes on from its checkpoint, and
+what is done is not done again. --jobs runs train at a time, one thread each. Writes the table, the picture and the
+curves: benchmarks/results/<date>-moma_eta.md, .png and .json.
 """
 
 from __future__ import annotations
@@ -244,8 +244,8 @@ LOSS_HEADER = (
 )
 NOTE = (
     "{steps} steps, {tokens:.1f} M tokens, {seeds} seeds, each seed on the same data in the same order for all models; "
-    "constant learning rate after warm-up, so that every point of a curve compares equal conditions. Losses in nats per "
-    "token, training losses means over {window} steps. eta: FLOPs of dense / FLOPs at which the model has come down to "
+    "constant learning rate after warm-up, so that every point of a curve compares equal conditions. Losses in nats "
+    "per token, training losses means over {window} steps. eta: FLOPs of dense / FLOPs at which the model has come down to "
     "dense's loss; training losses of the sparse models are non-causal. Held-out with causal routers: after {causal} "
     "steps of their own stage."
 )
