@@ -53,7 +53,7 @@ from moe_dist.telemetry.routing import routing_counts, routing_metrics
 from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.telemetry.sinks import Sinks
 from moe_dist.telemetry.stragglers import Stragglers
-from moe_dist.telemetry.throughput import flops_saved, model_flops
+from moe_dist.telemetry.throughput import flops_saved, model_flops, work
 
 SPLITS: tuple[Split, Split] = ("train", "validation")
 
@@ -122,6 +122,7 @@ class Run:
     held_out: TokenStore
     loader_state: dict[str, Any]
     peak_lr: float
+    trained: frozenset[str]  # names of the parameters that are
     initial: Account | None  # what a fresh start took from init_from
     stop: StopSignals = field(default_factory=StopSignals)
     step: int = 0  # optimizer steps done
@@ -161,6 +162,7 @@ class Run:
             config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
             saver=Saver(folder.path, engine, layout, config.checkpoint), documents=documents, held_out=held_out,
             loader_state=loader_state or {}, initial=initial,
+            trained=frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
             peak_lr=section.optimizer.params.lr, step=state.step if state else 0, tokens=state.tokens if state else 0,
             stop=stop,
         )  # fmt: skip
@@ -270,16 +272,10 @@ class Run:
 
     def _flops(self, batch: Batch, result: StepResult) -> int:
         """Of the step, over all ranks: all have equally many tokens, so this rank's last micro-batch stands for all."""
-        rows = [int(record.load_E.sum()) for record in result.records] or None
         return self.engine.accumulation * self.layout.world * model_flops(
-            self.config.model, **self._seen(batch, result), ffn_rows=rows
-        )
-
-    def _seen(self, batch: Batch, result: StepResult) -> dict[str, Any]:
-        """What the FLOP formulas are told about a micro-batch."""
-        admitted = {depth.layer: depth.document_lengths for depth in result.depths}
-        lengths = batch.info.document_lengths
-        return {"vocab_size": self.vocabulary.size, "document_lengths": lengths, "admitted": admitted}
+            self.config.model, vocab_size=self.vocabulary.size, document_lengths=batch.info.document_lengths,
+            trained=self.trained, **work(result.records, result.depths),
+        )  # fmt: skip
 
     def _routing(self, batch: Batch, result: StepResult) -> dict[str, Any]:
         router = routers(self.engine.module)[0]
@@ -296,8 +292,10 @@ class Run:
         )
         if router.reference_top_k is not None:
             metrics["moe/flops_saved"] = flops_saved(
-                self.config.model, **self._seen(batch, result), tokens=int(batch.info.valid_T.sum()),
-                experts=metrics["moe/experts_per_token"], top_k=router.reference_top_k,
+                self.config.model, vocab_size=self.vocabulary.size, document_lengths=batch.info.document_lengths,
+                tokens=int(batch.info.valid_T.sum()), experts=metrics["moe/experts_per_token"],
+                top_k=router.reference_top_k,
+                admitted={depth.layer: depth.document_lengths for depth in result.depths},
             )  # fmt: skip
         return metrics
 
