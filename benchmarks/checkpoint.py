@@ -27,7 +27,7 @@ from moe_dist.parallel.layout import make_layout
 from moe_dist.parallel.together import gather_objects
 
 ROOT = Path(__file__).parent.parent
-VOCABULARY, EXPERTS = 1541, 8  # the quickstart's
+VOCABULARY = 1541  # the quickstart's
 SIZES = {
     "quickstart": [],
     "300m": [
@@ -50,7 +50,7 @@ def main(size: str, pairs: int) -> None:
     config = load_config(ROOT / "configs" / "moma_quickstart.yaml", [*SIZES[size], f"run.dir={folder}"])
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
     model = Transformer(config.model, VOCABULARY, layout, config.seed)
-    engine = make_engine(model, config, layout, EXPERTS)
+    engine = make_engine(model, config, layout)
     reset_optimizer(engine, with_moments=True)
     savers = [
         Saver(folder, engine, layout, config.checkpoint.model_copy(update={"asynchronous": mode, "keep": 1}))

@@ -76,7 +76,20 @@ class MoEFFN(Strict):
     type: Literal["moe"]
     hidden_size: Positive  # of one expert; with LoRA experts, of the dense FFN that they share
     experts: Annotated[SwiGLUExpertsConfig | LoRAExpertsConfig, Field(discriminator="type")] = SwiGLUExpertsConfig()
+    slices: Positive = 1  # each expert is held as so many slices of its hidden size, which are placed like experts of
+    # their own, so that ranks share one expert (docs/moma.md, "Balance over ranks")
     router: dict[str, Any]  # type: and the settings of that router class
+
+    @model_validator(mode="after")
+    def _sliced(self):
+        if self.slices > 1 and isinstance(self.experts, LoRAExpertsConfig):
+            raise ValueError(f"slices={self.slices}: LoRA experts share one dense FFN and cannot be sliced")
+        if self.slices > 1 and self.hidden_size % (8 * self.slices):
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of 8 times slices={self.slices}, which grouped "
+                "matrix products need"
+            )
+        return self
 
 
 class DepthConfig(Strict):

@@ -102,8 +102,9 @@ def check_recipe(config: Config, layout: Layout) -> None:
         raise UserError("data.neighbours needs init_from: a store belongs to the checkpoint it was collected with")
     with torch.device("meta"):
         model = Transformer(config.model, 1, Layout(), config.seed)
-    for router in routers(model)[:1]:
-        check_layout(world=layout.world, expert=layout.expert, num_experts=router.num_experts)
+    check_layout(world=layout.world, expert=layout.expert)
+    if isinstance(config.model.ffn, MoEFFN):
+        make_placement(routers(model)[0].expert_groups, layout.expert, config.model.ffn.slices)
     freeze_others(model, config.trainable)
 
 
@@ -147,7 +148,7 @@ class Run:
                 raise UserError(f"{resume_from} was trained with other tokenizers than {vocabulary.describe()}")
         documents, held_out = open_data(config.data, vocabulary, layout, stop)
         model = Transformer(config.model, vocabulary.size, layout, config.seed)
-        engine = make_engine(model, config, layout, next((router.num_experts for router in routers(model)), 0))
+        engine = make_engine(model, config, layout)
         if resume_from is not None:
             checkpoint.load(resume_from, engine, layout)
         initial = start_from(source, engine, layout, vocabulary) if source is not None else None
@@ -278,7 +279,8 @@ class Run:
         )  # fmt: skip
 
     def _routing(self, batch: Batch, result: StepResult) -> dict[str, Any]:
-        router = routers(self.engine.module)[0]
+        router, ffn = routers(self.engine.module)[0], self.config.model.ffn
+        assert isinstance(ffn, MoEFFN)
         moved, domains = batch.to(self.layout.device), self.documents.domains
         counts = routing_counts(
             result.records, moved.info, self.layout, domain_T=moved.sidecar.get("domain_T"), num_domains=len(domains)
@@ -287,7 +289,7 @@ class Run:
             counts,
             self.layout,
             expert_groups=router.expert_groups,
-            local_experts=make_placement(router.expert_groups, self.layout.expert).local_experts,
+            local_experts=make_placement(router.expert_groups, self.layout.expert, ffn.slices).local_experts,
             domains=domains,
         )
         if router.reference_top_k is not None:

@@ -193,6 +193,18 @@ def expert_layer(x_TD: Tensor, gates_TE: Tensor, gate_up_EDF: Tensor, down_EFD: 
     return torch.stack(outputs)
 
 
+def join_slices(gate_up_SDF: Tensor, down_SFD: Tensor, slices: int) -> tuple[Tensor, Tensor]:
+    """The experts that so many slices each make up, side by side; slice k of expert e of E experts is row k E + e."""
+    experts, width = len(down_SFD) // slices, down_SFD.shape[1]
+    gate_up, down = [], []
+    for e in range(experts):
+        rows = [k * experts + e for k in range(slices)]
+        gates, ups = [gate_up_SDF[row][:, :width] for row in rows], [gate_up_SDF[row][:, width:] for row in rows]
+        gate_up.append(torch.cat([*gates, *ups], dim=1))
+        down.append(torch.cat([down_SFD[row] for row in rows]))
+    return torch.stack(gate_up), torch.stack(down)
+
+
 def dropped(x_D: Tensor, key: int, token_id: int, rate: float) -> Tensor:
     """Dropout of one token: each column's 16 bits of a hash, below the rate's share of 2^16, make it zero."""
     limit = round(rate * 2**16)

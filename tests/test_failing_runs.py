@@ -39,6 +39,11 @@ def all_failed_with(outcomes: list[tuple[int, str]], sentence: str) -> None:
     ("world", "override", "sentence"),
     [
         (2, "model.ffn.router.text.num_experts=3", "parallel.expert=2 does not divide the model's 7 experts"),
+        (
+            2,
+            "model.ffn={type: moe, hidden_size: 24, slices: 3, router: {type: expert_choice, num_experts: 5}}",
+            "parallel.expert=2 does not divide the model's 5 experts times 3 slices",
+        ),
         (2, "parallel.expert=3", "parallel.expert=3 does not divide the 2 ranks of this run"),
         (2, "data.lanes=3", "data.lanes=3 is not a multiple of the 2 data-parallel ranks"),
         (2, "data.sequence_length=4", "data.sequence_length=4 is below the minimum of 8"),

@@ -92,6 +92,7 @@ def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> 
     if not isinstance(model.ffn, DenseFFN):
         router = router_settings(model.ffn.router).model_dump()
         found["model.ffn.experts.type"] = (model.ffn.experts.type, "swiglu")
+        found["model.ffn.slices"] = (model.ffn.slices, 1)
         found |= {f"model.ffn.router.{key}": (router.get(key), value) for key, value in ROUTER.items()}
     for key, (ours, theirs) in found.items():
         if ours != theirs:

@@ -100,7 +100,8 @@ def _router_section(old: ModelConfig, experts: str, path: Path) -> dict[str, Any
 
 def _sparse(old: ModelConfig, router: dict[str, Any], overrides: Sequence[str]) -> ModelConfig:
     section = old.model_dump(mode="json", exclude_unset=True)
-    section["ffn"] = {"type": "moe", "hidden_size": old.ffn.hidden_size, "router": router}
+    slices = {} if isinstance(old.ffn, DenseFFN) or old.ffn.slices == 1 else {"slices": old.ffn.slices}
+    section["ffn"] = {"type": "moe", "hidden_size": old.ffn.hidden_size, **slices, "router": router}
     for override in overrides:
         if not override.startswith((f"{ROUTER}.", f"{ROUTER}=")):
             raise UserError(f"override '{override}': upcycling changes {ROUTER} alone")
@@ -124,7 +125,8 @@ def _routers(model: ModelConfig, seed: int) -> list[Router]:
 
 
 def _copies(name: str, tensor: LazyTensor, groups: Sequence[Sequence[int]]) -> dict[str, LazyTensor]:
-    """What a tensor of the seed becomes: an FFN the experts of its group (of a dense model, of all), others themselves.
+    """What a tensor of the seed becomes: an FFN the experts of its group (of a dense model, of all), slice by slice
+    (moe/placement.py) where it has them; others themselves.
 
     A linear layer's weight is [out, in], an expert's row of a stacked one [in, out].
     """
@@ -133,7 +135,9 @@ def _copies(name: str, tensor: LazyTensor, groups: Sequence[Sequence[int]]) -> d
         transposed = LazyTensor(tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T)
         return {f"{prefix}.experts.{key}[{expert}]": transposed for group in groups for expert in group}
     if found := _EXPERT.fullmatch(name):
-        return {f"{found[1]}[{expert}]": tensor for expert in groups[int(found[2])]}
+        number, modality = divmod(int(found[2]), len(groups))
+        first = number * sum(map(len, groups))
+        return {f"{found[1]}[{first + expert}]": tensor for expert in groups[modality]}
     return {name: tensor}
 
 

@@ -34,7 +34,7 @@ from moe_dist.engine.deepspeed_config import DeepSpeedSection, accumulation_step
 from moe_dist.engine.trainable import freeze_others
 from moe_dist.errors import UserError
 from moe_dist.parallel.launch import discover
-from moe_dist.parallel.layout import Layout, check_layout
+from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.together import together
 
 
@@ -66,15 +66,12 @@ def init_distributed() -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
-def make_engine(model: nn.Module, config: Config, layout: Layout, num_experts: int) -> Engine:
+def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
     """Hand a model to ZeRO. Collective. The peak learning rate is deepspeed.optimizer.params.lr.
 
-    num_experts: of one MoE layer, over all ranks (0: a dense model). Freezes what config.trainable does not name.
-    Raises UserError for what the recipe gets wrong.
+    Freezes what config.trainable does not name. Raises UserError for what the recipe gets wrong.
     """
     section = check_section(config.deepspeed)
-    if num_experts:
-        check_layout(world=layout.world, expert=layout.expert, num_experts=num_experts)
     accumulation = accumulation_steps(config.train, layout.world)
     freeze_others(model, config.trainable)
     _mark_experts(model, layout)
@@ -84,7 +81,6 @@ def make_engine(model: nn.Module, config: Config, layout: Layout, num_experts: i
         model,
         to_deepspeed(section, accumulation=accumulation, num_parameters=sum(p.numel() for p in trained)),
         lambda params: make_optimizer(params, section),
-        num_experts=num_experts,
     )
     return Engine(zero, config, layout, accumulation)
 
@@ -216,8 +212,7 @@ class Engine:
 class _ZeroEngine(DeepSpeedEngine):
     """DeepSpeed's engine with our experts: it finds has_moe_layers where it looks for its own MoE classes."""
 
-    def __init__(self, model: nn.Module, config: dict[str, Any], optimizer: Any, *, num_experts: int) -> None:
-        self.__dict__["_experts"] = num_experts  # before nn.Module is initialised
+    def __init__(self, model: nn.Module, config: dict[str, Any], optimizer: Any) -> None:
         super().__init__(
             args=None,
             model=model,
@@ -230,13 +225,10 @@ class _ZeroEngine(DeepSpeedEngine):
     def _configure_distributed_model(self, model: nn.Module) -> None:
         super()._configure_distributed_model(model)
         # Stages 1 and 2 insist on a group of experts in the optimizer; stage 3 must place frozen experts as well.
-        is_placed = any(
+        self.has_moe_layers = any(
             hasattr(parameter, "expert_ids") and (parameter.requires_grad or self.zero_optimization_partition_weights())
             for parameter in model.parameters()
         )
-        if is_placed:
-            self.has_moe_layers = True
-            self.num_experts = [self._experts]
 
     def _validate_zero3_moe_compatibility(self) -> None:
         """DeepSpeed admits only its AutoEP layers to stage 3; our expert parameters are marked as theirs are."""

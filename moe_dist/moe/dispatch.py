@@ -1,16 +1,17 @@
 """Bring tokens to their experts and the results home. Dispatchers have no parameters: they follow a RoutingPlan.
 
-Shape suffixes: T tokens, D model width, E experts, e experts on a rank, r ranks of the expert-parallel group,
-N assignments made here, R rows received here.
+Shape suffixes: T tokens, D model width, E experts, e experts (or slices of them) on a rank, r ranks of the
+expert-parallel group, N assignments made here, R rows received here.
 
 Rows are copies of tokens, sorted by expert. Weights travel beside their rows, in their own dtype and with gradients,
-and are applied by the Experts class. `combine` adds up a token's rows in float32 or wider, then rounds once to their
-dtype. On CPU the sum is bitwise repeatable; on CUDA it is under torch.use_deterministic_algorithms(True).
+and are applied by the Experts class. An expert in slices (Placement) gets its rows once for each of them: its output
+is the sum of theirs. `combine` adds up a token's rows in float32 or wider, then rounds once to their dtype. On CPU the
+sum is bitwise repeatable; on CUDA it is under torch.use_deterministic_algorithms(True).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,17 +54,18 @@ class Dispatcher(Protocol):
 
 
 class LocalDispatcher:
-    """All experts are here."""
+    """All experts are here, each in so many slices."""
 
-    def __init__(self, split_sizes: SplitSizes = split_sizes):
-        self.split_sizes = split_sizes
+    def __init__(self, slices: int = 1, split_sizes: SplitSizes = split_sizes):
+        self.slices, self.split_sizes = slices, split_sizes
 
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan, token_id_T: Tensor | None = None) -> tuple[Tensor, Receipt]:
-        counts = self.split_sizes(plan.counts_E)
-        token_ids_N = plan.token_ids_N[: sum(counts)]
+        counts_E = self.split_sizes(plan.counts_E)
+        token_ids_N = plan.token_ids_N[: sum(counts_E)].repeat(self.slices)
+        counts = counts_E * self.slices
         receipt = Receipt(
             counts_e=tuple(counts),
-            weights_R=plan.weights_N[: sum(counts)],
+            weights_R=plan.weights_N[: sum(counts_E)].repeat(self.slices),
             token_id_R=None if token_id_T is None else token_id_T.index_select(0, token_ids_N),
             token_ids_N=token_ids_N,
             num_tokens=x_TD.shape[0],
@@ -88,8 +90,8 @@ class AllToAllDispatcher:
 
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan, token_id_T: Tensor | None = None) -> tuple[Tensor, Receipt]:
         sent_re, received_re = self.split_sizes(self._exchange_counts(plan.counts_E))
-        token_ids_N = _by_rank(plan.token_ids_N, self.placement.order, sent_re)
-        weights_N = _by_rank(plan.weights_N, self.placement.order, sent_re)
+        token_ids_N = _by_rank(plan.token_ids_N, self.placement, sent_re)
+        weights_N = _by_rank(plan.weights_N, self.placement, sent_re)
         send, recv = _totals(sent_re), _totals(received_re)
 
         def deliver(x_N: Tensor) -> Tensor:
@@ -116,7 +118,7 @@ class AllToAllDispatcher:
     def _exchange_counts(self, counts_E: Tensor) -> Tensor:
         """[2, r, e]: rows that this rank sends to each expert of each rank, and those it will get from each rank."""
         order_E = self.order_E.to(counts_E.device, non_blocking=True)
-        sent_re = counts_E.index_select(0, order_E).view(self.placement.num_ranks, -1)
+        sent_re = counts_E.repeat(self.placement.slices).index_select(0, order_E).view(self.placement.num_ranks, -1)
         received_re = torch.empty_like(sent_re)
         dist.all_to_all_single(received_re, sent_re, group=self.group)
         return torch.stack([sent_re, received_re])
@@ -124,17 +126,19 @@ class AllToAllDispatcher:
 
 def make_dispatcher(placement: Placement, layout: Layout) -> Dispatcher:
     if placement.num_ranks == 1:
-        return LocalDispatcher()
+        return LocalDispatcher(placement.slices)
     if layout.ep_group is None:
         raise ValueError(f"experts spread over {placement.num_ranks} ranks need an expert-parallel process group")
     return AllToAllDispatcher(placement, layout.ep_group)
 
 
-def _by_rank(x_N: Tensor, order: Sequence[int], sent_re: list[list[int]]) -> Tensor:
-    """Put assignments sorted by expert in the order of the placement, rank after rank; cut off what goes nowhere."""
-    counts = dict(zip(order, (count for row in sent_re for count in row)))
-    pieces = x_N[: sum(counts.values())].split([counts[expert] for expert in range(len(order))])
-    return torch.cat([pieces[expert] for expert in order])
+def _by_rank(x_N: Tensor, placement: Placement, sent_re: list[list[int]]) -> Tensor:
+    """Put assignments sorted by expert in the order of the placement, rank after rank, once for each slice of their
+    expert; cut off what goes nowhere."""
+    counts = dict(zip(placement.order, (count for row in sent_re for count in row)))
+    counts_E = [counts[expert] for expert in range(len(counts) // placement.slices)]
+    pieces = x_N[: sum(counts_E)].split(counts_E)
+    return torch.cat([pieces[number % len(counts_E)] for number in placement.order])
 
 
 def _swap_blocks(x_R: Tensor, sizes: list[list[int]]) -> Tensor:

@@ -35,7 +35,8 @@ class Experts(Protocol):
 class GroupedExperts(nn.Module):
     """SwiGLU experts, y = w * (silu(x W_gate) * (x W_up)) W_down, as two grouped matrix products over stacked weights.
 
-    No biases. Each parameter carries `expert_ids`, the global expert of each of its rows.
+    No biases. Each parameter carries `expert_ids`, the global expert of each of its rows. An expert of hidden size F is
+    the sum of experts whose hidden sizes add up to F: its slices (Placement), which are experts to this class.
     """
 
     experts_per_token = None

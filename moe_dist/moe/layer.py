@@ -47,7 +47,7 @@ def build_moe_layer(
         ffn.router,
         Site(hidden_size=hidden_size, layer=layer, seed=seed, init_std=init_std, name=f"{name}.router"),
     )
-    placement = make_placement(router.expert_groups, layout.expert)
+    placement = make_placement(router.expert_groups, layout.expert, ffn.slices)
     experts = build_experts(
         ffn,
         router,

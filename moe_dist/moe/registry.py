@@ -61,4 +61,4 @@ def build_experts(ffn: MoEFFN, router: Router, **site: Any) -> Experts:
             f"model.ffn.router must be of type top_k, with top_k={needed} and no capacity_factor"
         )
     settings = ffn.experts.model_dump(exclude={"type"})
-    return EXPERTS[ffn.experts.type](expert_size=ffn.hidden_size, **settings, **site)
+    return EXPERTS[ffn.experts.type](expert_size=ffn.hidden_size // ffn.slices, **settings, **site)

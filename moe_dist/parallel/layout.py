@@ -42,22 +42,20 @@ class Layout:
         return self.rank == 0
 
 
-def check_layout(*, world: int, expert: int, num_experts: int) -> None:
-    """Raise UserError where `parallel.expert` fits neither the ranks nor the experts."""
+def check_layout(*, world: int, expert: int) -> None:
+    """Raise UserError where `parallel.expert` does not fit the ranks."""
     if expert < 1 or world % expert:
         raise UserError(f"parallel.expert={expert} does not divide the {world} ranks of this run")
-    if num_experts % expert:
-        raise UserError(f"parallel.expert={expert} does not divide the model's {num_experts} experts")
 
 
 def make_layout(*, expert: int, device: torch.device) -> Layout:
     """Create the process groups. Collective: every rank calls it after torch.distributed is initialised (if it is)."""
     if not dist.is_initialized():
-        check_layout(world=1, expert=expert, num_experts=expert)
+        check_layout(world=1, expert=expert)
         return Layout(device=device)
     world, rank = dist.get_world_size(), dist.get_rank()
     with together():
-        check_layout(world=world, expert=expert, num_experts=expert)
+        check_layout(world=world, expert=expert)
     ep_group, _ = dist.new_subgroups_by_enumeration(
         [list(range(start, start + expert)) for start in range(0, world, expert)]
     )

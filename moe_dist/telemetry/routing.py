@@ -103,9 +103,9 @@ def routing_metrics(
 ) -> dict[str, float | list[float]]:
     """The moe/ keys of telemetry/keys.py, equal on every rank. Collective: one all-reduce, one device-to-host copy.
 
-    local_experts: global expert ids of each expert-parallel rank (Placement.local_experts). domains: names by index. A
-    modality without valid tokens has no keys, nor has a domain without assignments; a ratio whose denominator is 0 is
-    nan.
+    local_experts: what each expert-parallel rank holds, experts or slices of them (Placement.local_experts). domains:
+    names by index. A modality without valid tokens has no keys, nor has a domain without assignments; a ratio whose
+    denominator is 0 is nan.
     """
     total = _sum_over_ranks(counts, layout)
     load_LE = total.load_LGE.sum(1).double()
@@ -142,7 +142,9 @@ def _sum_over_ranks(counts: RoutingCounts, layout: Layout) -> RoutingCounts:
 
 
 def _rank_imbalance(load_LGE: Tensor, local_experts: Sequence[Sequence[int]]) -> float:
-    rows_LGR = torch.stack([load_LGE[..., list(experts)].sum(-1) for experts in local_experts], dim=-1).double()
+    """Of the rows of experts; of one in slices (Placement), every slice has them all."""
+    held = [[number % load_LGE.shape[-1] for number in numbers] for numbers in local_experts]
+    rows_LGR = torch.stack([load_LGE[..., experts].sum(-1) for experts in held], dim=-1).double()
     ratio_LG = rows_LGR.amax(-1) / rows_LGR.mean(-1)
     known = ratio_LG[~ratio_LG.isnan()]  # a group without rows has no imbalance
     return known.max().item() if known.numel() else float("nan")

@@ -157,6 +157,7 @@ REFUSED = {
         {"ffn": SPARSE | {"experts": {"type": "lora", **LORA}, "router": SPARSE["router"] | {"top_k": 1}}},
         "model.ffn.experts.type is 'lora', Llama and Mixtral have 'swiglu'",
     ),
+    "slices": ({"ffn": SPARSE | {"hidden_size": 48, "slices": 2}}, "model.ffn.slices is 2, Llama and Mixtral have 1"),
     "modalities": ({"ffn": SPARSE | {"router": MOMA}}, "model.ffn.router.type is 'modality', Llama and Mixtral have"),
     "null experts": ({"ffn": SPARSE | {"router": NULL}}, "model.ffn.router.type is 'null_experts'"),
     "not renormalised": (

@@ -112,7 +112,7 @@ def train_and_save(rank, path):
     layout = make_layout(expert=1, device=init_distributed())
     config = make_config(deepspeed=sgd(stage=2))
     config = config.model_copy(update={"model": model_config(DENSE)})
-    engine = make_engine(Transformer(config.model, VOCABULARY, layout, seed=1), config, layout, num_experts=0)
+    engine = make_engine(Transformer(config.model, VOCABULARY, layout, seed=1), config, layout)
     engine.train_step(step_batches(0, rank, layout.world, groups=4), cross_entropy, 0.1)
     checkpoint.save(path, engine, layout, state={"step": 1, "config": config.model_dump(mode="json")})
     return full_parameters(engine)
@@ -120,7 +120,7 @@ def train_and_save(rank, path):
 
 def load_into_engine(rank, path, stage, config):
     layout = make_layout(expert=2, device=init_distributed())
-    engine = make_engine(Transformer(config, VOCABULARY, layout, seed=5), make_config(deepspeed=sgd(stage)), layout, 4)
+    engine = make_engine(Transformer(config, VOCABULARY, layout, seed=5), make_config(deepspeed=sgd(stage)), layout)
     checkpoint.load(path, engine, layout)
     return full_parameters(engine)
 
@@ -164,17 +164,21 @@ def test_bad_sources_are_named(seed, tmp_path):
         upcycle(tmp_path / "sparse", tmp_path / "out", experts="4")
 
 
-def one_each(**child) -> dict:
+def one_each(slices=1, **child) -> dict:
     """MoMa's 1t1i."""
     router = {name: {"type": "expert_choice", "num_experts": 1, **child} for name in ("text", "image")}
-    return {"type": "moe", "hidden_size": 48, "router": {"type": "modality", **router}}
+    return {"type": "moe", "hidden_size": 48, "slices": slices, "router": {"type": "modality", **router}}
 
 
 @pytest.fixture(scope="module")
 def one_text_one_image(tmp_path_factory):
     """A checkpoint as a run writes it: a 1t1i model after a place in its data."""
-    path = tmp_path_factory.mktemp("1t1i") / "run" / "checkpoints" / "step_00000007"
-    model = Transformer(model_config(one_each(auxiliary=True)), VOCABULARY, Layout(), seed=1)
+    return write_run(tmp_path_factory.mktemp("1t1i") / "run", one_each(auxiliary=True))
+
+
+def write_run(folder, ffn):
+    path = folder / "checkpoints" / "step_00000007"
+    model = Transformer(model_config(ffn), VOCABULARY, Layout(), seed=1)
     tensors = {}
     for name, parameter in model.named_parameters():
         experts = getattr(parameter, "expert_ids", None)
@@ -182,7 +186,7 @@ def one_text_one_image(tmp_path_factory):
         tensors |= {key: LazyTensor.of(value.detach()) for key, value in rows.items()}
     state = {"step": 7, "tokens": 9, "loader": {"groups": 56}, "vocabulary": "abc"}
     write_tensors(path, tensors, state | {"config": {"model": model.config.model_dump(mode="json")}})
-    return path.parents[1]
+    return folder
 
 
 @pytest.mark.parametrize("gates", ["fresh", "copied"])
@@ -211,6 +215,18 @@ def test_one_expert_a_modality_becomes_any_number(experts, text, gates, one_text
     assert not any(".experts." in name or ".router." in name for name in new), "surplus tensors"
     router = read_state(tmp_path / "out")["config"]["model"]["ffn"]["router"]
     assert router["text"] == {"type": "expert_choice", "num_experts": text, "gumbel_noise": True}
+
+
+def test_experts_in_slices_are_copied_slice_by_slice(tmp_path):
+    run = write_run(tmp_path / "run", one_each(slices=2))
+    upcycle(run, tmp_path / "out", experts="3t1i")
+    old, new = read_tensors(newest_complete(run)), read_tensors(tmp_path / "out")
+    assert load_checkpoint(tmp_path / "out").config.ffn.slices == 2
+    for number in range(8):
+        source = 2 * (number // 4) + (number % 4 == 3)
+        for key in ("gate_up", "down"):
+            stacked = f"layers.1.ffn.experts.{key}"
+            assert torch.equal(new[f"{stacked}[{number}]"].read(), old[f"{stacked}[{source}]"].read())
 
 
 def test_with_copied_gates_and_one_expert_each_the_model_is_its_seed(one_text_one_image, tmp_path):

@@ -126,7 +126,7 @@ def build(job: Job):
     if job.load is not None:
         for parameter in model.parameters():
             parameter.data.add_(7.0)
-    return make_engine(model, config, layout, num_experts=EXPERTS), layout
+    return make_engine(model, config, layout), layout
 
 
 def run_on_rank(rank: int, job: Job) -> Outcome:

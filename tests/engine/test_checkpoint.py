@@ -12,6 +12,7 @@ from moe_dist.engine import checkpoint
 from moe_dist.engine.fragments import fragments
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import Job, assert_same, build, run
+from tests.model.batches import MOMA, model_config
 
 SMALL = [(1, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 3)]  # world, expert, stage; for more see test_any_layout.py
 
@@ -67,6 +68,10 @@ def check_pairs(layouts, tmp_path, **settings):
 @pytest.mark.slow
 def test_any_layout_to_any_on_two_ranks(tmp_path):
     check_pairs(SMALL, tmp_path)
+
+
+def test_experts_in_slices_from_any_layout_to_any_on_two_ranks(tmp_path):
+    check_pairs([(1, 1, 1), (2, 2, 2)], tmp_path, model=model_config(MOMA | {"slices": 2}))
 
 
 ROUTERS, EXPERT_STACK = ("ffn.router.*",), ("ffn.experts.down", "gain")

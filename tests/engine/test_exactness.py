@@ -33,6 +33,13 @@ CLIP = 0.5
 GROUPS = 16  # selection groups of the global batch
 ROUTERS = {"top_k": TOP_K, "moma": MOMA}
 NOISY = {"noisy": MOMA | {name: MOMA[name] | {"gumbel_noise": True} for name in ("text", "image")}}
+SLICED = {  # seven experts of text, one of images
+    "7t1i": {
+        "type": "modality",
+        "text": {"type": "expert_choice", "num_experts": 7},
+        "image": {"type": "expert_choice", "num_experts": 1},
+    }
+}
 BF16 = {"bf16": {"enabled": True}}
 # The loss moves 0.9 at least: 90,000 times as far.
 FLOAT32 = {"loss": 1e-5, "norm": 1e-5, "parameters": 1e-5, "update": 1e-4}
@@ -61,7 +68,8 @@ def recipe(
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {}) | (zero or {})
     deepspeed = sgd(clip=CLIP) | {"zero_optimization": zero} | section
     micro = GROUPS // world // accumulation
-    return make_config(router=(ROUTERS | NOISY)[router], expert=expert, groups=GROUPS, micro=micro, deepspeed=deepspeed)
+    routers = ROUTERS | NOISY | SLICED
+    return make_config(router=routers[router], expert=expert, groups=GROUPS, micro=micro, deepspeed=deepspeed)
 
 
 @cache
@@ -193,6 +201,30 @@ def test_mixture_of_depths(scope, world, expert, accumulation, stage, recompute)
     trajectory = train(build, config, world, guide=depth_reference(scope))
     assert_same(trajectory, depth_reference(scope), FLOAT32, loss_moves=0.3)
     assert trajectory.moved["depth.0.router.gate.weight"] > 1e-3
+
+
+@cache
+def sliced_reference() -> Trajectory:
+    return train(build, _sliced(recipe("7t1i")), 1)
+
+
+@pytest.mark.parametrize(
+    ("world", "expert", "accumulation", "stage"),
+    [(2, 2, 1, 1), pytest.param(2, 2, 4, 3, marks=pytest.mark.slow), pytest.param(4, 2, 2, 2, marks=pytest.mark.slow)],
+)
+def test_experts_in_slices(world, expert, accumulation, stage):
+    """7t1i with mixture-of-depths, every expert in two slices. Pre-norm: after Swin's norm of what one expert alone
+    returns, its gate would have no gradient."""
+    config = _sliced(recipe("7t1i", world=world, expert=expert, accumulation=accumulation, stage=stage))
+    trajectory = train(build, config, world, guide=sliced_reference())
+    assert_same(trajectory, sliced_reference(), FLOAT32, loss_moves=0.3)
+    assert {f"layers.1.ffn.experts.down[{number}]" for number in range(16)} < set(trajectory.masters[0])
+
+
+def _sliced(config: Config) -> Config:
+    config = _with_depth(config, "modality")
+    ffn = config.model.ffn.model_copy(update={"slices": 2})
+    return config.model_copy(update={"model": config.model.model_copy(update={"ffn": ffn, "norm": "pre"})})
 
 
 def _with_depth(config: Config, scope: str) -> Config:

@@ -17,7 +17,6 @@ from moe_dist.losses.term import Context
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.random import seeded_normal_
 from moe_dist.parallel.layout import make_layout
-from moe_dist.train import routers
 from tests.distributed import run_ranks
 from tests.engine.toy import VOCABULARY, sgd
 from tests.engine.trajectory import full_parameters, step_inputs
@@ -48,7 +47,7 @@ def steps_of(rank: int, config: Config, change: Callable[[Batch], Batch] = lambd
     for name, parameter in model.named_parameters():
         if name.endswith(".b"):
             seeded_normal_(parameter, seed=config.seed, name=name, std=0.05)
-    engine = make_engine(model, config, layout, routers(model)[0].num_experts)
+    engine = make_engine(model, config, layout)
     before, steps = full_parameters(engine), []
     for step in range(STEPS):
         objective = make_objective(config.losses, Context(layout=layout, group_sequences=2), step)

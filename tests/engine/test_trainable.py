@@ -16,7 +16,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.distributed import run_ranks
 from tests.engine.test_exactness import CLIP, FLOAT32, GROUPS, MOMA, TOP_K, build
-from tests.engine.toy import EXPERTS, VOCABULARY, make_config, objective, sgd
+from tests.engine.toy import VOCABULARY, make_config, objective, sgd
 from tests.engine.trajectory import Trajectory, full_parameters, step_inputs, train
 
 ROUTERS, EXPERT_STACKS = ("layers.*.ffn.router.*",), ("layers.*.ffn.experts.*",)
@@ -97,7 +97,7 @@ def test_recomputation_changes_nothing(stage):
 def _steps(rank, config):
     """(forward passes of each block in a step, elements of optimizer state, frozen parameters that changed)"""
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
-    engine = make_engine(build(config, layout), config, layout, EXPERTS)
+    engine = make_engine(build(config, layout), config, layout)
     blocks = [module for module in engine.module.modules() if isinstance(module, Block)]
     passes = [0] * len(blocks)
 
@@ -181,7 +181,7 @@ def test_a_pattern_that_matches_nothing_is_named(pattern):
 def _refused(rank, config):
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
     try:
-        make_engine(build(config, layout), config, layout, EXPERTS)
+        make_engine(build(config, layout), config, layout)
     except UserError as error:
         return str(error)
     return None

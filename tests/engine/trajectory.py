@@ -14,7 +14,7 @@ from moe_dist.engine.fragments import refresh_working_parameters
 from moe_dist.engine.zero import Engine, init_distributed, make_engine
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.distributed import run_ranks
-from tests.engine.toy import EXPERTS, ToyModel, loss_count, objective, step_batches
+from tests.engine.toy import ToyModel, loss_count, objective, step_batches
 
 Build = Callable[[Config, Layout], nn.Module]
 
@@ -87,7 +87,7 @@ def _train(
     rank: int, build: Build, config: Config, steps: int, plant: Callable | None, guide: Trajectory | None
 ) -> tuple:
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
-    engine = make_engine(build(config, layout), config, layout, EXPERTS)
+    engine = make_engine(build(config, layout), config, layout)
     goal = plant(engine, layout) if plant else objective
     losses, norms, masters, loss_tokens, image_tokens = [], [], [], [], []
     for step in range(steps):
@@ -117,7 +117,7 @@ def step_inputs(step: int, layout: Layout, config: Config) -> list[Batch]:
 def toy_engine(config: Config) -> tuple[Engine, Layout]:
     """An engine around the toy model, on the ranks that call it."""
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
-    return make_engine(ToyModel(config.model.ffn.router, layout), config, layout, EXPERTS), layout
+    return make_engine(ToyModel(config.model.ffn.router, layout), config, layout), layout
 
 
 def full_parameters(engine: Engine) -> dict[str, Tensor]:

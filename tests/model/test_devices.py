@@ -19,7 +19,6 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.moe import experts
 from moe_dist.moe.experts import GroupedExperts
 from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.placement import make_placement
 from moe_dist.parallel.layout import Layout
 from tests.devices import (
     HotPath,
@@ -57,6 +56,7 @@ MODELS = {
     "null": (NULL, {}),
     "moe_8x": (EXPERT_CHOICE, {}),
     "moma": (MOMA, {}),
+    "sliced": (MOMA | {"slices": 2}, {}),
     "null_in_text": (MIXED, {}),
     "lora": (LORA_EXPERTS, {"attention_lora": {"rank": 8, "alpha": 16.0}}),
     "lora_dropout": (LORA_DROPOUT, {"attention_lora": DROPOUT}),
@@ -92,7 +92,7 @@ class Device:
         if self.mode is not None:
             model_on_fake_cuda(self.model, self.mode)
         if layout is not None:
-            counts = [_over_ranks(counts, layer, layout) for counts, layer in zip(counts, expert_layers(self.model))]
+            counts = [_over_ranks(counts, layer) for counts, layer in zip(counts, expert_layers(self.model))]
             for layer in expert_layers(self.model) if self.mode is not None else ():
                 layer.dispatcher.order_E = self.mode.from_tensor(layer.dispatcher.order_E)
         self.calls = inject(self.model, counts)
@@ -120,10 +120,9 @@ class Device:
                 assert not parameter.requires_grad or parameter.grad.shape == parameter.shape, name
 
 
-def _over_ranks(counts, layer, layout):
+def _over_ranks(counts, layer):
     """[sent, received] of rank 0: it sends what the plan says, and gets the like from the other."""
-    placement = make_placement(layer.router.expert_groups, layout.expert)
-    sent = [[counts[expert] for expert in row] for row in placement.local_experts]
+    sent = [[counts[number % len(counts)] for number in row] for row in layer.dispatcher.placement.local_experts]
     return [sent, sent[::-1]]
 
 
@@ -159,7 +158,7 @@ def test_a_model_reads_once_a_layer_and_makes_nothing_on_the_host(name, kind, dt
 
 
 @pytest.mark.parametrize("kind", DEVICES)
-@pytest.mark.parametrize("name", ["top_k", "null", "moma"])
+@pytest.mark.parametrize("name", ["top_k", "null", "moma", "sliced"])
 def test_nor_where_experts_are_spread_over_ranks(name, kind, two_ranks):
     device = Device(name, kind, torch.bfloat16, two_ranks)
     device.check(lambda: device.model(device.batch.tokens_T, device.batch.info).logits_TV.float().sum())

@@ -99,9 +99,9 @@ def make_batch(kind: str, rank: int) -> tuple[Tensor, TokenInfo, Tensor]:
     return x_TD.requires_grad_(), make_info(modality_T, valid_T, first_id=rank * TOKENS), loss_TD
 
 
-def make_layer(router: str, kind: str = "mixed", layout: Layout | None = None) -> MoELayer:
+def make_layer(router: str, kind: str = "mixed", layout: Layout | None = None, slices: int = 1) -> MoELayer:
     """A float64 layer; with "skewed" every gate sends positive inputs to its expert 0."""
-    ffn = MoEFFN(type="moe", hidden_size=EXPERT_WIDTH, router=ROUTERS[router])
+    ffn = MoEFFN(type="moe", hidden_size=EXPERT_WIDTH * slices, slices=slices, router=ROUTERS[router])
     layer = build_moe_layer(
         ffn, hidden_size=WIDTH, layer=3, seed=5, layout=layout or Layout(), init_std=0.3, output_std=0.2
     ).double()
@@ -131,25 +131,30 @@ def run_layer(layer: MoELayer, kind: str, rank: int) -> dict[str, Any]:
     }
 
 
-def oracle(router: str, kind: str, world: int) -> tuple[list[dict[str, Tensor]], dict[str, list[Tensor]]]:
-    """Per rank outputs and input gradients, and the weights' gradients summed over ranks, by the dense loops."""
-    layer = make_layer(router, kind)
+def oracle(
+    router: str, kind: str, world: int, slices: int = 1
+) -> tuple[list[dict[str, Tensor]], dict[str, list[Tensor]]]:
+    """Per rank outputs and input gradients, and the weights' gradients summed over ranks, by the dense loops.
+
+    Experts in slices are whole in the loops, made of all their slices; the gradients are those of the slices.
+    """
+    layer = make_layer(router, kind, slices=slices)
     gate_weights = [weight.detach().clone().requires_grad_() for weight in layer.router.parameters()]
     gate_up, down = (p.detach().clone().requires_grad_() for p in (layer.experts.gate_up, layer.experts.down))
     ranks = []
     for rank in range(world):
         x_TD, info, loss_TD = make_batch(kind, rank)
         gates_TE = reference.gates(layer.router, x_TD, gate_weights, info)
-        y_TD = reference.expert_layer(x_TD, gates_TE, gate_up, down)
+        y_TD = reference.expert_layer(x_TD, gates_TE, *reference.join_slices(gate_up, down, slices))
         (y_TD * loss_TD).sum().backward()
         ranks.append({"y": y_TD.detach(), "x_grad": x_TD.grad, "gates": gates_TE.detach()})
     gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in (*gate_weights, gate_up, down)]
     return ranks, {"gates": gradients[:-2], "gate_up": [*gradients[-2]], "down": [*gradients[-1]]}
 
 
-def assert_equals_oracle(results: list[dict[str, Any]], router: str, kind: str) -> None:
+def assert_equals_oracle(results: list[dict[str, Any]], router: str, kind: str, slices: int = 1) -> None:
     """Compare every rank's run_layer with the oracle, to 1e-9 (relative to the largest value beside it)."""
-    ranks, weights = oracle(router, kind, len(results))
+    ranks, weights = oracle(router, kind, len(results), slices)
     for got, expected in zip(results, ranks):
         close(got["y"], expected["y"], "y")
         close(got["x_grad"], expected["x_grad"], "gradient of x")

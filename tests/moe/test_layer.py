@@ -28,8 +28,8 @@ class CountingReader:
         return split_sizes(counts)
 
 
-def run_on_rank(rank, router, kind, expert):
-    layer = make_layer(router, kind, make_layout(expert=expert, device=CPU))
+def run_on_rank(rank, router, kind, expert, slices=1):
+    layer = make_layer(router, kind, make_layout(expert=expert, device=CPU), slices)
     layer.dispatcher.split_sizes = reader = CountingReader()
     result = run_layer(layer, kind, rank)
     assert reader.calls == 1

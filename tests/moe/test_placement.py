@@ -1,5 +1,7 @@
 """Equal shares of every modality's experts where the counts allow it, as near as possible otherwise."""
 
+import math
+
 import pytest
 
 from moe_dist.errors import UserError
@@ -30,6 +32,25 @@ def test_examples():
     assert make_placement(groups(8), 4) == Placement(((0, 1), (2, 3), (4, 5), (6, 7)))
 
 
+@pytest.mark.parametrize("ep", [2, 4, 8])
+@pytest.mark.parametrize("counts", [(7, 1), (6, 2), (4, 4), (5, 2, 1)])
+def test_enough_slices_give_every_rank_an_equal_share_of_every_group_and_no_expert_twice(counts, ep):
+    slices = ep // math.gcd(ep, *counts)
+    placement = make_placement(groups(*counts), ep, slices)
+    assert sorted(placement.order) == list(range(8 * slices))
+    for rank in placement.local_experts:
+        experts = [number % 8 for number in rank]
+        assert len(set(experts)) == len(experts)
+        assert [ep * len(set(group) & set(experts)) for group in groups(*counts)] == [slices * n for n in counts]
+
+
+def test_examples_of_slices():
+    assert make_placement(groups(2, 1), 2, 2) == Placement(((0, 1, 2), (3, 4, 5)), 2)
+    assert make_placement(groups(2, 2), 4, 2) == Placement(((0, 2), (1, 3), (4, 6), (5, 7)), 2)
+
+
 def test_ranks_that_do_not_divide_the_experts():
     with pytest.raises(UserError, match=r"parallel\.expert=3 does not divide the model's 8 experts"):
         make_placement(groups(7, 1), 3)
+    with pytest.raises(UserError, match=r"expert=3 does not divide the model's 8 experts times 2 slices"):
+        make_placement(groups(7, 1), 3, 2)

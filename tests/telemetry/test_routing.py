@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.batch import MODALITIES, TokenInfo
+from moe_dist.moe.placement import make_placement
 from moe_dist.moe.plan import Routing, RoutingPlan, RoutingRecord
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.telemetry.keys import undeclared
@@ -76,8 +77,8 @@ def oracle(micro_batches_by_rank, expert, local_experts):
                 dropped += 2 - sum((t, 0) in pairs[i] for t in range(2))
                 for _, e in pairs[i]:
                     load[e] += 1
-                    owner = next(r for r, experts in enumerate(local_experts) if e in experts)
-                    rows[rank // expert * expert + owner] += 1
+                    for r, held in enumerate(local_experts):
+                        rows[rank // expert * expert + r] += sum(number % EXPERTS == e for number in held)
                 for t in range(TOKENS):
                     if info.valid_T[t]:
                         experts_of[int(info.modality_T[t])].append(sum(token == t for token, _ in pairs[i]))
@@ -143,6 +144,20 @@ def test_ranks_equal_the_loops_with_one_all_reduce(world, expert, local_experts)
     for metrics, all_reduces in results:
         assert flatten(metrics) == pytest.approx(expected, abs=1e-12)
         assert all_reduces == 1
+
+
+SLICED = make_placement(GROUPS, 2, slices=2).local_experts
+
+
+def test_ranks_that_share_every_expert_by_slices_are_in_balance():
+    """And they are not where two slices have changed places."""
+    for metrics in run_ranks(_measure_on_rank, 2, 2, SLICED):
+        assert metrics[0]["moe/rank_imbalance"] == pytest.approx(1, abs=1e-12)
+    uneven = [(0, 1, 2, 3, 4, 6), (5, 7, 8, 9, 10, 11)]
+    expected = oracle([_of_rank(rank) for rank in range(2)], 2, uneven)
+    assert expected["moe/rank_imbalance"] > 1.02
+    for metrics, _ in run_ranks(_measure_on_rank, 2, 2, uneven):
+        assert flatten(metrics) == pytest.approx(expected, abs=1e-12)
 
 
 def test_missing_modality_and_empty_plans():
