@@ -60,7 +60,7 @@ NOTE = (
     "which holds their median with 95 % (of five rounds: between the extremes, 94 %). FLOPs a token: by formula, as a "
     "multiple of the dense model's. small: width 128, experts of 256, 1,536 ids; large: width 512, experts of 1,376, "
     "8,192 ids; {layers} layers, with mixture-of-depths {deeper}; 8,192 tokens a step, in two micro-batches of each "
-    "rank. glibc keeps freed memory: {malloc}. Load of the machine (1 minute) before and after: {load}."
+    "rank. glibc keeps freed memory: {malloc}. Load of the machine before and after each size: {load}."
 )
 
 
@@ -175,19 +175,24 @@ def main(arguments: Sequence[str]) -> None:
         if layout.is_main:
             print(line, flush=True)
 
-    load = [os.getloadavg()[0]]
-    rows = [row for size in SIZES if size in arguments or not set(SIZES) & set(arguments)
-            for row in measure(size, layout, report)]  # fmt: skip
-    load.append(os.getloadavg()[0])
-    if layout.is_main:
-        ranks, clock = ("One process", "processor time") if world == 1 else (f"{world} ranks, EP={world}", "clock time")
-        note = NOTE.format(
-            ranks=ranks, clock=clock, threads=torch.get_num_threads(), layers=LAYERS, deeper=DEEPER,
-            malloc="yes" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "no",
-            load=" and ".join(f"{value:.1f}" for value in load),
-        )  # fmt: skip
-        title = "Training throughput against the FLOP-matched dense model"
-        write_result("throughput" if world == 1 else f"throughput_ep{world}", title, note, HEADER, rows)
+    load, rows = [os.getloadavg()[0]], list[str]()
+    for size in [size for size in SIZES if size in arguments or not arguments]:
+        rows += measure(size, layout, report)
+        load.append(os.getloadavg()[0])
+        if layout.is_main:
+            write(layout, rows, load)
+
+
+def write(layout: Layout, rows: Sequence[str], load: Sequence[float]) -> None:
+    one = layout.world == 1
+    ranks, clock = ("One process", "processor time") if one else (f"{layout.world} ranks, EP={layout.world}", "clock")
+    note = NOTE.format(
+        ranks=ranks, clock=clock, threads=torch.get_num_threads(), layers=LAYERS, deeper=DEEPER,
+        malloc="yes" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "no",
+        load=", ".join(f"{value:.1f}" for value in load),
+    )  # fmt: skip
+    name = "throughput" if one else f"throughput_ep{layout.world}"
+    write_result(name, "Training throughput against the FLOP-matched dense model", note, HEADER, rows)
 
 
 if __name__ == "__main__":
