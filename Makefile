@@ -7,7 +7,9 @@ RECIPE := $(notdir $(basename $(CONFIG)))
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 .DELETE_ON_ERROR:
-LAUNCH = OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))}" \
+# Without a GPU, glibc would give every large gradient back to the system and pay for its pages again at every step.
+LAUNCH = MALLOC_MMAP_MAX_="$${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="$${MALLOC_TRIM_THRESHOLD_:-100000000000}" \
+	OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))}" \
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS)
 .PHONY: train roma test test-fast test-long lint setup data
 
