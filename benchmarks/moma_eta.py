@@ -34,7 +34,7 @@ from runs import ROOT, write_result
 RUNS = ROOT / "runs" / "benchmark" / "moma_eta"
 CORPORA = ("emoji", "clipart", "text")
 TOKENIZERS = "data/eta_tokenizers"
-WIDTH = 344  # of a feed-forward part: 2/3 of 4 times the model's width, as in the paper's table
+WIDTH, FFN = 64, 176  # of the model, and of a feed-forward part: 2/3 of 4 times that, as in the paper's table
 CAUSAL_STEPS = 120  # of the stage that trains auxiliary routers
 WINDOW = 40  # steps over which training losses are averaged
 LOSSES = {"overall": "loss", **{modality: f"loss/{modality}" for modality in MODALITIES}}
@@ -42,7 +42,8 @@ COLOURS = {"dense": "#5b6770", "moe_8x": "#c98a1b", "1t1i": "#8a5fa8", "4t4i": "
 BASE = [
     f"data.shards=[{', '.join(f'data/{name}' for name in CORPORA)}]",
     f"data.text_tokenizer={TOKENIZERS}/text.model", f"data.image_tokenizer={TOKENIZERS}/vq", "data.image_fraction=0.5",
-    f"model.ffn.hidden_size={WIDTH}", "parallel.expert=1", "deepspeed.optimizer.params.weight_decay=0.1",
+    f"model.hidden_size={WIDTH}", f"model.ffn.hidden_size={FFN}", "parallel.expert=1", "train.micro_batch_groups=8",
+    "deepspeed.optimizer.params.weight_decay=0.1",
     "schedule={type: linear, warmup_steps: 40, end_lr: 2e-3}", "deepspeed.optimizer.params.lr=2e-3",
     "eval.every=0", "checkpoint.every=40", "checkpoint.keep=1", "telemetry.tensorboard=false",
 ]  # fmt: skip
@@ -65,7 +66,7 @@ def router(name: str, auxiliary: bool) -> list[str]:
 
 
 def variant(name: str, auxiliary: bool = False) -> list[str]:
-    return [f"model.ffn={{type: dense, hidden_size: {WIDTH}}}"] if name == "dense" else router(name, auxiliary)
+    return [f"model.ffn={{type: dense, hidden_size: {FFN}}}"] if name == "dense" else router(name, auxiliary)
 
 
 def prepare(python: str = sys.executable) -> None:
@@ -75,8 +76,8 @@ def prepare(python: str = sys.executable) -> None:
         subprocess.run(command, cwd=ROOT, check=True)
     if not (ROOT / TOKENIZERS / "vq" / "quality.json").exists():
         shards = f"shards=[{', '.join(f'data/{name}' for name in CORPORA)}]"
-        command = [python, "launch/train_tokenizers.py", shards, f"out={TOKENIZERS}", "vocab_size=2048"]
-        subprocess.run(command, cwd=ROOT, check=True)
+        settings = [shards, f"out={TOKENIZERS}", "vocab_size=2048", "training.steps=500"]
+        subprocess.run([python, "launch/train_tokenizers.py", *settings], cwd=ROOT, check=True)
 
 
 class Study:
@@ -243,11 +244,11 @@ LOSS_HEADER = (
     "held-out, causal | tokens/s against dense |"
 )
 NOTE = (
-    "{steps} steps, {tokens:.1f} M tokens, {seeds} seeds, each seed on the same data in the same order for all models; "
-    "constant learning rate after warm-up, so that every point of a curve compares equal conditions. Losses in nats "
-    "per token, training losses means over {window} steps. eta: FLOPs of dense / FLOPs at which the model has come down to "
-    "dense's loss; training losses of the sparse models are non-causal. Held-out with causal routers: after {causal} "
-    "steps of their own stage."
+    "{steps} steps, {tokens:.1f} M tokens, {seeds} seeds, each seed on the same data in the same order for all models, "
+    "a constant learning rate after warm-up, so that every point of a curve compares equal conditions. Losses in nats "
+    "per token, training losses means over {window} steps. eta: FLOPs of dense / FLOPs at which the model has come "
+    "down to dense's loss; training losses of the sparse models are non-causal. Held-out with causal routers: after "
+    "{causal} steps of their own stage."
 )
 
 
