@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from runs import ROOT, write_result
 
 from moe_dist.batch import IMAGE, TEXT, Batch, TokenInfo
 from moe_dist.config import Config, load_config
@@ -35,6 +34,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.telemetry.throughput import model_flops, work
 from moe_dist.train import routers
+from runs import ROOT, write_result
 
 LAYERS, DEEPER = 4, 7  # without and with mixture-of-depths: as many FLOPs a token, but for attention
 SIZES = {  # width, heads, expert width, vocabulary (a quarter of the dense model's FLOPs in both), rounds
