@@ -5,8 +5,11 @@ CONFIG ?= configs/moma_quickstart.yaml
 ARGS ?=
 RECIPE := $(notdir $(basename $(CONFIG)))
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 .DELETE_ON_ERROR:
-LAUNCH = OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))}" \
+# Without a GPU, glibc would give every large gradient back to the system and pay for its pages again at every step.
+LAUNCH = MALLOC_MMAP_MAX_="$${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="$${MALLOC_TRIM_THRESHOLD_:-100000000000}" \
+	OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))}" \
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS)
 .PHONY: train roma test test-fast test-long lint setup data
 
@@ -16,10 +19,10 @@ train: data  ## pre-train the quickstart; `make train ARGS="train.steps=20 run.d
 roma: runs/roma_comparison.json  ## RoMA from SmolLM2 to the comparison with its control; a step that is done is skipped
 
 test: setup  ## all tests; what is skipped is told with the reason (no Slurm here: docs/slurm.md)
-	$(BIN)/python -m pytest -rs
+	$(PYTEST) -rs
 
 test-fast: setup  ## the working loop
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-long: setup  ## kill -9 at many places of steps and saves, under all launchers; more losses at changed layouts
 	MOE_DIST_LONG=1 $(BIN)/python -m pytest tests/engine/test_kills.py tests/test_lost_rank.py tests/engine/test_any_layout.py

@@ -6,9 +6,8 @@ benchmarks/results/<date>-quickstart.md. Resumable: a recipe whose run is done i
 
 import sys
 
-from runs import seconds, tokens_per_second, train_and_evaluate, write_result
-
 from moe_dist.batch import MODALITIES
+from runs import seconds, tokens_per_second, train_and_evaluate, write_result
 
 MARGIN = 0.3  # nats by which MoMa's held-out loss must beat the bigram model's, in each modality
 RECIPES = ("moma_quickstart", "moe_8x_quickstart", "dense_quickstart")

@@ -12,11 +12,10 @@ import statistics
 import subprocess
 import sys
 
-from runs import ROOT, write_result
-
 from moe_dist.convert.upcycle import upcycle
 from moe_dist.engine.manifest import newest_complete
 from moe_dist.telemetry.run_folder import RunFolder
+from runs import ROOT, write_result
 
 RUNS = ROOT / "runs" / "benchmark" / "upcycle"
 WAYS = {  # name -> experts, gates, Gumbel noise

@@ -19,8 +19,9 @@ from moe_dist.evaluate.comparison import compare_with_references
 from moe_dist.parallel.launch import run_rank
 from moe_dist.parallel.layout import make_layout
 from moe_dist.parallel.together import together
+from moe_dist.parts import check_recipe
 from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.train import Run, check_recipe
+from moe_dist.train import Run
 
 
 def main() -> None:
@@ -50,6 +51,8 @@ def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
             record = {"step": run.step, "causal": causal, **results}
             (folder.path / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
             Console().print(table(results, run.step, causal))
+            if "eval/caption_gain" in results:
+                Console().print(worth_of_captions(results))
 
 
 def table(results: dict[str, float], step: int, causal: bool) -> Table:
@@ -69,6 +72,14 @@ def table(results: dict[str, float], step: int, causal: bool) -> Table:
         values = [results.get(f"eval/{key}") for key in keys]
         grid.add_row(name, *("-" if value is None else f"{value:.3f} / {math.exp(value):,.1f}" for value in values))
     return grid
+
+
+def worth_of_captions(results: dict[str, float]) -> str:
+    gain, low, high, captions = (results[f"eval/caption_gain{end}"] for end in ("", "/low", "/high", "/captions"))
+    return (
+        f"Before an image, its own caption is worth {gain:.3f} nats a code against another's "
+        f"(95 % interval {low:.3f} to {high:.3f}, over {captions:.0f} captions)."
+    )
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from moe_dist.evaluate.multiple_choice import OVERALL, Comparison, Result, answe
 from moe_dist.parallel.launch import run_rank
 from moe_dist.parallel.layout import make_layout
 from moe_dist.parallel.together import together
+from moe_dist.parts import check_recipe
 from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.train import Run, check_recipe
+from moe_dist.train import Run
 
 ANSWERS = "multiple_choice.json"
 

@@ -1,7 +1,7 @@
 """Train a recipe: launch/train.py --config configs/NAME.yaml [section.key=value ...]
 
 Started by the deepspeed launcher, torchrun, srun or mpiexec (or alone, on one rank). SIGTERM, SIGUSR1, SIGUSR2 or
-Ctrl-C, to one rank or more, stops it with a checkpoint (docs/checkpoints.md).
+Ctrl-C, to one rank or more, stops it with a checkpoint (docs/resuming.md).
 """
 
 import argparse

@@ -92,7 +92,7 @@ class TokenInfo:
 
     def sequences(self) -> list[Tensor]:
         """Indices of the valid tokens of each packed sequence."""
-        return list(self.by_modality_V.sort().values.split(self.sequence_counts))
+        return list(_first(self.valid_T, len(self.by_modality_V)).split(self.sequence_counts))
 
     def select(self, keep_T: Tensor, read: Callable[[Tensor], list]) -> tuple[Tensor, TokenInfo]:
         """Some of the valid tokens, in order: token_K, their indices, and their TokenInfo, with what each had.
@@ -102,7 +102,7 @@ class TokenInfo:
         """
         keep_V = keep_T.index_select(0, self.by_modality_V)
         of_groups = [count for row in self.modality_counts for count in row]
-        in_order_V = keep_T.index_select(0, self.by_modality_V.sort().values)
+        in_order_V = keep_T.index_select(0, _first(self.valid_T, len(self.by_modality_V)))
         counted = [(keep_V, of_groups), (in_order_V, self.sequence_counts), (keep_T, self.document_lengths)]
         counts = read(torch.cat([_sums(keep, lengths) for keep, lengths in counted]))
         groups, sequences = counts[: len(of_groups)], counts[len(of_groups) : -len(self.document_lengths)]
@@ -138,7 +138,7 @@ def _sums(keep: Tensor, lengths: Sequence[int]) -> Tensor:
 
 def _first(keep: Tensor, number: int) -> Tensor:
     """Indices of what is kept, of which there are so many, without asking the device how many."""
-    return keep.logical_not().long().argsort(stable=True)[:number]
+    return torch.nonzero_static(keep, size=number).squeeze(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

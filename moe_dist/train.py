@@ -1,50 +1,42 @@
-"""Builds the parts of a run from its recipe, then trains. The only module that sees all the others."""
+"""Builds a run from its recipe, then trains. With parts.py, the only module that sees all the others."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from torch import nn
 
 from moe_dist.batch import Batch
-from moe_dist.config import Config, DataConfig, InitFrom, MoEFFN, load_config
+from moe_dist.config import Config, MoEFFN, load_config
 from moe_dist.data.heldout import heldout_batches
-from moe_dist.data.loader import Loader, check_data, make_loader
-from moe_dist.data.neighbours import NeighbourStore
-from moe_dist.data.shards import Split
-from moe_dist.data.tokenized import TokenStore, build_cache, load_vocabulary, open_store
+from moe_dist.data.loader import Loader, make_loader
+from moe_dist.data.tokenized import TokenStore, load_vocabulary
 from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.engine import checkpoint
-from moe_dist.engine.deepspeed_config import accumulation_steps, check_section
-from moe_dist.engine.init_from import Account, init_from
+from moe_dist.engine.deepspeed_config import check_section
+from moe_dist.engine.init_from import Account
 from moe_dist.engine.init_from import loader_state as loader_state_of
-from moe_dist.engine.manifest import identity, resolve_init
+from moe_dist.engine.manifest import resolve_init
 from moe_dist.engine.saver import Saver
 from moe_dist.engine.schedule import learning_rate
 from moe_dist.engine.state import TrainState, check_resumable
-from moe_dist.engine.trainable import freeze_others
 from moe_dist.engine.zero import Engine, StepResult, init_distributed, make_engine
 from moe_dist.errors import UserError
 from moe_dist.evaluate.perplexity import evaluate
 from moe_dist.losses.objective import make_objective
-from moe_dist.losses.registry import loss_settings
 from moe_dist.losses.term import Context
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.placement import make_placement
-from moe_dist.moe.router import Router
 from moe_dist.parallel.health import check_health
 from moe_dist.parallel.launch import is_main_process
-from moe_dist.parallel.layout import Layout, check_layout, make_layout
+from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.parallel.signals import Stopped, StopSignals
 from moe_dist.parallel.together import together
+from moe_dist.parts import check_recipe, open_data, open_neighbours, routers, start_from
 from moe_dist.telemetry.decisions import decision_metrics
 from moe_dist.telemetry.hang import HangWatch
 from moe_dist.telemetry.progress import Progress
@@ -53,9 +45,7 @@ from moe_dist.telemetry.routing import routing_counts, routing_metrics
 from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.telemetry.sinks import Sinks
 from moe_dist.telemetry.stragglers import Stragglers
-from moe_dist.telemetry.throughput import flops_saved, model_flops
-
-SPLITS: tuple[Split, Split] = ("train", "validation")
+from moe_dist.telemetry.throughput import flops_saved, model_flops, work
 
 
 def train(path: str | Path, overrides: Sequence[str] = (), stop: StopSignals | None = None) -> None:
@@ -85,29 +75,6 @@ def train(path: str | Path, overrides: Sequence[str] = (), stop: StopSignals | N
             print(f"stopped ({error}) before the first step: {folder.path}", flush=True)
 
 
-@together()  # no rank may leave while another still sets up its groups
-def check_recipe(config: Config, layout: Layout) -> None:
-    """Raise UserError for what a recipe gets wrong, by itself or for these ranks, before any data are read. Collective.
-
-    The model is built without memory, so that routers, experts and frozen parameters say what they object to.
-    """
-    check_section(config.deepspeed)
-    of_depth = {"causal_routers"} if config.model.depth else set()
-    if not isinstance(config.model.ffn, MoEFFN) and (lost := [name for name in config.losses if name not in of_depth]):
-        raise UserError(f"the loss '{lost[0]}' needs routers, and the model is dense")
-    loss_settings(config.losses)
-    accumulation_steps(config.train, layout.world)
-    check_data(config.data, dp=layout.world)
-    if config.data.neighbours is not None and config.init_from is None:
-        raise UserError("data.neighbours needs init_from: a store belongs to the checkpoint it was collected with")
-    with torch.device("meta"):
-        model = Transformer(config.model, 1, Layout(), config.seed)
-    check_layout(world=layout.world, expert=layout.expert)
-    if isinstance(config.model.ffn, MoEFFN):
-        make_placement(routers(model)[0].expert_groups, layout.expert, config.model.ffn.slices)
-    freeze_others(model, config.trainable)
-
-
 @dataclass(kw_only=True)
 class Run:
     """The parts of a run, and how far it has come."""
@@ -123,6 +90,7 @@ class Run:
     held_out: TokenStore
     loader_state: dict[str, Any]
     peak_lr: float
+    trained: frozenset[str]  # names of the parameters that are
     initial: Account | None  # what a fresh start took from init_from
     stop: StopSignals = field(default_factory=StopSignals)
     step: int = 0  # optimizer steps done
@@ -162,6 +130,7 @@ class Run:
             config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
             saver=Saver(folder.path, engine, layout, config.checkpoint), documents=documents, held_out=held_out,
             loader_state=loader_state or {}, initial=initial,
+            trained=frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
             peak_lr=section.optimizer.params.lr, step=state.step if state else 0, tokens=state.tokens if state else 0,
             stop=stop,
         )  # fmt: skip
@@ -271,16 +240,10 @@ class Run:
 
     def _flops(self, batch: Batch, result: StepResult) -> int:
         """Of the step, over all ranks: all have equally many tokens, so this rank's last micro-batch stands for all."""
-        rows = [int(record.load_E.sum()) for record in result.records] or None
         return self.engine.accumulation * self.layout.world * model_flops(
-            self.config.model, **self._seen(batch, result), ffn_rows=rows
-        )
-
-    def _seen(self, batch: Batch, result: StepResult) -> dict[str, Any]:
-        """What the FLOP formulas are told about a micro-batch."""
-        admitted = {depth.layer: depth.document_lengths for depth in result.depths}
-        lengths = batch.info.document_lengths
-        return {"vocab_size": self.vocabulary.size, "document_lengths": lengths, "admitted": admitted}
+            self.config.model, vocab_size=self.vocabulary.size, document_lengths=batch.info.document_lengths,
+            trained=self.trained, **work(result.records, result.depths),
+        )  # fmt: skip
 
     def _routing(self, batch: Batch, result: StepResult) -> dict[str, Any]:
         router, ffn = routers(self.engine.module)[0], self.config.model.ffn
@@ -298,45 +261,12 @@ class Run:
         )
         if router.reference_top_k is not None:
             metrics["moe/flops_saved"] = flops_saved(
-                self.config.model, **self._seen(batch, result), tokens=int(batch.info.valid_T.sum()),
-                experts=metrics["moe/experts_per_token"], top_k=router.reference_top_k,
+                self.config.model, vocab_size=self.vocabulary.size, document_lengths=batch.info.document_lengths,
+                tokens=int(batch.info.valid_T.sum()), experts=metrics["moe/experts_per_token"],
+                top_k=router.reference_top_k,
+                admitted={depth.layer: depth.document_lengths for depth in result.depths},
             )  # fmt: skip
         return metrics
-
-
-def open_data(
-    data: DataConfig, vocabulary: Vocabulary, layout: Layout, stop: StopSignals
-) -> tuple[TokenStore, TokenStore]:
-    """The tokens of the training and the held-out documents, made where missing. Collective. Raises Stopped."""
-    with together(patient=True):  # each rank tokenises its share of the shards
-        for split in SPLITS:
-            build_cache(
-                data, split, vocabulary, rank=layout.rank, world=layout.world, device=layout.device, stop=stop.pending
-            )
-    stop.check(layout.device)
-    with together():
-        documents, held_out = (open_store(data, split, vocabulary) for split in SPLITS)
-    for split, store in zip(SPLITS, (documents, held_out), strict=True):
-        if layout.is_main and store.report.bad:
-            print(f"warning: {split}: {store.report.summary()}", file=sys.stderr, flush=True)
-    return documents, held_out
-
-
-def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account:
-    """Fill a new model from the checkpoint of an earlier stage. Collective."""
-    with together():
-        before = checkpoint.read_state(source.checkpoint).get("vocabulary", vocabulary.fingerprint())
-    account = init_from(source, engine, layout)
-    if before != vocabulary.fingerprint() and "embedding.weight" in account.loaded:
-        raise UserError(f"{source.checkpoint} was trained with other tokenizers than {vocabulary.describe()}")
-    return account
-
-
-def open_neighbours(data: DataConfig, source: InitFrom | None) -> NeighbourStore | None:
-    """The recipe's neighbour store, which must be of the model that a new run starts from (None: the run resumes)."""
-    if data.neighbours is None:
-        return None
-    return NeighbourStore(data.neighbours, model=identity(source.checkpoint) if source is not None else None)
 
 
 class Reader:
@@ -356,11 +286,6 @@ class Reader:
 def losses(result: StepResult) -> dict[str, float]:
     """Mean of each loss over what it belongs to; a modality without predictions has none."""
     return {name: total / result.counts[name] for name, total in result.loss_sums.items() if result.counts[name]}
-
-
-def routers(model: nn.Module) -> list[Router]:
-    """Of the expert layers, from the first; none in a dense model."""
-    return [module.router for module in model.modules() if isinstance(module, MoELayer)]
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -24,6 +24,13 @@ torch.set_num_threads(1)  # of tensors this small a second thread only waits, an
 EMOJI = Path(__file__).parent / "fixtures" / "emoji"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Among parallel workers a file stays with one worker, and all of Slurm's with one: they share a cluster."""
+    for item in items:
+        folder = item.path.parent
+        item.add_marker(pytest.mark.xdist_group("slurm" if folder.name == "slurm" else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def emoji_samples() -> list[Sample]:
     """196 real image-caption pairs of 88 concepts (60 train, 14 validation, 14 test), see fixtures/emoji/NOTICE.md."""

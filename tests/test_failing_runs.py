@@ -16,8 +16,8 @@ from moe_dist.data.tokenized import build_cache, load_vocabulary
 from moe_dist.errors import UserError
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.parallel.signals import StopSignals
+from moe_dist.parts import check_recipe, open_data
 from moe_dist.telemetry.run_folder import read_status
-from moe_dist.train import check_recipe, open_data
 from tests.distributed import run_ranks
 from tests.launching import ALONE, MOMA, ROOT, bare_ranks, launch, launch_tool
 

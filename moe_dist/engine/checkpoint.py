@@ -80,10 +80,10 @@ def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]
 
 
 def describe(engine: Any, layout: Layout, state: dict[str, Any]) -> dict[str, Any]:
-    """The content of state.json at this moment; nothing in it changes later. Collective."""
+    """The content of state.json at this moment, with this rank's state alone; nothing in it changes later."""
     return {
         "format": FORMAT,
-        "state": merge_states(gather_objects(state)),
+        "state": state,
         "optimizer": optimizer_scalars(engine),
         "engine": {"steps": engine.steps, "skipped_steps": engine.skipped_steps},
         "written_by": {
@@ -113,11 +113,12 @@ def write(
             if layout.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
+        state = merge_states(gather_objects(header["state"], group))
         with _dcp(what):
             dcp.save({}, storage_writer=writer, planner=FragmentSavePlanner(held), process_group=group)
         with _disk(what, group):
             if layout.is_main:
-                commit(partial, path, writer.files, header)
+                commit(partial, path, writer.files, header | {"state": state})
     except UserError:
         if layout.is_main:
             shutil.rmtree(partial, ignore_errors=True)

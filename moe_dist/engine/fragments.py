@@ -44,8 +44,9 @@ def fragments(engine: Any) -> list[Fragment]:
         if not param.requires_grad:
             start, values = _frozen_values(param)
             found += _logical(f"{FROZEN}/{name}", param, start, values)
-    persistent = engine.module.state_dict(keep_vars=True)
-    for name, buffer in engine.module.named_buffers():
+    buffers = dict(engine.module.named_buffers())
+    persistent = engine.module.state_dict(keep_vars=True) if buffers else {}
+    for name, buffer in buffers.items():
         if name in persistent:
             found += _logical(f"{BUFFER}/{name}", buffer, 0, buffer.view(-1))
     return found

@@ -13,6 +13,7 @@ from moe_dist.data.heldout import ShuffledCaptions, heldout_batches
 from moe_dist.data.packing import TokenStore
 from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.evaluate.bigram import Bigram
+from moe_dist.evaluate.captions import caption_gain
 from moe_dist.evaluate.conditional import conditional_losses
 from moe_dist.evaluate.perplexity import evaluate, mean_losses
 from moe_dist.parallel.layout import Layout
@@ -49,9 +50,11 @@ def compare_with_references(
     model = of_model(forward)
     causal = of_model(lambda batch: forward(batch.causally())) if causal_too else {}
     shuffled = evaluate(forward, batches(ShuffledCaptions(held_out)), layout) if held_out.has_image.any() else {}
+    gain = caption_gain(forward, held_out, vocabulary, data, layout, batch_groups=batch_groups)
     bigram = mean_losses(Bigram.fit(train, vocabulary, data).token_losses, batches(held_out), layout)
     return (
         model
+        | gain
         | {key.replace("eval/", "eval/causal/"): value for key, value in causal.items()}
         | {key.replace("eval/", "eval/shuffled/"): value for key, value in shuffled.items()}
         | {key.replace("eval/loss", "eval/bigram"): value for key, value in bigram.items() if key != "eval/loss"}

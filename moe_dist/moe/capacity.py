@@ -34,7 +34,7 @@ def keep_within_capacity(
     for chosen_bE, wish_bE, capacity in zip(
         chosen_VE.split(list(group_sizes)), wish_VE.split(list(group_sizes)), capacities
     ):
-        first = wish_bE.topk(capacity, dim=0).indices
+        first = wish_bE.topk(capacity, dim=0, sorted=False).indices
         kept.append(torch.zeros_like(chosen_bE).scatter(0, first, True) & chosen_bE)
     return torch.cat(kept)
 

@@ -95,7 +95,7 @@ class ExpertChoiceRouter(nn.Module):
         chosen, start = [], 0
         for size, keys_bE in zip(group_sizes, keys_VE.split(group_sizes)):
             capacity = expert_capacity(size, self.settings.capacity_factor, self.num_experts)
-            chosen.append(keys_bE.t().topk(capacity, dim=1).indices + start)
+            chosen.append(keys_bE.t().topk(capacity, dim=1, sorted=False).indices + start)
             start += size
         return torch.cat(chosen, dim=1)
 

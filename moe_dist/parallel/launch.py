@@ -76,7 +76,7 @@ def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
 def run_rank(main: Callable[[], None]) -> NoReturn:
     """Run a command line, on one rank or many, and exit: 0, 2 after a UserError (rank 0 says it), 1 after our defect.
 
-    (docs/checkpoints.md, "Stopping and starting again", has the exit statuses beside what RUN/status.json then says.)
+    (docs/resuming.md, "Stopping and starting again", has the exit statuses beside what RUN/status.json then says.)
 
     After an error other ranks may still wait in a collective. Python's clean-up would wait for them too, so it is
     left out: the launcher sees this rank's exit at once and ends the others.

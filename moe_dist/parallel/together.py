@@ -51,12 +51,12 @@ def together(*, patient: bool = False, group: dist.ProcessGroup | None = None) -
         raise kind(text if mine is not None else f"{text} (rank {rank})") from problem
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's picklable value, by rank. Collective."""
+def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's picklable value, by rank. Collective, over `group` of all ranks where one is given."""
     if not dist.is_initialized():
         return [value]
     gathered = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=group)
     return gathered
 
 

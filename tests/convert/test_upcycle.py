@@ -125,6 +125,7 @@ def load_into_engine(rank, path, stage, config):
     return full_parameters(engine)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_checkpoint_of_ours_from_two_ranks_upcycled_for_two_expert_parallel_ranks(stage, tmp_path):
     """Moments are left behind; masters in many pieces are joined; the engine at EP=2 takes the result."""

@@ -243,6 +243,7 @@ def load_with_faults(rank: int, overrides: list[str], at: At, path: Path, folder
     return records
 
 
+@pytest.mark.slow
 def test_planted_faults_show(overrides, tmp_path):
     overrides = [*overrides, *SYSTEMS["lora_experts"]]
     origin, at = At(2, 1, 2), At(2, 2, 1)

@@ -65,6 +65,7 @@ def check_pairs(layouts, tmp_path, **settings):
             assert other.losses == pytest.approx(source.losses[2:], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_any_layout_to_any_on_two_ranks(tmp_path):
     check_pairs(SMALL, tmp_path)
 
@@ -99,6 +100,7 @@ def test_a_partly_frozen_model_resumes_bitwise(trainable, stage, bf16, tmp_path)
     assert not {name for kind, name in stored if kind == "frozen"} & trained
 
 
+@pytest.mark.slow
 def test_a_partly_frozen_model_from_any_layout_to_any(tmp_path):
     check_pairs(SMALL, tmp_path, trainable=ROUTERS)
 

@@ -229,6 +229,7 @@ def parameters(found: dict[str, torch.Tensor], prefix: str = "") -> dict[str, to
     return result
 
 
+@pytest.mark.slow
 def test_any_layout_starts_from_any(saved, tmp_path):
     """Every name is changed on the way; experts go by their global ids; nothing of the optimizer comes along."""
     second = Job(expert=1, stage=3, stop=2, save=str(tmp_path / "step_00000002"), save_at=2)

@@ -51,6 +51,7 @@ def test_the_bigram_model_as_the_model_ties_with_the_reference():
         assert results[f"eval/shuffled/loss/{modality}"] == pytest.approx(results[f"eval/loss/{modality}"], abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_small_moma_beats_the_bigram_model_and_needs_its_captions():
     """Loader, model, objective and evaluation together; a caption tells what the image is, and the reverse."""
     sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "init_std": 0.05}

@@ -2,6 +2,7 @@
 makes a tensor there (tests/devices.py)."""
 
 import importlib
+import inspect
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.model.attention import BucketedDocuments
 from moe_dist.model.transformer import Transformer
+from moe_dist.moe import experts
 from moe_dist.moe.experts import GroupedExperts
 from moe_dist.moe.layer import MoELayer
 from moe_dist.parallel.layout import Layout
@@ -224,6 +226,18 @@ def test_planted_faults_are_found(fault, kind, monkeypatch):
 
     monkeypatch.setattr(GroupedExperts, "forward", faulty)
     with pytest.raises(RuntimeError if fault in READS else (OnTheHost, RuntimeError)):
+        device.check(lambda: device.model(device.batch.tokens_T, device.batch.info).logits_TV.float().sum())
+
+
+def test_a_copy_that_waits_is_found_also_where_host_work_is_allowed(monkeypatch):
+    """The one place in an expert layer that may copy from the host, with its copy made to wait."""
+    source = inspect.getsource(experts.grouped_matmul)
+    waiting = source.replace("non_blocking=True", "non_blocking=False")
+    assert waiting != source
+    monkeypatch.setattr(experts, "grouped_matmul", experts.grouped_matmul)  # to be put back
+    exec(waiting, experts.__dict__)
+    device = Device("top_k", "meta", torch.bfloat16)
+    with pytest.raises(OnTheHost, match=r"waits for a copy from \['cpu'\] to \['meta'\]"):
         device.check(lambda: device.model(device.batch.tokens_T, device.batch.info).logits_TV.float().sum())
 
 

@@ -44,7 +44,7 @@ def test_a_hang_is_told_by_rank_0_and_shows_its_stack(tmp_path):
 
 def test_a_run_that_moves_is_left_alone_and_leaves_nothing(tmp_path):
     """Eight beats a quarter of the time apart: twice the time in all; and as long again after the end."""
-    done = run(tmp_path, 0, 2.0, 8)
+    done = run(tmp_path, 0, 1.0, 8)
     assert (done.returncode, done.stdout) == (0, "out\nend\n"), done.stderr
     assert not list((tmp_path / "stacks").iterdir()) and not (tmp_path / "told").exists()
 

@@ -1,0 +1,199 @@
+"""How many tokens a second does MoMa train, against the dense model of as many active FLOPs a token?
+
+  python benchmarks/throughput.py [small|large ...]                          one process
+  deepspeed --num_gpus 2 benchmarks/throughput.py [small|large ...]          two ranks, EP=2
+
+in an environment with OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000. The last two let glibc
+keep freed memory, as a GPU's allocator does; without them a step on the CPU pays for fresh pages of all gradients.
+
+Real optimizer steps of the real engine (forward, backward, AdamW under ZeRO-1) on seeded synthetic tokens, half of them
+of images. All models are trained in turns, dense first in every round, so what disturbs the machine meets them alike;
+a model's speed is compared with the dense model's of the same round. One process counts its processor time, which other
+load disturbs little: with one thread it is the time of an idle machine; ranks, which wait for each other, count the
+clock's. Writes benchmarks/results/<date>-throughput.md (two ranks: -throughput_ep2.md). In the paper (arXiv 2407.21770,
+435M on 256 GPUs): moe_8x -9 %, 1t1i -6 %, 4t4i -17 %, with mixture-of-depths -31 %.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from moe_dist.batch import IMAGE, TEXT, Batch, TokenInfo
+from moe_dist.config import Config, load_config
+from moe_dist.engine.zero import Engine, init_distributed, make_engine
+from moe_dist.losses.objective import make_objective
+from moe_dist.losses.term import Context
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.layout import Layout, make_layout
+from moe_dist.telemetry.throughput import model_flops, work
+from moe_dist.train import routers
+from runs import ROOT, write_result
+
+LAYERS, DEEPER = 4, 7  # without and with mixture-of-depths: as many FLOPs a token, but for attention
+SIZES = {  # width, heads, expert width, vocabulary (a quarter of the dense model's FLOPs in both), rounds
+    "small": (128, 4, 256, 1536, 15),  # the quickstarts'
+    "large": (512, 8, 1376, 8192, 5),  # layers of the 90M-matched models
+}
+WARM_UP = 1  # rounds
+GROUPS = 8  # of a step
+DOCUMENT = 128  # tokens, the second half an image's
+EXPERT_CHOICE = "{{type: expert_choice, num_experts: {}}}"
+MODALITY = "{{type: modality, text: {0}, image: {0}}}"
+MODELS = {  # router, layers, depth
+    "dense": (None, LAYERS, None),
+    "moe_8x": (EXPERT_CHOICE.format(8), LAYERS, None),
+    "moma 1t1i": (MODALITY.format(EXPERT_CHOICE.format(1)), LAYERS, None),
+    "moma 4t4i": (MODALITY.format(EXPERT_CHOICE.format(4)), LAYERS, None),
+    "MoD 4t4i": (MODALITY.format(EXPERT_CHOICE.format(4)), DEEPER, "{capacity: 0.25, every: 2}"),
+}
+HEADER = "| size | model | FLOPs a token | tokens/s | against dense | interval |"
+NOTE = (
+    "{ranks}, {threads} thread(s) each, float32; {clock}. Tokens/s: median over the rounds (small 15, large 5). "
+    "Against dense: median over the rounds of the ratio of speeds in one round; interval: between two of these ratios, "
+    "which holds their median with 95 % (of five rounds: between the extremes, 94 %). FLOPs a token: by formula, as a "
+    "multiple of the dense model's. small: width 128, experts of 256, 1,536 ids; large: width 512, experts of 1,376, "
+    "8,192 ids; {layers} layers, with mixture-of-depths {deeper}; 8,192 tokens a step, in two micro-batches of each "
+    "rank. glibc keeps freed memory: {malloc}. Load of the machine before and after each size: {load}."
+)
+
+
+class Contestant:
+    """A model with its engine, which takes the same micro-batches again and again."""
+
+    def __init__(self, size: str, name: str, layout: Layout):
+        *_, vocabulary, _ = SIZES[size]
+        self.config, self.layout, self.vocabulary = recipe(size, name, layout), layout, vocabulary
+        model = Transformer(self.config.model, vocabulary, layout, self.config.seed)
+        experts = next((router.num_experts for router in routers(model)), 0)
+        self.engine: Engine = make_engine(model, self.config, layout, experts)
+        micro = self.config.train.micro_batch_groups
+        self.batches = [
+            make_batch(self.config, vocabulary, first=(layout.rank * self.engine.accumulation + i) * micro)
+            for i in range(self.engine.accumulation)
+        ]
+
+    def step(self) -> float:
+        """Seconds of one optimizer step."""
+        context = Context(layout=self.layout, group_sequences=self.config.data.group_sequences)
+        clock = time.process_time if self.layout.world == 1 else time.perf_counter
+        start = clock()
+        self.result = self.engine.train_step(self.batches, make_objective({}, context, 0), 1e-4)
+        return clock() - start
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, over all ranks."""
+        return self.layout.world * sum(batch.info.num_tokens for batch in self.batches)
+
+    @property
+    def flops_per_token(self) -> float:
+        info = self.batches[-1].info
+        flops = model_flops(
+            self.config.model, vocab_size=self.vocabulary, document_lengths=info.document_lengths,
+            **work(self.result.records, self.result.depths),
+        )  # fmt: skip
+        return flops / info.num_tokens
+
+
+def recipe(size: str, name: str, layout: Layout) -> Config:
+    width, heads, expert_width, *_ = SIZES[size]
+    router, layers, depth = MODELS[name]
+    ffn = f"type: moe, hidden_size: {expert_width}, router: {router}" if router else ""
+    return load_config(
+        ROOT / "configs" / "moma_quickstart.yaml",
+        [
+            f"model.ffn={{{ffn or f'type: dense, hidden_size: {expert_width}'}}}",
+            f"model.hidden_size={width}", f"model.num_heads={heads}", f"model.num_layers={layers}",
+            f"model.depth={depth or 'null'}", f"parallel.expert={layout.expert}",
+            f"train.global_batch_groups={GROUPS}", f"train.micro_batch_groups={GROUPS // 2 // layout.world}",
+        ],
+    )  # fmt: skip
+
+
+def make_batch(config: Config, vocabulary: int, *, first: int) -> Batch:
+    """Groups `first` and following of seeded tokens: documents of text, then an image, of the upper half of the ids."""
+    groups, sequences = config.train.micro_batch_groups, config.data.group_sequences
+    tokens = groups * sequences * config.data.sequence_length
+    position_T = torch.arange(tokens) % DOCUMENT
+    modality_T = torch.where(position_T < DOCUMENT // 2, TEXT, IMAGE)
+    generator = torch.Generator().manual_seed(first)
+    tokens_T = torch.randint(vocabulary // 2, (tokens,), generator=generator) + modality_T * (vocabulary // 2)
+    info = TokenInfo.build(
+        modality_T=modality_T, valid_T=torch.ones(tokens, dtype=torch.bool), position_T=position_T,
+        token_id_T=torch.arange(tokens) + first * tokens // groups, document_lengths=[DOCUMENT] * (tokens // DOCUMENT),
+        num_groups=groups, num_sequences=groups * sequences,
+    )  # fmt: skip
+    return Batch(
+        tokens_T=tokens_T, targets_T=tokens_T.roll(-1), loss_mask_T=position_T < DOCUMENT - 1,
+        target_modality_T=modality_T.roll(-1), info=info,
+    )  # fmt: skip
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The narrowest pair of order statistics that holds the median with at least 95 % (with all of them: the range)."""
+    ordered, number = sorted(values), len(values)
+    tails = [sum(math.comb(number, i) for i in range(k + 1)) / 2**number for k in range(number)]
+    cut = max((k for k in range(number // 2) if tails[k] <= 0.025), default=0)
+    return ordered[cut], ordered[-1 - cut]
+
+
+def measure(size: str, layout: Layout, report: Callable[[str], None]) -> list[str]:
+    """Rows of the table."""
+    rounds = SIZES[size][-1]
+    contestants = {name: Contestant(size, name, layout) for name in MODELS}
+    seconds: dict[str, list[float]] = {name: [] for name in MODELS}
+    for turn in range(WARM_UP + rounds):
+        for name, contestant in contestants.items():
+            seconds[name].append(contestant.step())
+        report(f"{size} {turn}: " + ", ".join(f"{name} {taken[-1]:.2f} s" for name, taken in seconds.items()))
+    seconds = {name: taken[WARM_UP:] for name, taken in seconds.items()}
+    rows = []
+    for name, contestant in contestants.items():
+        speeds = [dense / own - 1 for dense, own in zip(seconds["dense"], seconds[name])]
+        low, high = interval(speeds)
+        flops = contestant.flops_per_token / contestants["dense"].flops_per_token
+        against = "| | |" if name == "dense" else f"| {statistics.median(speeds):+.1%} | {low:+.1%} to {high:+.1%} |"
+        speed = contestant.tokens / statistics.median(seconds[name])
+        rows.append(f"| {size} | {name} | {flops:.3f} | {speed:,.0f} {against}")
+        report(rows[-1])
+    return rows
+
+
+def main(arguments: Sequence[str]) -> None:
+    device = init_distributed()
+    world = torch.distributed.get_world_size()
+    layout = make_layout(expert=world, device=device)
+
+    def report(line: str) -> None:
+        if layout.is_main:
+            print(line, flush=True)
+
+    load, rows = [os.getloadavg()[0]], list[str]()
+    for size in [size for size in SIZES if size in arguments or not arguments]:
+        rows += measure(size, layout, report)
+        load.append(os.getloadavg()[0])
+        if layout.is_main:
+            write(layout, rows, load)
+
+
+def write(layout: Layout, rows: Sequence[str], load: Sequence[float]) -> None:
+    one = layout.world == 1
+    ranks, clock = ("One process", "processor time") if one else (f"{layout.world} ranks, EP={layout.world}", "clock")
+    note = NOTE.format(
+        ranks=ranks, clock=clock, threads=torch.get_num_threads(), layers=LAYERS, deeper=DEEPER,
+        malloc="yes" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "no",
+        load=", ".join(f"{value:.1f}" for value in load),
+    )  # fmt: skip
+    name = "throughput" if one else f"throughput_ep{layout.world}"
+    write_result(name, "Training throughput against the FLOP-matched dense model", note, HEADER, rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

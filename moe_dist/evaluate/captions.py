@@ -1,0 +1,84 @@
+"""What a caption is worth: how much better a model predicts an image after its own caption than after another's.
+
+The same images twice, each in a document of its own; the differences are paired by image and averaged by caption first,
+since drawings of one thing by several vendors share a caption and are not independent.
+
+Shape suffixes: T tokens of one micro-batch, N documents of it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+
+from moe_dist.batch import IMAGE, Batch
+from moe_dist.config import DataConfig
+from moe_dist.data.heldout import ShuffledCaptions, heldout_batches
+from moe_dist.data.packing import TokenStore
+from moe_dist.data.vocabulary import Vocabulary
+from moe_dist.evaluate.conditional import Pairs
+from moe_dist.evaluate.intervals import Z95
+from moe_dist.parallel.layout import Layout
+from moe_dist.parallel.together import gather_objects
+
+Image = tuple[int, ...]  # its codes
+
+
+def caption_gain(
+    forward: Callable, store: TokenStore, vocabulary: Vocabulary, data: DataConfig, layout: Layout, *, batch_groups: int
+) -> dict[str, float]:
+    """Nats per image code by which the captions of a store's pairs help, eval/caption_gain, with its 95 % interval,
+    eval/caption_gain/low and /high, and the number of captions, eval/caption_gain/captions. Collective.
+
+    forward: Batch -> an output with logits_TV. Looks at all pairs. Empty with fewer than two captions.
+    """
+    pairs = Pairs(store)
+    if len({_key(pairs.document(i).text) for i in range(len(pairs))}) < 2:
+        return {}
+    ordered = data.model_copy(update={"image_first": 0.0, "image_fraction": None})
+
+    def losses(of: TokenStore) -> dict[Image, float]:
+        batches = heldout_batches(
+            of, vocabulary, ordered, groups=len(pairs), dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
+        )
+        return _image_losses(forward, (batch.to(layout.device) for batch in batches))
+
+    own, shuffled = losses(pairs), losses(ShuffledCaptions(pairs))
+    gains = defaultdict(list)
+    for document in map(pairs.document, range(len(pairs))):
+        image = _key(document.image)
+        gains[_key(document.text)].append(shuffled[image] - own[image])
+    means = [statistics.mean(found) for found in gains.values()]
+    gain, half = statistics.mean(means), Z95 * statistics.stdev(means) / math.sqrt(len(means))
+    found = {"": gain, "/low": gain - half, "/high": gain + half, "/captions": len(means)}
+    return {f"eval/caption_gain{end}": value for end, value in found.items()}
+
+
+@torch.no_grad()
+def _image_losses(forward: Callable, batches: Iterable[Batch]) -> dict[Image, float]:
+    """Mean loss of the codes of every image, of all ranks' batches; of equal images, their mean. Collective."""
+    found = defaultdict(list)
+    for batch in batches:
+        losses_T = F.cross_entropy(forward(batch).logits_TV.float(), batch.targets_T, reduction="none").double()
+        counted_T = batch.loss_mask_T & (batch.target_modality_T == IMAGE)
+        documents = len(batch.info.document_lengths)
+        sums_N = losses_T.new_zeros(documents).index_add_(0, batch.info.document_T, losses_T * counted_T)
+        codes = defaultdict(list)
+        for number, code in zip(batch.info.document_T[counted_T].tolist(), batch.targets_T[counted_T].tolist()):
+            codes[number].append(code)
+        for number, image in codes.items():
+            found[tuple(image)].append(float(sums_N[number]) / len(image))
+    united: dict[Image, list[float]] = defaultdict(list)
+    for of_rank in gather_objects(dict(found)):
+        for image, losses in of_rank.items():
+            united[image] += losses
+    return {image: statistics.mean(losses) for image, losses in united.items()}
+
+
+def _key(ids) -> Image:
+    return tuple(int(i) for i in ids)

@@ -1,0 +1,35 @@
+"""How much less arithmetic a model needs than another for the same loss: MoMa's eta (arXiv 2407.21770, section 4).
+
+Shape suffixes: S steps of a run, W points of its smoothed curve.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def smoothed(values_S: np.ndarray, window: int) -> np.ndarray:
+    """Mean over each `window` consecutive steps; [W], W = S - window + 1. Raises ValueError with fewer steps."""
+    if len(values_S) < window:
+        raise ValueError(f"{len(values_S)} steps are fewer than the window of {window}")
+    return np.convolve(values_S, np.full(window, 1 / window), mode="valid")
+
+
+def flops_to_reach(flops_W: np.ndarray, loss_W: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """FLOPs at which a curve first comes down to each target loss, linear between points; nan where it never does."""
+    lowest_W = np.minimum.accumulate(loss_W)
+    after = np.searchsorted(-lowest_W, -targets)  # the first point at or below the target
+    reached = after < len(lowest_W)
+    after = np.where(reached, after, 0)
+    before = np.maximum(after - 1, 0)
+    drop = lowest_W[before] - lowest_W[after]
+    share = np.divide(lowest_W[before] - targets, drop, out=np.ones_like(targets), where=drop > 0)
+    return np.where(reached, flops_W[before] + share * (flops_W[after] - flops_W[before]), np.nan)
+
+
+def eta(dense_flops_W: np.ndarray, dense_loss_W: np.ndarray, flops_W: np.ndarray, loss_W: np.ndarray) -> np.ndarray:
+    """(FLOPs of the dense model) / (FLOPs at which the other one reaches its loss), at each point of the dense curve.
+
+    More than 1: the other model is ahead. nan: it does not reach that loss at all.
+    """
+    return dense_flops_W / flops_to_reach(flops_W, loss_W, np.minimum.accumulate(dense_loss_W))
