@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from runs import ROOT, write_result
 
 from moe_dist.batch import IMAGE, Batch
 from moe_dist.config import load_config
@@ -35,6 +34,7 @@ from moe_dist.parallel.together import gather_objects
 from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.telemetry.throughput import model_flops
 from moe_dist.train import Run
+from runs import ROOT, write_result
 
 RECIPE = ROOT / "configs" / "mod_moma_quickstart.yaml"
 FOLDER = ROOT / "runs" / "benchmark" / "balance"
