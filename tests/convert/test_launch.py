@@ -91,6 +91,7 @@ def test_export_is_the_inverse_of_import(tmp_path, capsys):
          "error: the arguments are model=minilm|smollm2 out=DIR, not model=gpt5 out=here"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_errors_are_one_sentence_and_exit_with_2(script, arguments, sentence, tmp_path):
     command = [sys.executable, ROOT / "launch" / script, *arguments]
     run = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)

@@ -33,6 +33,7 @@ def model(images):
     return model
 
 
+@pytest.mark.slow
 def test_codes_equal_those_of_transformers(model, images, tmp_path):
     model.save_pretrained(tmp_path)
     tokenizer = load_image_tokenizer(tmp_path)

@@ -24,6 +24,7 @@ def run(*arguments):  # imports take seconds: only where the command itself is u
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_both_tokenizers_are_written_and_usable(emoji_shards, tmp_path):
     done = run(f"shards={emoji_shards}", f"out={tmp_path}", *SMALL)
     assert done.returncode == 0, done.stderr

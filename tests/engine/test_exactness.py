@@ -99,7 +99,7 @@ LAYOUTS = [  # world, expert, accumulation
 ]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize(("world", "expert", "accumulation"), LAYOUTS)
 def test_float32(router, stage, world, expert, accumulation):

@@ -64,7 +64,8 @@ def check(trajectory: Trajectory, expected: Trajectory, trainable: tuple[str, ..
 @pytest.mark.parametrize(
     ("trainable", "stage"),
     [
-        (ROUTERS, 1), (ROUTERS, 2), (ROUTERS, 3), (EXPERT_STACKS, 1), (EXPERT_STACKS, 3), (ONE_MATRIX, 2),
+        (ROUTERS, 3), (EXPERT_STACKS, 1), (EXPERT_STACKS, 3), (ONE_MATRIX, 2),
+        pytest.param(ROUTERS, 1, marks=pytest.mark.slow), pytest.param(ROUTERS, 2, marks=pytest.mark.slow),
         pytest.param(EXPERT_STACKS, 2, marks=pytest.mark.slow), pytest.param(ONE_MATRIX, 1, marks=pytest.mark.slow),
         pytest.param(ONE_MATRIX, 3, marks=pytest.mark.slow), *(
             pytest.param(patterns, stage, marks=pytest.mark.slow)

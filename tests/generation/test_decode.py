@@ -22,6 +22,7 @@ MODELS = {
 }
 GREEDY = Sampling(temperature=0.0)
 DRAWN = Sampling(temperature=1.3, top_p=0.9, seed=3)
+SAMPLINGS = [pytest.param(GREEDY, id="greedy", marks=pytest.mark.slow), pytest.param(DRAWN, id="drawn")]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def form(tokenizers):
 
 
 @pytest.mark.parametrize("name", ["dense", "top_k", "null", "moma-depth"])
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_a_batch_equals_each_sample_alone_without_a_cache(name, sampling, form, tokenizers):
     model = make_model(MODELS[name], form)
     expected = {s.number: without_cache(model, form, s, sampling) for s in make_samples(form)}
@@ -42,7 +43,7 @@ def test_a_batch_equals_each_sample_alone_without_a_cache(name, sampling, form, 
 
 
 @pytest.mark.parametrize("name", ["top_k", "by_modality", "moma-depth"])
-@pytest.mark.parametrize("sampling", [GREEDY, DRAWN], ids=["greedy", "drawn"])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_two_expert_parallel_ranks_give_the_samples_of_one_process(name, sampling, tokenizers):
     """Nine samples, five and four, which end at different steps: a rank that is done takes part until the other is."""
     alone = generate_on_rank(-1, tokenizers, MODELS[name], sampling, False)

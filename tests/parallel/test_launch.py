@@ -52,6 +52,7 @@ def test_mpiexec(tmp_path):
     check(launch(tmp_path, [TOOLS / "mpiexec", "-n", "2", sys.executable]), "mpi")
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path):
     check(launch(tmp_path, [TOOLS / "torchrun", "--standalone", "--nproc_per_node=2"]), "environment")
 

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.launching import ROOT
 
 PROGRAM = """
@@ -42,6 +44,7 @@ def test_a_hang_is_told_by_rank_0_and_shows_its_stack(tmp_path):
         (tmp_path / "told").unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_moves_is_left_alone_and_leaves_nothing(tmp_path):
     """Eight beats a quarter of the time apart: twice the time in all; and as long again after the end."""
     done = run(tmp_path, 0, 1.0, 8)

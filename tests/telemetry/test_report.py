@@ -156,6 +156,7 @@ def test_a_broken_baseline_is_named(tmp_path):
             read_baseline(tmp_path / file)
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path):
     runs = [str(make_run(tmp_path / name)) for name in ("a", "b")]
     (tmp_path / "b.json").write_text('{"text": 4.0, "image": 6}')

@@ -110,7 +110,10 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param(CHANGES[name], id=name, marks=() if name == "plain" else pytest.mark.slow) for name in CHANGES],
+)
 @pytest.mark.parametrize("ffn", MORE_FFNS.values(), ids=MORE_FFNS)
 def test_model_flops_within_one_percent_of_the_counted_operations(ffn, changes):
     counted, formula = counted_and_formula(model_config(ffn, hidden_size=64, **changes))
