@@ -24,6 +24,7 @@ torch.set_num_threads(1)  # of tensors this small a second thread only waits, an
 EMOJI = Path(__file__).parent / "fixtures" / "emoji"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Among parallel workers a file stays with one worker, and all of Slurm's with one: they share a cluster."""
     for item in items:
