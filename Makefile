@@ -5,7 +5,7 @@ CONFIG ?= configs/moma_quickstart.yaml
 ARGS ?=
 RECIPE := $(notdir $(basename $(CONFIG)))
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 .DELETE_ON_ERROR:
 # Without a GPU, glibc would give every large gradient back to the system and pay for its pages again at every step.
 LAUNCH = MALLOC_MMAP_MAX_="$${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="$${MALLOC_TRIM_THRESHOLD_:-100000000000}" \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -24,12 +25,17 @@ torch.set_num_threads(1)  # of tensors this small a second thread only waits, an
 EMOJI = Path(__file__).parent / "fixtures" / "emoji"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which is not needed where files are run by hand
+def pytest_xdist_make_scheduler(config, log):
     """Among parallel workers a file stays with one worker, and all of Slurm's with one: they share a cluster."""
-    for item in items:
-        folder = item.path.parent
-        item.add_marker(pytest.mark.xdist_group("slurm" if folder.name == "slurm" else str(item.path)))
+    scheduling = importlib.import_module("xdist.scheduler")
+
+    class ByFile(scheduling.LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "slurm" if file.startswith("tests/slurm/") else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
