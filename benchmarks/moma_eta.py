@@ -150,10 +150,6 @@ class Study:
         folder = self.folder(name, seed, "" if name == "dense" else "_causal")
         return json.loads((folder.path / "evaluation.json").read_text())
 
-    def tokens_per_second(self, name: str, seed: int) -> float:
-        lines = [json.loads(line) for line in self.folder(name, seed).metrics.read_text().splitlines()]
-        return statistics.median(line["tokens_per_second"] for line in lines)
-
     def etas(self, name: str, title: str) -> np.ndarray:
         """[seed, point of the dense curve]"""
         found = []
@@ -181,7 +177,6 @@ def eta_rows(study: Study) -> list[str]:
 
 def loss_rows(study: Study) -> list[str]:
     rows = []
-    speed = {name: [study.tokens_per_second(name, seed) for seed in study.seeds] for name in COLOURS}
     for name in COLOURS:
         curves = [study.curve(name, seed) for seed in study.seeds]
         per_token = statistics.mean(curve["flops"][-1] / curve["tokens"][-1] for curve in curves)
@@ -191,7 +186,6 @@ def loss_rows(study: Study) -> list[str]:
         for prefix in ("eval/loss", causal):
             keys = [prefix, *(f"{prefix}/{modality}" for modality in MODALITIES)]
             cells.append(" / ".join(f"{statistics.mean(found[key] for found in held_out):.3f}" for key in keys))
-        cells.append(f"{statistics.mean(speed[name]) / statistics.mean(speed['dense']) - 1:+.0%}")
         rows.append("| " + " | ".join(cells) + " |")
     return rows
 
@@ -241,14 +235,14 @@ def write(study: Study) -> None:
 ETA_HEADER = "| model | eta after a quarter | a half | three quarters | eta at the end [seeds] | text | image |"
 LOSS_HEADER = (
     "| model | MFLOPs a token | training loss | text | image | held-out, routing of training: all / text / image | "
-    "held-out, causal | tokens/s against dense |"
+    "held-out, causal |"
 )
 NOTE = (
     "{steps} steps, {tokens:.1f} M tokens, {seeds} seeds, each seed on the same data in the same order for all models, "
     "a constant learning rate after warm-up, so that every point of a curve compares equal conditions. Losses in nats "
     "per token, training losses means over {window} steps. eta: FLOPs of dense / FLOPs at which the model has come "
     "down to dense's loss; training losses of the sparse models are non-causal. Held-out with causal routers: after "
-    "{causal} steps of their own stage."
+    "{causal} steps of their own stage. Speed is another benchmark's: benchmarks/throughput.py."
 )
 
 
