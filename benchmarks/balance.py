@@ -34,7 +34,7 @@ from moe_dist.parallel.together import gather_objects
 from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.telemetry.throughput import model_flops
 from moe_dist.train import Run
-from runs import ROOT, write_result
+from runs import ROOT, table, write_result
 
 RECIPE = ROOT / "configs" / "mod_moma_quickstart.yaml"
 FOLDER = ROOT / "runs" / "benchmark" / "balance"
@@ -239,7 +239,7 @@ def scope_rows() -> list[str]:
         "| 7t1i, text:image | images in the data | admitted, scope=modality: least to most of a layer | scope=group | "
         "EP=8 with slices, both: scope=modality | scope=group |"
     )
-    rows = [header, "|" + "---|" * (header.count("|") - 1)]
+    rows = []
     for text in MIXES:
         ways = [Case("7t1i", text, scope) for scope in ("modality", "group")]
         cells = [f"{text}:{100 - text}", f"{100 * shares(ways[0])[:, 1].mean():.1f}"]
@@ -248,7 +248,7 @@ def scope_rows() -> list[str]:
             cells.append(f"{of_layers.min():.1f} to {of_layers.max():.1f}")
         cells += [f"{100 * work_out(case, 8, 1, sliced=True).imbalance().mean():.1f}" for case in ways]
         rows.append("| " + " | ".join(cells) + " |")
-    return rows
+    return table(header, rows)
 
 
 def draw(path: Path) -> None:

@@ -28,8 +28,9 @@ from rich.progress import Progress, TaskID
 
 from moe_dist.batch import MODALITIES
 from moe_dist.evaluate.efficiency import eta, smoothed
+from moe_dist.telemetry.report import read_run
 from moe_dist.telemetry.run_folder import RunFolder
-from runs import ROOT, write_result
+from runs import ROOT, table, write_result
 
 RUNS = ROOT / "runs" / "benchmark" / "moma_eta"
 CORPORA = ("emoji", "clipart", "text")
@@ -69,15 +70,15 @@ def variant(name: str, auxiliary: bool = False) -> list[str]:
     return [f"model.ffn={{type: dense, hidden_size: {FFN}}}"] if name == "dense" else router(name, auxiliary)
 
 
-def prepare(python: str = sys.executable) -> None:
+def prepare() -> None:
     """Corpora and tokenizers, where they are missing."""
     for corpus in CORPORA:
-        command = [python, "launch/prepare_data.py", f"corpus={corpus}", f"out=data/{corpus}"]
+        command = [sys.executable, "launch/prepare_data.py", f"corpus={corpus}", f"out=data/{corpus}"]
         subprocess.run(command, cwd=ROOT, check=True)
     if not (ROOT / TOKENIZERS / "vq" / "quality.json").exists():
         shards = f"shards=[{', '.join(f'data/{name}' for name in CORPORA)}]"
         settings = [shards, f"out={TOKENIZERS}", "vocab_size=2048", "training.steps=500"]
-        subprocess.run([python, "launch/train_tokenizers.py", *settings], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "launch/train_tokenizers.py", *settings], cwd=ROOT, check=True)
 
 
 class Study:
@@ -140,7 +141,7 @@ class Study:
 
     def curve(self, name: str, seed: int) -> dict[str, np.ndarray]:
         """FLOPs, tokens and losses of a run, smoothed."""
-        lines = [json.loads(line) for line in self.folder(name, seed).metrics.read_text().splitlines()]
+        lines = read_run(self.folder(name, seed).path).lines
         flops = np.cumsum([line["model_flops_per_second"] * line["step_seconds"] for line in lines])
         values = {"flops": flops, "tokens": [line["tokens"] for line in lines]}
         values |= {title: [line[key] for line in lines] for title, key in LOSSES.items()}
@@ -227,8 +228,7 @@ def write(study: Study) -> None:
     stem.with_suffix(".json").write_text(json.dumps(curves) + "\n")
     tokens = study.curve("dense", study.seeds[0])["tokens"][-1] / 1e6
     note = NOTE.format(steps=study.steps, tokens=tokens, seeds=len(study.seeds), window=WINDOW, causal=CAUSAL_STEPS)
-    losses = [LOSS_HEADER, "|" + "---|" * (LOSS_HEADER.count("|") - 1), *loss_rows(study)]
-    note = "\n".join([note, "", *losses, "", f"![curves]({stem.name}.png)"])
+    note = "\n".join([note, "", *table(LOSS_HEADER, loss_rows(study)), "", f"![curves]({stem.name}.png)"])
     write_result("moma_eta", "MoMa's efficiency in small", note, ETA_HEADER, eta_rows(study))
 
 

@@ -55,13 +55,17 @@ def peak_gib(command: Sequence[str]) -> float:
     return usage.ru_maxrss / 2**20
 
 
+def table(header: str, rows: Sequence[str]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [header, "|" + "---|" * (header.count("|") - 1), *rows]
+
+
 def write_result(name: str, title: str, note: str, header: str, rows: Sequence[str]) -> None:
     """benchmarks/results/<date>-<name>.md: the machine in words, the command, a note, a table."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     machine = f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}, no GPU"
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    table = [header, "|" + "---|" * (header.count("|") - 1), *rows]
     out = ROOT / "benchmarks" / "results" / f"{date.today()}-{name}.md"
-    lines = [f"# {title}, {date.today()}", "", f"{machine}. `{command}`", "", note, "", *table]
+    lines = [f"# {title}, {date.today()}", "", f"{machine}. `{command}`", "", note, "", *table(header, rows)]
     out.write_text("\n".join(lines) + "\n")
     print(out.read_text())

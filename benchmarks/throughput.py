@@ -33,7 +33,6 @@ from moe_dist.losses.term import Context
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.telemetry.throughput import model_flops, work
-from moe_dist.train import routers
 from runs import ROOT, write_result
 
 LAYERS, DEEPER = 4, 7  # without and with mixture-of-depths: as many FLOPs a token, but for attention
@@ -71,8 +70,7 @@ class Contestant:
         *_, vocabulary, _ = SIZES[size]
         self.config, self.layout, self.vocabulary = recipe(size, name, layout), layout, vocabulary
         model = Transformer(self.config.model, vocabulary, layout, self.config.seed)
-        experts = next((router.num_experts for router in routers(model)), 0)
-        self.engine: Engine = make_engine(model, self.config, layout, experts)
+        self.engine: Engine = make_engine(model, self.config, layout)
         micro = self.config.train.micro_batch_groups
         self.batches = [
             make_batch(self.config, vocabulary, first=(layout.rank * self.engine.accumulation + i) * micro)
