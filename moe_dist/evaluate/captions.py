@@ -30,12 +30,20 @@ Image = tuple[int, ...]  # its codes
 
 
 def caption_gain(
-    forward: Callable, store: TokenStore, vocabulary: Vocabulary, data: DataConfig, layout: Layout, *, batch_groups: int
+    forward: Callable,
+    store: TokenStore,
+    vocabulary: Vocabulary,
+    data: DataConfig,
+    layout: Layout,
+    *,
+    groups: int,
+    batch_groups: int,
 ) -> dict[str, float]:
     """Nats per image code by which the captions of a store's pairs help, eval/caption_gain, with its 95 % interval,
     eval/caption_gain/low and /high, and the number of captions, eval/caption_gain/captions. Collective.
 
-    forward: Batch -> an output with logits_TV. Looks at all pairs. Empty with fewer than two captions.
+    forward: Batch -> an output with logits_TV. groups: selection groups of pairs that are looked
+    at, with their own captions and with others'; only images among both count. Empty with fewer than two captions.
     """
     pairs = Pairs(store)
     if len({_key(pairs.document(i).text) for i in range(len(pairs))}) < 2:
@@ -44,7 +52,7 @@ def caption_gain(
 
     def losses(of: TokenStore) -> dict[Image, float]:
         batches = heldout_batches(
-            of, vocabulary, ordered, groups=len(pairs), dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
+            of, vocabulary, ordered, groups=groups, dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
         )
         return _image_losses(forward, (batch.to(layout.device) for batch in batches))
 
@@ -52,7 +60,10 @@ def caption_gain(
     gains = defaultdict(list)
     for document in map(pairs.document, range(len(pairs))):
         image = _key(document.image)
-        gains[_key(document.text)].append(shuffled[image] - own[image])
+        if image in own and image in shuffled:
+            gains[_key(document.text)].append(shuffled[image] - own[image])
+    if len(gains) < 2:
+        return {}
     means = [statistics.mean(found) for found in gains.values()]
     gain, half = statistics.mean(means), Z95 * statistics.stdev(means) / math.sqrt(len(means))
     found = {"": gain, "/low": gain - half, "/high": gain + half, "/captions": len(means)}

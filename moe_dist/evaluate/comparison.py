@@ -50,7 +50,7 @@ def compare_with_references(
     model = of_model(forward)
     causal = of_model(lambda batch: forward(batch.causally())) if causal_too else {}
     shuffled = evaluate(forward, batches(ShuffledCaptions(held_out)), layout) if held_out.has_image.any() else {}
-    gain = caption_gain(forward, held_out, vocabulary, data, layout, batch_groups=batch_groups)
+    gain = caption_gain(forward, held_out, vocabulary, data, layout, groups=groups, batch_groups=batch_groups)
     bigram = mean_losses(Bigram.fit(train, vocabulary, data).token_losses, batches(held_out), layout)
     return (
         model

@@ -37,8 +37,8 @@ def sees_the_last_token(batch):
     return SimpleNamespace(logits_TV=TABLE[batch.tokens_T])
 
 
-def compute(forward, layout=None):
-    return caption_gain(forward, store(), V, data_config(), layout or Layout(), batch_groups=2)
+def compute(forward, layout=None, groups=99):
+    return caption_gain(forward, store(), V, data_config(), layout or Layout(), groups=groups, batch_groups=2)
 
 
 def test_the_gain_and_its_interval_equal_plain_loops():
@@ -64,6 +64,10 @@ def test_to_a_model_that_does_not_read_them_captions_are_worth_nothing():
     assert compute(sees_the_last_token)["eval/caption_gain"] == pytest.approx(0, abs=1e-9)
 
 
+def test_groups_say_how_much_is_looked_at():
+    assert 2 <= compute(reads_the_caption, groups=2)["eval/caption_gain/captions"] < 11
+
+
 def on_rank(rank):
     return compute(reads_the_caption, make_layout(expert=1, device=torch.device("cpu")))
 
@@ -74,4 +78,5 @@ def test_two_ranks_find_the_same():
 
 
 def test_without_two_captions_there_is_nothing():
-    assert caption_gain(sees_the_last_token, random_store(1, texts=3), V, data_config(), Layout(), batch_groups=1) == {}
+    texts = random_store(1, texts=3)
+    assert caption_gain(sees_the_last_token, texts, V, data_config(), Layout(), groups=9, batch_groups=1) == {}
