@@ -34,7 +34,7 @@ from moe_dist.parallel.together import gather_objects
 from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.telemetry.throughput import model_flops
 from moe_dist.train import Run
-from runs import ROOT, table, write_result
+from runs import ROOT, moma, table, write_result
 
 RECIPE = ROOT / "configs" / "mod_moma_quickstart.yaml"
 FOLDER = ROOT / "runs" / "benchmark" / "balance"
@@ -63,14 +63,12 @@ class Case:
         return make_placement([range(text), range(text, text + image)], ranks, self.slices(ranks) if sliced else 1)
 
     def overrides(self) -> list[str]:
-        child = "{{type: expert_choice, num_experts: {}}}"
-        text, image = (child.format(number) for number in EXPERTS[self.experts])
         return [
             f"run.dir={FOLDER}", "run.resume=none", f"parallel.expert={WORLD}", "data.shards=[data/emoji, data/text]",
             # Images without their captions, ten to a sequence, or their 64 codes could not make up 90 % of the tokens.
             f"data.image_fraction={(100 - self.text) / 100}", "data.caption_dropout=1.0", "data.sequence_length=680",
             "schedule.warmup_steps=8", f"model.depth.scope={self.scope}", f"model.ffn.slices={self.slices(WORLD)}",
-            f"model.ffn.router={{type: modality, text: {text}, image: {image}}}",
+            f"model.ffn.router={moma(*EXPERTS[self.experts])}",
         ]  # fmt: skip
 
 

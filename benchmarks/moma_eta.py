@@ -30,7 +30,7 @@ from moe_dist.batch import MODALITIES
 from moe_dist.evaluate.efficiency import eta, smoothed
 from moe_dist.telemetry.report import read_run
 from moe_dist.telemetry.run_folder import RunFolder
-from runs import ROOT, table, write_result
+from runs import ROOT, expert_choice, moma, table, write_result
 
 RUNS = ROOT / "runs" / "benchmark" / "moma_eta"
 CORPORA = ("emoji", "clipart", "text")
@@ -39,7 +39,11 @@ WIDTH, FFN = 64, 176  # of the model, and of a feed-forward part: 2/3 of 4 times
 CAUSAL_STEPS = 120  # of the stage that trains auxiliary routers
 WINDOW = 40  # steps over which training losses are averaged
 LOSSES = {"overall": "loss", **{modality: f"loss/{modality}" for modality in MODALITIES}}
-COLOURS = {"dense": "#5b6770", "moe_8x": "#c98a1b", "1t1i": "#8a5fa8", "4t4i": "#0b6fa4", "MoD 4t4i": "#d1495b"}
+COLOURS = {
+    "dense": "#5b6770", "moe_8x": "#c98a1b", "1t1i": "#8a5fa8", "4t4i": "#0b6fa4", "MoD 4t4i": "#d1495b",
+    "MoD 4t4i by modality": "#3c8d53",
+}  # fmt: skip
+SCOPES = {"MoD 4t4i": "group", "MoD 4t4i by modality": "modality"}  # who competes for depth: the paper's way, and ours
 BASE = [
     f"data.shards=[{', '.join(f'data/{name}' for name in CORPORA)}]",
     f"data.text_tokenizer={TOKENIZERS}/text.model", f"data.image_tokenizer={TOKENIZERS}/vq", "data.image_fraction=0.5",
@@ -50,18 +54,14 @@ BASE = [
 ]  # fmt: skip
 
 
-def experts(count: int, auxiliary: bool) -> str:
-    return f"{{type: expert_choice, num_experts: {count}, auxiliary: {str(auxiliary).lower()}}}"
-
-
 def router(name: str, auxiliary: bool) -> list[str]:
     """Settings of a sparse variant; auxiliary: with the routers for causal inference."""
     if name == "moe_8x":
-        return [f"model.ffn.router={experts(8, auxiliary)}"]
-    child = experts(1 if name == "1t1i" else 4, auxiliary)
-    settings = [f"model.ffn.router={{type: modality, text: {child}, image: {child}}}"]
-    if name == "MoD 4t4i":  # 4 layers on a quarter of the tokens and 3 on all of them: the FLOPs of 4
-        depth = f"{{capacity: 0.25, every: 2, scope: group, auxiliary: {str(auxiliary).lower()}}}"
+        return [f"model.ffn.router={expert_choice(8, auxiliary=auxiliary)}"]
+    count = 1 if name == "1t1i" else 4
+    settings = [f"model.ffn.router={moma(count, count, auxiliary=auxiliary)}"]
+    if name in SCOPES:  # 4 layers on a quarter of the tokens and 3 on all of them: the FLOPs of 4
+        depth = f"{{capacity: 0.25, every: 2, scope: {SCOPES[name]}, auxiliary: {str(auxiliary).lower()}}}"
         settings += ["model.num_layers=7", f"model.depth={depth}"]
     return settings
 
@@ -219,8 +219,7 @@ def write(study: Study) -> None:
     every = max(1, study.steps // 100)
     curves = {
         f"{name}, seed {seed}": {
-            key: [float(f"{value:.6g}") for value in values[::every]]
-            for key, values in study.curve(name, seed).items()
+            key: [float(f"{value:.6g}") for value in values[::every]] for key, values in study.curve(name, seed).items()
         }
         for name in COLOURS
         for seed in study.seeds

@@ -31,6 +31,17 @@ def train_and_evaluate(recipe: str) -> tuple[list[dict], dict, float]:
     return lines, json.loads((folder.path / "evaluation.json").read_text()), peak
 
 
+def expert_choice(num_experts: int, **settings: bool) -> str:
+    """A recipe's text of an expert-choice router."""
+    given = "".join(f", {key}: {str(value).lower()}" for key, value in settings.items())
+    return f"{{type: expert_choice, num_experts: {num_experts}{given}}}"
+
+
+def moma(text: int, image: int, **settings: bool) -> str:
+    """A recipe's text of MoMa's router, with so many experts of each modality."""
+    return f"{{type: modality, text: {expert_choice(text, **settings)}, image: {expert_choice(image, **settings)}}}"
+
+
 def seconds(lines: Sequence[dict]) -> float:
     """Of all training steps together."""
     return sum(line["step_seconds"] for line in lines)

@@ -33,7 +33,7 @@ from moe_dist.losses.term import Context
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.telemetry.throughput import model_flops, work
-from runs import ROOT, write_result
+from runs import ROOT, expert_choice, moma, write_result
 
 LAYERS, DEEPER = 4, 7  # without and with mixture-of-depths: as many FLOPs a token, but for attention
 SIZES = {  # width, heads, expert width, vocabulary (a quarter of the dense model's FLOPs in both), rounds
@@ -43,14 +43,12 @@ SIZES = {  # width, heads, expert width, vocabulary (a quarter of the dense mode
 WARM_UP = 1  # rounds
 GROUPS = 8  # of a step
 DOCUMENT = 128  # tokens, the second half an image's
-EXPERT_CHOICE = "{{type: expert_choice, num_experts: {}}}"
-MODALITY = "{{type: modality, text: {0}, image: {0}}}"
 MODELS = {  # router, layers, depth
     "dense": (None, LAYERS, None),
-    "moe_8x": (EXPERT_CHOICE.format(8), LAYERS, None),
-    "moma 1t1i": (MODALITY.format(EXPERT_CHOICE.format(1)), LAYERS, None),
-    "moma 4t4i": (MODALITY.format(EXPERT_CHOICE.format(4)), LAYERS, None),
-    "MoD 4t4i": (MODALITY.format(EXPERT_CHOICE.format(4)), DEEPER, "{capacity: 0.25, every: 2}"),
+    "moe_8x": (expert_choice(8), LAYERS, None),
+    "moma 1t1i": (moma(1, 1), LAYERS, None),
+    "moma 4t4i": (moma(4, 4), LAYERS, None),
+    "MoD 4t4i": (moma(4, 4), DEEPER, "{capacity: 0.25, every: 2}"),
 }
 HEADER = "| size | model | FLOPs a token | tokens/s | against dense | interval |"
 NOTE = (

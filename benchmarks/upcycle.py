@@ -15,7 +15,7 @@ import sys
 from moe_dist.convert.upcycle import upcycle
 from moe_dist.engine.manifest import newest_complete
 from moe_dist.telemetry.run_folder import RunFolder
-from runs import ROOT, write_result
+from runs import ROOT, moma, write_result
 
 RUNS = ROOT / "runs" / "benchmark" / "upcycle"
 WAYS = {  # name -> experts, gates, Gumbel noise
@@ -36,10 +36,8 @@ NOTE = (
 
 
 def router(experts: str, noise: bool = False) -> str:
-    text, image = experts.removesuffix("i").split("t")
-    child = "{{type: expert_choice, num_experts: {}, gumbel_noise: {}}}"
-    settings = [child.format(number, str(noise).lower()) for number in (text, image)]
-    return f"model.ffn.router={{type: modality, text: {settings[0]}, image: {settings[1]}}}"
+    text, image = map(int, experts.removesuffix("i").split("t"))
+    return f"model.ffn.router={moma(text, image, gumbel_noise=noise)}"
 
 
 def train(name: str, steps: int, settings: list[str]) -> RunFolder:

@@ -11,17 +11,15 @@ from pathlib import Path
 
 from moe_dist.alignment.embedder import embed
 from moe_dist.alignment.neighbours import nearest
-from moe_dist.config import DataConfig, validate
+from moe_dist.config import DataConfig
 from moe_dist.data.choices import read_instructions
 from moe_dist.data.neighbours import Samples, read_samples, write_neighbours, write_samples
 from moe_dist.engine.manifest import identity, trained
-from moe_dist.engine.zero import init_distributed
 from moe_dist.errors import UserError
 from moe_dist.evaluate.multiple_choice import answer_all
 from moe_dist.parallel.launch import run_rank
-from moe_dist.parallel.layout import make_layout
 from moe_dist.parallel.together import together
-from moe_dist.parts import check_recipe
+from moe_dist.strict import validate
 from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.train import Run
 
@@ -48,16 +46,14 @@ def main() -> None:
 def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
     """Forward the model over every training sample and keep its routing and whether it is right."""
     config = folder.evaluation_config(overrides)
-    checkpoint = trained(folder.path)
-    layout = make_layout(expert=config.parallel.expert, device=init_distributed())
-    check_recipe(config, layout)
-    run = Run.build(config, layout, folder)
+    run = Run.reopen(folder, config)
     answers = answer_all(
-        run.engine.eval_forward, run.documents, run.vocabulary, config.data, layout, split="train",
+        run.engine.eval_forward, run.documents, run.vocabulary, config.data, run.layout, split="train",
         batch_groups=config.train.micro_batch_groups,
     )  # fmt: skip
     with together():
-        if layout.is_main:
+        if run.layout.is_main:
+            checkpoint = trained(folder.path)
             samples = Samples(
                 sample_N=answers.sample_N, right_N=answers.right_N, routing_NR=answers.routing_NR
             )  # fmt: skip

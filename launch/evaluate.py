@@ -13,13 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.batch import MODALITIES
-from moe_dist.engine.manifest import trained
-from moe_dist.engine.zero import init_distributed
 from moe_dist.evaluate.comparison import compare_with_references
 from moe_dist.parallel.launch import run_rank
-from moe_dist.parallel.layout import make_layout
 from moe_dist.parallel.together import together
-from moe_dist.parts import check_recipe
 from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.train import Run
 
@@ -36,18 +32,15 @@ def main() -> None:
 def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
     """Compare, print a table and write RUN/evaluation.json."""
     config = folder.evaluation_config(overrides)
-    trained(folder.path)  # before the data are read
-    layout = make_layout(expert=config.parallel.expert, device=init_distributed())
-    check_recipe(config, layout)
-    run = Run.build(config, layout, folder)
+    run = Run.reopen(folder, config)
     causal = bool(run.engine.module.causal_routing)
     results = compare_with_references(
         run.engine.eval_forward, train=run.documents, held_out=run.held_out, vocabulary=run.vocabulary,
-        data=config.data, layout=layout, groups=config.eval.groups, batch_groups=config.train.micro_batch_groups,
+        data=config.data, layout=run.layout, groups=config.eval.groups, batch_groups=config.train.micro_batch_groups,
         causal_too=not causal and bool(run.engine.module.can_route_causally),
     )  # fmt: skip
     with together():
-        if layout.is_main:
+        if run.layout.is_main:
             record = {"step": run.step, "causal": causal, **results}
             (folder.path / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
             Console().print(table(results, run.step, causal))

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from moe_dist.config import Config, validate
+from moe_dist.config import Config
 from moe_dist.data.tokenized import load_vocabulary
 from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.engine.deepspeed_config import check_section
@@ -33,6 +33,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.launch import run_rank
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.parallel.together import gather_objects, together
+from moe_dist.strict import validate
 from moe_dist.telemetry.run_folder import RunFolder
 
 

@@ -24,7 +24,6 @@ from moe_dist.evaluate.multiple_choice import OVERALL, Comparison, Result, answe
 from moe_dist.parallel.launch import run_rank
 from moe_dist.parallel.layout import make_layout
 from moe_dist.parallel.together import together
-from moe_dist.parts import check_recipe
 from moe_dist.telemetry.run_folder import RunFolder
 from moe_dist.train import Run
 
@@ -47,7 +46,7 @@ def run(argv: list[str]) -> None:
     if not folders:
         raise UserError("no run folder is named: launch/multiple_choice.py RUN [RUN ...] [section.key=value ...]")
     device = init_distributed()
-    results = {str(folder.path): result_of(folder, overrides, device) for folder in folders}
+    results = {str(folder.path): result_of(folder, overrides) for folder in folders}
     layout = make_layout(expert=1, device=device)
     with together():
         summary = compare(results)
@@ -57,7 +56,7 @@ def run(argv: list[str]) -> None:
                 arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
 
 
-def result_of(folder: RunFolder, overrides: list[str], device: Any) -> Result:
+def result_of(folder: RunFolder, overrides: list[str]) -> Result:
     """The run's answers: those kept in its folder if they are of this checkpoint and these items, else new ones."""
     config = folder.evaluation_config(overrides)
     checkpoint = trained(folder.path)
@@ -65,16 +64,14 @@ def result_of(folder: RunFolder, overrides: list[str], device: Any) -> Result:
     kept = folder.path / ANSWERS
     if kept.is_file() and (saved := json.loads(kept.read_text()))["of"] == about:
         return Result.from_json(saved)
-    layout = make_layout(expert=config.parallel.expert, device=device)
-    check_recipe(config, layout)
-    run = Run.build(config, layout, folder)
+    run = Run.reopen(folder, config)
     answers = answer_all(
-        run.engine.eval_forward, run.held_out, run.vocabulary, config.data, layout, split="validation",
+        run.engine.eval_forward, run.held_out, run.vocabulary, config.data, run.layout, split="validation",
         batch_groups=config.train.micro_batch_groups,
     )  # fmt: skip
     result = Result.of(answers, run.held_out.domains)
     with together():
-        if layout.is_main:
+        if run.layout.is_main:
             kept.write_text(json.dumps({"of": about, "step": run.step, **result.to_json()}) + "\n")
     return result
 

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moe_dist.config import apply_override
 from moe_dist.convert.packaged import prepare_minilm, prepare_smollm2
 from moe_dist.errors import UserError
 from moe_dist.parallel.launch import run_rank
+from moe_dist.strict import apply_override
 
 MODELS = {"minilm": prepare_minilm, "smollm2": prepare_smollm2}
 

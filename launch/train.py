@@ -5,7 +5,9 @@ Ctrl-C, to one rank or more, stops it with a checkpoint (docs/resuming.md).
 """
 
 import argparse
+import gc
 
+from moe_dist.config import load_config
 from moe_dist.parallel.signals import StopSignals
 
 
@@ -15,9 +17,13 @@ def main(stop: StopSignals) -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a value of the recipe")
     arguments = parser.parse_args()
+    config = load_config(arguments.config, arguments.overrides)  # what is wrong in a recipe shows at once
+    gc.disable()  # or Python would look through the million objects of the imports again and again, and at the end
     from moe_dist.train import train
 
-    train(arguments.config, arguments.overrides, stop)
+    gc.freeze()
+    gc.enable()
+    train(config, stop)
 
 
 if __name__ == "__main__":

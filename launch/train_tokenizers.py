@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from moe_dist.config import apply_override, validate
 from moe_dist.data.prepare_tokenizers import TokenizerRecipe, train_tokenizers
 from moe_dist.parallel.launch import run_rank
+from moe_dist.strict import apply_override, validate
 
 
 def main(arguments: list[str]) -> None:

@@ -1,34 +1,21 @@
-"""The recipe: frozen, strict models, one YAML file plus `section.key=value` overrides.
+"""The recipe: one YAML file plus overrides, read strictly (strict.py).
 
-An unknown key, a wrong type or a value out of range is a UserError that names the key. A leaf: imports nothing of ours
-but the error. Routers bring their own settings models (see moe/registry.py), losses theirs: their sections stay
-mappings here.
+Routers bring their own settings models (see moe/registry.py), losses theirs: their sections stay mappings here.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from moe_dist.errors import UserError
+from moe_dist.strict import Count, Fraction, Positive, Strict, apply_override, parse_yaml, validate
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
 Patterns = Annotated[tuple[str, ...], Field(strict=False)]  # of names; a list will do, also after a validator
-
-
-class Strict(BaseModel):
-    """Base of every settings model: immutable, no coercion, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
 class RunConfig(Strict):
@@ -150,7 +137,7 @@ class InitFrom(Strict):
     """
 
     checkpoint: str  # a checkpoint folder, or a run folder: its newest complete checkpoint
-    rename: dict[str, str] = {}  # the checkpoint's names -> the model's; what each `*` stands for is carried over
+    rename: dict[str, str] = Field({})  # the checkpoint's names -> the model's; what a `*` stands for is carried over
     new: Patterns = ()  # parameters of the model that keep their own initial values
     left_out: Patterns = ()  # parameters of the checkpoint that are not used
     data_position: bool = False  # go on in the data where the checkpoint's run had stopped; false: from their beginning
@@ -224,30 +211,13 @@ class Config(Strict):
     trainable: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)  # patterns of names; all else is frozen
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
-    losses: dict[str, dict[str, Any]] = {}  # terms beside the language loss, see losses/registry.py
+    losses: dict[str, dict[str, Any]] = Field({})  # terms beside the language loss, see losses/registry.py
     schedule: ScheduleConfig = ScheduleConfig()
     deepspeed: dict[str, Any]  # DeepSpeed's own section; keys are checked by engine/deepspeed_config.py
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     health: HealthConfig = HealthConfig()
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: 1e-4 is a number (YAML 1.1 reads it as a string); a key given twice is an error."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise UserError(f"key '{key_node.value}' is given twice (line {key_node.start_mark.line + 1})")
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -261,7 +231,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"the configuration file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"the configuration file {path} is not UTF-8 text (byte {error.start})") from None
-    data = _parse(text, str(path))
+    data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections")
     for override in overrides:
@@ -269,69 +239,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return validate(Config, data, str(path))
 
 
-def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in a nested mapping, in place."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override '{override}' is not of the form section.key=value")
-    *parents, last = key.split(".")
-    for parent in parents:
-        data = data.setdefault(parent, {})
-        if not isinstance(data, dict):
-            raise UserError(f"override '{override}': '{parent}' is a value, not a section")
-    data[last] = _parse(text, f"override '{override}'")
-
-
-def validate(model: type[Strict], data: Any, where: str, prefix: str = ""):
-    """Validate plain YAML data; every problem becomes one UserError that names the key under `prefix`."""
-    try:
-        return model.model_validate_json(json.dumps(data))  # JSON mode: a YAML list may fill a tuple
-    except TypeError as error:  # YAML knows values that JSON does not, such as dates
-        raise UserError(f"{where}: {error}") from None
-    except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(model, item, prefix) for item in error.errors())) from None
-
-
 def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved recipe as YAML that load_config reads back to an equal value."""
     Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-_TAGS = (
-    "dense",
-    "moe",
-    "swiglu",
-    "lora",
-)  # pydantic puts the tag of a discriminated union into the path; a user's file has no such key
-
-
-def _explain(model: type[BaseModel], item: Any, prefix: str) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join([*filter(None, [prefix]), *(part for part in location if part not in _TAGS)])
-    if item["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(location[-1], _known_keys(model, location[:-1]), n=1)
-        return f"unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else "")
-    if item["type"] == "missing":
-        return f"key '{key}' is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(item["input"], dict | list) else f", got {item['input']!r}"
-    return f"key '{key}': {message[0].lower()}{message[1:]}{shown}" if key else message
-
-
-def _known_keys(model: Any, location: list[str]) -> list[str]:
-    for part in location:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is not None:
-            optional = [part for part in getattr(field.annotation, "__args__", ()) if part is not type(None)]
-            model = optional[0] if len(optional) == 1 else field.annotation
-        else:  # the tag of a discriminated union
-            members = [m for m in getattr(model, "__args__", ()) if hasattr(m, "model_fields")]
-            model = next((m for m in members if m.model_fields["type"].annotation.__args__[0] == part), None)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []

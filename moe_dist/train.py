@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from moe_dist.batch import Batch
-from moe_dist.config import Config, MoEFFN, load_config
+from moe_dist.config import Config, MoEFFN
 from moe_dist.data.heldout import heldout_batches
 from moe_dist.data.loader import Loader, make_loader
 from moe_dist.data.tokenized import TokenStore, load_vocabulary
@@ -20,7 +21,7 @@ from moe_dist.engine import checkpoint
 from moe_dist.engine.deepspeed_config import check_section
 from moe_dist.engine.init_from import Account
 from moe_dist.engine.init_from import loader_state as loader_state_of
-from moe_dist.engine.manifest import resolve_init
+from moe_dist.engine.manifest import resolve_init, trained
 from moe_dist.engine.saver import Saver
 from moe_dist.engine.schedule import learning_rate
 from moe_dist.engine.state import TrainState, check_resumable
@@ -48,13 +49,12 @@ from moe_dist.telemetry.stragglers import Stragglers
 from moe_dist.telemetry.throughput import flops_saved, model_flops, work
 
 
-def train(path: str | Path, overrides: Sequence[str] = (), stop: StopSignals | None = None) -> None:
+def train(config: Config, stop: StopSignals | None = None) -> None:
     """Train a recipe to train.steps, to train.stop_after, or until `stop` has noted a signal on any rank.
 
     Every rank calls it; a UserError is raised on every rank. RUN/status.json says how it ended.
     """
-    config, stop = load_config(path, overrides), stop or StopSignals()
-    folder, run = RunFolder(Path(config.run.dir)), None
+    folder, run, stop = RunFolder(Path(config.run.dir)), None, stop or StopSignals()
     try:
         device = init_distributed()
         health = check_health(config, device)  # first: ranks that differ would not meet in what comes
@@ -90,7 +90,6 @@ class Run:
     held_out: TokenStore
     loader_state: dict[str, Any]
     peak_lr: float
-    trained: frozenset[str]  # names of the parameters that are
     initial: Account | None  # what a fresh start took from init_from
     stop: StopSignals = field(default_factory=StopSignals)
     step: int = 0  # optimizer steps done
@@ -130,10 +129,22 @@ class Run:
             config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
             saver=Saver(folder.path, engine, layout, config.checkpoint), documents=documents, held_out=held_out,
             loader_state=loader_state or {}, initial=initial,
-            trained=frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
             peak_lr=section.optimizer.params.lr, step=state.step if state else 0, tokens=state.tokens if state else 0,
             stop=stop,
         )  # fmt: skip
+
+    @classmethod
+    def reopen(cls, folder: RunFolder, config: Config) -> Run:
+        """A run's newest checkpoint with its data, to be looked at under any layout. Collective."""
+        trained(folder.path)  # before the data are read
+        layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+        check_recipe(config, layout)
+        return cls.build(config, layout, folder)
+
+    @cached_property
+    def trained(self) -> frozenset[str]:
+        """Names of the parameters that are."""
+        return frozenset(name for name, value in self.engine.module.named_parameters() if value.requires_grad)
 
     def loop(self) -> None:
         """Train, evaluate and save until the last step, or the step at which a signal is noted."""

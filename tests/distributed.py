@@ -6,6 +6,7 @@ Imports cost seconds: a fork server makes them once, and every rank is a fresh p
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import traceback
 from collections.abc import Callable
@@ -85,6 +86,7 @@ class Pool:
 
 
 def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
+    gc.freeze()  # as run_rank does: DeepSpeed collects garbage for every engine, among all that was imported
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
     )

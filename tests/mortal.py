@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from moe_dist.config import load_config
 from moe_dist.engine.checkpoint import checkpoint_path, read_state, verify
 from moe_dist.parallel.launch import free_port, run_rank
 from moe_dist.telemetry.run_folder import read_status
@@ -179,7 +180,7 @@ def _rank(
             _watch(where, counts.setdefault(window, []), kill, logs / "trace.json")
 
     def main() -> None:
-        train(ROOT / MOMA, overrides)
+        train(load_config(ROOT / MOMA, overrides))
         (logs / f"counts_{rank}.json").write_text(json.dumps(counts))
 
     run_rank(main)

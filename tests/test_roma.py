@@ -13,6 +13,7 @@ import yaml
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from launch import align, multiple_choice
+from moe_dist.config import load_config
 from moe_dist.data.neighbours import read_samples
 from moe_dist.data.shards import Sample, write_shards
 from moe_dist.data.text import train_text_tokenizer
@@ -91,7 +92,7 @@ def make_embedder(folder: Path) -> None:
 def train_on(rank: int, recipe: str, overrides: list[str]) -> str:
     """The UserError's sentence, or nothing."""
     try:
-        train(recipe, overrides)
+        train(load_config(recipe, overrides))
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

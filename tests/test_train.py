@@ -111,7 +111,7 @@ def test_memory_of_the_quickstart_stays_under_three_gib_a_rank(overrides, emoji_
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["dense_quickstart", "moe_8x_quickstart", "adamoe_top2_quickstart"])
 def test_the_other_quickstarts_train(recipe, overrides):
-    done = launch(DEEPSPEED, [*overrides, "train.stop_after=2"], config=f"configs/{recipe}.yaml")
+    done = launch(TORCHRUN, [*overrides, "train.stop_after=2"], config=f"configs/{recipe}.yaml")
     assert done.returncode == 0, done.stderr
 
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from moe_dist.config import ModelConfig
-from moe_dist.engine.storage import LazyTensor
+from moe_dist.engine.files import LazyTensor
 from moe_dist.engine.weights import write_tensors
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout

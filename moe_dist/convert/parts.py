@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config import DenseFFN, ModelConfig
-from moe_dist.engine.storage import LazyTensor
+from moe_dist.engine.files import LazyTensor
 from moe_dist.errors import UserError
 
 Shape = tuple[int, ...]

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_dist.batch import MODALITIES
-from moe_dist.config import DenseFFN, ModelConfig, MoEFFN, SwiGLUExpertsConfig, apply_override, validate
+from moe_dist.config import DenseFFN, ModelConfig, MoEFFN, SwiGLUExpertsConfig
 from moe_dist.convert.output import write_model
+from moe_dist.engine.files import LazyTensor
 from moe_dist.engine.manifest import newest_complete, read_state
-from moe_dist.engine.storage import LazyTensor
 from moe_dist.engine.weights import read_tensors
 from moe_dist.errors import UserError
 from moe_dist.moe.registry import build_router
 from moe_dist.moe.router import Router, Site
+from moe_dist.strict import apply_override, validate
 
 ROUTER = "model.ffn.router"
 KEPT = ("loader", "vocabulary")  # of the seed's state: where it stood in its data, and with which tokenizers

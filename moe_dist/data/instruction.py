@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from moe_dist.config import Count, Strict, validate
+from moe_dist.strict import Count, Strict, validate
 from moe_dist.data.text import TextTokenizer
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_dist.config import Fraction, Positive, Strict
+from moe_dist.strict import Fraction, Positive, Strict
 from moe_dist.data.pixels import crop_and_resize
 from moe_dist.data.samples import RawSample, SampleReport
 from moe_dist.data.shards import Shard, Split, iterate, resolve_shards, verify

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
-from moe_dist.config import Positive, Strict, validate
+from moe_dist.strict import Positive, Strict, validate
 from moe_dist.data.pixels import in_chunks
 from moe_dist.data.weights import CONFIG, WEIGHTS, content_sha256, load_weights, read_json, read_tensors
 

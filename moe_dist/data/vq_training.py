@@ -17,7 +17,7 @@ from pydantic import Field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from moe_dist.config import Count, Positive, Strict
+from moe_dist.strict import Count, Positive, Strict
 from moe_dist.data.pixels import scale_pixels, to_pixels
 from moe_dist.data.vq import VQConfig, VQTokenizer
 from moe_dist.errors import UserError

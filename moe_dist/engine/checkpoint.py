@@ -24,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
+from moe_dist.engine.files import DTYPE_NAMES, StoredFile, read_json, write_json
 from moe_dist.engine.fragments import (
     MODEL_KINDS,
     fragments,
@@ -49,16 +50,12 @@ from moe_dist.engine.manifest import (
 )
 from moe_dist.engine.state import merge_states
 from moe_dist.engine.storage import (
-    DTYPE_NAMES,
     Fragment,
     FragmentLoadPlanner,
     FragmentSavePlanner,
     ShardReader,
     ShardWriter,
-    StoredFile,
     read_index,
-    read_json,
-    write_json,
 )
 from moe_dist.errors import UserError
 from moe_dist.parallel.layout import Layout

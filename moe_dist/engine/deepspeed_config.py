@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from moe_dist.config import Fraction, Strict, TrainConfig, validate
+from moe_dist.config import TrainConfig
 from moe_dist.errors import UserError
+from moe_dist.strict import Fraction, Strict, validate
 
 # DeepSpeed's own spelling of sizes is 5e8.
 Size = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v), Field(ge=0)]

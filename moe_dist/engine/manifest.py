@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from moe_dist.config import Config, InitFrom
-from moe_dist.engine.storage import StoredFile, read_json, write_json
+from moe_dist.engine.files import StoredFile, read_json, write_json
 from moe_dist.errors import UserError
 from moe_dist.parallel.together import together
 

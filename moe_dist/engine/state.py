@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from moe_dist.config import Config, validate
+from moe_dist.config import Config
 from moe_dist.errors import UserError
+from moe_dist.strict import validate
 
 MAY_CHANGE = (
     "run",

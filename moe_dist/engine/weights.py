@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.engine.checkpoint import commit, verify
+from moe_dist.engine.files import LazyTensor, open_shard, write_json, write_safetensors
 from moe_dist.engine.fragments import FROZEN, MASTER
 from moe_dist.engine.manifest import FORMAT, PARTIAL
-from moe_dist.engine.storage import INDEX, LazyTensor, open_shard, read_index, write_json, write_safetensors
+from moe_dist.engine.storage import INDEX, read_index
 from moe_dist.errors import UserError
 
 FILE = "rank_00000.safetensors"

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from moe_dist.config import Positive, Strict
 from moe_dist.moe.random import fold_key, uniform
+from moe_dist.strict import Positive, Strict
 
 
 class Sampling(Strict):

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.batch import Batch
-from moe_dist.config import Positive
 from moe_dist.errors import UserError
 from moe_dist.losses.term import Context, ModelOutput, TermSettings
 from moe_dist.moe.plan import Routing, RoutingRecord
+from moe_dist.strict import Positive
 
 
 class Manifold:

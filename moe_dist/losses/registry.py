@@ -6,12 +6,12 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from moe_dist.config import validate
 from moe_dist.errors import UserError
 from moe_dist.losses.auxiliary import CausalRouters
 from moe_dist.losses.balance import LoadBalance, PooledBalance, RouterZ
 from moe_dist.losses.manifold import Manifold
 from moe_dist.losses.term import TermClass, TermSettings
+from moe_dist.strict import validate
 
 LOSSES: dict[str, TermClass] = {
     "causal_routers": CausalRouters,

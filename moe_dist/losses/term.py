@@ -14,9 +14,9 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
 from moe_dist.batch import Batch
-from moe_dist.config import Count, Strict
 from moe_dist.moe.plan import DepthRecord, RoutingRecord
 from moe_dist.parallel.layout import Layout
+from moe_dist.strict import Count, Strict
 
 
 def _as_steps(weight: Any) -> Any:

@@ -14,12 +14,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moe_dist.batch import MODALITIES, TokenInfo
-from moe_dist.config import Positive
 from moe_dist.moe.auxiliary import AuxiliaryRouter, decide_alone
 from moe_dist.moe.capacity import expert_capacity, join_plans, plan_assignments
 from moe_dist.moe.plan import Routing, RoutingPlan, RoutingRecord
 from moe_dist.moe.random import fold_key, logistic
 from moe_dist.moe.router import Gate, RouterSettings, Site, selection_keys
+from moe_dist.strict import Positive
 
 
 class ExpertChoiceRouter(nn.Module):

@@ -8,13 +8,14 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from moe_dist.config import MoEFFN, validate
+from moe_dist.config import MoEFFN
 from moe_dist.errors import UserError
 from moe_dist.moe.expert_choice import ExpertChoiceRouter, ModalityRouter
 from moe_dist.moe.experts import Experts, GroupedExperts
 from moe_dist.moe.lora import LoRAExperts
 from moe_dist.moe.router import Router, RouterSettings, Site
 from moe_dist.moe.token_choice import NullExpertRouter, TopKRouter
+from moe_dist.strict import validate
 
 ROUTERS: dict[str, Any] = {
     "top_k": TopKRouter,

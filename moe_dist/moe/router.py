@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.batch import TokenInfo
-from moe_dist.config import Strict
 from moe_dist.moe.plan import RoutingPlan, RoutingRecord
 from moe_dist.moe.random import hash_ids, seeded_normal_
+from moe_dist.strict import Strict
 
 # Selection compares logits on a grid of 2^-14, so that tokens that are identical but for rounding tie at every layout.
 # A key packs 24 bits of grid position (logits beyond +-512 tie) above 40 bits of hash, which breaks the ties.

@@ -15,11 +15,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from moe_dist.batch import TokenInfo
-from moe_dist.config import Count, Positive
 from moe_dist.moe.capacity import expert_capacity, keep_within_capacity, plan_assignments
 from moe_dist.moe.plan import Routing, RoutingPlan, RoutingRecord
 from moe_dist.moe.random import fold_key
 from moe_dist.moe.router import Gate, RouterSettings, Site, selection_keys
+from moe_dist.strict import Count, Positive
 
 
 class TokenChoiceSettings(RouterSettings):
@@ -90,9 +90,7 @@ class TokenChoiceRouter(nn.Module):
         plan = plan_assignments(token_V, expert_Vk, weight_Vk, self.num_experts, slots=self._slots(info, sizes))
         if self.settings.capacity_factor is None and self.settings.columns == self.num_experts:
             plan = replace(plan, complete=True)
-        routing = Routing(
-            token_V=token_V, logits_VC=logits_VC, probs_VC=probs_VC, chosen_VC=chosen_VC, kept_VE=kept_VE
-        )
+        routing = Routing(token_V=token_V, logits_VC=logits_VC, probs_VC=probs_VC, chosen_VC=chosen_VC, kept_VE=kept_VE)
         return plan, RoutingRecord(layer=self.layer, plan=plan, parts=(routing,))
 
     def _capacity(self, num_tokens: int) -> int:

@@ -6,6 +6,7 @@ The first that matches: RANK and WORLD_SIZE in the environment (DeepSpeed's laun
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import socket
@@ -81,6 +82,7 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
     After an error other ranks may still wait in a collective. Python's clean-up would wait for them too, so it is
     left out: the launcher sees this rank's exit at once and ends the others.
     """
+    gc.freeze()  # what was imported stays: or Python looks through it again in the run and, for two seconds, at its end
     code = 0
     try:
         main()

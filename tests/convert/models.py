@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_dist.batch import TokenInfo
-from moe_dist.config import ModelConfig, validate
+from moe_dist.config import ModelConfig
 from moe_dist.engine.checkpoint import read_state
 from moe_dist.engine.weights import read_tensors
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
+from moe_dist.strict import validate
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -81,5 +82,3 @@ def logits_packed(model: Transformer, documents: list[list[int]]) -> Tensor:
 def random_documents(vocabulary: int = 64) -> list[list[int]]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (9, 1, 40, 17)]
-
-

@@ -8,9 +8,9 @@ from moe_dist.config import InitFrom
 from moe_dist.convert.hugging_face import import_folder
 from moe_dist.convert.upcycle import upcycle
 from moe_dist.engine import checkpoint
+from moe_dist.engine.files import LazyTensor
 from moe_dist.engine.init_from import loader_state
 from moe_dist.engine.manifest import newest_complete, read_state
-from moe_dist.engine.storage import LazyTensor
 from moe_dist.engine.weights import read_tensors, write_tensors
 from moe_dist.engine.zero import init_distributed, make_engine
 from moe_dist.errors import UserError

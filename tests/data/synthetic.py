@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_dist.config import DataConfig, validate
+from moe_dist.config import DataConfig
+from moe_dist.strict import validate
 from moe_dist.data.instruction import Prompt
 
 TEXT_IDS, IMAGE_IDS = 40, 16

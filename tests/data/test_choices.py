@@ -2,7 +2,8 @@
 
 import pytest
 
-from moe_dist.config import DataConfig, validate
+from moe_dist.config import DataConfig
+from moe_dist.strict import validate
 from moe_dist.data.choices import Choice, read_choices, read_instructions
 from moe_dist.data.instruction import sample_hash
 from moe_dist.data.shards import Sample, write_shards

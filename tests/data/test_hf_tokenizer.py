@@ -6,7 +6,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from moe_dist.config import DataConfig, validate
+from moe_dist.config import DataConfig
+from moe_dist.strict import validate
 from moe_dist.data.hf_tokenizer import HuggingFaceTokenizer
 from moe_dist.data.text import SentencePieceTokenizer, load_text_tokenizer
 from moe_dist.data.tokenized import load_vocabulary

@@ -6,7 +6,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from moe_dist.config import DataConfig, validate
+from moe_dist.config import DataConfig
+from moe_dist.strict import validate
 from moe_dist.data.instruction import sample_hash
 from moe_dist.data.loader import make_loader
 from moe_dist.data.prepare_tokenizers import TokenizerRecipe, train_tokenizers

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from moe_dist.config import DataConfig, validate
+from moe_dist.config import DataConfig
+from moe_dist.strict import validate
 from moe_dist.data.prepare_tokenizers import TokenizerRecipe, train_tokenizers
 from moe_dist.data.shards import Sample, write_shards
 from moe_dist.data.tokenized import build_cache, load_vocabulary, open_store

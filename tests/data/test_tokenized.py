@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.config import DataConfig, validate
+from moe_dist.config import DataConfig
+from moe_dist.strict import validate
 from moe_dist.data.pixels import crop_and_resize, scale_pixels
 from moe_dist.data.shards import Sample, iterate, resolve_shards, write_shards
 from moe_dist.data.tokenized import TokenStore, build_cache, load_vocabulary, open_store

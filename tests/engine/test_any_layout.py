@@ -267,7 +267,7 @@ def refusals(rank: int, overrides: list[str], changes: list[list[str]]) -> list[
     sentences = []
     for change in changes:
         with pytest.raises(UserError) as caught:
-            train(MOMA, [*overrides, *change])
+            train(load_config(MOMA, [*overrides, *change]))
         sentences.append(str(caught.value))
     return sentences
 

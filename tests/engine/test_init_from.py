@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import nn
 
-from moe_dist.config import InitFrom, load_config, save_config, validate
+from moe_dist.config import InitFrom, load_config, save_config
 from moe_dist.engine.init_from import Account, Form, match
 from moe_dist.engine.manifest import resolve_init
 from moe_dist.engine.trainable import freeze_others
@@ -22,6 +22,7 @@ from moe_dist.engine.weights import read_tensors, write_tensors
 from moe_dist.errors import UserError
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
+from moe_dist.strict import validate
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import Job, assert_same, attempt, run
 from tests.engine.test_checkpoint import SMALL, read
@@ -212,6 +213,7 @@ def test_a_step_folder_or_a_run_folder(saved, tmp_path):
 
 KINDS = ("master", "frozen", "buffer")
 WRAP = {"*": "inner.*"}
+
 
 def stage(job: Job, settings: dict | None = None, **changes) -> Job:
     """A new stage that starts from a job's checkpoint."""

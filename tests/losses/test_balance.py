@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from moe_dist.batch import MODALITIES, Batch, TokenInfo
-from moe_dist.config import validate
 from moe_dist.errors import UserError
 from moe_dist.losses.balance import LoadBalance, PooledBalance, RouterZ
 from moe_dist.losses.objective import make_objective
@@ -23,6 +22,7 @@ from moe_dist.losses.term import Context
 from moe_dist.moe.expert_choice import ModalityRouter
 from moe_dist.moe.plan import Routing, RoutingPlan, RoutingRecord
 from moe_dist.parallel.layout import Layout, make_layout
+from moe_dist.strict import validate
 from tests import reference
 from tests.distributed import run_ranks
 from tests.moe.cases import GROUPS, TOKENS, WIDTH, close, make_layer
@@ -60,9 +60,7 @@ def make_batch(valid_T: Tensor | None = None) -> Batch:
         modality_T=modality_T, valid_T=valid_T, position_T=index_T, token_id_T=index_T,
         document_lengths=DOCUMENTS, num_groups=GROUPS,
     )  # fmt: skip
-    return Batch(
-        tokens_T=index_T, targets_T=index_T, loss_mask_T=valid_T, target_modality_T=modality_T, info=info
-    )
+    return Batch(tokens_T=index_T, targets_T=index_T, loss_mask_T=valid_T, target_modality_T=modality_T, info=info)
 
 
 def parts_of(router, x_TD: Tensor, weights: list[Tensor], info: TokenInfo, modality: int | None = None) -> list[Part]:

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from moe_dist.batch import Batch
-from moe_dist.config import Config, validate
+from moe_dist.config import Config
 from moe_dist.errors import UserError
 from moe_dist.losses.manifold import Manifold, sample_routing
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.parallel.layout import Layout
+from moe_dist.strict import validate
 from tests.distributed import run_ranks
 from tests.engine.toy import EXPERTS, make_config, sgd
 from tests.engine.trajectory import full_parameters, step_inputs, toy_engine

@@ -3,7 +3,8 @@
 import torch
 
 from moe_dist.batch import Batch, TokenInfo
-from moe_dist.config import ModelConfig, validate
+from moe_dist.config import ModelConfig
+from moe_dist.strict import validate
 
 VOCAB = 50
 DENSE = {"type": "dense", "hidden_size": 48}

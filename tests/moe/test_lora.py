@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_dist.config import MoEFFN, validate
+from moe_dist.config import MoEFFN
 from moe_dist.errors import UserError
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import build_moe_layer
@@ -12,6 +12,7 @@ from moe_dist.moe.lora import LoRAExperts, LowRank
 from moe_dist.moe.registry import build_router
 from moe_dist.moe.router import Site
 from moe_dist.parallel.layout import Layout, make_layout
+from moe_dist.strict import validate
 from tests import reference
 from tests.distributed import run_ranks
 from tests.model.batches import model_config

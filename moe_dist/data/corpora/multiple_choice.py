@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from moe_dist.config import Positive, Strict
+from moe_dist.strict import Positive, Strict
 from moe_dist.data.corpora.choice_tasks import Question, emoji_questions, gives_away, wordnet_questions
 from moe_dist.data.corpora.emoji import NAMES, read_captions
 from moe_dist.data.corpora.packages import fetch_debian, fetch_npm

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moe_dist.config import Positive, Strict
+from moe_dist.strict import Positive, Strict
 from moe_dist.data.corpora import clipart, emoji
 from moe_dist.data.shards import Sample
 

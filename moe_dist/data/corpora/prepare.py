@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from moe_dist.config import validate
+from moe_dist.strict import validate
 from moe_dist.data.corpora import BUILDERS, Corpus
 from moe_dist.data.shards import Sample, write_shards
 from moe_dist.data.weights import read_json

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from moe_dist.config import Positive, Strict
+from moe_dist.strict import Positive, Strict
 from moe_dist.data.corpora.packages import fetch_npm, read_npm
 from moe_dist.data.shards import Sample, split_of
 
