@@ -101,7 +101,8 @@ def test_memory_of_the_quickstart_stays_under_three_gib_a_rank(overrides, emoji_
     VQTokenizer(VQConfig()).save(tmp_path / "vq")
     own = [override for override in overrides if override.startswith(("run.dir", "data.shards"))]
     own += [f"data.text_tokenizer={tmp_path / 'text.model'}", f"data.image_tokenizer={tmp_path / 'vq'}"]
-    done = launch(DEEPSPEED, [*own, "train.stop_after=3", "eval.groups=2"])
+    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # as `make train` sets them
+    done = launch(DEEPSPEED, [*own, "train.stop_after=3", "eval.groups=2"], variables=kept)
     assert done.returncode == 0, done.stderr
     largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # GiB, of any process so far
     print(f"largest resident memory of a rank: {largest:.2f} GiB")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.engine import checkpoint, storage
+from moe_dist.engine import checkpoint, files
 from moe_dist.errors import UserError
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import Job, assert_same, attempt, run, run_on_rank
@@ -53,7 +53,7 @@ def test_a_gap_between_the_pieces(copied):
     folder, job = copied
     index = json.loads((folder / "index.json").read_text())
     index["tensors"]["master/embedding.weight"]["pieces"].pop()
-    new = storage.write_json(folder / "index.json", index)
+    new = files.write_json(folder / "index.json", index)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["index.json"] = {"bytes": new.size, "sha256": new.sha256}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -108,8 +108,8 @@ def _save_and_die(rank, job, moment):
 
     if rank == 0 and moment == "writing":
         calls = itertools.count()
-        original = storage._bytes_of
-        storage._bytes_of = lambda tensor: die() if next(calls) == 5 else original(tensor)
+        original = files._bytes_of
+        files._bytes_of = lambda tensor: die() if next(calls) == 5 else original(tensor)
     if rank == 0 and moment == "committing":
         Path.rename = die
     run_on_rank(rank, job)

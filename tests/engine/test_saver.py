@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_dist.config import CheckpointConfig
-from moe_dist.engine import checkpoint, storage
+from moe_dist.engine import checkpoint, files
 from moe_dist.engine.checkpoint import checkpoint_path, newest_complete
 from moe_dist.engine.saver import HostBuffers, Saver
 from moe_dist.engine.storage import Fragment
@@ -25,19 +25,19 @@ FROZEN_EXPERTS = ("ffn.router.*", "gain")
 @contextmanager
 def held_back():
     """The background writer of this process gets no tensor to write before the event is set."""
-    event, original = threading.Event(), storage._bytes_of
+    event, original = threading.Event(), files._bytes_of
 
     def bytes_of(tensor):
         if threading.current_thread() is not threading.main_thread():
             event.wait()
         return original(tensor)
 
-    storage._bytes_of = bytes_of
+    files._bytes_of = bytes_of
     try:
         yield event
     finally:
         event.set()
-        storage._bytes_of = original
+        files._bytes_of = original
 
 
 def make_saver(job, folder, **settings):
