@@ -1,11 +1,12 @@
 """MoMa's efficiency table in small: how much arithmetic sparse models save against dense at the same training loss.
 
-  python benchmarks/moma_eta.py [--steps 640] [--seeds 0 1] [--jobs 2] [section.key=value ...]
+  python benchmarks/moma_eta.py [--steps 640] [--seeds 0 1] [--jobs 2] [--write-only] [section.key=value ...]
 
 Trains dense, moe_8x, MoMa 1t1i and 4t4i, and mixture-of-depths + 4t4i, at equal active FLOPs a token, on emoji, clip
 art and texts, for each seed on the same data in the same order; then the auxiliary routers of each sparse model, for
 its held-out loss with causal routing. Builds its data on first use. Resumable: a run goes on from its checkpoint, and
-what is done is not done again. --jobs runs train at a time, one thread each. Writes the table, the picture and the
+what is done is not done again. --jobs runs train at a time, one thread each. --write-only trains nothing: it writes
+down what is done so far. Writes the table, the picture and the
 curves: benchmarks/results/<date>-moma_eta.md, .png and .json.
 """
 
@@ -147,14 +148,22 @@ class Study:
         values |= {title: [line[key] for line in lines] for title, key in LOSSES.items()}
         return {key: smoothed(np.asarray(value, dtype=float), WINDOW) for key, value in values.items()}
 
-    def held_out(self, name: str, seed: int) -> dict[str, float]:
-        folder = self.folder(name, seed, "" if name == "dense" else "_causal")
-        return json.loads((folder.path / "evaluation.json").read_text())
+    def evaluation(self, name: str, seed: int) -> Path:
+        return self.folder(name, seed, "" if name == "dense" else "_causal").path / "evaluation.json"
+
+    def done(self, name: str) -> list[int]:
+        """Seeds with which the model is trained and evaluated, and the dense model beside it."""
+        return [seed for seed in self.seeds if all(self.evaluation(of, seed).exists() for of in ("dense", name))]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the models that are done with one seed or more."""
+        return [name for name in COLOURS if self.done(name)]
 
     def etas(self, name: str, title: str) -> np.ndarray:
         """[seed, point of the dense curve]"""
         found = []
-        for seed in self.seeds:
+        for seed in self.done(name):
             dense, sparse = self.curve("dense", seed), self.curve(name, seed)
             found.append(eta(dense["flops"], dense[title], sparse["flops"], sparse[title]))
         return np.stack(found)
@@ -167,10 +176,10 @@ def spread(values: Sequence[float]) -> str:
 
 def eta_rows(study: Study) -> list[str]:
     rows = []
-    for name in list(COLOURS)[1:]:
+    for name in study.names[1:]:
         found = {title: study.etas(name, title) for title in LOSSES}
         quarters = [round(share * (found["overall"].shape[1] - 1)) for share in (0.25, 0.5, 0.75)]
-        cells = [f"{found['overall'][:, at].mean():.2f}" for at in quarters]
+        cells = [str(len(study.done(name))), *(f"{found['overall'][:, at].mean():.2f}" for at in quarters)]
         cells += [spread(found[title][:, -1]) for title in LOSSES]
         rows.append("| " + " | ".join([name, *cells]) + " |")
     return rows
@@ -178,10 +187,10 @@ def eta_rows(study: Study) -> list[str]:
 
 def loss_rows(study: Study) -> list[str]:
     rows = []
-    for name in COLOURS:
-        curves = [study.curve(name, seed) for seed in study.seeds]
+    for name in study.names:
+        curves = [study.curve(name, seed) for seed in study.done(name)]
         per_token = statistics.mean(curve["flops"][-1] / curve["tokens"][-1] for curve in curves)
-        held_out = [study.held_out(name, seed) for seed in study.seeds]
+        held_out = [json.loads(study.evaluation(name, seed).read_text()) for seed in study.done(name)]
         causal = "eval/loss" if name == "dense" else "eval/causal/loss"
         cells = [name, f"{per_token / 1e6:.2f}", *(f"{statistics.mean(c[t][-1] for c in curves):.3f}" for t in LOSSES)]
         for prefix in ("eval/loss", causal):
@@ -196,8 +205,9 @@ def picture(study: Study, path: Path) -> None:
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True)
     for column, title in enumerate(LOSSES):
-        for name, colour in COLOURS.items():
-            curves = [study.curve(name, seed) for seed in study.seeds]
+        for name in study.names:
+            colour = COLOURS[name]
+            curves = [study.curve(name, seed) for seed in study.done(name)]
             tokens = curves[0]["tokens"] / 1e6
             values = {0: np.stack([curve[title] for curve in curves])}
             if name != "dense":
@@ -221,23 +231,23 @@ def write(study: Study) -> None:
         f"{name}, seed {seed}": {
             key: [float(f"{value:.6g}") for value in values[::every]] for key, values in study.curve(name, seed).items()
         }
-        for name in COLOURS
-        for seed in study.seeds
+        for name in study.names
+        for seed in study.done(name)
     }
     stem.with_suffix(".json").write_text(json.dumps(curves) + "\n")
     tokens = study.curve("dense", study.seeds[0])["tokens"][-1] / 1e6
-    note = NOTE.format(steps=study.steps, tokens=tokens, seeds=len(study.seeds), window=WINDOW, causal=CAUSAL_STEPS)
+    note = NOTE.format(steps=study.steps, tokens=tokens, window=WINDOW, causal=CAUSAL_STEPS)
     note = "\n".join([note, "", *table(LOSS_HEADER, loss_rows(study)), "", f"![curves]({stem.name}.png)"])
     write_result("moma_eta", "MoMa's efficiency in small", note, ETA_HEADER, eta_rows(study))
 
 
-ETA_HEADER = "| model | eta after a quarter | a half | three quarters | eta at the end [seeds] | text | image |"
+ETA_HEADER = "| model | seeds | eta after a quarter | a half | three quarters | eta at the end [seeds] | text | image |"
 LOSS_HEADER = (
     "| model | MFLOPs a token | training loss | text | image | held-out, routing of training: all / text / image | "
     "held-out, causal |"
 )
 NOTE = (
-    "{steps} steps, {tokens:.1f} M tokens, {seeds} seeds, each seed on the same data in the same order for all models, "
+    "{steps} steps, {tokens:.1f} M tokens, each seed on the same data in the same order for all models, "
     "a constant learning rate after warm-up, so that every point of a curve compares equal conditions. Losses in nats "
     "per token, training losses means over {window} steps. eta: FLOPs of dense / FLOPs at which the model has come "
     "down to dense's loss; training losses of the sparse models are non-causal. Held-out with causal routers: after "
@@ -250,11 +260,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=640)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--write-only", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
-    prepare()
     study = Study(arguments.steps, arguments.seeds, arguments.jobs, arguments.overrides)
-    study.run()
+    if not arguments.write_only:
+        prepare()
+        study.run()
     write(study)
 
 
