@@ -42,9 +42,13 @@ WINDOW = 40  # steps over which training losses are averaged
 LOSSES = {"overall": "loss", **{modality: f"loss/{modality}" for modality in MODALITIES}}
 COLOURS = {
     "dense": "#5b6770", "moe_8x": "#c98a1b", "1t1i": "#8a5fa8", "4t4i": "#0b6fa4", "MoD 4t4i": "#d1495b",
-    "MoD 4t4i by modality": "#3c8d53",
+    "MoD 4t4i by modality": "#3c8d53", "MoD 4t4i from layer 1": "#e377c2",
 }  # fmt: skip
-SCOPES = {"MoD 4t4i": "group", "MoD 4t4i by modality": "modality"}  # who competes for depth: the paper's way, and ours
+DEPTH = {  # layers and mixture-of-depths with the FLOPs of 4 whole layers; the first is the paper's
+    "MoD 4t4i": (7, "capacity: 0.25, scope: group"),
+    "MoD 4t4i by modality": (7, "capacity: 0.25, scope: modality"),
+    "MoD 4t4i from layer 1": (6, "capacity: 0.3333, scope: group, first: 1"),
+}
 BASE = [
     f"data.shards=[{', '.join(f'data/{name}' for name in CORPORA)}]",
     f"data.text_tokenizer={TOKENIZERS}/text.model", f"data.image_tokenizer={TOKENIZERS}/vq", "data.image_fraction=0.5",
@@ -61,9 +65,10 @@ def router(name: str, auxiliary: bool) -> list[str]:
         return [f"model.ffn.router={expert_choice(8, auxiliary=auxiliary)}"]
     count = 1 if name == "1t1i" else 4
     settings = [f"model.ffn.router={moma(count, count, auxiliary=auxiliary)}"]
-    if name in SCOPES:  # 4 layers on a quarter of the tokens and 3 on all of them: the FLOPs of 4
-        depth = f"{{capacity: 0.25, every: 2, scope: {SCOPES[name]}, auxiliary: {str(auxiliary).lower()}}}"
-        settings += ["model.num_layers=7", f"model.depth={depth}"]
+    if name in DEPTH:
+        layers, depth = DEPTH[name]
+        depth = f"{{{depth}, auxiliary: {str(auxiliary).lower()}}}"
+        settings += [f"model.num_layers={layers}", f"model.depth={depth}"]
     return settings
 
 
@@ -169,9 +174,9 @@ class Study:
         return np.stack(found)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean, and the lowest and highest of the seeds; nan where a loss is not reached."""
-    return f"{np.mean(values):.2f} [{np.min(values):.2f}, {np.max(values):.2f}]"
+def by_seed(values: Sequence[float]) -> str:
+    """A run that does not come down to dense's last loss has spent all its FLOPs, which are dense's: eta is below 1."""
+    return ", ".join("< 1" if np.isnan(value) else f"{value:.2f}" for value in values)
 
 
 def eta_rows(study: Study) -> list[str]:
@@ -180,7 +185,7 @@ def eta_rows(study: Study) -> list[str]:
         found = {title: study.etas(name, title) for title in LOSSES}
         quarters = [round(share * (found["overall"].shape[1] - 1)) for share in (0.25, 0.5, 0.75)]
         cells = [str(len(study.done(name))), *(f"{found['overall'][:, at].mean():.2f}" for at in quarters)]
-        cells += [spread(found[title][:, -1]) for title in LOSSES]
+        cells += [by_seed(found[title][:, -1]) for title in LOSSES]
         rows.append("| " + " | ".join([name, *cells]) + " |")
     return rows
 
@@ -241,7 +246,7 @@ def write(study: Study) -> None:
     write_result("moma_eta", "MoMa's efficiency in small", note, ETA_HEADER, eta_rows(study))
 
 
-ETA_HEADER = "| model | seeds | eta after a quarter | a half | three quarters | eta at the end [seeds] | text | image |"
+ETA_HEADER = "| model | seeds | eta after a quarter | a half | three quarters | at the end, by seed | text | image |"
 LOSS_HEADER = (
     "| model | MFLOPs a token | training loss | text | image | held-out, routing of training: all / text / image | "
     "held-out, causal |"
