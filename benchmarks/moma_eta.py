@@ -6,8 +6,8 @@ Trains dense, moe_8x, MoMa 1t1i and 4t4i, and mixture-of-depths + 4t4i, at equal
 art and texts, for each seed on the same data in the same order; then the auxiliary routers of each sparse model, for
 its held-out loss with causal routing. Builds its data on first use. Resumable: a run goes on from its checkpoint, and
 what is done is not done again. --jobs runs train at a time, one thread each. --write-only trains nothing: it writes
-down what is done so far. Writes the table, the picture and the
-curves: benchmarks/results/<date>-moma_eta.md, .png and .json.
+down what is done so far. Writes the table, the picture and the curves: benchmarks/results/<date>-moma_eta.md, .png and
+.json.
 """
 
 from __future__ import annotations

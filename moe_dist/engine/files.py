@@ -27,8 +27,6 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-
-
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
     """A tensor that is on the disk, or still to be made."""

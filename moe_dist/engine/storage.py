@@ -48,7 +48,7 @@ from moe_dist.engine.files import (
     read_json,
     write_json,
     write_safetensors,
-)  # fmt: skip
+)
 from moe_dist.errors import UserError
 
 INDEX = "index.json"

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 
 from moe_dist.batch import IMAGE, Batch
 from moe_dist.config import DataConfig
-from moe_dist.data.heldout import ShuffledCaptions, heldout_batches
+from moe_dist.data.heldout import ShuffledCaptions
 from moe_dist.data.packing import TokenStore
 from moe_dist.data.vocabulary import Vocabulary
-from moe_dist.evaluate.conditional import Pairs
+from moe_dist.evaluate.conditional import Pairs, pair_batches
 from moe_dist.evaluate.intervals import Z95
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.together import gather_objects
@@ -42,17 +42,16 @@ def caption_gain(
     """Nats per image code by which the captions of a store's pairs help, eval/caption_gain, with its 95 % interval,
     eval/caption_gain/low and /high, and the number of captions, eval/caption_gain/captions. Collective.
 
-    forward: Batch -> an output with logits_TV. groups: selection groups of pairs that are looked
-    at, with their own captions and with others'; only images among both count. Empty with fewer than two captions.
+    forward: Batch -> an output with logits_TV. groups: selection groups of pairs that are looked at, with their own
+    captions and with others'; only images among both count. Empty with fewer than two captions.
     """
     pairs = Pairs(store)
     if len({_key(pairs.document(i).text) for i in range(len(pairs))}) < 2:
         return {}
-    ordered = data.model_copy(update={"image_first": 0.0, "image_fraction": None})
 
     def losses(of: TokenStore) -> dict[Image, float]:
-        batches = heldout_batches(
-            of, vocabulary, ordered, groups=groups, dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
+        batches = pair_batches(
+            of, vocabulary, data, layout, image_first=False, groups=groups, batch_groups=batch_groups
         )
         return _image_losses(forward, (batch.to(layout.device) for batch in batches))
 

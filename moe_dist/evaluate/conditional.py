@@ -7,7 +7,7 @@ Shape suffixes: T tokens of one micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -44,6 +44,23 @@ class Pairs:
         return self._store.document(self._numbers[index])
 
 
+def pair_batches(
+    pairs: TokenStore,
+    vocabulary: Vocabulary,
+    data: DataConfig,
+    layout: Layout,
+    *,
+    image_first: bool,
+    groups: int,
+    batch_groups: int,
+) -> Iterator[Batch]:
+    """This rank's micro-batches of the first `groups` groups; all images before their captions, or all after."""
+    ordered = data.model_copy(update={"image_first": float(image_first), "image_fraction": None})
+    return heldout_batches(
+        pairs, vocabulary, ordered, groups=groups, dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
+    )
+
+
 def conditional_losses(
     forward: Callable,
     store: TokenStore,
@@ -62,12 +79,11 @@ def conditional_losses(
     if not len(pairs):
         return {}
     found = {}
-    for key, image_first in (("eval/image_to_text", 1.0), ("eval/text_to_image", 0.0)):
-        ordered = data.model_copy(update={"image_first": image_first, "image_fraction": None})
-        batches = heldout_batches(
-            pairs, vocabulary, ordered, groups=groups, dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
+    for key, image_first in (("eval/image_to_text", True), ("eval/text_to_image", False)):
+        batches = pair_batches(
+            pairs, vocabulary, data, layout, image_first=image_first, groups=groups, batch_groups=batch_groups
         )
-        masked = (replace(batch, loss_mask_T=_counted(batch, vocabulary, bool(image_first))) for batch in batches)
+        masked = (replace(batch, loss_mask_T=_counted(batch, vocabulary, image_first)) for batch in batches)
         losses = evaluate(forward, masked, layout)
         if losses:
             found[key] = losses["eval/loss"]
