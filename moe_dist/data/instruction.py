@@ -17,8 +17,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from moe_dist.strict import Count, Strict, validate
 from moe_dist.data.text import TextTokenizer
+from moe_dist.strict import Count, Strict, validate
 
 
 def _filled(text: str) -> str:

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_dist.strict import Fraction, Positive, Strict
 from moe_dist.data.pixels import crop_and_resize
 from moe_dist.data.samples import RawSample, SampleReport
 from moe_dist.data.shards import Shard, Split, iterate, resolve_shards, verify
 from moe_dist.data.text import VOCAB_SIZE, SentencePieceTokenizer, train_text_tokenizer
 from moe_dist.data.vq import VQConfig
 from moe_dist.data.vq_training import VQQuality, VQTraining, measure, reconstruction_grid, train_vq
+from moe_dist.strict import Fraction, Positive, Strict
 
 HELD_OUT_IMAGES = 512
 GRID_IMAGES = 96

@@ -18,9 +18,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
-from moe_dist.strict import Positive, Strict, validate
 from moe_dist.data.pixels import in_chunks
 from moe_dist.data.weights import CONFIG, WEIGHTS, content_sha256, load_weights, read_json, read_tensors
+from moe_dist.strict import Positive, Strict, validate
 
 CHUNK = 32  # images encoded or decoded at once
 PATCH = 4  # pixels of one side of the patch embedding

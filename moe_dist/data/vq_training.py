@@ -17,10 +17,10 @@ from pydantic import Field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from moe_dist.strict import Count, Positive, Strict
 from moe_dist.data.pixels import scale_pixels, to_pixels
 from moe_dist.data.vq import VQConfig, VQTokenizer
 from moe_dist.errors import UserError
+from moe_dist.strict import Count, Positive, Strict
 
 GRID_COLUMNS = 16
 EMA = 0.98  # of the loss on the progress line

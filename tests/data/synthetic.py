@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from moe_dist.config import DataConfig
-from moe_dist.strict import validate
 from moe_dist.data.instruction import Prompt
+from moe_dist.strict import validate
 
 TEXT_IDS, IMAGE_IDS = 40, 16
 

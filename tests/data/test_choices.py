@@ -3,12 +3,12 @@
 import pytest
 
 from moe_dist.config import DataConfig
-from moe_dist.strict import validate
 from moe_dist.data.choices import Choice, read_choices, read_instructions
 from moe_dist.data.instruction import sample_hash
 from moe_dist.data.shards import Sample, write_shards
 from moe_dist.data.text import train_text_tokenizer
 from moe_dist.errors import UserError
+from moe_dist.strict import validate
 
 ITEM = {"domain": "d", "question": "Which is red?", "options": ["sky", "rose", "grass", "sea"], "correct": 1}
 LETTER = {**ITEM, "prompt": "Which is red? Answer:", "answer": " B"}

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from moe_dist.config import DataConfig
-from moe_dist.strict import validate
 from moe_dist.data.instruction import sample_hash
 from moe_dist.data.loader import make_loader
 from moe_dist.data.prepare_tokenizers import TokenizerRecipe, train_tokenizers
@@ -15,6 +14,7 @@ from moe_dist.data.shards import Sample, iterate, resolve_shards, write_shards
 from moe_dist.data.text import SentencePieceTokenizer
 from moe_dist.data.tokenized import build_cache, load_vocabulary, open_store
 from moe_dist.errors import UserError
+from moe_dist.strict import validate
 
 CHOICE = {
     "prompt": "Which is a fruit?\nA. apple\nB. chair\nAnswer:",

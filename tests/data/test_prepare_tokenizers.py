@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from moe_dist.config import DataConfig
-from moe_dist.strict import validate
 from moe_dist.data.prepare_tokenizers import TokenizerRecipe, train_tokenizers
 from moe_dist.data.shards import Sample, write_shards
 from moe_dist.data.tokenized import build_cache, load_vocabulary, open_store
+from moe_dist.strict import validate
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["vocab_size=400", "vq.image_size=32", "vq.codebook_size=32", "vq.channels=[8, 16]", "vq.blocks=1",

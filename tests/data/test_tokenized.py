@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from moe_dist.config import DataConfig
-from moe_dist.strict import validate
 from moe_dist.data.pixels import crop_and_resize, scale_pixels
 from moe_dist.data.shards import Sample, iterate, resolve_shards, write_shards
 from moe_dist.data.tokenized import TokenStore, build_cache, load_vocabulary, open_store
 from moe_dist.errors import UserError
+from moe_dist.strict import validate
 
 
 @pytest.fixture

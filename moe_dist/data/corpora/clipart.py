@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from moe_dist.strict import Positive, Strict
 from moe_dist.data.corpora.packages import fetch_debian, read_debian
 from moe_dist.data.samples import BadSample, decode_image, encode_png
 from moe_dist.data.shards import Sample, split_of
+from moe_dist.strict import Positive, Strict
 
 PNG, SVG = "openclipart-png", "openclipart-svg"
 ROOT = "usr/share/openclipart"

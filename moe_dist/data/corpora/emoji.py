@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moe_dist.strict import Positive, Strict
 from moe_dist.data.corpora.packages import fetch_npm, read_npm
 from moe_dist.data.samples import decode_image, encode_png
 from moe_dist.data.shards import Sample, split_of
+from moe_dist.strict import Positive, Strict
 
 NOTO, TWEMOJI, FLUENT, NAMES = (
     "emoji-datasource-google@16.0.0",

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from moe_dist.strict import Positive, Strict
 from moe_dist.data.corpora.choice_tasks import Question, emoji_questions, gives_away, wordnet_questions
 from moe_dist.data.corpora.emoji import NAMES, read_captions
 from moe_dist.data.corpora.packages import fetch_debian, fetch_npm
 from moe_dist.data.corpora.wordnet import PACKAGE, WordNet
 from moe_dist.data.shards import Sample
+from moe_dist.strict import Positive, Strict
 
 LETTERS = "ABCD"
 TRIES = 200  # draws for the wrong options in the narrow category, then in the wide one

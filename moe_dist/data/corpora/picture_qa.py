@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moe_dist.strict import Positive, Strict
 from moe_dist.data.corpora import clipart, emoji
 from moe_dist.data.shards import Sample
+from moe_dist.strict import Positive, Strict
 
 QUESTIONS = {"name": "What is in the picture?", "group": "Which group does the picture belong to?"}
 NO_GROUPS = {"special", "unsorted"}  # folders of clip art that say nothing

@@ -11,11 +11,11 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from moe_dist.strict import validate
 from moe_dist.data.corpora import BUILDERS, Corpus
 from moe_dist.data.shards import Sample, write_shards
 from moe_dist.data.weights import read_json
 from moe_dist.errors import UserError
+from moe_dist.strict import validate
 
 RECORD = "corpus.json"
 FORMAT = 1  # raise it when a builder changes what it writes

