@@ -35,8 +35,7 @@ def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
     run = Run.reopen(folder, config)
     causal = bool(run.engine.module.causal_routing)
     results = compare_with_references(
-        run.engine.eval_forward, train=run.documents, held_out=run.held_out, vocabulary=run.vocabulary,
-        data=config.data, layout=run.layout, groups=config.eval.groups, batch_groups=config.train.micro_batch_groups,
+        run.engine.eval_forward, run.looked_at, train=run.documents, store=run.held_out,
         causal_too=not causal and bool(run.engine.module.can_route_causally),
     )  # fmt: skip
     with together():

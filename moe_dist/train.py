@@ -13,7 +13,6 @@ from rich.console import Console
 
 from moe_dist.batch import Batch
 from moe_dist.config import Config, MoEFFN
-from moe_dist.data.heldout import heldout_batches
 from moe_dist.data.loader import Loader, make_loader
 from moe_dist.data.tokenized import TokenStore, load_vocabulary
 from moe_dist.data.vocabulary import Vocabulary
@@ -27,6 +26,7 @@ from moe_dist.engine.schedule import learning_rate
 from moe_dist.engine.state import TrainState, check_resumable
 from moe_dist.engine.zero import Engine, StepResult, init_distributed, make_engine
 from moe_dist.errors import UserError
+from moe_dist.evaluate.held_out import HeldOut
 from moe_dist.evaluate.perplexity import evaluate
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
@@ -161,7 +161,7 @@ class Run:
             stragglers = Stragglers(self.config.health, self.folder, rank=self.layout.rank, step=self.step)
             watch = HangWatch(self.folder.stacks, self.layout.rank, self.config.health.hang_seconds, self._tell_hang)
             if self.config.eval.every:
-                next(self.held_out_batches())  # a held-out split that cannot be used shows now, not after many steps
+                next(self.looked_at.batches(self.held_out))  # an unusable split shows now, not after many steps
         with watch, Progress(last, step=self.step, is_main=main, causal=causal) as progress, self.saver:
             while self.step < last and not (signal := self.stop.agreed(self.layout.device)):
                 with stragglers:
@@ -231,14 +231,14 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss, with the routing of training. Collective."""
-        return evaluate(self.engine.eval_forward, self.held_out_batches(), self.layout, self.held_out.domains)
+        batches = self.looked_at.batches(self.held_out)
+        return evaluate(self.engine.eval_forward, batches, self.layout, self.held_out.domains)
 
-    def held_out_batches(self) -> Iterator[Batch]:
-        """This rank's share of the held-out groups."""
-        return heldout_batches(
-            self.held_out, self.vocabulary, self.config.data, groups=self.config.eval.groups,
-            dp_rank=self.layout.rank, dp=self.layout.world, batch_groups=self.config.train.micro_batch_groups,
-        )  # fmt: skip
+    @property
+    def looked_at(self) -> HeldOut:
+        """How much of the held-out split, and this rank's share."""
+        config = self.config
+        return HeldOut(self.vocabulary, config.data, self.layout, config.eval.groups, config.train.micro_batch_groups)
 
     def save(self) -> int:
         """Save this moment; the step. Collective."""

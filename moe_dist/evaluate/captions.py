@@ -17,43 +17,29 @@ import torch
 import torch.nn.functional as F
 
 from moe_dist.batch import IMAGE, Batch
-from moe_dist.config import DataConfig
 from moe_dist.data.heldout import ShuffledCaptions
 from moe_dist.data.packing import TokenStore
-from moe_dist.data.vocabulary import Vocabulary
-from moe_dist.evaluate.conditional import Pairs, pair_batches
+from moe_dist.evaluate.conditional import Pairs
+from moe_dist.evaluate.held_out import HeldOut
 from moe_dist.evaluate.intervals import Z95
-from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.together import gather_objects
 
 Image = tuple[int, ...]  # its codes
 
 
-def caption_gain(
-    forward: Callable,
-    store: TokenStore,
-    vocabulary: Vocabulary,
-    data: DataConfig,
-    layout: Layout,
-    *,
-    groups: int,
-    batch_groups: int,
-) -> dict[str, float]:
+def caption_gain(forward: Callable, store: TokenStore, held_out: HeldOut) -> dict[str, float]:
     """Nats per image code by which the captions of a store's pairs help, eval/caption_gain, with its 95 % interval,
     eval/caption_gain/low and /high, and the number of captions, eval/caption_gain/captions. Collective.
 
-    forward: Batch -> an output with logits_TV. groups: selection groups of pairs that are looked at, with their own
+    forward: Batch -> an output with logits_TV. As much of the pairs as `held_out` says is looked at, with their own
     captions and with others'; only images among both count. Empty with fewer than two captions.
     """
-    pairs = Pairs(store)
+    pairs, held_out = Pairs(store), held_out.ordered(image_first=False)
     if len({_key(pairs.document(i).text) for i in range(len(pairs))}) < 2:
         return {}
 
     def losses(of: TokenStore) -> dict[Image, float]:
-        batches = pair_batches(
-            of, vocabulary, data, layout, image_first=False, groups=groups, batch_groups=batch_groups
-        )
-        return _image_losses(forward, (batch.to(layout.device) for batch in batches))
+        return _image_losses(forward, (batch.to(held_out.layout.device) for batch in held_out.batches(of)))
 
     own, shuffled = losses(pairs), losses(ShuffledCaptions(pairs))
     gains = defaultdict(list)

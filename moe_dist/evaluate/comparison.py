@@ -8,50 +8,36 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from moe_dist.config import DataConfig
-from moe_dist.data.heldout import ShuffledCaptions, heldout_batches
+from moe_dist.data.heldout import ShuffledCaptions
 from moe_dist.data.packing import TokenStore
-from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.evaluate.bigram import Bigram
 from moe_dist.evaluate.captions import caption_gain
 from moe_dist.evaluate.conditional import conditional_losses
+from moe_dist.evaluate.held_out import HeldOut
 from moe_dist.evaluate.perplexity import evaluate, mean_losses
-from moe_dist.parallel.layout import Layout
 
 
 def compare_with_references(
-    forward: Callable,
-    *,
-    train: TokenStore,
-    held_out: TokenStore,
-    vocabulary: Vocabulary,
-    data: DataConfig,
-    layout: Layout,
-    groups: int,
-    batch_groups: int,
-    causal_too: bool = False,
+    forward: Callable, held_out: HeldOut, *, train: TokenStore, store: TokenStore, causal_too: bool = False
 ) -> dict[str, float]:
     """Held-out nats per token, under the keys of telemetry/keys.py. Collective.
 
-    forward: Batch -> an output with logits_TV. groups: selection groups of the held-out split that are looked at.
+    forward: Batch -> an output with logits_TV. train, store: the training and the held-out split.
     causal_too: also with causal routing (eval/causal/...), of a model that has it beside that of training.
     """
-
-    def batches(store: TokenStore):
-        return heldout_batches(
-            store, vocabulary, data, groups=groups, dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
-        )
+    layout = held_out.layout
 
     def of_model(forward: Callable) -> dict[str, float]:
-        return evaluate(forward, batches(held_out), layout, held_out.domains) | conditional_losses(
-            forward, held_out, vocabulary, data, layout, groups=groups, batch_groups=batch_groups
-        )
+        losses = evaluate(forward, held_out.batches(store), layout, store.domains)
+        return losses | conditional_losses(forward, store, held_out)
 
     model = of_model(forward)
     causal = of_model(lambda batch: forward(batch.causally())) if causal_too else {}
-    shuffled = evaluate(forward, batches(ShuffledCaptions(held_out)), layout) if held_out.has_image.any() else {}
-    gain = caption_gain(forward, held_out, vocabulary, data, layout, groups=groups, batch_groups=batch_groups)
-    bigram = mean_losses(Bigram.fit(train, vocabulary, data).token_losses, batches(held_out), layout)
+    pairs = store.has_image.any()
+    shuffled = evaluate(forward, held_out.batches(ShuffledCaptions(store)), layout) if pairs else {}
+    gain = caption_gain(forward, store, held_out)
+    reference = Bigram.fit(train, held_out.vocabulary, held_out.data)
+    bigram = mean_losses(reference.token_losses, held_out.batches(store), layout)
     return (
         model
         | gain

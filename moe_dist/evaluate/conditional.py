@@ -7,7 +7,7 @@ Shape suffixes: T tokens of one micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,12 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.batch import IMAGE, Batch
-from moe_dist.config import DataConfig
-from moe_dist.data.heldout import heldout_batches
 from moe_dist.data.packing import Document, TokenStore
 from moe_dist.data.vocabulary import Vocabulary
+from moe_dist.evaluate.held_out import HeldOut
 from moe_dist.evaluate.perplexity import evaluate
-from moe_dist.parallel.layout import Layout
 
 
 class Pairs:
@@ -44,47 +42,19 @@ class Pairs:
         return self._store.document(self._numbers[index])
 
 
-def pair_batches(
-    pairs: TokenStore,
-    vocabulary: Vocabulary,
-    data: DataConfig,
-    layout: Layout,
-    *,
-    image_first: bool,
-    groups: int,
-    batch_groups: int,
-) -> Iterator[Batch]:
-    """This rank's micro-batches of the first `groups` groups; all images before their captions, or all after."""
-    ordered = data.model_copy(update={"image_first": float(image_first), "image_fraction": None})
-    return heldout_batches(
-        pairs, vocabulary, ordered, groups=groups, dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
-    )
-
-
-def conditional_losses(
-    forward: Callable,
-    store: TokenStore,
-    vocabulary: Vocabulary,
-    data: DataConfig,
-    layout: Layout,
-    *,
-    groups: int,
-    batch_groups: int,
-) -> dict[str, float]:
+def conditional_losses(forward: Callable, store: TokenStore, held_out: HeldOut) -> dict[str, float]:
     """Nats per token: eval/image_to_text, of captions and the EOS after them; eval/text_to_image, of image codes.
 
-    groups: selection groups of pairs that are looked at, for each of the two. Collective. Empty without pairs.
+    Of the store's pairs, as much as `held_out` says for each of the two. Collective. Empty without pairs.
     """
     pairs = Pairs(store)
     if not len(pairs):
         return {}
     found = {}
     for key, image_first in (("eval/image_to_text", True), ("eval/text_to_image", False)):
-        batches = pair_batches(
-            pairs, vocabulary, data, layout, image_first=image_first, groups=groups, batch_groups=batch_groups
-        )
-        masked = (replace(batch, loss_mask_T=_counted(batch, vocabulary, image_first)) for batch in batches)
-        losses = evaluate(forward, masked, layout)
+        batches = held_out.ordered(image_first=image_first).batches(pairs)
+        masked = (replace(b, loss_mask_T=_counted(b, held_out.vocabulary, image_first)) for b in batches)
+        losses = evaluate(forward, masked, held_out.layout)
         if losses:
             found[key] = losses["eval/loss"]
     return found

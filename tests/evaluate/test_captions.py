@@ -8,6 +8,7 @@ import torch
 
 from moe_dist.data.heldout import ShuffledCaptions
 from moe_dist.evaluate.captions import caption_gain
+from moe_dist.evaluate.held_out import HeldOut
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.data.synthetic import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
 from tests.distributed import run_ranks
@@ -38,7 +39,8 @@ def sees_the_last_token(batch):
 
 
 def compute(forward, layout=None, groups=99):
-    return caption_gain(forward, store(), V, data_config(), layout or Layout(), groups=groups, batch_groups=2)
+    held_out = HeldOut(V, data_config(), layout or Layout(), groups=groups, batch_groups=2)
+    return caption_gain(forward, store(), held_out)
 
 
 def test_the_gain_and_its_interval_equal_plain_loops():
@@ -79,4 +81,5 @@ def test_two_ranks_find_the_same():
 
 def test_without_two_captions_there_is_nothing():
     texts = random_store(1, texts=3)
-    assert caption_gain(sees_the_last_token, texts, V, data_config(), Layout(), groups=9, batch_groups=1) == {}
+    held_out = HeldOut(V, data_config(), Layout(), groups=9, batch_groups=1)
+    assert caption_gain(sees_the_last_token, texts, held_out) == {}

@@ -10,6 +10,7 @@ from moe_dist.config import ModelConfig
 from moe_dist.data.loader import make_loader
 from moe_dist.evaluate.bigram import Bigram, Bigrams
 from moe_dist.evaluate.comparison import compare_with_references
+from moe_dist.evaluate.held_out import HeldOut
 from moe_dist.losses.language import language_loss
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
@@ -36,9 +37,8 @@ TRAIN, HELD_OUT, DATA = paired_store(1, 600), paired_store(2, 120), data_config(
 
 
 def compare(forward):
-    return compare_with_references(
-        forward, train=TRAIN, held_out=HELD_OUT, vocabulary=V, data=DATA, layout=Layout(), groups=99, batch_groups=2
-    )
+    held_out = HeldOut(V, DATA, Layout(), groups=99, batch_groups=2)
+    return compare_with_references(forward, held_out, train=TRAIN, store=HELD_OUT)
 
 
 def test_the_bigram_model_as_the_model_ties_with_the_reference():

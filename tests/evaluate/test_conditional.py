@@ -9,6 +9,7 @@ import torch
 
 from moe_dist.data.instruction import Prompt
 from moe_dist.evaluate.conditional import conditional_losses
+from moe_dist.evaluate.held_out import HeldOut
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.data.synthetic import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
 from tests.distributed import run_ranks
@@ -49,7 +50,7 @@ def naive(image_first):
 
 
 def compute(layout=None):
-    return conditional_losses(forward, store(), V, DATA, layout or Layout(), groups=99, batch_groups=2)
+    return conditional_losses(forward, store(), HeldOut(V, DATA, layout or Layout(), groups=99, batch_groups=2))
 
 
 def test_losses_equal_plain_loops():
@@ -69,4 +70,5 @@ def test_two_ranks_find_the_same():
 
 
 def test_without_pairs_there_is_nothing():
-    assert conditional_losses(forward, random_store(1, texts=9), V, DATA, Layout(), groups=9, batch_groups=1) == {}
+    held_out = HeldOut(V, DATA, Layout(), groups=9, batch_groups=1)
+    assert conditional_losses(forward, random_store(1, texts=9), held_out) == {}
