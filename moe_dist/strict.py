@@ -75,16 +75,14 @@ def validate(model: type[Strict], data: Any, where: str, prefix: str = ""):
         raise UserError(f"{where}: " + "; ".join(_explain(model, item, prefix) for item in error.errors())) from None
 
 
-# pydantic puts the tag of a discriminated union into the path; a user's file has no such key
-_TAGS = ("dense", "moe", "swiglu", "lora")
-
-
 def _explain(model: type[BaseModel], item: Any, prefix: str) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join([*filter(None, [prefix]), *(part for part in location if part not in _TAGS)])
+    *parents, last = [str(part) for part in item["loc"]] or [""]
+    keys, section = _walk(model, parents)
     if item["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(location[-1], _known_keys(model, location[:-1]), n=1)
-        return f"unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else "")
+        close = difflib.get_close_matches(last, getattr(section, "model_fields", ()), n=1)
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        return f"unknown key '{'.'.join(filter(None, [prefix, *keys, last]))}'{hint}"
+    key = ".".join(filter(None, [prefix, *_walk(model, [*parents, last])[0]]))
     if item["type"] == "missing":
         return f"key '{key}' is missing"
     message = item["msg"].removeprefix("Value error, ")
@@ -92,13 +90,20 @@ def _explain(model: type[BaseModel], item: Any, prefix: str) -> str:
     return f"key '{key}': {message[0].lower()}{message[1:]}{shown}" if key else message
 
 
-def _known_keys(model: Any, location: list[str]) -> list[str]:
+def _walk(model: Any, location: list[str]) -> tuple[list[str], Any]:
+    """The keys of a path as the user's file has them, and the model at its end, if it is one.
+
+    pydantic puts the tag of a discriminated union into the path; a user's file has no such key.
+    """
+    keys = []
     for part in location:
-        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
-        if field is not None:
-            optional = [part for part in getattr(field.annotation, "__args__", ()) if part is not type(None)]
-            model = optional[0] if len(optional) == 1 else field.annotation
-        else:  # the tag of a discriminated union
-            members = [m for m in getattr(model, "__args__", ()) if hasattr(m, "model_fields")]
-            model = next((m for m in members if m.model_fields["type"].annotation.__args__[0] == part), None)
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        field = getattr(model, "model_fields", {}).get(part)
+        members = [m for m in getattr(model, "__args__", ()) if hasattr(m, "model_fields")]
+        member = next((m for m in members if part in m.model_fields["type"].annotation.__args__), None)
+        if field is None and member is not None:
+            model = member
+            continue
+        keys.append(part)
+        optional = [of for of in getattr(field and field.annotation, "__args__", ()) if of is not type(None)]
+        model = optional[0] if len(optional) == 1 else field and field.annotation
+    return keys, model

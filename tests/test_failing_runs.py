@@ -35,6 +35,14 @@ def all_failed_with(outcomes: list[tuple[int, str]], sentence: str) -> None:
 # --- what the recipe gets wrong, before any data are read (they are not there)
 
 
+def test_a_wrong_key_is_told_before_the_imports_that_take_seconds():
+    done = launch([*ALONE, "-X", "importtime"], ["train.stpes=3"])
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert done.returncode == 2 and "unknown key 'train.stpes'" in done.stdout + done.stderr
+    assert "moe_dist.config" in imported
+    assert not imported & {"deepspeed", "megatron.core"}
+
+
 @pytest.mark.parametrize(
     ("world", "override", "sentence"),
     [
