@@ -96,6 +96,7 @@ MORE_FFNS = {
     **FFNS,
     "moma_1t1i": moma(1, 1),
     "moma_6t2i": moma(6, 2),
+    "moma_7t1i_in_slices": {**moma(7, 1), "slices": 2},
     "auxiliary": moma(4, 4, auxiliary=True),
     "null": {"type": "moe", "hidden_size": 48, "router": NULL_ROUTER},
 }
@@ -105,6 +106,7 @@ CHANGES = {
     "lora": {"attention_lora": LORA},
     "llama-lora": {**TIED_LLAMA, "attention_lora": LORA},
     "depth": {"depth": {}},
+    "depth_from_layer_1": {"depth": {"first": 1}},
     "depth_of_sequences": {"depth": {"scope": "sequence"}},
     "depth_of_modalities": {"depth": {"scope": "modality", "auxiliary": True}},
 }
@@ -112,7 +114,7 @@ CHANGES = {
 
 @pytest.mark.parametrize(
     "changes",
-    [pytest.param(CHANGES[name], id=name, marks=() if name == "plain" else pytest.mark.slow) for name in CHANGES],
+    [pytest.param(CHANGES[name], id=name, marks=() if name == "chameleon" else pytest.mark.slow) for name in CHANGES],
 )
 @pytest.mark.parametrize("ffn", MORE_FFNS.values(), ids=MORE_FFNS)
 def test_model_flops_within_one_percent_of_the_counted_operations(ffn, changes):
