@@ -104,6 +104,10 @@ def start_samples(arguments: argparse.Namespace, form: Format, sampling: Samplin
     for name in ("samples", "batch"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
+    texts = [part for parts in arguments.mixed for part in parts if not part.startswith("@")]
+    for text in (*arguments.caption, *texts):
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"{text!a} is not UTF-8 text")
     prompts: list[Prompt] = [form.text_to_image(caption) for caption in arguments.caption]
     prompts += [form.image_to_text(read_picture(file)) for file in arguments.picture]
     for parts in arguments.mixed:

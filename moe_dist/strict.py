@@ -22,9 +22,9 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Strict(BaseModel):
-    """Base of every settings model: immutable, no coercion, no unknown keys."""
+    """Base of every settings model: immutable, no coercion, no unknown keys, no infinite numbers."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class _Loader(yaml.SafeLoader):

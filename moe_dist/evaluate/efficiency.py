@@ -28,8 +28,11 @@ def flops_to_reach(flops_W: np.ndarray, loss_W: np.ndarray, targets: np.ndarray)
 
 
 def eta(dense_flops_W: np.ndarray, dense_loss_W: np.ndarray, flops_W: np.ndarray, loss_W: np.ndarray) -> np.ndarray:
-    """(FLOPs of the dense model) / (FLOPs at which the other one reaches its loss), at each point of the dense curve.
+    """(FLOPs at which the dense model first reaches a loss) / (those at which the other one does), for the lowest loss
+    of the dense model up to each point of its curve.
 
-    More than 1: the other model is ahead. nan: it does not reach that loss at all.
+    More than 1: the other model is ahead. nan: it does not reach that loss at all. Both first times: to divide the
+    FLOPs of the point itself would reward the other model wherever the dense one stands still.
     """
-    return dense_flops_W / flops_to_reach(flops_W, loss_W, np.minimum.accumulate(dense_loss_W))
+    targets = np.minimum.accumulate(dense_loss_W)
+    return flops_to_reach(dense_flops_W, dense_loss_W, targets) / flops_to_reach(flops_W, loss_W, targets)

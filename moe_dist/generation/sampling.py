@@ -21,7 +21,7 @@ class Sampling(Strict):
 
     temperature: Annotated[float, Field(ge=0)] = 1.0  # 0: always the likeliest token
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # draw from the likeliest tokens that together reach this share
-    guidance: Annotated[float, Field(ge=0)] = 1.0  # classifier-free, of text -> image; 1: none, 0: no caption
+    guidance: Annotated[float, Field(ge=0, le=1e6)] = 1.0  # classifier-free, of text -> image; 1: none, 0: no caption
     seed: int = 0
     max_tokens: Positive = 256  # of a text or a mixed continuation; an image always gets all of its codes
 
@@ -51,7 +51,8 @@ def choose(logits_SV: Tensor, allowed_SV: Tensor, sampling: Sampling, sample_S: 
     logits_SV = logits_SV.double().masked_fill(~allowed_SV, -torch.inf)
     if sampling.temperature == 0:
         return logits_SV.argmax(dim=1)
-    probs_SV = nucleus((logits_SV / sampling.temperature).softmax(dim=1), sampling.top_p)
+    below_SV = logits_SV - logits_SV.amax(dim=1, keepdim=True)  # or a temperature near 0 divides to inf - inf
+    probs_SV = nucleus((below_SV / sampling.temperature).softmax(dim=1), sampling.top_p)
     reached_SV = probs_SV.cumsum(dim=1)
     draw_S = uniform(fold_key(sampling.seed, "sampling"), sample_S, position_S)
     return torch.searchsorted(reached_SV, (draw_S * reached_SV[:, -1])[:, None], right=True)[:, 0]

@@ -36,10 +36,11 @@ class CausalRouters:
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
         layers = [*(record.parts for record in output.records), *((depth.routing,) for depth in output.depths)]
-        losses = [_cross_entropy(part) for parts in layers for part in parts if part.auxiliary_VC is not None]
-        if not losses:
+        with_router = [[part for part in parts if part.auxiliary_VC is not None] for parts in layers]
+        trained = [parts for parts in with_router if parts]
+        if not trained:
             raise UserError("losses.causal_routers: the model has no auxiliary router; set auxiliary: true beside each")
-        return (torch.stack(losses).sum() / len(layers),)
+        return (torch.stack([_cross_entropy(part) for parts in trained for part in parts]).sum() / len(trained),)
 
 
 def _cross_entropy(part: Routing) -> Tensor:

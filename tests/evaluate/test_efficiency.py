@@ -14,6 +14,11 @@ def test_a_curve_that_needs_a_third_of_the_arithmetic_has_eta_three():
     np.testing.assert_allclose(found[30:], 3, rtol=2e-3)  # before, the points are too far from each other
 
 
+def test_a_noisy_curve_is_not_ahead_of_itself():
+    loss = 1 / STEPS + 0.01 * np.random.default_rng(0).standard_normal(400)
+    np.testing.assert_allclose(eta(STEPS, loss, STEPS, loss), 1)
+
+
 def test_another_price_of_a_step_counts():
     """Equal loss at each step, but each costs twice as much."""
     loss = 1 / STEPS

@@ -52,15 +52,16 @@ def test_two_expert_parallel_ranks_give_the_samples_of_one_process(name, samplin
     assert len({max(map(len, of_rank.values())) for of_rank in ranks}) == 2, "the ranks end together"
 
 
-@pytest.mark.parametrize("scale", [0.0, 3.0])
-def test_guidance_equals_the_formula_without_a_cache(scale, form, tokenizers):
-    model = make_model(MODELS["top_k"], form)
+@pytest.mark.parametrize(("name", "scale"), [("top_k", 0.0), ("top_k", 3.0), ("moma-depth", 3.0)])
+def test_guidance_equals_the_formula_without_a_cache(name, scale, form, tokenizers):
+    recipe = MODELS[name]
+    model = make_model(recipe, form)
     sampling = DRAWN.model_copy(update={"guidance": scale})
     expected = {s.number: without_cache(model, form, s, sampling) for s in make_samples(form, guided=True)}
-    assert generate_on_rank(-1, tokenizers, MODELS["top_k"], sampling, True) == expected
-    plain = generate_on_rank(-1, tokenizers, MODELS["top_k"], DRAWN, True)
+    assert generate_on_rank(-1, tokenizers, recipe, sampling, True) == expected
+    plain = generate_on_rank(-1, tokenizers, recipe, DRAWN, True)
     assert plain != expected
-    ranks = run_ranks(generate_on_rank, 2, tokenizers, MODELS["top_k"], sampling, True)
+    ranks = run_ranks(generate_on_rank, 2, tokenizers, recipe, sampling, True)
     assert ranks[0] | ranks[1] == expected
 
 

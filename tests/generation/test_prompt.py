@@ -107,6 +107,10 @@ def test_a_tokenizer_whose_markers_are_one_token_can_end_a_text(tokenizers):
 def test_bad_prompts(form, tokenizers, tmp_path):
     with pytest.raises(UserError, match=r"an image of 16 codes and 4 markers need \d+, and data.sequence_length=48 "):
         form.text_to_image("a long caption " * 10)
+    room = len(form.text_to_image("the sun").tokens) + 16 + 2  # with BOS and BOI; codes; EOI and EOS
+    make_format(tokenizers, room).text_to_image("the sun")
+    with pytest.raises(UserError, match=f"need {room}, and data.sequence_length={room - 1} would cut the image"):
+        make_format(tokenizers, room - 1).text_to_image("the sun")
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens: data.sequence_length=48 has no room for more"):
         form.mixed(["one two three " * 20])
     with pytest.raises(UserError, match=r"the prompt has 19 tokens: data\.sequence_length=19"):

@@ -53,6 +53,14 @@ def test_choices_equal_plain_python(temperature, top_p):
             assert chosen[s] == naive_choice(row, allowed_SV[s].tolist(), sampling, s + 7, 3 * s), (trial, s)
 
 
+def test_a_temperature_near_zero_is_greedy():
+    logits_SV = torch.tensor([[9.0, -3.0, 9.5, 20.0]])
+    allowed_SV = torch.tensor([[True, True, True, False]])
+    for temperature in (1e-6, 1e-310):
+        chosen = choose(logits_SV, allowed_SV, Sampling(temperature=temperature), torch.arange(1), torch.arange(1))
+        assert chosen.tolist() == [2]
+
+
 def test_the_nucleus_by_hand():
     probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]], dtype=torch.float64)
     for top_p, kept in ((0.3, [1]), (0.4, [1]), (0.41, [1, 3]), (0.7, [1, 3]), (0.71, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
@@ -84,6 +92,8 @@ def test_guidance_is_the_papers_formula_and_scale_one_is_none():
     ("setting", "sentence"),
     [
         ({"temperature": -1.0}, "key 'temperature'"),
+        ({"temperature": math.inf}, "key 'temperature'"),
+        ({"guidance": math.inf}, "key 'guidance'"),
         ({"top_p": 0.0}, "key 'top_p'"),
         ({"top_p": 1.5}, "key 'top_p'"),
         ({"guidance": -2.0}, "key 'guidance'"),

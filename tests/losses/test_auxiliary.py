@@ -12,7 +12,7 @@ from moe_dist.losses.term import Context
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 from moe_dist.strict import validate
-from tests.model.batches import EXPERT_CHOICE, MOMA, VOCAB, make_batch, model_config
+from tests.model.batches import EXPERT_CHOICE, MOMA, TOP_K, VOCAB, make_batch, model_config
 from tests.model.test_causal import DEPTH, with_auxiliary
 
 CONTEXT = Context(layout=Layout(), group_sequences=1)
@@ -49,6 +49,15 @@ def test_the_loss_equals_the_loops_and_reaches_auxiliary_routers_alone(ffn, dept
     assert len(reached) == 2 * (3 * len(output.records[0].parts) + (2 if depth else 0))
     for name, parameter in model.named_parameters():
         assert parameter.grad is None or parameter.grad.any(), name
+
+
+def test_layers_without_such_a_router_do_not_thin_the_mean():
+    model = Transformer(model_config(TOP_K, depth=DEPTH), VOCAB, Layout(), seed=1).double()
+    batch = make_batch([20, 9])
+    output = model(batch.tokens_T, batch.info)
+    (loss,) = term()(output, batch)
+    assert len(output.records) == 3
+    assert loss.item() == pytest.approx(sum(cross_entropy(d.routing) for d in output.depths) / 2, rel=1e-9)
 
 
 def test_it_is_a_term_like_others_and_says_when_there_is_nothing_to_train():

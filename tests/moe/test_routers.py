@@ -1,5 +1,7 @@
 """Routers against their oracles; selection groups, ties, precision and settings."""
 
+import math
+
 import pytest
 import torch
 
@@ -247,6 +249,7 @@ def test_non_finite_inputs_do_not_break_the_plan():
         ),
         ({"type": "expert_choice", "num_experts": 0}, "'model.ffn.router.num_experts'"),
         ({"type": "expert_choice", "num_experts": 4, "capacity_factor": 0}, "'model.ffn.router.capacity_factor'"),
+        ({"type": "expert_choice", "num_experts": 4, "capacity_factor": math.inf}, "should be a finite number"),
         (
             {**ROUTERS["4t4i"], "image": {"type": "expert_choice", "num_expert": 4}},
             "unknown key 'model.ffn.router.image.num_expert' .did you mean 'num_experts'",

@@ -5,6 +5,7 @@ meta is batched products over the full square of a document, where a causal kern
 diagonal included: L (L + 1) / 2 of L^2. All other products of the model are unbatched.
 """
 
+import math
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,12 @@ def grouped_mm_flops(a, b, *_, **__):
 
 
 def causal_flops(a, b, *_, **__):
-    """A product of attention, forward or backward, of which half of the square [L, L] counts: L is always a's rows."""
-    documents, length, inner = a
-    return documents * (length + 1) * inner * b[-1]
+    """A product of attention, forward or backward, of which half of the square [L, L] counts; the square is one of the
+    factors or the result, and the third size that of a head."""
+    documents, *sizes = (*a, b[-1])
+    length = max(sizes, key=sizes.count)
+    assert sizes.count(length) >= 2
+    return documents * math.prod(sizes) // length * (length + 1)
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +100,7 @@ MORE_FFNS = {
     **FFNS,
     "moma_1t1i": moma(1, 1),
     "moma_6t2i": moma(6, 2),
+    "moma_7t1i_in_slices": {**moma(7, 1), "slices": 2},
     "auxiliary": moma(4, 4, auxiliary=True),
     "null": {"type": "moe", "hidden_size": 48, "router": NULL_ROUTER},
 }
@@ -105,6 +110,7 @@ CHANGES = {
     "lora": {"attention_lora": LORA},
     "llama-lora": {**TIED_LLAMA, "attention_lora": LORA},
     "depth": {"depth": {}},
+    "depth_from_layer_1": {"depth": {"first": 1}},
     "depth_of_sequences": {"depth": {"scope": "sequence"}},
     "depth_of_modalities": {"depth": {"scope": "modality", "auxiliary": True}},
 }
@@ -112,12 +118,13 @@ CHANGES = {
 
 @pytest.mark.parametrize(
     "changes",
-    [pytest.param(CHANGES[name], id=name, marks=() if name == "plain" else pytest.mark.slow) for name in CHANGES],
+    [pytest.param(CHANGES[name], id=name, marks=() if name == "chameleon" else pytest.mark.slow) for name in CHANGES],
 )
 @pytest.mark.parametrize("ffn", MORE_FFNS.values(), ids=MORE_FFNS)
-def test_model_flops_within_one_percent_of_the_counted_operations(ffn, changes):
+def test_model_flops_are_the_counted_operations(ffn, changes):
+    """To the last one: gates and auxiliary routers are less than a hundredth."""
     counted, formula = counted_and_formula(model_config(ffn, hidden_size=64, **changes))
-    assert formula == pytest.approx(counted, rel=0.01)
+    assert formula == counted
 
 
 STAGES = {
