@@ -31,7 +31,8 @@ NOTE = (
     "Nats per token. First step: the training loss before any update, on a batch that all ways share; jump: against "
     "the seed on that batch. Recovered: the first step from which the mean over {mean} steps is at most the seed's own "
     "last {mean} ({seed:.3f}). Last steps: mean over the last {mean} of {steps}; against 1t1i: of the seed that went "
-    "on in the same way. With Gumbel noise training losses carry the noise, held-out losses do not. Non-causal throughout."
+    "on in the same way. With Gumbel noise training losses carry the noise, held-out losses do not. "
+    "All losses are non-causal."
 )
 
 
