@@ -105,6 +105,7 @@ class ModelConfig(Strict):
     rope_base: Annotated[float, Field(gt=0)] = 10000.0
     tie_embeddings: bool = False  # one matrix for input embedding and output
     init_std: Annotated[float, Field(gt=0)] = 0.02
+    embedding_init_std: Annotated[float, Field(gt=0)] | None = None  # default: init_std; about 1 for swin, docs/moma.md
     recompute: bool = False  # recompute each block's activations in the backward pass
 
     @model_validator(mode="after")

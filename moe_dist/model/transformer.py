@@ -54,8 +54,9 @@ class Transformer(nn.Module):
         self.output = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight  # one parameter, named embedding.weight
+        stds = {"embedding": config.embedding_init_std or config.init_std, "output": config.init_std}
         for name in ("embedding",) if config.tie_embeddings else ("embedding", "output"):
-            seeded_normal_(getattr(self, name).weight, seed=seed, name=f"{name}.weight", std=config.init_std)
+            seeded_normal_(getattr(self, name).weight, seed=seed, name=f"{name}.weight", std=stds[name])
 
     @property
     def causal_routing(self) -> bool:

@@ -135,11 +135,12 @@ def test_recomputation_gives_identical_gradients_and_records_keep_theirs(ffn):
         assert torch.equal(gradient, results[1][name]), name
 
 
+@pytest.mark.parametrize("embedding", [{}, {"embedding_init_std": 1.0}], ids=["", "embedding"])
 @FFNS
-def test_initialisation_follows_from_seed_and_name(ffn):
+def test_initialisation_follows_from_seed_and_name(ffn, embedding):
     config = model_config(ffn)
     deep = config.init_std / math.sqrt(2 * config.num_layers)
-    for name, parameter in build(ffn).named_parameters():
+    for name, parameter in build(ffn, **embedding).named_parameters():
         if "norm" in name:
             assert torch.equal(parameter, torch.full_like(parameter, float(name.endswith("weight"))))
             continue
@@ -147,6 +148,7 @@ def test_initialisation_follows_from_seed_and_name(ffn):
         if hasattr(parameter, "expert_ids"):
             expected.expert_ids = parameter.expert_ids
         std = deep if any(key in name for key in ("linear_proj", "down")) else config.init_std
+        std = embedding.get("embedding_init_std", std) if name == "embedding.weight" else std
         seeded_normal_(expected, seed=1, name=name, std=std)
         assert torch.equal(parameter, expected), name
 
