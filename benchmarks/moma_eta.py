@@ -36,25 +36,21 @@ from runs import ROOT, expert_choice, moma, table, write_result
 RUNS = ROOT / "runs" / "benchmark" / "moma_eta"
 CORPORA = ("emoji", "clipart", "text")
 TOKENIZERS = "data/eta_tokenizers"
+RATE = 8e-3  # the best of 2e-3, 4e-3 and 8e-3 for dense and for sparse models
 WIDTH, FFN = 64, 176  # of the model, and of a feed-forward part: 2/3 of 4 times that, as in the paper's table
-CAUSAL_STEPS = 120  # of the stage that trains auxiliary routers
+CAUSAL_STEPS, CAUSAL_RATE = 120, 2e-3  # of the stage that trains auxiliary routers
 WINDOW = 40  # steps over which training losses are averaged
 LOSSES = {"overall": "loss", **{modality: f"loss/{modality}" for modality in MODALITIES}}
 COLOURS = {
     "dense": "#5b6770", "moe_8x": "#c98a1b", "1t1i": "#8a5fa8", "4t4i": "#0b6fa4", "MoD 4t4i": "#d1495b",
-    "MoD 4t4i by modality": "#3c8d53", "MoD 4t4i from layer 1": "#e377c2",
 }  # fmt: skip
-DEPTH = {  # layers and mixture-of-depths with the FLOPs of 4 whole layers; the first is the paper's
-    "MoD 4t4i": (7, "capacity: 0.25, scope: group"),
-    "MoD 4t4i by modality": (7, "capacity: 0.25, scope: modality"),
-    "MoD 4t4i from layer 1": (6, "capacity: 0.3333, scope: group, first: 1"),
-}
+DEEPER = 7  # layers with mixture-of-depths: the FLOPs of 4 whole ones
 BASE = [
     f"data.shards=[{', '.join(f'data/{name}' for name in CORPORA)}]",
     f"data.text_tokenizer={TOKENIZERS}/text.model", f"data.image_tokenizer={TOKENIZERS}/vq", "data.image_fraction=0.5",
-    f"model.hidden_size={WIDTH}", f"model.ffn.hidden_size={FFN}", "parallel.expert=1", "train.micro_batch_groups=8",
-    "deepspeed.optimizer.params.weight_decay=0.1",
-    "schedule={type: linear, warmup_steps: 40, end_lr: 2e-3}", "deepspeed.optimizer.params.lr=2e-3",
+    f"model.hidden_size={WIDTH}", "model.embedding_init_std=1.0", f"model.ffn.hidden_size={FFN}",
+    "parallel.expert=1", "train.micro_batch_groups=8", "deepspeed.optimizer.params.weight_decay=0.1",
+    f"schedule={{type: linear, warmup_steps: 40, end_lr: {RATE}}}", f"deepspeed.optimizer.params.lr={RATE}",
     "eval.every=0", "checkpoint.every=40", "checkpoint.keep=1", "telemetry.tensorboard=false",
 ]  # fmt: skip
 
@@ -65,10 +61,9 @@ def router(name: str, auxiliary: bool) -> list[str]:
         return [f"model.ffn.router={expert_choice(8, auxiliary=auxiliary)}"]
     count = 1 if name == "1t1i" else 4
     settings = [f"model.ffn.router={moma(count, count, auxiliary=auxiliary)}"]
-    if name in DEPTH:
-        layers, depth = DEPTH[name]
-        depth = f"{{{depth}, auxiliary: {str(auxiliary).lower()}}}"
-        settings += [f"model.num_layers={layers}", f"model.depth={depth}"]
+    if name == "MoD 4t4i":
+        depth = f"{{capacity: 0.25, scope: group, auxiliary: {str(auxiliary).lower()}}}"
+        settings += [f"model.num_layers={DEEPER}", f"model.depth={depth}"]
     return settings
 
 
@@ -118,8 +113,9 @@ class Study:
         causal = self.folder(name, seed, "_causal")
         init = f"init_from={{checkpoint: {main.path.relative_to(ROOT)}, new: ['*.auxiliary.*']}}"
         settings = [*variant(name, auxiliary=True), init, "trainable=['*.auxiliary.*']", f"seed={seed}"]
-        losses = ["losses={causal_routers: {weight: 1.0}}", f"train.steps={CAUSAL_STEPS}"]
-        self._train(causal, [*settings, *losses])
+        settings += ["losses={causal_routers: {weight: 1.0}}", f"train.steps={CAUSAL_STEPS}"]
+        settings += [f"schedule.end_lr={CAUSAL_RATE}", f"deepspeed.optimizer.params.lr={CAUSAL_RATE}"]
+        self._train(causal, settings)
         return causal
 
     def _train(self, folder: RunFolder, settings: list[str]) -> None:

@@ -171,9 +171,9 @@ def read_picture(path: str | Path) -> Image.Image:
     try:
         return decode_image(Path(path).read_bytes())
     except OSError as error:
-        raise UserError(f"the picture {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"the picture '{path}' cannot be read: {error.strerror}") from None
     except BadSample as error:
-        raise UserError(f"the picture {path} cannot be read: {error}") from None
+        raise UserError(f"the picture '{path}' cannot be read: {error}") from None
 
 
 def _short(text: str) -> str:

@@ -18,7 +18,7 @@ def samples(folder):
 
 
 @pytest.mark.slow
-def test_one_process_and_two_expert_parallel_ranks_write_the_same(overrides, tmp_path):
+def test_one_process_and_two_expert_parallel_ranks_write_the_same(overrides, tokenizers, tmp_path):
     run = tmp_path / "run"
     trained = launch(ALONE, [*overrides, *SMALL])
     assert trained.returncode == 0, trained.stderr
@@ -46,9 +46,12 @@ def test_one_process_and_two_expert_parallel_ranks_write_the_same(overrides, tmp
     wrong = ["--caption", "a", "--picture", str(tmp_path / "missing.png")]
     refused = launch_tool(TORCHRUN, "generate.py", [str(run), "parallel.expert=2", *wrong])
     assert refused.returncode != 0
-    assert "missing.png cannot be read: No such file or directory" in refused.stderr
+    assert "missing.png' cannot be read: No such file or directory" in refused.stderr
     guided = launch_tool(ALONE, "generate.py", [str(run), "--mixed", "a", "--guidance", "2"])
     assert guided.returncode == 2 and "error: --guidance is for images" in guided.stderr
+    other = f"data.text_tokenizer={tokenizers / 'other.model'}"
+    refused = launch_tool(ALONE, "generate.py", [str(run), other, "--caption", "a"])
+    assert refused.returncode == 2 and "step_00000002 was trained with other tokenizers than" in refused.stderr
 
 
 def test_files_of_samples(tmp_path):

@@ -123,7 +123,7 @@ def test_bad_prompts(form, tokenizers, tmp_path):
         textual.mixed(["a", PICTURE])
     (tmp_path / "broken.png").write_bytes(b"no picture")
     for name, sentence in (("broken.png", "undecodable image"), ("none.png", "No such file")):
-        with pytest.raises(UserError, match=f"the picture .*{name} cannot be read: {sentence}"):
+        with pytest.raises(UserError, match=f"the picture '.*{name}' cannot be read: {sentence}"):
             read_picture(tmp_path / name)
 
 
