@@ -83,8 +83,7 @@ class DepthConfig(Strict):
     """Mixture-of-depths (MoMa, arXiv 2407.21770): some blocks work on a share of the tokens, the others pass by."""
 
     capacity: Annotated[float, Field(gt=0, le=1)] = 0.25  # share of the competing tokens that such a block admits
-    first: Count = 0  # number of the first such block (0: the paper's; 1 learns faster in small, docs/moma.md)
-    every: Positive = 2  # from there every so many blocks one is such
+    every: Positive = 2  # every so many blocks one is such, from the first
     scope: Literal["group", "modality", "sequence"] = "group"  # who competes: a selection group (the paper's batch),
     # each modality of it by itself (so that both are admitted at the same share), or a packed sequence
     auxiliary: bool = False  # a second gate beside each, for causal inference
@@ -109,15 +108,13 @@ class ModelConfig(Strict):
     recompute: bool = False  # recompute each block's activations in the backward pass
 
     @model_validator(mode="after")
-    def _numbers(self):
+    def _heads(self):
         if self.head_size is None and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}")
         if self.size_per_head % 2:
             raise ValueError(f"the rotary embedding needs an even size per head, not {self.size_per_head}")
         if self.num_heads % self.query_groups:
             raise ValueError(f"num_query_groups={self.query_groups} does not divide num_heads={self.num_heads}")
-        if self.depth and self.depth.first >= self.num_layers:
-            raise ValueError(f"depth.first={self.depth.first} is none of the num_layers={self.num_layers} blocks")
         return self
 
     @property
@@ -131,7 +128,7 @@ class ModelConfig(Strict):
     @property
     def depth_layers(self) -> range:
         """The layers with mixture-of-depths."""
-        return range(self.depth.first, self.num_layers, self.depth.every) if self.depth else range(0)
+        return range(0, self.num_layers if self.depth else 0, self.depth.every if self.depth else 1)
 
 
 class InitFrom(Strict):

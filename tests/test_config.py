@@ -44,7 +44,6 @@ def test_a_recipe_that_may_not_be_read():
         ("model.num_heads=3", "hidden_size=128 is not a multiple of num_heads=3"),
         ("model.head_size=3", "the rotary embedding needs an even size per head, not 3"),
         ("model.num_query_groups=3", "num_query_groups=3 does not divide num_heads=4"),
-        ("model.depth={first: 4}", "depth.first=4 is none of the num_layers=4 blocks"),
         ("model.ffn.slices=3", "key 'model.ffn': hidden_size=256 is not a multiple of 8 times slices=3, which grouped"),
         (
             "model.ffn={type: moe, hidden_size: 64, slices: 2, experts: {type: lora, rank: 4, alpha: 8}, router: {}}",

@@ -110,7 +110,6 @@ CHANGES = {
     "lora": {"attention_lora": LORA},
     "llama-lora": {**TIED_LLAMA, "attention_lora": LORA},
     "depth": {"depth": {}},
-    "depth_from_layer_1": {"depth": {"first": 1}},
     "depth_of_sequences": {"depth": {"scope": "sequence"}},
     "depth_of_modalities": {"depth": {"scope": "modality", "auxiliary": True}},
 }
