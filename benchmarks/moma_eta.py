@@ -38,7 +38,7 @@ CORPORA = ("emoji", "clipart", "text")
 TOKENIZERS = "data/eta_tokenizers"
 RATE = 8e-3  # the best of 2e-3, 4e-3 and 8e-3 for dense and for sparse models
 WIDTH, FFN = 64, 176  # of the model, and of a feed-forward part: 2/3 of 4 times that, as in the paper's table
-CAUSAL_STEPS, CAUSAL_RATE = 120, 2e-3  # of the stage that trains auxiliary routers
+CAUSAL_STEPS = 240  # of the stage that trains auxiliary routers
 WINDOW = 40  # steps over which training losses are averaged
 LOSSES = {"overall": "loss", **{modality: f"loss/{modality}" for modality in MODALITIES}}
 COLOURS = {
@@ -114,7 +114,6 @@ class Study:
         init = f"init_from={{checkpoint: {main.path.relative_to(ROOT)}, new: ['*.auxiliary.*']}}"
         settings = [*variant(name, auxiliary=True), init, "trainable=['*.auxiliary.*']", f"seed={seed}"]
         settings += ["losses={causal_routers: {weight: 1.0}}", f"train.steps={CAUSAL_STEPS}"]
-        settings += [f"schedule.end_lr={CAUSAL_RATE}", f"deepspeed.optimizer.params.lr={CAUSAL_RATE}"]
         self._train(causal, settings)
         return causal
 

@@ -16,10 +16,10 @@ clock's. Writes benchmarks/results/<date>-throughput.md (two ranks: -throughput_
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -162,7 +162,13 @@ def measure(size: str, layout: Layout, report: Callable[[str], None]) -> list[st
     return rows
 
 
-def main(arguments: Sequence[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", metavar="small|large", help="default: both")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    sizes = parser.parse_args().sizes or list(SIZES)
+    if unknown := set(sizes) - set(SIZES):
+        parser.error(f"no such size: {', '.join(sorted(unknown))}; there are {', '.join(SIZES)}")
     device = init_distributed()
     world = torch.distributed.get_world_size()
     layout = make_layout(expert=world, device=device)
@@ -172,7 +178,7 @@ def main(arguments: Sequence[str]) -> None:
             print(line, flush=True)
 
     load, rows = [os.getloadavg()[0]], list[str]()
-    for size in [size for size in SIZES if size in arguments or not arguments]:
+    for size in sizes:
         rows += measure(size, layout, report)
         load.append(os.getloadavg()[0])
         if layout.is_main:
@@ -192,4 +198,4 @@ def write(layout: Layout, rows: Sequence[str], load: Sequence[float]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
