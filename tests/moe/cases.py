@@ -169,5 +169,5 @@ def assert_equals_oracle(results: list[dict[str, Any]], router: str, kind: str, 
 
 def close(got: Tensor, expected: Tensor, what: str) -> None:
     error = float((got - expected).detach().abs().max())
-    scale = max(1.0, float(expected.abs().max()))
+    scale = max(1.0, float(expected.detach().abs().max()))
     assert error <= 1e-9 * scale, f"{what}: off by {error:.3e}"
