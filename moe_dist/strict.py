@@ -76,13 +76,12 @@ def validate(model: type[Strict], data: Any, where: str, prefix: str = ""):
 
 
 def _explain(model: type[BaseModel], item: Any, prefix: str) -> str:
-    *parents, last = [str(part) for part in item["loc"]] or [""]
-    keys, section = _walk(model, parents)
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(filter(None, [prefix, *_walk(model, location)[0]]))
     if item["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(last, getattr(section, "model_fields", ()), n=1)
-        hint = f" (did you mean '{close[0]}'?)" if close else ""
-        return f"unknown key '{'.'.join(filter(None, [prefix, *keys, last]))}'{hint}"
-    key = ".".join(filter(None, [prefix, *_walk(model, [*parents, last])[0]]))
+        _, section = _walk(model, location[:-1])
+        close = difflib.get_close_matches(location[-1], getattr(section, "model_fields", ()), n=1)
+        return f"unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else "")
     if item["type"] == "missing":
         return f"key '{key}' is missing"
     message = item["msg"].removeprefix("Value error, ")
