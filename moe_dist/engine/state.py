@@ -1,7 +1,8 @@
 """The part of a checkpoint that is plain JSON: what the trainer must know to go on, and what may differ when it does.
 
-MAY_CHANGE is the whole list of configuration keys that a resumed run may set anew; any other change is an error, since
-it would turn the run into another one. Paths of data and tokenizers are compared as written.
+MAY_CHANGE is the whole list of configuration keys that a resumed run may set anew, and `train.steps` may grow where the
+learning rate does not depend on it; any other change is an error, since it would turn the run into another one. Paths
+of data and tokenizers are compared as written.
 """
 
 from __future__ import annotations
@@ -70,15 +71,22 @@ def check_resumable(old_config: dict[str, Any], new_config: Config) -> None:
     """Raise UserError, naming keys and values, where a key outside MAY_CHANGE differs from the checkpoint's recipe."""
     old = _leaves(validate(Config, old_config, "the checkpoint's configuration").model_dump(mode="json"))
     new = _leaves(new_config.model_dump(mode="json"))
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and not _may_change(key)]
+    allowed = (*MAY_CHANGE, "train.steps") if _only_longer(old, new) else MAY_CHANGE
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and not _is_of(key, allowed)]
     if changed:
         listed = ", ".join(f"{key} was {_show(old, key)} and is now {_show(new, key)}" for key in changed[:3])
         more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(f"cannot resume this checkpoint with another recipe: {listed}{more}")
 
 
-def _may_change(key: str) -> bool:
-    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+def _is_of(key: str, sections: Iterable[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _only_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Is the new run a longer one at a constant rate (after warm-up), so that its steps so far would be the same?"""
+    constant = new["schedule.end_lr"] == new.get("deepspeed.optimizer.params.lr")
+    return constant and new["train.steps"] >= old["train.steps"]
 
 
 def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Which checkpoint a run resumes from, which recipes may, and what is removed."""
 
 import json
+from contextlib import nullcontext
 from functools import reduce
 from pathlib import Path
 
@@ -133,6 +134,14 @@ def test_keys_that_may_not(override):
     with pytest.raises(UserError, match="cannot resume this checkpoint with another recipe") as caught:
         check_resumable(old, recipe(override))
     assert str(caught.value).endswith(f": {key} was {json.dumps(before)} and is now {after}")
+
+
+@pytest.mark.parametrize(("old", "new", "may"), [(5, 6, True), (6, 5, False)])
+def test_a_run_at_a_constant_rate_may_become_longer(old, new, may):
+    constant = ["schedule.end_lr=0.1", "deepspeed.optimizer.params.lr=0.1"]
+    before = recipe(f"train.steps={old}", *constant).model_dump(mode="json")
+    with nullcontext() if may else pytest.raises(UserError, match=f"train.steps was {old} and is now {new}$"):
+        check_resumable(before, recipe(f"train.steps={new}", *constant))
 
 
 def test_a_key_that_was_not_set():
