@@ -16,6 +16,10 @@ from moe_dist.telemetry.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+# Of runs on the CPU, one thread a rank, as `make train` sets it on two cores.
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000",
+}  # fmt: skip
 
 
 def train_and_evaluate(recipe: str) -> tuple[list[dict], dict, float]:
@@ -58,7 +62,7 @@ def tokens_per_second(lines: Sequence[dict]) -> float:
 
 def peak_gib(command: Sequence[str]) -> float:
     """Run a command; the resident memory of the largest process it started: a rank."""
-    process = subprocess.Popen(command, cwd=ROOT)
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:

@@ -1,7 +1,7 @@
 """How many tokens a second does MoMa train, against the dense model of as many active FLOPs a token?
 
   python benchmarks/throughput.py [small|large ...]                          one process
-  deepspeed --num_gpus 2 benchmarks/throughput.py [small|large ...]          two ranks, EP=2
+  deepspeed --num_gpus 2 benchmarks/throughput.py [study|small|large ...]    two ranks, EP=2
 
 in an environment with OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000. The last two let glibc
 keep freed memory, as a GPU's allocator does; without them a step on the CPU pays for fresh pages of all gradients.
@@ -36,7 +36,8 @@ from moe_dist.telemetry.throughput import model_flops, work
 from runs import ROOT, expert_choice, moma, write_result
 
 LAYERS, DEEPER = 4, 7  # without and with mixture-of-depths: as many FLOPs a token, but for attention
-SIZES = {  # width, heads, expert width, vocabulary (a quarter of the dense model's FLOPs in both), rounds
+SIZES = {  # width, heads, expert width, vocabulary (a quarter of the dense model's FLOPs in small and large), rounds
+    "study": (64, 4, 176, 2560, 15),  # of benchmarks/moma_eta.py
     "small": (128, 4, 256, 1536, 15),  # the quickstarts'
     "large": (512, 8, 1376, 8192, 5),  # layers of the 90M-matched models
 }
@@ -52,12 +53,13 @@ MODELS = {  # router, layers, depth
 }
 HEADER = "| size | model | FLOPs a token | tokens/s | against dense | interval |"
 NOTE = (
-    "{ranks}, {threads} thread(s) each, float32; {clock}. Tokens/s: median over the rounds (small 15, large 5). "
+    "{ranks}, {threads} thread(s) each, float32; {clock}. Tokens/s: median over the rounds (15, large 5). "
     "Against dense: median over the rounds of the ratio of speeds in one round; interval: between two of these ratios, "
     "which holds their median with 95 % (of five rounds: between the extremes, 94 %). FLOPs a token: by formula, as a "
-    "multiple of the dense model's. small: width 128, experts of 256, 1,536 ids; large: width 512, experts of 1,376, "
-    "8,192 ids; {layers} layers, with mixture-of-depths {deeper}; 8,192 tokens a step, in two micro-batches of each "
-    "rank. glibc keeps freed memory: {malloc}. Load of the machine before and after each size: {load}."
+    "multiple of the dense model's. study: width 64, experts of 176, 2,560 ids; small: width 128, experts of 256, "
+    "1,536 ids; large: width 512, experts of 1,376, 8,192 ids; {layers} layers, with mixture-of-depths {deeper}; "
+    "8,192 tokens a step, in two micro-batches of each rank. glibc keeps freed memory: {malloc}. Load of the machine "
+    "before and after each size: {load}."
 )
 
 
@@ -164,7 +166,7 @@ def measure(size: str, layout: Layout, report: Callable[[str], None]) -> list[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sizes", nargs="*", metavar="small|large", help="default: both")
+    parser.add_argument("sizes", nargs="*", metavar="study|small|large", help="default: all")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     sizes = parser.parse_args().sizes or list(SIZES)
     if unknown := set(sizes) - set(SIZES):

@@ -45,8 +45,8 @@ def main() -> None:
 
 def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
     """Forward the model over every training sample and keep its routing and whether it is right."""
-    config = folder.evaluation_config(overrides)
-    run = Run.reopen(folder, config)
+    run = Run.reopen(folder, overrides)
+    config = run.config
     answers = answer_all(
         run.engine.eval_forward, run.documents, run.vocabulary, config.data, run.layout, split="train",
         batch_groups=config.train.micro_batch_groups,

@@ -31,8 +31,7 @@ def main() -> None:
 
 def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
     """Compare, print a table and write RUN/evaluation.json."""
-    config = folder.evaluation_config(overrides)
-    run = Run.reopen(folder, config)
+    run = Run.reopen(folder, overrides)
     causal = bool(run.engine.module.causal_routing)
     results = compare_with_references(
         run.engine.eval_forward, run.looked_at, train=run.documents, store=run.held_out,
@@ -43,8 +42,9 @@ def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
             record = {"step": run.step, "causal": causal, **results}
             (folder.path / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
             Console().print(table(results, run.step, causal))
-            if "eval/caption_gain" in results:
-                Console().print(worth_of_captions(results))
+            for prefix, routing in (("eval/", "causal" if causal else "non-causal"), ("eval/causal/", "causal")):
+                if f"{prefix}caption_gain" in results:
+                    Console().print(worth_of_captions(results, prefix, routing))
 
 
 def table(results: dict[str, float], step: int, causal: bool) -> Table:
@@ -56,21 +56,21 @@ def table(results: dict[str, float], step: int, causal: bool) -> Table:
     if both:
         name = "model, causal (auxiliary routers)"
         rows, given = {name: "causal/loss"} | rows, {name: "causal/"} | given
-    headings = ("nats per token / perplexity", *MODALITIES, "caption given image", "image given caption")
+    headings = ("nats per token / perplexity", "all", *MODALITIES, "caption given image", "image given caption")
     grid = Table(*headings, title=f"held-out loss after {step} steps{label}", title_justify="left")
     for name, prefix in rows.items():
-        keys = [f"{prefix}/{modality}" for modality in MODALITIES]
+        keys = [prefix, *(f"{prefix}/{modality}" for modality in MODALITIES)]
         keys += [f"{given[name]}{task}" if name in given else "" for task in ("image_to_text", "text_to_image")]
         values = [results.get(f"eval/{key}") for key in keys]
         grid.add_row(name, *("-" if value is None else f"{value:.3f} / {math.exp(value):,.1f}" for value in values))
     return grid
 
 
-def worth_of_captions(results: dict[str, float]) -> str:
-    gain, low, high, captions = (results[f"eval/caption_gain{end}"] for end in ("", "/low", "/high", "/captions"))
+def worth_of_captions(results: dict[str, float], prefix: str, routing: str) -> str:
+    gain, low, high, captions = (results[f"{prefix}caption_gain{end}"] for end in ("", "/low", "/high", "/captions"))
     return (
         f"Before an image, its own caption is worth {gain:.3f} nats a code against another's "
-        f"(95 % interval {low:.3f} to {high:.3f}, over {captions:.0f} captions)."
+        f"(95 % interval {low:.3f} to {high:.3f}, over {captions:.0f} captions; {routing})."
     )
 
 

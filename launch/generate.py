@@ -10,6 +10,7 @@ samples do not depend on the layout. Overrides of the recipe (section.key=value)
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -108,6 +109,8 @@ def start_samples(arguments: argparse.Namespace, form: Format, sampling: Samplin
     for text in (*arguments.caption, *texts):
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UserError(f"{text!a} is not UTF-8 text")
+        if re.match(r"[a-z_]+(\.[a-z_]+)+=", text):
+            raise UserError(f"'{text}' stands where a prompt is expected: overrides of the recipe come right after RUN")
     prompts: list[Prompt] = [form.text_to_image(caption) for caption in arguments.caption]
     prompts += [form.image_to_text(read_picture(file)) for file in arguments.picture]
     for parts in arguments.mixed:

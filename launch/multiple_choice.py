@@ -58,13 +58,13 @@ def run(argv: list[str]) -> None:
 
 def result_of(folder: RunFolder, overrides: list[str]) -> Result:
     """The run's answers: those kept in its folder if they are of this checkpoint and these items, else new ones."""
-    config = folder.evaluation_config(overrides)
-    checkpoint = trained(folder.path)
-    about = {"checkpoint": identity(checkpoint), "data": config.data.model_dump(mode="json")}
+    with together():
+        config = folder.evaluation_config(overrides)
+        about = {"checkpoint": identity(trained(folder.path)), "data": config.data.model_dump(mode="json")}
     kept = folder.path / ANSWERS
     if kept.is_file() and (saved := json.loads(kept.read_text()))["of"] == about:
         return Result.from_json(saved)
-    run = Run.reopen(folder, config)
+    run = Run.reopen(folder, overrides)
     answers = answer_all(
         run.engine.eval_forward, run.held_out, run.vocabulary, config.data, run.layout, split="validation",
         batch_groups=config.train.micro_batch_groups,

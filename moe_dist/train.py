@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -134,10 +134,13 @@ class Run:
         )  # fmt: skip
 
     @classmethod
-    def reopen(cls, folder: RunFolder, config: Config) -> Run:
+    def reopen(cls, folder: RunFolder, overrides: Sequence[str]) -> Run:
         """A run's newest checkpoint with its data, to be looked at under any layout. Collective."""
-        trained(folder.path)  # before the data are read
-        layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+        device = init_distributed()
+        with together():
+            config = folder.evaluation_config(overrides)
+            trained(folder.path)  # before the data are read
+        layout = make_layout(expert=config.parallel.expert, device=device)
         check_recipe(config, layout)
         return cls.build(config, layout, folder)
 

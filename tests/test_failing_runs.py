@@ -19,7 +19,7 @@ from moe_dist.parallel.signals import StopSignals
 from moe_dist.parts import check_recipe, open_data
 from moe_dist.telemetry.run_folder import read_status
 from tests.distributed import run_ranks
-from tests.launching import ALONE, MOMA, ROOT, bare_ranks, launch, launch_tool
+from tests.launching import ALONE, MOMA, ROOT, TORCHRUN, bare_ranks, launch, launch_tool
 
 
 def all_failed_with(outcomes: list[tuple[int, str]], sentence: str) -> None:
@@ -90,6 +90,18 @@ def test_a_recipe_that_is_not_utf8(tmp_path):
 def test_an_environment_that_is_no_number(name, tmp_path):
     outcomes = bare_ranks([f"run.dir={tmp_path}"], world=1, variables={name: "one"})
     all_failed_with(outcomes, f"the environment sets {name}=one, which is not a whole number from 0 on")
+
+
+@pytest.mark.slow
+def test_an_evaluation_of_nothing_is_told_before_the_launcher_ends_the_ranks(tmp_path):
+    """Under a launcher that ends the others at the first rank's exit."""
+    for folder, sentence in ((tmp_path / "none", "none"), (tmp_path, "holds no complete checkpoint")):
+        if folder.exists():
+            shutil.copy(ROOT / MOMA, folder / "config.yaml")
+        done = launch_tool(TORCHRUN, "evaluate.py", [str(folder), "parallel.expert=2"])
+        assert done.returncode != 0
+        told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(told) == 1 and sentence in told[0], done.stderr
 
 
 # --- what the disk refuses

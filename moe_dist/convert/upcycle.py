@@ -27,7 +27,7 @@ ROUTER = "model.ffn.router"
 KEPT = ("loader", "vocabulary")  # of the seed's state: where it stood in its data, and with which tokenizers
 _DENSE = re.compile(r"layers\.\d+\.ffn\.(gate_up|down)\.weight")
 _EXPERT = re.compile(r"(layers\.\d+\.ffn\.experts\.(?:gate_up|down))\[(\d+)\]")
-_ROUTER = re.compile(r"layers\.\d+\.ffn\.router\..*")
+_NOT_COPIED = re.compile(r"layers\.\d+\.ffn\.router\..*|depth\.\d+\.router\.auxiliary\..*")
 
 Gates = Literal["fresh", "copied"]
 
@@ -59,7 +59,7 @@ def upcycle(
     tensors: dict[str, LazyTensor] = {}
     stored = read_tensors(path)
     for name, tensor in stored.items():
-        if not _ROUTER.fullmatch(name):
+        if not _NOT_COPIED.fullmatch(name):
             tensors |= _copies(name, tensor, routers[0].expert_groups)
     for layer, router in enumerate(routers):
         for key, parameter in router.named_parameters():  # type: ignore[attr-defined]
@@ -75,8 +75,8 @@ def upcycle(
 
 def _router_section(old: ModelConfig, experts: str, path: Path) -> dict[str, Any]:
     """The router of the new model before overrides. Raises UserError for a seed that is neither dense nor 1t1i."""
-    each = re.fullmatch(r"(\d+)t(\d+)i", experts)
-    if each is None and not experts.isdecimal():
+    each = re.fullmatch(r"([0-9]+)t([0-9]+)i", experts)
+    if each is None and not re.fullmatch("[0-9]+", experts):
         raise UserError(f"--experts {experts}: a number, or text and image experts as 4t4i")
     if isinstance(old.ffn, DenseFFN):
         if each is None:
@@ -93,7 +93,7 @@ def _router_section(old: ModelConfig, experts: str, path: Path) -> dict[str, Any
             )
         if each is None:
             raise UserError(f"--experts {experts}: {path} has experts for each modality: say how many of each, as 4t4i")
-    for name, count in zip(MODALITIES, each.groups(), strict=True):  # an auxiliary router knows the seed's choices only
+    for name, count in zip(MODALITIES, each.groups(), strict=True):
         settings = {key: value for key, value in children[name].items() if key != "auxiliary"}
         children[name] = settings | {"num_experts": int(count)}
     return {"type": "modality", **children}
@@ -103,6 +103,8 @@ def _sparse(old: ModelConfig, router: dict[str, Any], overrides: Sequence[str]) 
     section = old.model_dump(mode="json", exclude_unset=True)
     slices = {} if isinstance(old.ffn, DenseFFN) or old.ffn.slices == 1 else {"slices": old.ffn.slices}
     section["ffn"] = {"type": "moe", "hidden_size": old.ffn.hidden_size, **slices, "router": router}
+    if old.depth is not None:
+        section["depth"]["auxiliary"] = False  # it knows the seed's choices only, as those of the experts do
     for override in overrides:
         if not override.startswith((f"{ROUTER}.", f"{ROUTER}=")):
             raise UserError(f"override '{override}': upcycling changes {ROUTER} alone")

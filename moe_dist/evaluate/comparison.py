@@ -29,19 +29,17 @@ def compare_with_references(
 
     def of_model(forward: Callable) -> dict[str, float]:
         losses = evaluate(forward, held_out.batches(store), layout, store.domains)
-        return losses | conditional_losses(forward, store, held_out)
+        return losses | conditional_losses(forward, store, held_out) | caption_gain(forward, store, held_out)
 
     model = of_model(forward)
     causal = of_model(lambda batch: forward(batch.causally())) if causal_too else {}
     pairs = store.has_image.any()
     shuffled = evaluate(forward, held_out.batches(ShuffledCaptions(store)), layout) if pairs else {}
-    gain = caption_gain(forward, store, held_out)
     reference = Bigram.fit(train, held_out.vocabulary, held_out.data)
     bigram = mean_losses(reference.token_losses, held_out.batches(store), layout)
     return (
         model
-        | gain
         | {key.replace("eval/", "eval/causal/"): value for key, value in causal.items()}
         | {key.replace("eval/", "eval/shuffled/"): value for key, value in shuffled.items()}
-        | {key.replace("eval/loss", "eval/bigram"): value for key, value in bigram.items() if key != "eval/loss"}
+        | {key.replace("eval/loss", "eval/bigram"): value for key, value in bigram.items()}
     )

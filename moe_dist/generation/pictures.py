@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -29,26 +30,44 @@ class Generated:
     parts: list[str | list[int]]
     tokens: list[int]  # the generated ones, ids of the vocabulary
 
+    @property
+    def given(self) -> str:
+        return " ".join(part if isinstance(part, str) else "[picture]" for part in self.prompt)
+
+    @property
+    def text(self) -> str:
+        return " ".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def images(self) -> list[list[int]]:
+        return [part for part in self.parts if not isinstance(part, str)]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the files of its images."""
+        return [f"{self.number:04d}{f'_{i}' if i > 1 else ''}.png" for i in range(1, len(self.images) + 1)]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "number": self.number, "task": self.task, "prompt": self.given, "text": self.text, "images": self.names,
+            "tokens": self.tokens,
+        }  # fmt: skip
+
 
 def write_samples(folder: Path, samples: Sequence[Generated], image: ImageTokenizer | None, settings: dict) -> None:
-    """Write NUMBER.png (NUMBER_2.png, ...), samples.jsonl and sheet.png. settings: kept in every line."""
+    """Write samples.jsonl, NUMBER.png (NUMBER_2.png, ...) and sheet.png. settings: kept in every line."""
     folder.mkdir(parents=True)
-    lines: list[dict] = []
+    lines = [sample.to_json() | settings for sample in samples]  # first: what was made is then safe
+    (folder / "samples.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     cells: list[tuple[Image.Image | None, str]] = []
     for sample in samples:
-        pictures = [_draw(part, image) for part in sample.parts if not isinstance(part, str)]
-        names = [f"{sample.number:04d}{f'_{i}' if i > 1 else ''}.png" for i in range(1, len(pictures) + 1)]
-        for name, picture in zip(names, pictures):
+        pictures = [_draw(codes, image) for codes in sample.images]
+        for name, picture in zip(sample.names, pictures, strict=True):
             picture.save(folder / name)
-        text = " ".join(part for part in sample.parts if isinstance(part, str))
-        given = " ".join(part if isinstance(part, str) else "[picture]" for part in sample.prompt)
-        line = {"number": sample.number, "task": sample.task, "prompt": given, "text": text, "images": names}
-        lines.append(line | {"tokens": sample.tokens} | settings)
         shown: list[Image.Image | None] = [*pictures]
         shown = shown or [part for part in sample.prompt if not isinstance(part, str)] or [None]
-        words = {"image": given, "text": text, "mixed": f"{given} | {text}"}[sample.task]
+        words = {"image": sample.given, "text": sample.text, "mixed": f"{sample.given} | {sample.text}"}[sample.task]
         cells += [(picture, words) for picture in shown]
-    (folder / "samples.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     contact_sheet(cells).save(folder / "sheet.png")
 
 

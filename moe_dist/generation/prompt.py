@@ -64,6 +64,7 @@ class Format:
     def __init__(self, vocabulary: Vocabulary, context: int):
         self.vocabulary, self.context = vocabulary, context
         self.num_codes = vocabulary.image.num_codes if vocabulary.image else 0
+        self.draws = self._draws()  # tokenizers without a decoder read pictures, and texts go on without new ones
         code_V = vocabulary.modality_of == IMAGE
         text_V = ~code_V
         for marker in {vocabulary.pad, vocabulary.bos, vocabulary.boi, vocabulary.eoi} - {vocabulary.eos, None}:
@@ -72,6 +73,13 @@ class Format:
         if vocabulary.boi is not None:
             boi_V[vocabulary.boi] = eoi_V[vocabulary.eoi] = True
         self.masks_KV: Tensor = torch.stack([text_V, text_V | boi_V, code_V, eoi_V])  # bool, by what may come next
+
+    def _draws(self) -> bool:
+        try:
+            self._image_tokenizer("make").decode(torch.zeros(1, self.num_codes, dtype=torch.int64))
+        except UserError:
+            return False
+        return True
 
     # ------------------------------------------------------------------------------------------------------- prompts
 
@@ -132,7 +140,7 @@ class Format:
         if sample.codes_left:
             return self.CODE if sample.codes_left > 0 else self.EOI
         fits = sample.length + self.num_codes + 2 <= sample.limit
-        return self.TEXT_OR_IMAGE if sample.prompt.task == "mixed" and self.num_codes and fits else self.TEXT
+        return self.TEXT_OR_IMAGE if sample.prompt.task == "mixed" and self.draws and fits else self.TEXT
 
     def add(self, sample: Sample, token: int) -> None:
         """Append a token that `next` allows; marks the sample done at its end."""

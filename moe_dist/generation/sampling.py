@@ -23,7 +23,7 @@ class Sampling(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # draw from the likeliest tokens that together reach this share
     guidance: Annotated[float, Field(ge=0, le=1e6)] = 1.0  # classifier-free, of text -> image; 1: none, 0: no caption
     seed: int = 0
-    max_tokens: Positive = 256  # of a text or a mixed continuation; an image always gets all of its codes
+    max_tokens: Positive = 256  # of a text or a mixed continuation; no image begins in one where it would not fit
 
 
 def guide(logits_SV: Tensor, unconditional_SV: Tensor, scale: float) -> Tensor:

@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
     return not rank.isdecimal() or int(rank) == 0
 
 
+# Seconds that the other ranks give rank 0 to say what all met before they could speak to each other: at the first exit
+# a launcher ends the rest.
+LAST_WORD = 1.0
+
+
 def run_rank(main: Callable[[], None]) -> NoReturn:
     """Run a command line, on one rank or many, and exit: 0, 2 after a UserError (rank 0 says it), 1 after our defect.
 
@@ -95,6 +101,8 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
             traceback.print_exc()
         elif is_main_process():  # the others have the same sentence to tell
             print(f"error: {sentence or error}", file=sys.stderr, flush=True)
+        elif not dist.is_initialized():
+            time.sleep(LAST_WORD)
     sys.stdout.flush()
     sys.stderr.flush()
     if code:

@@ -176,9 +176,9 @@ def one_text_one_image(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("1t1i") / "run", one_each(auxiliary=True))
 
 
-def write_run(folder, ffn):
+def write_run(folder, ffn, **settings):
     path = folder / "checkpoints" / "step_00000007"
-    model = Transformer(model_config(ffn), VOCABULARY, Layout(), seed=1)
+    model = Transformer(model_config(ffn, **settings), VOCABULARY, Layout(), seed=1)
     tensors = {}
     for name, parameter in model.named_parameters():
         experts = getattr(parameter, "expert_ids", None)
@@ -227,6 +227,21 @@ def test_experts_in_slices_are_copied_slice_by_slice(tmp_path):
         for key in ("gate_up", "down"):
             stacked = f"layers.1.ffn.experts.{key}"
             assert torch.equal(new[f"{stacked}[{number}]"].read(), old[f"{stacked}[{source}]"].read())
+
+
+def test_auxiliary_routers_of_the_seed_are_left_behind_and_its_depth_gates_kept(tmp_path):
+    depth = {"capacity": 0.5, "auxiliary": True}
+    run = write_run(tmp_path / "run", one_each(auxiliary=True), depth=depth)
+    upcycle(run, tmp_path / "out", experts="2t2i")
+    old, new = (set(read_tensors(path)) for path in (newest_complete(run), tmp_path / "out"))
+    assert {name for name in old if name.startswith("depth.") and ".auxiliary." in name}
+    assert not [name for name in new if ".auxiliary." in name]
+    assert {name for name in new if name.startswith("depth.")} == {
+        name for name in old if name.startswith("depth.") and ".auxiliary." not in name
+    }
+    section = yaml.safe_load((tmp_path / "out" / "model.yaml").read_text())
+    section = section.get("model", section)
+    assert section["depth"]["capacity"] == 0.5 and not section["depth"]["auxiliary"]
 
 
 def test_with_copied_gates_and_one_expert_each_the_model_is_its_seed(one_text_one_image, tmp_path):

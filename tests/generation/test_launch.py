@@ -49,6 +49,8 @@ def test_one_process_and_two_expert_parallel_ranks_write_the_same(overrides, tok
     assert "missing.png' cannot be read: No such file or directory" in refused.stderr
     guided = launch_tool(ALONE, "generate.py", [str(run), "--mixed", "a", "--guidance", "2"])
     assert guided.returncode == 2 and "error: --guidance is for images" in guided.stderr
+    late = launch_tool(ALONE, "generate.py", [str(run), "--caption", "a", "parallel.expert=1"])
+    assert late.returncode == 2 and "overrides of the recipe come right after RUN" in late.stderr
     other = f"data.text_tokenizer={tokenizers / 'other.model'}"
     refused = launch_tool(ALONE, "generate.py", [str(run), other, "--caption", "a"])
     assert refused.returncode == 2 and "step_00000002 was trained with other tokenizers than" in refused.stderr
@@ -73,6 +75,16 @@ def test_files_of_samples(tmp_path):
     assert lines[2]["prompt"] == "many [picture]" and lines[0]["seed"] == 4 and lines[0]["tokens"] == [7, 8]
     with Image.open(tmp_path / "out" / "0000.png") as image:
         assert np.asarray(image)[0, 0].tolist() == [round(1.3 * 127.5)] * 3
+
+
+def test_what_was_made_is_kept_where_it_cannot_be_drawn(tmp_path):
+    class Broken:
+        def decode(self, codes):
+            raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        write_samples(tmp_path / "out", [Generated(0, "image", ("a red heart",), [[3, 1]], [7, 8])], Broken(), {})
+    assert samples(tmp_path / "out")[0]["tokens"] == [7, 8]
 
 
 def test_the_contact_sheet_has_a_cell_for_each_picture():

@@ -137,3 +137,5 @@ def test_weights_without_a_decoder_say_so_at_once(form, tokenizers):
     blind = Format(Vocabulary(load_text_tokenizer(tokenizers / "text.model"), Blind()), CONTEXT)
     with pytest.raises(UserError, match="holds no decoder"):
         blind.text_to_image("a")
+    allowed = [f.next(f.start(0, f.mixed(["a"]), max_tokens=18)) for f in (form, blind)]
+    assert allowed == [Format.TEXT_OR_IMAGE, Format.TEXT]  # a text goes on, without images that could not be drawn
