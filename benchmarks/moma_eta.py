@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from moma_study import CAUSAL_STEPS, LOSSES, WINDOW, Study, prepare
 
 from moe_dist.batch import MODALITIES
+from moma_study import CAUSAL_STEPS, LOSSES, WINDOW, Study, prepare
 from runs import ROOT, table, write_result
 
 COLOURS = {
@@ -95,6 +95,8 @@ def picture(study: Study, path: Path) -> None:
                 axes[row, column].plot(tokens, found.mean(0), color=colour, label=name)
                 axes[row, column].fill_between(tokens, found.min(0), found.max(0), color=colour, alpha=0.2, lw=0)
         axes[0, column].set(title=f"training loss, {title}", ylabel="nats a token", yscale="log")
+        for formatter in (axes[0, column].yaxis.set_major_formatter, axes[0, column].yaxis.set_minor_formatter):
+            formatter("{x:g}")
         axes[1, column].set(title=f"eta, {title}", xlabel="million tokens of the dense run", ylim=(0, None))
         axes[1, column].axhline(1, color="black", lw=0.8, ls=":")
     axes[0, 0].legend()
