@@ -22,12 +22,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from moe_dist.batch import MODALITIES
-from moma_study import CAUSAL_STEPS, LOSSES, WINDOW, Study, prepare
+from moma_study import CAUSAL_STEPS, LOSSES, NAMES, WINDOW, Study, prepare
 from runs import ROOT, table, write_result
 
-COLOURS = {
-    "dense": "#5b6770", "moe_8x": "#c98a1b", "1t1i": "#8a5fa8", "4t4i": "#0b6fa4", "MoD 4t4i": "#d1495b",
-}  # fmt: skip
+COLOURS = dict(zip(NAMES, ("#5b6770", "#c98a1b", "#8a5fa8", "#0b6fa4", "#d1495b"), strict=True))
 
 
 def at_the_end(eta_W: np.ndarray, last: int) -> str:
@@ -52,13 +50,11 @@ def eta_rows(study: Study) -> list[str]:
 def gain_rows(study: Study) -> list[str]:
     rows = []
     for name in study.names[1:]:
+        seeds = [(study.lines("dense", seed), study.lines(name, seed)) for seed in study.done(name)]
+        ends = [list(zip(dense, sparse, strict=True))[-study.last :] for dense, sparse in seeds]
         cells = []
         for key in LOSSES.values():
-            pairs = [(study.lines("dense", seed), study.lines(name, seed)) for seed in study.done(name)]
-            gains = [
-                statistics.mean(dense[key] - sparse[key] for dense, sparse in list(zip(*pair))[-study.last :])
-                for pair in pairs
-            ]
+            gains = [statistics.mean(dense[key] - sparse[key] for dense, sparse in end) for end in ends]
             cells.append(", ".join(f"{gain:+.3f}" for gain in gains))
         rows.append("| " + " | ".join([name, *cells]) + " |")
     return rows

@@ -6,14 +6,14 @@ time. Resumable. Writes benchmarks/results/<date>-moma_eta_rates.md.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 from rich.progress import Progress
 
-from moma_study import NAMES, RATE, RUNS, Study, prepare
+from moma_study import NAMES, RATE, RUNS, Study, at_constant, prepare
 from runs import write_result
 
 RATES = (4e-3, RATE, 1.6e-2)
@@ -25,16 +25,13 @@ NOTE = (
 )
 
 
-def at_rate(rate: float, steps: int) -> Study:
-    schedule = f"schedule={{type: linear, warmup_steps: 40, end_lr: {rate}}}"
-    overrides = [schedule, f"deepspeed.optimizer.params.lr={rate}"]
-    return Study(steps, [0], overrides, RUNS.with_name("moma_eta_rates") / f"{rate:g}")
-
-
 def main() -> None:
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 240
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="?", type=int, default=240)
+    steps = parser.parse_args().steps
     prepare()
-    studies = {rate: at_rate(rate, steps) for rate in RATES}
+    folder = RUNS.with_name("moma_eta_rates")
+    studies = {rate: Study(steps, [0], at_constant(rate), folder / f"{rate:g}") for rate in RATES}
     with Progress() as progress, ThreadPoolExecutor(JOBS) as pool:
         bar = progress.add_task("moma_eta_rates", total=len(RATES) * len(NAMES))
         todo = [pool.submit(study.train, name, 0) for study, name in product(studies.values(), NAMES)]

@@ -28,13 +28,19 @@ WINDOW = 40  # steps over which training losses are averaged
 LOSSES = {"overall": "loss", **{modality: f"loss/{modality}" for modality in MODALITIES}}
 NAMES = ("dense", "moe_8x", "1t1i", "4t4i", "MoD 4t4i")
 DEEPER = 7  # layers with mixture-of-depths: the FLOPs of 4 whole ones
+
+
+def at_constant(rate: float) -> list[str]:
+    """Settings of a learning rate that stays after warm-up."""
+    return [f"schedule={{type: linear, warmup_steps: 40, end_lr: {rate}}}", f"deepspeed.optimizer.params.lr={rate}"]
+
+
 BASE = [
     f"data.shards=[{', '.join(f'data/{name}' for name in CORPORA)}]",
     f"data.text_tokenizer={TOKENIZERS}/text.model", f"data.image_tokenizer={TOKENIZERS}/vq", "data.image_fraction=0.5",
     f"model.hidden_size={WIDTH}", "model.embedding_init_std=1.0", f"model.ffn.hidden_size={FFN}",
     "parallel.expert=1", "train.micro_batch_groups=8", "deepspeed.optimizer.params.weight_decay=0.1",
-    f"schedule={{type: linear, warmup_steps: 40, end_lr: {RATE}}}", f"deepspeed.optimizer.params.lr={RATE}",
-    "eval.every=0", "checkpoint.every=40", "checkpoint.keep=1", "telemetry.tensorboard=false",
+    *at_constant(RATE), "eval.every=0", "checkpoint.every=40", "checkpoint.keep=1", "telemetry.tensorboard=false",
 ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """How many tokens a second does MoMa train, against the dense model of as many active FLOPs a token?
 
-  python benchmarks/throughput.py [small|large ...]                          one process
+  python benchmarks/throughput.py [study|small|large ...]                    one process
   deepspeed --num_gpus 2 benchmarks/throughput.py [study|small|large ...]    two ranks, EP=2
 
 in an environment with OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000. The last two let glibc

@@ -64,7 +64,7 @@ class Format:
     def __init__(self, vocabulary: Vocabulary, context: int):
         self.vocabulary, self.context = vocabulary, context
         self.num_codes = vocabulary.image.num_codes if vocabulary.image else 0
-        self.draws = self._draws()  # tokenizers without a decoder read pictures, and texts go on without new ones
+        self.cannot_draw = self._try_to_draw()  # then texts go on without images, though pictures may be read
         code_V = vocabulary.modality_of == IMAGE
         text_V = ~code_V
         for marker in {vocabulary.pad, vocabulary.bos, vocabulary.boi, vocabulary.eoi} - {vocabulary.eos, None}:
@@ -74,20 +74,22 @@ class Format:
             boi_V[vocabulary.boi] = eoi_V[vocabulary.eoi] = True
         self.masks_KV: Tensor = torch.stack([text_V, text_V | boi_V, code_V, eoi_V])  # bool, by what may come next
 
-    def _draws(self) -> bool:
+    def _try_to_draw(self) -> UserError | None:
+        """Why not, of a model without an image tokenizer, or with one that has no decoder."""
         try:
             self._image_tokenizer("make").decode(torch.zeros(1, self.num_codes, dtype=torch.int64))
-        except UserError:
-            return False
-        return True
+        except UserError as error:
+            return error
+        return None
 
     # ------------------------------------------------------------------------------------------------------- prompts
 
     def text_to_image(self, caption: str) -> Prompt:
         """Raises UserError where caption and image do not fit the context, or the tokenizer cannot draw."""
-        image, v = self._image_tokenizer("make"), self.vocabulary
+        if self.cannot_draw:
+            raise self.cannot_draw
+        v = self.vocabulary
         assert v.boi is not None
-        image.decode(torch.zeros(1, self.num_codes, dtype=torch.int64))  # one without a decoder says so now
         text = v.text.encode(caption)
         needed = len(text) + self.num_codes + 4
         if needed > self.context:
@@ -140,7 +142,7 @@ class Format:
         if sample.codes_left:
             return self.CODE if sample.codes_left > 0 else self.EOI
         fits = sample.length + self.num_codes + 2 <= sample.limit
-        return self.TEXT_OR_IMAGE if sample.prompt.task == "mixed" and self.draws and fits else self.TEXT
+        return self.TEXT_OR_IMAGE if sample.prompt.task == "mixed" and not self.cannot_draw and fits else self.TEXT
 
     def add(self, sample: Sample, token: int) -> None:
         """Append a token that `next` allows; marks the sample done at its end."""

@@ -239,8 +239,7 @@ def test_auxiliary_routers_of_the_seed_are_left_behind_and_its_depth_gates_kept(
     assert {name for name in new if name.startswith("depth.")} == {
         name for name in old if name.startswith("depth.") and ".auxiliary." not in name
     }
-    section = yaml.safe_load((tmp_path / "out" / "model.yaml").read_text())
-    section = section.get("model", section)
+    section = yaml.safe_load((tmp_path / "out" / "model.yaml").read_text())["model"]
     assert section["depth"]["capacity"] == 0.5 and not section["depth"]["auxiliary"]
 
 
