@@ -76,19 +76,19 @@ class GroupedExperts(nn.Module):
 
 def matmul_by_expert(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
     """Multiply each expert's rows by its matrix: [R, F]."""
-    multiply = grouped_matmul if _has_grouped_kernel(x_RD) else looped_matmul
+    multiply = grouped_matmul if _has_grouped_kernel(x_RD, counts_e) else looped_matmul
     return multiply(x_RD, weight_eDF, counts_e)
 
 
 def grouped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
-    """The same in one operation. Its kernel takes multiples of 8 only: zeros are added to other sizes (LoRA ranks)."""
+    """The same in one operation. Pad what its kernel refuses: sizes that are no multiple of 8 (LoRA ranks)."""
     inner, outer = -weight_eDF.shape[1] % 8, -weight_eDF.shape[2] % 8
     if inner:
         x_RD = F.pad(x_RD, (0, inner))
     if inner or outer:
         weight_eDF = F.pad(weight_eDF, (0, outer, 0, inner))
     ends_e = torch.tensor(counts_e, device="cpu").cumsum(0, dtype=torch.int32)
-    y_RF = F.grouped_mm(x_RD, weight_eDF, offs=ends_e.to(x_RD.device, non_blocking=True))
+    y_RF = F.grouped_mm(_aligned(x_RD), _aligned(weight_eDF), offs=ends_e.to(x_RD.device, non_blocking=True))
     return y_RF[:, :-outer] if outer else y_RF
 
 
@@ -100,5 +100,19 @@ def looped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> 
     return torch.cat([x @ weight for x, weight in zip(x_RD.split(list(counts_e)), weight_eDF.unbind())])
 
 
-def _has_grouped_kernel(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.is_cpu)
+def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
+    """On CUDA torch has one for bfloat16 on compute capability 9.0 and 10.0; elsewhere it would read the device.
+
+    On 10.0 it left weight gradients of experts without rows unwritten (pytorch issue 172439).
+    """
+    if x_RD.dtype != torch.bfloat16:
+        return x_RD.is_cpu and x_RD.dtype == torch.float32
+    if not x_RD.is_cuda:
+        return True
+    capability = torch.cuda.get_device_capability(x_RD.device)
+    return (capability == (9, 0) and any(counts_e)) or (capability == (10, 0) and all(counts_e))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, copied if it does not start at a multiple of 16 bytes: ZeRO-3 can hand out such views of its buffers."""
+    return x.clone() if x.storage_offset() * x.element_size() % 16 else x

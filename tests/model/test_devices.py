@@ -127,6 +127,12 @@ def _over_ranks(counts, layer):
 
 
 @pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    """The card that fake `cuda` tensors are on."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
+@pytest.fixture(autouse=True)
 def documents_of_real_lengths(monkeypatch):
     """Where documents lie is worked out on the host, from values: not by fake tensors."""
     build = BucketedDocuments.build

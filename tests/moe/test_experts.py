@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_dist.errors import UserError
-from moe_dist.moe.experts import GroupedExperts, grouped_matmul, looped_matmul
+from moe_dist.moe.experts import GroupedExperts, grouped_matmul, looped_matmul, matmul_by_expert
 from tests import reference
 from tests.moe.cases import close
 
@@ -68,6 +70,42 @@ def test_the_default_path_is_grouped(monkeypatch):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         make_experts().to(dtype)(*case((3, 0, 5, 1), dtype))
     assert calls == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize(
+    "capability, counts, grouped",
+    [
+        ((9, 0), (3, 0, 5, 1), True),
+        ((9, 0), (0, 0, 0, 0), False),  # no row at all
+        ((10, 0), (3, 1, 5, 1), True),
+        ((10, 0), (3, 0, 5, 1), False),  # gradients of experts without rows are not written
+        ((8, 0), (3, 1, 5, 1), False),  # no kernel: torch would read the device
+        ((12, 0), (3, 1, 5, 1), False),
+    ],
+)
+def test_a_card_without_a_sound_grouped_kernel_takes_the_loop(capability, counts, grouped, monkeypatch):
+    taken = []
+    for name in ("grouped_matmul", "looped_matmul"):
+        monkeypatch.setattr(f"moe_dist.moe.experts.{name}", lambda *_, name=name: taken.append(name))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        x, weight = (torch.empty(*size, device="cuda", dtype=torch.bfloat16) for size in ((9, 16), (4, 16, 8)))
+        matmul_by_expert(x, weight, counts)
+        matmul_by_expert(x.float(), weight.float(), counts)
+    assert taken == ["grouped_matmul" if grouped else "looped_matmul", "looped_matmul"]
+
+
+@pytest.mark.parametrize("offset", [0, 4, 8])
+def test_the_grouped_kernel_gets_aligned_memory(offset, monkeypatch):
+    """CUDA's wants 16 bytes; a view into a flat buffer may start anywhere."""
+    weight = torch.randn(4 * 16 * 8 + offset, dtype=torch.bfloat16)[offset:].view(4, 16, 8).requires_grad_()
+    x = torch.randn(9 * 16 + offset, dtype=torch.bfloat16)[offset:].view(9, 16)
+    seen, grouped_mm = [], F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda a, b, offs: seen.extend([a, b]) or grouped_mm(a, b, offs=offs))
+    y = grouped_matmul(x, weight, (3, 0, 5, 1))
+    assert all(tensor.storage_offset() * tensor.element_size() % 16 == 0 for tensor in seen)
+    assert (seen[0] is x) == (offset % 8 == 0)
+    torch.testing.assert_close(y, looped_matmul(x, weight, (3, 0, 5, 1)), atol=2e-2, rtol=2e-2)
 
 
 def test_loop_and_group_agree_on_every_group():
