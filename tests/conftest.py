@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from moe_dist.data.corpora.emoji import base_concept
-from moe_dist.data.pixels import crop_and_resize
-from moe_dist.data.samples import decode_image
-from moe_dist.data.shards import Sample, split_of, write_shards
+from moe_dist.data.shards import Sample
 from moe_dist.data.text import train_text_tokenizer
-from moe_dist.data.vq import VQConfig
-from moe_dist.data.vq_training import VQTraining, train_vq
+from tests.corpus import read_emoji, train_tokenizers, write_emoji_shards
 
 torch.set_num_threads(1)  # of tensors this small a second thread only waits, and takes processor time from the ranks
-
-EMOJI = Path(__file__).parent / "fixtures" / "emoji"
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which is not needed where files are run by hand
@@ -40,40 +32,21 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session")
 def emoji_samples() -> list[Sample]:
-    """196 real image-caption pairs of 88 concepts (60 train, 14 validation, 14 test), see fixtures/emoji/NOTICE.md."""
-    captions = json.loads((EMOJI / "captions.json").read_text())
-    return [
-        Sample(
-            key=f"{vendor}-{code.lower()}",
-            split=split_of(base_concept(code)),
-            png=(EMOJI / vendor / f"{code.lower()}.png").read_bytes(),
-            caption=caption,
-            meta={"vendor": vendor, "code": code, "concept": base_concept(code)},
-        )
-        for vendor in ("noto", "fluent")
-        for code, caption in captions.items()
-    ]
+    """196 real image-caption pairs of 88 concepts (60 train, 14 validation, 14 test)."""
+    return read_emoji()
 
 
 @pytest.fixture(scope="session")
 def emoji_shards(emoji_samples, tmp_path_factory) -> Path:
     """The pairs as a prepared folder: 132 train, 32 validation and 32 test samples in shards of at most 16."""
-    folder = tmp_path_factory.mktemp("emoji") / "shards"
-    write_shards(emoji_samples, folder, samples_per_shard=16)
-    return folder
+    return write_emoji_shards(emoji_samples, tmp_path_factory.mktemp("emoji") / "shards")
 
 
 @pytest.fixture(scope="session")
 def tokenizers(emoji_samples, tmp_path_factory) -> Path:
     """A folder of two text tokenizers, text.model and other.model, and two small image tokenizers, vq and other_vq."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    captions = [sample.caption for sample in emoji_samples]
-    train_text_tokenizer(captions, folder / "text.model", vocab_size=400)
-    train_text_tokenizer(captions, folder / "other.model", vocab_size=380)
-    pixels = np.stack([crop_and_resize(decode_image(sample.png), 32) for sample in emoji_samples])
-    small = VQConfig(image_size=32, codebook_size=32, code_width=8, channels=(8, 16), blocks=1)
-    for seed, name in enumerate(("vq", "other_vq")):
-        train_vq(pixels, small, VQTraining(steps=5, seed=seed)).save(folder / name)
+    folder = train_tokenizers(emoji_samples, tmp_path_factory.mktemp("tokenizers"), ("vq", "other_vq"))
+    train_text_tokenizer([sample.caption for sample in emoji_samples], folder / "other.model", vocab_size=380)
     return folder
 
 

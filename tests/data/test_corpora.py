@@ -19,7 +19,7 @@ from moe_dist.data.corpora.packages import npm_archive
 from moe_dist.data.corpora.prepare import RECORD, prepare
 from moe_dist.data.shards import SPLITS, iterate, resolve_shards, verify
 from moe_dist.errors import UserError
-from tests.conftest import EMOJI
+from tests.corpus import EMOJI
 from tests.data.packages import metas, npm_package
 
 

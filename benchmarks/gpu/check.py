@@ -1,0 +1,134 @@
+"""Findings of the GPU check, and the tools that its parts share."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Findings:
+    """One line of gpu_check.jsonl each: part, what, result, and numbers. Results in capitals are failures."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self.file = self.folder / "gpu_check.jsonl"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def clear(self) -> None:
+        self.file.write_text("")
+
+    def note(self, part: str, what: str, result: str, **numbers: Any) -> None:
+        with self.file.open("a") as file:
+            file.write(json.dumps({"part": part, "what": what, "result": result, **numbers}) + "\n")
+        print(f"  {part}: {what}: {result} {numbers or ''}", flush=True)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.file.read_text().splitlines()]
+
+    def failures(self) -> list[dict[str, Any]]:
+        return [line for line in self.lines() if line["result"].split()[0].isupper()]
+
+    def write_table(self) -> str:
+        rows = ["| part | what | result | numbers |", "|---|---|---|---|"]
+        for line in self.lines():
+            numbers = ", ".join(f"{k} {v}" for k, v in line.items() if k not in ("part", "what", "result"))
+            rows.append(f"| {line['part']} | {line['what']} | {line['result']} | {numbers} |")
+        text = "\n".join(rows) + "\n"
+        (self.folder / "gpu_check.md").write_text(text)
+        return text
+
+
+class Check:
+    """One part at work: its device and layout (made on first use), and how it writes down what it finds."""
+
+    def __init__(self, part: str, findings: Findings, device: str):
+        self.part, self.findings, self.small = part, findings, device == "cpu"
+        self.scratch = Path(os.environ["GPU_CHECK_SCRATCH"])
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of rank 0 of one, with torch.distributed started."""
+        from moe_dist.engine.zero import init_distributed
+
+        own = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
+        os.environ.update(own)
+        return init_distributed()
+
+    @cached_property
+    def layout(self) -> Any:
+        from moe_dist.parallel.layout import make_layout
+
+        return make_layout(expert=1, device=self.device)
+
+    def note(self, what: str, result: str, **numbers: Any) -> None:
+        self.findings.note(self.part, what, result, **numbers)
+
+    def attempt(self, what: str, work: Callable[[], tuple[str, dict[str, Any]]]) -> None:
+        """Note the verdict and numbers that work returns, or the first line of its error."""
+        try:
+            verdict, numbers = work()
+        except Exception as error:
+            text = str(error).splitlines()[0][:300] if str(error) else ""
+            verdict, numbers = f"ERROR {type(error).__name__}: {text}", {}
+        self.note(what, verdict, **numbers)
+
+    def sync(self) -> None:
+        if not self.small:
+            torch.cuda.synchronize()
+
+    def milliseconds(self, work: Callable[[], Any], repeats: int = 20, warm_up: int = 5) -> float:
+        """Median time of work(), by device events; on the CPU by the clock."""
+        if self.small:
+            work()
+            started = time.perf_counter()
+            work()
+            return 1e3 * (time.perf_counter() - started)
+        for _ in range(warm_up):
+            work()
+        taken = []
+        for _ in range(repeats):
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            first.record()
+            work()
+            last.record()
+            last.synchronize()
+            taken.append(first.elapsed_time(last))
+        return statistics.median(taken)
+
+    def poison(self) -> None:
+        """Leave NaN in the memory that the allocator hands out next, so that unwritten results show."""
+        for size in (2**12, 2**16, 2**20, 2**24, 2**26):
+            pieces = [torch.full((size // 4,), float("nan"), device=self.device) for _ in range(4)]
+            del pieces
+
+    def seen(self, key: str) -> float:
+        """A number of an earlier finding; nan if there is none."""
+        return next((line[key] for line in self.findings.lines() if key in line), float("nan"))
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    """|got - wanted| / |wanted|, in float64."""
+    wanted, got = wanted.detach().double().cpu(), got.detach().double().cpu()
+    if got.shape != wanted.shape:
+        return float("inf")
+    size = wanted.norm()
+    return float((got - wanted).norm() / size) if size else float(got.norm())
+
+
+def right_if(good: bool) -> str:
+    return "right" if good else "WRONG"
+
+
+def short(errors: list[float]) -> list[str]:
+    return [f"{error:.1e}" for error in errors]

@@ -1,0 +1,101 @@
+"""Experts' products, attention, and the integers of routing: each alone, against the CPU.
+
+Shape suffixes: R rows, D and F widths, e experts, T tokens, H heads, d size per head.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpu.check import Check, relative, right_if, short
+from moe_dist.model.attention import BucketedDocuments, locate_documents
+from moe_dist.moe import experts
+from moe_dist.moe.capacity import keep_within_capacity
+from moe_dist.moe.random import dropout, logistic
+from moe_dist.moe.router import selection_keys
+
+COUNTS = {
+    "even": (64,) * 4, "uneven": (1, 200, 7, 3), "one empty": (5, 0, 64, 59), "first empty": (0, 9, 64, 2),
+    "last empty": (33, 1, 2, 0), "one used": (0, 0, 77, 0), "no rows": (0, 0, 0, 0), "no rows, one expert": (0,),
+}  # fmt: skip
+LENGTHS = [5, 130, 0, 64, 1, 300]  # documents
+HEADS = ((8, 8, 64), (8, 2, 128))  # heads, query groups, size per head
+
+
+def run(check: Check) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, counts in COUNTS.items():
+            what = f"experts' products, {str(dtype)[6:]}, {name}"
+            check.attempt(what, lambda counts=counts, dtype=dtype: grouped(check, counts, dtype))
+    for heads, groups, size in HEADS:
+        for dtype in (torch.bfloat16, torch.float32):
+            what = f"attention, {str(dtype)[6:]}, {heads} heads in {groups} groups of {size}"
+            check.attempt(what, lambda s=(heads, groups, size), dtype=dtype: attention(check, *s, dtype))
+    check.attempt("integers of routing", lambda: integers(check))
+
+
+def grouped(check: Check, counts: tuple[int, ...], dtype: torch.dtype) -> tuple[str, dict]:
+    """Forward and backward against float64; the weights of experts without rows get gradients that are zero."""
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    x_RD, w_eDF, g_RF = draw(sum(counts), 128), draw(len(counts), 128, 192) / 128**0.5, draw(sum(counts), 192)
+    exact = [t.double().requires_grad_() for t in (x_RD, w_eDF)]
+    y_RF = torch.cat([x @ w for x, w in zip(exact[0].split(list(counts)), exact[1].unbind())])
+    wanted = torch.autograd.grad(y_RF, exact, g_RF.double())
+    inputs = [t.to(check.device).requires_grad_() for t in (x_RD, w_eDF)]
+    check.poison()
+    y = experts.matmul_by_expert(*inputs, counts)
+    got = torch.autograd.grad(y, inputs, g_RF.to(check.device))
+    errors = [relative(a, b) for a, b in zip((y, *got), (y_RF, *wanted), strict=True)]
+    empty = [number for number, count in enumerate(counts) if not count]
+    clean = not got[1][empty].any()
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    return right_if(max(errors) < bound and bool(clean)), {"errors": short(errors), "empty_zero": bool(clean)}
+
+
+def attention(check: Check, heads: int, groups: int, size: int, dtype: torch.dtype) -> tuple[str, dict]:
+    """Packed documents, with queries, keys and values strided as megatron hands them over."""
+    generator = torch.Generator().manual_seed(2)
+    per_group = heads // groups
+    mixed = torch.randn(sum(LENGTHS), groups, (per_group + 2) * size, generator=generator).to(dtype)
+    weight_THd = torch.randn(sum(LENGTHS), heads, size, generator=generator, dtype=torch.float64)
+
+    def run(documents, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = mixed.detach().requires_grad_()
+        q, k, v = mixed.split([per_group * size, size, size], dim=2)
+        y = documents.attend(q.reshape(len(mixed), heads, size), k, v)
+        (gradient,) = torch.autograd.grad((y.double() * weight_THd.to(y.device)).sum(), mixed)
+        return y, gradient
+
+    wanted = run(BucketedDocuments.build(LENGTHS, torch.device("cpu")), mixed.double())
+    check.poison()
+    documents = locate_documents(LENGTHS, device=check.device, dtype=dtype)
+    got = run(documents, mixed.to(check.device))
+    errors = [relative(a, b) for a, b in zip(got, wanted, strict=True)]
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    return right_if(max(errors) < bound), {"by": type(documents).__name__, "errors": short(errors)}
+
+
+def integers(check: Check) -> tuple[str, dict]:
+    """Selection keys, the tokens selected, capacity, noise and dropout are the CPU's, bit for bit (noise to 1e-12)."""
+    device, generator = check.device, torch.Generator().manual_seed(3)
+    logits, ids = torch.randn(20000, 8, generator=generator), torch.arange(20000) * 7919
+    keys = selection_keys(logits, ids, -5)
+    same = {"keys": torch.equal(selection_keys(logits.to(device), ids.to(device), -5).cpu(), keys)}
+    top, there = (k.t().topk(2500, dim=1, sorted=False).indices.sort().values for k in (keys, keys.to(device)))
+    same["topk"] = torch.equal(top, there.cpu())
+    chosen = torch.rand(20000, 8, generator=generator) < 0.3
+    kept = [keep_within_capacity(chosen.to(d), keys.to(d), [12000, 8000], [900, 500]).cpu() for d in ("cpu", device)]
+    same["capacity"] = torch.equal(*kept)
+    wanted = chosen[:, 0].nonzero()
+    same["static"] = torch.equal(torch.nonzero_static(chosen[:, 0].to(device), size=len(wanted)).cpu(), wanted)
+    noise = [logistic(9, ids[:, None].to(d), torch.arange(8, device=d)).cpu() for d in ("cpu", device)]
+    same["noise"] = torch.allclose(*noise, rtol=1e-12, atol=0)
+    x = torch.randn(500, 50, generator=generator)
+    drops = [dropout(x.to(d), ids[:500].to(d), key=4, rate=0.1).cpu() for d in ("cpu", device)]
+    same["dropout"] = torch.equal(*(d != 0 for d in drops))
+    return right_if(all(same.values())), same

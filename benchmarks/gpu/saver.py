@@ -1,0 +1,56 @@
+"""Asynchronous checkpoints of the 90M model: how long training stands still, and what writing beside it costs."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+
+from gpu.check import Check
+from gpu.steps import Steps
+from moe_dist.config import CheckpointConfig
+from moe_dist.engine.fragments import reset_optimizer
+from moe_dist.engine.saver import Saver
+
+
+def run(check: Check) -> None:
+    check.attempt("asynchronous save of 90M 4t4i (the first pins memory)", lambda: saved(check))
+
+
+def saved(check: Check) -> tuple[str, dict]:
+    small = ["model.hidden_size=64", "model.num_layers=2", "model.num_heads=2"] if check.small else []
+    small += ["data.sequence_length=64", "data.group_sequences=2"] if check.small else []
+    overrides = ["parallel.expert=1", "train.global_batch_groups=1", *small]
+    vocabulary = 512 if check.small else 65536
+    steps = Steps.build(check, "moma_90m", overrides, vocabulary=vocabulary, on_device=True)
+    reset_optimizer(steps.engine, with_moments=True)
+    folder = check.scratch / "saved"
+    saver = Saver(folder, steps.engine, check.layout, CheckpointConfig(asynchronous=True, keep=1))
+    stall, rest = [], []
+    for number in range(3):
+        check.sync()
+        started = time.perf_counter()
+        saver.save(number, {})
+        stall.append(time.perf_counter() - started)
+        saver.wait()
+        rest.append(time.perf_counter() - started - stall[-1])
+    quiet = step_seconds(steps, 5)
+    saver.save(9, {})
+    busy = step_seconds(steps, 5)
+    saver.wait()
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    shutil.rmtree(folder)
+    return "measured", {
+        "stall_s": [round(value, 3) for value in stall], "write_s": [round(value, 3) for value in rest],
+        "MiB": size >> 20, "host_MiB": saver.buffers.nbytes >> 20, "step_ms": quiet, "step_ms_while_writing": busy,
+    }  # fmt: skip
+
+
+def step_seconds(steps: Steps, number: int) -> float:
+    """Median milliseconds of some steps; each ends with a read of the device."""
+    taken = []
+    for _ in range(number):
+        started = time.perf_counter()
+        steps.take()
+        taken.append(time.perf_counter() - started)
+    return round(1e3 * statistics.median(taken), 1)

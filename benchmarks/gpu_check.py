@@ -1,0 +1,85 @@
+"""Does moe_dist run on this GPU, is it right there, and how fast? One command, 300 seconds on one H100.
+
+    python benchmarks/gpu_check.py [--out DIR] [--seconds N] [--only NAME[,NAME]] [--device cpu]
+
+Each part is a process with a time limit of its own, in order of worth: a part that crashes, hangs or leaves the device
+unusable costs only itself. Each finding is one line of DIR/gpu_check.jsonl and one row of DIR/gpu_check.md, which is
+also printed at the end. --device cpu runs the same at small sizes. docs/gpu.md explains the lines.
+
+Exits 1 if a finding is wrong, or if a part failed or ran out of time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from gpu.check import ROOT, Check, Findings
+
+PARTS = {  # seconds at most
+    "machine": 40, "products": 60, "models": 110, "engine": 100, "resume": 60, "two_ranks": 130, "speed": 150,
+    "layer": 100, "saver": 80,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_check")
+    parser.add_argument("--seconds", type=float, default=300, help="for all parts together")
+    parser.add_argument("--only", default=",".join(PARTS), help=f"some of {', '.join(PARTS)}")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.only.split(",")) - set(PARTS):
+        parser.error(f"--only names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
+    findings = Findings(arguments.out)
+    if arguments.part:
+        importlib.import_module(f"gpu.{arguments.part}").run(Check(arguments.part, findings, arguments.device))
+        return
+    findings.clear()
+    scratch = tempfile.mkdtemp(prefix="gpu_check-")  # checkpoints and runs
+    try:
+        end = time.monotonic() + arguments.seconds
+        for name in arguments.only.split(","):
+            run_part(name, min(PARTS[name], end - time.monotonic()), findings, arguments.device, scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    print(findings.write_table(), flush=True)
+    sys.exit(bool(findings.failures()))
+
+
+def run_part(name: str, limit: float, findings: Findings, device: str, scratch: str) -> None:
+    """Run one part in a process group of its own, killed at the limit."""
+    if limit < 15:
+        findings.note(name, "part", "LEFT OUT: no time")
+        return
+    started = time.monotonic()
+    command = [sys.executable, __file__, "--part", name, "--out", str(findings.folder), "--device", device]
+    process = subprocess.Popen(command, env=environment(device, scratch), start_new_session=True)
+    try:
+        code = process.wait(limit)
+        verdict = "ended" if code == 0 else f"ERROR exit status {code}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        process.wait()
+        verdict = f"ERROR stopped after {limit:.0f} s"
+    findings.note(name, "part", verdict, seconds=round(time.monotonic() - started, 1))
+
+
+def environment(device: str, scratch: str) -> dict[str, str]:
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    own = os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": device, "GPU_CHECK_SCRATCH": scratch}
+    own.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    own.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for what asks for deterministic algorithms
+    return own
+
+
+if __name__ == "__main__":
+    main()
