@@ -25,7 +25,7 @@ def run(check: Check) -> None:
 
 
 def trained(check: Check, stage: int, bf16: bool, seen: list[list[float]]) -> tuple[str, dict]:
-    """Six steps on one batch: the loss falls, and as under the first stage that ran (bf16: to 2 %)."""
+    """Six steps on one batch: the loss falls, and as under the first stage that ran (bf16: three steps, to 1 %)."""
     precision = f"deepspeed.bf16={{enabled: {str(bf16).lower()}}}"
     overrides = [f"deepspeed.zero_optimization.stage={stage}", precision, *SMALL]
     overrides += ["train.global_batch_groups=4", "model.recompute=true"]
@@ -33,8 +33,8 @@ def trained(check: Check, stage: int, bf16: bool, seen: list[list[float]]) -> tu
     found = [steps.take(lr=1e-2) for _ in range(6)]
     means = [result.loss_sums["loss"] / result.counts["loss"] for result in found]
     seen.append(means)
-    bound = 2e-2 if bf16 else 1e-4
-    alike = all(abs(a / b - 1) < bound for a, b in zip(means, seen[0]))
+    bound, compared = (1e-2, 3) if bf16 else (1e-4, 6)  # later, routing that differs by rounding has its effects
+    alike = all(abs(a / b - 1) < bound for a, b in zip(means[:compared], seen[0]))
     norms = [round(result.grad_norm, 4) for result in found[:2]]
     good = alike and means[-1] < means[0] - 0.02
     return right_if(good), {"losses": [round(mean, 4) for mean in means], "norms": norms}
