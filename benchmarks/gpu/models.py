@@ -69,9 +69,12 @@ def whole(check: Check, name: str, dtype: torch.dtype) -> tuple[str, dict]:
 
 
 def within(dtype: torch.dtype, errors: list[float], same_routing: bool) -> bool:
-    """Whether errors of loss and gradients are rounding; where a near-tie fell differently, gradients may differ."""
+    """Whether errors of loss and gradients are rounding; where a near-tie fell differently, gradients may differ.
+
+    Of float64 models the rotary angles are float32, so they agree to 1e-7.
+    """
     if dtype == torch.float64:
-        return same_routing and max(errors) < 1e-9
+        return same_routing and max(errors) < 1e-6
     if dtype == torch.float32:
         return errors[0] < 1e-4 and (not same_routing or errors[1] < 1e-3)
     return errors[0] < 2e-2

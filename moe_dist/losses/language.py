@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.batch import MODALITIES, Batch
+from moe_dist.fused import fused, is_compiled_for
 from moe_dist.losses.term import ModelOutput
 
 _CHUNK = 1024  # tokens whose half-precision logits are copied to float32 at a time
@@ -56,14 +57,15 @@ def token_losses(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """-log p(target) of each token, 0 where the target is -100.
 
     Half-precision logits are never copied to float32 as a whole (1 GiB for 4,096 tokens of 65,536 ids): a chunk at a
-    time is, and again in the backward pass.
+    time is, and again in the backward pass. On a GPU no copy is made: the compiled function reads them as they are.
     """
-    if logits_TV.dtype in (torch.float32, torch.float64):
+    if logits_TV.dtype in (torch.float32, torch.float64) or is_compiled_for(logits_TV):
         return _cross_entropy(logits_TV, targets_T)
     chunks = zip(logits_TV.split(_CHUNK), targets_T.split(_CHUNK))
     return torch.cat([checkpoint(_cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
 
 
+@fused
 def _cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     dtype = torch.promote_types(logits_TV.dtype, torch.float32)
     return F.cross_entropy(logits_TV.to(dtype), targets_T, ignore_index=_IGNORED, reduction="none")

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.errors import UserError
+from moe_dist.fused import fused
 from moe_dist.moe.random import seeded_normal_
+from moe_dist.moe.swiglu import gated
 
 
 class Experts(Protocol):
@@ -69,9 +71,14 @@ class GroupedExperts(nn.Module):
         self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
     ) -> Tensor:
         """y_RD in the dtype of the rows, to which the (float32) weights are rounded before they multiply."""
-        gate_RF, up_RF = matmul_by_expert(rows_RD, self.gate_up, counts_e).chunk(2, dim=1)
-        y_RD = matmul_by_expert(F.silu(gate_RF) * up_RF, self.down, counts_e)
-        return y_RD * weights_R.to(y_RD.dtype)[:, None]
+        h_RF = gated(matmul_by_expert(rows_RD, self.gate_up, counts_e))
+        return weighted(matmul_by_expert(h_RF, self.down, counts_e), weights_R)
+
+
+@fused
+def weighted(y_RD: Tensor, weights_R: Tensor) -> Tensor:
+    """Each row times its weight, which is rounded to the dtype of the rows."""
+    return y_RD * weights_R.to(y_RD.dtype)[:, None]
 
 
 def matmul_by_expert(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:

