@@ -9,10 +9,12 @@ head, P padded tokens (P >= T).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -111,11 +113,17 @@ class VarlenDocuments:
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         ends, longest, grouped = self.ends, self.longest, key_TGd.shape[1] != query_THd.shape[1]
-        output = varlen_attn(
-            query_THd, key_TGd, value_TGd, ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=grouped
-        )
+        # torch 2.11 has no enable_gqa: its kernel takes fewer key-value heads without it. From 2.12 on they need it.
+        extra: dict[str, Any] = {"enable_gqa": True} if grouped and _accepts(varlen_attn, "enable_gqa") else {}
+        output = varlen_attn(query_THd, key_TGd, value_TGd, ends, ends, longest, longest, window_size=(-1, 0), **extra)
         assert isinstance(output, Tensor)  # it returns a tuple only when asked for more
         return output
+
+
+@cache
+def _accepts(function: Callable, name: str) -> bool:
+    """Return whether a function has a parameter of this name."""
+    return name in inspect.signature(function).parameters
 
 
 def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:

@@ -117,14 +117,17 @@ def test_far_away_values_do_not_leak_between_documents():
     assert finite_T[:5].all() and finite_T[11:].all() and not finite_T[7:11].any()
 
 
+@pytest.mark.parametrize("torch_version", ["2.11", "2.12"])
 @pytest.mark.parametrize("groups", [2, 1])
-def test_cuda_in_half_precision_calls_flash_attention_by_cumulative_lengths(groups, monkeypatch):
-    """The kernel needs a GPU; its stand-in computes what the documentation of varlen_attn says, from the same call."""
+def test_cuda_in_half_precision_calls_flash_attention_by_cumulative_lengths(groups, torch_version, monkeypatch):
+    """The kernel needs a GPU. Its stand-in computes what the documentation of varlen_attn says, from the same call.
 
-    def stand_in(query, key, value, ends_q, ends_k, longest_q, longest_k, *, window_size, enable_gqa):
+    torch 2.11 has no parameter enable_gqa and groups heads without it; 2.12 refuses grouped heads unless it is set.
+    """
+
+    def torch_2_11(query, key, value, ends_q, ends_k, longest_q, longest_k, *, window_size):
         assert window_size == (-1, 0) and longest_q == longest_k == max(LENGTHS)
         assert ends_q.dtype == torch.int32 and torch.equal(ends_q, ends_k) and ends_q[0] == 0
-        assert enable_gqa == (groups != 2)
         key, value = (x.repeat_interleave(2 // groups, dim=1) for x in (key, value))
         pieces = [x.split(ends_q.diff().tolist()) for x in (query, key, value)]
         outputs = []
@@ -134,7 +137,11 @@ def test_cuda_in_half_precision_calls_flash_attention_by_cumulative_lengths(grou
             outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(later, -torch.inf).softmax(-1), v))
         return torch.cat(outputs)
 
-    monkeypatch.setattr(attention, "varlen_attn", stand_in)
+    def torch_2_12(query, key, value, *lengths, window_size, enable_gqa=False):
+        assert enable_gqa == (groups != 2)
+        return torch_2_11(query, key, value, *lengths, window_size=window_size)
+
+    monkeypatch.setattr(attention, "varlen_attn", {"2.11": torch_2_11, "2.12": torch_2_12}[torch_version])
     qkv = [torch.randn(sum(LENGTHS), heads, 4) for heads in (2, groups, groups)]
     ours = VarlenDocuments.build(LENGTHS, torch.device("cpu")).attend(*qkv)
     bucketed = BucketedDocuments.build(LENGTHS, torch.device("cpu")).attend(*qkv)
