@@ -1,12 +1,14 @@
 # Two commands do everything on a fresh machine: `make train` and `make test`.
+# Another Python, in an environment of its own: `make test-fast PYTHON=python3.12 VENV=.venv312` (README, "Versions").
 PYTHON ?= python3.11
+VENV := .venv
 # A rank for each GPU; two where there is none.
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 CONFIG ?= configs/moma_quickstart.yaml
 ARGS ?=
 RECIPE := $(notdir $(basename $(CONFIG)))
-BIN := .venv/bin
+BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 .DELETE_ON_ERROR:
 # An override where the recipe's parallel.expert does not divide the ranks. If the recipe is faulty, train.py says so.
@@ -37,10 +39,10 @@ test-long: setup  ## kill -9 at many places of steps and saves, under all launch
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/mypy
 
-setup: .venv/.installed
+setup: $(VENV)/.installed
 
-.venv/.installed: setup.cfg constraints.txt
-	$(PYTHON) -m venv .venv
+$(VENV)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --upgrade --quiet pip
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,models]'
 	touch $@
