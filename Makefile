@@ -1,20 +1,29 @@
 # Two commands do everything on a fresh machine: `make train` and `make test`.
+# Another Python, in an environment of its own: `make test-fast PYTHON=python3.12 VENV=.venv312` (README, "Versions").
 PYTHON ?= python3.11
-RANKS ?= 2
+VENV := .venv
+# A rank for each GPU; two where there is none.
+GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')
+RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 CONFIG ?= configs/moma_quickstart.yaml
 ARGS ?=
 RECIPE := $(notdir $(basename $(CONFIG)))
-BIN := .venv/bin
+BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 .DELETE_ON_ERROR:
+# An override where the recipe's parallel.expert does not divide the ranks. If the recipe is faulty, train.py says so.
+FIT = $(addprefix parallel.expert=,$(shell $(BIN)/python -c "import math; from moe_dist.config import load_config; \
+	expert = load_config('$(CONFIG)', []).parallel.expert; print(math.gcd(expert, $(RANKS)) if $(RANKS) % expert else '')" \
+	2>/dev/null))
 # Without a GPU, glibc would give every large gradient back to the system and pay for its pages again at every step.
 LAUNCH = MALLOC_MMAP_MAX_="$${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="$${MALLOC_TRIM_THRESHOLD_:-100000000000}" \
+	PYTORCH_ALLOC_CONF="$${PYTORCH_ALLOC_CONF:-$${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}" \
 	OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))}" \
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS)
 .PHONY: train roma test test-fast test-long lint setup data
 
 train: data  ## pre-train the quickstart; `make train ARGS="train.steps=20 run.dir=runs/x"` passes overrides on
-	$(LAUNCH) launch/train.py --config $(CONFIG) $(ARGS)
+	$(LAUNCH) launch/train.py --config $(CONFIG) $(FIT) $(ARGS)
 
 roma: runs/roma_comparison.json  ## RoMA from SmolLM2 to the comparison with its control; a step that is done is skipped
 
@@ -30,10 +39,10 @@ test-long: setup  ## kill -9 at many places of steps and saves, under all launch
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/mypy
 
-setup: .venv/.installed
+setup: $(VENV)/.installed
 
-.venv/.installed: setup.cfg constraints.txt
-	$(PYTHON) -m venv .venv
+$(VENV)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --upgrade --quiet pip
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,models]'
 	touch $@

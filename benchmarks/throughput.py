@@ -8,10 +8,11 @@ keep freed memory, as a GPU's allocator does; without them a step on the CPU pay
 
 Real optimizer steps of the real engine (forward, backward, AdamW under ZeRO-1) on seeded synthetic tokens, half of them
 of images. All models are trained in turns, dense first in every round, so what disturbs the machine meets them alike;
-a model's speed is compared with the dense model's of the same round. One process counts its processor time, which other
-load disturbs little: with one thread it is the time of an idle machine; ranks, which wait for each other, count the
-clock's. Writes benchmarks/results/<date>-throughput.md (two ranks: -throughput_ep2.md). In the paper (arXiv 2407.21770,
-435M on 256 GPUs): moe_8x -9 %, 1t1i -6 %, 4t4i -17 %, with mixture-of-depths -31 %.
+a model's speed is compared with the dense model's of the same round. One process on the CPU counts its processor time,
+which other load disturbs little: with one thread it is the time of an idle machine. Ranks, which wait for each other,
+and processes that wait for a GPU count the clock's. Writes benchmarks/results/<date>-throughput.md (two ranks:
+-throughput_ep2.md). In the paper (arXiv 2407.21770, 435M on 256 GPUs): moe_8x -9 %, 1t1i -6 %, 4t4i -17 %, with
+mixture-of-depths -31 %.
 """
 
 from __future__ import annotations
@@ -63,6 +64,14 @@ NOTE = (
 )
 
 
+CLOCKS = {"processor time": time.process_time, "clock": time.perf_counter}
+
+
+def clock_of(layout: Layout) -> str:
+    """Processor time for one rank on CPU; a rank that waits, for others or for a GPU, spends none."""
+    return "processor time" if layout.world == 1 and layout.device.type == "cpu" else "clock"
+
+
 class Contestant:
     """A model with its engine, which takes the same micro-batches again and again."""
 
@@ -80,10 +89,12 @@ class Contestant:
     def step(self) -> float:
         """Seconds of one optimizer step."""
         context = Context(layout=self.layout, group_sequences=self.config.data.group_sequences)
-        clock = time.process_time if self.layout.world == 1 else time.perf_counter
-        start = clock()
+        read, synchronize = CLOCKS[clock_of(self.layout)], torch.get_device_module(self.layout.device).synchronize
+        synchronize()
+        start = read()
         self.result = self.engine.train_step(self.batches, make_objective({}, context, 0), 1e-4)
-        return clock() - start
+        synchronize()
+        return read() - start
 
     @property
     def tokens(self) -> int:
@@ -189,9 +200,9 @@ def main() -> None:
 
 def write(layout: Layout, rows: Sequence[str], load: Sequence[float]) -> None:
     one = layout.world == 1
-    ranks, clock = ("One process", "processor time") if one else (f"{layout.world} ranks, EP={layout.world}", "clock")
     note = NOTE.format(
-        ranks=ranks, clock=clock, threads=torch.get_num_threads(), layers=LAYERS, deeper=DEEPER,
+        ranks="One process" if one else f"{layout.world} ranks, EP={layout.world}", clock=clock_of(layout),
+        threads=torch.get_num_threads(), layers=LAYERS, deeper=DEEPER,
         malloc="yes" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "no",
         load=", ".join(f"{value:.1f}" for value in load),
     )  # fmt: skip

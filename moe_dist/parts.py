@@ -21,6 +21,7 @@ from moe_dist.engine.trainable import freeze_others
 from moe_dist.engine.zero import Engine
 from moe_dist.errors import UserError
 from moe_dist.losses.registry import loss_settings
+from moe_dist.model.attention import check_head_size
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.layer import MoELayer
 from moe_dist.moe.placement import make_placement
@@ -38,12 +39,14 @@ def check_recipe(config: Config, layout: Layout) -> None:
 
     The model is built without memory, so that routers, experts and frozen parameters say what they object to.
     """
-    check_section(config.deepspeed)
+    section = check_section(config.deepspeed)
     of_depth = {"causal_routers"} if config.model.depth else set()
     if not isinstance(config.model.ffn, MoEFFN) and (lost := [name for name in config.losses if name not in of_depth]):
         raise UserError(f"the loss '{lost[0]}' needs routers, and the model is dense")
     loss_settings(config.losses)
     accumulation_steps(config.train, layout.world)
+    dtype = torch.bfloat16 if section.bf16.enabled else torch.float32
+    check_head_size(config.model.size_per_head, device=layout.device, dtype=dtype)
     check_data(config.data, dp=layout.world)
     if config.data.neighbours is not None and config.init_from is None:
         raise UserError("data.neighbours needs init_from: a store belongs to the checkpoint it was collected with")

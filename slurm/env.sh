@@ -26,6 +26,8 @@ fi
 # --- what every rank needs to know
 nodes=$SLURM_NNODES ranks_per_node=$(((SLURM_NTASKS + SLURM_NNODES - 1) / SLURM_NNODES))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# GPU memory in segments that grow: sizes differ from step to step, and fixed segments would leave gaps.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
 export NODES='' MASTER_ADDR='' MASTER_PORT=$((20000 + 1009 * SLURM_JOB_ID % 10000))
 NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${NODES%%$'\n'*}

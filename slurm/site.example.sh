@@ -15,3 +15,4 @@ MAX_FAILURES=3                 # a job gives up after so many failures in a row 
 
 # Whatever the ranks' environment needs:
 # export NCCL_SOCKET_IFNAME=ib0
+# export PYTORCH_ALLOC_CONF=expandable_segments:False   # env.sh sets True where you set nothing

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# The tests run on CPU with gloo. On a machine with a GPU, DeepSpeed would choose CUDA: here, and in the workers, ranks
+# and subprocesses, which inherit these variables. Nothing that may import torch is imported before.
+os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+
 import importlib
 import shutil
 from collections.abc import Callable

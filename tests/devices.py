@@ -42,12 +42,15 @@ class OnTheHost(AssertionError):
 class HotPath(TorchDispatchMode):
     """Raises OnTheHost at every operation with a CPU tensor outside HOST_WORK, and at every copy that waits.
 
-    A number among the operands is a CPU tensor of no dimension to PyTorch: it costs nothing and is let through.
+    A number among the operands is a CPU tensor of no dimension to PyTorch: it costs nothing and is let through. So is
+    a new tensor without elements, which the checkpoint function of torch 2.11 makes.
     """
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
+        if function is torch.ops.aten.empty.memory_format and result.numel() == 0:
+            return result
         read, made = _devices((args, kwargs)), _devices(result)
         if "cpu" in read | made:
             if _caller() not in HOST_WORK and function is not torch.ops.aten.scalar_tensor.default:

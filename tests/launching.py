@@ -43,7 +43,7 @@ def launch_tool(
     """Run launch/TOOL and wait for its end."""
     if launcher is DEEPSPEED:
         launcher = [*DEEPSPEED, str(20000 + os.getpid() % 20000)]
-    own = _environment() | {"OMP_NUM_THREADS": str(threads)} | (variables or {})
+    own = environment() | {"OMP_NUM_THREADS": str(threads)} | (variables or {})
     command = [*launcher, f"launch/{tool}", *arguments]
     return subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, timeout=400)
 
@@ -51,7 +51,7 @@ def launch_tool(
 def start(launcher: Sequence[str], overrides: Sequence[str]) -> subprocess.Popen:
     """Run launch/train.py and do not wait; the process has what it prints. The caller gives DeepSpeed a port."""
     return subprocess.Popen(
-        [*launcher, "launch/train.py", "--config", MOMA, *overrides], cwd=ROOT, env=_environment(), text=True,
+        [*launcher, "launch/train.py", "--config", MOMA, *overrides], cwd=ROOT, env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -74,7 +74,7 @@ def bare_ranks(
         place = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         processes.append(
             subprocess.Popen(
-                command, cwd=ROOT, env=_environment() | place | (variables or {}), text=True,
+                command, cwd=ROOT, env=environment() | place | (variables or {}), text=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=None if rank else prepare_rank_0,
             )
         )  # fmt: skip
@@ -91,7 +91,7 @@ def signals_at(*rules: str) -> dict[str, str]:
     return {"PYTHONPATH": f"{ROOT / 'tests' / 'moments'}:{ROOT}", "SIGNALS": ",".join(rules)}
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """This process's, without a place among ranks, and such that the package is this one."""
     inherited = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}

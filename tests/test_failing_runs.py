@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,21 @@ def test_a_wrong_recipe(world, override, sentence):
     with pytest.raises(UserError) as caught:
         check_recipe(config, Layout(world=world, expert=config.parallel.expert))
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("device", "bf16", "size", "fits"),
+    [
+        ("cuda", True, 20, False), ("cuda", True, 264, False), ("cuda", True, 24, True), ("cuda", True, 256, True),
+        ("cuda", False, 20, True), ("cpu", True, 20, True),
+    ],
+)  # fmt: skip
+def test_heads_that_flash_attention_refuses(device, bf16, size, fits):
+    """Only where it is used: in bf16 on a GPU."""
+    config = load_config(MOMA, [f"model.head_size={size}", f"deepspeed.bf16.enabled={bf16}"])
+    layout = Layout(world=2, expert=2, device=torch.device(device))
+    with nullcontext() if fits else pytest.raises(UserError, match=f"heads of size {size} .* multiple of 8 up to 256"):
+        check_recipe(config, layout)
 
 
 @pytest.mark.slow

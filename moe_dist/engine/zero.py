@@ -33,6 +33,7 @@ from moe_dist.config import Config
 from moe_dist.engine.deepspeed_config import DeepSpeedSection, accumulation_steps, check_section, to_deepspeed
 from moe_dist.engine.trainable import freeze_others
 from moe_dist.errors import UserError
+from moe_dist.parallel.gpus import check_gpus
 from moe_dist.parallel.launch import discover
 from moe_dist.parallel.layout import Layout
 from moe_dist.parallel.together import together
@@ -51,7 +52,10 @@ class StepResult:
 
 
 def init_distributed() -> torch.device:
-    """Find this process's place (see parallel/launch.py), start torch.distributed, and return the rank's device."""
+    """Find this process's place (see parallel/launch.py), start torch.distributed, and return the rank's device.
+
+    Raises UserError on every rank if ranks share a GPU (see parallel/gpus.py).
+    """
     # DeepSpeed calls collectives by names that torch has renamed, thousands of times.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     # It would compile a C++ extension for inference here, and wait for ever where a killed run has left a lock file.
@@ -62,8 +66,11 @@ def init_distributed() -> torch.device:
     place = replace(place, local_rank=place.local_rank % max(accelerator.device_count(), 1))
     place.export()
     accelerator.set_device(place.local_rank)
+    device = torch.device(accelerator.current_device_name())
+    store = check_gpus(place, device)
     deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
-    return torch.device(accelerator.current_device_name())
+    del store
+    return device
 
 
 def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from moe_dist.batch import TokenInfo
+from moe_dist.errors import UserError
 
 _MULTIPLE = 16  # padded document lengths: few different ones, and at most 15 tokens of padding a document
 
@@ -40,9 +41,22 @@ class Documents(Protocol):
 
 def locate_documents(lengths: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> Documents:
     """The Documents of consecutive lengths (host values), for hidden states of this device and dtype."""
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+    if _uses_flash(device, dtype):
         return VarlenDocuments.build(lengths, device)
     return BucketedDocuments.build(lengths, device)
+
+
+def check_head_size(size: int, *, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError if heads of this size do not fit the attention kernel for this device and dtype."""
+    if _uses_flash(device, dtype) and (size % 8 or size > 256):
+        raise UserError(
+            f"heads of size {size} (model.head_size, by default hidden_size / num_heads) do not fit flash attention, "
+            "which bf16 on a GPU uses: choose a multiple of 8 up to 256, or deepspeed.bf16.enabled=false"
+        )
+
+
+def _uses_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,6 +153,8 @@ def exchange(device: torch.device) -> tuple[float, list[int]]:
 
 
 def _version(package: str) -> str:
+    if package == "torch":
+        return str(torch.__version__)  # with its build (+cu130), which a package's metadata may leave out
     try:
         return version(package)
     except PackageNotFoundError:

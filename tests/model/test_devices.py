@@ -235,6 +235,13 @@ def test_planted_faults_are_found(fault, kind, monkeypatch):
         device.check(lambda: device.model(device.batch.tokens_T, device.batch.info).logits_TV.float().sum())
 
 
+def test_a_new_tensor_without_elements_is_no_fault():
+    with HotPath():
+        assert torch.empty(0, device="cpu").numel() == 0
+        with pytest.raises(OnTheHost):
+            torch.empty(1, device="cpu")
+
+
 def test_a_copy_that_waits_is_found_also_where_host_work_is_allowed(monkeypatch):
     """The one place in an expert layer that may copy from the host, with its copy made to wait."""
     source = inspect.getsource(experts.grouped_matmul)

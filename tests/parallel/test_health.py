@@ -59,6 +59,12 @@ def test_healthy_ranks_say_where_they_are():
     assert len(found["bytes_per_second"]) == 4 and min(found["bytes_per_second"]) > 0
 
 
+def test_the_version_of_torch_names_its_build(monkeypatch):
+    """The installed package's metadata may say 2.11.0 for a build that calls itself 2.11.0+cu130."""
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    assert health.report(load_config(MOMA), CPU).versions["torch"] == "2.11.0+cu130"
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [

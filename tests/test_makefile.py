@@ -1,0 +1,78 @@
+"""`make train` on machines with and without GPUs, and what it and the Slurm scripts set for every rank."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launching import BIN, ROOT
+
+OURS = ("MAKE", "MFLAGS", "RANKS", "PYTORCH_", "SLURM", "SITE", "START")  # of `make test`, or of a user
+SLURM = {"SLURM_NNODES": "1", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n1"}
+
+
+def program(folder: Path, name: str, body: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
+def run(command, folder, variables):
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    path = f"{folder}:{os.environ['PATH']}"
+    done = subprocess.run(
+        command, cwd=ROOT, env=inherited | {"PATH": path} | variables, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def train(folder, *arguments, gpus=0, show='echo "$@"', **variables):
+    """What `show` prints in the place of DeepSpeed's launcher, on a machine with these GPUs."""
+    listed = "\n".join(f"GPU {number}: NVIDIA H100 (UUID: GPU-{number})\n  MIG 1g.10gb" for number in range(gpus))
+    program(folder, "nvidia-smi", f"echo '{listed}'" if gpus else "echo 'NVIDIA-SMI has failed'; exit 9")
+    program(folder, "deepspeed", show)
+    # The Makefile puts CURDIR/BIN first on PATH: with an absolute BIN no such folder exists, and the stand-in is found.
+    command = ["make", "--silent", "-o", "data", "train", f"BIN={BIN}", f"PYTHON={sys.executable}", *arguments]
+    return run(command, folder, variables)[-1]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "arguments", "ranks", "override"),
+    [
+        (0, (), 2, ""),
+        (1, (), 1, " parallel.expert=1"),
+        (2, (), 2, ""),
+        (3, (), 3, " parallel.expert=1"),
+        (8, (), 8, ""),
+        (8, ("RANKS=4",), 4, ""),
+        (4, ("CONFIG=configs/moma_90m.yaml",), 4, " parallel.expert=4"),
+        (1, ("CONFIG=configs/dense_quickstart.yaml",), 1, ""),
+    ],
+)
+def test_a_rank_for_each_gpu(gpus, arguments, ranks, override, tmp_path):
+    config = next((a.removeprefix("CONFIG=") for a in arguments if "CONFIG" in a), "configs/moma_quickstart.yaml")
+    started = train(tmp_path, *arguments, gpus=gpus)
+    assert started == f"--num_gpus {ranks} launch/train.py --config {config}{override}"
+
+
+def test_overrides_come_last(tmp_path):
+    assert train(tmp_path, "ARGS=seed=1", gpus=1).endswith("parallel.expert=1 seed=1")
+
+
+@pytest.mark.parametrize(
+    ("variables", "setting"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "expandable_segments:False"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+    ],
+    ids=["default", "own", "own by the old name"],
+)
+def test_gpu_memory_grows_in_segments_unless_the_user_says_otherwise(variables, setting, tmp_path):
+    show = 'echo "$PYTORCH_ALLOC_CONF"'
+    assert train(tmp_path, show=show, **variables) == setting
+    program(tmp_path, "scontrol", "echo n1")
+    script = f"SITE=none; source slurm/env.sh; {show}"
+    assert run(["bash", "-c", script], tmp_path, {**SLURM, **variables}) == [setting]
