@@ -20,7 +20,7 @@ LAUNCH = MALLOC_MMAP_MAX_="$${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="$${M
 	PYTORCH_ALLOC_CONF="$${PYTORCH_ALLOC_CONF:-$${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}" \
 	OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))}" \
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS)
-.PHONY: train roma test test-fast test-long lint setup data
+.PHONY: train roma test test-fast test-long gpu-check lint setup data
 
 train: data  ## pre-train the quickstart; `make train ARGS="train.steps=20 run.dir=runs/x"` passes overrides on
 	$(LAUNCH) launch/train.py --config $(CONFIG) $(FIT) $(ARGS)
@@ -35,6 +35,9 @@ test-fast: setup  ## the working loop
 
 test-long: setup  ## kill -9 at many places of steps and saves, under all launchers; more losses at changed layouts
 	MOE_DIST_LONG=1 $(BIN)/python -m pytest tests/engine/test_kills.py tests/test_lost_rank.py tests/engine/test_any_layout.py
+
+gpu-check: setup  ## does it run, is it right and how fast, on this machine's GPU (docs/gpu.md); 300 s
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/mypy

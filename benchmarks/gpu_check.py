@@ -21,7 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from gpu.check import ROOT, Check, Findings
+from gpu.findings import Findings
+
+ROOT = Path(__file__).resolve().parent.parent
 
 PARTS = {  # seconds at most
     "machine": 40, "products": 60, "models": 110, "engine": 100, "resume": 60, "two_ranks": 130, "speed": 150,
@@ -41,6 +43,8 @@ def main() -> None:
         parser.error(f"--only names {', '.join(sorted(unknown))}; the parts are {', '.join(PARTS)}")
     findings = Findings(arguments.out)
     if arguments.part:
+        from gpu.check import Check  # imports torch
+
         importlib.import_module(f"gpu.{arguments.part}").run(Check(arguments.part, findings, arguments.device))
         return
     findings.clear()
@@ -76,7 +80,7 @@ def run_part(name: str, limit: float, findings: Findings, device: str, scratch: 
 def environment(device: str, scratch: str) -> dict[str, str]:
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     own = os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": device, "GPU_CHECK_SCRATCH": scratch}
-    own.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    own.setdefault("PYTORCH_ALLOC_CONF", own.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
     own.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for what asks for deterministic algorithms
     return own
 

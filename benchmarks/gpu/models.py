@@ -40,8 +40,10 @@ BATCH = make_batch([40, 24, 30, 26], padding=8, num_groups=2)
 
 def run(check: Check) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        for name in MODELS:
-            check.attempt(f"{name}, {str(dtype)[6:]}", lambda name=name, dtype=dtype: whole(check, name, dtype))
+        for name in ("moma", "lora") if check.small else MODELS:
+            # float64 and float32 compare operation by operation, bfloat16 what a run executes: compiled functions.
+            with torch.compiler.set_stance("default" if dtype == torch.bfloat16 else "force_eager"):
+                check.attempt(f"{name}, {str(dtype)[6:]}", lambda name=name, dtype=dtype: whole(check, name, dtype))
 
 
 def whole(check: Check, name: str, dtype: torch.dtype) -> tuple[str, dict]:

@@ -5,8 +5,8 @@ expert-parallel group, N assignments made here, R rows received here.
 
 Rows are copies of tokens, sorted by expert. Weights travel beside their rows, in their own dtype and with gradients,
 and are applied by the Experts class. An expert in slices (Placement) gets its rows once for each of them: its output
-is the sum of theirs. `combine` adds up a token's rows in float32 or wider, then rounds once to their dtype. On CPU the
-sum is bitwise repeatable; on CUDA it is under torch.use_deterministic_algorithms(True).
+is the sum of theirs. `combine`, and the gradient of `dispatch`, add up a token's rows in float32 or wider, then round
+once to their dtype. On CPU the sum is bitwise repeatable; on CUDA it is under torch.use_deterministic_algorithms(True).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moe_dist.moe.placement import Placement
 from moe_dist.moe.plan import RoutingPlan
+from moe_dist.moe.rows import add_up_rows, take_rows
 from moe_dist.parallel.collectives import all_to_all_rows
 from moe_dist.parallel.layout import Layout
 
@@ -72,10 +73,10 @@ class LocalDispatcher:
             sent_re=[counts],
             received_re=[counts],
         )
-        return x_TD.index_select(0, token_ids_N), receipt
+        return take_rows(x_TD, token_ids_N), receipt
 
     def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor:
-        return _add_up(y_RD, receipt)
+        return add_up_rows(y_RD, receipt.token_ids_N, receipt.num_tokens)
 
 
 class AllToAllDispatcher:
@@ -97,7 +98,7 @@ class AllToAllDispatcher:
         def deliver(x_N: Tensor) -> Tensor:
             return _swap_blocks(all_to_all_rows(x_N, send, recv, self.group), received_re)
 
-        rows_RD = deliver(x_TD.index_select(0, token_ids_N))
+        rows_RD = deliver(take_rows(x_TD, token_ids_N))
         receipt = Receipt(
             counts_e=tuple(sum(column) for column in zip(*received_re)),
             weights_R=deliver(weights_N),
@@ -113,7 +114,7 @@ class AllToAllDispatcher:
         received_er = [list(column) for column in zip(*receipt.received_re)]
         y_RD = _swap_blocks(y_RD, received_er)
         y_ND = all_to_all_rows(y_RD, _totals(receipt.received_re), _totals(receipt.sent_re), self.group)
-        return _add_up(y_ND, receipt)
+        return add_up_rows(y_ND, receipt.token_ids_N, receipt.num_tokens)
 
     def _exchange_counts(self, counts_E: Tensor) -> Tensor:
         """[2, r, e]: rows that this rank sends to each expert of each rank, and those it will get from each rank."""
@@ -150,8 +151,3 @@ def _swap_blocks(x_R: Tensor, sizes: list[list[int]]) -> Tensor:
 
 def _totals(sizes: list[list[int]]) -> list[int]:
     return [sum(row) for row in sizes]
-
-
-def _add_up(y_ND: Tensor, receipt: Receipt) -> Tensor:
-    total_TD = y_ND.new_zeros(receipt.num_tokens, y_ND.shape[1], dtype=torch.promote_types(y_ND.dtype, torch.float32))
-    return total_TD.index_add(0, receipt.token_ids_N, y_ND.to(total_TD.dtype)).to(y_ND.dtype)

@@ -1,0 +1,50 @@
+"""Rows out of tokens and tokens out of rows: each is the other's gradient.
+
+Shape suffixes: T tokens, D model width, N rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def take_rows(x_TD: Tensor, token_ids_N: Tensor) -> Tensor:
+    """x_TD[token_ids_N]. The gradient of a token with several rows is added up as add_up_rows does."""
+    return _TakeRows.apply(x_TD, token_ids_N)
+
+
+def add_up_rows(y_ND: Tensor, token_ids_N: Tensor, num_tokens: int) -> Tensor:
+    """[T, D]: the sum of each token's rows, in float32 or wider, rounded once to the dtype of the rows."""
+    return _AddUpRows.apply(y_ND, token_ids_N, num_tokens)
+
+
+def _add_up(y_ND: Tensor, token_ids_N: Tensor, num_tokens: int) -> Tensor:
+    wide = torch.promote_types(y_ND.dtype, torch.float32)
+    total_TD = y_ND.new_zeros(num_tokens, *y_ND.shape[1:], dtype=wide)
+    return total_TD.index_add_(0, token_ids_N, y_ND.to(wide)).to(y_ND.dtype)
+
+
+class _TakeRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_ids_N: Tensor) -> Tensor:
+        ctx.save_for_backward(token_ids_N)
+        ctx.num_tokens = len(x_TD)
+        return x_TD.index_select(0, token_ids_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _add_up(grad_ND, *ctx.saved_tensors, ctx.num_tokens), None
+
+
+class _AddUpRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, token_ids_N: Tensor, num_tokens: int) -> Tensor:
+        ctx.save_for_backward(token_ids_N)
+        return _add_up(y_ND, token_ids_N, num_tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad_TD.index_select(0, *ctx.saved_tensors), None, None
