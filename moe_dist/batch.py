@@ -163,11 +163,10 @@ class TokenInfo:
         A document keeps its number and its place in document_lengths, also where nothing of it is left (length 0).
         read: brings int64 counts to the host (moe/dispatch.py split_sizes); called once, the only synchronisation.
         """
-        keep_V = keep_T.index_select(0, self.by_modality_V)
         of_groups = [count for row in self.modality_counts for count in row]
-        in_order_V = keep_T.index_select(0, self.competing("sequence")[0])
-        counted = [(keep_V, of_groups), (in_order_V, self.sequence_counts), (keep_T, self.document_lengths)]
-        counts = read(torch.cat([_sums(keep, lengths) for keep, lengths in counted]))
+        keep = keep_T.index_select(0, self.once("orders", self._orders))  # in each of the three orders that are counted
+        keep_V = keep[: len(self.by_modality_V)]
+        counts = read(_sums(keep, [*of_groups, *self.sequence_counts, *self.document_lengths]))
         groups, sequences = counts[: len(of_groups)], counts[len(of_groups) : -len(self.document_lengths)]
         lengths, each = counts[-len(self.document_lengths) :], self.num_groups
         token_K = _first(keep_T, sum(lengths))
@@ -183,6 +182,11 @@ class TokenInfo:
         )
         inner._made_per_token.update(made)
         return token_K, inner
+
+    def _orders(self) -> Tensor:
+        """Indices of the valid tokens by modality, of the valid tokens in sequence order, and of all tokens."""
+        all_T = torch.arange(self.num_tokens, device=self.valid_T.device)
+        return torch.cat([self.by_modality_V, self.competing("sequence")[0], all_T])
 
     def _of_tokens(self, token_K: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Gather the per-token fields and the results of once_per_token of some valid tokens, in one operation."""
