@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +20,16 @@ from torch import Tensor
 
 MODALITIES = ("text", "image")
 TEXT, IMAGE = range(len(MODALITIES))
+Made = TypeVar("Made")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: a cached property needs a place
 class TokenInfo:
-    """Facts about T tokens. Tensors live on the model's device, tuples on the host (reading one never synchronises)."""
+    """Facts about T tokens. Tensors live on the model's device, tuples on the host (reading one never synchronises).
+
+    Results that every layer derives from them are computed once and kept (`once`, `once_per_token`). A copy made by
+    dataclasses.replace starts without them.
+    """
 
     modality_T: Tensor  # int64, index into MODALITIES
     valid_T: Tensor  # bool, False for padding
@@ -81,6 +88,61 @@ class TokenInfo:
     def num_groups(self) -> int:
         return len(self.modality_counts[0])
 
+    @cached_property
+    def _made(self) -> dict[Any, Any]:
+        return {}
+
+    @cached_property
+    def _made_per_token(self) -> dict[str, Tensor]:
+        return {}
+
+    def once(self, name: Any, make: Callable[[], Made]) -> Made:
+        """Return make(). Later calls with this name return the first result."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def once_per_token(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Return make(), int64 [T], as `once` does. `select` and `of_modality` hand the result on to the new value."""
+        if name not in self._made_per_token:
+            self._made_per_token[name] = make()
+        return self._made_per_token[name]
+
+    def of_modality(self, modality: int) -> TokenInfo:
+        """The same tokens, of which only those of one modality count as valid."""
+        return self.once(("modality", modality), lambda: self._of_modality(modality))
+
+    def _of_modality(self, modality: int) -> TokenInfo:
+        sizes = [sum(row) for row in self.modality_counts]
+        part = replace(
+            self,
+            valid_T=self.valid_T & (self.modality_T == modality),
+            by_modality_V=self.by_modality_V.split(sizes)[modality],
+            modality_counts=tuple(
+                row if index == modality else (0,) * len(row) for index, row in enumerate(self.modality_counts)
+            ),
+        )
+        part.__dict__["_made_per_token"] = self._made_per_token
+        return part
+
+    def competing(self, scope: str = "group") -> tuple[Tensor, list[int]]:
+        """Return the indices of the valid tokens, set after set, and the number of tokens in each competing set.
+
+        The sets are selection groups (scope "group", in the order of `members`), the tokens of one modality within a
+        group ("modality"), or packed sequences ("sequence").
+        """
+        return self.once(("competing", scope), lambda: self._competing(scope))
+
+    def _competing(self, scope: str) -> tuple[Tensor, list[int]]:
+        if scope == "sequence":
+            return _first(self.valid_T, len(self.by_modality_V)), list(self.sequence_counts)
+        if scope == "modality":
+            return self.by_modality_V, [count for row in self.modality_counts for count in row]
+        sizes = [sum(column) for column in zip(*self.modality_counts)]
+        if self.num_groups == 1 or sum(any(row) for row in self.modality_counts) <= 1:
+            return self.by_modality_V, sizes  # in that order already
+        return torch.cat(self.members()), sizes
+
     def members(self, modality: int | None = None) -> list[Tensor]:
         """Indices of the valid tokens of each selection group, of one modality or (None) of all."""
         flat = [count for row in self.modality_counts for count in row]
@@ -92,7 +154,8 @@ class TokenInfo:
 
     def sequences(self) -> list[Tensor]:
         """Indices of the valid tokens of each packed sequence."""
-        return list(_first(self.valid_T, len(self.by_modality_V)).split(self.sequence_counts))
+        token_V, sizes = self.competing("sequence")
+        return list(token_V.split(sizes))
 
     def select(self, keep_T: Tensor, read: Callable[[Tensor], list]) -> tuple[Tensor, TokenInfo]:
         """Some of the valid tokens, in order: token_K, their indices, and their TokenInfo, with what each had.
@@ -100,17 +163,16 @@ class TokenInfo:
         A document keeps its number and its place in document_lengths, also where nothing of it is left (length 0).
         read: brings int64 counts to the host (moe/dispatch.py split_sizes); called once, the only synchronisation.
         """
-        keep_V = keep_T.index_select(0, self.by_modality_V)
         of_groups = [count for row in self.modality_counts for count in row]
-        in_order_V = keep_T.index_select(0, _first(self.valid_T, len(self.by_modality_V)))
-        counted = [(keep_V, of_groups), (in_order_V, self.sequence_counts), (keep_T, self.document_lengths)]
-        counts = read(torch.cat([_sums(keep, lengths) for keep, lengths in counted]))
+        keep = keep_T.index_select(0, self.once("orders", self._orders))  # in each of the three orders that are counted
+        keep_V = keep[: len(self.by_modality_V)]
+        counts = read(_sums(keep, [*of_groups, *self.sequence_counts, *self.document_lengths]))
         groups, sequences = counts[: len(of_groups)], counts[len(of_groups) : -len(self.document_lengths)]
         lengths, each = counts[-len(self.document_lengths) :], self.num_groups
         token_K = _first(keep_T, sum(lengths))
         place_T = keep_T.cumsum(0) - 1
-        kept = {name: getattr(self, name).index_select(0, token_K) for name in _OF_EACH_TOKEN}
-        return token_K, replace(
+        kept, made = self._of_tokens(token_K)
+        inner = replace(
             self,
             **kept,
             by_modality_V=place_T.index_select(0, self.by_modality_V.index_select(0, _first(keep_V, sum(lengths)))),
@@ -118,6 +180,21 @@ class TokenInfo:
             sequence_counts=tuple(sequences),
             document_lengths=tuple(lengths),
         )
+        inner._made_per_token.update(made)
+        return token_K, inner
+
+    def _orders(self) -> Tensor:
+        """Indices of the valid tokens by modality, of the valid tokens in sequence order, and of all tokens."""
+        all_T = torch.arange(self.num_tokens, device=self.valid_T.device)
+        return torch.cat([self.by_modality_V, self.competing("sequence")[0], all_T])
+
+    def _of_tokens(self, token_K: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Gather the per-token fields and the results of once_per_token of some valid tokens, in one operation."""
+        numbers = {name: getattr(self, name) for name in _OF_EACH_TOKEN} | self._made_per_token
+        table_FT = self.once(("table", *numbers), lambda: torch.stack(list(numbers.values())))
+        found = dict(zip(numbers, table_FT.index_select(1, token_K).unbind()))
+        fields_K: dict[str, Any] = {name: found.pop(name) for name in _OF_EACH_TOKEN}
+        return fields_K | {"valid_T": torch.ones_like(token_K, dtype=torch.bool)}, found
 
     def causally(self) -> TokenInfo:
         """The same tokens, to be routed causally, as inference must be: expert choice needs auxiliary routers then."""
@@ -127,7 +204,7 @@ class TokenInfo:
         return _to(self, device)
 
 
-_OF_EACH_TOKEN = ("modality_T", "valid_T", "document_T", "position_T", "token_id_T")
+_OF_EACH_TOKEN = ("modality_T", "document_T", "position_T", "token_id_T")  # int64; those selected are valid
 
 
 def _sums(keep: Tensor, lengths: Sequence[int]) -> Tensor:

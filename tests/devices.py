@@ -53,7 +53,7 @@ class HotPath(TorchDispatchMode):
             return result
         read, made = _devices((args, kwargs)), _devices(result)
         if "cpu" in read | made:
-            if _caller() not in HOST_WORK and function is not torch.ops.aten.scalar_tensor.default:
+            if calling_function() not in HOST_WORK and function is not torch.ops.aten.scalar_tensor.default:
                 raise OnTheHost(f"{function} reads tensors of {sorted(read)} and makes one of {sorted(made)}")
             waits = function in _COPIES and read | made != {"cpu"} and not kwargs.get("non_blocking")
             if waits or ("cpu" in made and read - {"cpu"}):
@@ -70,7 +70,7 @@ def _is_number(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float64, torch.int64, torch.bool) and not tensor.requires_grad
 
 
-def _caller() -> str | None:
+def calling_function() -> str | None:
     """The innermost function of moe_dist on the stack; None in a backward pass."""
     frame = sys._getframe(1)
     while frame is not None:

@@ -36,9 +36,10 @@ def splitmix_hash(key: int, *ids: int) -> int:
 
 
 def selection_key(logit: float, token_id: int, expert: int, key: int) -> tuple[int, int]:
-    """What selection compares: the logit on a grid of 2^-14 within +-512, then 40 bits of hash."""
-    position = max(-(2**23), min(2**23 - 1, round(logit * 2**14)))
-    return position, splitmix_hash(key, token_id, expert) & ((1 << 40) - 1)
+    """What selection compares: the logit on a grid of 2^-14 within +-256, then the 40 high bits, signed, of a hash."""
+    position = max(-(2**22), min(2**22 - 1, round(logit * 2**14)))
+    word = (splitmix_hash(0, token_id) ^ expert * 0x9E3779B97F4B) * (key | 1) & _WORD
+    return position, (word - (word >> 63 << 64)) >> 24
 
 
 def groups_of(info: TokenInfo, modalities: Sequence[int]) -> list[list[int]]:

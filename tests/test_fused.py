@@ -10,7 +10,7 @@ from torch import Tensor
 
 import moe_dist.fused
 from moe_dist.losses import language
-from moe_dist.model import mcore
+from moe_dist.model import attention, mcore
 from moe_dist.moe import experts, swiglu
 from tests.long import LONG
 
@@ -32,6 +32,10 @@ CASES = {
     "head norm": (
         mcore._layer_norm,
         lambda rows, dtype: (normal(rows, 1, 4, 8, dtype=dtype), *(normal(8, dtype=dtype) for _ in range(2)), 1e-5),
+    ),
+    "rotate": (
+        attention.rotate,
+        lambda rows, dtype: (normal(rows, 4, 8, dtype=dtype), *(normal(rows, 1, 8, dtype=dtype) for _ in range(2))),
     ),
     "cross-entropy": (
         language._cross_entropy,

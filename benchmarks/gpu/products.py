@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gpu.check import Check, relative, right_if, short
+from moe_dist.batch import TokenInfo
 from moe_dist.model.attention import BucketedDocuments, locate_documents
 from moe_dist.moe import experts
 from moe_dist.moe.capacity import keep_within_capacity
@@ -84,8 +85,11 @@ def integers(check: Check) -> tuple[str, dict]:
     """Selection keys, the tokens selected, capacity, noise and dropout are the CPU's, bit for bit (noise to 1e-12)."""
     device, generator = check.device, torch.Generator().manual_seed(3)
     logits, ids = torch.randn(20000, 8, generator=generator), torch.arange(20000) * 7919
-    keys = selection_keys(logits, ids, -5)
-    same = {"keys": torch.equal(selection_keys(logits.to(device), ids.to(device), -5).cpu(), keys)}
+    info = TokenInfo.build(
+        modality_T=ids % 2, valid_T=ids >= 0, position_T=ids, token_id_T=ids, document_lengths=[20000], num_groups=1
+    )
+    keys = selection_keys(logits, info, -5)
+    same = {"keys": torch.equal(selection_keys(logits.to(device), info.to(device), -5).cpu(), keys)}
     top, there = (k.t().topk(2500, dim=1, sorted=False).indices.sort().values for k in (keys, keys.to(device)))
     same["topk"] = torch.equal(top, there.cpu())
     chosen = torch.rand(20000, 8, generator=generator) < 0.3

@@ -29,6 +29,7 @@ OWNED = {
     "steps_per_print": "set telemetry.every instead",
     "tensorboard": "set telemetry.tensorboard instead",
     "wandb": "set telemetry.wandb_project instead",
+    "timers": "telemetry measures throughput",
     "fp16": "half precision is bfloat16 here: set deepspeed.bf16.enabled instead",
     "expert_parallel": "set parallel.expert instead",
     "prescale_gradients": "the loss is scaled exactly by the engine",
@@ -156,4 +157,5 @@ def to_deepspeed(section: DeepSpeedSection, *, accumulation: int, num_parameters
         "zero_allow_untested_optimizer": True,  # SGD: tested here
         "zero_force_ds_cpu_optimizer": False,  # torch's fused Adam serves offloading, nothing to compile
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it would synchronise the device at every forward pass and step
     }

@@ -240,6 +240,13 @@ class _ZeroEngine(DeepSpeedEngine):
     def _validate_zero3_moe_compatibility(self) -> None:
         """DeepSpeed admits only its AutoEP layers to stage 3; our expert parameters are marked as theirs are."""
 
+    def _configure_zero_optimizer(self, optimizer: Any) -> Any:
+        # DeepSpeed looks for inf and nan in every gradient (11 launches a parameter, a collective and a read), and then
+        # in their float64 norm, which any of them makes inf or nan. The norm decides alone.
+        zero = super()._configure_zero_optimizer(optimizer)
+        zero.check_overflow = zero.update_offload_overflow_tracker = _check_nothing
+        return zero
+
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
         """One optimizer class a stage: DeepSpeed would switch bf16 at stage 1 to a class of other layout."""
         return ZERO_OPTIMIZATION
@@ -248,6 +255,10 @@ class _ZeroEngine(DeepSpeedEngine):
         # DeepSpeed prepares it from hooks on the tensors that a model returns; ours returns them inside a record.
         register_output_backward_hooks(loss, self._backward_prologue)
         super().backward(loss, scale_wrt_gas=False)
+
+
+def _check_nothing(*arguments: Any, **settings: Any) -> None:
+    """Stand-in for DeepSpeed's search for inf and nan."""
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:

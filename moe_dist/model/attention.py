@@ -1,4 +1,4 @@
-"""Causal attention over packed documents, and the rotary angles of positions that restart in each of them.
+"""Causal attention over packed documents, and the rotary embedding of positions that restart in each of them.
 
 A micro-batch is T tokens laid end to end. A token attends to the earlier tokens of its own document only. No T x T mask
 is ever made: the documents' places are worked out once per micro-batch and shared by all layers.
@@ -23,16 +23,21 @@ from torch.nn.attention.varlen import varlen_attn
 
 from moe_dist.batch import TokenInfo
 from moe_dist.errors import UserError
+from moe_dist.fused import fused
 
 _MULTIPLE = 16  # padded document lengths: few different ones, and at most 15 tokens of padding a document
 
 
-class Documents(Protocol):
-    """Where the documents of a micro-batch lie: all that attention must know about them."""
+class Attending(Protocol):
+    """The form of attention over the documents of a micro-batch."""
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         """Softmax attention, scaled by 1/sqrt(d), causal within each document: [T, H, d]."""
         ...
+
+
+class Documents(Attending, Protocol):
+    """Where the documents of a micro-batch lie: all that attention must know about them."""
 
     def select(self, info: TokenInfo) -> Documents:
         """The same documents where attention sees nothing but the tokens of `info` (TokenInfo.select)."""
@@ -104,7 +109,8 @@ class BucketedDocuments:
             query, key, value = (x.unflatten(0, bucket).transpose(1, 2) for x in qkv)
             output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs).index_select(0, self.scatter_T)
+        output_PHd = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return output_PHd.index_select(0, self.scatter_T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,3 +154,29 @@ def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:
     exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_T.device) / head_size
     angle_Td = position_T[:, None].float() * (1.0 / base**exponent)
     return torch.cat([angle_Td, angle_Td], dim=1)[:, None, None, :]
+
+
+def rotation(angle_T11d: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cosines and signed sines of the angles, [2, T, 1, d] in `dtype`: made once per micro-batch for all layers."""
+    sin_T1d = angle_T11d.sin().squeeze(1)
+    first, second = sin_T1d.chunk(2, dim=-1)
+    return torch.stack([angle_T11d.cos().squeeze(1), torch.cat([-first, second], dim=-1)]).to(dtype)
+
+
+@fused
+def rotate(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
+    """Turn each head (x1, x2), two halves, into (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    return x_THd * cos_T1d + x_THd.roll(x_THd.shape[-1] // 2, -1) * sin_T1d
+
+
+@dataclass(frozen=True, slots=True)
+class RotatedDocuments:
+    """Attention whose queries and keys are rotated first."""
+
+    documents: Attending
+    turn_2T1d: Tensor
+
+    def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
+        cos_T1d, sin_T1d = self.turn_2T1d.unbind()
+        query_THd, key_TGd = (rotate(x, cos_T1d, sin_T1d) for x in (query_THd, key_TGd))
+        return self.documents.attend(query_THd, key_TGd, value_TGd)

@@ -30,13 +30,13 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
 
     def forward(
-        self, x_TD: Tensor, info: TokenInfo, documents: Documents, angles_T11d: Tensor
+        self, x_TD: Tensor, info: TokenInfo, documents: Documents, turn_2T1d: Tensor
     ) -> tuple[Tensor, RoutingRecord | None]:
         if self.norm_first:
-            x_TD = x_TD + self.attention(self.attention_norm(x_TD), info.token_id_T, documents, angles_T11d)
+            x_TD = x_TD + self.attention(self.attention_norm(x_TD), info.token_id_T, documents, turn_2T1d)
             y_TD, record = self.ffn(self.ffn_norm(x_TD), info)
             return x_TD + y_TD, record
-        x_TD = x_TD + self.attention_norm(self.attention(x_TD, info.token_id_T, documents, angles_T11d))
+        x_TD = x_TD + self.attention_norm(self.attention(x_TD, info.token_id_T, documents, turn_2T1d))
         y_TD, record = self.ffn(x_TD, info)
         return x_TD + self.ffn_norm(y_TD), record
 

@@ -39,13 +39,13 @@ class MixtureOfDepths(nn.Module):
         self.router = DepthRouter(config.depth, site)
 
     def forward(
-        self, block: nn.Module, x_TD: Tensor, info: TokenInfo, documents: Documents, angles_T11d: Tensor
+        self, block: nn.Module, x_TD: Tensor, info: TokenInfo, documents: Documents, turn_2T1d: Tensor
     ) -> tuple[Tensor, RoutingRecord | None, DepthRecord]:
         """What the block returns, over all T tokens and with token numbers among them; and what was admitted."""
         admitted_T, routing = self.router(x_TD, info)
         token_K, inner = info.select(admitted_T, self.split_sizes)
         x_KD = x_TD.index_select(0, token_K)
-        y_KD, record = block(x_KD, inner, documents.select(inner), angles_T11d.index_select(0, token_K))
+        y_KD, record = block(x_KD, inner, documents.select(inner), turn_2T1d.index_select(1, token_K))
         gate_T1 = routing.probs_VC.new_zeros(info.num_tokens, 1).index_copy(0, routing.token_V, routing.probs_VC)
         gate_K1 = gate_T1.index_select(0, token_K).to(x_TD.dtype)
         x_TD = x_TD.index_add(0, token_K, gate_K1 * (y_KD - x_KD))

@@ -12,9 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from moe_dist.batch import TokenInfo
 from moe_dist.config import LoRAConfig
-from moe_dist.model.attention import Documents
+from moe_dist.model.attention import Attending
 from moe_dist.moe.lora import LowRank
 
 
@@ -68,12 +67,9 @@ class LoRALinear(nn.Linear):
 class DroppedDocuments:
     """Documents whose attended values come as the output projection takes them: followed by a copy with dropout."""
 
-    documents: Documents
+    documents: Attending
     projection: LoRALinear
     token_id_T: Tensor
-
-    def select(self, info: TokenInfo) -> DroppedDocuments:
-        return DroppedDocuments(self.documents.select(info), self.projection, info.token_id_T)
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         """[T, H, d] where dropout is off, else [T, 2 H, d]."""

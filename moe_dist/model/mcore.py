@@ -1,8 +1,9 @@
 """Megatron-core's SelfAttention as this model uses it. The only file that imports megatron.
 
-Around megatron's own code (fused projection of queries, keys and values, their norms, rotary embedding) the spec puts
-parts that need neither Transformer Engine nor CUDA nor megatron's global parallel state. There is no tensor or context
-parallelism: megatron is handed groups of one rank.
+Around megatron's own code (fused projection of queries, keys and values, their norms) the spec puts parts that need
+neither Transformer Engine nor CUDA nor megatron's global parallel state. The rotary embedding is ours, because megatron
+computes cosines and sines anew in every layer. There is no tensor or context parallelism: megatron gets groups of one
+rank.
 
 Shape suffixes: T tokens, D model width, H heads, G query groups, d size per head.
 """
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from moe_dist.config import ModelConfig
 from moe_dist.fused import fused
-from moe_dist.model.attention import Documents, locate_documents
+from moe_dist.model.attention import Attending, Documents, RotatedDocuments, locate_documents
 from moe_dist.model.lora import DroppedDocuments, LoRALinear
 from moe_dist.moe.random import seeded_normal_
 
@@ -82,13 +83,13 @@ def _layer_norm(x: Tensor, weight_d: Tensor, bias_d: Tensor, eps: float) -> Tens
 
 
 class DocumentAttention(nn.Module):
-    """Megatron's core-attention slot. The `attention_mask` that travels through SelfAttention is a Documents value."""
+    """Megatron's core-attention slot. The `attention_mask` that travels through SelfAttention is an Attending value."""
 
     def __init__(self, **_settings):
         super().__init__()
 
     def forward(
-        self, query_T1Hd: Tensor, key_T1Gd: Tensor, value_T1Gd: Tensor, attention_mask: Documents, **_unused
+        self, query_T1Hd: Tensor, key_T1Gd: Tensor, value_T1Gd: Tensor, attention_mask: Attending, **_unused
     ) -> Tensor:
         output_THd = attention_mask.attend(query_T1Hd.squeeze(1), key_T1Gd.squeeze(1), value_T1Gd.squeeze(1))
         return output_THd.flatten(1).unsqueeze(1)
@@ -110,15 +111,16 @@ class Attention(nn.Module):
             name = f"{_name(layer, key)}.weight"
             seeded_normal_(getattr(self.core, key).weight, seed=seed, name=name, std=std)
 
-    def forward(self, x_TD: Tensor, token_id_T: Tensor, documents: Documents, angles_T11d: Tensor) -> Tensor:
-        """y_TD; the global token ids decide about LoRA's dropout. T may be 0 (mixture-of-depths admits nothing)."""
+    def forward(self, x_TD: Tensor, token_id_T: Tensor, documents: Documents, turn_2T1d: Tensor) -> Tensor:
+        """Return y_TD. turn_2T1d: what `rotation` returns. The global token ids key LoRA's dropout. T may be 0."""
         if not len(x_TD):  # megatron cannot: one token of zeros, cut off again, gives every weight a gradient of zero
-            alone, ids, angles = locate_documents([1], device=x_TD.device, dtype=x_TD.dtype), token_id_T, angles_T11d
-            return self(F.pad(x_TD, (0, 0, 0, 1)), F.pad(ids, (0, 1)), alone, F.pad(angles, (0, 0) * 3 + (0, 1)))[:0]
+            alone, ids, turn = locate_documents([1], device=x_TD.device, dtype=x_TD.dtype), token_id_T, turn_2T1d
+            return self(F.pad(x_TD, (0, 0, 0, 1)), F.pad(ids, (0, 1)), alone, F.pad(turn, (0, 0) * 2 + (0, 1)))[:0]
+        attending: Attending = RotatedDocuments(documents, turn_2T1d)
         if isinstance(self.core.linear_qkv, LoRALinear):
             x_TD = self.core.linear_qkv.with_dropout(x_TD, token_id_T)
-            documents = DroppedDocuments(documents, self.core.linear_proj, token_id_T)
-        output_T1D, _ = self.core(x_TD.unsqueeze(1), attention_mask=documents, rotary_pos_emb=angles_T11d)
+            attending = DroppedDocuments(attending, self.core.linear_proj, token_id_T)
+        output_T1D, _ = self.core(x_TD.unsqueeze(1), attention_mask=attending)
         return output_T1D.squeeze(1)
 
 

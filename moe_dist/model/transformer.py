@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.batch import TokenInfo
 from moe_dist.config import ModelConfig
-from moe_dist.model.attention import Documents, locate_documents, rotary_angles
+from moe_dist.model.attention import Documents, locate_documents, rotary_angles, rotation
 from moe_dist.model.block import Block
 from moe_dist.model.cache import Decoding
 from moe_dist.model.depth import MixtureOfDepths
@@ -89,13 +89,14 @@ class Transformer(nn.Module):
         else:
             of_layers = [decoding.documents(layer, info) for layer in range(config.num_layers)]
         angles_T11d = rotary_angles(info.position_T, head_size=config.size_per_head, base=config.rope_base)
+        turn_2T1d = rotation(angles_T11d, x_TD.dtype)
         records, depths = [], []
         for layer, (block, documents) in enumerate(zip(self.layers, of_layers)):
             run: Any = partial(self.depth[str(layer)], block) if layer in config.depth_layers else block
             if config.recompute and self.training:
                 # Not the reentrant kind, which would drop the gradient of what the records hold.
                 run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
-            x_TD, record, *depth = run(x_TD, info, documents, angles_T11d)
+            x_TD, record, *depth = run(x_TD, info, documents, turn_2T1d)
             depths += depth
             if record is not None:
                 records.append(record)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_dist.batch import MODALITIES, TokenInfo
+from moe_dist.batch import TokenInfo
 from moe_dist.config import DepthConfig
 from moe_dist.moe.auxiliary import AuxiliaryRouter, decide_alone
 from moe_dist.moe.capacity import expert_capacity, keep_within_capacity
@@ -38,16 +38,14 @@ class DepthRouter(nn.Module):
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, Routing]:
         """admitted_T (bool), and the decision about every valid token with its gate value, in one column."""
-        sets = self._sets(info)
-        token_V = torch.cat(sets)
+        token_V, sizes = info.competing(self.settings.scope)
         x_VD = x_TD.index_select(0, token_V)
         logits_V1 = self.gate(x_VD)
         auxiliary_V1 = None if self.auxiliary is None else self.auxiliary(x_VD)
         if info.causal:
             admitted_V1 = decide_alone(auxiliary_V1, self.layer)
         else:
-            keys_V1 = selection_keys(logits_V1, info.token_id_T.index_select(0, token_V), self.key)
-            sizes = [len(members) for members in sets]
+            keys_V1 = selection_keys(logits_V1, info, self.key, self.settings.scope)
             capacities = [expert_capacity(size, self.settings.capacity, 1) for size in sizes]
             admitted_V1 = keep_within_capacity(torch.ones_like(keys_V1, dtype=torch.bool), keys_V1, sizes, capacities)
         admitted_T = torch.zeros_like(info.valid_T).index_copy(0, token_V, admitted_V1.squeeze(1))
@@ -55,13 +53,3 @@ class DepthRouter(nn.Module):
             token_V=token_V, logits_VC=logits_V1, probs_VC=logits_V1.sigmoid(), chosen_VC=admitted_V1,
             kept_VE=admitted_V1, auxiliary_VC=auxiliary_V1,
         )  # fmt: skip
-
-    def _sets(self, info: TokenInfo) -> list[Tensor]:
-        """Indices of the valid tokens that compete with each other."""
-        match self.settings.scope:
-            case "modality":
-                return [members for modality in range(len(MODALITIES)) for members in info.members(modality)]
-            case "sequence":
-                return info.sequences()
-            case "group":
-                return info.members()

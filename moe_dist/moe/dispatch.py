@@ -62,11 +62,13 @@ class LocalDispatcher:
 
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan, token_id_T: Tensor | None = None) -> tuple[Tensor, Receipt]:
         counts_E = self.split_sizes(plan.counts_E)
-        token_ids_N = plan.token_ids_N[: sum(counts_E)].repeat(self.slices)
+        token_ids_N, weights_N = (x_N[: sum(counts_E)] for x_N in (plan.token_ids_N, plan.weights_N))
+        if self.slices > 1:
+            token_ids_N, weights_N = token_ids_N.repeat(self.slices), weights_N.repeat(self.slices)
         counts = counts_E * self.slices
         receipt = Receipt(
             counts_e=tuple(counts),
-            weights_R=plan.weights_N[: sum(counts_E)].repeat(self.slices),
+            weights_R=weights_N,
             token_id_R=None if token_id_T is None else token_id_T.index_select(0, token_ids_N),
             token_ids_N=token_ids_N,
             num_tokens=x_TD.shape[0],

@@ -6,7 +6,6 @@ selection groups together.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -57,11 +56,9 @@ class ExpertChoiceRouter(nn.Module):
         self.has_auxiliary = settings.auxiliary
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]:
-        members = info.members()
-        token_V = torch.cat(members)
+        token_V, sizes = info.competing()
         x_VD = x_TD.index_select(0, token_V)
-        token_id_V = info.token_id_T.index_select(0, token_V)
-        logits_VE = self._add_noise(self.gate(x_VD), token_id_V)
+        logits_VE = self._add_noise(self.gate(x_VD), token_V, info)
         probs_VE = logits_VE.sigmoid()
         auxiliary_VE = None if self.auxiliary is None else self.auxiliary(x_VD)
         if info.causal:
@@ -69,8 +66,8 @@ class ExpertChoiceRouter(nn.Module):
             expert_VE = torch.arange(self.num_experts, device=x_TD.device).where(chosen_VE, self.num_experts)
             plan = plan_assignments(token_V, expert_VE, probs_VE, self.num_experts)
         else:
-            keys_VE = selection_keys(logits_VE, token_id_V, self.key)
-            chosen_EK = self._choose(keys_VE, [len(member) for member in members])
+            keys_VE = selection_keys(logits_VE, info, self.key)
+            chosen_EK = self._choose(keys_VE, sizes)
             chosen_VE = torch.zeros_like(keys_VE, dtype=torch.bool).scatter(0, chosen_EK.t(), True)
             plan = RoutingPlan(
                 token_ids_N=token_V.index_select(0, chosen_EK.flatten()),
@@ -83,10 +80,11 @@ class ExpertChoiceRouter(nn.Module):
         )  # fmt: skip
         return plan, RoutingRecord(layer=self.layer, plan=plan, parts=(routing,))
 
-    def _add_noise(self, logits_VE: Tensor, token_id_V: Tensor) -> Tensor:
+    def _add_noise(self, logits_VE: Tensor, token_V: Tensor, info: TokenInfo) -> Tensor:
         """None in evaluation, nor where the gate is frozen, as in the stage that trains auxiliary routers."""
         if not (self.settings.gumbel_noise and self.training and self.gate.weight.requires_grad):
             return logits_VE
+        token_id_V = info.token_id_T.index_select(0, token_V)
         expert_E = torch.arange(self.num_experts, device=logits_VE.device)
         return logits_VE + logistic(self.noise_key, token_id_V[:, None], expert_E).to(logits_VE.dtype)
 
@@ -95,9 +93,10 @@ class ExpertChoiceRouter(nn.Module):
         chosen, start = [], 0
         for size, keys_bE in zip(group_sizes, keys_VE.split(group_sizes)):
             capacity = expert_capacity(size, self.settings.capacity_factor, self.num_experts)
-            chosen.append(keys_bE.t().topk(capacity, dim=1, sorted=False).indices + start)
+            first = keys_bE.t().topk(capacity, dim=1, sorted=False).indices
+            chosen.append(first + start if start else first)
             start += size
-        return torch.cat(chosen, dim=1)
+        return torch.cat(chosen, dim=1) if len(chosen) > 1 else chosen[0]
 
 
 class ModalityRouter(nn.Module):
@@ -134,21 +133,8 @@ class ModalityRouter(nn.Module):
         self.expert_groups = tuple(groups)
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]:
-        routed = [getattr(self, name)(x_TD, only(info, index)) for index, name in enumerate(MODALITIES)]
+        routed = [getattr(self, name)(x_TD, info.of_modality(index)) for index, name in enumerate(MODALITIES)]
         plans, records = zip(*routed)
         plan = join_plans(plans)
         parts = tuple(part for record in records for part in record.parts)
         return plan, RoutingRecord(layer=self.layer, plan=plan, parts=parts)
-
-
-def only(info: TokenInfo, modality: int) -> TokenInfo:
-    """The same tokens, of which only those of one modality count as valid."""
-    sizes = [sum(row) for row in info.modality_counts]
-    return replace(
-        info,
-        valid_T=info.valid_T & (info.modality_T == modality),
-        by_modality_V=info.by_modality_V.split(sizes)[modality],
-        modality_counts=tuple(
-            row if index == modality else (0,) * len(row) for index, row in enumerate(info.modality_counts)
-        ),
-    )

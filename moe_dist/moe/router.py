@@ -19,10 +19,13 @@ from moe_dist.moe.random import hash_ids, seeded_normal_
 from moe_dist.strict import Strict
 
 # Selection compares logits on a grid of 2^-14, so that tokens that are identical but for rounding tie at every layout.
-# A key packs 24 bits of grid position (logits beyond +-512 tie) above 40 bits of hash, which breaks the ties.
-_GRID = 2.0**14
+# A key packs the position on the grid (logits beyond +-256 tie) above 40 bits of hash, which break the ties. The last
+# bit of a float32 between 512 and 1024 is worth 2^-14: adding 768 rounds a logit to the grid. Its position is in the
+# low bits of the sum. float64 does the same at 1.5 * 2^38.
 _HASH_BITS = 40
-_GRID_LIMIT = 2**23
+_LIMIT, _STEP = 256.0, 2.0**-14
+_MIDDLE = {torch.float32: (768.0, torch.int32), torch.float64: (1.5 * 2.0**38, torch.int64)}
+_COLUMN_STEP = 0x9E3779B97F4B  # odd; the columns' multiples of it differ in many bits
 
 
 class Router(Protocol):
@@ -88,9 +91,29 @@ def _no_autocast(device_type: str) -> AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
-def selection_keys(logits_VC: Tensor, token_id_V: Tensor, key: int) -> Tensor:
-    """int64 [V, C], ordered like the logits on the selection grid, ties broken by a hash of (key, token, column)."""
-    grid_VC = (logits_VC.detach() * _GRID).round().clamp(-_GRID_LIMIT, _GRID_LIMIT - 1).long()
-    column_C = torch.arange(logits_VC.shape[1], device=logits_VC.device)
-    hash_VC = hash_ids(key, token_id_V[:, None], column_C)
-    return (grid_VC << _HASH_BITS) | (hash_VC & ((1 << _HASH_BITS) - 1))
+def selection_keys(logits_VC: Tensor, info: TokenInfo, key: int, scope: str = "group") -> Tensor:
+    """Return int64 [V, C], ordered like the logits of the tokens info.competing(scope) on the selection grid.
+
+    Ties are broken by a hash of (key, token id, column). All but one rounding is integer arithmetic, so every device
+    computes the same bits.
+    """
+    middle, integer = _MIDDLE[logits_VC.dtype]
+    sum_VC = (logits_VC.detach() + middle).clamp(middle - _LIMIT, middle + _LIMIT - _STEP)
+    hash_VC = (_ids(info, logits_VC.shape[1], scope) * (key | 1)) >> (64 - _HASH_BITS)
+    # What lies above the position's bits in the sum is shifted out: int64 arithmetic wraps around.
+    return hash_VC.add(sum_VC.view(integer), alpha=1 << _HASH_BITS)
+
+
+def _ids(info: TokenInfo, columns: int, scope: str) -> Tensor:
+    """Return a well-mixed int64 [V, C] of every (token, column), made once per micro-batch and shared by all routers.
+
+    A router multiplies it by an odd number of its own; the high bits of the product are a hash (Dietzfelbinger et al.,
+    "A Reliable Randomized Algorithm for the Closest-Pair Problem", J. Algorithms 1997).
+    """
+
+    def make() -> Tensor:
+        hash_T = info.once_per_token("hash_T", lambda: hash_ids(0, info.token_id_T))
+        column_C = torch.arange(0, columns * _COLUMN_STEP, _COLUMN_STEP, device=hash_T.device)
+        return hash_T.index_select(0, info.competing(scope)[0])[:, None] ^ column_C
+
+    return info.once(("ids", columns, scope), make)

@@ -73,16 +73,14 @@ class TokenChoiceRouter(nn.Module):
         raise NotImplementedError
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]:
-        members = info.members()
-        token_V, sizes = torch.cat(members), [len(member) for member in members]
+        token_V, sizes = info.competing()
         logits_VC = self.gate(x_TD.index_select(0, token_V))
         probs_VC = self.probabilities(logits_VC)
-        token_id_V = info.token_id_T.index_select(0, token_V)
-        chosen_Vk = selection_keys(logits_VC, token_id_V, self.key).topk(self.settings.top_k, dim=1).indices
+        chosen_Vk = selection_keys(logits_VC, info, self.key).topk(self.settings.top_k, dim=1).indices
         chosen_VC = torch.zeros_like(logits_VC, dtype=torch.bool).scatter(1, chosen_Vk, True)
         kept_VE = chosen_VC[:, : self.num_experts]
         if self.settings.capacity_factor is not None:
-            priority_VE = self._priority(probs_VC, token_V, token_id_V)
+            priority_VE = self._priority(probs_VC, token_V, info)
             kept_VE = keep_within_capacity(kept_VE, priority_VE, sizes, [self._capacity(size) for size in sizes])
         kept_VC = F.pad(kept_VE, (0, self.settings.columns - self.num_experts))
         expert_Vk = chosen_Vk.where(kept_VC.gather(1, chosen_Vk), self.num_experts)
@@ -106,11 +104,11 @@ class TokenChoiceRouter(nn.Module):
             return None
         return info.num_groups * self._capacity(max(info.num_tokens // info.num_groups, *sizes))
 
-    def _priority(self, probs_VC: Tensor, token_V: Tensor, token_id_V: Tensor) -> Tensor:
+    def _priority(self, probs_VC: Tensor, token_V: Tensor, info: TokenInfo) -> Tensor:
         probs_VE = probs_VC[:, : self.num_experts]
         if self.settings.drop_policy == "position":
             return -token_V[:, None].expand_as(probs_VE)
-        return selection_keys(probs_VE, token_id_V, self.key)
+        return selection_keys(probs_VE, info, self.key)
 
 
 class TopKRouter(TokenChoiceRouter):

@@ -73,7 +73,7 @@ def routing_counts(
     return RoutingCounts(
         layers=tuple(record.layer for record in records),
         load_LGE=load_LGE,
-        dropped_LE=torch.stack([record.dropped_E for record in records]),
+        dropped_LE=_dropped(records, load_LE),
         assigned_LM=(hits_LT[:, None] * member_MT).sum(-1),
         unrouted_LM=((hits_LT[:, None] == 0) & member_MT).sum(-1),
         valid_M=member_MT.sum(-1),
@@ -81,10 +81,16 @@ def routing_counts(
     )
 
 
+def _dropped(records: Sequence[RoutingRecord], load_LE: Tensor) -> Tensor:
+    if all(part.chosen_VC is part.kept_VE for record in records for part in record.parts):
+        return torch.zeros_like(load_LE)  # expert choice: an expert chooses no more than it takes
+    return torch.stack([record.dropped_E for record in records])
+
+
 def _by_domain(record: RoutingRecord, domain_T: Tensor | None, num_domains: int) -> Tensor:
     """[D, E] assignments. A row after the last takes the tokens without a domain, and is left out."""
     if domain_T is None:
-        return record.load_E.new_zeros(0, len(record.load_E))
+        return record.plan.counts_E.new_zeros(0, record.plan.counts_E.numel())
     row_T = torch.where(domain_T < 0, num_domains, domain_T)
     parts = []
     for part in record.parts:

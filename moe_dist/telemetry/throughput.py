@@ -16,6 +16,8 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any, NamedTuple
 
+import torch
+
 from moe_dist.config import DenseFFN, LoRAExpertsConfig, ModelConfig
 from moe_dist.moe.plan import DepthRecord, Routing, RoutingRecord
 
@@ -67,10 +69,12 @@ def model_flops(
 
 
 def work(records: Sequence[RoutingRecord], depths: Sequence[DepthRecord]) -> dict[str, Any]:
-    """What model_flops is told about a micro-batch beside its documents, from what the model returned with it."""
+    """Keyword arguments for model_flops, from a micro-batch's records. Reads the device once for all layers."""
     routings = {f"layers.{record.layer}.ffn.router": record.parts for record in records}
+    rows = [part.kept_VE.sum() for record in records for part in record.parts]
+    of_parts = iter(torch.stack(rows).tolist() if rows else [])
     return {
-        "ffn_rows": [int(record.load_E.sum()) for record in records] or None,
+        "ffn_rows": [sum(next(of_parts) for _ in record.parts) for record in records] or None,
         "admitted": {depth.layer: depth.document_lengths for depth in depths},
         "routings": routings | {f"depth.{depth.layer}.router": (depth.routing,) for depth in depths},
     }

@@ -87,6 +87,7 @@ def test_deepspeed_knows_every_key_that_we_take_or_pass():
     assert config.grad_accum_dtype == "fp32"
     assert config.zero_config.param_persistence_threshold == 7
     assert config.zero_config.reduce_bucket_size == 1000
+    assert not config.timers_config.enabled
 
 
 def test_no_key_is_both_taken_and_refused():

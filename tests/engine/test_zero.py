@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_dist.engine.trainable import freeze_others
 from moe_dist.engine.zero import parameter_groups
@@ -99,6 +100,39 @@ def _refused(rank, config):
 def test_layouts_and_batches_that_do_not_fit():
     assert "groups=3 is not a multiple of 2" in run_ranks(_refused, 2, make_config(groups=3))[0]
     assert "gradient_cliping" in run_ranks(_refused, 1, make_config(deepspeed=sgd() | {"gradient_cliping": 1.0}))[0]
+
+
+# --- what DeepSpeed would do on the device at every step, and does not
+
+
+class _Reads(TorchDispatchMode):
+    """Counts reads of the device: CPU and GPU alike pass through this operation."""
+
+    reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def _reads_and_timer(rank, config):
+    engine, layout = toy_engine(config)
+    engine.train_step(step_inputs(0, layout, config), objective, LR)
+    for batch in step_inputs(1, layout, config):
+        output = engine._zero(batch.tokens_T, batch.info)
+        engine._zero.backward(objective(output, batch, SUM).loss)
+        with _Reads() as step:
+            engine._zero.step()
+    return step.reads, engine._zero.tput_timer
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_reads_nothing_but_the_norm_and_times_nothing(stage, bf16):
+    config = make_config(deepspeed=sgd(stage) | {"bf16": {"enabled": bf16}})
+    ((reads, timer),) = run_ranks(_reads_and_timer, 1, config)
+    assert reads == (1 if stage == 3 else 4), "whether the norm is finite; stages 1 and 2 also ask each of three groups"
+    assert not timer.config.enabled and timer.global_step_count == 0 and not timer.started
 
 
 # --- evaluation

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
 from moe_dist.model import attention
-from moe_dist.model.attention import BucketedDocuments, VarlenDocuments, locate_documents, rotary_angles
+from moe_dist.model.attention import BucketedDocuments, VarlenDocuments, locate_documents, rotary_angles, rotation
 from moe_dist.model.mcore import Attention
 from tests import reference
 from tests.model import reference_model
@@ -30,10 +31,10 @@ def test_attention_equals_the_naive_formula_in_float64(lengths, qk_norm, groups,
         torch.nn.init.normal_(parameter, std=0.5)
     x = torch.randn(sum(lengths), config.hidden_size, dtype=torch.float64, requires_grad=True)
     documents = locate_documents(lengths, device=x.device, dtype=x.dtype)
-    angles = rotary_angles(positions(lengths), head_size=size, base=100.0)
+    turn = rotation(rotary_angles(positions(lengths), head_size=size, base=100.0), torch.float64)
     upstream = torch.randn_like(x)
 
-    output = module(x, torch.arange(len(x)), documents, angles)
+    output = module(x, torch.arange(len(x)), documents, turn)
     names, parameters = zip(*module.core.named_parameters())
     gradients = torch.autograd.grad(output, [x, *parameters], upstream)
 
@@ -63,8 +64,8 @@ def test_lora_on_attention_equals_the_naive_formula_in_float64(qk_norm, groups, 
     documents = locate_documents(lengths, device=x.device, dtype=x.dtype)
     upstream = torch.randn_like(x)
 
-    angles = rotary_angles(positions(lengths), head_size=size, base=100.0)
-    output = module(x, ids, documents, angles)
+    turn = rotation(rotary_angles(positions(lengths), head_size=size, base=100.0), torch.float64)
+    output = module(x, ids, documents, turn)
     weights = dict(module.core.named_parameters())
     frozen = {name for name, weight in weights.items() if not weight.requires_grad}
     assert frozen == {"linear_qkv.weight", "linear_proj.weight"}
@@ -86,10 +87,26 @@ def test_lora_on_attention_equals_the_naive_formula_in_float64(qk_norm, groups, 
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
     for ours, theirs in zip(gradients, torch.autograd.grad(expected, [x, *trained], upstream)):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
-    repeated = module(x, ids, documents, angles)
+    repeated = module(x, ids, documents, turn)
     assert torch.equal(repeated, output)
-    evaluated = module.eval()(x, ids, documents, angles)
+    evaluated = module.eval()(x, ids, documents, turn)
     assert (evaluated - output).abs().max() > 0.1 if dropout else torch.equal(evaluated, output)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotation_has_the_bits_of_megatron(dtype):
+    """Cosines and sines made once per micro-batch change no bit of the values or gradients."""
+    angles = rotary_angles(positions([40, 60]), head_size=16, base=100.0)
+    x, upstream = (torch.randn(100, 3, 16).to(dtype) for _ in range(2))
+    results = []
+    for turned in (
+        lambda x: attention.rotate(x, *rotation(angles, dtype).unbind()),
+        lambda x: _apply_rotary_pos_emb_bshd(x.unsqueeze(1), angles).squeeze(1),
+    ):
+        leaf = x.clone().requires_grad_()
+        y = turned(leaf)
+        results.append((y, *torch.autograd.grad(y, leaf, upstream)))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
 
 
 def test_rotary_angles_are_float32_and_the_plain_formula():
