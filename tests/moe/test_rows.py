@@ -21,9 +21,9 @@ def test_gradients_and_values(ids):
 
 def test_bfloat16_rows_are_added_in_float32_both_ways():
     """300 rows of 1: a sum in bfloat16 stops at 256, the next number it has is 258."""
-    ids = torch.zeros(301, dtype=torch.int64)
-    rows = torch.ones(301, 1, dtype=torch.bfloat16)
-    assert add_up_rows(rows, ids, 1).item() == 302  # 301, rounded
+    ids = torch.zeros(302, dtype=torch.int64)
+    rows = torch.ones(302, 1, dtype=torch.bfloat16)
+    assert add_up_rows(rows, ids, 1).item() == 302
     x = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
     take_rows(x, ids).sum().backward()
     assert x.grad.item() == 302
