@@ -78,7 +78,8 @@ def _in_order(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """By token id; of a token that recomputation has selected from twice, the first."""
     token_id_V, logits_VC = (torch.cat(column) for column in zip(*pieces, strict=True))
     token_id_V, order_V = token_id_V.sort(stable=True)
-    first_V = torch.cat([torch.ones(1, dtype=torch.bool), token_id_V[1:] != token_id_V[:-1]])
+    first_V = torch.ones_like(token_id_V, dtype=torch.bool)
+    first_V[1:] = token_id_V[1:] != token_id_V[:-1]
     return token_id_V[first_V], logits_VC.index_select(0, order_V[first_V])
 
 
