@@ -38,7 +38,7 @@ class DepthRouter(nn.Module):
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, Routing]:
         """admitted_T (bool), and the decision about every valid token with its gate value, in one column."""
-        sets = self._sets(info)
+        sets = self.competing(info)
         token_V = torch.cat(sets)
         x_VD = x_TD.index_select(0, token_V)
         logits_V1 = self.gate(x_VD)
@@ -56,7 +56,7 @@ class DepthRouter(nn.Module):
             kept_VE=admitted_V1, auxiliary_VC=auxiliary_V1,
         )  # fmt: skip
 
-    def _sets(self, info: TokenInfo) -> list[Tensor]:
+    def competing(self, info: TokenInfo) -> list[Tensor]:
         """Indices of the valid tokens that compete with each other."""
         match self.settings.scope:
             case "modality":

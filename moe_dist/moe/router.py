@@ -94,3 +94,20 @@ def selection_keys(logits_VC: Tensor, token_id_V: Tensor, key: int) -> Tensor:
     column_C = torch.arange(logits_VC.shape[1], device=logits_VC.device)
     hash_VC = hash_ids(key, token_id_V[:, None], column_C)
     return (grid_VC << _HASH_BITS) | (hash_VC & ((1 << _HASH_BITS) - 1))
+
+
+def selection_margins(logits_VC: Tensor, keys_VC: Tensor, chosen_VC: Tensor) -> Tensor:
+    """float64 [V, C]: by how much one logit must change until its row is chosen, or no longer chosen, in its column.
+
+    The rows of a column compete for a fixed number of places, which those of the highest keys have (selection_keys).
+    Where all rows of a column are chosen, or none, nothing can change: inf.
+    """
+    hash_VC = keys_VC & ((1 << _HASH_BITS) - 1)
+    lowest, highest = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    last_in_C = keys_VC.masked_fill(~chosen_VC, highest).amin(dim=0)
+    first_out_C = keys_VC.masked_fill(chosen_VC, lowest).amax(dim=0)
+    rival_VC = torch.where(chosen_VC, first_out_C, last_in_C)
+    # The lowest grid position above the rival: the rival's own, if the hash decides for the row, else the next one.
+    position_VC = (rival_VC >> _HASH_BITS) + (hash_VC <= (rival_VC & ((1 << _HASH_BITS) - 1)))
+    distance_VC = (logits_VC.detach().double() - (position_VC - 0.5) / _GRID).abs()
+    return distance_VC.masked_fill(chosen_VC.all(dim=0) | ~chosen_VC.any(dim=0), torch.inf)

@@ -83,10 +83,10 @@ class Record:
 
 def recipe(overrides: list[str], at: At, folder: Path, resume: Path | str = "none") -> Config:
     own = [f"run.dir={folder / str(at)}", f"run.resume={resume}", f"parallel.expert={at.expert}"]
-    own += [f"deepspeed.zero_optimization.stage={at.stage}", "deepspeed.optimizer.params.lr=0.01", EPS]
+    own += [f"deepspeed.zero_optimization.stage={at.stage}", "deepspeed.optimizer.params.lr=0.01"]
     micro = 1 if at.stage == 1 else GROUPS // at.world  # accumulated, or not
     own += [f"train.global_batch_groups={GROUPS}", f"train.micro_batch_groups={micro}"]
-    return load_config(MOMA, [*overrides, *own])
+    return load_config(MOMA, [EPS, *overrides, *own])
 
 
 def start(config: Config) -> Run:
