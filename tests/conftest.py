@@ -19,8 +19,9 @@ from moe_dist.data.shards import Sample, split_of, write_shards
 from moe_dist.data.text import train_text_tokenizer
 from moe_dist.data.vq import VQConfig
 from moe_dist.data.vq_training import VQTraining, train_vq
+from tests.long import THREADS
 
-torch.set_num_threads(1)  # of tensors this small a second thread only waits, and takes processor time from the ranks
+torch.set_num_threads(THREADS)
 
 EMOJI = Path(__file__).parent / "fixtures" / "emoji"
 

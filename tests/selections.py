@@ -22,6 +22,9 @@ from moe_dist.moe.router import selection_keys
 
 # Largest difference of a logit to rounding, after a few steps: less than half a cell of the grid of selection_keys.
 LOGITS = 3e-5
+# Nats by which a decision that falls differently may move the mean loss of a small run (seen: up to 7e-4). Runs under a
+# launcher cannot follow each other, so they are compared to this; a rank that takes other data moves it further.
+ONE_DECISION = 2e-3
 Selections = dict[tuple[int, int], tuple[Tensor, Tensor]]  # (step, key of the router): token ids in order, their logits
 
 

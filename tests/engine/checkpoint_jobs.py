@@ -19,6 +19,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.distributed import run_ranks
 from tests.engine.toy import EXPERTS, MOMA, TOKENS, VOCABULARY, ToyModel, make_config, objective, step_batches
+from tests.long import THREADS
 from tests.selections import LOGITS, Selections, deviation, unite, watching
 
 BF16_LOGITS = 1e-2  # two layouts may round a weight or an activation to neighbouring numbers
@@ -43,7 +44,7 @@ class Job:
     trainable: tuple[str, ...] = ("*",)
     offload: bool = False
     wrapped: bool = False  # every name begins with `inner.`
-    threads: int = 1
+    threads: int = THREADS
     start: int = 0
     stop: int = 0
     load: str | None = None

@@ -1,7 +1,8 @@
 """A run goes on at any layout of 1, 2 and 4 ranks: every kind of system with the real model, data and checkpoint.
 
 What is held is compared for every ordered pair of layouts. The next losses follow from it: of MoMa those of four steps
-are compared for every pair, of the other systems the first step's, and all four by `make test-long`.
+are compared for every pair, of the other systems the first step's, and all four by `make test-long`. Only that runs
+top_k, whose router lora_experts has too, and router_only: test_checkpoint.py resumes a partly frozen model as well.
 
 Losses are compared to rounding. Adam at eps 1e-8 turns a gradient of the size of rounding into a step of the size of
 lr, so eps is larger here; and selections follow those of the first layout (tests/selections.py), with logits compared.
@@ -32,7 +33,7 @@ from moe_dist.train import Run, train
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import account
 from tests.launching import MOMA
-from tests.long import LONG
+from tests.long import LONG, REPEATED
 from tests.selections import LOGITS, Selections, deviation, watching
 from tests.selections import unite as unite_selections
 
@@ -197,7 +198,9 @@ def saved_at_every_layout(overrides: list[str], folder: Path) -> tuple[list[Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    "system", [pytest.param(system, marks=REPEATED if system in ("top_k", "router_only") else ()) for system in SYSTEMS]
+)
 def test_every_ordered_pair_of_layouts(system, overrides, tmp_path):
     overrides = [*overrides, *SYSTEMS[system]]
     paths, sources = saved_at_every_layout(overrides, tmp_path)
