@@ -1,8 +1,8 @@
 """How often is a decision of a router so close that rounding could reverse it? python benchmarks/near_ties.py [STEPS]
 
-Trains each recipe for STEPS steps (default 24) in one process with its own settings (after `make data`), and counts the
-decisions (whether an expert, a null expert or a block with mixture-of-depths takes a token) by their margin: how far one
-logit must move to reverse it (moe_dist/telemetry/margins.py). Rounding moves a logit by about 1e-7 in a forward pass.
+Trains each recipe for STEPS steps (default 24) in one process with its own settings (after `make data`), and counts
+the decisions (whether an expert or a null expert takes a token) by their margin: how far one logit must move to reverse
+them (moe_dist/telemetry/margins.py). Rounding moves a logit by about 1e-7 in a forward pass.
 Writes benchmarks/results/<date>-near_ties.md.
 """
 
@@ -62,9 +62,9 @@ def main() -> None:
     thresholds = " | ".join(f"below {margin:.0e}" for margin in MARGINS)
     header = f"| recipe | decisions | {thresholds} | least of all | least of a step, median |"
     note = (
-        f"The first {steps} steps of each recipe on the emoji corpus (adamoe: its captions alone), one process, one seed. "
-        "Decisions per million whose margin is below so much; and the least margin of all decisions, and of those of one "
-        "step in the median."
+        f"The first {steps} steps of each recipe on the emoji corpus (adamoe: its captions alone), one process, one "
+        "seed. Decisions per million whose margin is below a threshold; the least margin of all decisions, and of one "
+        "step's in the median."
     )
     write_result("near_ties", "Near-ties of the routers", note, header, rows)
 
