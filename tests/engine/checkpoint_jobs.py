@@ -24,8 +24,7 @@ from tests.selections import LOGITS, Selections, deviation, unite, watching
 
 BF16_LOGITS = 1e-2  # two layouts may round a weight or an activation to neighbouring numbers
 MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
-# At eps 1e-8 Adam would turn a gradient of the size of rounding, which layouts do not share, into a step of size lr.
-PARAMS = {"AdamW": {"lr": 0.05, "weight_decay": 0.1, "eps": 1e-3}, "SGD": {"lr": 0.5, "momentum": 0.9}}
+PARAMS = {"AdamW": {"lr": 0.05, "weight_decay": 0.1}, "SGD": {"lr": 0.5, "momentum": 0.9}}
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class Job:
     stage: int = 1
     router: dict = field(default_factory=lambda: MOMA)
     optimizer: str = "AdamW"
+    eps: float = 1e-3  # of Adam: at 1e-8 a gradient of the size of rounding would become a step of the size of lr
     bf16: bool = False
     gain: int = 3  # elements of one parameter
     transformer: bool = False  # the real model, wide enough for its operations to use several threads
@@ -119,7 +119,10 @@ def build(job: Job):
     device = init_distributed()
     layout = make_layout(expert=job.expert, device=device)
     section = {
-        "optimizer": {"type": job.optimizer, "params": PARAMS[job.optimizer]},
+        "optimizer": {
+            "type": job.optimizer,
+            "params": PARAMS[job.optimizer] | ({"eps": job.eps} if job.optimizer == "AdamW" else {}),
+        },
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": job.stage, "stage3_param_persistence_threshold": 100},
         "bf16": {"enabled": job.bf16},
