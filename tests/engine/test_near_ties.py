@@ -6,13 +6,14 @@ layouts make (eps 1e-3, the reference's selections, logits compared) does not se
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_dist.data.loader import make_loader
 from moe_dist.engine.zero import Engine
 from moe_dist.parallel.layout import Layout
 from moe_dist.telemetry.margins import Decisions, watch_decisions
@@ -22,7 +23,7 @@ from tests.engine.test_exactness import FLOAT32, ROUTERS, assert_same, build, re
 from tests.engine.test_exactness import recipe as toy_recipe
 from tests.engine.toy import CrossEntropy, objective
 from tests.engine.trajectory import train
-from tests.selections import LOGITS, Selections, deviation, unite, watching
+from tests.selections import LOGITS, ONE_DECISION, Selections, deviation, unite, watching
 
 STEPS, TOLERANCE = 6, 1e-5
 SEEDS = [(1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12)]  # the naive comparison takes the next four if none has upset it
@@ -132,3 +133,26 @@ def test_noise_of_one_ulp_passes_where_faults_are_caught(router):
     noisy = train(build, toy_recipe(router, world=2, expert=2), 2, plant=rounding, follow=expected)
     assert_same(noisy, expected, FLOAT32)
     assert noisy.deviation(expected)["update"] > 0, "no noise was planted"
+
+
+def first_losses(rank: int, overrides: list[str], at: At, folder: Path, same_share: bool) -> list[float]:
+    """Losses of two steps; same_share: every rank reads rank 0's data, as it would if it did not find its place."""
+    run = start(recipe(overrides, at, folder))
+    if same_share:
+        loader = make_loader(
+            run.documents, run.vocabulary, run.config.data, seed=run.config.seed, dp_rank=0, dp=run.layout.world,
+            batch_groups=run.config.train.micro_batch_groups,
+        )  # fmt: skip
+        run = replace(run, loader=loader)
+    return [run.train_step()["loss"] for _ in range(2)]
+
+
+@pytest.mark.slow
+def test_runs_under_launchers_are_compared_closely_enough_to_see_a_wrong_share(overrides, tmp_path):
+    """They cannot follow each other, so their losses may differ by what one decision can do (tests/test_train.py)."""
+    (alone,) = run_ranks(first_losses, 1, overrides, REFERENCE, tmp_path, False)
+    spread, *_ = run_ranks(first_losses, 2, overrides, OTHER, tmp_path, False)
+    wrong, *_ = run_ranks(first_losses, 2, overrides, OTHER, tmp_path, True)
+    print(alone, spread, wrong)
+    assert spread == pytest.approx(alone, abs=ONE_DECISION)
+    assert min(abs(a - b) for a, b in zip(wrong, alone, strict=True)) > 2 * ONE_DECISION
