@@ -15,6 +15,7 @@ from moe_dist.telemetry.keys import undeclared
 from moe_dist.telemetry.run_folder import read_status
 from tests.engine.test_checkpoint import read
 from tests.launching import ALONE, DEEPSPEED, MPIEXEC, ROOT, TORCHRUN, launch, launch_tool
+from tests.long import REPEATED
 from tests.selections import ONE_DECISION
 
 
@@ -139,10 +140,10 @@ def test_adamoe_trains_on_text_and_says_what_it_saves(overrides, tmp_path):
     ("override", "sentence"),
     [
         ("train.stpes=3", "unknown key 'train.stpes' (did you mean 'steps'?)"),
-        ("deepspeed.gradient_cliping=0.3", "gradient_cliping"),
-        ("model.ffn.router.text={type: expert_choice, num_expert: 4}", "num_expert"),
+        pytest.param("deepspeed.gradient_cliping=0.3", "gradient_cliping", marks=REPEATED),
+        pytest.param("model.ffn.router.text={type: expert_choice, num_expert: 4}", "num_expert", marks=REPEATED),
         ("model.ffn.experts={type: lora, rank: 0, alpha: 8}", "model.ffn.experts.rank"),
-        ("model.ffn.experts={type: lora, rank: 4, alpha: 8}", "type=lora needs exactly 1 expert for every token"),
+        pytest.param("model.ffn.experts={type: lora, rank: 4, alpha: 8}", "type=lora needs exactly 1 expert for every token", marks=REPEATED),
         ("parallel.expert=2", "parallel.expert=2 does not divide the 1 ranks of this run"),
         ("data.shards=/nowhere", "/nowhere"),
         ("data.text_tokenizer=/nowhere.model", "/nowhere.model"),

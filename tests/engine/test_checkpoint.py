@@ -12,6 +12,7 @@ from moe_dist.engine import checkpoint
 from moe_dist.engine.fragments import fragments
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import Job, assert_same, build, run
+from tests.long import REPEATED
 from tests.model.batches import MOMA, model_config
 
 SMALL = [(1, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 3)]  # world, expert, stage; for more see test_any_layout.py
@@ -30,7 +31,7 @@ def test_resume_is_bitwise_the_uninterrupted_run(stage, optimizer, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=REPEATED), 3])
 def test_resume_of_the_real_model_is_bitwise_on_two_threads(stage, tmp_path):
     """Wide enough that its operations really run on two threads."""
     job = Job(transformer=True, stage=stage, threads=2, stop=4, save=str(tmp_path / "step_00000002"), save_at=2)
@@ -65,7 +66,7 @@ def check_pairs(layouts, tmp_path, **settings):
             assert other.losses == pytest.approx(source.losses[2:], rel=1e-5)
 
 
-@pytest.mark.slow
+@REPEATED
 def test_any_layout_to_any_on_two_ranks(tmp_path):
     check_pairs(SMALL, tmp_path)
 
@@ -106,7 +107,7 @@ def test_a_partly_frozen_model_from_any_layout_to_any(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainable", [ROUTERS, EXPERT_STACK])
+@pytest.mark.parametrize("trainable", [pytest.param(ROUTERS, marks=REPEATED), EXPERT_STACK])
 def test_a_partly_frozen_model_from_any_layout_to_any_on_four_ranks(trainable, tmp_path):
     check_pairs([(4, 2, 1), (2, 2, 3), (4, 4, 3)], tmp_path, trainable=trainable)
 

@@ -20,6 +20,7 @@ from moe_dist.parallel.layout import make_layout
 from tests.distributed import run_ranks
 from tests.engine.toy import VOCABULARY, sgd
 from tests.engine.trajectory import full_parameters, step_inputs
+from tests.long import REPEATED
 from tests.losses.test_manifold import samples_of
 from tests.selections import LOGITS, Selections, deviation, unite, watching
 
@@ -106,7 +107,7 @@ def test_two_ranks_train_the_same_model(recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("expert", [1, 2], ids=["replicated", "spread"])
+@pytest.mark.parametrize("expert", [1, pytest.param(2, marks=REPEATED)], ids=["replicated", "spread"])
 def test_two_ranks_align_the_same_routers(expert):
     """RoMA's recipe (its experts replicated) and the same with them spread: the routers move, and nothing else."""
     neighbours = partial(samples_of, values=5 * 4)  # of five layers of four experts
