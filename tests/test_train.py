@@ -143,7 +143,7 @@ def test_adamoe_trains_on_text_and_says_what_it_saves(overrides, tmp_path):
         pytest.param("deepspeed.gradient_cliping=0.3", "gradient_cliping", marks=REPEATED),
         pytest.param("model.ffn.router.text={type: expert_choice, num_expert: 4}", "num_expert", marks=REPEATED),
         ("model.ffn.experts={type: lora, rank: 0, alpha: 8}", "model.ffn.experts.rank"),
-        pytest.param("model.ffn.experts={type: lora, rank: 4, alpha: 8}", "type=lora needs exactly 1 expert for every token", marks=REPEATED),
+        pytest.param("model.ffn.experts={type: lora, rank: 4, alpha: 8}", "needs exactly 1 expert", marks=REPEATED),
         ("parallel.expert=2", "parallel.expert=2 does not divide the 1 ranks of this run"),
         ("data.shards=/nowhere", "/nowhere"),
         ("data.text_tokenizer=/nowhere.model", "/nowhere.model"),
