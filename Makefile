@@ -20,7 +20,18 @@ LAUNCH = MALLOC_MMAP_MAX_="$${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="$${M
 	PYTORCH_ALLOC_CONF="$${PYTORCH_ALLOC_CONF:-$${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}" \
 	OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))}" \
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS)
-.PHONY: train roma test test-fast test-long gpu-check lint setup data
+# Tests that compare layouts, and settings under which one machine computes with the kernels of others (docs/testing.md).
+EXACT := tests/engine/test_near_ties.py tests/engine/test_exactness.py tests/engine/test_any_layout.py \
+	tests/engine/test_recipes.py tests/engine/test_lora.py tests/engine/test_trainable.py tests/engine/test_zero.py \
+	tests/engine/test_refused_steps.py tests/engine/test_checkpoint.py tests/engine/test_init_from.py \
+	tests/losses/test_balance_layouts.py tests/losses/test_manifold.py tests/model/test_expert_parallel.py \
+	tests/test_train.py tests/test_causal_run.py
+PROCESSORS := plain avx2 scalar other-products two-threads
+KERNELS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+KERNELS_scalar := ATEN_CPU_CAPABILITY=default
+KERNELS_other-products := MKL_CBWR=COMPATIBLE
+KERNELS_two-threads := MOE_DIST_TEST_THREADS=2
+.PHONY: train roma test test-fast test-long test-processors gpu-check $(PROCESSORS:%=test-on-%) lint setup data
 
 train: data  ## pre-train the quickstart; `make train ARGS="train.steps=20 run.dir=runs/x"` passes overrides on
 	$(LAUNCH) launch/train.py --config $(CONFIG) $(FIT) $(ARGS)
@@ -33,8 +44,13 @@ test: setup  ## all tests; what is skipped is told with the reason (no Slurm her
 test-fast: setup  ## the working loop
 	$(PYTEST) -m "not slow"
 
-test-long: setup  ## kill -9 at many places of steps and saves, under all launchers; more losses at changed layouts
-	MOE_DIST_LONG=1 $(BIN)/python -m pytest tests/engine/test_kills.py tests/test_lost_rank.py tests/engine/test_any_layout.py
+test-long: setup  ## kill -9 at many places of steps and saves, under all launchers; every repeated layout
+	MOE_DIST_LONG=1 $(BIN)/python -m pytest tests/engine/test_kills.py tests/test_lost_rank.py $(EXACT)
+
+test-processors: $(PROCESSORS:%=test-on-%)  ## the exactness tests with the kernels of other processors, and on two threads
+
+$(PROCESSORS:%=test-on-%): test-on-%: setup
+	$(KERNELS_$*) $(PYTEST) -rs $(EXACT)
 
 gpu-check: setup  ## does it run, is it right and how fast, on this machine's GPU (docs/gpu.md); 300 s
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)

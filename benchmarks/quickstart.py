@@ -25,7 +25,7 @@ def run(recipe: str) -> str:
         cells.append(f"{lines[0][f'loss/{m}']:.2f} -> {lines[-1][f'loss/{m}']:.2f}")
         cells += [f"{value:.3f}" for value in (own, shuffled, bigram)]
         if recipe.startswith("moma"):
-            assert own < bigram - MARGIN and own < shuffled, f"{recipe} has not learnt {m}: {results}"
+            assert own < bigram - MARGIN, f"{recipe} has not learnt {m}: {results}"
     return "| " + " | ".join(cells) + " |"
 
 

@@ -75,10 +75,18 @@ def table(header: str, rows: Sequence[str]) -> list[str]:
     return [header, "|" + "---|" * (header.count("|") - 1), *rows]
 
 
+def processor() -> str:
+    """The processor's name, and whether it has AVX-512: kernels, and so roundings, differ between the two kinds."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in lines.items()}
+    wide = "with" if "avx512f" in fields.get("flags", "").split() else "without"
+    return f"{fields.get('model name', 'unknown')} {wide} AVX-512"
+
+
 def write_result(name: str, title: str, note: str, header: str, rows: Sequence[str]) -> None:
     """benchmarks/results/<date>-<name>.md: the machine in words, the command, a note, a table."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    machine = f"{os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}, no GPU"
+    machine = f"{os.cpu_count()} cores ({processor()}), {memory:.0f} GiB, {platform.machine()}, no GPU"
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     out = ROOT / "benchmarks" / "results" / f"{date.today()}-{name}.md"
     lines = [f"# {title}, {date.today()}", "", f"{machine}. `{command}`", "", note, "", *table(header, rows)]

@@ -19,8 +19,9 @@ import torch
 from moe_dist.data.shards import Sample
 from moe_dist.data.text import train_text_tokenizer
 from tests.corpus import read_emoji, train_tokenizers, write_emoji_shards
+from tests.long import THREADS
 
-torch.set_num_threads(1)  # of tensors this small a second thread only waits, and takes processor time from the ranks
+torch.set_num_threads(THREADS)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist, which is not needed where files are run by hand

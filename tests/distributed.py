@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moe_dist.parallel.launch import free_port
+from tests.long import THREADS
 
 _POOLS: dict[int, Pool] = {}
 _TIMEOUT = 300.0  # seconds a rank may take before the pool is declared hung
@@ -90,7 +91,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
     )
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
     dist.init_process_group("gloo", rank=rank, world_size=world)
     while True:
         try:

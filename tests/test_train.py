@@ -15,6 +15,8 @@ from moe_dist.telemetry.keys import undeclared
 from moe_dist.telemetry.run_folder import read_status
 from tests.engine.test_checkpoint import read
 from tests.launching import ALONE, DEEPSPEED, MPIEXEC, ROOT, TORCHRUN, launch, launch_tool
+from tests.long import REPEATED
+from tests.selections import ONE_DECISION
 
 
 def metrics_of(run_dir):
@@ -66,15 +68,15 @@ def stored(checkpoint):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [TORCHRUN, MPIEXEC], ids=["torchrun", "mpiexec"])
 def test_other_launchers_agree_with_one_process(launcher, overrides, tmp_path):
-    short = [*overrides, "train.stop_after=2"]
+    short = [*overrides, "train.stop_after=2", "deepspeed.optimizer.params.eps=1e-3"]  # see docs/moma.md, near-ties
     one, two = tmp_path / "one", tmp_path / "two"
     alone = launch(ALONE, [*short, f"run.dir={one}", "parallel.expert=1"])
     assert alone.returncode == 0, alone.stderr
     ranks = launch(launcher, [*short, f"run.dir={two}"])
     assert ranks.returncode == 0, ranks.stderr
     for a, b in zip(metrics_of(one), metrics_of(two), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], abs=ONE_DECISION)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-2)
 
 
 @pytest.mark.slow
@@ -89,7 +91,7 @@ def test_an_evaluation_at_another_layout_finds_the_losses_of_training(overrides,
     last = metrics_of(tmp_path / "run")[-1]
     assert (found["step"], found["causal"]) == (2, False)
     for key in ("eval/loss", "eval/loss/text", "eval/loss/image"):
-        assert found[key] == pytest.approx(last[key], abs=1e-5), key
+        assert found[key] == pytest.approx(last[key], abs=ONE_DECISION), key
     assert "held-out loss after 2 steps, non-causal (expert choice)" in " ".join(done.stdout.split())
 
 
@@ -138,10 +140,10 @@ def test_adamoe_trains_on_text_and_says_what_it_saves(overrides, tmp_path):
     ("override", "sentence"),
     [
         ("train.stpes=3", "unknown key 'train.stpes' (did you mean 'steps'?)"),
-        ("deepspeed.gradient_cliping=0.3", "gradient_cliping"),
-        ("model.ffn.router.text={type: expert_choice, num_expert: 4}", "num_expert"),
+        pytest.param("deepspeed.gradient_cliping=0.3", "gradient_cliping", marks=REPEATED),
+        pytest.param("model.ffn.router.text={type: expert_choice, num_expert: 4}", "num_expert", marks=REPEATED),
         ("model.ffn.experts={type: lora, rank: 0, alpha: 8}", "model.ffn.experts.rank"),
-        ("model.ffn.experts={type: lora, rank: 4, alpha: 8}", "type=lora needs exactly 1 expert for every token"),
+        pytest.param("model.ffn.experts={type: lora, rank: 4, alpha: 8}", "needs exactly 1 expert", marks=REPEATED),
         ("parallel.expert=2", "parallel.expert=2 does not divide the 1 ranks of this run"),
         ("data.shards=/nowhere", "/nowhere"),
         ("data.text_tokenizer=/nowhere.model", "/nowhere.model"),

@@ -25,6 +25,7 @@ from moe_dist.strict import Strict
 _HASH_BITS = 40
 _LIMIT, _STEP = 256.0, 2.0**-14
 _MIDDLE = {torch.float32: (768.0, torch.int32), torch.float64: (1.5 * 2.0**38, torch.int64)}
+_ZERO = {torch.float32: 2**22, torch.float64: 0}  # the position of logit 0 in a key
 _COLUMN_STEP = 0x9E3779B97F4B  # odd; the columns' multiples of it differ in many bits
 
 
@@ -117,3 +118,26 @@ def _ids(info: TokenInfo, columns: int, scope: str) -> Tensor:
         return hash_T.index_select(0, info.competing(scope)[0])[:, None] ^ column_C
 
     return info.once(("ids", columns, scope), make)
+
+
+def selection_margins(logits_VC: Tensor, keys_VC: Tensor, chosen_VC: Tensor) -> Tensor:
+    """float64 [V, C]: by how much one logit must change until its row is chosen, or no longer chosen, in its column.
+
+    The rows of a column compete for a fixed number of places, which those of the highest keys have (selection_keys).
+    Where all rows of a column are chosen, or none, nothing can change: inf.
+    """
+    lowest, highest = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+    last_in_C = keys_VC.masked_fill(~chosen_VC, highest).amin(dim=0)
+    first_out_C = keys_VC.masked_fill(chosen_VC, lowest).amax(dim=0)
+    rival_VC = torch.where(chosen_VC, first_out_C, last_in_C)
+    (_, hash_VC), (position_VC, rival_hash_VC) = _parts(keys_VC), _parts(rival_VC)
+    # The lowest grid position above the rival: the rival's own, if the hash decides for the row, else the next one.
+    position_VC = position_VC + (hash_VC <= rival_hash_VC) - _ZERO[logits_VC.dtype]
+    distance_VC = (logits_VC.detach().double() - (position_VC - 0.5) * _STEP).abs()
+    return distance_VC.masked_fill(chosen_VC.all(dim=0) | ~chosen_VC.any(dim=0), torch.inf)
+
+
+def _parts(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The position on the grid and the hash (signed) of selection keys."""
+    position = (keys + (1 << (_HASH_BITS - 1))) >> _HASH_BITS
+    return position, keys - (position << _HASH_BITS)

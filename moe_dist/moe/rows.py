@@ -36,7 +36,8 @@ class _TakeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _add_up(grad_ND, *ctx.saved_tensors, ctx.num_tokens), None
+        (token_ids_N,) = ctx.saved_tensors
+        return _add_up(grad_ND, token_ids_N, ctx.num_tokens), None
 
 
 class _AddUpRows(torch.autograd.Function):
@@ -47,4 +48,5 @@ class _AddUpRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return grad_TD.index_select(0, *ctx.saved_tensors), None, None
+        (token_ids_N,) = ctx.saved_tensors
+        return grad_TD.index_select(0, token_ids_N), None, None

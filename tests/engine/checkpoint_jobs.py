@@ -19,7 +19,10 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.distributed import run_ranks
 from tests.engine.toy import EXPERTS, MOMA, TOKENS, VOCABULARY, ToyModel, make_config, objective, step_batches
+from tests.long import THREADS
+from tests.selections import LOGITS, Selections, deviation, unite, watching
 
+BF16_LOGITS = 1e-2  # two layouts may round a weight or an activation to neighbouring numbers
 MOMENTS = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
 PARAMS = {"AdamW": {"lr": 0.05, "weight_decay": 0.1}, "SGD": {"lr": 0.5, "momentum": 0.9}}
 
@@ -33,6 +36,7 @@ class Job:
     stage: int = 1
     router: dict = field(default_factory=lambda: MOMA)
     optimizer: str = "AdamW"
+    eps: float = 1e-3  # of Adam: at 1e-8 a gradient of the size of rounding would become a step of the size of lr
     bf16: bool = False
     gain: int = 3  # elements of one parameter
     transformer: bool = False  # the real model, wide enough for its operations to use several threads
@@ -40,7 +44,7 @@ class Job:
     trainable: tuple[str, ...] = ("*",)
     offload: bool = False
     wrapped: bool = False  # every name begins with `inner.`
-    threads: int = 1
+    threads: int = THREADS
     start: int = 0
     stop: int = 0
     load: str | None = None
@@ -61,6 +65,7 @@ class Outcome:
     state: Any  # what checkpoint.load returned on rank 0, or init_from's account
     at_save: dict[str, Tensor]  # account of the state when it was saved (or loaded)
     at_end: dict[str, Tensor]
+    selections: Selections  # of the steps it took
 
 
 class CheckpointToy(ToyModel):
@@ -94,10 +99,19 @@ class Wrapped(nn.Module):
         return self.inner(tokens_T, info)
 
 
-def run(job: Job) -> Outcome:
-    """Run a job on `job.world` ranks; rank-dependent accounts are united, and must agree where ranks hold the same."""
-    results = run_ranks(run_on_rank, job.world, job)
-    return replace(results[0], at_save=_unite([r.at_save for r in results]), at_end=_unite([r.at_end for r in results]))
+def run(job: Job, follow: Outcome | None = None) -> Outcome:
+    """Run a job on `job.world` ranks; rank-dependent accounts are united, and must agree where ranks hold the same.
+
+    follow: selections are those of that outcome, whose logits must agree (see tests/selections.py).
+    """
+    results = run_ranks(run_on_rank, job.world, job, follow.selections if follow is not None else None)
+    selections = unite(result.selections for result in results)
+    if follow is not None:
+        assert deviation(selections, follow.selections) < (BF16_LOGITS if job.bf16 else LOGITS)
+    return replace(
+        results[0], at_save=_unite([r.at_save for r in results]), at_end=_unite([r.at_end for r in results]),
+        selections=selections,
+    )  # fmt: skip
 
 
 def build(job: Job):
@@ -105,7 +119,10 @@ def build(job: Job):
     device = init_distributed()
     layout = make_layout(expert=job.expert, device=device)
     section = {
-        "optimizer": {"type": job.optimizer, "params": PARAMS[job.optimizer]},
+        "optimizer": {
+            "type": job.optimizer,
+            "params": PARAMS[job.optimizer] | ({"eps": job.eps} if job.optimizer == "AdamW" else {}),
+        },
         "gradient_clipping": 0.5,
         "zero_optimization": {"stage": job.stage, "stage3_param_persistence_threshold": 100},
         "bf16": {"enabled": job.bf16},
@@ -129,7 +146,7 @@ def build(job: Job):
     return make_engine(model, config, layout), layout
 
 
-def run_on_rank(rank: int, job: Job) -> Outcome:
+def run_on_rank(rank: int, job: Job, follow: Selections | None = None) -> Outcome:
     torch.set_num_threads(job.threads)
     engine, layout = build(job)
     state = None
@@ -142,7 +159,7 @@ def run_on_rank(rank: int, job: Job) -> Outcome:
     if job.init is not None:
         state = init_from(job.init, engine, layout).to_json()
         at_save = account(engine, ())
-    losses, norms = [], []
+    losses, norms, selections = [], [], {}
     for step in range(job.start, job.stop + 1):
         if job.save is not None and step == job.save_at:
             lanes = {str(lane): {"cursor": 100 * step + lane} for lane in range(rank, 4, job.world)}
@@ -151,12 +168,16 @@ def run_on_rank(rank: int, job: Job) -> Outcome:
             at_save = account(engine, MOMENTS[job.optimizer] if step else ())
         if step < job.stop:
             batches = step_batches(step, rank, job.world, groups=4, tokens=768 if job.transformer else TOKENS)
-            result = engine.train_step(batches, objective, 0.01)
+            with watching(follow) as watch:
+                watch.step = step
+                result = engine.train_step(batches, objective, 0.01)
+            selections |= watch.seen
             losses.append(result.loss_sums["loss"])
             norms.append(result.grad_norm)
     assert engine.skipped_steps == (3 if job.load or job.save else 0)
     assert engine.steps == job.stop
-    return Outcome(losses, norms, state, at_save, account(engine, MOMENTS[job.optimizer] if job.stop else ()))
+    at_end = account(engine, MOMENTS[job.optimizer] if job.stop else ())
+    return Outcome(losses, norms, state, at_save, at_end, selections)
 
 
 def attempt(rank: int, job: Job) -> str | None:

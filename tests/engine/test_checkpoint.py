@@ -12,6 +12,7 @@ from moe_dist.engine import checkpoint
 from moe_dist.engine.fragments import fragments
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import Job, assert_same, build, run
+from tests.long import REPEATED
 from tests.model.batches import MOMA, model_config
 
 SMALL = [(1, 1, 1), (2, 1, 2), (2, 2, 1), (2, 2, 3)]  # world, expert, stage; for more see test_any_layout.py
@@ -30,14 +31,14 @@ def test_resume_is_bitwise_the_uninterrupted_run(stage, optimizer, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=REPEATED), 3])
 def test_resume_of_the_real_model_is_bitwise_on_two_threads(stage, tmp_path):
     """Wide enough that its operations really run on two threads."""
     job = Job(transformer=True, stage=stage, threads=2, stop=4, save=str(tmp_path / "step_00000002"), save_at=2)
     whole, rest = run(job), run(job.resumed())
     assert rest.losses == whole.losses[2:] and rest.norms == whole.norms[2:]
     assert_same(rest.at_end, whole.at_end)
-    single = run(job.resumed(world=1, expert=1, stage=2))
+    single = run(job.resumed(world=1, expert=1, stage=2), follow=whole)
     assert_same(single.at_save, whole.at_save)
     assert single.losses == pytest.approx(whole.losses[2:], rel=1e-5)
 
@@ -48,7 +49,7 @@ def test_resume_with_an_offloaded_optimizer(stage, tmp_path):
     whole, rest = run(job), run(job.resumed())
     assert rest.losses == whole.losses[2:]
     assert_same(rest.at_end, whole.at_end)
-    back = run(job.resumed(offload=False, stage=1))
+    back = run(job.resumed(offload=False, stage=1), follow=whole)
     assert_same(back.at_save, whole.at_save)
     assert back.losses == pytest.approx(whole.losses[2:], rel=1e-5)
 
@@ -60,12 +61,12 @@ def check_pairs(layouts, tmp_path, **settings):
         job = Job(world, expert, stage, stop=4, save=path, save_at=2, **settings)
         source = run(job)
         for new_world, new_expert, new_stage in layouts:
-            other = run(job.resumed(world=new_world, expert=new_expert, stage=new_stage))
+            other = run(job.resumed(world=new_world, expert=new_expert, stage=new_stage), follow=source)
             assert_same(other.at_save, source.at_save)
             assert other.losses == pytest.approx(source.losses[2:], rel=1e-5)
 
 
-@pytest.mark.slow
+@REPEATED
 def test_any_layout_to_any_on_two_ranks(tmp_path):
     check_pairs(SMALL, tmp_path)
 
@@ -106,7 +107,7 @@ def test_a_partly_frozen_model_from_any_layout_to_any(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainable", [ROUTERS, EXPERT_STACK])
+@pytest.mark.parametrize("trainable", [pytest.param(ROUTERS, marks=REPEATED), EXPERT_STACK])
 def test_a_partly_frozen_model_from_any_layout_to_any_on_four_ranks(trainable, tmp_path):
     check_pairs([(4, 2, 1), (2, 2, 3), (4, 4, 3)], tmp_path, trainable=trainable)
 
@@ -118,7 +119,7 @@ def test_bf16_keeps_float32_masters(tmp_path):
     assert source.at_save["working output.weight"].dtype == torch.bfloat16
     assert source.at_save["working tilt"].dtype == torch.bfloat16  # frozen
     for world, expert, stage in SMALL:
-        other = run(job.resumed(world=world, expert=expert, stage=stage))
+        other = run(job.resumed(world=world, expert=expert, stage=stage), follow=source)
         assert_same(other.at_save, source.at_save)
         assert other.losses == pytest.approx(source.losses[2:], rel=1e-3)
 
@@ -127,14 +128,14 @@ def test_before_the_first_step_there_are_no_moments(tmp_path):
     job = Job(stop=2, save=str(tmp_path / "step_00000000"))
     source = run(job)
     for stage in (1, 3):
-        assert run(job.resumed(stage=stage)).losses == pytest.approx(source.losses, rel=1e-6)
+        assert run(job.resumed(stage=stage), follow=source).losses == pytest.approx(source.losses, rel=1e-6)
     assert {name.split("/")[0] for name in read(tmp_path / "step_00000000")} == {"master", "frozen", "buffer"}
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_nothing_is_left_of_what_an_engine_held_before(stage, saved):
     job, source = saved
-    other = run(job.resumed(stage=stage, used=True))
+    other = run(job.resumed(stage=stage, used=True), follow=source)
     assert_same(other.at_save, source.at_save)
     assert other.losses == pytest.approx(source.losses[2:], rel=1e-5)
 

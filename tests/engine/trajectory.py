@@ -1,4 +1,4 @@
-"""Trains for a few steps on any layout and returns what must not depend on it: losses, norms, weights."""
+"""Trains for a few steps on any layout and returns what must not depend on it: losses, norms, weights, logits."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from moe_dist.engine.zero import Engine, init_distributed, make_engine
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.distributed import run_ranks
 from tests.engine.toy import ToyModel, loss_count, objective, step_batches
+from tests.selections import Selections, deviation, unite, watching
 
 Build = Callable[[Config, Layout], nn.Module]
 
@@ -26,6 +27,7 @@ class Trajectory:
     masters: list[dict[str, Tensor]]  # [step]: in full, before each step and after the last; experts as "name[expert]"
     loss_tokens: list[list[int]]  # [step][rank]: predictions that counted
     image_tokens: list[list[int]]  # [step][rank]
+    selections: Selections
 
     @property
     def moved(self) -> dict[str, float]:
@@ -34,7 +36,8 @@ class Trajectory:
         return {name: _ratio((last[name] - first[name]).abs().max(), last[name].abs().max()) for name in last}
 
     def deviation(self, other: Trajectory) -> dict[str, float]:
-        """Largest difference: absolute for losses; relative for norms; of a parameter relative to its largest entry.
+        """Largest difference: absolute for losses and the routers' logits; relative for norms; of a parameter relative
+        to its largest entry.
 
         update: of a parameter's last update, relative to that update.
         """
@@ -45,6 +48,7 @@ class Trajectory:
             "norm": max(abs(a - b) / b for a, b in zip(self.norms, other.norms, strict=True)),
             "parameters": max(_ratio((mine[k] - theirs[k]).abs().max(), theirs[k].abs().max()) for k in theirs),
             "update": max(_ratio((mine[k] - theirs[k]).norm(), (theirs[k] - before[k]).norm()) for k in theirs),
+            "logits": deviation(self.selections, other.selections),
         }
 
 
@@ -60,14 +64,17 @@ def train(
     *,
     steps: int = 8,
     plant: Callable | None = None,
+    follow: Trajectory | None = None,
     guide: Trajectory | None = None,
 ) -> Trajectory:
     """Train on `world` ranks. plant(engine, layout) -> objective puts a fault in.
 
+    follow: selections are those of this trajectory (see tests/selections.py).
     guide: every step starts from this trajectory's weights, so that rounding does not add up from step to step. The
     optimizer's momentum stays the run's own: the last step's weights show every step's gradient.
     """
-    results = run_ranks(_train, world, build, config, steps, plant, guide)
+    selections = follow.selections if follow is not None else None
+    results = run_ranks(_train, world, build, config, steps, plant, selections, guide)
     losses, norms, *_ = results[0]
     for other, others_norms, *_ in results[1:]:
         assert other == losses and others_norms == norms, "ranks report different figures"
@@ -80,16 +87,23 @@ def train(
                     assert torch.equal(value, united[name]), f"ranks hold different {name}"
                 united.setdefault(name, value)
     loss_tokens, image_tokens = ([list(row) for row in zip(*(r[column] for r in results))] for column in (3, 4))
-    return Trajectory(losses, norms, masters, loss_tokens, image_tokens)
+    return Trajectory(losses, norms, masters, loss_tokens, image_tokens, unite(result[5] for result in results))
 
 
 def _train(
-    rank: int, build: Build, config: Config, steps: int, plant: Callable | None, guide: Trajectory | None
+    rank: int,
+    build: Build,
+    config: Config,
+    steps: int,
+    plant: Callable | None,
+    follow: Selections | None,
+    guide: Trajectory | None,
 ) -> tuple:
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
     engine = make_engine(build(config, layout), config, layout)
     goal = plant(engine, layout) if plant else objective
     losses, norms, masters, loss_tokens, image_tokens = [], [], [], [], []
+    selections: Selections = {}
     for step in range(steps):
         if guide is not None:
             set_masters(engine, guide.masters[step])
@@ -97,7 +111,10 @@ def _train(
         batches = step_inputs(step, layout, config)
         loss_tokens.append(sum(loss_count(batch) for batch in batches))
         image_tokens.append(sum(sum(batch.info.modality_counts[IMAGE]) for batch in batches))
-        result = engine.train_step(batches, goal, config.deepspeed["optimizer"]["params"]["lr"])
+        with watching(follow) as watch:
+            watch.step = step
+            result = engine.train_step(batches, goal, config.deepspeed["optimizer"]["params"]["lr"])
+        selections |= watch.seen
         assert not result.skipped
         losses.append(result.loss_sums["loss"] / result.counts["loss"])
         norms.append(result.grad_norm)
@@ -105,7 +122,7 @@ def _train(
     for name, working in full_parameters(engine).items():
         rounded = masters[-1][name].to(next(engine.module.parameters()).dtype).float()
         assert torch.equal(working, rounded), f"the forward pass would not use the master weights of {name}"
-    return losses, norms, masters, loss_tokens, image_tokens
+    return losses, norms, masters, loss_tokens, image_tokens, selections
 
 
 def step_inputs(step: int, layout: Layout, config: Config) -> list[Batch]:

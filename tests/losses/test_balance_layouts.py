@@ -17,6 +17,7 @@ from moe_dist.losses.term import Context
 from tests.distributed import run_ranks
 from tests.engine.toy import EXPERTS, make_config, sgd
 from tests.engine.trajectory import full_parameters, step_inputs, toy_engine
+from tests.selections import LOGITS, Selections, deviation, unite, watching
 
 GROUPS, STEPS = 8, 4
 LOSSES = {
@@ -29,15 +30,21 @@ GLOBAL = LOSSES | {"load_balance": {"weight": 0.5, "scope": "global"}}
 NULLS = {"type": "null_experts", "num_experts": EXPERTS, "num_null_experts": 4, "top_k": 3}
 
 
-def train(rank: int, config: Config, losses: dict) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+Outcome = tuple[list[dict[str, float]], dict[str, Tensor], Selections]
+
+
+def train(rank: int, config: Config, losses: dict, follow: Selections | None = None) -> Outcome:
     engine, layout = toy_engine(config)
-    steps = []
+    steps, selections = [], {}
     for step in range(STEPS):
         objective = make_objective(losses, Context(layout=layout, group_sequences=2), step)
-        result = engine.train_step(step_inputs(step, layout, config), objective, 0.1)
+        with watching(follow) as watch:
+            watch.step = step
+            result = engine.train_step(step_inputs(step, layout, config), objective, 0.1)
+        selections |= watch.seen
         assert result.grad_norm > 0.05, "clipping was not active"
         steps.append({name: total / result.counts[name] for name, total in result.loss_sums.items()})
-    return steps, full_parameters(engine)
+    return steps, full_parameters(engine), selections
 
 
 def recipe(world: int = 1, expert: int = 1, accumulation: int = 1) -> Config:
@@ -46,7 +53,7 @@ def recipe(world: int = 1, expert: int = 1, accumulation: int = 1) -> Config:
 
 
 @cache
-def alone(scope: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+def alone(scope: str) -> Outcome:
     return run_ranks(train, 1, recipe(), SCOPES[scope])[0]
 
 
@@ -66,19 +73,20 @@ SCOPES = {"group": LOSSES, "sequence": SEQUENCE, "global": GLOBAL}
     ],
 )
 def test_layouts_agree(scope, world, expert, accumulation):
-    expected_steps, expected = alone(scope)
-    results = run_ranks(train, world, recipe(world, expert, accumulation), SCOPES[scope])
-    for steps, _ in results:
+    expected_steps, expected, selections = alone(scope)
+    results = run_ranks(train, world, recipe(world, expert, accumulation), SCOPES[scope], selections)
+    assert deviation(unite(result[2] for result in results), selections) < LOGITS
+    for steps, *_ in results:
         for got, wanted in zip(steps, expected_steps, strict=True):
             assert got == pytest.approx(wanted, rel=1e-5)
-    parameters = {name: value for _, mine in results for name, value in mine.items()}
+    parameters = {name: value for _, mine, _ in results for name, value in mine.items()}
     for name, value in expected.items():
         torch.testing.assert_close(parameters[name], value, rtol=0, atol=1e-5 * float(value.abs().max()), msg=name)
 
 
 def test_the_terms_change_what_is_learnt():
     """Without them the router ends elsewhere, so the comparison above can fail."""
-    _, plain = run_ranks(train, 1, recipe(), {})[0]
-    _, trained = alone("group")
+    _, plain, _ = run_ranks(train, 1, recipe(), {})[0]
+    _, trained, _ = alone("group")
     name = "ffn.router.gate.weight"
     assert float((plain[name] - trained[name]).abs().max()) > 1e-3 * float(plain[name].abs().max())

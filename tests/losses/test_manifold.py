@@ -24,6 +24,7 @@ from tests.engine.toy import EXPERTS, make_config, sgd
 from tests.engine.trajectory import full_parameters, step_inputs, toy_engine
 from tests.losses.test_balance import Output, make_batch, parts_of
 from tests.moe.cases import TOKENS, WIDTH, close, make_layer
+from tests.selections import LOGITS, Selections, deviation, unite, watching
 
 ONE_PROCESS = Context(layout=Layout(), group_sequences=1)
 NEIGHBOURS = 3
@@ -145,16 +146,22 @@ def samples_of(batch: Batch, values: int = EXPERTS) -> Batch:
     return with_neighbours(batch, token_S, values=values, uncovered=uncovered)
 
 
-def train(rank: int, config: Config, losses: dict) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+Outcome = tuple[list[dict[str, float]], dict[str, Tensor], Selections]
+
+
+def train(rank: int, config: Config, losses: dict, follow: Selections | None = None) -> Outcome:
     engine, layout = toy_engine(config)
-    steps = []
+    steps, selections = [], {}
     for step in range(STEPS):
         objective = make_objective(losses, Context(layout=layout, group_sequences=2), step)
         batches = [samples_of(batch) for batch in step_inputs(step, layout, config)]
-        result = engine.train_step(batches, objective, 0.1)
+        with watching(follow) as watch:
+            watch.step = step
+            result = engine.train_step(batches, objective, 0.1)
+        selections |= watch.seen
         assert result.grad_norm > 0.05, "clipping was not active"
         steps.append({name: total / result.counts[name] for name, total in result.loss_sums.items()})
-    return steps, full_parameters(engine)
+    return steps, full_parameters(engine), selections
 
 
 def recipe(world: int = 1, expert: int = 1, accumulation: int = 1) -> Config:
@@ -173,14 +180,15 @@ def recipe(world: int = 1, expert: int = 1, accumulation: int = 1) -> Config:
     ],
 )
 def test_layouts_agree(world, expert, accumulation):
-    expected_steps, expected = run_ranks(train, 1, recipe(), LOSSES)[0]
+    expected_steps, expected, selections = run_ranks(train, 1, recipe(), LOSSES)[0]
     assert all(0.2 < step["manifold/coverage"] < 0.9 and step["loss/manifold"] > 0.01 for step in expected_steps)
-    _, plain = run_ranks(train, 1, recipe(), {})[0]
-    results = run_ranks(train, world, recipe(world, expert, accumulation), LOSSES)
-    for steps, _ in results:
+    _, plain, _ = run_ranks(train, 1, recipe(), {})[0]
+    results = run_ranks(train, world, recipe(world, expert, accumulation), LOSSES, selections)
+    assert deviation(unite(result[2] for result in results), selections) < LOGITS
+    for steps, *_ in results:
         for got, wanted in zip(steps, expected_steps, strict=True):
             assert got == pytest.approx(wanted, rel=1e-5)
-    parameters = {name: value for _, mine in results for name, value in mine.items()}
+    parameters = {name: value for _, mine, _ in results for name, value in mine.items()}
     for name, value in expected.items():
         torch.testing.assert_close(parameters[name], value, rtol=0, atol=1e-5 * float(value.abs().max()), msg=name)
     gate = "ffn.router.gate.weight"

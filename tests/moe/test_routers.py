@@ -9,7 +9,7 @@ from moe_dist.batch import TEXT
 from moe_dist.errors import UserError
 from moe_dist.moe.capacity import expert_capacity
 from moe_dist.moe.registry import build_router, router_settings
-from moe_dist.moe.router import Site
+from moe_dist.moe.router import Site, selection_keys, selection_margins
 from tests import reference
 from tests.moe.cases import BATCHES, ROUTERS, TOKENS, WIDTH, close, make_batch, make_info, make_layer
 
@@ -281,3 +281,31 @@ def test_gumbel_noise_is_for_training_alone():
     later = make_info(info.modality_T, info.valid_T, first_id=TOKENS)
     for other in (logits(noisy, site=SITE.child("x")), logits(noisy, info=later)):
         assert (other - plain - noise).abs().median() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_logit_that_moves_by_its_margin_changes_its_selection(dtype):
+    """Close logits, some of them equal: just below its margin a logit changes nothing, just above it changes itself."""
+    generator = torch.Generator().manual_seed(0)
+    cell_VC, within_VC = torch.randint(-3, 4, (12, 5), generator=generator), torch.rand(12, 5, generator=generator)
+    logits_VC, taken = (cell_VC + within_VC / 2).to(dtype) * 2.0**-14, 4
+    info = make_info(torch.zeros(12, dtype=torch.int64), torch.ones(12, dtype=torch.bool))
+
+    def select(logits_VC):
+        keys_VC = selection_keys(logits_VC, info, 7)
+        chosen_VC = torch.zeros_like(logits_VC, dtype=torch.bool)
+        return keys_VC, chosen_VC.scatter(0, keys_VC.topk(taken, dim=0).indices, True)
+
+    keys_VC, chosen_VC = select(logits_VC)
+    margin_VC = selection_margins(logits_VC, keys_VC, chosen_VC)
+    assert 0 < margin_VC.min() < 2.0**-16 and margin_VC.max() < 2.0**-10
+    for row in range(12):
+        for column in range(5):
+            for size, changes in ((1 - 1e-3, False), (1 + 1e-3, True)):
+                moved_VC = logits_VC.clone()
+                way = -1 if chosen_VC[row, column] else 1
+                moved_VC[row, column] += way * margin_VC[row, column] * size
+                assert (select(moved_VC)[1][row, column] != chosen_VC[row, column]) == changes, (row, column, size)
+    everyone = torch.ones_like(chosen_VC)
+    assert selection_margins(logits_VC, keys_VC, everyone).isinf().all()
+    assert selection_margins(logits_VC, keys_VC, ~everyone).isinf().all()
