@@ -18,9 +18,9 @@ from tests.model.batches import DENSE, MOMA, VOCAB, make_batch, model_config
 
 MODELS = {"dense": (DENSE, {}), "moma": (MOMA, {}), "mod_moma": (MOMA, {"depth": {"every": 1}})}
 BOUNDS = {  # forward, backward, optimizer step
-    "dense": (56, 117, 20),
-    "moma": (100, 155, 24),
-    "mod_moma": (165, 180, 26),
+    "dense": (39, 111, 20),
+    "moma": (81, 149, 24),
+    "mod_moma": (136, 174, 26),
 }
 
 
