@@ -59,9 +59,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of each model")
     parser.add_argument("--batch-tokens", type=int, default=SEQUENCE * GROUP, help="must be that of the inputs")
-    parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--models", type=split, default=NAMES, help=",".join(NAMES))
     parser.add_argument("--rate", type=float, default=RATE)
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="of the sweep")
+    parser.add_argument("--rates", type=lambda text: tuple(map(float, split(text))), default=RATES, help="of the sweep")
     parser.add_argument("--jobs", type=int, default=len(NAMES))
     parser.add_argument("--seconds", type=float, default=300, help="for everything")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -80,6 +80,10 @@ def main() -> None:
         write_page(arguments.out, NAMES, arguments.results)
     else:
         sys.exit(Study(arguments).run())
+
+
+def split(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def prepare_inputs(arguments: argparse.Namespace) -> None:
