@@ -42,9 +42,10 @@ INPUTS = ROOT / "data" / "eta_gpu.npz.xz"
 SEQUENCE, GROUP = 512, 64  # tokens of a sequence, sequences that compete: a micro-batch and an optimizer step
 RATE, RATES = 4e-3, (2e-3, 4e-3, 8e-3)  # without a sweep; of the sweep
 SWEPT, SHARE = ("dense", "4t4i"), 4  # models of the sweep, and the fraction of the steps: 1 / SHARE
+PACE, PACE_STEPS = "MoD 4t4i", 40  # the slowest model, which trains beside the sweep to show how long a step takes
+SWEEP_TIME = 0.35  # of --seconds, at most
 TOKENS, SPARE = 30_000_000, 3_500_000  # spare: what the inputs hold beyond the default
 EVALUATIONS, HELD_OUT_GROUPS = 20, 12
-SLOWEST = 2.0  # a step of MoD + 4t4i, in steps of 4t4i
 START, GRACE = 25.0, 20.0  # seconds that a process takes to start, and gets after the deadline before it is killed
 
 
@@ -106,7 +107,8 @@ class Study:
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
-        self.out, self.deadline = arguments.out, time.time() + arguments.seconds
+        self.out, self.started = arguments.out, time.time()
+        self.deadline = self.started + arguments.seconds
         self.out.mkdir(parents=True, exist_ok=True)
         self.plan_file = self.out / "plan.json"
 
@@ -115,7 +117,7 @@ class Study:
         plan = self._plan()
         jobs = [self._job(name, self.out, **plan) for name in self.arguments.models]
         left = [job for job in jobs if not job.is_done()]
-        self._train(left, replace_beside=min(len(left), self.arguments.jobs))
+        self._train(left, min(len(left), self.arguments.jobs), self.deadline)
         for job in jobs:
             print(said(job), flush=True)
         return int(not all(job.is_done() for job in jobs))
@@ -132,20 +134,22 @@ class Study:
         return {key: plan[key] for key in ("rate", "steps")}
 
     def _sweep(self, steps: int) -> dict[str, Any]:
-        """Train SWEPT at --rates; choose the rate, and as many steps as the time allows."""
-        folder = Path(tempfile.mkdtemp(prefix="moma_eta_sweep-"))
+        """Train SWEPT at --rates; choose the rate, and as many steps as the time allows.
+
+        The pace is that of the slowest model beside all of the sweep, more processes than train later: a safe estimate.
+        """
+        folder, few = Path(tempfile.mkdtemp(prefix="moma_eta_sweep-")), max(steps // SHARE, 1)
+        runs = [(rate, name, few) for rate, name in product(self.arguments.rates, SWEPT)]
+        runs.append((self.arguments.rates[0], PACE, min(few, PACE_STEPS)))
         try:
-            jobs = [
-                replace(self._job(name, folder / f"{rate:g}", rate, max(steps // SHARE, 1)), evaluations=1)
-                for rate, name in product(self.arguments.rates, SWEPT)
-            ]
-            self._train(jobs, replace_beside=len(jobs))
-            curves = {(job.rate, job.name): read_curve(Path(job.file)) for job in jobs}
+            jobs = [replace(self._job(name, folder / f"{rate:g}", rate, n), evaluations=1) for rate, name, n in runs]
+            self._train(jobs, len(jobs), self.started + SWEEP_TIME * self.arguments.seconds)
+            curves = [(job, read_curve(Path(job.file))) for job in jobs]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        found = chosen(curves)
-        left = self.deadline - time.time() - START
-        fitting = max(int(0.85 * left / (SLOWEST * found["step_seconds"])), 1)
+        *swept, (_, pace) = curves
+        found = chosen(swept) | {"step_seconds": step_seconds(pace)}
+        fitting = max(int((self.deadline - time.time() - START) / max(found["step_seconds"], 1e-3)), 1)
         if fitting < steps:
             print(f"{steps} steps would not end in time: {fitting} instead", flush=True)
         return found | {"steps": min(steps, fitting)}
@@ -159,20 +163,22 @@ class Study:
             deadline=self.deadline, overrides=self.arguments.overrides,
         )  # fmt: skip
 
-    def _train(self, jobs: Sequence[Job], replace_beside: int) -> None:
-        with ThreadPoolExecutor(max(replace_beside, 1)) as pool:
-            list(pool.map(lambda job: self._process(replace(job, beside=replace_beside)), jobs))
+    def _train(self, jobs: Sequence[Job], at_once: int, deadline: float) -> None:
+        ready = [replace(job, beside=at_once, deadline=deadline) for job in jobs]
+        with ThreadPoolExecutor(max(at_once, 1)) as pool:
+            list(pool.map(self._process, ready))
 
     def _process(self, job: Job) -> None:
         """Train one model in a process group of its own, killed if it outlasts the deadline."""
-        if time.time() > self.deadline - 1:
+        if time.time() > job.deadline - 1:
             return
         command = [sys.executable, str(Path(__file__)), "--child", json.dumps(asdict(job))]
         process = subprocess.Popen(command, env=self._environment(), cwd=ROOT, start_new_session=True)
+        code: int | str = "killed after the deadline"
         try:
-            code = process.wait(max(self.deadline - time.time(), 0) + GRACE)
+            code = process.wait(max(job.deadline - time.time(), 0) + GRACE)
         except subprocess.TimeoutExpired:
-            code = "killed after the deadline"
+            pass
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -191,22 +197,27 @@ class Study:
         return os.environ | own
 
 
-def chosen(curves: dict[tuple[float, str], dict[str, Any]]) -> dict[str, Any]:
-    """The rate with the lowest sum of the swept models' losses, with all that was found.
+def chosen(swept: Sequence[tuple[Job, dict[str, Any]]]) -> dict[str, Any]:
+    """The rate with the lowest sum of the swept models' training losses, and these losses.
 
-    Losses: training, mean over the last tenth; a run that was cut off or diverged does not count.
+    Losses are means over the tenth before the last step that all have reached. A run that came less than half way (it
+    diverged) does not count, nor does its rate.
     """
+    usable = [(job, curve["train"]["loss"]) for job, curve in swept if curve and 2 * curve["reached"] >= job.steps]
+    last = min((len(loss) for _, loss in usable), default=0)
     losses: dict[str, dict[str, float]] = {}
-    for (rate, name), curve in curves.items():
-        if curve and curve["done"]:
-            last = curve["train"]["loss"]
-            losses.setdefault(f"{rate:g}", {})[name] = statistics.mean(last[-max(len(last) // 10, 1) :])
+    for job, loss in usable:
+        mean = statistics.mean(loss[last - max(last // 10, 1) : last])
+        losses.setdefault(f"{job.rate:g}", {})[job.name] = round(mean, 4)
     whole = {rate: sum(found.values()) for rate, found in losses.items() if len(found) == len(SWEPT)}
     best = float(min(whole, key=lambda rate: whole[rate])) if whole else RATE
-    seconds = [curve["train"]["seconds"] for curve in curves.values() if curve]
-    between = [[b - a for a, b in pairwise(each)] for each in seconds if len(each) > 1]
-    a_step = max((statistics.median(each) for each in between), default=1.0)
-    return {"rate": best, "sweep": losses, "step_seconds": round(a_step, 4)}
+    return {"rate": best, "sweep": losses, "sweep_step": last}
+
+
+def step_seconds(curve: dict[str, Any]) -> float:
+    """Median seconds of a step; 0 if fewer than two were taken."""
+    seconds = curve["train"].get("seconds", []) if curve else []
+    return round(statistics.median([b - a for a, b in pairwise(seconds)]), 4) if len(seconds) > 1 else 0.0
 
 
 def said(job: Job) -> str:

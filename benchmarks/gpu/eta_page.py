@@ -142,7 +142,7 @@ def swept(plan: dict[str, Any]) -> str:
         f"{rate}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in found.items())
         for rate, found in plan["sweep"].items()
     )
-    return f"The rate is the best common one of a sweep over a quarter of the steps (training losses: {each}). "
+    return f"The rate is the best common one of a sweep (training losses at step {plan['sweep_step']}: {each}). "
 
 
 def note(curves: Curves) -> str:

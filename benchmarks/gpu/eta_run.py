@@ -166,4 +166,3 @@ def machine(device: torch.device) -> str:
     card = f"one {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "no GPU"
     versions = f"Python {sys.version.split()[0]}, torch {torch.__version__}"
     return f"{card}, {os.cpu_count()} cores, {memory:.0f} GiB, {platform.machine()}, {versions}"
-
