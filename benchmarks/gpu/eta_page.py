@@ -25,24 +25,27 @@ LOSS_HEADER = (
     "held-out at the end | lowest held-out, at step | ms a step |"
 )
 GAIN_HEADER = (
-    "| nats a token less than dense | " + " | ".join(f"training, {share:.0%}" for share in FRACTIONS) + " | "
+    "| nats a token less than dense, after | " + " | ".join(f"training, {share:.0%}" for share in FRACTIONS) + " | "
     + " | ".join(f"held-out, {share:.0%}" for share in FRACTIONS) + " |"
 )  # fmt: skip
 NOTE = """\
-{steps} steps of {batch} tokens, {tokens:.1f} M a model, every model on the same batches in the same order, through
-the engine in bf16: {layers} layers of width {width} (MoD: {deeper}), AdamW, peak learning rate {rate:g}, linear
-warm-up over a twentieth of the steps, then linear decay to a hundredth. One seed. {sweep}A selection group is a whole
-batch. The corpus has {pictures} pictures and {text:.1f} M text tokens for training: **each picture is seen
-{seen_image} times, each text {seen_text} times**, so training losses contain what is learnt by heart; held-out losses
-do not ({held_out} predictions). All losses are nats a token, **with the routing of training, which is not causal for
-the sparse models** (expert choice); training losses are means over {window} steps. {beside} processes shared the card
-at a time, so no speed here means anything.
+{steps} steps of {batch} tokens, {tokens:.1f} M tokens a model, every model on the same batches in the same order,
+through the engine in bf16: {layers} layers of width {width} (MoD: {deeper} layers), AdamW, peak learning rate
+{rate:g}, linear warm-up over a twentieth of the steps, then linear decay to a hundredth. One seed. {sweep}All tokens
+of a batch compete in expert choice. Up to {beside} processes shared the card, so the milliseconds compare with
+nothing.
+
+The training split has {pictures} pictures and {text:.1f} M tokens of text. **Each picture is seen {seen_image}
+times, each text {seen_text} times** (in the planned steps), so training losses contain what is learnt by heart;
+held-out losses do not ({held_out} predictions). All losses are nats a token, **with the routing of training, which
+is not causal for the sparse models** (expert choice). Training losses are means over {window} steps.
 
 eta: FLOPs at which dense first reaches the lowest loss of its run, divided by the FLOPs at which the sparse model
-first reaches that loss. Dense reaches it at the end of its decay; a sparse model that reaches it earlier still has a
-higher learning rate there, and a schedule that ended at that point would have reached it with fewer FLOPs: a training
-eta above 1 is a lower bound. "< 1": the model does not reach that loss with all its FLOPs. The third table compares
-the losses at equal fractions of the steps, where the learning rates are equal.
+first reaches that loss. In training, dense reaches it at the end of its decay, with all its FLOPs. A sparse model
+that reaches it earlier still has a higher learning rate at that point; a run whose schedule ended there would
+probably need fewer FLOPs, so a training eta above 1 is rather too low. "< 1": the model does not reach that loss
+with all its FLOPs. The third table compares the losses at equal fractions of the steps, where the learning rates are
+equal.
 """
 
 
