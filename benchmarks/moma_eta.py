@@ -8,6 +8,8 @@ its held-out loss with causal routing. Builds its data on first use. Resumable: 
 to more --steps, and what is done is not done again. --jobs runs train at a time, one thread each. --write-only trains
 nothing: it writes down what is done so far. Writes the tables, the picture and the curves:
 benchmarks/results/<date>-moma_eta.md, .png and .json. Its learning rate is from benchmarks/moma_eta_rates.py.
+
+--gpu and --prepare-gpu hand over to benchmarks/moma_eta_gpu.py: the study on one GPU, at width 256.
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+import moma_eta_gpu
 from moe_dist.batch import MODALITIES
 from moma_study import CAUSAL_STEPS, LOSSES, NAMES, WINDOW, Study, prepare
 from runs import ROOT, table, write_result
@@ -136,6 +140,8 @@ NOTE = (
 
 
 def main() -> None:
+    if {"--gpu", "--prepare-gpu"} & set(sys.argv[1:]):
+        return moma_eta_gpu.main()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1280)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])

@@ -83,12 +83,30 @@ def processor() -> str:
     return f"{fields.get('model name', 'unknown')} {wide} AVX-512"
 
 
-def write_result(name: str, title: str, note: str, header: str, rows: Sequence[str]) -> None:
-    """benchmarks/results/<date>-<name>.md: the machine in words, the command, a note, a table."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    machine = f"{os.cpu_count()} cores ({processor()}), {memory:.0f} GiB, {platform.machine()}, no GPU"
-    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    out = ROOT / "benchmarks" / "results" / f"{date.today()}-{name}.md"
-    lines = [f"# {title}, {date.today()}", "", f"{machine}. `{command}`", "", note, "", *table(header, rows)]
+def write_result(
+    name: str,
+    title: str,
+    note: str,
+    header: str,
+    rows: Sequence[str],
+    *,
+    ran: str | None = None,
+    day: str | None = None,
+    folder: Path = ROOT / "benchmarks" / "results",
+) -> None:
+    """Write FOLDER/<day>-<name>.md: the machine in words, the command, a note, a table.
+
+    ran: machine and command, if the numbers are from another machine than this one; day: of the run, default today.
+    """
+    day = day or str(date.today())
+    out = folder / f"{day}-{name}.md"
+    lines = [f"# {title}, {day}", "", ran or this_run(), "", note, "", *table(header, rows)]
     out.write_text("\n".join(lines) + "\n")
     print(out.read_text())
+
+
+def this_run() -> str:
+    """This machine in words, and the command."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return f"{os.cpu_count()} cores ({processor()}), {memory:.0f} GiB, {platform.machine()}, no GPU. `{command}`"

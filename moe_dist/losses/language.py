@@ -16,7 +16,7 @@ from moe_dist.batch import MODALITIES, Batch
 from moe_dist.fused import fused, is_compiled_for
 from moe_dist.losses.term import ModelOutput
 
-_CHUNK = 1024  # tokens whose half-precision logits are copied to float32 at a time
+_CHUNK = 2**26  # half-precision logits that are copied to float32 at a time: 1,024 tokens of 65,536 ids
 _IGNORED = -100
 
 
@@ -61,7 +61,8 @@ def token_losses(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """
     if logits_TV.dtype in (torch.float32, torch.float64) or is_compiled_for(logits_TV):
         return _cross_entropy(logits_TV, targets_T)
-    chunks = zip(logits_TV.split(_CHUNK), targets_T.split(_CHUNK))
+    rows = max(1, _CHUNK // logits_TV.shape[1])
+    chunks = zip(logits_TV.split(rows), targets_T.split(rows))
     return torch.cat([checkpoint(_cross_entropy, *chunk, use_reentrant=False) for chunk in chunks])
 
 

@@ -43,7 +43,7 @@ def test_sums_by_modality_equal_a_plain_loop_and_padding_counts_nothing():
 
 
 def test_bf16_logits_are_summed_in_float32_chunk_by_chunk(monkeypatch):
-    monkeypatch.setattr(language, "_CHUNK", 7)
+    monkeypatch.setattr(language, "_CHUNK", 7 * VOCAB)
     batch = make_batch([30, 22], padding=3)
     torch.manual_seed(0)
     logits = torch.randn(55, VOCAB).bfloat16().requires_grad_()
