@@ -21,9 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from gpu.findings import Findings
-
-ROOT = Path(__file__).resolve().parent.parent
+from gpu.findings import ROOT, Findings
 
 PARTS = {  # seconds at most
     "machine": 40, "products": 60, "models": 110, "engine": 100, "resume": 60, "two_ranks": 130, "speed": 150,

@@ -34,8 +34,8 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
-from gpu.check import ROOT
 from gpu.eta_job import Job, read_curve
+from gpu.findings import ROOT
 
 NAMES = ("dense", "moe_8x", "1t1i", "4t4i", "MoD 4t4i")
 INPUTS = ROOT / "data" / "eta_gpu.npz.xz"
@@ -193,7 +193,7 @@ class Study:
         own = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         own |= {"DS_ACCELERATOR": self.arguments.device, "OMP_NUM_THREADS": "1"}
         own["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        own.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        own |= {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
         return os.environ | own
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu.check import ROOT
+from gpu.findings import ROOT
 from moe_dist.batch import IMAGE, TEXT, Batch, TokenInfo
 from moe_dist.config import load_config
 from moe_dist.data.heldout import heldout_batches

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from gpu.check import ROOT
 from gpu.eta_data import Packed, read_inputs
 from gpu.eta_job import LOSSES, Job
+from gpu.findings import ROOT
 from moe_dist.batch import Batch
 from moe_dist.config import Config, load_config
 from moe_dist.engine.schedule import learning_rate

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent.parent
+
 
 class Findings:
     """One line of gpu_check.jsonl each: part, what, result, and numbers. Results in capitals are failures."""

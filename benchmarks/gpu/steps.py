@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpu.check import Check
+from gpu.findings import ROOT
 from moe_dist.batch import Batch, TokenInfo
 from moe_dist.config import Config, load_config
 from moe_dist.engine.zero import Engine, StepResult, make_engine
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.model.transformer import Transformer
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from gpu.check import Check, right_if
+from gpu.findings import ROOT
 from moe_dist.telemetry.run_folder import RunFolder
 
-ROOT = Path(__file__).parent.parent.parent
 SHARED_CARD = {
     "NCCL_SOCKET_IFNAME": "lo", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1",
     "NCCL_NVLS_ENABLE": "0",
