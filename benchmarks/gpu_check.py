@@ -80,7 +80,6 @@ def environment(device: str, scratch: str) -> dict[str, str]:
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     own = os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": device, "GPU_CHECK_SCRATCH": scratch}
     own.setdefault("PYTORCH_ALLOC_CONF", own.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"))
-    own.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for what asks for deterministic algorithms
     return own
 
 

@@ -167,6 +167,7 @@ class TrainConfig(Strict):
     micro_batch_groups: Positive = 1  # selection groups in one forward pass of one rank
     non_finite: Literal["stop", "skip"] = "stop"  # what a non-finite loss or gradient does
     max_skipped: Count = 10  # with skip: the run fails after this many skipped steps
+    deterministic: bool = False  # on a GPU: the same bits in every run, also when resumed; slower (docs/gpu.md)
 
 
 class ScheduleConfig(Strict):

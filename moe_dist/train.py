@@ -18,6 +18,7 @@ from moe_dist.data.tokenized import TokenStore, load_vocabulary
 from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.engine import checkpoint
 from moe_dist.engine.deepspeed_config import check_section
+from moe_dist.engine.determinism import make_deterministic
 from moe_dist.engine.init_from import Account
 from moe_dist.engine.init_from import loader_state as loader_state_of
 from moe_dist.engine.manifest import resolve_init, trained
@@ -56,6 +57,8 @@ def train(config: Config, stop: StopSignals | None = None) -> None:
     """
     folder, run, stop = RunFolder(Path(config.run.dir)), None, stop or StopSignals()
     try:
+        if config.train.deterministic:
+            make_deterministic()
         device = init_distributed()
         health = check_health(config, device)  # first: ranks that differ would not meet in what comes
         layout = make_layout(expert=config.parallel.expert, device=device)

@@ -11,7 +11,7 @@ from torch import Tensor
 import moe_dist.fused
 from moe_dist.losses import language
 from moe_dist.model import attention, mcore
-from moe_dist.moe import experts, swiglu
+from moe_dist.moe import experts, random, swiglu
 from tests.long import LONG
 
 ROWS = (48, 50, 1, 0)  # the first is compiled for its size, the second for any, then what compilers treat on their own
@@ -32,6 +32,10 @@ CASES = {
     "head norm": (
         mcore._layer_norm,
         lambda rows, dtype: (normal(rows, 1, 4, 8, dtype=dtype), *(normal(8, dtype=dtype) for _ in range(2)), 1e-5),
+    ),
+    "dropout": (
+        random._drop,
+        lambda rows, dtype: (normal(rows, 18, dtype=dtype), torch.arange(rows), torch.tensor(-(2**62) + 5), 6554),
     ),
     "rotate": (
         attention.rotate,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from gpu.check import Check, right_if
 from gpu.steps import Steps
 from moe_dist.engine import checkpoint
+from moe_dist.engine.determinism import make_deterministic
 
 OVERRIDES = [
     "deepspeed.bf16={enabled: true}", "parallel.expert=1", "train.global_batch_groups=4", "train.micro_batch_groups=2",
@@ -16,13 +15,13 @@ OVERRIDES = [
 
 def run(check: Check) -> None:
     check.attempt("resume, as it is", lambda: resumed(check, deterministic=False))
-    check.attempt("resume, deterministic algorithms", lambda: resumed(check, deterministic=True))
+    check.attempt("resume, train.deterministic", lambda: resumed(check, deterministic=True))
 
 
 def resumed(check: Check, deterministic: bool) -> tuple[str, dict]:
     """Three steps, a checkpoint, three more; and the same three in another engine that loaded it."""
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    if deterministic:
+        make_deterministic()
     steps = Steps.build(check, "moma_quickstart", OVERRIDES, vocabulary=512)
     for _ in range(3):
         steps.take(lr=1e-3)

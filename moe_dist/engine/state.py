@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "train.micro_batch_groups",  # selection groups do not depend on how many share a forward pass
     "train.non_finite",
     "train.max_skipped",
+    "train.deterministic",
     "model.recompute",
     "data.validation_shards",
     "data.max_bad_fraction",

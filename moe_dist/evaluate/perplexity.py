@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from moe_dist.batch import MODALITIES, Batch
+from moe_dist.losses import language
 from moe_dist.parallel.layout import Layout
 
 TokenLosses = Callable[[Batch], Tensor]  # [T] loss of every prediction in nats; masked ones are ignored
@@ -29,10 +29,10 @@ def evaluate(
     eval/loss/text and eval/loss/image, and eval/loss/domain/NAME; what is never predicted has no key.
     """
 
-    def token_losses(batch: Batch) -> Tensor:
-        return F.cross_entropy(forward(batch).logits_TV.float(), batch.targets_T, reduction="none")
+    def of_batch(batch: Batch) -> Tensor:
+        return language.token_losses(forward(batch).logits_TV, batch.targets_T)
 
-    return mean_losses(token_losses, (batch.to(layout.device) for batch in batches), layout, domains)
+    return mean_losses(of_batch, (batch.to(layout.device) for batch in batches), layout, domains)
 
 
 def mean_losses(

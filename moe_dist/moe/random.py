@@ -13,6 +13,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from moe_dist.fused import fused
+
 _MASK = (1 << 64) - 1
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
@@ -27,7 +29,14 @@ def hash_ids(key: int, *ids: Tensor) -> Tensor:
 
     Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
     """
-    state = torch.full((), key, dtype=torch.int64, device=ids[0].device)
+    return _hash(_state(key, ids[0].device), *ids)
+
+
+def _state(key: int, device: torch.device) -> Tensor:
+    return torch.full((), key, dtype=torch.int64, device=device)
+
+
+def _hash(state: Tensor, *ids: Tensor) -> Tensor:
     for id_ in ids:
         state = _splitmix64(state ^ id_)
     return state
@@ -49,10 +58,14 @@ def dropout(x_RD: Tensor, token_id_R: Tensor, *, key: int, rate: float) -> Tenso
     Column c reads bits 16 (c mod 4) to 16 (c mod 4) + 15 of the hash of (key, token, c div 4), so `rate` is rounded to
     a multiple of 2^-16.
     """
+    return _drop(x_RD, token_id_R, _state(key, x_RD.device), round(rate * 2**16))
+
+
+@fused
+def _drop(x_RD: Tensor, token_id_R: Tensor, state: Tensor, dropped: int) -> Tensor:
     word_W = torch.arange((x_RD.shape[1] + 3) // 4, device=x_RD.device)
     shift_4 = torch.arange(0, 64, 16, device=x_RD.device)
-    bits_RD = (hash_ids(key, token_id_R[:, None], word_W)[:, :, None] >> shift_4 & 0xFFFF).flatten(1)
-    dropped = round(rate * 2**16)
+    bits_RD = (_hash(state, token_id_R[:, None], word_W)[:, :, None] >> shift_4 & 0xFFFF).flatten(1)
     keep_RD = bits_RD[:, : x_RD.shape[1]] >= dropped
     return torch.where(keep_RD, x_RD / (1 - dropped / 2**16), 0.0)
 
