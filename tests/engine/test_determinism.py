@@ -1,4 +1,4 @@
-"""train.deterministic reaches torch and cuBLAS before the device is used; what it does to a GPU is gpu-check's `resume`."""
+"""train.deterministic reaches torch and cuBLAS before the device is used. On a GPU gpu-check's `resume` shows it."""
 
 import json
 import os
