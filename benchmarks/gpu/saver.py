@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
+from pathlib import Path
 
 from gpu.check import Check
 from gpu.steps import Steps
@@ -26,12 +27,13 @@ def saved(check: Check) -> tuple[str, dict]:
     reset_optimizer(steps.engine, with_moments=True)
     folder = check.scratch / "saved"
     saver = Saver(folder, steps.engine, check.layout, CheckpointConfig(asynchronous=True, keep=1))
-    stall, rest = [], []
+    stall, rest, before, taken = [], [], resident(), 0
     for number in range(3):
         check.sync()
         started = time.perf_counter()
         saver.save(number, {})
         stall.append(time.perf_counter() - started)
+        taken = taken or resident() - before
         saver.wait()
         rest.append(time.perf_counter() - started - stall[-1])
     quiet = step_seconds(steps, 5)
@@ -42,8 +44,16 @@ def saved(check: Check) -> tuple[str, dict]:
     shutil.rmtree(folder)
     return "measured", {
         "stall_s": [round(value, 3) for value in stall], "write_s": [round(value, 3) for value in rest],
-        "MiB": size >> 20, "host_MiB": saver.buffers.nbytes >> 20, "step_ms": quiet, "step_ms_while_writing": busy,
+        "MiB": size >> 20, "host_MiB": saver.buffers.nbytes >> 20, "host_taken_MiB": taken >> 20,
+        "page_locked": all(buffer.is_pinned() for buffer in saver.buffers._of.values()),
+        "step_ms": quiet, "step_ms_while_writing": busy,
     }  # fmt: skip
+
+
+def resident() -> int:
+    """Bytes of host memory that this process has in use."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) << 10
 
 
 def step_seconds(steps: Steps, number: int) -> float:
