@@ -124,7 +124,7 @@ class Run:
             loader = make_loader(
                 documents, vocabulary, config.data, seed=config.seed, dp_rank=layout.rank, dp=layout.world,
                 batch_groups=config.train.micro_batch_groups, neighbours=open_neighbours(config.data, source),
-                state=loader_state,
+                state=loader_state, device=layout.device,
             )  # fmt: skip
         return cls(
             config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
