@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import statistics
 import time
 from pathlib import Path
 
-from gpu.check import Check
+import torch
+
+from gpu.check import Check, right_if
 from gpu.steps import Steps
 from moe_dist.config import CheckpointConfig
+from moe_dist.engine import pinned
 from moe_dist.engine.fragments import reset_optimizer
 from moe_dist.engine.saver import Saver
 
 
 def run(check: Check) -> None:
     check.attempt("asynchronous save of 90M 4t4i (the first pins memory)", lambda: saved(check))
+    if not check.small:
+        check.attempt("page-locking that CUDA refuses", lambda: refused(check))
 
 
 def saved(check: Check) -> tuple[str, dict]:
@@ -48,6 +54,14 @@ def saved(check: Check) -> tuple[str, dict]:
         "page_locked": all(buffer.is_pinned() for buffer in saver.buffers._of.values()),
         "step_ms": quiet, "step_ms_while_writing": busy,
     }  # fmt: skip
+
+
+def refused(check: Check) -> tuple[str, dict]:
+    """Register memory a second time: CUDA refuses, and the kernels that follow must not raise that error."""
+    tensor = pinned.empty_pinned(1000, torch.float32)
+    error = pinned.register(tensor.data_ptr(), mmap.PAGESIZE)
+    total = float(torch.ones(2, device=check.device).sum())
+    return right_if(error != 0 and total == 2 and tensor.is_pinned()), {"error": error}
 
 
 def resident() -> int:

@@ -31,9 +31,7 @@ def empty_pinned(numel: int, dtype: torch.dtype) -> Tensor:
     if not size:
         return tensor
     address = tensor.data_ptr()
-    error = int(torch.cuda.cudart().cudaHostRegister(address, whole, PORTABLE))
-    if error:
-        _forget_error()
+    if error := register(address, whole):
         warnings.warn(
             f"CUDA cannot page-lock {size / 2**30:.2f} GiB of host memory (cudaHostRegister: error {error}): "
             "checkpoint.asynchronous copies into ordinary memory, and training waits longer for each checkpoint",
@@ -43,6 +41,13 @@ def empty_pinned(numel: int, dtype: torch.dtype) -> Tensor:
         # Before the memory is freed; the end of the process needs no call.
         weakref.finalize(tensor, _unregister, address).atexit = False
     return tensor
+
+
+def register(address: int, size: int) -> int:
+    """Page-lock memory. Returns CUDA's error code, 0 if it has."""
+    if error := int(torch.cuda.cudart().cudaHostRegister(address, size, PORTABLE)):
+        _forget_error()
+    return error
 
 
 def _unregister(address: int) -> None:

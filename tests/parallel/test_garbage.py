@@ -4,6 +4,7 @@ import gc
 import weakref
 
 import pytest
+import torch
 
 from moe_dist.config import load_config
 from moe_dist.parallel import garbage
@@ -49,8 +50,9 @@ def test_cycles_go_at_the_steps_that_are_due_and_at_no_other(automatic):
 
 
 def _collections(rank, overrides):
-    """How many steps were done at each collection between the first step and the last, and the generation."""
-    seen, steps = [], []
+    """How many steps were done at each collection between the first step and the last, and the generation; the shapes
+    of the tensors that the collections found."""
+    seen, steps, tensors = [], [], []
     step, thresholds = Run.train_step, gc.get_threshold()
 
     def counted(run):
@@ -60,6 +62,9 @@ def _collections(rank, overrides):
     def note(phase, facts):
         if phase == "start" and 0 < len(steps) < 8:
             seen.append((steps[-1], facts["generation"]))
+            gc.garbage.clear()
+        if phase == "stop" and 0 < len(steps) < 8:
+            tensors.extend(tuple(found.shape) for found in gc.garbage if isinstance(found, torch.Tensor))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "train_step", counted)
@@ -67,14 +72,20 @@ def _collections(rank, overrides):
         patch.setattr(garbage, "FULL", 6)
         gc.callbacks.append(note)
         gc.set_threshold(10)  # as if very many objects were made
+        gc.set_debug(gc.DEBUG_SAVEALL)
         try:
             train(load_config(ROOT / "configs" / "moma_quickstart.yaml", overrides))
         finally:
             gc.callbacks.remove(note)
             gc.set_threshold(*thresholds)
-    return seen, gc.isenabled()
+            gc.set_debug(0)
+            gc.garbage.clear()
+    return seen, tensors, gc.isenabled()
 
 
-def test_every_rank_collects_after_the_same_steps(overrides, tmp_path):
-    results = run_ranks(_collections, 2, [*overrides, f"run.dir={tmp_path / 'run'}"])
-    assert results == [([(2, 1), (4, 1), (6, 2)], True)] * 2
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_rank_collects_after_the_same_steps_and_no_tensor_waits_for_it(recompute, overrides, tmp_path):
+    """On a GPU tensors in cycles would take up memory for many steps."""
+    changes = [f"run.dir={tmp_path / 'run'}", f"model.recompute={str(recompute).lower()}"]
+    results = run_ranks(_collections, 2, [*overrides, *changes])
+    assert results == [([(2, 1), (4, 1), (6, 2)], [], True)] * 2
