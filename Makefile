@@ -11,10 +11,11 @@ RECIPE := $(notdir $(basename $(CONFIG)))
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 .DELETE_ON_ERROR:
-# An override where the recipe's parallel.expert does not divide the ranks. If the recipe is faulty, train.py says so.
-FIT = $(addprefix parallel.expert=,$(shell $(BIN)/python -c "import math; from moe_dist.config import load_config; \
-	expert = load_config('$(CONFIG)', []).parallel.expert; print(math.gcd(expert, $(RANKS)) if $(RANKS) % expert else '')" \
-	2>/dev/null))
+# Overrides: parallel.expert if the recipe's does not divide the ranks; bfloat16 on GPUs if the recipe does not say bf16.
+# If the recipe is faulty, train.py says so.
+FIT = $(shell $(BIN)/python -c "import math; from moe_dist.config import load_config; recipe = load_config('$(CONFIG)'); \
+	expert = recipe.parallel.expert; print(f'parallel.expert={math.gcd(expert, $(RANKS))}' if $(RANKS) % expert else ''); \
+	print('deepspeed.bf16.enabled=true' if int('0$(GPUS)') and 'bf16' not in recipe.deepspeed else '')" 2>/dev/null)
 # Without a GPU, glibc would give every large gradient back to the system and pay for its pages again at every step.
 LAUNCH = MALLOC_MMAP_MAX_="$${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="$${MALLOC_TRIM_THRESHOLD_:-100000000000}" \
 	PYTORCH_ALLOC_CONF="$${PYTORCH_ALLOC_CONF:-$${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}" \

@@ -33,6 +33,7 @@ from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.model.transformer import Transformer
 from moe_dist.moe.placement import make_placement
+from moe_dist.parallel.garbage import AlignedCollection
 from moe_dist.parallel.health import check_health
 from moe_dist.parallel.launch import is_main_process
 from moe_dist.parallel.layout import Layout, make_layout
@@ -126,7 +127,7 @@ class Run:
             loader = make_loader(
                 documents, vocabulary, config.data, seed=config.seed, dp_rank=layout.rank, dp=layout.world,
                 batch_groups=config.train.micro_batch_groups, neighbours=open_neighbours(config.data, source),
-                state=loader_state,
+                state=loader_state, device=layout.device,
             )  # fmt: skip
         return cls(
             config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
@@ -168,7 +169,8 @@ class Run:
             watch = HangWatch(self.folder.stacks, self.layout.rank, self.config.health.hang_seconds, self._tell_hang)
             if self.config.eval.every:
                 next(self.looked_at.batches(self.held_out))  # an unusable split shows now, not after many steps
-        with watch, Progress(last, step=self.step, is_main=main, causal=causal) as progress, self.saver:
+        shown = Progress(last, step=self.step, is_main=main, causal=causal)
+        with watch, AlignedCollection() as garbage, shown as progress, self.saver:
             while self.step < last and not (signal := self.stop.agreed(self.layout.device)):
                 with stragglers:
                     metrics = self.train_step()
@@ -185,6 +187,7 @@ class Run:
                 if _due(self.step, self.config.checkpoint.every, last) or self.step == last:
                     saved = self.save()
                     watch.beat()
+                garbage.after(self.step)
             if saved < self.step:
                 self.save()
         with together():

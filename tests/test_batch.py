@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_dist.batch import IMAGE, MODALITIES, TEXT, TokenInfo
+from moe_dist.batch import IMAGE, MODALITIES, TEXT, Batch, TokenInfo
 
 
 def make_info(num_groups=3, group_tokens=20, seed=0, num_sequences=None, documents=None):
@@ -66,3 +66,20 @@ def test_a_selection_has_what_its_tokens_had(share):
         assert [kept[k] for k in members.tolist()] == [t for t in kept if t // 10 == sequence]
     again_K, twice = selected.select(torch.ones(len(kept), dtype=torch.bool), torch.Tensor.tolist)
     assert again_K.tolist() == list(range(len(kept))) and twice.modality_counts == selected.modality_counts
+
+
+def test_every_tensor_is_copied_to_a_device_without_waiting(monkeypatch):
+    """And pinned, the sidecar's and those of the batch's TokenInfo too; what is derived is not copied."""
+    info, calls = make_info(), []
+    info.competing("sequence")
+    zeros = torch.zeros(info.num_tokens, dtype=torch.int64)
+    batch = Batch(
+        tokens_T=zeros, targets_T=zeros, loss_mask_T=info.valid_T, target_modality_T=zeros, info=info,
+        sidecar={"domain_T": zeros},
+    )  # fmt: skip
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: calls.append((args, kwargs)) or tensor)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append("pinned") or tensor)
+    for made in (batch.to("cuda"), batch.pinned()):
+        assert made.info.document_lengths == info.document_lengths and "_made" not in made.info.__dict__
+    assert calls == [(("cuda",), {"non_blocking": True})] * 11 + ["pinned"] * 11
+    assert info.to("cuda") is not info and calls[22:] == [(("cuda",), {"non_blocking": True})] * 6

@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from moe_dist.config import load_config
+from moe_dist.model.attention import check_head_size
 from tests.launching import BIN, ROOT
 
+BF16 = " deepspeed.bf16.enabled=true"
 OURS = ("MAKE", "MFLAGS", "RANKS", "PYTORCH_", "SLURM", "SITE", "START")  # of `make test`, or of a user
 SLURM = {"SLURM_NNODES": "1", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "n1"}
 
@@ -42,13 +46,14 @@ def train(folder, *arguments, gpus=0, show='echo "$@"', **variables):
     ("gpus", "arguments", "ranks", "override"),
     [
         (0, (), 2, ""),
-        (1, (), 1, " parallel.expert=1"),
-        (2, (), 2, ""),
-        (3, (), 3, " parallel.expert=1"),
-        (8, (), 8, ""),
-        (8, ("RANKS=4",), 4, ""),
-        (4, ("CONFIG=configs/moma_90m.yaml",), 4, " parallel.expert=4"),
-        (1, ("CONFIG=configs/dense_quickstart.yaml",), 1, ""),
+        (0, ("RANKS=3",), 3, " parallel.expert=1"),
+        (1, (), 1, " parallel.expert=1" + BF16),
+        (2, (), 2, BF16),
+        (3, (), 3, " parallel.expert=1" + BF16),
+        (8, (), 8, BF16),
+        (8, ("RANKS=4",), 4, BF16),
+        (4, ("CONFIG=configs/moma_90m.yaml",), 4, " parallel.expert=4"),  # it says bf16 itself
+        (1, ("CONFIG=configs/dense_quickstart.yaml",), 1, BF16),
     ],
 )
 def test_a_rank_for_each_gpu(gpus, arguments, ranks, override, tmp_path):
@@ -58,7 +63,25 @@ def test_a_rank_for_each_gpu(gpus, arguments, ranks, override, tmp_path):
 
 
 def test_overrides_come_last(tmp_path):
-    assert train(tmp_path, "ARGS=seed=1", gpus=1).endswith("parallel.expert=1 seed=1")
+    arguments = "seed=1 deepspeed.bf16.enabled=false"
+    assert train(tmp_path, f"ARGS={arguments}", gpus=1).endswith(f"parallel.expert=1{BF16} {arguments}")
+
+
+@pytest.mark.parametrize("enabled", ["true", "false"])
+def test_a_recipe_that_says_bf16_is_left_as_it_is(enabled, tmp_path):
+    text = (ROOT / "configs" / "moma_quickstart.yaml").read_text()
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(text.replace("deepspeed:\n", f"deepspeed:\n  bf16: {{enabled: {enabled}}}\n"))
+    started = train(tmp_path, f"CONFIG={recipe}", gpus=2)
+    assert started == f"--num_gpus 2 launch/train.py --config {recipe}"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_heads_of_every_recipe_fit_flash_attention(recipe):
+    """As `make train` uses it on GPUs."""
+    model = load_config(recipe).model
+    size = model.head_size or model.hidden_size // model.num_heads
+    check_head_size(size, device=torch.device("cuda"), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(

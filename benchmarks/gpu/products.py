@@ -33,6 +33,7 @@ def run(check: Check) -> None:
         for dtype in (torch.bfloat16, torch.float32):
             what = f"attention, {str(dtype)[6:]}, {heads} heads in {groups} groups of {size}"
             check.attempt(what, lambda s=(heads, groups, size), dtype=dtype: attention(check, *s, dtype))
+    check.attempt("attention, bfloat16, no token", lambda: attention(check, *HEADS[0], torch.bfloat16, lengths=[0, 0]))
     check.attempt("integers of routing", lambda: integers(check))
 
 
@@ -58,12 +59,14 @@ def grouped(check: Check, counts: tuple[int, ...], dtype: torch.dtype) -> tuple[
     return right_if(max(errors) < bound and bool(clean)), {"errors": short(errors), "empty_zero": bool(clean)}
 
 
-def attention(check: Check, heads: int, groups: int, size: int, dtype: torch.dtype) -> tuple[str, dict]:
+def attention(
+    check: Check, heads: int, groups: int, size: int, dtype: torch.dtype, lengths: list[int] = LENGTHS
+) -> tuple[str, dict]:
     """Packed documents, with queries, keys and values strided as megatron hands them over."""
     generator = torch.Generator().manual_seed(2)
     per_group = heads // groups
-    mixed = torch.randn(sum(LENGTHS), groups, (per_group + 2) * size, generator=generator).to(dtype)
-    weight_THd = torch.randn(sum(LENGTHS), heads, size, generator=generator, dtype=torch.float64)
+    mixed = torch.randn(sum(lengths), groups, (per_group + 2) * size, generator=generator).to(dtype)
+    weight_THd = torch.randn(sum(lengths), heads, size, generator=generator, dtype=torch.float64)
 
     def run(documents, mixed: Tensor) -> tuple[Tensor, Tensor]:
         mixed = mixed.detach().requires_grad_()
@@ -72,9 +75,9 @@ def attention(check: Check, heads: int, groups: int, size: int, dtype: torch.dty
         (gradient,) = torch.autograd.grad((y.double() * weight_THd.to(y.device)).sum(), mixed)
         return y, gradient
 
-    wanted = run(BucketedDocuments.build(LENGTHS, torch.device("cpu")), mixed.double())
+    wanted = run(BucketedDocuments.build(lengths, torch.device("cpu")), mixed.double())
     check.poison()
-    documents = locate_documents(LENGTHS, device=check.device, dtype=dtype)
+    documents = locate_documents(lengths, device=check.device, dtype=dtype)
     got = run(documents, mixed.to(check.device))
     errors = [relative(a, b) for a, b in zip(got, wanted, strict=True)]
     bound = 2e-2 if dtype == torch.bfloat16 else 1e-4

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import mmap
 import shutil
 import statistics
 import time
+from pathlib import Path
 
-from gpu.check import Check
+import torch
+
+from gpu.check import Check, right_if
 from gpu.steps import Steps
 from moe_dist.config import CheckpointConfig
+from moe_dist.engine import pinned
 from moe_dist.engine.fragments import reset_optimizer
 from moe_dist.engine.saver import Saver
 
 
 def run(check: Check) -> None:
     check.attempt("asynchronous save of 90M 4t4i (the first pins memory)", lambda: saved(check))
+    if not check.small:
+        check.attempt("page-locking that CUDA refuses", lambda: refused(check))
 
 
 def saved(check: Check) -> tuple[str, dict]:
@@ -26,12 +33,13 @@ def saved(check: Check) -> tuple[str, dict]:
     reset_optimizer(steps.engine, with_moments=True)
     folder = check.scratch / "saved"
     saver = Saver(folder, steps.engine, check.layout, CheckpointConfig(asynchronous=True, keep=1))
-    stall, rest = [], []
+    stall, rest, before, taken = [], [], resident(), 0
     for number in range(3):
         check.sync()
         started = time.perf_counter()
         saver.save(number, {})
         stall.append(time.perf_counter() - started)
+        taken = taken or resident() - before
         saver.wait()
         rest.append(time.perf_counter() - started - stall[-1])
     quiet = step_seconds(steps, 5)
@@ -42,8 +50,24 @@ def saved(check: Check) -> tuple[str, dict]:
     shutil.rmtree(folder)
     return "measured", {
         "stall_s": [round(value, 3) for value in stall], "write_s": [round(value, 3) for value in rest],
-        "MiB": size >> 20, "host_MiB": saver.buffers.nbytes >> 20, "step_ms": quiet, "step_ms_while_writing": busy,
+        "MiB": size >> 20, "host_MiB": saver.buffers.nbytes >> 20, "host_taken_MiB": taken >> 20,
+        "page_locked": all(buffer.is_pinned() for buffer in saver.buffers._of.values()),
+        "step_ms": quiet, "step_ms_while_writing": busy,
     }  # fmt: skip
+
+
+def refused(check: Check) -> tuple[str, dict]:
+    """Register memory a second time: CUDA refuses, and the kernels that follow must not raise that error."""
+    tensor = pinned.empty_pinned(1000, torch.float32)
+    error = pinned.register(tensor.data_ptr(), mmap.PAGESIZE)
+    total = float(torch.ones(2, device=check.device).sum())
+    return right_if(error != 0 and total == 2 and tensor.is_pinned()), {"error": error}
+
+
+def resident() -> int:
+    """Bytes of host memory that this process has in use."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) << 10
 
 
 def step_seconds(steps: Steps, number: int) -> float:

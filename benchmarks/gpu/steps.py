@@ -39,6 +39,8 @@ class Steps:
             fill(model.to_empty(device=check.device))
         engine = make_engine(model, config, check.layout)
         batches = [make_batch(config, vocabulary, number) for number in range(engine.accumulation)]
+        if not check.small:
+            batches = [batch.pinned() for batch in batches]  # as the loader's are
         return cls(engine, config, check.layout, batches)
 
     def take(self, lr: float = 1e-4) -> StepResult:

@@ -10,9 +10,11 @@ ranks that divides the lanes continues the same sequence of groups.
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from moe_dist.batch import Batch
 from moe_dist.config import DataConfig
@@ -23,10 +25,14 @@ from moe_dist.data.vocabulary import Vocabulary
 from moe_dist.errors import UserError
 
 State = dict[str, Any]  # JSON-able
+CPU = torch.device("cpu")
 
 
 class Loader:
-    """Endless iterator over (batch, state). A thread prepares one batch ahead; an error there is raised by next()."""
+    """Endless iterator over (batch, state). A thread prepares one batch ahead; an error there is raised by next().
+
+    device: where the batches will go. For a GPU the thread leaves them in page-locked memory.
+    """
 
     def __init__(
         self,
@@ -38,6 +44,7 @@ class Loader:
         dp: int,
         batch_groups: int,
         neighbours: NeighbourStore | None,
+        device: torch.device,
     ):
         self._lanes = lanes
         self._assembler = assembler
@@ -46,7 +53,9 @@ class Loader:
         self._dp_rank, self._dp, self._batch_groups = dp_rank, dp, batch_groups
         self._groups = 0  # groups that all ranks together have read
         self._lane_states = {str(number): lane.state() for number, lane in lanes.items()}
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self._pin = device.type == "cuda"
+        start = partial(torch.cuda.set_device, device) if self._pin else None  # a new thread is on GPU 0 otherwise
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader", initializer=start)
         self._ahead: Future[tuple[Batch, State]] | None = None
 
     def restore(self, state: State) -> None:
@@ -78,6 +87,8 @@ class Loader:
         batch = collate(groups, assembler.vocabulary, assembler.sequence_length, instructions=instructions)
         if self._neighbours is not None:
             batch = self._neighbours.join(batch)
+        if self._pin:
+            batch = batch.pinned()
         return batch, {"groups": self._groups, "lanes": dict(self._lane_states), "of": self._identity}
 
 
@@ -92,12 +103,13 @@ def make_loader(
     batch_groups: int,
     neighbours: NeighbourStore | None = None,
     state: State | None = None,
+    device: torch.device = CPU,
 ) -> Loader:
     """The loader of one data-parallel rank.
 
     batch_groups: selection groups in a micro-batch. neighbours: joined to every batch. state: what came with the last
     batch that was used, merged over the ranks as a checkpoint does; a rank's own state will do at an unchanged number
-    of ranks.
+    of ranks. device: see Loader.
     """
     check_data(data, dp=dp)
     assembler = Assembler(
@@ -117,8 +129,9 @@ def make_loader(
     if neighbours is not None:
         identity["data.neighbours"] = neighbours.identity
     loader = Loader(
-        lanes, assembler, identity, dp_rank=dp_rank, dp=dp, batch_groups=batch_groups, neighbours=neighbours
-    )
+        lanes, assembler, identity, dp_rank=dp_rank, dp=dp, batch_groups=batch_groups, neighbours=neighbours,
+        device=device,
+    )  # fmt: skip
     if state is not None:
         _check_identity(state["of"], identity)
         loader.restore(state)

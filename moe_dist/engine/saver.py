@@ -30,6 +30,7 @@ from moe_dist.config import CheckpointConfig
 from moe_dist.engine.checkpoint import describe, write
 from moe_dist.engine.fragments import FROZEN, fragments, kind_of
 from moe_dist.engine.manifest import checkpoint_path, prune
+from moe_dist.engine.pinned import empty_pinned
 from moe_dist.engine.storage import Fragment
 from moe_dist.errors import UserError
 from moe_dist.parallel.layout import Layout
@@ -128,7 +129,7 @@ class HostBuffers:
         if dtype not in self._of or self._of[dtype].numel() != numel:  # the moments come with the first step
             self._of.pop(dtype, None)
             try:
-                self._of[dtype] = torch.empty(numel, dtype=dtype, pin_memory=self.pinned)
+                self._of[dtype] = empty_pinned(numel, dtype) if self.pinned else torch.empty(numel, dtype=dtype)
             except RuntimeError as error:
                 gib = numel * dtype.itemsize / 2**30
                 raise UserError(

@@ -125,8 +125,10 @@ class VarlenDocuments:
 
     @classmethod
     def build(cls, lengths: Sequence[int], device: torch.device) -> VarlenDocuments:
-        ends = torch.tensor([0, *accumulate(length for length in lengths if length)], dtype=torch.int32, device="cpu")
-        return cls(ends.to(device, non_blocking=True), max(lengths))
+        # Without a token there is one document of length 0: the kernel refuses a list of no documents.
+        real = [length for length in lengths if length] or [0]
+        ends = torch.tensor([0, *accumulate(real)], dtype=torch.int32, device="cpu")
+        return cls(ends.to(device, non_blocking=True), max(real))
 
     def select(self, info: TokenInfo) -> VarlenDocuments:
         return self.build(info.document_lengths, self.ends.device)

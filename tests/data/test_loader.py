@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from dataclasses import fields
 from itertools import islice
 
@@ -20,10 +21,11 @@ from tests.data.synthetic import MemoryDocument, MemoryStore, SmallVocabulary, d
 STORE = random_store(7, pairs=60, texts=50, text=100)
 
 
-def loader(rank=0, dp=1, *, groups=1, state=None, store=STORE, seed=5, **data):
+def loader(rank=0, dp=1, *, groups=1, state=None, store=STORE, seed=5, device="cpu", **data):
     return make_loader(
-        store, SmallVocabulary, data_config(**data), seed=seed, dp_rank=rank, dp=dp, batch_groups=groups, state=state
-    )
+        store, SmallVocabulary, data_config(**data), seed=seed, dp_rank=rank, dp=dp, batch_groups=groups, state=state,
+        device=torch.device(device),
+    )  # fmt: skip
 
 
 def tensors(batch):
@@ -218,3 +220,30 @@ def test_captions_that_are_all_alike_cannot_be_shuffled():
     same = [MemoryDocument(np.array([10, 11]), np.full(6, 50)) for _ in range(4)]
     with pytest.raises(UserError, match="4 of 4 held-out pairs share one caption"):
         ShuffledCaptions(MemoryStore(same))
+
+
+def test_batches_for_a_gpu_are_pinned_by_the_loaders_thread(monkeypatch):
+    """Page-locked memory needs CUDA: a stand-in copies, and notes where it was called."""
+    threads, devices, pinned = [], [], set()
+
+    def pin_memory(tensor):
+        threads.append(threading.current_thread().name)
+        copy = tensor.clone()
+        pinned.add(copy.data_ptr())
+        kept.append(copy)
+        return copy
+
+    kept = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    for (batch, state), (plain, its_state) in zip(islice(loader(device="cuda:3"), 3), loader()):
+        assert_same(batch, plain)
+        assert state == its_state
+        assert all(tensor.data_ptr() in pinned for tensor in tensors(batch).values())
+    assert set(threads) == {"loader_0"} and devices == [torch.device("cuda", 3)]
+
+
+def test_the_loader_of_a_cpu_calls_nothing_of_cuda(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", None)
+    monkeypatch.setattr(torch.cuda, "set_device", None)
+    next(loader())

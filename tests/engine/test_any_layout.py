@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from moe_dist import train as train_module
 from moe_dist.config import Config, load_config
 from moe_dist.data.loader import Loader, make_loader
 from moe_dist.engine import checkpoint
@@ -335,3 +336,16 @@ def test_a_batch_or_lanes_that_cannot_be_kept(overrides, tmp_path):
         for told in run_ranks(refusals, world, own, [change for change, _ in cases]):
             for sentence, (change, expected) in zip(told, cases, strict=True):
                 assert expected in sentence, change
+
+
+def _loaders_device(rank, overrides, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        given = {}
+        patch.setattr(train_module, "make_loader", lambda *_, **settings: given.update(settings))
+        run = start(recipe(overrides, At(1, 1, 1), folder))
+    return given["device"] is run.layout.device
+
+
+def test_the_loader_knows_the_device_of_its_batches(overrides, tmp_path):
+    """On a GPU it leaves them in page-locked memory (tests/data/test_loader.py)."""
+    assert run_ranks(_loaders_device, 1, overrides, tmp_path) == [True]

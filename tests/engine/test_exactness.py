@@ -180,6 +180,51 @@ def test_ways_of_storing_change_nothing(stage, zero, expert):
     assert_same(train(build, config, 2, follow=expected), expected, FLOAT32)
 
 
+def overlapping(engine, layout):
+    """Fail unless DeepSpeed reduces gradients during the backward pass, in more than one bucket."""
+    zero = engine.optimizer
+    assert getattr(zero, "overlap_comm", engine.zero_stage == 3)
+    elements = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    assert elements > 2 * zero.reduce_bucket_size
+    return objective
+
+
+COMMUNICATION = [  # expert, stage
+    pytest.param(1, 1, marks=pytest.mark.slow),
+    pytest.param(1, 2, marks=pytest.mark.slow),
+    (1, 3),
+    (2, 1),
+    (2, 2),
+    pytest.param(2, 3, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("expert", "stage"), COMMUNICATION)
+def test_overlapped_reduction_changes_no_bit(expert, stage):
+    """On a CPU nothing runs at the same time, but the order of reductions and the two buckets in turn are the same."""
+    runs = {}
+    for overlap in (True, False):
+        zero = {"overlap_comm": overlap, "reduce_bucket_size": 1000}
+        config = recipe("moma", world=2, expert=expert, accumulation=2, stage=stage, zero=zero)
+        runs[overlap] = train(build, config, 2, plant=overlapping if overlap else None, follow=reference("moma"))
+    assert_same(runs[True], reference("moma"), FLOAT32)
+    assert not any(runs[True].deviation(runs[False]).values())
+
+
+# Every gradient is rounded to bfloat16 once on each rank, and their sum once more: by 2e-3 of its size each time.
+LOW_PRECISION = {"loss": 1e-5, "norm": 2e-3, "update": 8e-3, "logits": LOGITS}
+
+
+@pytest.mark.parametrize(("expert", "stage"), COMMUNICATION)
+def test_bf16_communication_rounds_gradients_and_nothing_else(expert, stage):
+    """Every step starts from the reference's weights. The updates differ by far more than in float32."""
+    config = recipe("moma", world=2, expert=expert, accumulation=2, stage=stage, communication_data_type="bf16")
+    expected = reference("moma")
+    trajectory = train(build, config, 2, follow=expected, guide=expected)
+    assert_same(trajectory, expected, LOW_PRECISION)
+    assert trajectory.deviation(expected)["update"] > 10 * FLOAT32["update"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_recomputation_changes_nothing(stage):

@@ -176,6 +176,18 @@ def test_the_call_of_flash_attention_fits_its_real_signature():
     assert all(x.grad.shape == x.shape for x in qkv)
 
 
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]], ids=str)
+def test_documents_without_a_token(lengths):
+    """Causal mixture-of-depths may admit no token. The kernel needs one document at least, also if it is empty."""
+    meta = torch.device("meta")
+    documents = VarlenDocuments.build(lengths, torch.device("cpu"))
+    assert documents.ends.tolist() == [0, 0] and documents.longest == 0
+    qkv = [torch.empty(0, 2, 8, dtype=torch.bfloat16, device=meta, requires_grad=True) for _ in range(3)]
+    output = VarlenDocuments.build(lengths, meta).attend(*qkv)
+    assert output.shape == (0, 2, 8)
+    output.sum().backward()
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "varlen"),
     [("cuda", torch.bfloat16, True), ("cuda", torch.float32, False), ("cpu", torch.bfloat16, False)],
