@@ -75,7 +75,8 @@ def deviation(mine: Selections, reference: Selections) -> float:
     for place, (token_id_V, logits_VC) in mine.items():
         if place not in reference or not torch.equal(token_id_V, reference[place][0]):
             return math.inf
-        largest = max(largest, float((logits_VC - reference[place][1]).abs().max()))
+        difference = float((logits_VC - reference[place][1]).abs().max())
+        largest = max(largest, math.inf if math.isnan(difference) else difference)
     return largest
 
 

@@ -9,50 +9,8 @@ import torch
 from torch import Tensor
 
 import moe_dist.fused
-from moe_dist.losses import language
-from moe_dist.model import attention, mcore
-from moe_dist.moe import experts, random, swiglu
+from tests.fused_cases import CASES, ROWS, deviations
 from tests.long import LONG
-
-ROWS = (48, 50, 1, 0)  # the first is compiled for its size, the second for any, then what compilers treat on their own
-
-
-def normal(*size, dtype):
-    return torch.randn(*size, dtype=torch.float64).to(dtype)
-
-
-def targets(rows):
-    target_T = torch.arange(rows)
-    return torch.where(target_T % 5 > 0, target_T % 50, -100)
-
-
-CASES = {
-    "gated": (swiglu.gated, lambda rows, dtype: (normal(rows, 32, dtype=dtype),)),
-    "weighted": (experts.weighted, lambda rows, dtype: (normal(rows, 16, dtype=dtype), torch.rand(rows))),
-    "head norm": (
-        mcore._layer_norm,
-        lambda rows, dtype: (normal(rows, 1, 4, 8, dtype=dtype), *(normal(8, dtype=dtype) for _ in range(2)), 1e-5),
-    ),
-    "dropout": (
-        random._drop,
-        lambda rows, dtype: (normal(rows, 18, dtype=dtype), torch.arange(rows), torch.tensor(-(2**62) + 5), 6554),
-    ),
-    "rotate": (
-        attention.rotate,
-        lambda rows, dtype: (normal(rows, 4, 8, dtype=dtype), *(normal(rows, 1, 8, dtype=dtype) for _ in range(2))),
-    ),
-    "cross-entropy": (
-        language._cross_entropy,
-        lambda rows, dtype: (normal(rows, 50, dtype=dtype) * 3, targets(rows)),
-    ),
-}
-
-
-def run(function, arguments):
-    tensors = [a.requires_grad_(a.is_floating_point()) for a in arguments if isinstance(a, Tensor)]
-    y = function(*arguments)
-    weights = torch.linspace(0.5, 1.5, y.numel()).view_as(y).to(y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, [t for t in tensors if t.requires_grad], weights)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -62,15 +20,39 @@ def test_compiled_equals_float64(name, dtype):
     function, make = CASES[name]
     compiled = torch.compile(function.__wrapped__, backend="inductor" if LONG else "aot_eager_decomp_partition")
     for rows in ROWS:
-        arguments = make(rows, dtype)
-        in_float64 = [a.detach().double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
-        for got, expected in zip(run(compiled, arguments), run(function, in_float64), strict=True):
-            tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-            assert (got.double() - expected).norm() <= tolerance * expected.norm(), rows
+        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+        assert max(deviations(compiled, function, make(rows, dtype))) <= tolerance, rows
 
 
-def test_the_cpu_runs_the_operations_as_written(monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or (lambda *_: pytest.fail()))
+def test_the_cpu_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: pytest.fail("compiled"))
     doubled = moe_dist.fused.fused(lambda x: x * 2)
-    assert compiled and torch.equal(doubled(torch.ones(3)), torch.full((3,), 2.0))
+    assert torch.equal(doubled(torch.ones(3)), torch.full((3,), 2.0))
+
+
+class OnAGPU(Tensor):
+    """A tensor that says so."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("rows", "change", "compiled"),
+    [
+        (3, None, True),
+        (1, None, False),
+        (0, None, False),
+        (3, "disable", False),
+        (3, "deterministic", False),
+    ],
+    ids=["rows", "one row", "no row", "turned off", "deterministic"],
+)
+def test_what_a_gpu_compiles(rows, change, compiled, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: x * 3)
+    doubled = moe_dist.fused.fused(lambda x: x * 2)
+    torch.use_deterministic_algorithms(change == "deterministic")
+    try:
+        with torch._dynamo.config.patch(disable=change == "disable"):
+            assert doubled(torch.ones(rows).as_subclass(OnAGPU)).tolist() == [3.0 if compiled else 2.0] * rows
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -27,9 +27,10 @@ class Check:
     def device(self) -> torch.device:
         """The device of rank 0 of one, with torch.distributed started."""
         from moe_dist.engine.zero import init_distributed
+        from moe_dist.parallel.launch import free_port
 
-        own = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29871"}
-        os.environ.update(own)
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(free_port())
         return init_distributed()
 
     @cached_property

@@ -15,6 +15,7 @@ from moe_dist.moe import experts
 from moe_dist.moe.capacity import keep_within_capacity
 from moe_dist.moe.random import dropout, logistic
 from moe_dist.moe.router import selection_keys
+from tests.fused_cases import CASES, ROWS, deviations
 
 COUNTS = {
     "even": (64,) * 4, "uneven": (1, 200, 7, 3), "one empty": (5, 0, 64, 59), "first empty": (0, 9, 64, 2),
@@ -34,6 +35,10 @@ def run(check: Check) -> None:
             what = f"attention, {str(dtype)[6:]}, {heads} heads in {groups} groups of {size}"
             check.attempt(what, lambda s=(heads, groups, size), dtype=dtype: attention(check, *s, dtype))
     check.attempt("attention, bfloat16, no token", lambda: attention(check, *HEADS[0], torch.bfloat16, lengths=[0, 0]))
+    for dtype in (torch.bfloat16, torch.float32):
+        for name in CASES:
+            what = f"fused function, {str(dtype)[6:]}, {name}"
+            check.attempt(what, lambda name=name, dtype=dtype: fused(check, name, dtype))
     check.attempt("integers of routing", lambda: integers(check))
 
 
@@ -57,6 +62,14 @@ def grouped(check: Check, counts: tuple[int, ...], dtype: torch.dtype) -> tuple[
     clean = not got[1][empty].any()
     bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
     return right_if(max(errors) < bound and bool(clean)), {"errors": short(errors), "empty_zero": bool(clean)}
+
+
+def fused(check: Check, name: str, dtype: torch.dtype) -> tuple[str, dict]:
+    """Compiled on a GPU, for one size and then for any, with its gradients, against the operations in float64."""
+    function, make = CASES[name]
+    errors = [max(deviations(function, function, make(rows, dtype), check.device)) for rows in ROWS]
+    rounding = 0.2 if check.small else 1e-2  # torch's LayerNorm on a CPU adds up its bias' gradient in bfloat16
+    return right_if(max(errors) < (rounding if dtype == torch.bfloat16 else 1e-5)), {"errors": short(errors)}
 
 
 def attention(

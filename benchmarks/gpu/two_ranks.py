@@ -19,6 +19,7 @@ import torch
 
 from gpu.check import Check, right_if
 from gpu.findings import ROOT
+from moe_dist.parallel.launch import free_port
 from moe_dist.telemetry.run_folder import RunFolder
 
 SHARED_CARD = {
@@ -49,7 +50,7 @@ def run(check: Check) -> None:
 
 class Runs:
     def __init__(self, check: Check):
-        self.check, self.folder, self.ports = check, check.scratch / "two_ranks", iter(range(29900, 29990))
+        self.check, self.folder = check, check.scratch / "two_ranks"
         self.cards = 0 if check.small else torch.cuda.device_count()
 
     def make_data(self) -> None:
@@ -79,7 +80,7 @@ class Runs:
         self, name: str, world: int, *overrides: str, interrupt: bool = False, limit: float = 75
     ) -> tuple[list[int], dict[str, Any]]:
         """Exit statuses of the ranks (-9 past the limit) and what status.json says. interrupt: SIGUSR1 after a step."""
-        port, folder = str(next(self.ports)), RunFolder(self.folder / name)
+        port, folder = str(free_port()), RunFolder(self.folder / name)
         processes = [self._start(rank, world, port, folder, overrides) for rank in range(world)]
         end = time.monotonic() + limit
         while interrupt and time.monotonic() < end and all(process.poll() is None for process in processes):

@@ -57,7 +57,7 @@ def token_losses(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """-log p(target) of each token, 0 where the target is -100.
 
     Half-precision logits are never copied to float32 as a whole (1 GiB for 4,096 tokens of 65,536 ids): a chunk at a
-    time is, and again in the backward pass. On a GPU no copy is made: the compiled function reads them as they are.
+    time is, and again in the backward pass. Compiled for a GPU, the function makes no copy.
     """
     if logits_TV.dtype in (torch.float32, torch.float64) or is_compiled_for(logits_TV):
         return _cross_entropy(logits_TV, targets_T)

@@ -39,9 +39,12 @@ def check_gpus(place: Place, device: torch.device) -> dist.Store | None:
 
 
 def shared_gpu(seats: list[tuple[str, str, str]]) -> str | None:
-    """A sentence if two ranks are on one GPU. seats: host, GPU and NCCL_HOSTID of each rank."""
-    taken = Counter((gpu, hostid) for _, gpu, hostid in seats)
-    host = next((host for host, gpu, hostid in seats if taken[gpu, hostid] > 1), None)
+    """Return a sentence if two ranks are on one GPU. seats: host, GPU and NCCL_HOSTID of each rank.
+
+    NCCL takes ranks for ranks of one host if their NCCL_HOSTID is the same, or, without it, their host name.
+    """
+    taken = Counter((gpu, hostid or host) for host, gpu, hostid in seats)
+    host = next((host for host, gpu, hostid in seats if taken[gpu, hostid or host] > 1), None)
     if host is None:
         return None
     ranks = [rank for rank, seat in enumerate(seats) if seat[0] == host]
@@ -54,5 +57,5 @@ def shared_gpu(seats: list[tuple[str, str, str]]) -> str | None:
 
 
 def gpu_of(device: torch.device) -> str | None:
-    """What identifies a CUDA device among those of all hosts; None for another device."""
+    """Return the UUID of a CUDA device; None for another device."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
