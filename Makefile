@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 .DELETE_ON_ERROR:
 # Overrides: parallel.expert if the recipe's does not divide the ranks; bfloat16 on GPUs if the recipe does not say bf16.
 # If the recipe is faulty, train.py says so.
-FIT = $(shell $(BIN)/python -c "import math; from moe_dist.config import load_config; recipe = load_config('$(CONFIG)'); \
+FIT = $(shell $(BIN)/python -c "import math; from moe_dist.config.recipe import load_config; recipe = load_config('$(CONFIG)'); \
 	expert = recipe.parallel.expert; print(f'parallel.expert={math.gcd(expert, $(RANKS))}' if $(RANKS) % expert else ''); \
 	print('deepspeed.bf16.enabled=true' if int('0$(GPUS)') and 'bf16' not in recipe.deepspeed else '')" 2>/dev/null)
 # Without a GPU, glibc would give every large gradient back to the system and pay for its pages again at every step.

@@ -24,16 +24,16 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from moe_dist.batch import IMAGE, Batch
-from moe_dist.config import load_config
-from moe_dist.engine.zero import StepResult, init_distributed
-from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.placement import Placement, make_placement
+from moe_dist.config.recipe import load_config
+from moe_dist.core.batch import IMAGE, Batch
+from moe_dist.metrics.flops import model_flops
+from moe_dist.metrics.run_folder import RunFolder
+from moe_dist.model.moe.moe_layer import MoELayer
+from moe_dist.model.moe.placement import Placement, make_placement
+from moe_dist.parallel.agreement import gather_objects
 from moe_dist.parallel.layout import Layout, make_layout
-from moe_dist.parallel.together import gather_objects
-from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.telemetry.throughput import model_flops
-from moe_dist.train import Run
+from moe_dist.training.deepspeed import StepResult, init_distributed
+from moe_dist.training.run import Run
 from runs import ROOT, moma, table, write_result
 
 RECIPE = ROOT / "configs" / "mod_moma_quickstart.yaml"
@@ -133,7 +133,7 @@ def count(batch: Batch, result: StepResult) -> dict[str, np.ndarray]:
 
 
 def check(run: Run, batch: Batch, result: StepResult, counted: dict[str, np.ndarray], rows: list[int]) -> None:
-    """What was counted gives the FLOPs of telemetry/throughput.py, and the rows that the experts really got."""
+    """What was counted gives the FLOPs of metrics/flops.py, and the rows that the experts really got."""
     admitted = {depth.layer: depth.document_lengths for depth in result.depths}
     rows_LE = counted["rows"].sum(1)
     expected = model_flops(
@@ -148,7 +148,7 @@ def check(run: Run, batch: Batch, result: StepResult, counted: dict[str, np.ndar
 
 
 def flops(tokens: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, int]:
-    """Forward and backward, as in telemetry/throughput.py: of attention with its projections; of a row of an expert."""
+    """Forward and backward, as in metrics/flops.py: of attention with its projections; of a row of an expert."""
     model = load_config(RECIPE).model
     width = model.hidden_size
     return 6 * (4 * width * width * tokens + 2 * width * pairs), 6 * 3 * width * model.ffn.hidden_size

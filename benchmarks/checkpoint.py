@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_dist.config import load_config
-from moe_dist.engine.checkpoint import checkpoint_path
-from moe_dist.engine.fragments import reset_optimizer
-from moe_dist.engine.saver import Saver
-from moe_dist.engine.zero import init_distributed, make_engine
+from moe_dist.checkpoint.checkpoint import checkpoint_path
+from moe_dist.checkpoint.fragments import reset_optimizer
+from moe_dist.checkpoint.saver import Saver
+from moe_dist.config.recipe import load_config
 from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.agreement import gather_objects
 from moe_dist.parallel.layout import make_layout
-from moe_dist.parallel.together import gather_objects
+from moe_dist.training.deepspeed import init_distributed, make_engine
 
 ROOT = Path(__file__).parent.parent
 VOCABULARY = 1541  # the quickstart's

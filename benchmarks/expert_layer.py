@@ -19,9 +19,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from moe_dist.batch import TokenInfo
-from moe_dist.config import MoEFFN
-from moe_dist.moe.layer import build_moe_layer
+from moe_dist.config.recipe import MoEFFN
+from moe_dist.core.batch import TokenInfo
+from moe_dist.model.moe.moe_layer import build_moe_layer
 from moe_dist.parallel.layout import Layout
 
 TOKENS, WIDTH = 2048, 512

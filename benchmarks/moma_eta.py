@@ -25,7 +25,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import moma_eta_gpu
-from moe_dist.batch import MODALITIES
+from moe_dist.core.batch import MODALITIES
 from moma_study import CAUSAL_STEPS, LOSSES, NAMES, WINDOW, Study, prepare
 from runs import ROOT, table, write_result
 

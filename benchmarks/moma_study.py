@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from rich.progress import Progress, TaskID
 
-from moe_dist.batch import MODALITIES
+from moe_dist.core.batch import MODALITIES
 from moe_dist.evaluate.efficiency import eta, smoothed
-from moe_dist.telemetry.report import read_run
-from moe_dist.telemetry.run_folder import RunFolder
+from moe_dist.metrics.report import read_run
+from moe_dist.metrics.run_folder import RunFolder
 from runs import ENVIRONMENT, ROOT, expert_choice, moma
 
 RUNS = ROOT / "runs" / "benchmark" / "moma_eta"

@@ -2,7 +2,7 @@
 
 Trains each recipe for STEPS steps (default 24) in one process with its own settings (after `make data`), and counts
 the decisions (whether an expert or a null expert takes a token) by their margin: how far one logit must move to reverse
-them (moe_dist/moe/margins.py). Rounding moves a logit by about 1e-7 in a forward pass.
+them (moe_dist/model/moe/margins.py). Rounding moves a logit by about 1e-7 in a forward pass.
 Writes benchmarks/results/<date>-near_ties.md.
 """
 
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 
-from moe_dist.config import load_config
-from moe_dist.engine.zero import init_distributed
-from moe_dist.moe.margins import watch_decisions
+from moe_dist.config.recipe import load_config
+from moe_dist.metrics.run_folder import RunFolder
+from moe_dist.model.moe.margins import watch_decisions
 from moe_dist.parallel.layout import make_layout
-from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.train import Run
+from moe_dist.training.deepspeed import init_distributed
+from moe_dist.training.run import Run
 from runs import ROOT, write_result
 
 EMOJI_TEXT = ["data.shards=data/emoji", "data.text_tokenizer=data/tokenizers/text.model", "data.image_tokenizer=null"]

@@ -6,7 +6,7 @@ benchmarks/results/<date>-quickstart.md. Resumable: a recipe whose run is done i
 
 import sys
 
-from moe_dist.batch import MODALITIES
+from moe_dist.core.batch import MODALITIES
 from runs import seconds, tokens_per_second, train_and_evaluate, write_result
 
 MARGIN = 0.3  # nats by which MoMa's held-out loss must beat the bigram model's, in each modality

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
-from moe_dist.telemetry.run_folder import RunFolder
+from moe_dist.metrics.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -52,7 +52,7 @@ def seconds(lines: Sequence[dict]) -> float:
 
 
 def flops(lines: Sequence[dict]) -> float:
-    """Of all training steps together, by the formula of telemetry/throughput.py."""
+    """Of all training steps together, by the formula of metrics/flops.py."""
     return sum(line["model_flops_per_second"] * line["step_seconds"] for line in lines)
 
 

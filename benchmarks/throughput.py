@@ -26,14 +26,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from moe_dist.batch import IMAGE, TEXT, Batch, TokenInfo
-from moe_dist.config import Config, load_config
-from moe_dist.engine.zero import Engine, init_distributed, make_engine
+from moe_dist.config.recipe import Config, load_config
+from moe_dist.core.batch import IMAGE, TEXT, Batch, TokenInfo
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
+from moe_dist.metrics.flops import model_flops, work
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
-from moe_dist.telemetry.throughput import model_flops, work
+from moe_dist.training.deepspeed import Engine, init_distributed, make_engine
 from runs import ROOT, expert_choice, moma, write_result
 
 LAYERS, DEEPER = 4, 7  # without and with mixture-of-depths: as many FLOPs a token, but for attention

@@ -12,9 +12,9 @@ import statistics
 import subprocess
 import sys
 
+from moe_dist.checkpoint.manifest import newest_complete
 from moe_dist.convert.upcycle import upcycle
-from moe_dist.engine.manifest import newest_complete
-from moe_dist.telemetry.run_folder import RunFolder
+from moe_dist.metrics.run_folder import RunFolder
 from runs import ROOT, moma, write_result
 
 RUNS = ROOT / "runs" / "benchmark" / "upcycle"

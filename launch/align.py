@@ -10,18 +10,18 @@ import argparse
 from pathlib import Path
 
 from moe_dist.alignment.embedder import embed
-from moe_dist.alignment.neighbours import nearest
-from moe_dist.config import DataConfig
-from moe_dist.data.choices import read_instructions
-from moe_dist.data.neighbours import Samples, read_samples, write_neighbours, write_samples
-from moe_dist.engine.manifest import identity, trained
-from moe_dist.errors import UserError
-from moe_dist.evaluate.multiple_choice import answer_all
-from moe_dist.parallel.launch import run_rank
-from moe_dist.parallel.together import together
-from moe_dist.strict import validate
-from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.train import Run
+from moe_dist.alignment.nearest_neighbours import nearest
+from moe_dist.checkpoint.manifest import identity, trained
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
+from moe_dist.data.stream.neighbour_store import Samples, read_samples, write_neighbours, write_samples
+from moe_dist.data.tasks.choice_items import read_instructions
+from moe_dist.evaluate.choice_accuracy import answer_all
+from moe_dist.metrics.run_folder import RunFolder
+from moe_dist.parallel.agreement import together
+from moe_dist.parallel.discovery import run_rank
+from moe_dist.training.run import Run
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import get_args
 from moe_dist.convert.hugging_face import export_folder, import_folder
 from moe_dist.convert.inspection import inspect
 from moe_dist.convert.upcycle import Gates, upcycle
-from moe_dist.parallel.launch import run_rank
+from moe_dist.parallel.discovery import run_rank
 
 
 def main(argv: list[str]) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.batch import MODALITIES
+from moe_dist.core.batch import MODALITIES
 from moe_dist.evaluate.comparison import compare_with_references
-from moe_dist.parallel.launch import run_rank
-from moe_dist.parallel.together import together
-from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.train import Run
+from moe_dist.metrics.run_folder import RunFolder
+from moe_dist.parallel.agreement import together
+from moe_dist.parallel.discovery import run_rank
+from moe_dist.training.run import Run
 
 
 def main() -> None:

@@ -18,24 +18,24 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from moe_dist.config import Config
-from moe_dist.data.tokenized import load_vocabulary
-from moe_dist.data.vocabulary import Vocabulary
-from moe_dist.engine.deepspeed_config import check_section
-from moe_dist.engine.manifest import read_state, trained
-from moe_dist.engine.weights import fill
-from moe_dist.engine.zero import init_distributed
-from moe_dist.errors import UserError
-from moe_dist.generation.decode import check_can_generate, generate
-from moe_dist.generation.pictures import Generated, write_samples
-from moe_dist.generation.prompt import Format, Prompt, Sample, read_picture
-from moe_dist.generation.sampling import Sampling
+from moe_dist.checkpoint.manifest import read_state, trained
+from moe_dist.checkpoint.stored_weights import fill
+from moe_dist.config.recipe import Config
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
+from moe_dist.data.cache.token_cache import load_vocabulary
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+from moe_dist.generate.decode import check_can_generate, generate
+from moe_dist.generate.pictures import Generated, write_samples
+from moe_dist.generate.prompt import Format, Prompt, Sample, read_picture
+from moe_dist.generate.sampling import Sampling
+from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.model.transformer import Transformer
-from moe_dist.parallel.launch import run_rank
+from moe_dist.parallel.agreement import gather_objects, together
+from moe_dist.parallel.discovery import run_rank
 from moe_dist.parallel.layout import Layout, make_layout
-from moe_dist.parallel.together import gather_objects, together
-from moe_dist.strict import validate
-from moe_dist.telemetry.run_folder import RunFolder
+from moe_dist.training.deepspeed import init_distributed
+from moe_dist.training.deepspeed_config import check_section
 
 
 def main(argv: list[str]) -> None:

@@ -10,9 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from moe_dist.config import load_config
-from moe_dist.errors import UserError, as_user_error
-from moe_dist.telemetry.job import begin, end
+from moe_dist.config.recipe import load_config
+from moe_dist.core.errors import UserError, as_user_error
+from moe_dist.health.job_attempts import begin, end
 
 EXIT = {"done": 0, "stopped": 0, "again": 75, "wrong": 2, "given up": 1}
 DONE = 10

@@ -17,15 +17,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.engine.manifest import identity, trained
-from moe_dist.engine.zero import init_distributed
-from moe_dist.errors import UserError
-from moe_dist.evaluate.multiple_choice import OVERALL, Comparison, Result, answer_all
-from moe_dist.parallel.launch import run_rank
+from moe_dist.checkpoint.manifest import identity, trained
+from moe_dist.core.errors import UserError
+from moe_dist.evaluate.choice_accuracy import OVERALL, Comparison, Result, answer_all
+from moe_dist.metrics.run_folder import RunFolder
+from moe_dist.parallel.agreement import together
+from moe_dist.parallel.discovery import run_rank
 from moe_dist.parallel.layout import make_layout
-from moe_dist.parallel.together import together
-from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.train import Run
+from moe_dist.training.deepspeed import init_distributed
+from moe_dist.training.run import Run
 
 ANSWERS = "multiple_choice.json"
 

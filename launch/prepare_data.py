@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moe_dist.data.corpora.prepare import prepare
-from moe_dist.errors import UserError
-from moe_dist.parallel.launch import run_rank
-from moe_dist.strict import apply_override
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import apply_override
+from moe_dist.corpora.prepare_corpus import prepare
+from moe_dist.parallel.discovery import run_rank
 
 
 def main(arguments: list[str]) -> None:

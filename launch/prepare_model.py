@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.convert.packaged import prepare_minilm, prepare_smollm2
-from moe_dist.errors import UserError
-from moe_dist.parallel.launch import run_rank
-from moe_dist.strict import apply_override
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import apply_override
+from moe_dist.parallel.discovery import run_rank
 
 MODELS = {"minilm": prepare_minilm, "smollm2": prepare_smollm2}
 

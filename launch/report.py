@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moe_dist.parallel.launch import run_rank
-from moe_dist.telemetry.report import loss_figure, read_baseline, read_run, save_figure, write_report
+from moe_dist.metrics.report import loss_figure, read_baseline, read_run, save_figure, write_report
+from moe_dist.parallel.discovery import run_rank
 
 
 def main() -> None:

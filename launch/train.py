@@ -7,7 +7,7 @@ Ctrl-C, to one rank or more, stops it with a checkpoint (docs/resuming.md).
 import argparse
 import gc
 
-from moe_dist.config import load_config
+from moe_dist.config.recipe import load_config
 from moe_dist.parallel.signals import StopSignals
 
 
@@ -19,7 +19,7 @@ def main(stop: StopSignals) -> None:
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)  # what is wrong in a recipe shows at once
     gc.disable()  # or Python would look through the million objects of the imports again and again, and at the end
-    from moe_dist.train import train
+    from moe_dist.training.run import train
 
     gc.freeze()
     gc.enable()
@@ -28,6 +28,6 @@ def main(stop: StopSignals) -> None:
 
 if __name__ == "__main__":
     with StopSignals() as stop:  # before the imports, which take seconds
-        from moe_dist.parallel.launch import run_rank
+        from moe_dist.parallel.discovery import run_rank
 
         run_rank(lambda: main(stop))

@@ -1,6 +1,6 @@
 """Train the tokenizers of a corpus: python launch/train_tokenizers.py shards=DIR out=DIR [vq.image_size=64]
 
-Writes OUT/text.model and OUT/vq. All keys and their defaults: TokenizerRecipe in moe_dist/data/prepare_tokenizers.py.
+Writes OUT/text.model and OUT/vq. All keys and their defaults: TokenizerRecipe in moe_dist/data/tokenizers/train_tokenizers.py.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from moe_dist.data.prepare_tokenizers import TokenizerRecipe, train_tokenizers
-from moe_dist.parallel.launch import run_rank
-from moe_dist.strict import apply_override, validate
+from moe_dist.core.strict import apply_override, validate
+from moe_dist.data.tokenizers.train_tokenizers import TokenizerRecipe, train_tokenizers
+from moe_dist.parallel.discovery import run_rank
 
 
 def main(arguments: list[str]) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.data.shards import Sample
-from moe_dist.data.text import train_text_tokenizer
+from moe_dist.data.shards.tars import Sample
+from moe_dist.data.tokenizers.text_tokenizer import train_text_tokenizer
 from tests.corpus import read_emoji, train_tokenizers, write_emoji_shards
 from tests.long import THREADS
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_dist.data.corpora.emoji import base_concept
-from moe_dist.data.pixels import crop_and_resize
-from moe_dist.data.samples import decode_image
-from moe_dist.data.shards import Sample, split_of, write_shards
-from moe_dist.data.text import train_text_tokenizer
-from moe_dist.data.vq import VQConfig
-from moe_dist.data.vq_training import VQTraining, train_vq
+from moe_dist.corpora.emoji import base_concept
+from moe_dist.data.shards.samples import decode_image
+from moe_dist.data.shards.tars import Sample, split_of, write_shards
+from moe_dist.data.tokenizers.pixels import crop_and_resize
+from moe_dist.data.tokenizers.text_tokenizer import train_text_tokenizer
+from moe_dist.data.tokenizers.vq import VQConfig
+from moe_dist.data.tokenizers.vq_training import VQTraining, train_vq
 
 EMOJI = Path(__file__).parent / "fixtures" / "emoji"
 

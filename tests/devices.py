@@ -20,17 +20,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moe_dist.model.depth import MixtureOfDepths
-from moe_dist.moe.dispatch import split_sizes
-from moe_dist.moe.layer import MoELayer
+from moe_dist.model.mixture_of_depths import MixtureOfDepths
+from moe_dist.model.moe.dispatch import split_sizes
+from moe_dist.model.moe.moe_layer import MoELayer
 
 # Functions that may work on the CPU: small facts which the host knows already, copied without waiting.
 HOST_WORK = {
-    "moe_dist.moe.experts.grouped_matmul",  # where each expert's rows end, from the split sizes
-    "moe_dist.moe.dispatch.AllToAllDispatcher._exchange_counts",  # the order of the experts over the ranks
+    "moe_dist.model.moe.experts.grouped_matmul",  # where each expert's rows end, from the split sizes
+    "moe_dist.model.moe.dispatch.AllToAllDispatcher._exchange_counts",  # the order of the experts over the ranks
     "moe_dist.model.attention.VarlenDocuments.build",  # once per micro-batch, from the documents' lengths
     "moe_dist.model.attention.BucketedDocuments.build",
-    "moe_dist.batch._sums",  # where groups, sequences and documents end, of which mixture-of-depths admits a part
+    "moe_dist.core.batch._sums",  # where groups, sequences and documents end, of which mixture-of-depths admits a part
 }
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from moe_dist.parallel.launch import free_port
+from moe_dist.parallel.discovery import free_port
 from tests.long import THREADS
 
 _POOLS: dict[int, Pool] = {}
@@ -24,7 +24,7 @@ _TIMEOUT = 300.0  # seconds a rank may take before the pool is declared hung
 # Every process group of a call keeps its gloo threads, which poll: after some hundred of them everything crawls.
 _CALLS_PER_POOL = 20
 FORK_SERVER = mp.get_context("forkserver")
-FORK_SERVER.set_forkserver_preload(["moe_dist.train"])
+FORK_SERVER.set_forkserver_preload(["moe_dist.training.run"])
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:

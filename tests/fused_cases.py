@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from moe_dist.core import seeding as random
 from moe_dist.losses import language
 from moe_dist.model import attention, mcore
-from moe_dist.moe import experts, random, swiglu
+from moe_dist.model.moe import experts, swiglu
 
 ROWS = (48, 50, 1, 0)  # the first is compiled for its size, the second for any, then what compilers treat on their own
 

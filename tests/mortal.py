@@ -23,28 +23,28 @@ from typing import Any
 
 import torch
 
-from moe_dist.config import load_config
-from moe_dist.engine.checkpoint import checkpoint_path, read_state, verify
-from moe_dist.parallel.launch import free_port, run_rank
-from moe_dist.telemetry.run_folder import read_status
-from moe_dist.train import train
+from moe_dist.checkpoint.checkpoint import checkpoint_path, read_state, verify
+from moe_dist.config.recipe import load_config
+from moe_dist.metrics.run_folder import read_status
+from moe_dist.parallel.discovery import free_port, run_rank
+from moe_dist.training.run import train
 from tests.distributed import FORK_SERVER
 from tests.launching import MOMA, ROOT
 
 PATIENCE = 120.0  # seconds after which a rank counts as hanging
 WINDOWS = {  # functions to die in, as the code looks them up
-    "save": "moe_dist.engine.saver:Saver.save",  # in the training thread
-    "write": "moe_dist.engine.saver:write",  # these in the writer's, if saves are asynchronous
-    "tensors": "moe_dist.engine.storage:write_safetensors",
-    "index": "moe_dist.engine.storage:ShardWriter.finish",
-    "commit": "moe_dist.engine.checkpoint:commit",
-    "sync": "moe_dist.engine.checkpoint:_sync_folder",  # just before a checkpoint becomes visible, and just after
-    "prune": "moe_dist.engine.saver:prune",
-    "step": "moe_dist.engine.zero:Engine.train_step",
-    "backward": "moe_dist.engine.zero:_ZeroEngine.backward",
-    "optimizer": "moe_dist.engine.zero:_ZeroEngine.step",
+    "save": "moe_dist.checkpoint.saver:Saver.save",  # in the training thread
+    "write": "moe_dist.checkpoint.saver:write",  # these in the writer's, if saves are asynchronous
+    "tensors": "moe_dist.checkpoint.storage:write_safetensors",
+    "index": "moe_dist.checkpoint.storage:ShardWriter.finish",
+    "commit": "moe_dist.checkpoint.checkpoint:commit",
+    "sync": "moe_dist.checkpoint.checkpoint:_sync_folder",  # just before a checkpoint becomes visible, and just after
+    "prune": "moe_dist.checkpoint.saver:prune",
+    "step": "moe_dist.training.deepspeed:Engine.train_step",
+    "backward": "moe_dist.training.deepspeed:_ZeroEngine.backward",
+    "optimizer": "moe_dist.training.deepspeed:_ZeroEngine.step",
     "exchange": "moe_dist.parallel.collectives:_exchange",
-    "metrics": "moe_dist.telemetry.sinks:Sinks.log",
+    "metrics": "moe_dist.metrics.sinks:Sinks.log",
 }
 STEPS, EVERY, GROUPS = 6, 2, 4  # of a run; a checkpoint every so many; selection groups of a step
 Counts = list[dict[str, list[int]]]  # [rank][window][call]: events inside

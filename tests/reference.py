@@ -16,16 +16,16 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from moe_dist.batch import MODALITIES, TokenInfo
-from moe_dist.moe.expert_choice import ModalityRouter
-from moe_dist.moe.token_choice import TokenChoiceRouter
+from moe_dist.core.batch import MODALITIES, TokenInfo
+from moe_dist.model.moe.expert_choice import ModalityRouter
+from moe_dist.model.moe.token_choice import TokenChoiceRouter
 
 _WORD = (1 << 64) - 1
 LORA_ALPHA = 12.0  # of every LoRA that is compared with an oracle
 
 
 def splitmix_hash(key: int, *ids: int) -> int:
-    """moe_dist.moe.random.hash_ids on Python integers: one round of SplitMix64 for each id, unsigned."""
+    """moe_dist.core.seeding.hash_ids on Python integers: one round of SplitMix64 for each id, unsigned."""
     state = key & _WORD
     for id_ in ids:
         z = ((state ^ (id_ & _WORD)) + 0x9E3779B97F4A7C15) & _WORD

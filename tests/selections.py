@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.batch import TokenInfo
-from moe_dist.moe import depth, expert_choice, token_choice
-from moe_dist.moe.router import selection_keys
+from moe_dist.core.batch import TokenInfo
+from moe_dist.model.moe import depth_router as depth
+from moe_dist.model.moe import expert_choice, token_choice
+from moe_dist.model.moe.router import selection_keys
 
 # Largest difference of a logit to rounding, after a few steps: less than half a cell of the grid of selection_keys.
 LOGITS = 3e-5
@@ -37,7 +38,7 @@ class Watch:
         self._seen: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     def keys(self, logits_VC: Tensor, info: TokenInfo, key: int, scope: str = "group") -> Tensor:
-        """Stand in for moe_dist.moe.router.selection_keys."""
+        """Stand in for moe_dist.model.moe.router.selection_keys."""
         token_id_V = info.token_id_T.index_select(0, info.competing(scope)[0])
         self._seen.setdefault((self.step, key), []).append((token_id_V, logits_VC.detach()))
         if self.follow is not None and (self.step, key) in self.follow:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_dist.batch import IMAGE, MODALITIES, TEXT, Batch, TokenInfo
+from moe_dist.core.batch import IMAGE, MODALITIES, TEXT, Batch, TokenInfo
 
 
 def make_info(num_groups=3, group_tokens=20, seed=0, num_sequences=None, documents=None):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_dist.telemetry.keys import undeclared
+from moe_dist.metrics.metric_keys import undeclared
 from tests.launching import ALONE, TORCHRUN, launch, launch_tool
 from tests.selections import ONE_DECISION
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from moe_dist.config import load_config, save_config
-from moe_dist.errors import UserError
+from moe_dist.config.recipe import load_config, save_config
+from moe_dist.core.errors import UserError
 from tests.permissions import public_folder, unprivileged
 
 RECIPE = "configs/moma_quickstart.yaml"

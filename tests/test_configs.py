@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.config import load_config
+from moe_dist.config.recipe import load_config
+from moe_dist.metrics.flops import model_flops
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
-from moe_dist.telemetry.throughput import model_flops
 
 FOLDER = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.config import Config, load_config
-from moe_dist.data.shards import Sample, write_shards
-from moe_dist.data.tokenized import build_cache, load_vocabulary
-from moe_dist.errors import UserError
+from moe_dist.config.recipe import Config, load_config
+from moe_dist.core.errors import UserError
+from moe_dist.data.cache.token_cache import build_cache, load_vocabulary
+from moe_dist.data.shards.tars import Sample, write_shards
+from moe_dist.metrics.run_folder import read_status
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.parallel.signals import StopSignals
-from moe_dist.parts import check_recipe, open_data
-from moe_dist.telemetry.run_folder import read_status
+from moe_dist.training.setup import check_recipe, open_data
 from tests.distributed import run_ranks
 from tests.launching import ALONE, MOMA, ROOT, TORCHRUN, bare_ranks, launch, launch_tool
 
@@ -40,7 +40,7 @@ def test_a_wrong_key_is_told_before_the_imports_that_take_seconds():
     done = launch([*ALONE, "-X", "importtime"], ["train.stpes=3"])
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert done.returncode == 2 and "unknown key 'train.stpes'" in done.stdout + done.stderr
-    assert "moe_dist.config" in imported
+    assert "moe_dist.config.recipe" in imported
     assert not imported & {"deepspeed", "megatron.core"}
 
 

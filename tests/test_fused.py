@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import moe_dist.fused
+import moe_dist.core.fused
 from tests.fused_cases import CASES, ROWS, deviations
 from tests.long import LONG
 
@@ -26,7 +26,7 @@ def test_compiled_equals_float64(name, dtype):
 
 def test_the_cpu_compiles_nothing(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: pytest.fail("compiled"))
-    doubled = moe_dist.fused.fused(lambda x: x * 2)
+    doubled = moe_dist.core.fused.fused(lambda x: x * 2)
     assert torch.equal(doubled(torch.ones(3)), torch.full((3,), 2.0))
 
 
@@ -49,7 +49,7 @@ class OnAGPU(Tensor):
 )
 def test_what_a_gpu_compiles(rows, change, compiled, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function: lambda x: x * 3)
-    doubled = moe_dist.fused.fused(lambda x: x * 2)
+    doubled = moe_dist.core.fused.fused(lambda x: x * 2)
     torch.use_deterministic_algorithms(change == "deterministic")
     try:
         with torch._dynamo.config.patch(disable=change == "disable"):

@@ -33,7 +33,7 @@ def test_every_part_runs_on_the_cpu(tmp_path):
 
 FAULTY = """
 import runpy, sys
-import moe_dist.moe.experts as experts
+import moe_dist.model.moe.experts as experts
 multiply = experts.matmul_by_expert
 experts.matmul_by_expert = lambda x, weight, counts: multiply(x, weight, counts) * (1 if sum(counts) else 2) * 1.1
 sys.path.insert(0, {benchmarks!r})

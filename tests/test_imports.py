@@ -51,7 +51,7 @@ def unit_of(name):
 
 
 def violations(path, source):
-    """Forbidden imports of one file; `path` is relative to the repository, such as moe_dist/data/text.py."""
+    """Forbidden imports of one file; `path` is relative to the repository, such as moe_dist/data/tokenizers/text_tokenizer.py."""
     module = path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     module += ".__init__" if path.endswith("__init__.py") else ""
     unit = unit_of(module.removeprefix("moe_dist.")) if module.startswith("moe_dist.") else None
@@ -82,20 +82,20 @@ def test_every_module_has_a_rule():
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("moe_dist/config.py", "from moe_dist.batch import Batch"),
-        ("moe_dist/batch.py", "import moe_dist.config"),
-        ("moe_dist/moe/plan.py", "from moe_dist import batch"),
-        ("moe_dist/moe/router.py", "def f():\n    from moe_dist.model.block import Block"),
-        ("moe_dist/losses/balance.py", "from moe_dist.moe.router import Router"),
-        ("moe_dist/data/corpora/emoji.py", "from ...telemetry import sinks"),
+        ("moe_dist/config/recipe.py", "from moe_dist.core.batch import Batch"),
+        ("moe_dist/core/batch.py", "import moe_dist.config.recipe"),
+        ("moe_dist/core/routing_plan.py", "from moe_dist import batch"),
+        ("moe_dist/model/moe/router.py", "def f():\n    from moe_dist.model.block import Block"),
+        ("moe_dist/losses/balance.py", "from moe_dist.model.moe.router import Router"),
+        ("moe_dist/corpora/emoji.py", "from ...telemetry import sinks"),
         ("moe_dist/telemetry/__init__.py", "from ..engine.zero import Engine"),
-        ("moe_dist/engine/zero.py", "if TYPE_CHECKING:\n    import moe_dist.model.transformer"),
+        ("moe_dist/training/deepspeed.py", "if TYPE_CHECKING:\n    import moe_dist.model.transformer"),
         ("moe_dist/parallel/layout.py", "from moe_dist import train"),
         ("moe_dist/model/block.py", "from megatron.core.transformer import TransformerConfig"),
-        ("moe_dist/train.py", "import deepspeed"),
-        ("moe_dist/train.py", "import importlib\nimportlib.import_module('deepspeed.comm')"),
+        ("moe_dist/training/run.py", "import deepspeed"),
+        ("moe_dist/training/run.py", "import importlib\nimportlib.import_module('deepspeed.comm')"),
         ("launch/train.py", "import megatron.core as mcore"),
-        ("moe_dist/train.py", "from launch import train"),
+        ("moe_dist/training/run.py", "from launch import train"),
     ],
 )
 def test_a_planted_import_is_found(path, source):
@@ -105,11 +105,11 @@ def test_a_planted_import_is_found(path, source):
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("moe_dist/model/mcore.py", "from megatron.core import parallel_state\nfrom moe_dist.errors import UserError"),
-        ("moe_dist/engine/zero.py", "import deepspeed\nfrom ..parallel.layout import Layout"),
-        ("moe_dist/losses/balance.py", "from moe_dist.moe.plan import RoutingRecord\nfrom .language import x"),
-        ("moe_dist/train.py", "from moe_dist.engine.zero import make_engine"),
-        ("launch/train.py", "from moe_dist.train import train\nimport deepspeedometer"),
+        ("moe_dist/model/mcore.py", "from megatron.core import parallel_state\nfrom moe_dist.core.errors import UserError"),
+        ("moe_dist/training/deepspeed.py", "import deepspeed\nfrom ..parallel.layout import Layout"),
+        ("moe_dist/losses/balance.py", "from moe_dist.core.routing_plan import RoutingRecord\nfrom .language import x"),
+        ("moe_dist/training/run.py", "from moe_dist.training.deepspeed import make_engine"),
+        ("launch/train.py", "from moe_dist.training.run import train\nimport deepspeedometer"),
     ],
 )
 def test_an_allowed_import_passes(path, source):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from moe_dist.data.shards import Sample, write_shards
-from moe_dist.telemetry.keys import undeclared
+from moe_dist.data.shards.tars import Sample, write_shards
+from moe_dist.metrics.metric_keys import undeclared
 from tests.launching import ALONE, TORCHRUN, launch
 from tests.test_train import metrics_of
 

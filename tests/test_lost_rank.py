@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.engine.checkpoint import newest_complete, verify
-from moe_dist.parallel.launch import free_port
+from moe_dist.checkpoint.checkpoint import newest_complete, verify
+from moe_dist.parallel.discovery import free_port
 from tests.launching import DEEPSPEED, MPIEXEC, TORCHRUN, start
 from tests.long import LONG
 

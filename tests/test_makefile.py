@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.config import load_config
+from moe_dist.config.recipe import load_config
 from moe_dist.model.attention import check_head_size
 from tests.launching import BIN, ROOT
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.config import load_config
-from moe_dist.data.loader import make_loader
-from moe_dist.data.tokenized import load_vocabulary, open_store
+from moe_dist.config.recipe import load_config
+from moe_dist.data.cache.token_cache import load_vocabulary, open_store
+from moe_dist.data.stream.loader import make_loader
 
 ROOT = Path(__file__).parent.parent
 TINY = [

@@ -13,17 +13,17 @@ import yaml
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from launch import align, multiple_choice
-from moe_dist.config import load_config
-from moe_dist.data.neighbours import read_samples
-from moe_dist.data.shards import Sample, write_shards
-from moe_dist.data.text import train_text_tokenizer
-from moe_dist.engine.checkpoint import newest_complete
-from moe_dist.engine.weights import read_tensors
-from moe_dist.errors import UserError
-from moe_dist.evaluate.multiple_choice import Result
-from moe_dist.telemetry.keys import undeclared
-from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.train import train
+from moe_dist.checkpoint.checkpoint import newest_complete
+from moe_dist.checkpoint.stored_weights import read_tensors
+from moe_dist.config.recipe import load_config
+from moe_dist.core.errors import UserError
+from moe_dist.data.shards.tars import Sample, write_shards
+from moe_dist.data.stream.neighbour_store import read_samples
+from moe_dist.data.tokenizers.text_tokenizer import train_text_tokenizer
+from moe_dist.evaluate.choice_accuracy import Result
+from moe_dist.metrics.metric_keys import undeclared
+from moe_dist.metrics.run_folder import RunFolder
+from moe_dist.training.run import train
 from tests.distributed import run_ranks
 from tests.launching import ROOT
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from moe_dist.engine.checkpoint import read_state
-from moe_dist.telemetry.run_folder import read_status
+from moe_dist.checkpoint.checkpoint import read_state
+from moe_dist.metrics.run_folder import read_status
 from tests.launching import DEEPSPEED, bare_ranks, launch, signals_at
 from tests.test_failing_runs import all_failed_with
 from tests.test_train import metrics_of, same_but_for_time, stored

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.data.text import train_text_tokenizer
-from moe_dist.data.vq import VQConfig, VQTokenizer
-from moe_dist.engine.checkpoint import read_state
-from moe_dist.telemetry.keys import undeclared
-from moe_dist.telemetry.run_folder import read_status
+from moe_dist.checkpoint.checkpoint import read_state
+from moe_dist.data.tokenizers.text_tokenizer import train_text_tokenizer
+from moe_dist.data.tokenizers.vq import VQConfig, VQTokenizer
+from moe_dist.metrics.metric_keys import undeclared
+from moe_dist.metrics.run_folder import read_status
 from tests.engine.test_checkpoint import read
 from tests.launching import ALONE, DEEPSPEED, MPIEXEC, ROOT, TORCHRUN, launch, launch_tool
 from tests.long import REPEATED
@@ -226,4 +226,4 @@ def _failed_with(result, sentence):
     assert result.returncode != 0
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and sentence in errors[0], output
-    assert "moe_dist/train.py" not in output  # no traceback of ours (torchrun shows one of its own)
+    assert "moe_dist/training/run.py" not in output  # no traceback of ours (torchrun shows one of its own)

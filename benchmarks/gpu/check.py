@@ -26,8 +26,8 @@ class Check:
     @cached_property
     def device(self) -> torch.device:
         """The device of rank 0 of one, with torch.distributed started."""
-        from moe_dist.engine.zero import init_distributed
-        from moe_dist.parallel.launch import free_port
+        from moe_dist.parallel.discovery import free_port
+        from moe_dist.training.deepspeed import init_distributed
 
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())

@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from gpu.findings import ROOT
-from moe_dist.batch import IMAGE, TEXT, Batch, TokenInfo
-from moe_dist.config import load_config
-from moe_dist.data.heldout import heldout_batches
-from moe_dist.data.loader import make_loader
-from moe_dist.data.shards import Split
-from moe_dist.data.tokenized import TokenStore, build_cache, load_vocabulary, open_store
+from moe_dist.config.recipe import load_config
+from moe_dist.core.batch import IMAGE, TEXT, Batch, TokenInfo
+from moe_dist.data.cache.token_cache import TokenStore, build_cache, load_vocabulary, open_store
+from moe_dist.data.shards.tars import Split
+from moe_dist.data.stream.held_out_batches import heldout_batches
+from moe_dist.data.stream.loader import make_loader
 
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2**27}]  # the dictionary holds all of the tokens
 FULL = 0.5  # fraction of valid tokens below which a held-out batch is left out: the end of a split

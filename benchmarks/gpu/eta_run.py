@@ -18,16 +18,16 @@ import torch
 from gpu.eta_data import Packed, read_inputs
 from gpu.eta_job import LOSSES, Job
 from gpu.findings import ROOT
-from moe_dist.batch import Batch
-from moe_dist.config import Config, load_config
-from moe_dist.engine.schedule import learning_rate
-from moe_dist.engine.zero import StepResult, init_distributed, make_engine
+from moe_dist.config.recipe import Config, load_config
+from moe_dist.core.batch import Batch
 from moe_dist.evaluate.perplexity import evaluate
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
+from moe_dist.metrics.flops import model_flops, num_parameters, work
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import make_layout
-from moe_dist.telemetry.throughput import model_flops, num_parameters, work
+from moe_dist.training.deepspeed import StepResult, init_distributed, make_engine
+from moe_dist.training.schedule import learning_rate
 from moma_study import variant
 
 WIDTH, FFN, LAYERS = 256, 688, 4  # FFN: 2/3 of 4 times the width, a multiple of 8

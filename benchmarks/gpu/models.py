@@ -14,8 +14,8 @@ import torch
 from gpu.check import Check, relative, right_if, short
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
+from moe_dist.model.moe.dispatch import split_sizes
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.dispatch import split_sizes
 from moe_dist.parallel.layout import Layout
 from tests.devices import readers
 from tests.model.batches import DENSE, EXPERT_CHOICE, LORA_EXPERTS, MOMA, TOP_K, VOCAB, make_batch, model_config

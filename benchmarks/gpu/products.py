@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from gpu.check import Check, relative, right_if, short
-from moe_dist.batch import TokenInfo
+from moe_dist.core.batch import TokenInfo
+from moe_dist.core.seeding import dropout, logistic
 from moe_dist.model.attention import BucketedDocuments, locate_documents
-from moe_dist.moe import experts
-from moe_dist.moe.capacity import keep_within_capacity
-from moe_dist.moe.random import dropout, logistic
-from moe_dist.moe.router import selection_keys
+from moe_dist.model.moe import experts
+from moe_dist.model.moe.capacity import keep_within_capacity
+from moe_dist.model.moe.router import selection_keys
 from tests.fused_cases import CASES, ROWS, deviations
 
 COUNTS = {

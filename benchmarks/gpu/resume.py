@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gpu.check import Check, right_if
 from gpu.steps import Steps
-from moe_dist.engine import checkpoint
-from moe_dist.engine.determinism import make_deterministic
+from moe_dist.checkpoint import checkpoint
+from moe_dist.training.determinism import make_deterministic
 
 OVERRIDES = [
     "deepspeed.bf16={enabled: true}", "parallel.expert=1", "train.global_batch_groups=4", "train.micro_batch_groups=2",

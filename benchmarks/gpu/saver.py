@@ -12,10 +12,10 @@ import torch
 
 from gpu.check import Check, right_if
 from gpu.steps import Steps
-from moe_dist.config import CheckpointConfig
-from moe_dist.engine import pinned
-from moe_dist.engine.fragments import reset_optimizer
-from moe_dist.engine.saver import Saver
+from moe_dist.checkpoint import pinned
+from moe_dist.checkpoint.fragments import reset_optimizer
+from moe_dist.checkpoint.saver import Saver
+from moe_dist.config.recipe import CheckpointConfig
 
 
 def run(check: Check) -> None:

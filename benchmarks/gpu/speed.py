@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gpu.check import Check
 from gpu.steps import Steps
-from moe_dist.telemetry.throughput import model_flops, work
+from moe_dist.metrics.flops import model_flops, work
 
 ONE = ["parallel.expert=1", "train.global_batch_groups=1", "train.micro_batch_groups=1"]
 TINY = [

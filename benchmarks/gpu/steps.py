@@ -9,12 +9,12 @@ import torch
 
 from gpu.check import Check
 from gpu.findings import ROOT
-from moe_dist.batch import Batch, TokenInfo
-from moe_dist.config import Config, load_config
-from moe_dist.engine.zero import Engine, StepResult, make_engine
+from moe_dist.config.recipe import Config, load_config
+from moe_dist.core.batch import Batch, TokenInfo
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.model.transformer import Transformer
+from moe_dist.training.deepspeed import Engine, StepResult, make_engine
 
 
 @dataclass(frozen=True)

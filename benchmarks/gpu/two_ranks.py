@@ -19,8 +19,8 @@ import torch
 
 from gpu.check import Check, right_if
 from gpu.findings import ROOT
-from moe_dist.parallel.launch import free_port
-from moe_dist.telemetry.run_folder import RunFolder
+from moe_dist.metrics.run_folder import RunFolder
+from moe_dist.parallel.discovery import free_port
 
 SHARED_CARD = {
     "NCCL_SOCKET_IFNAME": "lo", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1",

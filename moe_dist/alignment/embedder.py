@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
 
 MAX_TOKENS = 256  # what all-MiniLM-L6-v2 was trained with
 TEXTS_AT_ONCE = 64

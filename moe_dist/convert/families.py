@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_dist.config import DenseFFN, DepthConfig, LoRAConfig, ModelConfig
-from moe_dist.errors import UserError
-from moe_dist.moe.registry import router_settings
-from moe_dist.strict import validate
+from moe_dist.config.recipe import DenseFFN, DepthConfig, LoRAConfig, ModelConfig
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
+from moe_dist.model.moe.router_registry import router_settings
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # by model_type: what a config.json may leave out
     "llama": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0},

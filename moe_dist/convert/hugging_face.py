@@ -13,17 +13,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_dist.config import ModelConfig
+from moe_dist.checkpoint.manifest import PARTIAL, newest_complete, read_state
+from moe_dist.checkpoint.stored_weights import read_tensors
+from moe_dist.config.recipe import ModelConfig
 from moe_dist.convert.families import config_json, model_section
 from moe_dist.convert.output import write_model
-from moe_dist.convert.parts import from_theirs, parts, to_theirs
-from moe_dist.data.hf_tokenizer import TOKENIZER_FILES
-from moe_dist.data.weights import CONFIG, read_json
-from moe_dist.engine.files import DTYPES, LazyTensor, write_json, write_safetensors
-from moe_dist.engine.manifest import PARTIAL, newest_complete, read_state
-from moe_dist.engine.weights import read_tensors
-from moe_dist.errors import UserError
-from moe_dist.strict import validate
+from moe_dist.convert.tensor_maps import from_theirs, parts, to_theirs
+from moe_dist.core.errors import UserError
+from moe_dist.core.files import DTYPES, LazyTensor, write_json, write_safetensors
+from moe_dist.core.strict import validate
+from moe_dist.data.tokenizers.hugging_face_text import TOKENIZER_FILES
+from moe_dist.data.tokenizers.tokenizer_weights import CONFIG, read_json
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # of a file; transformers' own

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_dist.engine.manifest import checkpoints, verify
-from moe_dist.engine.storage import read_index
-from moe_dist.errors import UserError
+from moe_dist.checkpoint.manifest import checkpoints, verify
+from moe_dist.checkpoint.storage import read_index
+from moe_dist.core.errors import UserError
 
 
 def inspect(folder: str | Path, tell: Callable[[str], None]) -> None:

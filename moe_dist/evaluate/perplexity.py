@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.batch import MODALITIES, Batch
+from moe_dist.core.batch import MODALITIES, Batch
 from moe_dist.losses import language
 from moe_dist.parallel.layout import Layout
 

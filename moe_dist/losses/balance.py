@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_dist.batch import Batch
+from moe_dist.core.batch import Batch
+from moe_dist.core.routing_plan import Routing
 from moe_dist.losses.term import Context, ModelOutput, TermSettings
-from moe_dist.moe.plan import Routing
 
 
 class LoadBalance:

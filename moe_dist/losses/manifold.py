@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_dist.batch import Batch
-from moe_dist.errors import UserError
+from moe_dist.core.batch import Batch
+from moe_dist.core.errors import UserError
+from moe_dist.core.routing_plan import Routing, RoutingRecord
+from moe_dist.core.strict import Positive
 from moe_dist.losses.term import Context, ModelOutput, TermSettings
-from moe_dist.moe.plan import Routing, RoutingRecord
-from moe_dist.strict import Positive
 
 
 class Manifold:
     """mean_i sum_j W_ij ||r_i - r_j||^2 (Routing Manifold Alignment, 2025, its equation of L_manifold).
 
     r_i is the routing of sample i's last prompt token in the last `last_layers` expert layers; the neighbours' r_j and
-    W_ij are constants that data.neighbours adds to the batch (data/neighbours.py). A sample without neighbours (its
+    W_ij are constants that data.neighbours adds to the batch (data/stream/neighbour_store.py). A sample without neighbours (its
     weights are all 0) is left out of the mean; manifold/coverage is the share of samples that have some.
     """
 

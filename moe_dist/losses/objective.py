@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.batch import Batch
+from moe_dist.core.batch import Batch
 from moe_dist.losses.language import LanguageLoss
-from moe_dist.losses.registry import LOSSES, loss_settings
+from moe_dist.losses.loss_registry import LOSSES, loss_settings
 from moe_dist.losses.term import Context, ModelOutput, Term
 
 

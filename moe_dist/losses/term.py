@@ -1,4 +1,4 @@
-"""What a term of the objective is: the registry's classes (losses/registry.py) all have this form.
+"""What a term of the objective is: the registry's classes (losses/loss_registry.py) all have this form.
 
 A term is a sum over micro-batches and ranks, divided by one count over all of them that is known before the first
 backward pass. So its scale depends neither on the layout nor on accumulation steps, and no rank's mean is averaged.
@@ -13,10 +13,10 @@ from typing import Annotated, Any, Protocol
 from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
-from moe_dist.batch import Batch
-from moe_dist.moe.plan import DepthRecord, RoutingRecord
+from moe_dist.core.batch import Batch
+from moe_dist.core.routing_plan import DepthRecord, RoutingRecord
+from moe_dist.core.strict import Count, Strict
 from moe_dist.parallel.layout import Layout
-from moe_dist.strict import Count, Strict
 
 
 def _as_steps(weight: Any) -> Any:

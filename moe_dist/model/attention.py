@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from moe_dist.batch import TokenInfo
-from moe_dist.errors import UserError
-from moe_dist.fused import fused
+from moe_dist.core.batch import TokenInfo
+from moe_dist.core.errors import UserError
+from moe_dist.core.fused import fused
 
 _MULTIPLE = 16  # padded document lengths: few different ones, and at most 15 tokens of padding a document
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe_dist.batch import TokenInfo
-from moe_dist.config import DenseFFN, ModelConfig
+from moe_dist.config.recipe import DenseFFN, ModelConfig
+from moe_dist.core.batch import TokenInfo
+from moe_dist.core.routing_plan import RoutingRecord
 from moe_dist.model.attention import Documents
 from moe_dist.model.mcore import Attention, output_std
-from moe_dist.moe.layer import build_moe_layer
-from moe_dist.moe.plan import RoutingRecord
-from moe_dist.moe.swiglu import SwiGLU
+from moe_dist.model.moe.moe_layer import build_moe_layer
+from moe_dist.model.moe.swiglu import SwiGLU
 from moe_dist.parallel.layout import Layout
 
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.config import ModelConfig
-from moe_dist.fused import fused
+from moe_dist.config.recipe import ModelConfig
+from moe_dist.core.fused import fused
+from moe_dist.core.seeding import seeded_normal_
 from moe_dist.model.attention import Attending, Documents, RotatedDocuments, locate_documents
-from moe_dist.model.lora import DroppedDocuments, LoRALinear
-from moe_dist.moe.random import seeded_normal_
+from moe_dist.model.attention_lora import DroppedDocuments, LoRALinear
 
 with warnings.catch_warnings():  # four times, about packages that nothing here uses
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")

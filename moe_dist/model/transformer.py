@@ -13,15 +13,15 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_dist.batch import TokenInfo
-from moe_dist.config import ModelConfig
+from moe_dist.config.recipe import ModelConfig
+from moe_dist.core.batch import TokenInfo
+from moe_dist.core.routing_plan import DepthRecord, RoutingRecord
+from moe_dist.core.seeding import seeded_normal_
 from moe_dist.model.attention import Documents, locate_documents, rotary_angles, rotation
 from moe_dist.model.block import Block
-from moe_dist.model.cache import Decoding
-from moe_dist.model.depth import MixtureOfDepths
-from moe_dist.moe.layer import MoELayer
-from moe_dist.moe.plan import DepthRecord, RoutingRecord
-from moe_dist.moe.random import seeded_normal_
+from moe_dist.model.kv_cache import Decoding
+from moe_dist.model.mixture_of_depths import MixtureOfDepths
+from moe_dist.model.moe.moe_layer import MoELayer
 from moe_dist.parallel.layout import Layout
 
 

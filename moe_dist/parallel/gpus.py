@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from moe_dist.errors import UserError
-from moe_dist.parallel.health import host_name
-from moe_dist.parallel.launch import Place
+from moe_dist.core.errors import UserError
+from moe_dist.health.before_training import host_name
+from moe_dist.parallel.discovery import Place
 
 
 def check_gpus(place: Place, device: torch.device) -> dist.Store | None:

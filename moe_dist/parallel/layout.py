@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from moe_dist.errors import UserError
-from moe_dist.parallel.together import together
+from moe_dist.core.errors import UserError
+from moe_dist.parallel.agreement import together
 
 CPU = torch.device("cpu")
 

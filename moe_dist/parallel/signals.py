@@ -54,7 +54,7 @@ class StopSignals:
 
     def agreed(self, device: Any) -> str | None:
         """The name of a signal that any rank has got, the same on every rank; None if none has. Collective."""
-        from moe_dist.parallel.together import largest  # imports torch
+        from moe_dist.parallel.agreement import largest  # imports torch
 
         number = largest(self.received, device)
         return signal.Signals(number).name if number else None

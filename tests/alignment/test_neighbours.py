@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from moe_dist.alignment.embedder import embed
-from moe_dist.alignment.neighbours import nearest
+from moe_dist.alignment.nearest_neighbours import nearest
 from moe_dist.convert.packaged import prepare_minilm
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
 
 
 def random_samples(samples=40, size=6, seed=0):
@@ -20,7 +20,7 @@ def random_samples(samples=40, size=6, seed=0):
 
 @pytest.mark.parametrize(("k", "sigma"), [(3, 0.5), (1, 0.2), (5, None), (3, 0.01)])
 def test_neighbours_and_weights_equal_the_equations(monkeypatch, k, sigma):
-    monkeypatch.setattr("moe_dist.alignment.neighbours.BLOCK", 7)
+    monkeypatch.setattr("moe_dist.alignment.nearest_neighbours.BLOCK", 7)
     embedding, right = random_samples()
     found, used = nearest(embedding, right, k=k, sigma=sigma)
     distances = []

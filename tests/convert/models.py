@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moe_dist.batch import TokenInfo
-from moe_dist.config import ModelConfig
-from moe_dist.engine.checkpoint import read_state
-from moe_dist.engine.weights import read_tensors
+from moe_dist.checkpoint.checkpoint import read_state
+from moe_dist.checkpoint.stored_weights import read_tensors
+from moe_dist.config.recipe import ModelConfig
+from moe_dist.core.batch import TokenInfo
+from moe_dist.core.strict import validate
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
-from moe_dist.strict import validate
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,

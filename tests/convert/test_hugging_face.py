@@ -8,13 +8,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from moe_dist.config import ModelConfig
+from moe_dist.checkpoint.checkpoint import read_state, verify
+from moe_dist.checkpoint.stored_weights import read_tensors, write_tensors
+from moe_dist.config.recipe import ModelConfig
 from moe_dist.convert.hugging_face import import_folder, read_folder
-from moe_dist.engine.checkpoint import read_state, verify
-from moe_dist.engine.files import LazyTensor
-from moe_dist.engine.weights import read_tensors, write_tensors
-from moe_dist.errors import UserError
-from moe_dist.strict import validate
+from moe_dist.core.errors import UserError
+from moe_dist.core.files import LazyTensor
+from moe_dist.core.strict import validate
 from tests.convert.models import load_checkpoint, logits_apart, logits_packed, random_documents, save_llama
 
 VARIANTS = {

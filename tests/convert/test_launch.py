@@ -12,9 +12,9 @@ import yaml
 from safetensors.torch import load_file
 
 from launch import convert, prepare_model
-from moe_dist.data.shards import Sample, split_of, write_shards
-from moe_dist.engine.checkpoint import read_state
-from moe_dist.errors import UserError
+from moe_dist.checkpoint.checkpoint import read_state
+from moe_dist.core.errors import UserError
+from moe_dist.data.shards.tars import Sample, split_of, write_shards
 from tests.convert.models import save_llama
 from tests.data.test_hf_tokenizer import save as save_tokenizer
 from tests.launching import ALONE, TORCHRUN, launch

@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moe_dist.checkpoint.checkpoint import read_state
 from moe_dist.convert.hugging_face import import_folder
 from moe_dist.convert.packaged import prepare_smollm2
 from moe_dist.convert.upcycle import upcycle
-from moe_dist.data.text import load_text_tokenizer
-from moe_dist.data.vocabulary import Vocabulary
-from moe_dist.engine.checkpoint import read_state
+from moe_dist.data.tokenizers.text_tokenizer import load_text_tokenizer
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
 from tests.convert.models import load_checkpoint, logits_apart, logits_packed
 
 TEXTS = [(Path(__file__).parents[2] / "LICENSE").read_text()[:2500], "The capital of France is", "A deciduous tree. 🌳"]

@@ -4,20 +4,20 @@ import pytest
 import torch
 import yaml
 
-from moe_dist.config import InitFrom
+from moe_dist.checkpoint import checkpoint
+from moe_dist.checkpoint.init_from import loader_state
+from moe_dist.checkpoint.manifest import newest_complete, read_state
+from moe_dist.checkpoint.stored_weights import read_tensors, write_tensors
+from moe_dist.config.recipe import InitFrom
 from moe_dist.convert.hugging_face import import_folder
 from moe_dist.convert.upcycle import upcycle
-from moe_dist.engine import checkpoint
-from moe_dist.engine.files import LazyTensor
-from moe_dist.engine.init_from import loader_state
-from moe_dist.engine.manifest import newest_complete, read_state
-from moe_dist.engine.weights import read_tensors, write_tensors
-from moe_dist.engine.zero import init_distributed, make_engine
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
+from moe_dist.core.files import LazyTensor
+from moe_dist.core.seeding import seeded_normal_
 from moe_dist.losses.language import language_loss
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.random import seeded_normal_
 from moe_dist.parallel.layout import Layout, make_layout
+from moe_dist.training.deepspeed import init_distributed, make_engine
 from tests.convert.models import load_checkpoint, logits_packed, random_documents, save_llama
 from tests.distributed import run_ranks
 from tests.engine.toy import make_config, sgd, step_batches

@@ -6,7 +6,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-from moe_dist.data.corpora.packages import npm_archive
+from moe_dist.corpora.packages import npm_archive
 
 
 def npm_package(package: str, downloads: Path, files: dict[str, bytes]) -> None:

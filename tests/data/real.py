@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from moe_dist.data.samples import to_rgb
-from moe_dist.data.shards import Sample
-from moe_dist.data.text import train_text_tokenizer
-from moe_dist.data.vocabulary import Vocabulary
+from moe_dist.data.shards.samples import to_rgb
+from moe_dist.data.shards.tars import Sample
+from moe_dist.data.tokenizers.text_tokenizer import train_text_tokenizer
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
 from tests.data.synthetic import MemoryDocument, MemoryStore
 
 COLOURS = SimpleNamespace(codebook_size=27, sha256="colours", image_size=8)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moe_dist.config import DataConfig
-from moe_dist.data.instruction import Prompt
-from moe_dist.strict import validate
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.strict import validate
+from moe_dist.data.tasks.instructions import Prompt
 
 TEXT_IDS, IMAGE_IDS = 40, 16
 

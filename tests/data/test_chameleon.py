@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
 
-from moe_dist.data.chameleon import ChameleonVQ
-from moe_dist.data.image import load_image_tokenizer
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
+from moe_dist.data.tokenizers.chameleon import ChameleonVQ
+from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
 
 SMALL = {
     "resolution": 32, "base_channels": 32, "channel_multiplier": [1, 1, 2], "num_res_blocks": 1,

@@ -2,13 +2,13 @@
 
 import pytest
 
-from moe_dist.config import DataConfig
-from moe_dist.data.choices import Choice, read_choices, read_instructions
-from moe_dist.data.instruction import sample_hash
-from moe_dist.data.shards import Sample, write_shards
-from moe_dist.data.text import train_text_tokenizer
-from moe_dist.errors import UserError
-from moe_dist.strict import validate
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
+from moe_dist.data.shards.tars import Sample, write_shards
+from moe_dist.data.tasks.choice_items import Choice, read_choices, read_instructions
+from moe_dist.data.tasks.instructions import sample_hash
+from moe_dist.data.tokenizers.text_tokenizer import train_text_tokenizer
 
 ITEM = {"domain": "d", "question": "Which is red?", "options": ["sky", "rose", "grass", "sea"], "correct": 1}
 LETTER = {**ITEM, "prompt": "Which is red? Answer:", "answer": " B"}

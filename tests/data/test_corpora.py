@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from launch.prepare_data import main
-from moe_dist.data.corpora import emoji as emoji_module
-from moe_dist.data.corpora.emoji import FLUENT, NAMES, NOTO, TWEMOJI, Emoji, base_concept
-from moe_dist.data.corpora.packages import npm_archive
-from moe_dist.data.corpora.prepare import RECORD, prepare
-from moe_dist.data.shards import SPLITS, iterate, resolve_shards, verify
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
+from moe_dist.corpora import emoji as emoji_module
+from moe_dist.corpora.emoji import FLUENT, NAMES, NOTO, TWEMOJI, Emoji, base_concept
+from moe_dist.corpora.packages import npm_archive
+from moe_dist.corpora.prepare_corpus import RECORD, prepare
+from moe_dist.data.shards.tars import SPLITS, iterate, resolve_shards, verify
 from tests.corpus import EMOJI
 from tests.data.packages import metas, npm_package
 

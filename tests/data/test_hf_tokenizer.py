@@ -6,13 +6,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from moe_dist.config import DataConfig
-from moe_dist.data.hf_tokenizer import HuggingFaceTokenizer
-from moe_dist.data.text import SentencePieceTokenizer, load_text_tokenizer
-from moe_dist.data.tokenized import load_vocabulary
-from moe_dist.data.vocabulary import Vocabulary
-from moe_dist.errors import UserError
-from moe_dist.strict import validate
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
+from moe_dist.data.cache.token_cache import load_vocabulary
+from moe_dist.data.tokenizers.hugging_face_text import HuggingFaceTokenizer
+from moe_dist.data.tokenizers.text_tokenizer import SentencePieceTokenizer, load_text_tokenizer
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
 TEXTS = ["a small red bear on the hill", "a large green boat on the river", "Ünïcode ﬁ ½ 🙂", "two  blanks \n"]
 SPECIAL = ["<|end|>", "<|start|>", "<|pad|>"]

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from moe_dist.data.image import load_image_tokenizer
-from moe_dist.data.pixels import crop_and_resize, scale_pixels
-from moe_dist.data.samples import decode_image
-from moe_dist.data.vq import VQConfig, VQTokenizer
-from moe_dist.data.vq_training import VQTraining, measure, reconstruction_grid, train_vq
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
+from moe_dist.data.shards.samples import decode_image
+from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
+from moe_dist.data.tokenizers.pixels import crop_and_resize, scale_pixels
+from moe_dist.data.tokenizers.vq import VQConfig, VQTokenizer
+from moe_dist.data.tokenizers.vq_training import VQTraining, measure, reconstruction_grid, train_vq
 
 SMALL = VQConfig(image_size=32, codebook_size=32, code_width=8, channels=(8, 16), blocks=1)
 

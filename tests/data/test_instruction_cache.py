@@ -6,15 +6,15 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from moe_dist.config import DataConfig
-from moe_dist.data.instruction import sample_hash
-from moe_dist.data.loader import make_loader
-from moe_dist.data.prepare_tokenizers import TokenizerRecipe, train_tokenizers
-from moe_dist.data.shards import Sample, iterate, resolve_shards, write_shards
-from moe_dist.data.text import SentencePieceTokenizer
-from moe_dist.data.tokenized import build_cache, load_vocabulary, open_store
-from moe_dist.errors import UserError
-from moe_dist.strict import validate
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
+from moe_dist.data.cache.token_cache import build_cache, load_vocabulary, open_store
+from moe_dist.data.shards.tars import Sample, iterate, resolve_shards, write_shards
+from moe_dist.data.stream.loader import make_loader
+from moe_dist.data.tasks.instructions import sample_hash
+from moe_dist.data.tokenizers.text_tokenizer import SentencePieceTokenizer
+from moe_dist.data.tokenizers.train_tokenizers import TokenizerRecipe, train_tokenizers
 
 CHOICE = {
     "prompt": "Which is a fruit?\nA. apple\nB. chair\nAnswer:",

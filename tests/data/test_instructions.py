@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.data.heldout import ShuffledCaptions, heldout_batches
-from moe_dist.data.lanes import make_lanes
-from moe_dist.data.loader import make_loader
-from moe_dist.data.packing import Assembler, fill
-from moe_dist.engine.state import merge_states
+from moe_dist.checkpoint.train_state import merge_states
+from moe_dist.data.stream.held_out_batches import ShuffledCaptions, heldout_batches
+from moe_dist.data.stream.lanes import make_lanes
+from moe_dist.data.stream.loader import make_loader
+from moe_dist.data.stream.packing import Assembler, fill
 from tests.data.synthetic import MemoryStore, SmallVocabulary, data_config, random_instructions, random_store
 
 V = SmallVocabulary

@@ -7,9 +7,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from moe_dist.data.lanes import Stream, make_lanes
-from moe_dist.data.packing import Assembler
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
+from moe_dist.data.stream.lanes import Stream, make_lanes
+from moe_dist.data.stream.packing import Assembler
 from tests.data.synthetic import SmallVocabulary, data_config, random_store
 
 

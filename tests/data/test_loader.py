@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.batch import IMAGE
-from moe_dist.data.heldout import ShuffledCaptions, heldout_batches
-from moe_dist.data.loader import make_loader
-from moe_dist.engine.state import merge_states
-from moe_dist.errors import UserError
+from moe_dist.checkpoint.train_state import merge_states
+from moe_dist.core.batch import IMAGE
+from moe_dist.core.errors import UserError
+from moe_dist.data.stream.held_out_batches import ShuffledCaptions, heldout_batches
+from moe_dist.data.stream.loader import make_loader
 from tests.data.synthetic import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
 
 STORE = random_store(7, pairs=60, texts=50, text=100)

@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
-from moe_dist.data.loader import make_loader
+from moe_dist.data.stream.loader import make_loader
 from tests.data.real import emoji_store, emoji_vocabulary
 from tests.data.synthetic import data_config
 

@@ -6,12 +6,12 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from moe_dist.data.corpora.choice_tasks import BLANK, emoji_questions, opposites, related, wordnet_questions
-from moe_dist.data.corpora.multiple_choice import MultipleChoice, balanced, with_wrong_options
-from moe_dist.data.corpora.prepare import prepare
-from moe_dist.data.corpora.wordnet import FOLDER, PACKAGE, PARTS, Synset, WordNet
-from moe_dist.data.shards import split_of
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
+from moe_dist.corpora.choice_corpus import MultipleChoice, balanced, with_wrong_options
+from moe_dist.corpora.choice_tasks import BLANK, emoji_questions, opposites, related, wordnet_questions
+from moe_dist.corpora.prepare_corpus import prepare
+from moe_dist.corpora.wordnet import FOLDER, PACKAGE, PARTS, Synset, WordNet
+from moe_dist.data.shards.tars import split_of
 from tests.data.packages import debian_package, metas
 
 DATA = """  1 a line of the licence

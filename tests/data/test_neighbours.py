@@ -5,9 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_dist.data.loader import make_loader
-from moe_dist.data.neighbours import Neighbours, NeighbourStore, Samples, read_samples, write_neighbours, write_samples
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
+from moe_dist.data.stream.loader import make_loader
+from moe_dist.data.stream.neighbour_store import (
+    Neighbours,
+    NeighbourStore,
+    Samples,
+    read_samples,
+    write_neighbours,
+    write_samples,
+)
 from tests.data.synthetic import MemoryStore, SmallVocabulary, data_config, random_instructions
 from tests.model.batches import make_batch
 

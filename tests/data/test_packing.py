@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.batch import IMAGE, TEXT
-from moe_dist.data.packing import SHORTEST_PIECE, Assembler, Piece, best_subset, collate, fill
-from moe_dist.errors import UserError
+from moe_dist.core.batch import IMAGE, TEXT
+from moe_dist.core.errors import UserError
+from moe_dist.data.stream.packing import SHORTEST_PIECE, Assembler, Piece, best_subset, collate, fill
 from tests.data.synthetic import MemoryDocument, MemoryStore, SmallVocabulary, random_store
 
 V = SmallVocabulary

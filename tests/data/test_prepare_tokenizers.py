@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from moe_dist.config import DataConfig
-from moe_dist.data.prepare_tokenizers import TokenizerRecipe, train_tokenizers
-from moe_dist.data.shards import Sample, write_shards
-from moe_dist.data.tokenized import build_cache, load_vocabulary, open_store
-from moe_dist.strict import validate
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.strict import validate
+from moe_dist.data.cache.token_cache import build_cache, load_vocabulary, open_store
+from moe_dist.data.shards.tars import Sample, write_shards
+from moe_dist.data.tokenizers.train_tokenizers import TokenizerRecipe, train_tokenizers
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["vocab_size=400", "vq.image_size=32", "vq.codebook_size=32", "vq.channels=[8, 16]", "vq.blocks=1",

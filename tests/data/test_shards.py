@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from moe_dist.data.samples import MAX_MEGAPIXELS, SampleReport, to_rgb
-from moe_dist.data.shard_index import user_cache, verify_shard
-from moe_dist.data.shards import SPLITS, Shard, iterate, resolve_shards, split_of, verify, write_shards
-from moe_dist.errors import UserError
-from moe_dist.parallel.together import together
+from moe_dist.core.errors import UserError
+from moe_dist.data.shards.samples import MAX_MEGAPIXELS, SampleReport, to_rgb
+from moe_dist.data.shards.shard_index import user_cache, verify_shard
+from moe_dist.data.shards.tars import SPLITS, Shard, iterate, resolve_shards, split_of, verify, write_shards
+from moe_dist.parallel.agreement import together
 from tests.permissions import public_folder, unprivileged
 
 

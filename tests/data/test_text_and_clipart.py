@@ -6,13 +6,13 @@ import shutil
 import pytest
 from PIL import Image
 
-from moe_dist.data.corpora.clipart import PNG, ROOT, SVG, ClipArt
-from moe_dist.data.corpora.packages import fetch_debian
-from moe_dist.data.corpora.picture_qa import ClipArtQA
-from moe_dist.data.corpora.prepare import prepare
-from moe_dist.data.corpora.text import DATASETS, pieces
-from moe_dist.data.shards import iterate, resolve_shards, split_of
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
+from moe_dist.corpora.clipart import PNG, ROOT, SVG, ClipArt
+from moe_dist.corpora.packages import fetch_debian
+from moe_dist.corpora.picture_qa import ClipArtQA
+from moe_dist.corpora.prepare_corpus import prepare
+from moe_dist.corpora.text_corpus import DATASETS, pieces
+from moe_dist.data.shards.tars import iterate, resolve_shards, split_of
 from tests.data.packages import debian_package, metas, npm_package
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.config import DataConfig
-from moe_dist.data.pixels import crop_and_resize, scale_pixels
-from moe_dist.data.shards import Sample, iterate, resolve_shards, write_shards
-from moe_dist.data.tokenized import TokenStore, build_cache, load_vocabulary, open_store
-from moe_dist.errors import UserError
-from moe_dist.strict import validate
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
+from moe_dist.data.cache.token_cache import TokenStore, build_cache, load_vocabulary, open_store
+from moe_dist.data.shards.tars import Sample, iterate, resolve_shards, write_shards
+from moe_dist.data.tokenizers.pixels import crop_and_resize, scale_pixels
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_work_is_shared_and_a_partial_cache_is_not_taken(recipe, shards):
 def test_an_interrupted_writer_leaves_nothing_that_counts(recipe, shards, monkeypatch):
     data = recipe()
     v = load_vocabulary(data)
-    monkeypatch.setattr("moe_dist.data.token_shard.json.dumps", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("moe_dist.data.cache.token_shard.json.dumps", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_cache(data, "train", v)
     monkeypatch.undo()
@@ -190,7 +190,7 @@ def test_a_damaged_cache_is_named(recipe, shards):
 
 def test_a_read_only_folder_gets_its_tokens_in_the_users_cache(recipe, shards, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("moe_dist.data.tokenized.os.access", lambda path, mode, **_: "cache" in str(path))
+    monkeypatch.setattr("moe_dist.data.cache.token_cache.os.access", lambda path, mode, **_: "cache" in str(path))
     (shards / "train").chmod(stat.S_IRUSR | stat.S_IXUSR)
     assert len(store_of(recipe())) == 132
     assert len(list((tmp_path / "cache").glob("moe_dist/tokens/*/*/manifest.json"))) == 9

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_dist.batch import IMAGE, TEXT
-from moe_dist.data.text import train_text_tokenizer
-from moe_dist.data.vocabulary import Vocabulary
+from moe_dist.core.batch import IMAGE, TEXT
+from moe_dist.data.tokenizers.text_tokenizer import train_text_tokenizer
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
 
 def text_tokenizer(size=100, pad=None, bos=None, eos=None, content="text"):

@@ -10,13 +10,13 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from torch import Tensor, nn
 
-from moe_dist.config import InitFrom, ModelConfig
-from moe_dist.engine import checkpoint
-from moe_dist.engine.init_from import init_from
-from moe_dist.engine.zero import init_distributed, make_engine
-from moe_dist.errors import UserError
+from moe_dist.checkpoint import checkpoint
+from moe_dist.checkpoint.init_from import init_from
+from moe_dist.config.recipe import InitFrom, ModelConfig
+from moe_dist.core.errors import UserError
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
+from moe_dist.training.deepspeed import init_distributed, make_engine
 from tests.distributed import run_ranks
 from tests.engine.toy import EXPERTS, MOMA, TOKENS, VOCABULARY, ToyModel, make_config, objective, step_batches
 from tests.long import THREADS

@@ -19,18 +19,18 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from moe_dist import train as train_module
-from moe_dist.config import Config, load_config
-from moe_dist.data.loader import Loader, make_loader
-from moe_dist.engine import checkpoint
-from moe_dist.engine.fragments import kind_of
-from moe_dist.engine.state import TrainState
-from moe_dist.engine.storage import Fragment
-from moe_dist.engine.zero import init_distributed
-from moe_dist.errors import UserError
+from moe_dist.checkpoint import checkpoint
+from moe_dist.checkpoint.fragments import kind_of
+from moe_dist.checkpoint.storage import Fragment
+from moe_dist.checkpoint.train_state import TrainState
+from moe_dist.config.recipe import Config, load_config
+from moe_dist.core.errors import UserError
+from moe_dist.data.stream.loader import Loader, make_loader
+from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.parallel.layout import make_layout
-from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.train import Run, train
+from moe_dist.training import run as train_module
+from moe_dist.training.deepspeed import init_distributed
+from moe_dist.training.run import Run, train
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import account
 from tests.launching import MOMA

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from moe_dist.engine import checkpoint
-from moe_dist.engine.fragments import fragments
+from moe_dist.checkpoint import checkpoint
+from moe_dist.checkpoint.fragments import fragments
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import Job, assert_same, build, run
 from tests.long import REPEATED

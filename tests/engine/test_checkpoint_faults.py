@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.engine import checkpoint, files
-from moe_dist.errors import UserError
+from moe_dist.checkpoint import checkpoint
+from moe_dist.core import files
+from moe_dist.core.errors import UserError
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import Job, assert_same, attempt, run, run_on_rank
 from tests.engine.toy import TOP_K

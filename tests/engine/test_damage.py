@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from moe_dist.engine import checkpoint
-from moe_dist.engine.checkpoint import verify
-from moe_dist.engine.storage import read_index
-from moe_dist.errors import UserError
+from moe_dist.checkpoint import checkpoint
+from moe_dist.checkpoint.checkpoint import verify
+from moe_dist.checkpoint.storage import read_index
+from moe_dist.core.errors import UserError
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import MOMENTS, Job, account, assert_same, build
 

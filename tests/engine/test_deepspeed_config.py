@@ -2,8 +2,9 @@
 
 import pytest
 
-from moe_dist.config import TrainConfig
-from moe_dist.engine.deepspeed_config import (
+from moe_dist.config.recipe import TrainConfig
+from moe_dist.core.errors import UserError
+from moe_dist.training.deepspeed_config import (
     OWNED,
     REFUSED_ZERO,
     BF16Section,
@@ -13,7 +14,6 @@ from moe_dist.engine.deepspeed_config import (
     check_section,
     to_deepspeed,
 )
-from moe_dist.errors import UserError
 
 ADAM = {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}}
 

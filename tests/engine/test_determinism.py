@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.config import load_config
-from moe_dist.train import train
+from moe_dist.config.recipe import load_config
+from moe_dist.training.run import train
 from tests.distributed import run_ranks
 from tests.launching import MOMA
 
@@ -22,7 +22,7 @@ def _settings_when_the_device_starts(rank, overrides):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-        patch.setattr("moe_dist.train.init_distributed", started)
+        patch.setattr("moe_dist.training.run.init_distributed", started)
         try:
             train(load_config(MOMA, overrides))
         except KeyboardInterrupt:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from moe_dist.engine import checkpoint
-from moe_dist.engine.checkpoint import checkpoint_path
-from moe_dist.errors import UserError
+from moe_dist.checkpoint import checkpoint
+from moe_dist.checkpoint.checkpoint import checkpoint_path
+from moe_dist.core.errors import UserError
 from tests.disks import Disk, read_only, restricted, small_disk
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import Job, build

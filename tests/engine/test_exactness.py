@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.config import Config, DepthConfig
+from moe_dist.config.recipe import Config, DepthConfig
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 from tests.engine.toy import (

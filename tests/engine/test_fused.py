@@ -6,14 +6,15 @@ A GPU compiles them with Inductor; here they are traced, differentiated, partiti
 import pytest
 import torch
 
-from moe_dist.engine.zero import init_distributed, make_engine
+from moe_dist.core import seeding as random
 from moe_dist.losses import language
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.model import attention, mcore
+from moe_dist.model.moe import experts, swiglu
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe import experts, random, swiglu
 from moe_dist.parallel.layout import make_layout
+from moe_dist.training.deepspeed import init_distributed, make_engine
 from tests.distributed import run_ranks
 from tests.engine.toy import make_config, sgd
 from tests.model.batches import DENSE, LORA_EXPERTS, MOMA, VOCAB, make_batch, model_config

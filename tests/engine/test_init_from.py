@@ -14,15 +14,15 @@ import torch
 import yaml
 from torch import nn
 
-from moe_dist.config import InitFrom, load_config, save_config
-from moe_dist.engine.init_from import Account, Form, match
-from moe_dist.engine.manifest import resolve_init
-from moe_dist.engine.trainable import freeze_others
-from moe_dist.engine.weights import read_tensors, write_tensors
-from moe_dist.errors import UserError
+from moe_dist.checkpoint.init_from import Account, Form, match
+from moe_dist.checkpoint.manifest import resolve_init
+from moe_dist.checkpoint.stored_weights import read_tensors, write_tensors
+from moe_dist.config.recipe import InitFrom, load_config, save_config
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
-from moe_dist.strict import validate
+from moe_dist.training.trainable import freeze_others
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import Job, assert_same, attempt, run
 from tests.engine.test_checkpoint import SMALL, read

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.engine.checkpoint import checkpoint_path, newest_complete, verify
+from moe_dist.checkpoint.checkpoint import checkpoint_path, newest_complete, verify
 from tests.long import LONG
 from tests.mortal import (
     EVERY,

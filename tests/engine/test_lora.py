@@ -9,9 +9,9 @@ from functools import cache
 
 import pytest
 
-from moe_dist.config import Config, LoRAConfig, LoRAExpertsConfig
+from moe_dist.config.recipe import Config, LoRAConfig, LoRAExpertsConfig
+from moe_dist.core.seeding import seeded_normal_
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.random import seeded_normal_
 from moe_dist.parallel.layout import Layout
 from tests.engine.checkpoint_jobs import Job, assert_same, run
 from tests.engine.test_exactness import BF16, BFLOAT16, CLIP, FLOAT32, GROUPS

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_dist.data.loader import make_loader
-from moe_dist.engine.zero import Engine
-from moe_dist.moe.margins import Decisions, watch_decisions
+from moe_dist.data.stream.loader import make_loader
+from moe_dist.model.moe.margins import Decisions, watch_decisions
 from moe_dist.parallel.layout import Layout
+from moe_dist.training.deepspeed import Engine
 from tests.distributed import run_ranks
 from tests.engine.test_any_layout import SYSTEMS, At, recipe, start
 from tests.engine.test_exactness import FLOAT32, ROUTERS, assert_same, build, reference

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.config import InitFrom
+from moe_dist.checkpoint.manifest import read_state
+from moe_dist.checkpoint.stored_weights import read_tensors
+from moe_dist.config.recipe import InitFrom
 from moe_dist.convert.hugging_face import import_folder
 from moe_dist.convert.inspection import inspect
-from moe_dist.engine.manifest import read_state
-from moe_dist.engine.weights import read_tensors
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import Job, attempt, run_on_rank
 

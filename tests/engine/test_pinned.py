@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 
-from moe_dist.engine import pinned
-from moe_dist.engine.pinned import empty_pinned
-from moe_dist.engine.saver import HostBuffers
-from moe_dist.engine.storage import Fragment
-from moe_dist.errors import UserError
+from moe_dist.checkpoint import pinned
+from moe_dist.checkpoint.pinned import empty_pinned
+from moe_dist.checkpoint.saver import HostBuffers
+from moe_dist.checkpoint.storage import Fragment
+from moe_dist.core.errors import UserError
 
 PAGE = mmap.PAGESIZE
 

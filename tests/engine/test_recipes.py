@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from moe_dist.batch import Batch
-from moe_dist.config import Config, load_config
-from moe_dist.engine.zero import init_distributed, make_engine
+from moe_dist.config.recipe import Config, load_config
+from moe_dist.core.batch import Batch
+from moe_dist.core.seeding import seeded_normal_
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.random import seeded_normal_
 from moe_dist.parallel.layout import make_layout
+from moe_dist.training.deepspeed import init_distributed, make_engine
 from tests.distributed import run_ranks
 from tests.engine.toy import VOCABULARY, sgd
 from tests.engine.trajectory import full_parameters, step_inputs

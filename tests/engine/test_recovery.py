@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from moe_dist.engine.checkpoint import checkpoint_path, newest_complete, verify
-from moe_dist.telemetry.run_folder import read_status
+from moe_dist.checkpoint.checkpoint import checkpoint_path, newest_complete, verify
+from moe_dist.metrics.run_folder import read_status
 from tests.disks import small_disk
 from tests.mortal import EVERY, How, run_ranks_of_train, same
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
 from tests.distributed import run_ranks
 from tests.engine.toy import make_config, objective, sgd
 from tests.engine.trajectory import full_parameters, step_inputs, toy_engine
@@ -87,7 +87,7 @@ SKIPPING = {
 @pytest.mark.parametrize(
     ("deepspeed", "how"),
     [
-        # A loss that is not finite makes its gradients so (engine/zero.py `_poison`), whatever stores them.
+        # A loss that is not finite makes its gradients so (training/deepspeed.py `_poison`), whatever stores them.
         pytest.param(value, how, id=f"{key}-{how}", marks=() if "-" not in key else
                      pytest.mark.slow if how == "gradient" else REPEATED)
         for key, value in SKIPPING.items() for how in ("nan", "inf", "gradient")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.config import load_config
-from moe_dist.engine.checkpoint import checkpoint_path, newest_complete, prune, resolve_resume
-from moe_dist.engine.files import write_json
-from moe_dist.engine.manifest import set_aside_later, write_manifest
-from moe_dist.engine.state import MAY_CHANGE, TrainState, check_resumable, merge_states
-from moe_dist.errors import UserError
+from moe_dist.checkpoint.checkpoint import checkpoint_path, newest_complete, prune, resolve_resume
+from moe_dist.checkpoint.manifest import set_aside_later, write_manifest
+from moe_dist.checkpoint.train_state import MAY_CHANGE, TrainState, check_resumable, merge_states
+from moe_dist.config.recipe import load_config
+from moe_dist.core.errors import UserError
+from moe_dist.core.files import write_json
 
 RECIPE = Path(__file__).parents[2] / "configs" / "moma_quickstart.yaml"
 

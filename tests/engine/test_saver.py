@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.config import CheckpointConfig
-from moe_dist.engine import checkpoint, files
-from moe_dist.engine.checkpoint import checkpoint_path, newest_complete
-from moe_dist.engine.saver import HostBuffers, Saver
-from moe_dist.engine.storage import Fragment
-from moe_dist.errors import UserError
+from moe_dist.checkpoint import checkpoint
+from moe_dist.checkpoint.checkpoint import checkpoint_path, newest_complete
+from moe_dist.checkpoint.saver import HostBuffers, Saver
+from moe_dist.checkpoint.storage import Fragment
+from moe_dist.config.recipe import CheckpointConfig
+from moe_dist.core import files
+from moe_dist.core.errors import UserError
 from tests.distributed import run_ranks
 from tests.engine.checkpoint_jobs import Job, build
 from tests.engine.toy import objective, step_batches

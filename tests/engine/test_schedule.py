@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
-from moe_dist.config import ScheduleConfig
-from moe_dist.engine.schedule import learning_rate
+from moe_dist.config.recipe import ScheduleConfig
+from moe_dist.training.schedule import learning_rate
 
 
 def curve(steps, peak=1.0, **settings):

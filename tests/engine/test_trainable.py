@@ -7,13 +7,13 @@ from functools import cache
 import pytest
 import torch
 
-from moe_dist.config import Config
-from moe_dist.engine.trainable import freeze_others
-from moe_dist.engine.zero import init_distributed, make_engine
-from moe_dist.errors import UserError
+from moe_dist.config.recipe import Config
+from moe_dist.core.errors import UserError
 from moe_dist.model.block import Block
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
+from moe_dist.training.deepspeed import init_distributed, make_engine
+from moe_dist.training.trainable import freeze_others
 from tests.distributed import run_ranks
 from tests.engine.test_exactness import CLIP, FLOAT32, GROUPS, MOMA, TOP_K, build
 from tests.engine.toy import VOCABULARY, make_config, objective, sgd

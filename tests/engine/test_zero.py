@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_dist.engine.trainable import freeze_others
-from moe_dist.engine.zero import parameter_groups
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
 from moe_dist.parallel.layout import Layout
+from moe_dist.training.deepspeed import parameter_groups
+from moe_dist.training.trainable import freeze_others
 from tests.distributed import run_ranks
 from tests.engine.toy import MOMA, SUM, TOP_K, ToyModel, loss_count, make_config, objective, sgd
 from tests.engine.trajectory import full_parameters, step_inputs, toy_engine

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.batch import MODALITIES, Batch, TokenInfo
-from moe_dist.config import Config, MoEFFN
-from moe_dist.moe.layer import build_moe_layer
+from moe_dist.config.recipe import Config, MoEFFN
+from moe_dist.core.batch import MODALITIES, Batch, TokenInfo
+from moe_dist.core.strict import validate
+from moe_dist.model.moe.moe_layer import build_moe_layer
 from moe_dist.parallel.layout import Layout
-from moe_dist.strict import validate
 
 VOCABULARY, WIDTH, EXPERTS = 50, 16, 4  # ids from 40 on are image codes
 TOKENS = 96  # of one selection group

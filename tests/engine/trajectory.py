@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_dist.batch import IMAGE, Batch
-from moe_dist.config import Config
-from moe_dist.engine.fragments import refresh_working_parameters
-from moe_dist.engine.zero import Engine, init_distributed, make_engine
+from moe_dist.checkpoint.fragments import refresh_working_parameters
+from moe_dist.config.recipe import Config
+from moe_dist.core.batch import IMAGE, Batch
 from moe_dist.parallel.layout import Layout, make_layout
+from moe_dist.training.deepspeed import Engine, init_distributed, make_engine
 from tests.distributed import run_ranks
 from tests.engine.toy import ToyModel, loss_count, objective, step_batches
 from tests.selections import Selections, deviation, unite, watching

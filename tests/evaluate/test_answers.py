@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.data.choices import Choice
-from moe_dist.errors import UserError
-from moe_dist.evaluate.multiple_choice import Comparison, Result, answer
+from moe_dist.core.errors import UserError
+from moe_dist.data.tasks.choice_items import Choice
+from moe_dist.evaluate.choice_accuracy import Comparison, Result, answer
 from moe_dist.losses.manifold import sample_routing
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.distributed import run_ranks

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.batch import IMAGE, TEXT
-from moe_dist.data.heldout import ShuffledCaptions, heldout_batches
+from moe_dist.core.batch import IMAGE, TEXT
+from moe_dist.data.stream.held_out_batches import ShuffledCaptions, heldout_batches
 from moe_dist.evaluate.bigram import Bigram, Bigrams
 from moe_dist.evaluate.perplexity import mean_losses
 from moe_dist.parallel.layout import Layout

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.data.heldout import ShuffledCaptions
+from moe_dist.data.stream.held_out_batches import ShuffledCaptions
 from moe_dist.evaluate.captions import caption_gain
-from moe_dist.evaluate.held_out import HeldOut
+from moe_dist.evaluate.held_out_split import HeldOut
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.data.synthetic import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
 from tests.distributed import run_ranks

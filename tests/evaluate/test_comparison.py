@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.config import ModelConfig
-from moe_dist.data.loader import make_loader
+from moe_dist.config.recipe import ModelConfig
+from moe_dist.core.strict import validate
+from moe_dist.data.stream.loader import make_loader
 from moe_dist.evaluate.bigram import Bigram, Bigrams
 from moe_dist.evaluate.comparison import compare_with_references
-from moe_dist.evaluate.held_out import HeldOut
+from moe_dist.evaluate.held_out_split import HeldOut
 from moe_dist.losses.language import language_loss
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
-from moe_dist.strict import validate
 from tests.data.synthetic import MemoryDocument, MemoryStore, SmallVocabulary, data_config
 from tests.model.batches import MOMA
 

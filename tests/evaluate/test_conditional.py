@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.data.instruction import Prompt
+from moe_dist.data.tasks.instructions import Prompt
 from moe_dist.evaluate.conditional import conditional_losses
-from moe_dist.evaluate.held_out import HeldOut
+from moe_dist.evaluate.held_out_split import HeldOut
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.data.synthetic import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
 from tests.distributed import run_ranks

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_dist.data.heldout import heldout_batches
+from moe_dist.data.stream.held_out_batches import heldout_batches
 from moe_dist.evaluate.perplexity import evaluate
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.data.synthetic import SmallVocabulary, data_config, random_store

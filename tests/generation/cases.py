@@ -10,14 +10,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from moe_dist.batch import TokenInfo
-from moe_dist.config import ModelConfig
-from moe_dist.data.image import load_image_tokenizer
-from moe_dist.data.text import load_text_tokenizer
-from moe_dist.data.vocabulary import Vocabulary
-from moe_dist.generation.decode import generate
-from moe_dist.generation.prompt import Format, Sample
-from moe_dist.generation.sampling import Sampling
+from moe_dist.config.recipe import ModelConfig
+from moe_dist.core.batch import TokenInfo
+from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
+from moe_dist.data.tokenizers.text_tokenizer import load_text_tokenizer
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+from moe_dist.generate.decode import generate
+from moe_dist.generate.prompt import Format, Sample
+from moe_dist.generate.sampling import Sampling
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.generation.test_sampling import naive_choice

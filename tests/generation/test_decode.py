@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from moe_dist.errors import UserError
-from moe_dist.generation.decode import check_can_generate, generate
-from moe_dist.generation.sampling import Sampling
+from moe_dist.core.errors import UserError
+from moe_dist.generate.decode import check_can_generate, generate
+from moe_dist.generate.sampling import Sampling
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.distributed import run_ranks

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moe_dist.generation.pictures import Generated, contact_sheet, write_samples
+from moe_dist.generate.pictures import Generated, contact_sheet, write_samples
 from tests.launching import ALONE, TORCHRUN, launch, launch_tool
 
 TOP_K = "model.ffn.router={type: top_k, num_experts: 4, top_k: 2}"

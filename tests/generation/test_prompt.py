@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from moe_dist.data.packing import Assembler
-from moe_dist.data.text import load_text_tokenizer
-from moe_dist.data.vocabulary import Vocabulary
-from moe_dist.errors import UserError
-from moe_dist.generation.prompt import Format, read_picture
+from moe_dist.core.errors import UserError
+from moe_dist.data.stream.packing import Assembler
+from moe_dist.data.tokenizers.text_tokenizer import load_text_tokenizer
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+from moe_dist.generate.prompt import Format, read_picture
 from tests.data.synthetic import MemoryDocument, MemoryStore
 from tests.generation.cases import CONTEXT, make_format
 

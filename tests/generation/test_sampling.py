@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from moe_dist.errors import UserError
-from moe_dist.generation.sampling import Sampling, choose, guide, nucleus
-from moe_dist.moe.random import fold_key
-from moe_dist.strict import validate
+from moe_dist.core.errors import UserError
+from moe_dist.core.seeding import fold_key
+from moe_dist.core.strict import validate
+from moe_dist.generate.sampling import Sampling, choose, guide, nucleus
 from tests.reference import splitmix_hash
 
 SAMPLES, VOCABULARY = 6, 30

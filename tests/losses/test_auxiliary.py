@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_dist.errors import UserError
-from moe_dist.losses.auxiliary import CausalRouters
-from moe_dist.losses.registry import loss_settings
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
+from moe_dist.losses.causal_routers import CausalRouters
+from moe_dist.losses.loss_registry import loss_settings
 from moe_dist.losses.term import Context
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
-from moe_dist.strict import validate
 from tests.model.batches import EXPERT_CHOICE, MOMA, TOP_K, VOCAB, make_batch, model_config
 from tests.model.test_causal import DEPTH, with_auxiliary
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.batch import MODALITIES, Batch, TokenInfo
-from moe_dist.errors import UserError
+from moe_dist.core.batch import MODALITIES, Batch, TokenInfo
+from moe_dist.core.errors import UserError
+from moe_dist.core.routing_plan import Routing, RoutingPlan, RoutingRecord
+from moe_dist.core.strict import validate
 from moe_dist.losses.balance import LoadBalance, PooledBalance, RouterZ
+from moe_dist.losses.loss_registry import LOSSES
 from moe_dist.losses.objective import make_objective
-from moe_dist.losses.registry import LOSSES
 from moe_dist.losses.term import Context
-from moe_dist.moe.expert_choice import ModalityRouter
-from moe_dist.moe.plan import Routing, RoutingPlan, RoutingRecord
+from moe_dist.model.moe.expert_choice import ModalityRouter
 from moe_dist.parallel.layout import Layout, make_layout
-from moe_dist.strict import validate
 from tests import reference
 from tests.distributed import run_ranks
 from tests.moe.cases import GROUPS, TOKENS, WIDTH, close, make_layer
@@ -314,7 +314,7 @@ def test_what_is_wrong_with_losses_is_said_by_name():
 
 
 def test_every_registered_loss_has_its_names_documented():
-    from moe_dist.telemetry.keys import KEYS
+    from moe_dist.metrics.metric_keys import KEYS
 
     for term in LOSSES.values():
         assert set(term.names) <= set(KEYS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.config import Config
+from moe_dist.config.recipe import Config
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from tests.distributed import run_ranks

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_dist.batch import Batch
-from moe_dist.config import Config
-from moe_dist.errors import UserError
+from moe_dist.config.recipe import Config
+from moe_dist.core.batch import Batch
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
 from moe_dist.losses.manifold import Manifold, sample_routing
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.parallel.layout import Layout
-from moe_dist.strict import validate
 from tests.distributed import run_ranks
 from tests.engine.toy import EXPERTS, make_config, sgd
 from tests.engine.trajectory import full_parameters, step_inputs, toy_engine

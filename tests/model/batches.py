@@ -2,9 +2,9 @@
 
 import torch
 
-from moe_dist.batch import Batch, TokenInfo
-from moe_dist.config import ModelConfig
-from moe_dist.strict import validate
+from moe_dist.config.recipe import ModelConfig
+from moe_dist.core.batch import Batch, TokenInfo
+from moe_dist.core.strict import validate
 
 VOCAB = 50
 DENSE = {"type": "dense", "hidden_size": 48}

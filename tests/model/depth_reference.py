@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from moe_dist.batch import MODALITIES
+from moe_dist.core.batch import MODALITIES
 from tests import reference
 from tests.model import reference_model
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moe_dist.batch import Batch, TokenInfo
-from moe_dist.model.cache import KVCache
+from moe_dist.core.batch import Batch, TokenInfo
+from moe_dist.model.kv_cache import KVCache
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.distributed import run_ranks

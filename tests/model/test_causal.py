@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 from tests.model.batches import DENSE, EXPERT_CHOICE, MOMA, TOP_K, VOCAB, make_batch, model_config

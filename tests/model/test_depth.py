@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_dist.batch import TEXT, TokenInfo
+from moe_dist.core.batch import TEXT, TokenInfo
 from moe_dist.losses.language import language_loss
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.model.attention import BucketedDocuments
+from moe_dist.model.moe import experts
+from moe_dist.model.moe.experts import GroupedExperts
+from moe_dist.model.moe.moe_layer import MoELayer
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe import experts
-from moe_dist.moe.experts import GroupedExperts
-from moe_dist.moe.layer import MoELayer
 from moe_dist.parallel.layout import Layout
 from tests.devices import (
     HotPath,

@@ -6,11 +6,11 @@ is one launch (here seven), and attention is one (here six: documents are gather
 
 import pytest
 
-from moe_dist.engine.zero import init_distributed, make_engine
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import make_layout
+from moe_dist.training.deepspeed import init_distributed, make_engine
 from tests.distributed import run_ranks
 from tests.engine.toy import make_config
 from tests.launches import Launches

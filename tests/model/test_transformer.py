@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
+from moe_dist.core.routing_plan import RoutingRecord
+from moe_dist.core.seeding import seeded_normal_
 from moe_dist.losses.language import language_loss
 from moe_dist.model import transformer
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.plan import RoutingRecord
-from moe_dist.moe.random import seeded_normal_
 from moe_dist.parallel.layout import Layout
 from tests import reference
 from tests.model import reference_model

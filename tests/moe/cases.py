@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_dist.batch import IMAGE, TEXT, TokenInfo
-from moe_dist.config import MoEFFN
-from moe_dist.moe.layer import MoELayer, build_moe_layer
+from moe_dist.config.recipe import MoEFFN
+from moe_dist.core.batch import IMAGE, TEXT, TokenInfo
+from moe_dist.model.moe.moe_layer import MoELayer, build_moe_layer
 from moe_dist.parallel.layout import Layout
 from tests import reference
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from moe_dist.config import DepthConfig
-from moe_dist.moe.depth import DepthRouter
-from moe_dist.moe.registry import build_router
-from moe_dist.moe.router import Site
+from moe_dist.config.recipe import DepthConfig
+from moe_dist.model.moe.depth_router import DepthRouter
+from moe_dist.model.moe.router import Site
+from moe_dist.model.moe.router_registry import build_router
 from tests.moe.cases import BATCHES, TOKENS, WIDTH, close, make_batch
 from tests.moe.test_routers import dense
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_dist.errors import UserError
-from moe_dist.moe.experts import GroupedExperts, grouped_matmul, looped_matmul, matmul_by_expert
+from moe_dist.core.errors import UserError
+from moe_dist.model.moe.experts import GroupedExperts, grouped_matmul, looped_matmul, matmul_by_expert
 from tests import reference
 from tests.moe.cases import close
 
@@ -65,7 +65,7 @@ def test_grouped_products_equal_float64(counts, dtype, tolerance):
 def test_the_default_path_is_grouped(monkeypatch):
     calls = []
     monkeypatch.setattr(
-        "moe_dist.moe.experts.grouped_matmul", lambda *args: calls.append(args[0].dtype) or grouped_matmul(*args)
+        "moe_dist.model.moe.experts.grouped_matmul", lambda *args: calls.append(args[0].dtype) or grouped_matmul(*args)
     )
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         make_experts().to(dtype)(*case((3, 0, 5, 1), dtype))
@@ -86,7 +86,7 @@ def test_the_default_path_is_grouped(monkeypatch):
 def test_a_card_without_a_sound_grouped_kernel_takes_the_loop(capability, counts, grouped, monkeypatch):
     taken = []
     for name in ("grouped_matmul", "looped_matmul"):
-        monkeypatch.setattr(f"moe_dist.moe.experts.{name}", lambda *_, name=name: taken.append(name))
+        monkeypatch.setattr(f"moe_dist.model.moe.experts.{name}", lambda *_, name=name: taken.append(name))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
         x, weight = (torch.empty(*size, device="cuda", dtype=torch.bfloat16) for size in ((9, 16), (4, 16, 8)))

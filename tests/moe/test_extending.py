@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.errors import UserError
-from moe_dist.moe.registry import ROUTERS, router_settings
+from moe_dist.core.errors import UserError
+from moe_dist.model.moe.router_registry import ROUTERS, router_settings
 from moe_dist.parallel.layout import make_layout
 from tests import reference
 from tests.distributed import run_ranks

@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
-from moe_dist.moe.dispatch import AllToAllDispatcher, LocalDispatcher, split_sizes
-from moe_dist.moe.placement import make_placement
-from moe_dist.moe.plan import RoutingPlan
+from moe_dist.core.routing_plan import RoutingPlan
+from moe_dist.model.moe.dispatch import AllToAllDispatcher, LocalDispatcher, split_sizes
+from moe_dist.model.moe.placement import make_placement
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.distributed import run_ranks
 from tests.moe.cases import BATCHES, ROUTERS, assert_equals_oracle, make_batch, make_layer, run_layer

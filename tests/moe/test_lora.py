@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from moe_dist.config import MoEFFN
-from moe_dist.errors import UserError
+from moe_dist.config.recipe import MoEFFN
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
+from moe_dist.model.moe.lora_experts import LoRAExperts, LowRank
+from moe_dist.model.moe.moe_layer import build_moe_layer
+from moe_dist.model.moe.router import Site
+from moe_dist.model.moe.router_registry import build_router
 from moe_dist.model.transformer import Transformer
-from moe_dist.moe.layer import build_moe_layer
-from moe_dist.moe.lora import LoRAExperts, LowRank
-from moe_dist.moe.registry import build_router
-from moe_dist.moe.router import Site
 from moe_dist.parallel.layout import Layout, make_layout
-from moe_dist.strict import validate
 from tests import reference
 from tests.distributed import run_ranks
 from tests.model.batches import model_config

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from moe_dist.errors import UserError
-from moe_dist.moe.placement import Placement, make_placement
+from moe_dist.core.errors import UserError
+from moe_dist.model.moe.placement import Placement, make_placement
 
 
 def groups(*counts):

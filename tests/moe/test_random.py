@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_dist.moe.random import dropout, fold_key, hash_ids, logistic, seeded_normal_, uniform
+from moe_dist.core.seeding import dropout, fold_key, hash_ids, logistic, seeded_normal_, uniform
 from tests.reference import splitmix_hash
 
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from moe_dist.batch import TEXT
-from moe_dist.errors import UserError
-from moe_dist.moe.capacity import expert_capacity
-from moe_dist.moe.registry import build_router, router_settings
-from moe_dist.moe.router import Site, selection_keys, selection_margins
+from moe_dist.core.batch import TEXT
+from moe_dist.core.errors import UserError
+from moe_dist.model.moe.capacity import expert_capacity
+from moe_dist.model.moe.router import Site, selection_keys, selection_margins
+from moe_dist.model.moe.router_registry import build_router, router_settings
 from tests import reference
 from tests.moe.cases import BATCHES, ROUTERS, TOKENS, WIDTH, close, make_batch, make_info, make_layer
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_dist.moe.rows import add_up_rows, take_rows
+from moe_dist.model.moe.rows import add_up_rows, take_rows
 
 IDS = [torch.tensor(ids, dtype=torch.int64) for ids in ([2, 0, 2, 1, 2], [0] * 300, [], [3, 2, 1, 0])]
 

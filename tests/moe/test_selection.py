@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_dist.moe.random import fold_key
-from moe_dist.moe.router import selection_keys
+from moe_dist.core.seeding import fold_key
+from moe_dist.model.moe.router import selection_keys
 from tests.model.batches import make_batch
 from tests.reference import selection_key
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from moe_dist.moe import dispatch
-from moe_dist.moe.dispatch import AllToAllDispatcher, LocalDispatcher
+from moe_dist.model.moe import dispatch
+from moe_dist.model.moe.dispatch import AllToAllDispatcher, LocalDispatcher
 from moe_dist.parallel.layout import make_layout
 from tests.distributed import run_ranks
 from tests.moe.cases import assert_equals_oracle, make_layer, run_layer

@@ -6,10 +6,10 @@ import weakref
 import pytest
 import torch
 
-from moe_dist.config import load_config
+from moe_dist.config.recipe import load_config
 from moe_dist.parallel import garbage
 from moe_dist.parallel.garbage import EVERY, FULL, AlignedCollection
-from moe_dist.train import Run, train
+from moe_dist.training.run import Run, train
 from tests.distributed import run_ranks
 from tests.launching import ROOT
 

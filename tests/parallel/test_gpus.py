@@ -6,9 +6,9 @@ import sys
 import pytest
 from deepspeed.accelerator import get_accelerator
 
-from moe_dist.engine.zero import init_distributed
 from moe_dist.parallel import gpus
-from moe_dist.parallel.launch import free_port, run_rank
+from moe_dist.parallel.discovery import free_port, run_rank
+from moe_dist.training.deepspeed import init_distributed
 from tests.distributed import FORK_SERVER
 
 

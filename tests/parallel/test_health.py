@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_dist.config import load_config
-from moe_dist.errors import UserError
-from moe_dist.parallel import health
-from moe_dist.parallel.health import check_health
+from moe_dist.config.recipe import load_config
+from moe_dist.core.errors import UserError
+from moe_dist.health import before_training as health
+from moe_dist.health.before_training import check_health
 from tests.distributed import run_ranks
 from tests.launching import MOMA
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.errors import UserError
-from moe_dist.parallel.launch import Place, discover, first_host, is_main_process
+from moe_dist.core.errors import UserError
+from moe_dist.parallel.discovery import Place, discover, first_host, is_main_process
 
 TOOLS = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_dist.errors import UserError
+from moe_dist.core.errors import UserError
 from moe_dist.parallel.layout import make_layout
 from tests.distributed import run_ranks
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from moe_dist.errors import UserError
-from moe_dist.parallel.together import together
+from moe_dist.core.errors import UserError
+from moe_dist.parallel.agreement import together
 from tests.distributed import Pool, run_ranks
 
 

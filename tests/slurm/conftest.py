@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from moe_dist.errors import UserError
-from moe_dist.telemetry.run_folder import read_status
+from moe_dist.core.errors import UserError
+from moe_dist.metrics.run_folder import read_status
 from tests.launching import ROOT
 
 DEVCLUSTER = ROOT / "slurm" / "devcluster.sh"

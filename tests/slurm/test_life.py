@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.telemetry.run_folder import read_status
+from moe_dist.metrics.run_folder import read_status
 
 pytestmark = pytest.mark.slow
 

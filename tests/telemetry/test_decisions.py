@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from moe_dist.batch import MODALITIES
+from moe_dist.core.batch import MODALITIES
+from moe_dist.metrics.metric_keys import undeclared
+from moe_dist.metrics.router_agreement import decision_metrics
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
-from moe_dist.telemetry.decisions import decision_metrics
-from moe_dist.telemetry.keys import undeclared
 from tests.distributed import run_ranks
 from tests.model.batches import DENSE, EXPERT_CHOICE, MOMA, VOCAB, make_batch, model_config
 from tests.model.test_causal import DEPTH, with_auxiliary

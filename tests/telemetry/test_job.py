@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from moe_dist.config import load_config
-from moe_dist.errors import UserError
-from moe_dist.telemetry.job import begin, end
-from moe_dist.telemetry.run_folder import RunFolder
+from moe_dist.config.recipe import load_config
+from moe_dist.core.errors import UserError
+from moe_dist.health.job_attempts import begin, end
+from moe_dist.metrics.run_folder import RunFolder
 from tests.launching import MOMA
 
 

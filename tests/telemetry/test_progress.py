@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from moe_dist.telemetry.progress import Progress
+from moe_dist.metrics.progress import Progress
 
 METRICS = {"loss": 5.25, "loss/text": 4.5, "loss/image": 6.0, "tokens_per_second": 12345.6}
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_dist.batch import MODALITIES, TokenInfo
-from moe_dist.config import load_config
-from moe_dist.moe.placement import make_placement
-from moe_dist.moe.plan import Routing, RoutingPlan, RoutingRecord
+from moe_dist.config.recipe import load_config
+from moe_dist.core.batch import MODALITIES, TokenInfo
+from moe_dist.core.routing_plan import Routing, RoutingPlan, RoutingRecord
+from moe_dist.metrics.metric_keys import undeclared
+from moe_dist.metrics.routing_metrics import routing_counts, routing_metrics
+from moe_dist.model.moe.placement import make_placement
 from moe_dist.parallel.layout import Layout, make_layout
-from moe_dist.telemetry.keys import undeclared
-from moe_dist.telemetry.routing import routing_counts, routing_metrics
 from tests.distributed import run_ranks
 from tests.engine.test_any_layout import start as start_run
 from tests.launching import MOMA

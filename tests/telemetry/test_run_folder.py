@@ -6,10 +6,10 @@ from datetime import datetime
 
 import pytest
 
-from moe_dist.config import load_config
-from moe_dist.errors import PeerError, UserError
+from moe_dist.config.recipe import load_config
+from moe_dist.core.errors import PeerError, UserError
+from moe_dist.metrics.run_folder import BEAT_SECONDS, RunFolder, read_status
 from moe_dist.parallel.signals import Stopped
-from moe_dist.telemetry.run_folder import BEAT_SECONDS, RunFolder, read_status
 
 RECIPE = "configs/moma_quickstart.yaml"
 
@@ -73,7 +73,7 @@ def test_a_crash_while_cutting_loses_nothing(tmp_path, monkeypatch):
     def crash(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moe_dist.telemetry.run_folder.os.replace", crash)
+    monkeypatch.setattr("moe_dist.metrics.run_folder.os.replace", crash)
     with pytest.raises(KeyboardInterrupt):
         folder.open(make_config(tmp_path), step=2)
     assert steps(folder) == [1, 2, 3, 4]

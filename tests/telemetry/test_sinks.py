@@ -7,10 +7,10 @@ import textwrap
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moe_dist.errors import UserError
-from moe_dist.telemetry.keys import KEYS, undeclared
-from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.telemetry.sinks import Sinks, TensorBoard
+from moe_dist.core.errors import UserError
+from moe_dist.metrics.metric_keys import KEYS, undeclared
+from moe_dist.metrics.run_folder import RunFolder
+from moe_dist.metrics.sinks import Sinks, TensorBoard
 from tests.telemetry.test_run_folder import make_config
 
 METRICS = {

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moe_dist.config import HealthConfig
-from moe_dist.telemetry.run_folder import RunFolder
-from moe_dist.telemetry.stragglers import Stragglers, find
+from moe_dist.config.recipe import HealthConfig
+from moe_dist.health.stragglers import Stragglers, find
+from moe_dist.metrics.run_folder import RunFolder
 from tests.distributed import run_ranks
 
 

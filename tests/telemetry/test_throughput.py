@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_dist.config import load_config
-from moe_dist.engine.trainable import freeze_others
+from moe_dist.config.recipe import load_config
+from moe_dist.metrics.flops import flops_saved, model_flops, num_parameters, work
 from moe_dist.model import attention
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
-from moe_dist.telemetry.throughput import flops_saved, model_flops, num_parameters, work
+from moe_dist.training.trainable import freeze_others
 from tests.devices import inject, read_counts
 from tests.model.batches import (
     DENSE,

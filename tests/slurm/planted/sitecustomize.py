@@ -51,6 +51,6 @@ if IS_RANK and FAULT == "crash":
     os._exit(3)
 if IS_RANK and SECOND_NODE:
     if FAULT == "hang once" and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-        after_import("moe_dist.train", hang_at_step_3)
+        after_import("moe_dist.training.run", hang_at_step_3)
     if FAULT == "other torch":
-        after_import("moe_dist.parallel.health", other_torch)
+        after_import("moe_dist.health.before_training", other_torch)

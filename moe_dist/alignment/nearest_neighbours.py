@@ -1,0 +1,56 @@
+"""Whom each sample shall be routed like: the nearest questions among those that the model answers rightly.
+
+RoMA (Routing Manifold Alignment, 2025): sim(i, j) = exp(-||E_i - E_j||^2 / (2 sigma^2)), N(i) the k nearest samples of
+the success set, W_ij = sim(i, j) / sum over N(i).
+
+Shape suffixes: N samples, C samples in the success set, B samples of a block, E embedding size, K neighbours.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dist.core.errors import UserError
+from moe_dist.data.stream.neighbour_store import Neighbours
+
+BLOCK = 1024  # samples whose distances to the success set are held at a time
+
+
+def nearest(embedding_NE: Tensor, right_N: Tensor, *, k: int, sigma: float | None) -> tuple[Neighbours, float]:
+    """The k nearest right samples of every sample, itself never, with their weights; and the sigma that was used.
+
+    sigma None: the median of all distances found, so that it follows the embedder and the density of the questions.
+    Where there are fewer than k others, the missing ones weigh 0. Raises UserError if no sample is right, or for a k or
+    sigma that is not positive.
+    """
+    if k < 1:
+        raise UserError(f"k={k}: a sample needs one neighbour at least")
+    if sigma is not None and not sigma > 0:
+        raise UserError(f"sigma={sigma} is not positive")
+    candidate_C = right_N.nonzero().squeeze(1)
+    if not len(candidate_C):
+        raise UserError(f"the success set is empty: none of {len(right_N)} samples was answered rightly")
+    found = [_nearest_of(block_B, embedding_NE, candidate_C, k) for block_B in torch.arange(len(right_N)).split(BLOCK)]
+    neighbour_NK, squared_NK = (torch.cat(parts) for parts in zip(*found, strict=True))
+    exists_NK = squared_NK.isfinite()
+    if sigma is None:
+        squared = squared_NK[exists_NK]
+        median = float(squared.median().sqrt()) if len(squared) else 0.0
+        sigma = median or 1.0  # where all questions are alike, any
+    # A softmax is the same ratio, and does not vanish where all neighbours are far away.
+    weight_NK = (-squared_NK / (2 * sigma**2)).softmax(dim=1).where(exists_NK, 0.0)
+    return Neighbours(neighbour_NK=neighbour_NK, weight_NK=weight_NK), sigma
+
+
+def _nearest_of(block_B: Tensor, embedding_NE: Tensor, candidate_C: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[B, K] rows of the nearest candidates and their squared distances; infinite where there is none."""
+    # Exact distances: by way of a product, those of equal questions would not come out as 0.
+    mode = "donot_use_mm_for_euclid_dist"
+    distance_BC = torch.cdist(embedding_NE[block_B], embedding_NE[candidate_C], compute_mode=mode)
+    distance_BC = distance_BC.masked_fill(block_B[:, None] == candidate_C, torch.inf)
+    squared_BK, index_BK = distance_BC.square().topk(min(k, len(candidate_C)), dim=1, largest=False)
+    missing = k - squared_BK.shape[1]
+    neighbour_BK = F.pad(candidate_C[index_BK], (0, missing))
+    return neighbour_BK, F.pad(squared_BK, (0, missing), value=torch.inf)

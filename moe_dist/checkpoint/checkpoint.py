@@ -1,0 +1,231 @@
+"""Sharded checkpoints that do not depend on the parallel layout, committed atomically and verified when read.
+
+RUN/checkpoints/step_XXXXXXXX/
+    rank_RRRRR.safetensors   fragments of logical tensors (see fragments.py), each written by one rank
+    index.json               logical tensors: dtype, shape, and which piece lies in which file
+    state.json               the trainer's state, the optimizer's and the engine's counters, and who wrote it
+    manifest.json            size and SHA-256 of the files above, written last
+
+A checkpoint is written to step_XXXXXXXX.tmp and renamed once every rank's file is on the disk. Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+
+from moe_dist.checkpoint.fragments import (
+    MODEL_KINDS,
+    fragments,
+    kind_of,
+    moment_names,
+    optimizer_scalars,
+    refresh_working_parameters,
+    reset_optimizer,
+    set_optimizer_scalars,
+)
+from moe_dist.checkpoint.manifest import (
+    FORMAT,
+    PARTIAL,
+    STATE,
+    checkpoint_path,
+    newest_complete,
+    prune,
+    read_state,
+    resolve_resume,
+    set_aside_later,
+    verify,
+    write_manifest,
+)
+from moe_dist.checkpoint.storage import (
+    Fragment,
+    FragmentLoadPlanner,
+    FragmentSavePlanner,
+    ShardReader,
+    ShardWriter,
+    read_index,
+)
+from moe_dist.checkpoint.train_state import merge_states
+from moe_dist.core.errors import UserError
+from moe_dist.core.files import DTYPE_NAMES, StoredFile, read_json, write_json
+from moe_dist.parallel.agreement import gather_objects, together
+from moe_dist.parallel.layout import Layout
+
+__all__ = [
+    "checkpoint_path", "load", "newest_complete", "prune", "read_state", "resolve_resume", "save", "set_aside_later",
+    "verify",
+]  # fmt: skip
+
+
+def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]) -> None:
+    """Write a checkpoint between two optimizer steps, and wait for the disk. Collective. (A run saves by saver.py.)
+
+    `state` is JSON-able; mappings in it (the loader's lanes) are united over the ranks, all else must be equal on them.
+    A problem on any rank (disk full, read-only) is the same UserError on every rank; earlier checkpoints stay whole.
+    """
+    write(path, fragments(engine), describe(engine, layout, state), layout)
+
+
+def describe(engine: Any, layout: Layout, state: dict[str, Any]) -> dict[str, Any]:
+    """The content of state.json at this moment, with this rank's state alone; nothing in it changes later."""
+    return {
+        "format": FORMAT,
+        "state": state,
+        "optimizer": optimizer_scalars(engine),
+        "engine": {"steps": engine.steps, "skipped_steps": engine.skipped_steps},
+        "written_by": {
+            "world": layout.world, "expert": layout.expert, "zero_stage": engine.zero_stage,
+            "torch": torch.__version__, "threads": torch.get_num_threads(),
+        },
+    }  # fmt: skip
+
+
+def write(
+    path: str | Path,
+    held: list[Fragment],
+    header: dict[str, Any],
+    layout: Layout,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Write this rank's fragments and commit, as `save` does. Collective over `group`, a group of all ranks.
+
+    It touches nothing of the engine's: a background thread may run it, in a group that nobody else uses.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + PARTIAL)
+    what = f"cannot write the checkpoint {path}"
+    writer = ShardWriter(partial)
+    try:
+        with _disk(what, group):
+            if layout.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        state = merge_states(gather_objects(header["state"], group))
+        with _dcp(what):
+            dcp.save({}, storage_writer=writer, planner=FragmentSavePlanner(held), process_group=group)
+        with _disk(what, group):
+            if layout.is_main:
+                commit(partial, path, writer.files, header | {"state": state})
+    except UserError:
+        if layout.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def load(path: str | Path, engine: Any, layout: Layout) -> dict[str, Any]:
+    """Verify a checkpoint, read it into the engine at the engine's own layout, and return the state. Collective.
+
+    Masters, moments, the optimizer's step, frozen parameters and buffers become exactly the stored ones, the working
+    parameters follow from the masters. A damaged file or another model's checkpoint is a UserError on every rank.
+    """
+    path = Path(path)
+    metadata = open_index(path, layout)
+    header = read_json(path / STATE)
+    stored_moments = {kind_of(name) for name in metadata.state_dict_metadata} - set(MODEL_KINDS)
+    reset_optimizer(engine, with_moments=bool(stored_moments))
+    wanted = fragments(engine)
+    _check_same_model(path, wanted, metadata)
+    with together():
+        if moment_names(engine) != stored_moments:
+            ours, theirs = sorted(moment_names(engine)), sorted(stored_moments)
+            raise UserError(f"{path} holds the optimizer moments {theirs}, this run's optimizer keeps {ours}")
+    read_fragments(path, metadata, wanted)
+    set_optimizer_scalars(engine, header["optimizer"])
+    refresh_working_parameters(engine)
+    engine.steps, engine.skipped_steps = header["engine"]["steps"], header["engine"]["skipped_steps"]
+    return header["state"]
+
+
+def open_index(path: Path, layout: Layout) -> Metadata:
+    """Verify a checkpoint, each rank a share of its files, and read its index. Collective, before anything is read."""
+    with together():
+        verified = verify(path, share=layout.rank, shares=layout.world)
+    return read_index(path, verified)  # not before every rank has found its share undamaged
+
+
+def read_fragments(path: Path, metadata: Metadata, wanted: list[Fragment]) -> None:
+    """Fill fragments (whose names are the checkpoint's) from the stored pieces, cast to their own dtype. Collective."""
+    with _dcp(f"cannot read the checkpoint {path}"):
+        dcp.load({}, storage_reader=ShardReader(path, metadata), planner=FragmentLoadPlanner(wanted))
+
+
+def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> None:
+    """Write state and manifest, then make the checkpoint visible by one rename."""
+    write_manifest(partial, {*files, write_json(partial / STATE, header)})
+    _sync_folder(partial)
+    replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
+    if path.exists():  # the same step saved again, which no run does
+        path.rename(replaced)
+    partial.rename(path)
+    _sync_folder(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_same_model(path: Path, wanted: list[Fragment], metadata: Metadata) -> None:
+    """Raise UserError where the model's logical tensors (over all ranks) are not the checkpoint's. Collective."""
+    mine = {f.name: (f.shape, f.tensor.dtype) for f in wanted if kind_of(f.name) in MODEL_KINDS}
+    model = {name: form for of_rank in gather_objects(mine) for name, form in of_rank.items()}
+    stored = {
+        name: (metadata.planner_data[name], entry.properties.dtype)  # type: ignore[union-attr]
+        for name, entry in metadata.state_dict_metadata.items()
+        if kind_of(name) in MODEL_KINDS
+    }
+    missing = [name for name in model if name not in stored]
+    changed = [name for name in model if name in stored and stored[name] != model[name]]
+    surplus = [name for name in stored if name not in model]
+    if not (missing or changed or surplus):
+        return
+    if missing:
+        first = f"it has no '{missing[0]}'"
+    elif changed:
+        first = f"its '{changed[0]}' is {_show(stored[changed[0]])}, the model's is {_show(model[changed[0]])}"
+    else:
+        first = f"the model has no '{surplus[0]}'"
+    raise UserError(
+        f"{path} is a checkpoint of another model: {first} (of the model's {len(model)} tensors "
+        f"{len(missing)} are missing and {len(changed)} of another shape or type; {len(surplus)} are surplus)"
+    )
+
+
+def _show(form: tuple[tuple[int, ...], torch.dtype]) -> str:
+    return f"{DTYPE_NAMES[form[1]]}{list(form[0])}"
+
+
+@contextmanager
+def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """A rank-local step that touches the disk: an OSError becomes a UserError on every rank. Collective at its end."""
+    with together(group=group):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{what}: {error}") from error
+
+
+@contextmanager
+def _dcp(what: str) -> Iterator[None]:
+    """DCP tells every rank what failed on which; make it a UserError where the disk is to blame."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+        if isinstance(cause, OSError | UserError):
+            raise UserError(f"{what}: {cause} (rank {rank})") from None
+        raise RuntimeError(str(error)) from None

@@ -1,0 +1,195 @@
+"""What a rank holds of model and optimizer, as fragments of logical tensors. Only this file knows ZeRO.
+
+A logical tensor does not depend on the layout: `master/NAME` (fp32), `MOMENT/NAME` for each moment of the optimizer
+(exp_avg, exp_avg_sq, momentum_buffer, ...), `frozen/NAME` and `buffer/NAME` in their own dtype. The rows of a stacked
+expert parameter are one logical tensor each, `NAME[global expert id]`, so that any rank may hold any expert later.
+
+ZeRO cuts the flattened parameters of a group into one contiguous flat fp32 partition a rank (stages 1, 2), or every
+parameter into equal pieces (stage 3); both end in padding, which belongs to no fragment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_dist.checkpoint.storage import Fragment
+
+MASTER, FROZEN, BUFFER = MODEL_KINDS = "master", "frozen", "buffer"  # all other kinds are moments
+
+
+class _Piece(NamedTuple):
+    """Elements [start, start + numel) of a rank's flattened parameter are flat[flat_start : flat_start + numel]."""
+
+    name: str
+    param: nn.Parameter
+    start: int
+    numel: int
+    flat: Tensor  # an fp32 partition: what the base optimizer steps
+    flat_start: int
+
+
+def fragments(engine: Any) -> list[Fragment]:
+    """Everything of the model and the optimizer that this rank holds, as views: to be written, or to be read into."""
+    found: list[Fragment] = []
+    for name, param, start, numel, flat, flat_start in _pieces(engine):
+        for kind, tensor in {MASTER: flat.detach(), **_moments(engine, flat)}.items():
+            found += _logical(f"{kind}/{name}", param, start, tensor.narrow(0, flat_start, numel))
+    for name, param in engine.module.named_parameters():
+        if not param.requires_grad:
+            start, values = _frozen_values(param)
+            found += _logical(f"{FROZEN}/{name}", param, start, values)
+    buffers = dict(engine.module.named_buffers())
+    persistent = engine.module.state_dict(keep_vars=True) if buffers else {}
+    for name, buffer in buffers.items():
+        if name in persistent:
+            found += _logical(f"{BUFFER}/{name}", buffer, 0, buffer.view(-1))
+    return found
+
+
+def kind_of(name: str) -> str:
+    """The first part of a logical tensor's name."""
+    return name.split("/", 1)[0]
+
+
+def moment_names(engine: Any) -> set[str]:
+    """The optimizer's moments; empty before its first step."""
+    return {name for flat in _flats(engine) for name in _moments(engine, flat)}
+
+
+def optimizer_scalars(engine: Any) -> dict[str, float]:
+    """What the optimizer counts beside its moments (Adam's step): equal for all partitions, as all step together."""
+    states = [_state(engine, flat) for flat in _flats(engine)]
+    states += [{"step": group["step"]} for group in _base(engine).param_groups if "step" in group]
+    scalars: dict[str, float] = {}
+    for state in states:
+        for key, value in state.items():
+            is_scalar = value.dim() == 0 if isinstance(value, Tensor) else isinstance(value, int | float)
+            if is_scalar and scalars.setdefault(key, float(value)) != float(value):
+                raise RuntimeError(f"the optimizer's partitions disagree on '{key}': {scalars[key]}, {float(value)}")
+    return scalars
+
+
+def set_optimizer_scalars(engine: Any, scalars: dict[str, float]) -> None:
+    """Set them in whatever form this optimizer keeps them."""
+    for state in [*(_state(engine, flat) for flat in _flats(engine)), *_base(engine).param_groups]:
+        for key, value in scalars.items():
+            if isinstance(state.get(key), Tensor):
+                state[key].fill_(value)
+            elif key in state:
+                state[key] = type(state[key])(value)
+
+
+@torch.no_grad()
+def reset_optimizer(engine: Any, *, with_moments: bool) -> None:
+    """Forget the optimizer's state; with_moments: let it create its own kind of state, to be read into.
+
+    The moments are created by a step with a zero gradient and learning rate (the masters are read afterwards).
+    """
+    base, flats = _base(engine), _flats(engine)
+    base.state.clear()
+    if not with_moments:
+        return
+    rates = [group["lr"] for group in base.param_groups]
+    gradients = [flat.grad for flat in flats]  # with offload these are buffers that live on
+    for group in base.param_groups:
+        group["lr"] = 0.0
+    for flat in flats:
+        flat.grad = torch.zeros_like(flat)
+    if engine.zero_stage == 3:
+        for index in range(len(flats)):
+            engine.optimizer._optimizer_step(index)
+    else:
+        base.step()
+    for flat, gradient in zip(flats, gradients):
+        flat.grad = gradient
+    for group, rate in zip(base.param_groups, rates):
+        group["lr"] = rate
+
+
+@torch.no_grad()
+def refresh_working_parameters(engine: Any) -> None:
+    """Recompute the parameters that the forward pass uses from the masters, as after an optimizer step. Collective."""
+    zero = engine.optimizer
+    if engine.zero_stage != 3:
+        zero.update_lp_params()
+        return
+    zero._partition_all_parameters()  # gathered copies are stale: drop them
+    for index in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+    if zero.persistent_parameters:
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def _pieces(engine: Any) -> Iterator[_Piece]:
+    zero = engine.optimizer
+    if engine.zero_stage == 3:
+        name_of = {id(param): name for name, param in engine.module.named_parameters()}
+        for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat):
+            flat_start = 0
+            for param in group:
+                start, numel = _stage3_range(param)
+                yield _Piece(name_of[id(param)], param, start, numel, flat, flat_start)
+                flat_start += param.partition_numel()
+        return
+    for name, param in engine.module.named_parameters():
+        mapping = getattr(param, "_hp_mapping", None)  # None: this rank's partition holds nothing of it
+        if mapping is not None:
+            flat = _base(engine).param_groups[mapping.param_group_index]["params"][0]
+            held, kept = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield _Piece(name, param, held.start, held.numel, flat, kept.start)
+
+
+def _stage3_range(param: Any) -> tuple[int, int]:
+    """The piece of a parameter on this rank without the padding: start and number of elements."""
+    size = param.partition_numel()
+    start = min(dist.get_rank(param.ds_process_group) * size, param.ds_numel)
+    return start, min(size, param.ds_numel - start)
+
+
+def _frozen_values(param: Any) -> tuple[int, Tensor]:
+    if not hasattr(param, "ds_tensor"):
+        return 0, param.detach().view(-1)  # the same on every rank that has it; DCP lets one of them write
+    start, numel = _stage3_range(param)
+    return start, param.ds_tensor.detach().view(-1).narrow(0, 0, numel)
+
+
+def _logical(name: str, owner: Any, start: int, values: Tensor) -> Iterator[Fragment]:
+    """Elements [start, start + n) of a rank's flattened tensor; a stacked expert tensor is cut into its rows."""
+    shape, stop = tuple(getattr(owner, "ds_shape", owner.shape)), start + values.numel()
+    expert_ids = getattr(owner, "expert_ids", None)
+    if expert_ids is None:
+        if values.numel():
+            yield Fragment(name, shape, start, values)
+        return
+    size = math.prod(shape[1:])
+    for row, expert in enumerate(expert_ids):
+        first, last = max(start, row * size), min(stop, (row + 1) * size)
+        if first < last:
+            yield Fragment(f"{name}[{expert}]", shape[1:], first - row * size, values[first - start : last - start])
+
+
+def _base(engine: Any) -> Any:
+    """The optimizer that ZeRO wraps."""
+    return engine.optimizer.optimizer
+
+
+def _flats(engine: Any) -> list[Tensor]:
+    """This rank's fp32 partitions (stage 3 hands them to the base optimizer only during a step)."""
+    if engine.zero_stage == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [param for group in _base(engine).param_groups for param in group["params"]]
+
+
+def _state(engine: Any, flat: Tensor) -> dict[str, Any]:
+    return _base(engine).state.get(flat, {})
+
+
+def _moments(engine: Any, flat: Tensor) -> dict[str, Tensor]:
+    state = _state(engine, flat)
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.shape == flat.shape}

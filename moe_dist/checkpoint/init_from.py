@@ -1,0 +1,220 @@
+"""Start a stage from an earlier stage's checkpoint, with an account of every tensor on both sides.
+
+Only what the model itself consists of is read: parameters (from float32 masters where there are any) and buffers. The
+optimizer and the schedule start afresh, and so do the data, unless data_position asks for more. A tensor of the
+checkpoint is loaded or left out, one of the model is loaded or new; whatever is neither is an error, so that nothing is
+loaded in part without being told.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from moe_dist.checkpoint.checkpoint import open_index, read_fragments
+from moe_dist.checkpoint.fragments import MODEL_KINDS, fragments, kind_of, refresh_working_parameters
+from moe_dist.checkpoint.manifest import read_state
+from moe_dist.config.recipe import InitFrom
+from moe_dist.core.errors import UserError
+from moe_dist.core.name_patterns import carried_over, compiled, matching
+from moe_dist.parallel.agreement import gather_objects
+from moe_dist.parallel.layout import Layout
+
+_EXPERT = re.compile(r"(.*)\[(\d+)\]")  # how a checkpoint names one expert's row of a stacked parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a parameter or buffer is, whatever its precision. Two forms are equal where one may be loaded as the other.
+
+    `shape` is that of one expert where `experts` names the global experts of a stacked parameter.
+    """
+
+    shape: tuple[int, ...]
+    experts: tuple[int, ...] | None
+    is_float: bool
+
+    @property
+    def full_shape(self) -> list[int]:
+        return [*([] if self.experts is None else [len(self.experts)]), *self.shape]
+
+    def __str__(self) -> str:
+        experts = "" if self.experts is None else f"{len(self.experts)} experts of "
+        return f"{experts}{list(self.shape)}{'' if self.is_float else ' (integers)'}"
+
+
+Forms = Mapping[str, Form]  # by name, without kind and expert
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of every tensor of a checkpoint and of a model, by name."""
+
+    settings: InitFrom
+    stored: Forms
+    model: Forms
+    loaded: dict[str, str]  # the model's name -> the checkpoint's
+    new: list[str]  # the model's names
+    left_out: list[str]  # the checkpoint's names
+
+    def to_json(self) -> dict[str, Any]:
+        """For each fate: `tensors` and `parameters` in all, and every tensor with its shape (experts stacked)."""
+        return {
+            "init_from": self.settings.model_dump(mode="json"),
+            "loaded": _listed(
+                {"name": name, "from": old, "shape": self.model[name].full_shape} for name, old in self.loaded.items()
+            ),
+            "new": _listed({"name": name, "shape": self.model[name].full_shape} for name in self.new),
+            "left_out": _listed({"name": name, "shape": self.stored[name].full_shape} for name in self.left_out),
+        }
+
+    def table(self) -> Table:
+        """A line for each fate."""
+        renamed = sum(name != old for name, old in self.loaded.items())
+        notes = {
+            "loaded": f"{renamed} renamed" if renamed else "",
+            "new": ", ".join(self.settings.new),
+            "left_out": ", ".join(self.settings.left_out),
+        }
+        table = Table(
+            *("", "tensors", "parameters", ""), title=f"init_from {self.settings.checkpoint}", title_justify="left"
+        )
+        for fate, counted in self.to_json().items():
+            if fate in notes:
+                table.add_row(fate, f"{counted['tensors']:,}", f"{counted['parameters']:,}", notes[fate])
+        return table
+
+
+def init_from(settings: InitFrom, engine: Any, layout: Layout) -> Account:
+    """Read a checkpoint's parameters into a new engine, whatever the layouts of the two. Collective.
+
+    `settings.checkpoint` is a checkpoint folder here (see manifest.resolve_init). Raises UserError, before anything is
+    changed, where a file is damaged, or a tensor has no fate or more than one, or does not fit.
+    """
+    path = Path(settings.checkpoint)
+    metadata = open_index(path, layout)
+    stored = {
+        name: (metadata.planner_data[name], entry.properties.dtype)  # type: ignore[union-attr]
+        for name, entry in metadata.state_dict_metadata.items()
+        if kind_of(name) in MODEL_KINDS
+    }
+    wanted = [fragment for fragment in fragments(engine) if kind_of(fragment.name) in MODEL_KINDS]
+    of_ranks = gather_objects({fragment.name: (fragment.shape, fragment.tensor.dtype) for fragment in wanted})
+    model = {name: form for of_rank in of_ranks for name, form in of_rank.items()}
+    account = match(settings, _forms(stored), _forms(model))
+    source = {_split(name): name for name in stored}
+    found = []
+    for fragment in wanted:
+        name, expert = _split(fragment.name)
+        if name in account.loaded:
+            found.append(replace(fragment, name=source[account.loaded[name], expert]))
+    read_fragments(path, metadata, found)
+    refresh_working_parameters(engine)
+    return account
+
+
+def loader_state(settings: InitFrom) -> dict[str, Any] | None:
+    """Where the checkpoint's run stood in its data (merged over its ranks), if the stage is to go on from there.
+
+    Raises UserError where the checkpoint does not say.
+    """
+    if not settings.data_position:
+        return None
+    state = read_state(settings.checkpoint)
+    if not state.get("loader"):
+        raise UserError(f"init_from.data_position: {settings.checkpoint} does not say where its run was in the data")
+    return state["loader"]
+
+
+def match(settings: InitFrom, stored: Forms, model: Forms) -> Account:
+    """Find every tensor's fate, or raise UserError naming one that has none or two."""
+    left_out = matching(settings.left_out, stored, key="init_from.left_out", what="parameter of the checkpoint")
+    new = matching(settings.new, model, key="init_from.new", what="parameter of the model")
+    loaded: dict[str, str] = {}
+    for old, name in _renamed(settings.rename, [name for name in stored if name not in left_out]).items():
+        if name in loaded:
+            raise UserError(f"init_from: the checkpoint's '{loaded[name]}' and '{old}' would both become '{name}'")
+        loaded[name] = old
+    _check_fates(loaded, new, model)
+    for name, old in loaded.items():
+        if stored[old] != model[name]:
+            raise UserError(
+                f"init_from: the checkpoint's '{old}' is {stored[old]}, the model's '{name}' is {model[name]}"
+            )
+    return Account(
+        settings, stored, model, {name: loaded[name] for name in model if name in loaded},
+        [name for name in model if name in new], [name for name in stored if name in left_out],
+    )  # fmt: skip
+
+
+def _check_fates(loaded: Mapping[str, str], new: set[str], model: Forms) -> None:
+    surplus = [name for name in loaded if name not in model]
+    if surplus:
+        old, as_what = loaded[surplus[0]], "" if loaded[surplus[0]] == surplus[0] else f" (renamed '{surplus[0]}')"
+        raise UserError(
+            f"init_from: the model has no place for the checkpoint's '{old}'{as_what}{_more(surplus)}: "
+            "rename it, or add it to init_from.left_out"
+        )
+    twice = [name for name in loaded if name in new]
+    if twice:
+        raise UserError(
+            f"init_from.new counts the model's '{twice[0]}'{_more(twice)}, but the checkpoint would fill it with "
+            f"'{loaded[twice[0]]}': add that to init_from.left_out"
+        )
+    missing = [name for name in model if name not in loaded and name not in new]
+    if missing:
+        raise UserError(
+            f"init_from: the checkpoint has nothing for the model's '{missing[0]}'{_more(missing)}: "
+            "rename something to it, or add it to init_from.new"
+        )
+
+
+def _renamed(rename: Mapping[str, str], names: list[str]) -> dict[str, str]:
+    """Each of the checkpoint's names -> the name it gets."""
+    matching(rename, names, key="init_from.rename", what="parameter of the checkpoint that is not left out")
+    result = {}
+    for name in names:
+        found = [old for old in rename if compiled(old).fullmatch(name)]
+        if len(found) > 1:
+            raise UserError(f"init_from.rename: the checkpoint's '{name}' matches both '{found[0]}' and '{found[1]}'")
+        result[name] = carried_over(found[0], name, rename[found[0]]) if found else name
+    return result
+
+
+def _forms(logical: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Form]:
+    """Of the parameters and buffers that logical tensors (`kind/name` or `kind/name[expert]`) are parts of."""
+    experts = defaultdict(list)
+    parts = {}
+    for key, (shape, dtype) in logical.items():
+        name, expert = _split(key)
+        if expert is not None:
+            experts[name].append(expert)
+        parts[name] = (tuple(shape), dtype.is_floating_point)
+    return {
+        name: Form(shape, tuple(sorted(experts[name])) if name in experts else None, is_float)
+        for name, (shape, is_float) in parts.items()
+    }
+
+
+def _split(logical: str) -> tuple[str, int | None]:
+    """Name and global expert of `kind/name[expert]`."""
+    name = logical.split("/", 1)[1]
+    found = _EXPERT.fullmatch(name)
+    return (found[1], int(found[2])) if found else (name, None)
+
+
+def _listed(entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    entries = [{**entry, "parameters": math.prod(entry["shape"])} for entry in entries]
+    return {"tensors": len(entries), "parameters": sum(e["parameters"] for e in entries), "entries": entries}
+
+
+def _more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

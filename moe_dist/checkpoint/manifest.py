@@ -1,0 +1,204 @@
+"""The checkpoints in a run folder: which are complete, whether they are undamaged, which to resume from or to remove.
+
+A manifest names every file of a checkpoint with its size and SHA-256. It is written last, before the folder is renamed
+from step_XXXXXXXX.tmp to step_XXXXXXXX, so a folder of that name is a complete checkpoint; one that is not has been
+damaged since, and to do without it is for a person to decide.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from moe_dist.config.recipe import Config, InitFrom
+from moe_dist.core.errors import UserError
+from moe_dist.core.files import StoredFile, read_json, write_json
+from moe_dist.parallel.agreement import together
+
+Answer = TypeVar("Answer")
+
+FORMAT = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+PARTIAL = ".tmp"
+ASIDE = ".aside"  # one of a later step than a run has started from
+
+
+def checkpoint_path(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / "checkpoints" / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The optimizer steps done before the checkpoint of this name."""
+    return int(path.name.removeprefix("step_"))
+
+
+def write_manifest(folder: Path, files: Iterable[StoredFile]) -> None:
+    entries = {file.name: {"bytes": file.size, "sha256": file.sha256} for file in files}
+    write_json(folder / MANIFEST, {"format": FORMAT, "files": dict(sorted(entries.items()))})
+
+
+def verify(path: str | Path, *, share: int = 0, shares: int = 1) -> dict[str, int]:
+    """Check all files' sizes and the checksums of this share of the files. Raises UserError naming the bad file.
+
+    Returns the bytes of every file. Nothing that they do not hold is ever read: see storage.read_index.
+    """
+    path = Path(path)
+    files = _manifest(path)
+    for name in sorted(files)[share::shares]:
+        _verify_checksum(path / name, files)
+    return {name: entry["bytes"] for name, entry in files.items()}
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """The trainer's state alone, verified: to check a recipe against it before anything is built. Raises UserError."""
+    path = Path(path)
+    _verify_checksum(path / STATE, _manifest(path))
+    return read_json(path / STATE)["state"]
+
+
+def identity(path: str | Path) -> str:
+    """A digest that no other checkpoint has: of the manifest, which holds the checksum of every file."""
+    return hashlib.sha256((Path(path) / MANIFEST).read_bytes()).hexdigest()
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Those of a run, complete or not, from the oldest."""
+    folder = Path(run_dir) / "checkpoints"
+    return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)), key=step_of)
+
+
+def newest_complete(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a run, whose files are all there; None if there is none. UserError if it is damaged."""
+    path = next(reversed(checkpoints(run_dir)), None)
+    if path is not None:
+        try:
+            _manifest(path)
+        except UserError as error:
+            raise UserError(f"{error}; {_remedy(path)}") from None
+    return path
+
+
+def trained(run_dir: str | Path) -> Path:
+    """The newest checkpoint of a run that has one. Raises UserError where it has none, or a damaged one."""
+    path = newest_complete(run_dir)
+    if path is None:
+        raise UserError(f"{run_dir} holds no complete checkpoint")
+    return path
+
+
+def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
+    """Remove the complete checkpoints but for the newest `keep` and those of a step that is a multiple of `keep_every`
+    (0: none), and leftovers of interrupted saves. For one rank to call.
+
+    Best effort: what cannot be removed stays. Damaged checkpoints are left for a person to look at.
+    """
+    complete = [path for path in checkpoints(run_dir) if _is_complete(path)]
+    for path in complete[:-keep]:
+        if keep_every and step_of(path) % keep_every == 0:
+            continue
+        with suppress(OSError):
+            path.rename(path.with_name(path.name + PARTIAL))  # at no moment does a half-removed one look complete
+    for path in (Path(run_dir) / "checkpoints").glob(f"step_*{PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside_later(run_dir: str | Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps, which a run that starts after `step` steps has not written, and return
+    them: pruning would take them for the newest, and so would the next start. For one rank to call."""
+    later = [path for path in checkpoints(run_dir) if step_of(path) > step]
+    for path in later:
+        aside = path.with_name(path.name + ASIDE)
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return later
+
+
+def resolve_resume(config: Config) -> Path | None:
+    """The checkpoint that `run.resume` (auto | none | a path) means; None: start fresh. Collective, rank 0 decides."""
+    return _on_rank_0(lambda: _resolve_resume(config))
+
+
+def resolve_init(config: Config) -> InitFrom | None:
+    """`init_from` with its path made that of a checkpoint (a run's newest). Collective, rank 0 decides."""
+    return _on_rank_0(lambda: config.init_from and _resolve_init(config.init_from))
+
+
+def _on_rank_0(decide: Callable[[], Answer]) -> Answer:
+    answer: list[Any] = [None]
+    with together():
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            answer = [decide()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _resolve_init(settings: InitFrom) -> InitFrom:
+    path = newest_complete(settings.checkpoint) or Path(settings.checkpoint)
+    try:
+        _manifest(path)
+    except UserError as error:
+        raise UserError(
+            f"init_from.checkpoint={path} is neither a complete checkpoint nor a run folder with one: {error}"
+        ) from None
+    return settings.model_copy(update={"checkpoint": str(path)})
+
+
+def _resolve_resume(config: Config) -> Path | None:
+    if config.run.resume == "none":
+        return None
+    if config.run.resume == "auto":
+        return newest_complete(config.run.dir)
+    path = Path(config.run.resume)
+    try:
+        _manifest(path)
+    except UserError as error:
+        raise UserError(f"run.resume={path} is not a complete checkpoint: {error}") from None
+    return path
+
+
+def _remedy(path: Path) -> str:
+    return f"restore it, or move {path} away to go on from the checkpoint before it"
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        _manifest(path)
+    except UserError:
+        return False
+    return True
+
+
+def _verify_checksum(file: Path, files: dict[str, dict[str, Any]]) -> None:
+    with file.open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != files[file.name]["sha256"]:
+            raise UserError(
+                f"{file} is damaged: its checksum differs from the one in {MANIFEST}; {_remedy(file.parent)}"
+            )
+
+
+def _manifest(path: Path) -> dict[str, dict[str, Any]]:
+    """The files of a checkpoint, found to exist with the right sizes. Raises UserError naming the one that does not."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files, version = manifest["files"], manifest["format"]
+        sizes = {name: int(files[name]["bytes"]) for name in (STATE, *files) if files[name]["sha256"]}
+    except OSError:
+        raise UserError(f"{path / MANIFEST} cannot be read") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path / MANIFEST} is damaged") from None
+    if version != FORMAT:
+        raise UserError(f"{path / MANIFEST}: format {version} is not known, this version reads format {FORMAT}")
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            raise UserError(f"{path / name} " + ("is missing" if found is None else f"has {found} bytes, not {size}"))
+    return files

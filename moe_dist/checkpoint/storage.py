@@ -1,0 +1,247 @@
+"""Storage and planning for torch.distributed.checkpoint (DCP): one safetensors file a rank and one JSON index.
+
+DCP decides who writes what, and which stored pieces fill which piece of a new layout. What lies on the disk is ours:
+DCP's own metadata file is a pickle, and a checkpoint must never be unpickled. A rank's file opens with the safetensors
+library; its keys are `name@offset`, pieces of 1-D tensors.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
+from torch.futures import Future
+
+from moe_dist.core.errors import UserError
+from moe_dist.core.files import (
+    DTYPE_NAMES,
+    DTYPES,
+    LazyTensor,
+    StoredFile,
+    open_shard,
+    read_json,
+    write_json,
+    write_safetensors,
+)
+
+INDEX = "index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """A contiguous piece of one logical tensor, which is stored flattened. `tensor` is a 1-D view of the live data."""
+
+    name: str
+    shape: tuple[int, ...]  # of the whole logical tensor
+    offset: int  # of the piece within the flattened logical tensor
+    tensor: Tensor
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def index(self) -> MetadataIndex:
+        return MetadataIndex(self.name, [self.offset])
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size([self.offset]), torch.Size([self.tensor.numel()]))
+
+
+class FragmentSavePlanner(DefaultSavePlanner):
+    """Offers this rank's fragments. Of a fragment that several ranks offer, DCP lets one write; gaps are its error."""
+
+    def __init__(self, fragments: Sequence[Fragment]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.fragments = {fragment.index: fragment for fragment in fragments}
+
+    def create_local_plan(self) -> SavePlan:
+        items = [
+            WriteItem(
+                index=index,
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=fragment.chunk,
+                    properties=TensorProperties(dtype=fragment.tensor.dtype),
+                    size=torch.Size([fragment.numel]),
+                ),
+            )
+            for index, fragment in self.fragments.items()
+        ]
+        self.plan = SavePlan(items, planner_data={f.name: f.shape for f in self.fragments.values()})
+        return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        plans, metadata = super().create_global_plan(all_plans)
+        shapes = {name: shape for plan in all_plans for name, shape in plan.planner_data.items()}
+        return plans, replace(metadata, planner_data=shapes)
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self.fragments[index].tensor
+
+
+class FragmentLoadPlanner(DefaultLoadPlanner):
+    """Asks for exactly this rank's fragments, whatever the pieces they are stored in."""
+
+    def __init__(self, fragments: Sequence[Fragment]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.fragments = {fragment.index: fragment for fragment in fragments}
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        reads: list[ReadItem] = []
+        for fragment in self.fragments.values():
+            stored = self.metadata.state_dict_metadata[fragment.name]
+            assert isinstance(stored, TensorStorageMetadata)
+            found = create_read_items_for_chunk_list(fragment.name, stored, [fragment.chunk])
+            if sum(item.lengths[0] for item in found) != fragment.tensor.numel():
+                raise UserError(f"{INDEX}: the stored pieces of '{fragment.name}' leave a gap")
+            reads += found
+        return LoadPlan(reads)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.fragments[index].tensor
+
+
+class ShardWriter(StorageWriter):
+    """Writes rank_RRRRR.safetensors on each rank, tensor after tensor, and the index on rank 0; everything fsynced."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: set[StoredFile] = set()  # on rank 0, after finish
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        self.files = set()
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        return [replace(plan, storage_data=f"rank_{rank:05d}.safetensors") for rank, plan in enumerate(plans)]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        if plan.items:
+            data = {_key(item.index): cast(Tensor, planner.resolve_data(item)) for item in plan.items}
+            tensors = {key: LazyTensor.of(tensor) for key, tensor in data.items()}
+            stored = write_safetensors(self.folder / plan.storage_data, tensors)
+            results = [WriteResult(index=item.index, size_in_bytes=0, storage_data=stored) for item in plan.items]
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        file_of = {result.index: result.storage_data.name for of_rank in results for result in of_rank}
+        tensors = {}
+        for name, stored in metadata.state_dict_metadata.items():
+            assert isinstance(stored, TensorStorageMetadata)
+            tensors[name] = {
+                "dtype": DTYPE_NAMES[stored.properties.dtype],
+                "shape": metadata.planner_data[name],
+                "pieces": [
+                    [chunk.offsets[0], chunk.sizes[0], file_of[MetadataIndex(name, chunk.offsets)]]
+                    for chunk in stored.chunks
+                ],
+            }
+        self.files = {result.storage_data for of_rank in results for result in of_rank}
+        self.files.add(write_json(self.folder / INDEX, {"tensors": tensors}))
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+
+class ShardReader(StorageReader):
+    """Reads the parts of the stored pieces that a plan asks for, through memory maps."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        self.folder, self.metadata = folder, metadata
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        pass
+
+    def read_metadata(self) -> Metadata:
+        return self.metadata
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool) -> None:
+        pass
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        by_file: dict[str, list[ReadItem]] = defaultdict(list)
+        for item in plan.items:
+            by_file[self.metadata.storage_data[item.storage_index]].append(item)
+        for name, items in sorted(by_file.items()):
+            with open_shard(self.folder / name) as file:
+                for item in items:
+                    start = item.storage_offsets[0]
+                    piece = file.get_slice(_key(item.storage_index))[start : start + item.lengths[0]]
+                    planner.resolve_tensor(item).detach().copy_(piece)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+
+def read_index(folder: Path, verified: Container[str]) -> Metadata:
+    """The index as DCP's metadata: storage_data names the file of each piece, planner_data the shape of each tensor.
+
+    Raises UserError where a piece lies in a file that is not among the verified ones.
+    """
+    metadata = Metadata({}, planner_data={}, storage_data={})
+    for name, entry in read_json(folder / INDEX)["tensors"].items():
+        shape = tuple(entry["shape"])
+        pieces = [ChunkStorageMetadata(torch.Size([start]), torch.Size([size])) for start, size, _ in entry["pieces"]]
+        metadata.state_dict_metadata[name] = TensorStorageMetadata(
+            TensorProperties(dtype=DTYPES[entry["dtype"]]), torch.Size([math.prod(shape)]), pieces
+        )
+        metadata.planner_data[name] = shape
+        for start, _, file in entry["pieces"]:
+            if file not in verified:
+                raise UserError(f"{folder / INDEX} names the file {file}, which no manifest vouches for")
+            metadata.storage_data[MetadataIndex(name, [start])] = file
+    return metadata
+
+
+def _key(index: MetadataIndex) -> str:
+    assert index.offset is not None
+    return f"{index.fqn}@{index.offset[0]}"

@@ -1,0 +1,111 @@
+"""The part of a checkpoint that is plain JSON: what the trainer must know to go on, and what may differ when it does.
+
+MAY_CHANGE is the whole list of configuration keys that a resumed run may set anew, and `train.steps` may grow where the
+learning rate does not depend on it; any other change is an error, since it would turn the run into another one. Paths
+of data and tokenizers are compared as written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from moe_dist.config.recipe import Config
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
+
+MAY_CHANGE = (
+    "run",
+    "eval",
+    "telemetry",
+    "checkpoint",
+    "health",
+    "parallel",  # the stored tensors do not depend on it
+    "train.stop_after",
+    "train.micro_batch_groups",  # selection groups do not depend on how many share a forward pass
+    "train.non_finite",
+    "train.max_skipped",
+    "train.deterministic",
+    "model.recompute",
+    "data.validation_shards",
+    "data.max_bad_fraction",
+    "data.neighbours",  # the loader's state knows the store by its content
+    "deepspeed.zero_optimization",
+    "deepspeed.wall_clock_breakdown",
+    "deepspeed.memory_breakdown",
+    "deepspeed.log_level",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainState:
+    """Where a run stands. Rank-dependent only in `loader`, whose parts of all ranks are united in a checkpoint."""
+
+    step: int  # optimizer steps done: the schedule's position
+    tokens: int  # trained on so far, over all ranks
+    loader: dict[str, Any]
+    config: dict[str, Any]  # the resolved recipe, seed included
+    vocabulary: str  # fingerprint
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TrainState:
+        """Raises UserError for the state of a checkpoint that no run has written."""
+        if data.keys() != {field.name for field in fields(cls)}:
+            raise UserError("the checkpoint holds weights alone, not a run that could be resumed: use init_from")
+        return cls(**data)
+
+
+def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Unite the ranks' states: mappings key by key; anything else must be equal (RuntimeError names the key)."""
+    merged: dict[str, Any] = {}
+    for state in states:
+        _merge_into(merged, json.loads(json.dumps(state)), "")
+    return merged
+
+
+def check_resumable(old_config: dict[str, Any], new_config: Config) -> None:
+    """Raise UserError, naming keys and values, where a key outside MAY_CHANGE differs from the checkpoint's recipe."""
+    old = _leaves(validate(Config, old_config, "the checkpoint's configuration").model_dump(mode="json"))
+    new = _leaves(new_config.model_dump(mode="json"))
+    allowed = (*MAY_CHANGE, "train.steps") if _only_longer(old, new) else MAY_CHANGE
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and not _is_of(key, allowed)]
+    if changed:
+        listed = ", ".join(f"{key} was {_show(old, key)} and is now {_show(new, key)}" for key in changed[:3])
+        more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(f"cannot resume this checkpoint with another recipe: {listed}{more}")
+
+
+def _is_of(key: str, sections: Iterable[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
+
+
+def _only_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Is the new run a longer one at a constant rate (after warm-up), so that its steps so far would be the same?"""
+    constant = new["schedule.end_lr"] == new.get("deepspeed.optimizer.params.lr")
+    return constant and new["train.steps"] >= old["train.steps"]
+
+
+def _leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    leaves: dict[str, Any] = {}
+    for key, inner in value.items():
+        leaves |= _leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    return leaves
+
+
+def _show(leaves: dict[str, Any], key: str) -> str:
+    return json.dumps(leaves[key]) if key in leaves else "not set"
+
+
+def _merge_into(merged: dict[str, Any], state: dict[str, Any], where: str) -> None:
+    for key, value in state.items():
+        if isinstance(value, dict) and isinstance(merged.setdefault(key, {}), dict):
+            _merge_into(merged[key], value, f"{where}{key}.")
+        elif merged.setdefault(key, value) != value:
+            raise RuntimeError(f"the ranks' states disagree on '{where}{key}': {merged[key]!r} and {value!r}")

@@ -1,0 +1,251 @@
+"""What travels from the loader to the model: tokens, and everything known about each of them.
+
+Shape suffixes: T tokens of one micro-batch (sequences laid end to end), V valid (non-padding) tokens.
+
+A *selection group* is the set of packed sequences whose tokens compete with each other in expert-choice routing.
+A micro-batch holds whole groups, one after another, so routing does not depend on the parallel layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MODALITIES = ("text", "image")
+TEXT, IMAGE = range(len(MODALITIES))
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, kw_only=True)  # no slots: a cached property needs a place
+class TokenInfo:
+    """Facts about T tokens. Tensors live on the model's device, tuples on the host (reading one never synchronises).
+
+    Results that every layer derives from them are computed once and kept (`once`, `once_per_token`). A copy made by
+    dataclasses.replace starts without them.
+    """
+
+    modality_T: Tensor  # int64, index into MODALITIES
+    valid_T: Tensor  # bool, False for padding
+    document_T: Tensor  # int64, number of the token's document within the micro-batch, non-decreasing
+    position_T: Tensor  # int64, restarts at 0 in every document
+    token_id_T: Tensor  # int64, unique over the whole run and the same at every parallel layout
+    by_modality_V: Tensor  # int64, indices of valid tokens, sorted by (modality, group, index)
+    modality_counts: tuple[tuple[int, ...], ...]  # [modality][group] number of valid tokens
+    sequence_counts: tuple[int, ...]  # number of valid tokens of each packed sequence
+    document_lengths: tuple[int, ...]  # every token belongs to one document (padding too): sums to T
+    causal: bool = False  # no decision about a token may look at a later one: auxiliary routers decide (docs/moma.md)
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        modality_T: Tensor,
+        valid_T: Tensor,
+        position_T: Tensor,
+        token_id_T: Tensor,
+        document_lengths: Sequence[int],
+        num_groups: int,
+        num_sequences: int | None = None,
+    ) -> TokenInfo:
+        """Derive indices and host-side counts from CPU tensors. Groups are equal, contiguous runs of the T tokens, and
+        so are packed sequences (None: each group is one)."""
+        num_tokens, sequences = modality_T.numel(), num_sequences or num_groups
+        if num_tokens % sequences or sequences % num_groups or sum(document_lengths) != num_tokens:
+            raise ValueError(
+                f"{num_tokens} tokens do not form {num_groups} groups, {sequences} sequences and documents "
+                f"{document_lengths}"
+            )
+        group_T = torch.arange(num_tokens) // (num_tokens // num_groups)
+        key_T = modality_T * num_groups + group_T
+        valid_V = valid_T.nonzero().squeeze(1)
+        order_V = key_T[valid_V].sort(stable=True).indices
+        counts = torch.bincount(key_T[valid_V], minlength=len(MODALITIES) * num_groups).view(-1, num_groups)
+        lengths = torch.tensor(document_lengths)
+        return cls(
+            modality_T=modality_T,
+            valid_T=valid_T,
+            document_T=torch.repeat_interleave(torch.arange(len(document_lengths)), lengths),
+            position_T=position_T,
+            token_id_T=token_id_T,
+            by_modality_V=valid_V[order_V],
+            modality_counts=tuple(tuple(row) for row in counts.tolist()),
+            sequence_counts=tuple(valid_T.view(sequences, -1).sum(1).tolist()),
+            document_lengths=tuple(document_lengths),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.valid_T.numel()
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.modality_counts[0])
+
+    @cached_property
+    def _made(self) -> dict[Any, Any]:
+        return {}
+
+    @cached_property
+    def _made_per_token(self) -> dict[str, Tensor]:
+        return {}
+
+    def once(self, name: Any, make: Callable[[], Made]) -> Made:
+        """Return make(). Later calls with this name return the first result."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+    def once_per_token(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """Return make(), int64 [T], as `once` does. `select` and `of_modality` hand the result on to the new value."""
+        if name not in self._made_per_token:
+            self._made_per_token[name] = make()
+        return self._made_per_token[name]
+
+    def of_modality(self, modality: int) -> TokenInfo:
+        """The same tokens, of which only those of one modality count as valid."""
+        return self.once(("modality", modality), lambda: self._of_modality(modality))
+
+    def _of_modality(self, modality: int) -> TokenInfo:
+        sizes = [sum(row) for row in self.modality_counts]
+        part = replace(
+            self,
+            valid_T=self.valid_T & (self.modality_T == modality),
+            by_modality_V=self.by_modality_V.split(sizes)[modality],
+            modality_counts=tuple(
+                row if index == modality else (0,) * len(row) for index, row in enumerate(self.modality_counts)
+            ),
+        )
+        part.__dict__["_made_per_token"] = self._made_per_token
+        return part
+
+    def competing(self, scope: str = "group") -> tuple[Tensor, list[int]]:
+        """Return the indices of the valid tokens, set after set, and the number of tokens in each competing set.
+
+        The sets are selection groups (scope "group", in the order of `members`), the tokens of one modality within a
+        group ("modality"), or packed sequences ("sequence").
+        """
+        return self.once(("competing", scope), lambda: self._competing(scope))
+
+    def _competing(self, scope: str) -> tuple[Tensor, list[int]]:
+        if scope == "sequence":
+            return _first(self.valid_T, len(self.by_modality_V)), list(self.sequence_counts)
+        if scope == "modality":
+            return self.by_modality_V, [count for row in self.modality_counts for count in row]
+        sizes = [sum(column) for column in zip(*self.modality_counts)]
+        if self.num_groups == 1 or sum(any(row) for row in self.modality_counts) <= 1:
+            return self.by_modality_V, sizes  # in that order already
+        return torch.cat(self.members()), sizes
+
+    def members(self, modality: int | None = None) -> list[Tensor]:
+        """Indices of the valid tokens of each selection group, of one modality or (None) of all."""
+        flat = [count for row in self.modality_counts for count in row]
+        pieces = self.by_modality_V.split(flat)
+        groups = self.num_groups
+        if modality is not None:
+            return list(pieces[modality * groups : (modality + 1) * groups])
+        return [torch.cat([pieces[m * groups + g] for m in range(len(MODALITIES))]) for g in range(groups)]
+
+    def sequences(self) -> list[Tensor]:
+        """Indices of the valid tokens of each packed sequence."""
+        token_V, sizes = self.competing("sequence")
+        return list(token_V.split(sizes))
+
+    def select(self, keep_T: Tensor, read: Callable[[Tensor], list]) -> tuple[Tensor, TokenInfo]:
+        """Some of the valid tokens, in order: token_K, their indices, and their TokenInfo, with what each had.
+
+        A document keeps its number and its place in document_lengths, also where nothing of it is left (length 0).
+        read: brings int64 counts to the host (model/moe/dispatch.py split_sizes); called once, the only synchronisation.
+        """
+        of_groups = [count for row in self.modality_counts for count in row]
+        keep = keep_T.index_select(0, self.once("orders", self._orders))  # in each of the three orders that are counted
+        keep_V = keep[: len(self.by_modality_V)]
+        counts = read(_sums(keep, [*of_groups, *self.sequence_counts, *self.document_lengths]))
+        groups, sequences = counts[: len(of_groups)], counts[len(of_groups) : -len(self.document_lengths)]
+        lengths, each = counts[-len(self.document_lengths) :], self.num_groups
+        token_K = _first(keep_T, sum(lengths))
+        place_T = keep_T.cumsum(0) - 1
+        kept, made = self._of_tokens(token_K)
+        inner = replace(
+            self,
+            **kept,
+            by_modality_V=place_T.index_select(0, self.by_modality_V.index_select(0, _first(keep_V, sum(lengths)))),
+            modality_counts=tuple(tuple(groups[i : i + each]) for i in range(0, len(groups), each)),
+            sequence_counts=tuple(sequences),
+            document_lengths=tuple(lengths),
+        )
+        inner._made_per_token.update(made)
+        return token_K, inner
+
+    def _orders(self) -> Tensor:
+        """Indices of the valid tokens by modality, of the valid tokens in sequence order, and of all tokens."""
+        all_T = torch.arange(self.num_tokens, device=self.valid_T.device)
+        return torch.cat([self.by_modality_V, self.competing("sequence")[0], all_T])
+
+    def _of_tokens(self, token_K: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Gather the per-token fields and the results of once_per_token of some valid tokens, in one operation."""
+        numbers = {name: getattr(self, name) for name in _OF_EACH_TOKEN} | self._made_per_token
+        table_FT = self.once(("table", *numbers), lambda: torch.stack(list(numbers.values())))
+        found = dict(zip(numbers, table_FT.index_select(1, token_K).unbind()))
+        fields_K: dict[str, Any] = {name: found.pop(name) for name in _OF_EACH_TOKEN}
+        return fields_K | {"valid_T": torch.ones_like(token_K, dtype=torch.bool)}, found
+
+    def causally(self) -> TokenInfo:
+        """The same tokens, to be routed causally, as inference must be: expert choice needs auxiliary routers then."""
+        return replace(self, causal=True)
+
+    def to(self, device: torch.device | str) -> TokenInfo:
+        return _each(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+_OF_EACH_TOKEN = ("modality_T", "document_T", "position_T", "token_id_T")  # int64; those selected are valid
+
+
+def _sums(keep: Tensor, lengths: Sequence[int]) -> Tensor:
+    """How many are kept in each of the consecutive runs of these lengths."""
+    ends = torch.tensor([0, *accumulate(lengths)], device="cpu").to(keep.device, non_blocking=True)
+    return F.pad(keep.cumsum(0), (1, 0)).index_select(0, ends).diff()
+
+
+def _first(keep: Tensor, number: int) -> Tensor:
+    """Indices of what is kept, of which there are so many, without asking the device how many."""
+    return torch.nonzero_static(keep, size=number).squeeze(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One micro-batch of whole selection groups."""
+
+    tokens_T: Tensor  # int64 vocabulary ids
+    targets_T: Tensor  # int64, the next token of the same document
+    loss_mask_T: Tensor  # bool: does this position's prediction count
+    target_modality_T: Tensor  # int64, modality of the target
+    info: TokenInfo
+    sidecar: Mapping[str, Tensor] = field(default_factory=dict)  # pixels, neighbours: for systems that need them
+
+    def causally(self) -> Batch:
+        """The same, to be routed causally (TokenInfo.causally)."""
+        return replace(self, info=self.info.causally())
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same in page-locked host memory: copying it to a GPU makes the host wait for nothing. Needs CUDA."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        sidecar = {name: change(value) for name, value in self.sidecar.items()}
+        return replace(_each(self, change), info=_each(self.info, change), sidecar=sidecar)
+
+
+def _each(record, change):
+    """A copy of a dataclass with each of its tensors changed."""
+    found = {f.name: getattr(record, f.name) for f in fields(record)}
+    return replace(record, **{name: change(value) for name, value in found.items() if isinstance(value, Tensor)})

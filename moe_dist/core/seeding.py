@@ -1,0 +1,102 @@
+"""Randomness that depends on names and numbers alone: not on rank, device or layout, nor on what was drawn before.
+
+`hash_ids` hashes token and expert ids on the device; `uniform`, `logistic` and `dropout` draw from such a hash;
+`seeded_normal_` initialises a parameter from its name.
+
+Shape suffixes: R rows, D columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from moe_dist.core.fused import fused
+
+_MASK = (1 << 64) - 1
+_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+
+def fold_key(*parts: int | str) -> int:
+    """A signed 64-bit number made from (seed, name, ...), the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def hash_ids(key: int, *ids: Tensor) -> Tensor:
+    """64-bit hash (int64) of `key` and the broadcast integer tensors `ids`, one round of SplitMix64 for each.
+
+    Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+    """
+    return _hash(_state(key, ids[0].device), *ids)
+
+
+def _state(key: int, device: torch.device) -> Tensor:
+    return torch.full((), key, dtype=torch.int64, device=device)
+
+
+def _hash(state: Tensor, *ids: Tensor) -> Tensor:
+    for id_ in ids:
+        state = _splitmix64(state ^ id_)
+    return state
+
+
+def uniform(key: int, *ids: Tensor) -> Tensor:
+    """float64 in the open interval (0, 1) for each of the broadcast ids: the middles of 2^40 equal parts of it."""
+    return (_shift_right(hash_ids(key, *ids), 24).double() + 0.5) * 2.0**-40
+
+
+def logistic(key: int, *ids: Tensor) -> Tensor:
+    """float64 of the standard logistic distribution: that of G' - G'', two independent Gumbel variables."""
+    return uniform(key, *ids).logit()
+
+
+def dropout(x_RD: Tensor, token_id_R: Tensor, *, key: int, rate: float) -> Tensor:
+    """Zero each element with probability `rate`, scale the others by 1 / (1 - rate); decided by (key, token, column).
+
+    Column c reads bits 16 (c mod 4) to 16 (c mod 4) + 15 of the hash of (key, token, c div 4), so `rate` is rounded to
+    a multiple of 2^-16.
+    """
+    return _drop(x_RD, token_id_R, _state(key, x_RD.device), round(rate * 2**16))
+
+
+@fused
+def _drop(x_RD: Tensor, token_id_R: Tensor, state: Tensor, dropped: int) -> Tensor:
+    word_W = torch.arange((x_RD.shape[1] + 3) // 4, device=x_RD.device)
+    shift_4 = torch.arange(0, 64, 16, device=x_RD.device)
+    bits_RD = (_hash(state, token_id_R[:, None], word_W)[:, :, None] >> shift_4 & 0xFFFF).flatten(1)
+    keep_RD = bits_RD[:, : x_RD.shape[1]] >= dropped
+    return torch.where(keep_RD, x_RD / (1 - dropped / 2**16), 0.0)
+
+
+def _splitmix64(z: Tensor) -> Tensor:
+    z = z + _signed(_GOLDEN)  # int64 arithmetic wraps around, as the algorithm asks
+    z = (z ^ _shift_right(z, 30)) * _signed(_MIX_1)
+    z = (z ^ _shift_right(z, 27)) * _signed(_MIX_2)
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Logical shift: int64 shifts copy the sign bit."""
+    return (z >> bits) & (_MASK >> bits)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+@torch.no_grad()
+def seeded_normal_(parameter: Tensor, *, seed: int, name: str, std: float) -> None:
+    """Fill with N(0, std^2) drawn from a generator of its own, seeded by (seed, name).
+
+    A stacked expert parameter (attribute `expert_ids`: the global expert of each row) draws each row by (seed, name,
+    expert), so the weights do not depend on how the experts are spread over ranks. A meta tensor is left alone.
+    """
+    if parameter.is_meta:
+        return
+    experts = getattr(parameter, "expert_ids", None)
+    pieces = [((), parameter)] if experts is None else [((expert,), row) for expert, row in zip(experts, parameter)]
+    for expert, piece in pieces:
+        generator = torch.Generator(device="cpu").manual_seed(fold_key(seed, name, *expert))
+        piece.copy_(torch.randn(piece.shape, generator=generator, dtype=torch.float32, device="cpu") * std)

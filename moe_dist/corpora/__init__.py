@@ -1,0 +1,42 @@
+"""Corpora that package registries carry, and how each becomes shards. A new corpus is one class and one line here.
+
+A corpus is its own settings: a frozen, strict model whose fields are the `key=value` arguments of prepare_data.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from moe_dist.corpora.choice_corpus import MultipleChoice
+from moe_dist.corpora.clipart import ClipArt
+from moe_dist.corpora.emoji import Emoji
+from moe_dist.corpora.picture_qa import ClipArtQA, EmojiQA
+from moe_dist.corpora.text_corpus import Text
+from moe_dist.data.shards.tars import Sample
+
+
+class Corpus(Protocol):
+    """What prepare() asks of a corpus."""
+
+    licence: ClassVar[str]
+
+    def fetch(self, downloads: Path) -> None:
+        """Download the packages that are not in `downloads` yet. Raises UserError."""
+
+    def entries(self, downloads: Path) -> Sequence[Any]:
+        """What the corpus holds, still cheap: nothing is decoded yet."""
+
+    def sample(self, entry: Any) -> Sample | None:
+        """Turn an entry into a sample; None leaves it out."""
+
+
+BUILDERS: dict[str, type] = {
+    "emoji": Emoji,
+    "clipart": ClipArt,
+    "text": Text,
+    "emoji_qa": EmojiQA,
+    "clipart_qa": ClipArtQA,
+    "multiple_choice": MultipleChoice,
+}

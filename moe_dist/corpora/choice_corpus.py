@@ -1,0 +1,117 @@
+"""Multiple choice of four options: words (WordNet, Princeton's licence) and emoji (emojibase, MIT). For the tasks see
+choice_tasks.py.
+
+Wrong options are drawn by hash from the answers to other questions of the same task, split and category, as often as
+they are answers there: neither category nor frequency tells them from the right one, and nor does having been an answer
+in training. In every task and split each letter is right equally often. All questions about one synset or emoji and its
+opposites, in whatever task, are of one split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from moe_dist.core.strict import Positive, Strict
+from moe_dist.corpora.choice_tasks import Question, emoji_questions, gives_away, wordnet_questions
+from moe_dist.corpora.emoji import NAMES, read_captions
+from moe_dist.corpora.packages import fetch_debian, fetch_npm
+from moe_dist.corpora.wordnet import PACKAGE, WordNet
+from moe_dist.data.shards.tars import Sample
+
+LETTERS = "ABCD"
+TRIES = 200  # draws for the wrong options in the narrow category, then in the wide one
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    question: Question
+    options: tuple[str, ...]
+    correct: int
+
+
+class MultipleChoice(Strict):
+    """per_task: at most so many questions of each task, drawn by hash over all splits together.
+
+    answer: how an option is named. letter: options A to D after the question; text: the options' own words, which
+    stand before the question. Small models tell words apart that they have just read, but not letters.
+    """
+
+    licence: ClassVar[str] = "WordNet 3.0 licence (Princeton University); emojibase MIT"
+
+    per_task: Positive | None = None
+    answer: Literal["letter", "text"] = "letter"
+
+    def fetch(self, downloads: Path) -> None:
+        fetch_debian([PACKAGE], downloads)
+        fetch_npm([NAMES], downloads)
+
+    def entries(self, downloads: Path) -> list[Choice]:
+        questions = [*wordnet_questions(WordNet.read(downloads)), *emoji_questions(read_captions(downloads, base=True))]
+        return balanced(with_wrong_options(questions), self.per_task)
+
+    def sample(self, entry: Choice) -> Sample:
+        question = entry.question
+        prompt, answer = (by_letter if self.answer == "letter" else by_text)(entry)
+        meta: dict[str, Any] = {
+            "prompt": prompt,
+            "answer": answer,
+            "domain": question.task,
+            "question": question.text,
+            "options": list(entry.options),
+            "correct": entry.correct,
+            "concept": question.concept,
+        }
+        return Sample(question.key.lower(), question.split, None, None, meta)
+
+
+def by_letter(choice: Choice) -> tuple[str, str]:
+    """Prompt and answer."""
+    options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, choice.options, strict=True))
+    return f"{choice.question.text}\n{options}\nAnswer:", f" {LETTERS[choice.correct]}"
+
+
+def by_text(choice: Choice) -> tuple[str, str]:
+    """Prompt and answer."""
+    prompt = f"Options: {', '.join(choice.options)}\nQuestion: {choice.question.text}\nAnswer:"
+    return prompt, f" {choice.options[choice.correct]}"
+
+
+def with_wrong_options(questions: Sequence[Question]) -> Iterator[tuple[Question, list[str]]]:
+    """Each question and three wrong options; one for which there are none is left out."""
+    answers: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for question in questions:
+        for category in set(question.categories):
+            answers[question.task, question.split, category].append(question.answer)
+    for question in questions:
+        wrong: list[str] = []
+        for attempt in range(2 * TRIES):
+            pool = answers[question.task, question.split, question.categories[attempt // TRIES]]
+            option = pool[_hash(f"{question.key} {attempt}") % len(pool)]
+            if option not in question.excluded | {question.answer, *wrong} and not gives_away(question.text, option):
+                wrong.append(option)
+            if len(wrong) == len(LETTERS) - 1:
+                yield question, wrong
+                break
+
+
+def balanced(questions: Iterable[tuple[Question, list[str]]], per_task: int | None) -> list[Choice]:
+    """At most per_task of each task, with the right answer under each letter equally often in every task and split."""
+    seen: dict[str, int] = defaultdict(int)
+    placed: dict[tuple[str, str], int] = defaultdict(int)
+    choices = []
+    for question, wrong in sorted(questions, key=lambda item: _hash(f"order {item[0].key}")):
+        seen[question.task] += 1
+        if per_task is None or seen[question.task] <= per_task:
+            correct = placed[question.task, question.split] % len(LETTERS)
+            placed[question.task, question.split] += 1
+            choices.append(Choice(question, (*wrong[:correct], question.answer, *wrong[correct:]), correct))
+    return choices
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])

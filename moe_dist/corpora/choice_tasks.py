@@ -1,0 +1,154 @@
+"""The multiple-choice questions that WordNet and emojibase give, without their options: six tasks.
+
+  definition  which word has this definition        nouns and verbs in their commonest sense
+  category    what kind of thing is it              nouns all of whose senses are of one kind
+  hypernym    what is the more general word         nouns
+  synonym     which word means the same
+  antonym     which word is the opposite
+  emoji       which emoji has these keywords
+
+Words that give the answer away are left out of a question, or the whole question is where nothing would remain.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moe_dist.corpora.emoji import base_concept
+from moe_dist.corpora.wordnet import NOUN_FIELDS, Synset, WordNet, is_plain
+from moe_dist.data.shards.tars import Split, split_of
+
+BLANK = "___"  # in place of a word that gives the answer away
+FEWEST_WORDS = 3  # of a definition besides blanks and words of up to 3 letters
+FEWEST_KEYWORDS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    task: str
+    id: str  # of the synset or emoji
+    concept: str  # the emoji without its variants, or the synset with its opposites: decides the split, in all tasks
+    text: str
+    answer: str
+    categories: tuple[str, str]  # a narrow and a wide one: where wrong options come from
+    excluded: frozenset[str]  # what would be right as well, or nearly
+
+    @property
+    def key(self) -> str:
+        return f"{self.task}-{self.id}"
+
+    @property
+    def split(self) -> Split:
+        return split_of(self.concept)
+
+
+def related(one: str, other: str) -> bool:
+    """Whether two words look like forms of each other: happy and unhappy, decide and decision, cat and cats."""
+    short, long = sorted((one.lower(), other.lower()), key=len)
+    if len(short) <= 3:
+        return long.startswith(short) and len(long) - len(short) <= 3
+    same = next((i for i, pair in enumerate(zip(short, long)) if pair[0] != pair[1]), len(short))
+    return short in long or same >= max(4, len(short) - 3)
+
+
+def gives_away(text: str, answer: str) -> bool:
+    """Whether a word of the text is related to a word of the answer."""
+    return any(related(word, part) for word in _words(text) for part in _words(answer))
+
+
+def opposites(wordnet: WordNet) -> dict[str, str]:
+    """Id of every synset -> the smallest id among it, its opposites, their opposites and so on."""
+    concept: dict[str, str] = {}
+    for first in sorted(wordnet.synsets):
+        reached = [first]
+        while reached:
+            id = reached.pop()
+            if concept.setdefault(id, first) == first:
+                reached += [other for _, other, _ in wordnet.synsets[id].antonyms if other not in concept]
+    return concept
+
+
+def wordnet_questions(wordnet: WordNet) -> Iterator[Question]:
+    """Of all tasks but emoji, in the order of the synsets."""
+    concepts = opposites(wordnet)
+    for synset in wordnet.synsets.values():
+        word = wordnet.headword(synset)
+        drafts = {"antonym": _antonym(wordnet, synset)}
+        if word is not None:
+            drafts["synonym"] = _synonym(wordnet, synset, word)
+            if synset.id[0] in "nv":
+                drafts["definition"] = _definition(wordnet, synset, word)
+            if synset.id[0] == "n":
+                drafts |= {"category": _category(wordnet, synset, word), "hypernym": _hypernym(wordnet, synset, word)}
+        for task, draft in drafts.items():
+            if draft is not None:
+                text, answer, excluded = draft
+                part = synset.id[0]
+                categories = (part, part) if task == "category" else (f"{part}{synset.field}", part)
+                yield Question(task, synset.id, concepts[synset.id], text, answer, categories, frozenset(excluded))
+
+
+def emoji_questions(emoji: Mapping[str, Mapping[str, Any]]) -> Iterator[Question]:
+    """emoji: code -> label, keywords, group. Of each concept its shortest code asks."""
+    first: dict[str, str] = {}
+    for code in sorted(emoji, key=lambda code: (len(code), code)):
+        first.setdefault(base_concept(code), code)
+    for concept, code in first.items():
+        name = emoji[code]["label"]
+        keywords = [word for word in emoji[code]["keywords"] if not gives_away(word, name)]
+        if len(keywords) >= FEWEST_KEYWORDS:
+            fitting = {e["label"] for e in emoji.values() if {*keywords} <= {*e["keywords"], *_words(e["label"])}}
+            text = f"Which emoji has the keywords {', '.join(keywords)}?"
+            yield Question("emoji", code, concept, text, name, (emoji[code]["group"], "emoji"), frozenset(fitting))
+
+
+Draft = tuple[str, str, set[str]]  # text, answer, excluded
+
+
+def _definition(wordnet: WordNet, synset: Synset, word: str) -> Draft | None:
+    blanked = re.sub(r"[A-Za-z]+", lambda found: BLANK if related(found[0], word) else found[0], synset.definition)
+    if sum(len(found) > 3 for found in _words(blanked)) < FEWEST_WORDS:
+        return None
+    near = {*synset.words, *(other for id in synset.hypernyms for other in wordnet.synsets[id].words)}
+    return f"Which word means: {blanked}?", word, near
+
+
+def _category(wordnet: WordNet, synset: Synset, word: str) -> Draft | None:
+    fields = {sense.field for sense in wordnet.synsets_of("n", word)}
+    if len(fields) > 1 or synset.noun_field == NOUN_FIELDS[0] or gives_away(word, synset.noun_field):
+        return None
+    return f"What kind of thing is {word}?", synset.noun_field, set()
+
+
+def _hypernym(wordnet: WordNet, synset: Synset, word: str) -> Draft | None:
+    parents = [wordnet.synsets[id] for id in synset.hypernyms]
+    more_general = next((name for parent in parents if (name := wordnet.headword(parent))), None)
+    if more_general is None or gives_away(word, more_general):
+        return None
+    above = {name for ancestor in wordnet.ancestors(synset) for name in ancestor.words}
+    return f"Which is a more general word for {word}?", more_general, {*above, word}
+
+
+def _synonym(wordnet: WordNet, synset: Synset, word: str) -> Draft | None:
+    others = [other for other in synset.words[1:] if is_plain(other) and not related(word, other)]
+    if not others:
+        return None
+    same = {other for sense in wordnet.synsets_of(synset.id[0], word) for other in sense.words}
+    return f"Which word means the same as {word}?", others[0], same
+
+
+def _antonym(wordnet: WordNet, synset: Synset) -> Draft | None:
+    for word, id, opposite in synset.antonyms:
+        if is_plain(word) and is_plain(opposite) and not related(word, opposite):
+            right = {word, *synset.words, *wordnet.synsets[id].words}
+            for sense in wordnet.synsets_of(synset.id[0], word):
+                right |= {other for _, _, other in sense.antonyms}
+            return f"Which word is the opposite of {word}?", opposite, right
+    return None
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[A-Za-z]+", text)

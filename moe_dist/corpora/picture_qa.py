@@ -1,0 +1,75 @@
+"""Questions about the pictures of another corpus, as instruction samples: what is in it, and which group it belongs to.
+
+Two corpora that look and speak differently: emoji_qa (domain "emoji") and clipart_qa (domain "clipart"). A picture has
+the split that it has in the corpus of captions, by its base concept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from moe_dist.core.strict import Positive, Strict
+from moe_dist.corpora import clipart, emoji
+from moe_dist.data.shards.tars import Sample
+
+QUESTIONS = {"name": "What is in the picture?", "group": "Which group does the picture belong to?"}
+NO_GROUPS = {"special", "unsorted"}  # folders of clip art that say nothing
+
+
+class EmojiQA(Strict):
+    """size: pixels of a side; base: leave the skin-tone variants out."""
+
+    licence: ClassVar[str] = emoji.Emoji.licence
+
+    size: Positive = 64
+    base: bool = True
+
+    def fetch(self, downloads: Path) -> None:
+        emoji.Emoji().fetch(downloads)
+
+    def entries(self, downloads: Path) -> list[tuple[str, emoji.Entry]]:
+        pictures = emoji.Emoji(size=self.size, base=self.base).entries(downloads)
+        return [(kind, picture) for picture in pictures for kind in QUESTIONS]
+
+    def sample(self, entry: tuple[str, emoji.Entry]) -> Sample:
+        kind, picture = entry
+        answers = {"name": picture.meta["label"], "group": picture.meta["group"]}
+        return _ask(emoji.Emoji(size=self.size).sample(picture), kind, answers, "emoji")
+
+
+class ClipArtQA(Strict):
+    """size: pixels of a side."""
+
+    licence: ClassVar[str] = clipart.ClipArt.licence
+
+    size: Positive = 64
+
+    def fetch(self, downloads: Path) -> None:
+        clipart.ClipArt().fetch(downloads)
+
+    def entries(self, downloads: Path) -> list[tuple[str, clipart.Entry]]:
+        pictures = clipart.ClipArt(size=self.size).entries(downloads)
+        return [(kind, picture) for picture in pictures for kind in QUESTIONS]
+
+    def sample(self, entry: tuple[str, clipart.Entry]) -> Sample | None:
+        kind, picture = entry
+        if kind == "group" and picture.folders[0] in NO_GROUPS:
+            return None
+        pair = clipart.ClipArt(size=self.size).sample(picture)
+        answers = {"name": picture.title, "group": picture.folders[0].replace("_", " ")}
+        return pair and _ask(pair, kind, answers, "clipart")
+
+
+def _ask(pair: Sample, kind: str, answers: Mapping[str, str], domain: str) -> Sample:
+    """The pair's picture with a question instead of its caption."""
+    meta: dict[str, Any] = {
+        "prompt": f"{QUESTIONS[kind]}\nAnswer:",
+        "answer": f" {answers[kind]}",
+        "domain": domain,
+        "question": QUESTIONS[kind],
+        "concept": pair.meta["concept"],
+    }
+    return replace(pair, key=f"{pair.key}-{kind}", caption=None, meta=meta)

@@ -1,0 +1,76 @@
+"""Preparing a corpus: fetch, encode, write the shards. A finished folder appears all at once, with its corpus.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
+from moe_dist.corpora import BUILDERS, Corpus
+from moe_dist.data.shards.tars import Sample, write_shards
+from moe_dist.data.tokenizers.tokenizer_weights import read_json
+
+RECORD = "corpus.json"
+FORMAT = 1  # raise it when a builder changes what it writes
+
+
+def prepare(name: str, settings: dict[str, Any], out: Path) -> dict[str, Any] | None:
+    """Write corpus `name` as out/{train,validation,test}/*.tar; downloads stay in out's neighbour downloads/.
+
+    Returns the record that lies in out/corpus.json, or None if it was there already with the same settings.
+    """
+    if name not in BUILDERS:
+        raise UserError(f"there is no corpus '{name}': it is one of {', '.join(BUILDERS)}")
+    corpus = validate(BUILDERS[name], settings, f"corpus {name}")
+    identity = {"corpus": name, "format": FORMAT, "settings": corpus.model_dump(mode="json")}
+    if _is_prepared(out, identity):
+        return None
+    downloads = out.parent / "downloads"
+    downloads.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as aside:
+        partial = Path(aside) / out.name
+        partial.mkdir()
+        samples = _samples(corpus, downloads, name)
+        domains = Counter(sample.meta["domain"] for sample in samples if "domain" in sample.meta)
+        record = identity | {
+            "licence": corpus.licence,
+            "samples": write_shards(samples, partial),
+            "domains": dict(sorted(domains.items())),  # of instructions
+        }
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        try:
+            os.rename(partial, out)  # takes the place of an empty folder, never of a full one
+        except OSError as error:
+            raise UserError(f"cannot put the prepared corpus at {out}: {error.strerror}") from None
+    return record
+
+
+def _is_prepared(out: Path, identity: dict[str, Any]) -> bool:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not (out / RECORD).is_file():
+        raise UserError(f"{out} is not empty and not a prepared corpus: choose another out= or remove it")
+    found = read_json(out / RECORD)
+    if any(found.get(key) != value for key, value in identity.items()):
+        was = {key: found.get(key) for key in identity}
+        raise UserError(f"{out} was prepared otherwise ({json.dumps(was)}): choose another out= or remove it")
+    return True
+
+
+def _samples(corpus: Corpus, downloads: Path, name: str) -> list[Sample]:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns) as progress:
+        task = progress.add_task(f"{name}: downloading packages", total=None)
+        corpus.fetch(downloads)
+        progress.update(task, description=f"{name}: reading packages")
+        entries = corpus.entries(downloads)
+        progress.remove_task(task)
+        encoded = (corpus.sample(entry) for entry in progress.track(entries, description=f"{name}: encoding samples"))
+        return [sample for sample in encoded if sample is not None]

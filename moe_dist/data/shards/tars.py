@@ -1,0 +1,179 @@
+"""WebDataset shards: writing a corpus as tars, finding the tars a recipe names, checking and reading them.
+
+A prepared corpus is OUT/{train,validation,test}/shard-%06d.tar. Beside every local tar lies an index (count, bytes,
+sha256): webdataset ends a broken tar early without an exception, so a shard is read only after it matched its index.
+Users' own tars get their index on first use, from one strict pass that accepts no damaged header and no missing end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from webdataset import ShardWriter
+from webdataset.gopen import gopen, set_options
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys
+
+from moe_dist.core.errors import UserError
+from moe_dist.data.shards.samples import MAX_MEGAPIXELS, BadSample, RawSample, SampleReport, decode_sample
+from moe_dist.data.shards.shard_index import local_path, verify_shard
+from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_members
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+HELD_OUT = 0.05  # fraction of the keys in each of validation and test
+SAMPLES_PER_SHARD = 256
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+SIGPIPE_STATUS = [0, 23, 141, -13]  # how curl, a shell and a command end when the reader stops early
+
+
+def split_of(key: str) -> Split:
+    """The split of a key (a sample's, or a concept's): by its hash, so it never depends on what else is there."""
+    position = int.from_bytes(_digest(key)[:8]) / 2**64
+    return "test" if position < HELD_OUT else "validation" if position < 2 * HELD_OUT else "train"
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What a corpus builder yields. The key has no dot and no blank; png, caption or both are given."""
+
+    key: str
+    split: Split
+    png: bytes | None = None
+    caption: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)  # becomes the .json member
+
+
+def write_shards(samples: Iterable[Sample], out: Path, samples_per_shard: int = SAMPLES_PER_SHARD) -> dict[str, int]:
+    """Write samples as OUT/<split>/shard-%06d.tar, mixed by the hash of their keys; bitwise the same each time.
+
+    Returns the number of samples of each split that has any.
+    """
+    ordered = sorted(samples, key=lambda sample: _digest(sample.key))
+    if len({sample.key for sample in ordered}) < len(ordered):
+        raise ValueError("two samples have the same key")
+    counts: dict[str, int] = {}
+    for split in SPLITS:
+        mine = [sample for sample in ordered if sample.split == split]
+        if mine:
+            counts[split] = len(mine)
+            _write_split(mine, out / split, samples_per_shard)
+    return counts
+
+
+def _write_split(samples: Sequence[Sample], folder: Path, samples_per_shard: int) -> None:
+    folder.mkdir(parents=True)
+    pattern = str(folder / "shard-%06d.tar")
+    with ShardWriter(pattern, maxcount=samples_per_shard, verbose=0, mtime=0, post=verify_shard) as writer:
+        for sample in samples:
+            members = {"png": sample.png, "txt": sample.caption, "json": sample.meta}
+            writer.write({"__key__": sample.key} | {k: v for k, v in members.items() if v is not None})
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+# ------------------------------------------------------------------------------------------------------ finding them
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar and the split to be read out of it (None: every sample)."""
+
+    url: str
+    split: Split | None = None
+
+
+def resolve_shards(
+    spec: str | Sequence[str], split: Split = "train", validation: str | Sequence[str] | None = None
+) -> list[Shard]:
+    """The shards of one split, in a fixed order. Raises UserError naming what is missing or empty.
+
+    spec (data.shards): prepared folders, flat folders of tars, brace-expanded paths, URLs as webdataset takes them.
+    validation (data.validation_shards): where the held-out samples are; then all of a flat spec is for training.
+    A flat spec without it is split by split_of(key): about 5 % each are held out for validation and test.
+    """
+    if split == "validation" and validation is not None:
+        return [shard for part in _parts(validation) for shard in _resolve(part, split, flat_split=None)]
+    flat_split = None if split == "train" and validation is not None else split
+    return [shard for part in _parts(spec) for shard in _resolve(part, split, flat_split)]
+
+
+def _parts(spec: str | Sequence[str]) -> Sequence[str]:
+    return [spec] if isinstance(spec, str) else spec
+
+
+def _resolve(part: str, split: Split, flat_split: Split | None) -> list[Shard]:
+    if Path(part).is_dir():
+        return _resolve_folder(Path(part), split, flat_split)
+    urls = [str(url) for url in expand_urls(part)]
+    for url in urls:
+        path = local_path(url)
+        if path and not path.is_file():
+            raise UserError(f"there is no shard file or folder {path} (from {part})")
+    return [Shard(url, flat_split) for url in urls]
+
+
+def _resolve_folder(folder: Path, split: Split, flat_split: Split | None) -> list[Shard]:
+    root = folder.parent if folder.name == "train" else folder
+    # Without a validation folder the tars of train/ are split by key: else what is held out would be trained on too.
+    prepared = bool(_tars(root / "train") and _tars(root / "validation"))
+    tars = _tars(root / split) if prepared else _tars(folder) or _tars(folder / "train")
+    if not tars:
+        raise UserError(f"the shard folder {root / split if prepared else folder} holds no .tar files")
+    return [Shard(str(tar), None if prepared else flat_split) for tar in tars]
+
+
+def _tars(folder: Path) -> list[Path]:
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sorted(file for file in files if file.name.endswith(TAR_SUFFIXES) and not file.name.startswith("."))
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def verify(shards: Iterable[Shard]) -> int:
+    """Check every local shard against its index (built where missing); returns the samples they hold together.
+
+    Remote shards have no index: iterate() finds their damage while reading. Raises UserError naming the shard.
+    """
+    return sum(verify_shard(path).count for shard in shards if (path := local_path(shard.url)))
+
+
+def iterate(
+    shard: Shard | str, report: SampleReport | None = None, *, max_megapixels: float = MAX_MEGAPIXELS
+) -> Iterator[RawSample]:
+    """Read a shard's samples in order. Those that cannot be used are skipped and counted in `report`.
+
+    Raises UserError naming the shard if the tar is damaged or the URL cannot be read.
+    """
+    shard = Shard(shard) if isinstance(shard, str) else shard
+    report = SampleReport() if report is None else report
+    for members in _groups(shard.url):
+        key = members["__key__"]
+        if shard.split is not None and split_of(key) != shard.split:
+            continue
+        report.total += 1
+        try:
+            sample = decode_sample(members, max_megapixels=max_megapixels)
+        except BadSample as reason:
+            report.add_bad(str(reason), key)
+            continue
+        yield sample
+
+
+def _groups(url: str) -> Iterator[dict[str, Any]]:
+    try:
+        with gopen(url) as stream:
+            set_options(stream, ignore_status=SIGPIPE_STATUS)
+            yield from group_by_keys({"fname": n, "data": d, "__url__": url} for n, d in tar_members(stream))
+    except DAMAGE as error:
+        raise UserError(f"cannot read shard {url}: {explain(error)}") from None

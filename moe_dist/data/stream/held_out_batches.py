@@ -1,0 +1,104 @@
+"""Held-out batches: finite, the same for every run and every parallel layout.
+
+One pass over the held-out store in one fixed order, packed as in training but without caption dropout; neither seed
+nor ranks change it. Rank r takes the groups j with j mod dp == r; ranks that run short get a group of padding, so that
+all run the same number of forward passes and the sums over ranks count every token once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.batch import Batch
+from moe_dist.core.errors import UserError
+from moe_dist.data.stream.lanes import make_lanes
+from moe_dist.data.stream.packing import Assembler, Document, Group, TokenStore, collate
+from moe_dist.data.tasks.instructions import Prompt
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+
+
+def heldout_batches(
+    store: TokenStore,
+    vocabulary: Vocabulary,
+    data: DataConfig,
+    *,
+    groups: int,
+    dp_rank: int,
+    dp: int,
+    batch_groups: int,
+) -> Iterator[Batch]:
+    """Yield this rank's micro-batches of the first `groups` held-out groups (fewer where the store ends before)."""
+    assembler = Assembler(
+        store=store,
+        vocabulary=vocabulary,
+        seed=0,
+        sequence_length=data.sequence_length,
+        image_first=data.image_first,
+        caption_dropout=0.0,
+    )
+    if not len(store):
+        raise UserError("the held-out split holds no documents: see data.validation_shards")
+    plan = list(islice(_pass(assembler, data), groups))
+    padding: Group = [[]] * data.group_sequences
+    rounds = -(-len(plan) // dp)
+    plan += [padding] * (rounds * dp - len(plan))
+    mine = [(number, plan[number]) for number in range(dp_rank, len(plan), dp)]
+    for start in range(0, rounds, batch_groups):
+        groups_now = mine[start : start + batch_groups]
+        yield collate(groups_now, vocabulary, data.sequence_length, instructions=bool(store.domains))
+
+
+def _pass(assembler: Assembler, data: DataConfig) -> Iterator[Group]:
+    lane = make_lanes(assembler, data, numbers=[0], lanes=1, epochs=1)[0]
+    while any(group := lane.next_group()):
+        yield group
+
+
+@dataclass(frozen=True)
+class _Mixed:
+    text: np.ndarray
+    image: np.ndarray | None
+    prompt: Prompt | None
+
+
+class ShuffledCaptions:
+    """A store whose pairs have each other's captions: no image keeps its own, nor another copy of the same caption.
+
+    Captions go to a pair whose own one has the same length or nearly so, which keeps the packing alike. A model that
+    uses the caption must find the images of this store harder to predict.
+    """
+
+    def __init__(self, store: TokenStore):
+        self._store = store
+        self.has_image = np.asarray(store.has_image)
+        self.domains, self.part_ends = store.domains, store.part_ends
+        pairs = np.flatnonzero(self.has_image)
+        captions = {int(i): np.ascontiguousarray(store.document(int(i)).text).tobytes() for i in pairs}
+        # Equal captions lie side by side, those of one length in random order; a shift by the size of the largest set
+        # of equal ones then gives every pair a different caption.
+        order = sorted(captions, key=lambda i: (len(captions[i]), hashlib.sha256(captions[i]).digest(), i))
+        shift = max(Counter(captions.values()).values(), default=0)
+        if 2 * shift > len(order):
+            raise UserError(f"captions cannot be shuffled: {shift} of {len(order)} held-out pairs share one caption")
+        self._caption_of = dict(zip(order, order[shift:] + order[:shift], strict=True))
+        self.lengths = np.asarray(store.lengths).copy()
+        item = {i: len(store.document(i).text) for i in order}
+        for i, other in self._caption_of.items():
+            self.lengths[i] += item[other] - item[i]
+
+    def __len__(self) -> int:
+        return len(self._store)
+
+    def document(self, index: int) -> Document:
+        document = self._store.document(index)
+        if index not in self._caption_of:
+            return document
+        other = self._store.document(self._caption_of[index])
+        return _Mixed(text=other.text, image=document.image, prompt=other.prompt)

@@ -1,0 +1,182 @@
+"""Lanes: the fixed number of data streams that make the order of the data independent of the number of ranks.
+
+The documents of a store are cut into data.lanes contiguous ranges whose sizes differ by one at most; of several corpora
+(data.shards is a list) each is cut for itself, so that every lane has its share of every corpus. A lane is infinite: it
+reads its documents over and over, each epoch in a fresh order, so a lane with fewer documents (or shorter ones) just
+begins its next epoch earlier; no lane waits for another and no document is left out. Everything that depends on order
+happens inside the lane: shuffling, packing, the mix of modalities and of corpora. Selection group j of a run is group
+j // lanes of lane j mod lanes.
+
+State: per stream the epoch, the place in it, and the (epoch, document, start) of the pieces read but not yet packed;
+their tokens are assembled again on resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.errors import UserError
+from moe_dist.data.stream.packing import Assembler, Group, Piece, fill, random_bits, reachable_image_fraction
+
+LOOK_AHEAD = 64  # pieces a stream holds for the packer to choose from
+
+
+class Stream:
+    """The pieces of some documents, epoch after epoch; `pending` holds the next ones, oldest first."""
+
+    def __init__(self, documents: np.ndarray, assembler: Assembler, *, lane: int, epochs: int | None = None):
+        self._documents = documents
+        self._assemble = assembler
+        self._lane = lane
+        self._epochs = epochs  # None: for ever
+        self._epoch, self._cursor = 0, 0
+        self._order = self._permutation()
+        self.pending: list[Piece] = []
+
+    def refill(self) -> list[Piece]:
+        """Read ahead; returns `pending`, which is empty only when a finite stream has ended."""
+        while len(self.pending) < LOOK_AHEAD and self._epoch != self._epochs:
+            self.pending.append(self._assemble(self._epoch, int(self._order[self._cursor])))
+            self._cursor += 1
+            if self._cursor == len(self._order):
+                self._epoch, self._cursor = self._epoch + 1, 0
+                self._order = self._permutation()
+        return self.pending
+
+    def state(self) -> dict[str, Any]:
+        pending = [[piece.epoch, piece.document, piece.start] for piece in self.pending]
+        return {"epoch": self._epoch, "cursor": self._cursor, "pending": pending}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._epoch, self._cursor = state["epoch"], state["cursor"]
+        self._order = self._permutation()
+        self.pending = [self._assemble(*piece) for piece in state["pending"]]
+
+    def _permutation(self) -> np.ndarray:
+        bits = random_bits(self._assemble.seed, (self._lane, self._epoch, 1), len(self._documents))
+        return self._documents[np.argsort(bits, kind="stable")]
+
+
+class Lane:
+    """A stream of selection groups, packed from one stream of documents."""
+
+    def __init__(self, stream: Stream, data: DataConfig):
+        self._stream = stream
+        self._data = data
+
+    def next_group(self) -> Group:
+        """The pieces of the next group's sequences; all empty when a finite stream has ended."""
+        length = self._data.sequence_length
+        return [fill(self._stream.refill(), length) for _ in range(self._data.group_sequences)]
+
+    def state(self) -> dict[str, Any]:
+        return {"all": self._stream.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._stream.restore(state["all"])
+
+
+class SteeredLane:
+    """A stream of selection groups whose image share of the valid tokens keeps to data.image_fraction.
+
+    Pairs and texts come from a stream each. After every sequence the group's image tokens are as near to the target as
+    whole images allow; text then fills the sequence as far as the target leaves room for it. So a group misses the
+    target by about half an image at most, and near the limit of what pairs give the price is padding.
+    """
+
+    def __init__(self, pairs: Stream, texts: Stream, data: DataConfig, fraction: float):
+        self._pairs, self._texts = pairs, texts
+        self._data = data
+        self._fraction = fraction
+
+    def next_group(self) -> Group:
+        """As Lane.next_group."""
+        group: list[list[Piece]] = []
+        used = image = 0
+        for i in range(self._data.group_sequences):
+            target = self._fraction * (i + 1) * self._data.sequence_length
+            sequence, half_image = self._take_pairs(target - image)
+            image += sum(piece.image_tokens for piece in sequence)
+            taken = sum(map(len, sequence))
+            room = self._data.sequence_length - taken
+            if self._fraction:
+                room = min(room, int((image + half_image) / self._fraction) - used - taken)
+            sequence += fill(self._texts.refill(), max(room, 0))
+            used += sum(map(len, sequence))
+            group.append(sequence)
+        return group
+
+    def _take_pairs(self, wanted: float) -> tuple[list[Piece], float]:
+        """Pairs of one sequence whose image tokens come nearest to `wanted`, and half an image's tokens."""
+        taken: list[Piece] = []
+        room, half = self._data.sequence_length, 0.0
+        while pending := self._pairs.refill():
+            fitting = next((i for i, piece in enumerate(pending) if len(piece) <= room), None)
+            half = pending[0].image_tokens / 2
+            if fitting is None or wanted < half:
+                break
+            piece = pending.pop(fitting)
+            taken.append(piece)
+            room -= len(piece)
+            wanted -= piece.image_tokens
+        return taken, half
+
+    def state(self) -> dict[str, Any]:
+        return {"pairs": self._pairs.state(), "texts": self._texts.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._pairs.restore(state["pairs"])
+        self._texts.restore(state["texts"])
+
+
+Lanes = dict[int, Lane | SteeredLane]
+
+
+def make_lanes(
+    assembler: Assembler, data: DataConfig, *, numbers: Iterable[int], lanes: int, epochs: int | None = None
+) -> Lanes:
+    """Lanes `numbers` of the `lanes` into which the store is cut. UserError where the store does not allow it."""
+    has_image = np.asarray(assembler.store.has_image)
+    if data.image_fraction is None:
+        ranges = _ranges(np.arange(len(assembler.store)), assembler.store.part_ends, lanes, "documents")
+        return {n: Lane(Stream(ranges[n], assembler, lane=n, epochs=epochs), data) for n in numbers}
+    _check_fraction(assembler, data.image_fraction)
+    pairs = _ranges(np.flatnonzero(has_image), assembler.store.part_ends, lanes, "image-text pairs")
+    texts = _ranges(np.flatnonzero(~has_image), assembler.store.part_ends, lanes, "text-only documents")
+    return {
+        n: SteeredLane(
+            Stream(pairs[n], assembler, lane=n, epochs=epochs),
+            Stream(texts[n], assembler, lane=n, epochs=epochs),
+            data,
+            data.image_fraction,
+        )
+        for n in numbers
+    }
+
+
+def _ranges(documents: np.ndarray, part_ends: np.ndarray, lanes: int, kind: str) -> list[np.ndarray]:
+    """The documents (ascending) of each lane."""
+    if len(documents) < lanes:
+        raise UserError(f"data.lanes={lanes} needs at least as many {kind}, the shards hold {len(documents)}")
+    ranges: list[list[np.ndarray]] = [[] for _ in range(lanes)]
+    first = 0  # the lane that is next to get one more than others
+    for part in np.split(documents, np.searchsorted(documents, part_ends[:-1])):
+        for number, share in enumerate(np.array_split(part, lanes)):
+            ranges[(first + number) % lanes].append(share)
+        first = (first + len(part)) % lanes
+    return [np.concatenate(shares) for shares in ranges]
+
+
+def _check_fraction(assembler: Assembler, fraction: float) -> None:
+    most = reachable_image_fraction(assembler)
+    if np.asarray(assembler.store.has_image).all():
+        reason = f"without text-only documents the shards give {most:.3f} and nothing to mix in"
+    elif fraction > most:
+        reason = f"with these shards it can be 0 to {most:.3f}"
+    else:
+        return
+    raise UserError(f"data.image_fraction={fraction} cannot be met: {reason}")

@@ -1,0 +1,152 @@
+"""The training loader: `batch, state = next(loader)`.
+
+Selection group j of a run is group j // lanes of lane j mod lanes, at every number of ranks; data-parallel rank r of dp
+takes the groups with j mod dp == r, batch_groups of them a micro-batch. After n micro-batches on every rank the run has
+read exactly its first n * batch_groups * dp groups, so a rank's state is that number and the states of its lanes.
+A checkpoint unites the states of all ranks (checkpoint/train_state.py) into one that does not depend on the layout: any number of
+ranks that divides the lanes continues the same sequence of groups.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.batch import Batch
+from moe_dist.core.errors import UserError
+from moe_dist.data.stream.lanes import Lanes, make_lanes
+from moe_dist.data.stream.neighbour_store import NeighbourStore
+from moe_dist.data.stream.packing import SHORTEST_PIECE, Assembler, TokenStore, collate
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+
+State = dict[str, Any]  # JSON-able
+CPU = torch.device("cpu")
+
+
+class Loader:
+    """Endless iterator over (batch, state). A thread prepares one batch ahead; an error there is raised by next().
+
+    device: where the batches will go. For a GPU the thread leaves them in page-locked memory.
+    """
+
+    def __init__(
+        self,
+        lanes: Lanes,
+        assembler: Assembler,
+        identity: State,
+        *,
+        dp_rank: int,
+        dp: int,
+        batch_groups: int,
+        neighbours: NeighbourStore | None,
+        device: torch.device,
+    ):
+        self._lanes = lanes
+        self._assembler = assembler
+        self._identity = identity
+        self._neighbours = neighbours
+        self._dp_rank, self._dp, self._batch_groups = dp_rank, dp, batch_groups
+        self._groups = 0  # groups that all ranks together have read
+        self._lane_states = {str(number): lane.state() for number, lane in lanes.items()}
+        self._pin = device.type == "cuda"
+        start = partial(torch.cuda.set_device, device) if self._pin else None  # a new thread is on GPU 0 otherwise
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader", initializer=start)
+        self._ahead: Future[tuple[Batch, State]] | None = None
+
+    def restore(self, state: State) -> None:
+        """Go on after the batch that came with this state. Call before the first next()."""
+        self._groups = state["groups"]
+        for number, lane in self._lanes.items():
+            lane.restore(state["lanes"][str(number)])
+            self._lane_states[str(number)] = lane.state()
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> tuple[Batch, State]:
+        ahead = self._ahead or self._thread.submit(self._produce)
+        self._ahead = ahead
+        item = ahead.result()  # an error stays in `ahead`: every further call raises it again
+        self._ahead = self._thread.submit(self._produce)
+        return item
+
+    def _produce(self) -> tuple[Batch, State]:
+        first = self._groups + (self._dp_rank - self._groups) % self._dp
+        groups = []
+        for number in range(first, first + self._batch_groups * self._dp, self._dp):
+            index = number % self._identity["data.lanes"]
+            groups.append((number, self._lanes[index].next_group()))
+            self._lane_states[str(index)] = self._lanes[index].state()
+        self._groups += self._batch_groups * self._dp
+        assembler, instructions = self._assembler, bool(self._assembler.store.domains)
+        batch = collate(groups, assembler.vocabulary, assembler.sequence_length, instructions=instructions)
+        if self._neighbours is not None:
+            batch = self._neighbours.join(batch)
+        if self._pin:
+            batch = batch.pinned()
+        return batch, {"groups": self._groups, "lanes": dict(self._lane_states), "of": self._identity}
+
+
+def make_loader(
+    store: TokenStore,
+    vocabulary: Vocabulary,
+    data: DataConfig,
+    *,
+    seed: int,
+    dp_rank: int,
+    dp: int,
+    batch_groups: int,
+    neighbours: NeighbourStore | None = None,
+    state: State | None = None,
+    device: torch.device = CPU,
+) -> Loader:
+    """The loader of one data-parallel rank.
+
+    batch_groups: selection groups in a micro-batch. neighbours: joined to every batch. state: what came with the last
+    batch that was used, merged over the ranks as a checkpoint does; a rank's own state will do at an unchanged number
+    of ranks. device: see Loader.
+    """
+    check_data(data, dp=dp)
+    assembler = Assembler(
+        store=store,
+        vocabulary=vocabulary,
+        seed=seed,
+        sequence_length=data.sequence_length,
+        image_first=data.image_first,
+        caption_dropout=data.caption_dropout,
+    )
+    pairs = np.flatnonzero(store.has_image)
+    if len(pairs):
+        assembler(0, int(pairs[0]))  # an image that does not fit is an error now, not in the middle of the run
+    lanes = make_lanes(assembler, data, numbers=range(dp_rank, data.lanes, dp), lanes=data.lanes)
+    keys = ("lanes", "sequence_length", "group_sequences", "image_fraction")
+    identity = {"seed": seed, "documents": len(store), **{f"data.{key}": getattr(data, key) for key in keys}}
+    if neighbours is not None:
+        identity["data.neighbours"] = neighbours.identity
+    loader = Loader(
+        lanes, assembler, identity, dp_rank=dp_rank, dp=dp, batch_groups=batch_groups, neighbours=neighbours,
+        device=device,
+    )  # fmt: skip
+    if state is not None:
+        _check_identity(state["of"], identity)
+        loader.restore(state)
+    return loader
+
+
+def check_data(data: DataConfig, *, dp: int) -> None:
+    """Raise UserError for what is wrong with any documents, on dp data-parallel ranks."""
+    if data.lanes % dp:
+        raise UserError(f"data.lanes={data.lanes} is not a multiple of the {dp} data-parallel ranks")
+    if data.sequence_length < SHORTEST_PIECE:
+        raise UserError(f"data.sequence_length={data.sequence_length} is below the minimum of {SHORTEST_PIECE}")
+
+
+def _check_identity(saved: State, now: State) -> None:
+    for key, value in now.items():
+        if saved.get(key) != value:
+            raise UserError(f"the loader state was saved with {key}={saved.get(key)}, this run has {key}={value}")

@@ -1,0 +1,149 @@
+"""The neighbour store of RoMA (docs/roma.md): how a model routes each training sample, and whom it shall resemble.
+
+A folder:
+  store.json             format, the model's identity, and how the neighbours were found (embedder, k, sigma)
+  samples.safetensors    sample_N int64 hashes in ascending order, right_N bool: the model answers it rightly,
+                         routing_NR float32: the routers' softmax at the last prompt token, all expert layers end to end
+  neighbours.safetensors neighbour_NK int64 rows of samples.safetensors, weight_NK float32: rows sum to 1; a sample
+                         without neighbours has 0 everywhere
+
+It is written in two steps, collecting and finding neighbours; training opens it when both are done.
+
+Shape suffixes: N samples of the store, S samples of a micro-batch, K neighbours, R routing values of a sample.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from moe_dist.core.batch import Batch
+from moe_dist.core.errors import UserError
+from moe_dist.data.tokenizers.tokenizer_weights import read_json
+
+FORMAT = 1
+ABOUT, SAMPLES, NEIGHBOURS = "store.json", "samples.safetensors", "neighbours.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """The first half of a store."""
+
+    sample_N: Tensor
+    right_N: Tensor
+    routing_NR: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Neighbours:
+    """The second half."""
+
+    neighbour_NK: Tensor
+    weight_NK: Tensor
+
+
+def write_samples(folder: Path, samples: Samples, about: Mapping[str, Any]) -> None:
+    """Begin a store; the neighbours of an earlier one go. about: `model`, and whatever else says where it is from.
+
+    Raises UserError if no sample was answered rightly.
+    """
+    right = int(samples.right_N.sum())
+    if not right:
+        raise UserError(f"the success set is empty: the model answers none of {len(samples.sample_N)} samples rightly")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (ABOUT, NEIGHBOURS):
+        (folder / name).unlink(missing_ok=True)
+    _write_tensors(folder / SAMPLES, samples)
+    counts = {"samples": len(samples.sample_N), "right": right, "routing_values": samples.routing_NR.shape[1]}
+    _write_about(folder, {"format": FORMAT, **about, **counts})
+
+
+def read_samples(folder: Path) -> tuple[Samples, dict[str, Any]]:
+    """The first half and store.json. Raises UserError where they are missing or damaged."""
+    about = read_json(folder / ABOUT)
+    if about.get("format") != FORMAT:
+        raise UserError(f"{folder / ABOUT}: format {about.get('format')} is not known, this version reads {FORMAT}")
+    return Samples(**_read_tensors(folder / SAMPLES)), about
+
+
+def write_neighbours(folder: Path, neighbours: Neighbours, about: Mapping[str, Any]) -> None:
+    """Complete a store. about: how they were found; it joins store.json as `neighbours`."""
+    stored = read_json(folder / ABOUT)
+    _write_tensors(folder / NEIGHBOURS, neighbours)
+    _write_about(folder, {**stored, "neighbours": dict(about)})
+
+
+class NeighbourStore:
+    """A complete store, read for training."""
+
+    def __init__(self, folder: str | Path, *, model: str | None):
+        """model: identity of the checkpoint that training starts from; None, where it resumes, is not compared.
+
+        Raises UserError unless the store is complete and of that model.
+        """
+        self.folder = Path(folder)
+        self._samples, about = read_samples(self.folder)
+        if model is not None and about["model"] != model:
+            raise UserError(
+                f"the neighbour store {self.folder} was collected with another model ({about['checkpoint']}) "
+                "than init_from starts from"
+            )
+        if not (self.folder / NEIGHBOURS).is_file():
+            raise UserError(f"the neighbour store {self.folder} has no neighbours yet: run launch/align.py neighbours")
+        self._neighbours = Neighbours(**_read_tensors(self.folder / NEIGHBOURS))
+
+    @property
+    def identity(self) -> str:
+        """A digest of the store: equal exactly if every sample has the same neighbours."""
+        digest = hashlib.sha256()
+        for name in (SAMPLES, NEIGHBOURS):
+            with (self.folder / name).open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()
+
+    def join(self, batch: Batch) -> Batch:
+        """The batch, its sidecar with neighbour_routing_SKR and neighbour_weights_SK. Raises UserError.
+
+        Every instruction sample of the batch must be in the store.
+        """
+        if "sample_S" not in batch.sidecar:
+            raise UserError(f"data.neighbours={self.folder} is of instructions, and data.shards holds none")
+        sample_S = batch.sidecar["sample_S"]
+        row_S = torch.searchsorted(self._samples.sample_N, sample_S).clamp(max=len(self._samples.sample_N) - 1)
+        missing_S = self._samples.sample_N[row_S] != sample_S
+        if bool(missing_S.any()):
+            raise UserError(
+                f"the neighbour store {self.folder} lacks {int(missing_S.sum())} of a batch's {len(sample_S)} samples, "
+                f"such as {int(sample_S[missing_S][0])}: collect it from the shards of data.shards"
+            )
+        routing_SKR = self._samples.routing_NR[self._neighbours.neighbour_NK[row_S]]
+        joined = {"neighbour_routing_SKR": routing_SKR, "neighbour_weights_SK": self._neighbours.weight_NK[row_S]}
+        return replace(batch, sidecar={**batch.sidecar, **joined})
+
+
+def _write_tensors(path: Path, tensors: Samples | Neighbours) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    save_file({name: getattr(tensors, name).contiguous() for name in type(tensors).__dataclass_fields__}, aside)
+    aside.replace(path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError):
+        raise UserError(f"{path} is missing, damaged or not a safetensors file") from None
+
+
+def _write_about(folder: Path, about: Mapping[str, Any]) -> None:
+    aside = folder / f".{ABOUT}.partial"
+    aside.write_text(json.dumps(about, indent=1) + "\n")
+    aside.replace(folder / ABOUT)

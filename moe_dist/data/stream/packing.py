@@ -1,0 +1,268 @@
+"""Documents become token pieces, pieces fill sequences, sequences become a Batch.
+
+Assembly (one image-text pair or one text is a document):
+  pair       BOS BOI codes EOI caption EOS   or   BOS caption BOI codes EOI EOS   (data.image_first)
+  pair whose caption is dropped (data.caption_dropout)   BOS BOI codes EOI EOS
+  text only  BOS text EOS
+  instruction   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
+Order and dropout are functions of (seed, epoch, document number): the same at every parallel layout and after a resume.
+
+Lengths: an image is never cut nor split over two sequences. A pair that is longer than a sequence loses the end of its
+caption. A text may be cut anywhere and goes on in a later sequence; each piece is a document of its own for attention
+and positions, only the first one begins with BOS and only the last one ends with EOS. An instruction is never cut: one
+that does not fit what is left of a sequence goes into a later one.
+
+Every token is predicted from those before it, but of an instruction only the answer and EOS.
+
+Shape suffixes: T tokens of one micro-batch, S its instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from moe_dist.core.batch import Batch, TokenInfo
+from moe_dist.core.errors import UserError
+from moe_dist.data.tasks.instructions import Prompt
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+
+NO_DOMAIN = -1  # of padding, and of all that is no instruction
+SHORTEST_PIECE = 8  # tokens: a text is not cut to fill less room than this
+
+
+class Document(Protocol):
+    """One sample as vocabulary ids, without markers."""
+
+    @property
+    def text(self) -> np.ndarray: ...  # ids of the caption or text, possibly none; or of a prompt, then the answer
+
+    @property
+    def image(self) -> np.ndarray | None: ...  # ids of the image codes
+
+    @property
+    def prompt(self) -> Prompt | None: ...  # of an instruction, which with its markers fits a sequence
+
+
+class TokenStore(Protocol):
+    """Tokenised documents with random access (data/cache/token_cache.py writes the real one)."""
+
+    has_image: np.ndarray  # bool per document
+    lengths: np.ndarray  # text and image tokens per document, without markers
+    domains: tuple[str, ...]  # sorted names of the instructions' domains; none without instructions
+    part_ends: np.ndarray  # int64: the documents of several corpora lie one after another, and end here
+
+    def __len__(self) -> int: ...
+
+    def document(self, index: int) -> Document: ...
+
+
+def random_bits(seed: int, counter: tuple[int, int, int], count: int) -> np.ndarray:
+    """`count` uint64 from Philox, a counter-based generator: a pure function of its arguments."""
+    mask = (1 << 64) - 1
+    key = np.array([seed & mask, 0], dtype=np.uint64)
+    return np.random.Philox(key=key, counter=np.array([0, *counter], dtype=np.uint64)).random_raw(count)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """An assembled document from token `start` on, or a slice of it."""
+
+    epoch: int
+    document: int
+    start: int
+    tokens: np.ndarray  # int64 ids
+    image_tokens: int
+    prompt_tokens: int = 0  # of an instruction: how many tokens come before the answer
+    domain: int = NO_DOMAIN  # index into the store's domains
+    sample: int = 0  # Prompt.sample
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def whole(self) -> bool:
+        """Never cut: there is an image in it, or it is an instruction."""
+        return bool(self.image_tokens or self.prompt_tokens)
+
+    def split(self, at: int) -> tuple[Piece, Piece]:
+        return (
+            replace(self, tokens=self.tokens[:at]),
+            replace(self, tokens=self.tokens[at:], start=self.start + at),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembler:
+    """Turns documents of a store into pieces."""
+
+    store: TokenStore
+    vocabulary: Vocabulary
+    seed: int
+    sequence_length: int
+    image_first: float
+    caption_dropout: float
+
+    def __call__(self, epoch: int, index: int, start: int = 0) -> Piece:
+        """The document's tokens in this epoch, from token `start` on. UserError if its image cannot fit a sequence."""
+        document = self.store.document(index)
+        v, text, image = self.vocabulary, document.text, document.image
+        if document.prompt is not None:
+            return self._instruction(epoch, index, document, document.prompt)
+        if image is None:
+            tokens = np.concatenate([[v.bos], text, [v.eos]])
+            return Piece(epoch, index, start, tokens.astype(np.int64)[start:], 0)
+        room = self.sequence_length - len(image) - 4
+        if room < 0:
+            raise UserError(
+                f"data.sequence_length={self.sequence_length} cannot hold an image: "
+                f"its {len(image)} codes and 4 markers need {len(image) + 4}"
+            )
+        first_draw, second_draw = (random_bits(self.seed, (index, epoch, 0), 2) >> np.uint64(11)) * 2.0**-53
+        image_first, dropped = first_draw < self.image_first, second_draw < self.caption_dropout
+        caption = text[: 0 if dropped else room]
+        block = [[v.boi], image, [v.eoi]]
+        parts = [*block, caption] if image_first else [caption, *block]
+        return Piece(epoch, index, 0, np.concatenate([[v.bos], *parts, [v.eos]]).astype(np.int64), len(image))
+
+    def _instruction(self, epoch: int, index: int, document: Document, prompt: Prompt) -> Piece:
+        v, image = self.vocabulary, document.image
+        before = [v.bos] if image is None else [v.bos, v.boi, *image, v.eoi]
+        tokens = np.concatenate([before, document.text, [v.eos]]).astype(np.int64)
+        domain = self.store.domains.index(prompt.domain)
+        image_tokens = 0 if image is None else len(image)
+        return Piece(epoch, index, 0, tokens, image_tokens, len(before) + prompt.length, domain, prompt.sample)
+
+
+def fill(pending: list[Piece], room: int) -> list[Piece]:
+    """Take out of `pending` (oldest first) the pieces that fill `room` tokens best, cutting a text where that helps.
+
+    The oldest piece goes in whenever it can, so none waits for ever. What is left of a cut text keeps its place.
+    """
+    if not pending:
+        return []
+    pieces = []
+    if _must_cut(pending[0], room):
+        pieces.append(_cut(pending, 0, room))
+    else:
+        chosen = best_subset([len(piece) for piece in pending], room)
+        pieces = [pending[i] for i in chosen]
+        for i in reversed(chosen):
+            del pending[i]
+        room -= sum(map(len, pieces))
+        longer = next((i for i, piece in enumerate(pending) if _must_cut(piece, room)), None)
+        if longer is not None:
+            pieces.append(_cut(pending, longer, room))
+    return pieces
+
+
+def _must_cut(piece: Piece, room: int) -> bool:
+    return len(piece) > room >= SHORTEST_PIECE and not piece.whole
+
+
+def _cut(pending: list[Piece], i: int, room: int) -> Piece:
+    """Take the first `room` tokens of a text, or one less where a single token (nothing to predict) would be left."""
+    piece, pending[i] = pending[i].split(min(room, len(pending[i]) - 2))
+    return piece
+
+
+def best_subset(lengths: Sequence[int], room: int) -> list[int]:
+    """Indices whose lengths add up to `room` or as little less as possible; 0 is among them if it fits.
+
+    Of equally good subsets, one that does without the later items. Subset sum over bit sets: bit s of reach[k] says
+    that some choice among the first k lengths adds up to s.
+    """
+    mask = (1 << (room + 1)) - 1
+    reach = [1]
+    for k, length in enumerate(lengths):
+        with_item = (reach[-1] << length) & mask
+        reach.append(with_item if k == 0 and length <= room else reach[-1] | with_item)
+    total = reach[-1].bit_length() - 1
+    chosen = []
+    for k in range(len(lengths) - 1, -1, -1):
+        if not (reach[k] >> total) & 1:
+            chosen.append(k)
+            total -= lengths[k]
+    return chosen[::-1]
+
+
+Group = Sequence[Sequence[Piece]]  # the pieces of each packed sequence of a selection group
+
+
+def collate(
+    groups: Sequence[tuple[int, Group]], vocabulary: Vocabulary, sequence_length: int, *, instructions: bool
+) -> Batch:
+    """Lay (global group number, group) end to end as one micro-batch on the CPU.
+
+    The target of a token is the next token of its piece; the last token of a piece and padding have none, nor has a
+    prompt before its last token. Every run of padding is a document of its own, so the document lengths add up to T.
+
+    instructions: there are some among the data, so the sidecar holds, of those in this micro-batch, domain_T (index
+    into the store's domains, -1 outside), prompt_end_S (index of the last prompt token) and sample_S (sample_hash).
+    """
+    group_tokens = len(groups[0][1]) * sequence_length
+    num_tokens = len(groups) * group_tokens
+    tokens = np.full(num_tokens, vocabulary.pad, dtype=np.int64)
+    targets = np.full(num_tokens, vocabulary.pad, dtype=np.int64)
+    valid, has_target = np.zeros(num_tokens, dtype=bool), np.zeros(num_tokens, dtype=bool)
+    document_lengths: list[int] = []
+    placed: list[tuple[int, Piece]] = []
+    begin = 0
+    for sequence in (sequence for _, group in groups for sequence in group):
+        at, end = begin, begin + sequence_length
+        for piece in sequence:
+            stop = at + len(piece)
+            tokens[at:stop] = piece.tokens
+            targets[at : stop - 1] = piece.tokens[1:]
+            has_target[at + max(piece.prompt_tokens - 1, 0) : stop - 1] = True
+            document_lengths.append(len(piece))
+            placed.append((at, piece))
+            at = stop
+        valid[begin:at] = True
+        if at < end:
+            document_lengths.append(end - at)
+        begin = end
+    lengths = np.array(document_lengths)
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    token_ids = np.concatenate([np.arange(group_tokens) + number * group_tokens for number, _ in groups])
+    tokens_T, targets_T = torch.from_numpy(tokens), torch.from_numpy(targets)
+    info = TokenInfo.build(
+        modality_T=vocabulary.modality_of[tokens_T],
+        valid_T=torch.from_numpy(valid),
+        position_T=torch.from_numpy(np.arange(num_tokens) - starts),
+        token_id_T=torch.from_numpy(token_ids),
+        document_lengths=document_lengths,
+        num_groups=len(groups),
+        num_sequences=num_tokens // sequence_length,
+    )
+    return Batch(
+        tokens_T=tokens_T,
+        targets_T=targets_T,
+        loss_mask_T=torch.from_numpy(has_target),
+        target_modality_T=vocabulary.modality_of[targets_T],
+        info=info,
+        sidecar=_sidecar(placed, num_tokens) if instructions else {},
+    )
+
+
+def _sidecar(placed: Sequence[tuple[int, Piece]], num_tokens: int) -> dict[str, torch.Tensor]:
+    domain_T = torch.full((num_tokens,), NO_DOMAIN)
+    for at, piece in placed:
+        domain_T[at : at + len(piece)] = piece.domain
+    prompted = [(at + piece.prompt_tokens - 1, piece.sample) for at, piece in placed if piece.prompt_tokens]
+    prompt_end_S, sample_S = torch.tensor(prompted, dtype=torch.int64).view(-1, 2).T.contiguous()
+    return {"domain_T": domain_T, "prompt_end_S": prompt_end_S, "sample_S": sample_S}
+
+
+def reachable_image_fraction(assembler: Assembler) -> float:
+    """Image share of all tokens, markers included, if every document were a pair: the most that steering can reach."""
+    pairs = np.flatnonzero(assembler.store.has_image)
+    if not len(pairs):
+        return 0.0
+    codes = assembler(0, int(pairs[0])).image_tokens
+    whole = np.minimum(np.asarray(assembler.store.lengths)[pairs] + 4, assembler.sequence_length).mean()
+    return float(codes / (whole + assembler.caption_dropout * (codes + 4 - whole)))

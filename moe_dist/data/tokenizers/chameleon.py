@@ -1,0 +1,64 @@
+"""Chameleon's image tokenizer (arXiv 2405.09818): 512 x 512 pixels -> 1024 codes over 8192 entries.
+
+Read from a local folder of Hugging Face weights: a ChameleonVQVAE, or a whole Chameleon model of which only the
+`vqmodel` is used. transformers ships encoder and codebook, no decoder: codes can be made, not turned back into images.
+
+Shape suffixes: B images, H and W pixels, n codes of an image.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
+
+from moe_dist.core.errors import UserError
+from moe_dist.data.tokenizers.pixels import in_chunks
+from moe_dist.data.tokenizers.tokenizer_weights import CONFIG, content_sha256, load_weights, read_json, read_tensors
+
+CHUNK_PIXELS = 512 * 512  # encoded at once: about 0.5 GiB of activations at Chameleon's width
+
+
+class ChameleonVQ(nn.Module):
+    """An ImageTokenizer around transformers' ChameleonVQVAE."""
+
+    def __init__(self, config: ChameleonVQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = ChameleonVQVAE(config)
+        self.image_size, self.codebook_size = config.resolution, config.num_embeddings
+        self.num_codes = (config.resolution // 2 ** (len(config.channel_multiplier) - 1)) ** 2
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ChameleonVQ:
+        """Read config.json and every .safetensors file, in eval mode. Raises UserError if they do not fit."""
+        folder = Path(folder)
+        raw = read_json(folder / CONFIG)
+        whole_model = raw.get("model_type") == "chameleon"
+        try:
+            config = ChameleonVQVAEConfig(**(raw.get("vq_config", {}) if whole_model else raw))
+            tokenizer = cls(config)
+        except Exception as error:  # transformers' own validation raises several kinds
+            raise UserError(f"{folder / CONFIG} is not a ChameleonVQVAE configuration: {error}") from None
+        tensors = read_tensors(sorted(folder.glob("*.safetensors")), after="vqmodel." if whole_model else "")
+        wanted = {name: value for name, value in tensors.items() if not name.startswith("decoder.")}
+        load_weights(tokenizer.model, wanted, folder)
+        return tokenizer.eval()
+
+    @torch.no_grad()
+    def encode(self, pixels_B3HW: Tensor) -> Tensor:
+        """Codes [B, n] (int64, row by row) of images in [-1, 1]."""
+        chunk = max(1, CHUNK_PIXELS // self.image_size**2)
+        return in_chunks(lambda x: self.model.encode(x).image_tokens.view(len(x), -1), pixels_B3HW, chunk)
+
+    def decode(self, codes_Bn: Tensor) -> Tensor:
+        """Always a UserError: the Hugging Face weights hold no decoder."""
+        raise UserError("a ChameleonVQVAE holds no decoder: its image codes cannot be turned back into images")
+
+    @property
+    def sha256(self) -> str:
+        """Digest of settings and weights."""
+        keys = ("resolution", "num_embeddings", "channel_multiplier", "attn_resolutions", "attn_type")
+        return content_sha256({key: getattr(self.config, key) for key in keys}, self)

@@ -1,0 +1,54 @@
+"""The image tokenizer: what the rest of the code may ask of one, and how a folder becomes one.
+
+Shape suffixes: B images, H and W pixels, n codes of an image.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe_dist.core.errors import UserError
+from moe_dist.data.tokenizers.tokenizer_weights import CONFIG, read_json
+from moe_dist.data.tokenizers.vq import VQTokenizer
+
+
+class ImageTokenizer(Protocol):
+    """Pictures to discrete codes and, where the weights hold a decoder, back. Pixels come from data/tokenizers/pixels.py."""
+
+    image_size: int  # pixels of one side
+    num_codes: int  # n, row by row
+    codebook_size: int
+
+    @property
+    def sha256(self) -> str:
+        """Digest of settings and weights."""
+
+    def encode(self, pixels_B3HW: Tensor) -> Tensor:
+        """Codes [B, n] (int64) of images in [-1, 1]: deterministic, whatever else is in the batch."""
+
+    def decode(self, codes_Bn: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] of codes. Raises UserError if the weights hold no decoder."""
+
+    def to(self, device: torch.device | str) -> ImageTokenizer:
+        """Move the weights."""
+
+
+def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
+    """Our VQ tokenizer or Hugging Face Chameleon weights, told apart by config.json. Raises UserError."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"there is no image tokenizer folder {folder} (data.image_tokenizer)")
+    config = read_json(folder / CONFIG)
+    if config.get("type") == "moe_dist_vq":
+        return VQTokenizer.load(folder)
+    if config.get("model_type") in ("chameleon_vqgan", "chameleon"):
+        from moe_dist.data.tokenizers.chameleon import (
+            ChameleonVQ,  # transformers takes seconds to import: only where needed
+        )
+
+        return ChameleonVQ.load(folder)
+    raise UserError(f"{folder / CONFIG} describes neither a moe_dist VQ tokenizer nor a Chameleon model")

@@ -1,0 +1,134 @@
+"""The text tokenizer: SentencePiece, trained on the corpus or any .model file, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from moe_dist.core.errors import UserError
+from moe_dist.data.tokenizers.hugging_face_text import HuggingFaceTokenizer
+
+VOCAB_SIZE = 2048  # of a tokenizer trained on captions; long texts deserve 8192 or more
+MAX_LINE_BYTES = 1 << 24  # SentencePiece silently leaves out longer lines; its own default is 4192
+
+logger = logging.getLogger(__name__)
+
+
+class TextTokenizer(Protocol):
+    """Text to ids and back. pad, bos, eos: the tokenizer's own ids, None where it has none."""
+
+    size: int
+    pad: int | None
+    bos: int | None
+    eos: int | None
+    sha256: str  # equal exactly if every text gets the same ids
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_continuation(self, text: str) -> list[int]: ...  # of a text that goes on where another one ended
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+def load_text_tokenizer(path: str | Path) -> TextTokenizer:
+    """The tokenizer that data.text_tokenizer names: a Hugging Face folder or a SentencePiece file. Raises UserError."""
+    return HuggingFaceTokenizer(path) if Path(path).is_dir() else SentencePieceTokenizer(path)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model. Raises UserError if the file is missing or is no such model.
+
+    Unknown characters become byte pieces or <unk>.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"there is no SentencePiece model {path} (data.text_tokenizer)")
+        content = path.read_bytes()
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except (RuntimeError, OSError):
+            raise UserError(f"{path} is not a SentencePiece model") from None
+        self._continuation = sentencepiece.SentencePieceProcessor(model_proto=_without_blank_before(content))
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        self.size: int = self._processor.get_piece_size()
+        ids = (self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id())
+        self.pad, self.bos, self.eos = (None if i < 0 else i for i in ids)
+
+    @property
+    def pieces(self) -> list[str]:
+        return [self._processor.id_to_piece(i) for i in range(self.size)]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text's pieces, without BOS or EOS."""
+        return self._processor.encode(text)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on where another one ended: no blank is put before it, as encode does."""
+        return self._continuation.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; control pieces (pad, bos, eos) give nothing."""
+        return self._processor.decode([int(i) for i in ids])
+
+
+def _without_blank_before(content: bytes) -> bytes:
+    """The same SentencePiece model, but for the blank that it puts before every text."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]  # made at import
+    model.normalizer_spec.add_dummy_prefix = False
+    return model.SerializeToString()
+
+
+def train_text_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int = VOCAB_SIZE) -> SentencePieceTokenizer:
+    """Train byte-pair encoding with byte fallback on the texts and write it to `out`, bitwise the same each time.
+
+    Text survives encode and decode unchanged: no Unicode normalisation, blanks are kept. A corpus too small for
+    vocab_size gives as many pieces as it has, with a warning. Raises UserError if there is no text at all.
+    """
+    out = Path(out)
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError("the shards hold no captions or texts to train a text tokenizer on")
+    try:
+        content = _train(lines, vocab_size)
+    except RuntimeError as error:
+        allowed = re.search(r"Vocabulary size.*?<= (\d+)", str(error))
+        if allowed is None:
+            raise UserError(f"a text tokenizer of {vocab_size} pieces cannot be trained: {error}") from None
+        logger.warning("the texts are too few for %d pieces: the text tokenizer has %s", vocab_size, allowed[1])
+        content = _train(lines, int(allowed[1]))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.partial")
+    aside.write_bytes(content)
+    aside.replace(out)
+    return SentencePieceTokenizer(out)
+
+
+def _train(lines: Sequence[str], vocab_size: int) -> bytes:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        max_sentence_length=MAX_LINE_BYTES,
+        pad_id=0,
+        unk_id=1,
+        bos_id=2,
+        eos_id=3,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()

@@ -1,0 +1,78 @@
+"""Both tokenizers of a corpus, trained on its shards: SentencePiece on the texts, our VQ tokenizer on the images.
+
+OUT/text.model            the SentencePiece model                                  (data.text_tokenizer)
+OUT/vq/                   config.json, model.safetensors                           (data.image_tokenizer)
+OUT/vq/quality.json       reconstruction and codebook use on held-out images
+OUT/vq/reconstructions.png   rows of held-out images over their reconstructions
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from moe_dist.core.strict import Fraction, Positive, Strict
+from moe_dist.data.shards.samples import RawSample, SampleReport
+from moe_dist.data.shards.tars import Shard, Split, iterate, resolve_shards, verify
+from moe_dist.data.tokenizers.pixels import crop_and_resize
+from moe_dist.data.tokenizers.text_tokenizer import VOCAB_SIZE, SentencePieceTokenizer, train_text_tokenizer
+from moe_dist.data.tokenizers.vq import VQConfig
+from moe_dist.data.tokenizers.vq_training import VQQuality, VQTraining, measure, reconstruction_grid, train_vq
+
+HELD_OUT_IMAGES = 512
+GRID_IMAGES = 96
+
+
+class TokenizerRecipe(Strict):
+    """What launch/train_tokenizers.py is told."""
+
+    shards: str | tuple[str, ...]  # as data.shards
+    out: str
+    vocab_size: Positive = VOCAB_SIZE
+    vq: VQConfig = VQConfig()
+    training: VQTraining = VQTraining()
+    max_bad_fraction: Fraction = 0.01  # as data.max_bad_fraction
+
+
+def train_tokenizers(recipe: TokenizerRecipe) -> tuple[SentencePieceTokenizer, VQQuality | None]:
+    """Train and write both tokenizers; a corpus without images gets the text tokenizer only. Raises UserError."""
+    out = Path(recipe.out)
+    texts, images = _read(recipe, "train", recipe.training.max_images)
+    text = train_text_tokenizer(texts, out / "text.model", recipe.vocab_size)
+    if images is None:
+        return text, None
+    tokenizer = train_vq(images, recipe.vq, recipe.training)
+    _, held_out = _read(recipe, "validation", HELD_OUT_IMAGES)
+    folder = out / "vq"
+    tokenizer.save(folder)
+    if held_out is None:
+        return text, None
+    quality = measure(tokenizer, held_out)
+    (folder / "quality.json").write_text(json.dumps(asdict(quality), indent=1) + "\n")
+    reconstruction_grid(tokenizer, held_out[:GRID_IMAGES]).save(folder / "reconstructions.png")
+    return text, quality
+
+
+def _read(recipe: TokenizerRecipe, split: Split, max_images: int) -> tuple[list[str], np.ndarray | None]:
+    """The captions, texts, prompts and answers of a split and its first max_images images, [N, H, W, 3] uint8."""
+    shards = resolve_shards(recipe.shards, split)
+    verify(shards)
+    report = SampleReport()
+    texts: list[str] = []
+    images: list[np.ndarray] = []
+    for sample in _samples(shards, report):
+        if sample.text is not None:
+            texts.append(sample.text)
+        if sample.image is not None and len(images) < max_images:
+            images.append(crop_and_resize(sample.image, recipe.vq.image_size))
+    report.check(recipe.max_bad_fraction)
+    return texts, np.stack(images) if images else None
+
+
+def _samples(shards: list[Shard], report: SampleReport) -> Iterator[RawSample]:
+    for shard in shards:
+        yield from iterate(shard, report)

@@ -1,0 +1,134 @@
+"""Our VQ image tokenizer (VQ-VAE, arXiv 1711.00937): convolutional encoder and decoder around a library's quantizer.
+
+By default 64 x 64 pixels become 8 x 8 = 64 codes. Sized so that two CPU cores train it in minutes: a patch embedding,
+then residual blocks at 1/4 and 1/8 of the resolution only.
+
+Shape suffixes: B images, H and W pixels, h and w latent rows and columns, n = h * w codes of an image, D code width.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+from safetensors.torch import save
+from torch import Tensor, nn
+from vector_quantize_pytorch import VectorQuantize
+
+from moe_dist.core.strict import Positive, Strict, validate
+from moe_dist.data.tokenizers.pixels import in_chunks
+from moe_dist.data.tokenizers.tokenizer_weights import (
+    CONFIG,
+    WEIGHTS,
+    content_sha256,
+    load_weights,
+    read_json,
+    read_tensors,
+)
+
+CHUNK = 32  # images encoded or decoded at once
+PATCH = 4  # pixels of one side of the patch embedding
+DOWNSAMPLING = 2 * PATCH  # pixels of one side for each code
+NORM_GROUPS = 8
+DEAD_CODE = 0.25  # vectors of a batch (moving average) below which a code is replaced by one of them
+
+
+class VQConfig(Strict):
+    """Shape of the tokenizer and its quantizer; what config.json holds."""
+
+    type: Literal["moe_dist_vq"] = "moe_dist_vq"
+    image_size: Positive = 64  # pixels of one side
+    codebook_size: Positive = 512
+    code_width: Positive = 32
+    channels: tuple[Positive, Positive] = (32, 128)  # at 1/4 and at 1/8 of the resolution
+    blocks: Positive = 2  # residual blocks at each of them
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.95  # of the codebook's moving averages
+    commitment: Annotated[float, Field(ge=0)] = 0.25
+
+    @model_validator(mode="after")
+    def _sizes(self):
+        if self.image_size % DOWNSAMPLING or any(width % NORM_GROUPS for width in self.channels):
+            raise ValueError(f"image_size={self.image_size} and channels={self.channels} must be multiples of 8")
+        return self
+
+
+class Residual(nn.Sequential):
+    """x + f(x): norm, 3 x 3 convolution, norm, 1 x 1 convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(
+            nn.GroupNorm(NORM_GROUPS, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(NORM_GROUPS, width), nn.SiLU(), nn.Conv2d(width, width, 1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class VQTokenizer(nn.Module):
+    """An ImageTokenizer that can be trained (see vq_training.py), saved and loaded."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_size, self.codebook_size = config.image_size, config.codebook_size
+        self.grid = config.image_size // DOWNSAMPLING
+        self.num_codes = self.grid**2
+        fine, coarse = config.channels
+        width, blocks = config.code_width, config.blocks
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, fine, PATCH, PATCH), *(Residual(fine) for _ in range(blocks)),
+            nn.Conv2d(fine, coarse, 2, 2), *(Residual(coarse) for _ in range(blocks)),
+            nn.GroupNorm(NORM_GROUPS, coarse), nn.Conv2d(coarse, width, 1),
+        )  # fmt: skip
+        self.decoder = nn.Sequential(
+            nn.Conv2d(width, coarse, 3, padding=1), *(Residual(coarse) for _ in range(blocks)),
+            nn.Conv2d(coarse, 4 * fine, 1), nn.PixelShuffle(2), *(Residual(fine) for _ in range(blocks)),
+            nn.GroupNorm(NORM_GROUPS, fine), nn.SiLU(),
+            nn.Conv2d(fine, 3 * PATCH**2, 3, padding=1), nn.PixelShuffle(PATCH),
+        )  # fmt: skip
+        self.quantizer = VectorQuantize(
+            width, config.codebook_size, decay=config.decay, commitment_weight=config.commitment, kmeans_init=True,
+            threshold_ema_dead_code=DEAD_CODE, sync_codebook=False, accept_image_fmap=True,
+        )  # fmt: skip
+
+    def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction [B, 3, H, W], codes [B, h, w] and the commitment loss (0-d)."""
+        quantized_BDhw, codes_Bhw, commitment = self.quantizer(self.encoder(pixels_B3HW))
+        return self.decoder(quantized_BDhw), codes_Bhw, commitment.sum()
+
+    @torch.no_grad()
+    def encode(self, pixels_B3HW: Tensor) -> Tensor:
+        """Codes [B, n] (int64, row by row) of images in [-1, 1]. Call in eval mode: training moves the codebook."""
+        return in_chunks(lambda x: self.quantizer(self.encoder(x))[1].flatten(1), pixels_B3HW, CHUNK)
+
+    @torch.no_grad()
+    def decode(self, codes_Bn: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] of codes."""
+        codes_Bhw = codes_Bn.unflatten(1, (self.grid, self.grid))
+        latent_BDhw = self.quantizer.get_codes_from_indices(codes_Bhw)
+        return in_chunks(self.decoder, latent_BDhw, CHUNK).clamp(-1, 1)
+
+    @property
+    def sha256(self) -> str:
+        """Digest of settings and weights."""
+        return content_sha256(self.config.model_dump(mode="json"), self)
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        (folder / WEIGHTS).write_bytes(save(weights))
+        (folder / CONFIG).write_text(json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> VQTokenizer:
+        """Read what save() wrote, in eval mode. Raises UserError if a file is damaged or the two do not match."""
+        folder = Path(folder)
+        tokenizer = cls(validate(VQConfig, read_json(folder / CONFIG), str(folder / CONFIG)))
+        load_weights(tokenizer, read_tensors([folder / WEIGHTS]), folder)
+        return tokenizer.eval()

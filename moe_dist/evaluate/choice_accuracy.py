@@ -1,0 +1,181 @@
+"""Accuracy on multiple-choice items: the option whose first token is the likeliest after the prompt.
+
+One forward pass an item, for options named by a letter as well as for those that are words. Of options that begin
+alike none is the likeliest: such an item counts as wrong if one of them is right.
+
+Shape suffixes: T tokens of a micro-batch, S samples of a micro-batch, N items, O options, R routing values of an item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.batch import Batch
+from moe_dist.core.errors import UserError
+from moe_dist.data.shards.tars import Split
+from moe_dist.data.stream.held_out_batches import heldout_batches
+from moe_dist.data.stream.packing import TokenStore
+from moe_dist.data.tasks.choice_items import Choice, read_choices
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+from moe_dist.evaluate.intervals import Interval, mcnemar, paired_difference, wilson
+from moe_dist.losses.manifold import sample_routing
+from moe_dist.parallel.agreement import gather_objects, together
+from moe_dist.parallel.layout import Layout
+
+OVERALL = "overall"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What a model answers to N items, each item once, sorted by its number. On the CPU."""
+
+    sample_N: Tensor  # int64 hash of the prompt, as the batch's sidecar has it
+    domain_N: Tensor  # int64 index into the data's domain names
+    correct_N: Tensor  # int64 index of the right option
+    log_probs_NO: Tensor  # float32 log-probability of each option's first token among all tokens
+    routing_NR: Tensor  # float32 routing of the last prompt token, all expert layers end to end; R is 0 without any
+
+    @property
+    def right_N(self) -> Tensor:
+        """bool: the right option alone is the likeliest."""
+        right_N1 = self.log_probs_NO.gather(1, self.correct_N[:, None])
+        return (self.log_probs_NO >= right_N1).sum(dim=1) == 1
+
+
+def answer_all(
+    forward: Callable, store: TokenStore, vocabulary: Vocabulary, data: DataConfig, layout: Layout, *, split: Split,
+    batch_groups: int,
+) -> Answers:  # fmt: skip
+    """Answer every item of a split, whose tokens `store` holds; rank 0 shows the progress. Collective."""
+    with together():
+        choices = read_choices(data, split, vocabulary.text)
+    batches = heldout_batches(
+        store, vocabulary, data, groups=len(store), dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
+    )
+    shown = track(list(batches), description="answering", disable=not layout.is_main)
+    return answer(forward, shown, choices, layout)
+
+
+@torch.no_grad()
+def answer(forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Choice], layout: Layout) -> Answers:
+    """Answer all items of the batches. Collective: every rank calls it with equally many batches.
+
+    forward: Batch -> an output with logits_TV and records. choices: by sample hash, with equally many options each
+    (data/tasks/choice_items.py). Raises UserError if there is no item.
+    """
+    mine = []
+    for batch in batches:
+        output = forward(batch)
+        if len(batch.sidecar.get("sample_S", ())):
+            mine.append(_answer_batch(output, batch.to(layout.device), choices))
+    everyone = [answers for rank in gather_objects(mine) for answers in rank]
+    if not everyone:
+        raise UserError("the split holds no instruction samples, so there is nothing to choose from")
+    joined = {f.name: torch.cat([getattr(answers, f.name) for answers in everyone]) for f in fields(Answers)}
+    first_N = _first_of_each(joined["sample_N"])
+    return Answers(**{name: value[first_N] for name, value in joined.items()})
+
+
+def _answer_batch(output: Any, batch: Batch, choices: Mapping[int, Choice]) -> Answers:
+    end_S, sample_S = batch.sidecar["prompt_end_S"], batch.sidecar["sample_S"].cpu()
+    items = [choices[sample] for sample in sample_S.tolist()]
+    option_SO = torch.tensor([item.tokens for item in items], device=end_S.device)
+    log_probs_SV = output.logits_TV[end_S].float().log_softmax(dim=1)
+    routing_SR = log_probs_SV[:, :0]
+    if output.records:
+        routing_SR = sample_routing(output.records, end_S, batch.info.num_tokens).float()
+    return Answers(
+        sample_N=sample_S, domain_N=batch.sidecar["domain_T"][end_S].cpu(),
+        correct_N=torch.tensor([item.correct for item in items], dtype=torch.int64),
+        log_probs_NO=log_probs_SV.gather(1, option_SO).cpu(), routing_NR=routing_SR.cpu(),
+    )  # fmt: skip
+
+
+def _first_of_each(sample_N: Tensor) -> Tensor:
+    """Where each of the different samples occurs first, the samples in order."""
+    unique_M, inverse_N = sample_N.unique(return_inverse=True)
+    position_N = torch.arange(len(sample_N))
+    return position_N.new_full((len(unique_M),), len(sample_N)).scatter_reduce(0, inverse_N, position_N, "amin")
+
+
+# ------------------------------------------------------------------------------------------------------------ results
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Which items a model answered rightly, by task."""
+
+    right: Mapping[str, Mapping[int, bool]]  # task -> sample -> right
+
+    @classmethod
+    def of(cls, answers: Answers, domains: Sequence[str]) -> Result:
+        right: dict[str, dict[int, bool]] = {domains[d]: {} for d in sorted(set(answers.domain_N.tolist()))}
+        rows = zip(answers.sample_N.tolist(), answers.domain_N.tolist(), answers.right_N.tolist())
+        for sample, domain, is_right in rows:
+            right[domains[domain]][sample] = is_right
+        return cls(right)
+
+    def to_json(self) -> dict[str, Any]:
+        """Accuracies with their intervals, and every item, so that any two models can be compared later."""
+        return {
+            "accuracy": {
+                task: {"right": sum(items.values()), "items": len(items), "share": share, "interval_95": interval}
+                for task, items in self.tasks().items()
+                for share, interval in [accuracy(items)]
+            },
+            "right": {task: {str(sample): r for sample, r in items.items()} for task, items in self.right.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Result:
+        right = data["right"].items()
+        return cls({task: {int(sample): bool(r) for sample, r in items.items()} for task, items in right})
+
+    def tasks(self) -> dict[str, Mapping[int, bool]]:
+        """The items of each task, then of all together under "overall"."""
+        return {**self.right, OVERALL: {sample: r for items in self.right.values() for sample, r in items.items()}}
+
+
+def accuracy(items: Mapping[int, bool]) -> tuple[float, Interval]:
+    """Share of right answers and its 95 % Wilson interval."""
+    right = sum(items.values())
+    return right / len(items), wilson(right, len(items))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The second model against the first, on the items of both."""
+
+    gained: int  # items that only the second answers rightly
+    lost: int  # items that only the first does
+    items: int
+
+    @classmethod
+    def of(cls, first: Mapping[int, bool], second: Mapping[int, bool]) -> Comparison:
+        """Raises UserError if the two did not answer the same items."""
+        if first.keys() != second.keys():
+            common = len(first.keys() & second.keys())
+            raise UserError(
+                f"models can be compared on the same items only: one answered {len(first)}, the other {len(second)}, "
+                f"{common} in common"
+            )
+        gained = sum(second[sample] and not right for sample, right in first.items())
+        lost = sum(right and not second[sample] for sample, right in first.items())
+        return cls(gained, lost, len(first))
+
+    @property
+    def difference(self) -> float:
+        return (self.gained - self.lost) / self.items
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "difference": self.difference, "interval_95": paired_difference(self.gained, self.lost, self.items),
+            "gained": self.gained, "lost": self.lost, "mcnemar_p": mcnemar(self.gained, self.lost),
+        }  # fmt: skip

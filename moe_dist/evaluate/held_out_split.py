@@ -1,0 +1,37 @@
+"""How a held-out split is looked at: how much of it, in which order, and this rank's share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.batch import Batch
+from moe_dist.data.stream.held_out_batches import heldout_batches
+from moe_dist.data.stream.packing import TokenStore
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+from moe_dist.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """groups: selection groups that are looked at, of all ranks; batch_groups: of a rank, in one forward pass."""
+
+    vocabulary: Vocabulary
+    data: DataConfig
+    layout: Layout
+    groups: int
+    batch_groups: int
+
+    def batches(self, store: TokenStore) -> Iterator[Batch]:
+        """This rank's micro-batches of the store."""
+        return heldout_batches(
+            store, self.vocabulary, self.data, groups=self.groups,
+            dp_rank=self.layout.rank, dp=self.layout.world, batch_groups=self.batch_groups,
+        )  # fmt: skip
+
+    def ordered(self, *, image_first: bool) -> HeldOut:
+        """The same for pairs in one order, whatever mix of text and images is trained on."""
+        return replace(
+            self, data=self.data.model_copy(update={"image_first": float(image_first), "image_fraction": None})
+        )

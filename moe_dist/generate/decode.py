@@ -1,0 +1,125 @@
+"""Token by token with a cache, on every rank for its own samples.
+
+Expert-parallel ranks step together: one whose samples are all done goes on with a token of padding, until no rank has
+any left. Which rank a sample is on, and with which others, changes nothing about it.
+
+Shape suffixes: R rows (documents in the cache), S samples, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.core.batch import TokenInfo
+from moe_dist.core.errors import UserError
+from moe_dist.generate.prompt import Format, Sample
+from moe_dist.generate.sampling import Sampling, choose, guide
+from moe_dist.model.kv_cache import KVCache
+from moe_dist.model.moe.token_choice import TokenChoiceRouter
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.layout import Layout
+
+OnStep = Callable[[int], None]  # called after every step with the number of unfinished samples of all ranks
+
+
+def check_can_generate(model: Transformer) -> None:
+    """Raise UserError where a token's routing depends on other tokens."""
+    if not model.can_route_causally:
+        raise UserError(
+            "the model's routing looks at later tokens (expert choice, mixture-of-depths), so it cannot write token by "
+            "token: train auxiliary routers first (docs/moma.md)"
+        )
+    for module in model.modules():
+        if isinstance(module, TokenChoiceRouter) and module.settings.capacity_factor is not None:
+            raise UserError(
+                "with a capacity a sample would depend on those beside it: set capacity_factor of model.ffn.router to "
+                "null"
+            )
+
+
+@dataclass(slots=True)
+class _Row:
+    """A document in the cache: a sample, or what guidance compares it with."""
+
+    sample: Sample
+    unconditional: bool
+    feed: tuple[int, ...]  # tokens to read next
+    read: int = 0  # tokens read so far
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer, samples: Sequence[Sample], form: Format, sampling: Sampling, layout: Layout, on_step: OnStep
+) -> None:
+    """Complete this rank's samples. Collective: every rank calls it, one without samples too."""
+    device, dtype = layout.device, model.embedding.weight.dtype
+    rows = [_Row(sample, False, sample.prompt.tokens) for sample in samples]
+    if sampling.guidance != 1:
+        rows += [_Row(s, True, s.prompt.unconditional) for s in samples if s.prompt.unconditional is not None]
+    capacity = max((sample.limit for sample in samples), default=1)
+    cache = KVCache(model.config, sequences=len(rows), capacity=capacity, device=device, dtype=dtype)
+    masks_KV = form.masks_KV.to(device)
+    while True:
+        live = [number for number, row in enumerate(rows) if not row.sample.done]
+        tokens_T, info = _micro_batch([rows[number] for number in live], form)
+        output = model(tokens_T.to(device), info.causally().to(device), cache.go_on(live or [cache.padding]))
+        if live:
+            ends = [end - 1 for end in accumulate(info.document_lengths)]
+            _extend([rows[number] for number in live], output.logits_TV[ends], form, sampling, masks_KV)
+        left = torch.tensor(sum(not sample.done for sample in samples), device=device)
+        if layout.dp_group is not None:
+            dist.all_reduce(left, group=layout.dp_group)
+        on_step(int(left))
+        if not left:
+            return
+
+
+def _micro_batch(rows: Sequence[_Row], form: Format) -> tuple[Tensor, TokenInfo]:
+    """The tokens to read next, row after row; one of padding where there are none. On the CPU."""
+    feeds = [row.feed for row in rows] or [(form.vocabulary.pad,)]
+    starts = [row.read for row in rows] or [0]
+    # No two documents share a token number, and a sample has the same ones in any company.
+    names = [(2 * row.sample.number + row.unconditional) * form.context for row in rows] or [0]
+    tokens_T = torch.tensor([token for feed in feeds for token in feed])
+    position_T = torch.cat([torch.arange(start, start + len(feed)) for start, feed in zip(starts, feeds)])
+    lengths = [len(feed) for feed in feeds]
+    info = TokenInfo.build(
+        modality_T=form.vocabulary.modality_of[tokens_T],
+        valid_T=torch.full_like(tokens_T, bool(rows), dtype=torch.bool),
+        position_T=position_T,
+        token_id_T=position_T + torch.tensor(names).repeat_interleave(torch.tensor(lengths)),
+        document_lengths=lengths,
+        num_groups=1,
+    )
+    for row in rows:
+        row.read += len(row.feed)
+    return tokens_T, info
+
+
+def _extend(rows: Sequence[_Row], logits_RV: Tensor, form: Format, sampling: Sampling, masks_KV: Tensor) -> None:
+    """Draw a token for every sample of the rows and let its rows read it next."""
+    device = logits_RV.device
+    place = {(row.sample.number, row.unconditional): number for number, row in enumerate(rows)}
+    samples = [row.sample for row in rows if not row.unconditional]
+    logits_SV = logits_RV[[place[sample.number, False] for sample in samples]]
+    if len(samples) < len(rows):  # a sample without another row is compared with itself
+        other = [place.get((sample.number, True), place[sample.number, False]) for sample in samples]
+        logits_SV = guide(logits_SV.double(), logits_RV[other].double(), sampling.guidance)
+    tokens_S = choose(
+        logits_SV,
+        masks_KV[[form.next(sample) for sample in samples]],
+        sampling,
+        torch.tensor([sample.number for sample in samples], device=device),
+        torch.tensor([sample.length for sample in samples], device=device),
+    )
+    chosen = dict(zip((sample.number for sample in samples), tokens_S.tolist()))
+    for sample in samples:
+        form.add(sample, chosen[sample.number])
+    for row in rows:
+        row.feed = (chosen[row.sample.number],)

@@ -1,0 +1,190 @@
+"""What a model is asked to go on with, and which tokens may come next: the document format of data/stream/packing.py.
+
+  text -> image   BOS caption BOI | codes     without the caption: BOS BOI | codes, as data.caption_dropout leaves it
+  image -> text   BOS BOI codes EOI | caption EOS
+  mixed           BOS parts | text, and images as BOI codes EOI, until EOS
+
+An image has exactly the tokenizer's number of codes, and nothing but codes stands between BOI and EOI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from moe_dist.core.batch import IMAGE
+from moe_dist.core.errors import UserError
+from moe_dist.data.shards.samples import BadSample, decode_image
+from moe_dist.data.tokenizers.image_tokenizer import ImageTokenizer
+from moe_dist.data.tokenizers.pixels import crop_and_resize, scale_pixels
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+
+Task = Literal["image", "text", "mixed"]
+Part = str | Image.Image
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids to go on with."""
+
+    task: Task
+    parts: tuple[Part, ...]
+    tokens: tuple[int, ...]
+    unconditional: tuple[int, ...] | None = None  # what guidance compares with: the same without the caption
+
+
+@dataclass(slots=True)
+class Sample:
+    """One document in the making: the prompt's tokens and those that were generated."""
+
+    number: int  # among all samples of all ranks: randomness is keyed by it
+    prompt: Prompt
+    limit: int  # tokens that it may have
+    generated: list[int] = field(default_factory=list)
+    codes_left: int = 0  # of the image that is being made; -1: its EOI is next
+    done: bool = False
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt.tokens) + len(self.generated)
+
+
+class Format:
+    """The rules of the format for one vocabulary and context (data.sequence_length)."""
+
+    TEXT, TEXT_OR_IMAGE, CODE, EOI = range(4)  # what may come next
+
+    def __init__(self, vocabulary: Vocabulary, context: int):
+        self.vocabulary, self.context = vocabulary, context
+        self.num_codes = vocabulary.image.num_codes if vocabulary.image else 0
+        self.cannot_draw = self._try_to_draw()  # then texts go on without images, though pictures may be read
+        code_V = vocabulary.modality_of == IMAGE
+        text_V = ~code_V
+        for marker in {vocabulary.pad, vocabulary.bos, vocabulary.boi, vocabulary.eoi} - {vocabulary.eos, None}:
+            text_V[marker] = False
+        boi_V, eoi_V = torch.zeros_like(text_V), torch.zeros_like(text_V)
+        if vocabulary.boi is not None:
+            boi_V[vocabulary.boi] = eoi_V[vocabulary.eoi] = True
+        self.masks_KV: Tensor = torch.stack([text_V, text_V | boi_V, code_V, eoi_V])  # bool, by what may come next
+
+    def _try_to_draw(self) -> UserError | None:
+        """Why not, of a model without an image tokenizer, or with one that has no decoder."""
+        try:
+            self._image_tokenizer("make").decode(torch.zeros(1, self.num_codes, dtype=torch.int64))
+        except UserError as error:
+            return error
+        return None
+
+    # ------------------------------------------------------------------------------------------------------- prompts
+
+    def text_to_image(self, caption: str) -> Prompt:
+        """Raises UserError where caption and image do not fit the context, or the tokenizer cannot draw."""
+        if self.cannot_draw:
+            raise self.cannot_draw
+        v = self.vocabulary
+        assert v.boi is not None
+        text = v.text.encode(caption)
+        needed = len(text) + self.num_codes + 4
+        if needed > self.context:
+            raise UserError(
+                f"'{_short(caption)}': {len(text)} tokens, an image of {self.num_codes} codes and 4 markers "
+                f"need {needed}, and data.sequence_length={self.context} would cut the image"
+            )
+        return Prompt("image", (caption,), (v.bos, *text, v.boi), (v.bos, v.boi))
+
+    def image_to_text(self, picture: Image.Image) -> Prompt:
+        """Raises UserError where the picture leaves no room in the context, or there is no image tokenizer."""
+        return self._checked("text", (picture,))
+
+    def mixed(self, parts: Sequence[Part]) -> Prompt:
+        """Raises UserError for a prompt that is longer than the context."""
+        return self._checked("mixed", parts)
+
+    def _checked(self, task: Task, parts: Sequence[Part]) -> Prompt:
+        tokens = [self.vocabulary.bos]
+        for part in parts:
+            tokens += self.vocabulary.text.encode(part) if isinstance(part, str) else self._picture(part)
+        if len(tokens) >= self.context:
+            raise UserError(
+                f"the prompt has {len(tokens)} tokens: data.sequence_length={self.context} has no room for more"
+            )
+        return Prompt(task, tuple(parts), tuple(tokens))
+
+    def _picture(self, picture: Image.Image) -> list[int]:
+        image, v = self._image_tokenizer("read"), self.vocabulary
+        assert v.boi is not None and v.eoi is not None
+        pixels_1HW3 = np.asarray(crop_and_resize(picture, image.image_size))[None]
+        codes = image.encode(scale_pixels(pixels_1HW3))[0]
+        return [v.boi, *v.image_code(codes).tolist(), v.eoi]
+
+    def _image_tokenizer(self, verb: str) -> ImageTokenizer:
+        if self.vocabulary.image is None:
+            raise UserError(f"the model has no image tokenizer (data.image_tokenizer), so it cannot {verb} a picture")
+        return self.vocabulary.image
+
+    # ------------------------------------------------------------------------------------------------------- samples
+
+    def start(self, number: int, prompt: Prompt, max_tokens: int) -> Sample:
+        """A sample with nothing generated yet."""
+        if prompt.task == "image":
+            return Sample(number, prompt, len(prompt.tokens) + self.num_codes, codes_left=self.num_codes)
+        return Sample(number, prompt, min(self.context, len(prompt.tokens) + max_tokens))
+
+    def next(self, sample: Sample) -> int:
+        """What may come next: the row of masks_KV."""
+        if sample.codes_left:
+            return self.CODE if sample.codes_left > 0 else self.EOI
+        fits = sample.length + self.num_codes + 2 <= sample.limit
+        return self.TEXT_OR_IMAGE if sample.prompt.task == "mixed" and not self.cannot_draw and fits else self.TEXT
+
+    def add(self, sample: Sample, token: int) -> None:
+        """Append a token that `next` allows; marks the sample done at its end."""
+        sample.generated.append(token)
+        if sample.codes_left > 0:
+            sample.codes_left -= 1
+            if sample.codes_left == 0 and sample.prompt.task == "mixed":
+                sample.codes_left = -1
+        elif sample.codes_left < 0:
+            sample.codes_left = 0
+        elif token == self.vocabulary.boi:
+            sample.codes_left = self.num_codes
+        sample.done = sample.length == sample.limit or token == self.vocabulary.eos
+
+    def parts(self, tokens: Sequence[int]) -> list[str | list[int]]:
+        """Generated tokens as texts (without markers) and images (lists of codes of the image tokenizer)."""
+        v = self.vocabulary
+        found: list[str | list[int]] = []
+        is_code = v.modality_of[torch.tensor(tokens, dtype=torch.int64)] == IMAGE
+        start = 0
+        while start < len(tokens):
+            stop = start + 1
+            while stop < len(tokens) and is_code[stop] == is_code[start]:
+                stop += 1
+            run = tokens[start:stop]
+            if is_code[start]:
+                found.append([token - v.first_image_code for token in run])
+            elif text := v.text.decode([t for t in run if t < v.text.size and t != v.eos]).strip():
+                found.append(text)
+            start = stop
+        return found
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """Raises UserError where the file is missing or is no picture."""
+    try:
+        return decode_image(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"the picture '{path}' cannot be read: {error.strerror}") from None
+    except BadSample as error:
+        raise UserError(f"the picture '{path}' cannot be read: {error}") from None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,160 @@
+"""Whether a scheduler shall run a job again: RUN/status.json tells how an attempt ended, RUN/job.json what came before.
+
+A job is attempted until its run is done. An attempt that fails starts again from the last checkpoint, but not where a
+person must act first, nor after `max_failures` failures in a row without a newer checkpoint. An attempt whose node died
+never comes to say how it ended: the next one finds that out. Imports no torch: it runs before and after the ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from moe_dist.config.recipe import Config
+from moe_dist.core.errors import UserError
+from moe_dist.metrics.run_folder import RunFolder, read_status
+
+Verdict = Literal["done", "stopped", "again", "wrong", "given up"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One start of a job, as RUN/job.json keeps it."""
+
+    job: str
+    step: int  # of the newest checkpoint when it started
+    found: dict[str, int]  # checkpoints that were there at the job's first start, and when written, ns
+    failures: int  # of this job, up to this attempt, without a newer checkpoint
+    status: int  # when status.json was written last before this attempt, ns; 0: never
+    open: bool = True  # how it ended has not been settled yet
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an attempt does: it goes on after `step` steps, with these overrides added to the recipe's."""
+
+    step: int
+    overrides: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    verdict: Verdict
+    sentence: str
+    failures: int = 0
+
+
+def begin(config: Config, job: str, restarts: int, max_failures: int) -> Plan | None:
+    """Open the next attempt of `job`; None where its run is done.
+
+    restarts: how often Slurm has started this job before. Raises UserError where it shall not start.
+    """
+    folder = RunFolder(Path(config.run.dir))
+    before = _read(folder)
+    status = _status(folder)
+    if before is not None and before.job != job:
+        if before.open and _is_running(before.job):
+            raise UserError(f"run.dir={folder.path} is being trained by job {before.job}")
+        before = None
+    if restarts == 0:
+        before = None  # a person has submitted it: failures of an earlier cluster's job of that number do not count
+    again = before is not None or config.run.resume == "auto"
+    if status.get("state") == "done" and again:
+        return None
+    failures = 0
+    if before is not None:
+        ending = settle(folder, before, None, max_failures) if before.open else Ending("again", "", before.failures)
+        if ending.verdict in ("wrong", "given up"):
+            raise UserError(ending.sentence)
+        failures = ending.failures
+    checkpoints = _checkpoints(folder)
+    step, found = _newest(checkpoints), checkpoints if before is None else before.found
+    _write(folder, Attempt(job=job, step=step, found=found, failures=failures, status=_written(folder)))
+    if config.run.resume == "auto":
+        return Plan(step, [])
+    # A recipe that starts afresh, or from another run's checkpoint, does so once, not after every interruption.
+    own = checkpoints.items() - found.items()
+    return Plan(step, ["run.resume=auto"]) if own else Plan(0, [])
+
+
+def end(run: Path, code: int, max_failures: int) -> Ending:
+    """How the attempt that has just ended with exit status `code` ended, and whether the job shall run again."""
+    folder = RunFolder(run)
+    attempt = _read(folder)
+    if attempt is None:
+        raise UserError(f"{_file(folder)} is missing or damaged: it is written at the start of a job")
+    ending = settle(folder, attempt, code, max_failures)
+    _write(folder, replace(attempt, failures=ending.failures, open=False))
+    return ending
+
+
+def settle(folder: RunFolder, attempt: Attempt, code: int | None, max_failures: int) -> Ending:
+    """Judge an attempt by what it has left behind. code: the launcher's exit status, None where nobody saw it."""
+    status = _status(folder) if _written(folder) != attempt.status else {}  # else that of an earlier attempt
+    state, reason = status.get("state"), status.get("reason")
+    where = f"after {status.get('step', attempt.step)} steps"
+    if state == "done":
+        return Ending("done", f"done {where}")
+    if state == "stopped":
+        return Ending("again" if status["restart"] else "stopped", f"stopped {where}: {reason}")
+    if (state == "failed" and not status["restart"]) or (not status and code == 2):
+        return Ending("wrong", f"failed {where}, and starting again cannot help: {reason or 'see above'}")
+    failed = f"failed {where}: {reason or f'its ranks ended without a word (exit status {code})'}"
+    if _newest(_checkpoints(folder)) > attempt.step:
+        return Ending("again", failed)
+    failures = attempt.failures + 1
+    if failures < max_failures:
+        return Ending("again", f"{failed} (failure {failures} of {max_failures} without a newer checkpoint)", failures)
+    return Ending("given up", f"{failed}; given up after {failures} failures without a newer checkpoint", failures)
+
+
+def _file(folder: RunFolder) -> Path:
+    return folder.path / "job.json"
+
+
+def _read(folder: RunFolder) -> Attempt | None:
+    with suppress(OSError, ValueError, TypeError):
+        return Attempt(**json.loads(_file(folder).read_text()))
+    return None
+
+
+def _write(folder: RunFolder, attempt: Attempt) -> None:
+    file = _file(folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(asdict(attempt)) + "\n")
+    temporary.replace(file)
+
+
+def _status(folder: RunFolder) -> dict[str, Any]:
+    with suppress(UserError):
+        return read_status(folder.path)
+    return {}
+
+
+def _written(folder: RunFolder) -> int:
+    with suppress(OSError):
+        return folder.status.stat().st_mtime_ns
+    return 0
+
+
+def _checkpoints(folder: RunFolder) -> dict[str, int]:
+    """The finished ones, which are renamed last (checkpoint/manifest.py), and when that was, ns."""
+    found = sorted(path for path in folder.checkpoints.glob("step_*") if path.name[5:].isdecimal())
+    return {path.name: path.stat().st_mtime_ns for path in found}
+
+
+def _newest(checkpoints: dict[str, int]) -> int:
+    return max((int(name.removeprefix("step_")) for name in checkpoints), default=0)
+
+
+def _is_running(job: str) -> bool:
+    if shutil.which("squeue") is None:
+        return False
+    command = ["squeue", "--noheader", f"--jobs={job}", "--states=running,suspended", "--format=%T"]
+    return bool(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())

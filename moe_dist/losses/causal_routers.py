@@ -1,0 +1,51 @@
+"""What trains auxiliary routers: to say of every token alone what the routers beside them choose among many.
+
+Shape suffixes: V tokens that a router saw, C columns of a router.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_dist.core.batch import Batch
+from moe_dist.core.errors import UserError
+from moe_dist.core.routing_plan import Routing
+from moe_dist.losses.term import Context, ModelOutput, TermSettings
+
+
+class CausalRouters:
+    """Binary cross-entropy of aux(x) against the main router's choice (MoMa, arXiv 2407.21770, on eq. 3-4).
+
+    Of experts and of depth alike: the mean over a router's columns, over the valid tokens of a micro-batch, and over
+    the layers with such routers. A token that mixture-of-depths did not admit adds nothing for the experts behind it.
+    The inputs of auxiliary routers are detached: whatever a recipe trains beside them does not follow this loss.
+    """
+
+    class Settings(TermSettings):
+        pass
+
+    names = ("loss/causal_routers",)
+
+    def __init__(self, settings: Settings, context: Context):
+        pass
+
+    def counts(self, batch: Batch) -> tuple[int, ...]:
+        return (sum(map(sum, batch.info.modality_counts)),)
+
+    def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
+        layers = [*(record.parts for record in output.records), *((depth.routing,) for depth in output.depths)]
+        with_router = [[part for part in parts if part.auxiliary_VC is not None] for parts in layers]
+        trained = [parts for parts in with_router if parts]
+        if not trained:
+            raise UserError("losses.causal_routers: the model has no auxiliary router; set auxiliary: true beside each")
+        return (torch.stack([_cross_entropy(part) for parts in trained for part in parts]).sum() / len(trained),)
+
+
+def _cross_entropy(part: Routing) -> Tensor:
+    """Summed over the tokens."""
+    assert part.auxiliary_VC is not None
+    target_VC = part.chosen_VC.to(part.auxiliary_VC.dtype)
+    loss_VC = F.binary_cross_entropy_with_logits(part.auxiliary_VC, target_VC, reduction="none")
+    return loss_VC.mean(dim=1).sum()

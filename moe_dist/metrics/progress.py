@@ -1,0 +1,97 @@
+"""The live line on rank 0: step, losses, tokens a second, time left. In a log file: a plain line now and then."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from moe_dist.core.batch import MODALITIES
+from moe_dist.metrics.sinks import Metrics
+
+PLAIN_SECONDS = 10.0  # between two lines of a log file
+WINDOW = 50  # updates over which the speed is averaged
+
+
+class Progress:
+    """Context manager around a training loop that starts after `step` of `total` steps; silent where not is_main.
+
+    causal: `Transformer.causal_routing`; False labels the losses "non-causal".
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        step: int = 0,
+        is_main: bool,
+        causal: bool,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.total, self.is_main, self.causal, self.clock = total, is_main, causal, clock
+        self.console = console or Console()
+        self.marks = deque([(clock(), step)], maxlen=WINDOW)
+        self.printed = float("-inf")
+        self.held_out: float | None = None
+        live = is_main and self.console.is_terminal
+        self.live = Live(console=self.console, refresh_per_second=4) if live else None
+
+    def __enter__(self) -> Progress:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.live:
+            self.live.stop()
+
+    def update(self, step: int, metrics: Metrics) -> None:
+        """Show the newest metrics; those with a held-out loss and those of the last step always reach a log file."""
+        if not self.is_main:
+            return
+        now = self.clock()
+        self.marks.append((now, step))
+        self.held_out = metrics.get("eval/loss", self.held_out)
+        if self.live:
+            self.live.update(self._bar(step, metrics))
+        elif now - self.printed >= PLAIN_SECONDS or step == self.total or "eval/loss" in metrics:
+            self.printed = now
+            self.console.print(self.line(step, metrics), markup=False, highlight=False, soft_wrap=True)
+
+    def line(self, step: int, metrics: Metrics) -> str:
+        parts = [f"step {step}/{self.total}", *self._losses(metrics)]
+        if "moe/flops_saved" in metrics:
+            parts.append(f"{metrics['moe/experts_per_token']:.2f} true experts/token")
+            parts.append(f"{metrics['moe/flops_saved']:.1%} FLOPs saved")
+        if "tokens_per_second" in metrics:
+            parts.append(f"{metrics['tokens_per_second']:,.0f} tokens/s")
+        return " | ".join([*parts, f"ETA {self._eta(step)}"])
+
+    def _losses(self, metrics: Metrics) -> list[str]:
+        label = "" if self.causal else "non-causal "
+        parts = []
+        if "loss" in metrics:
+            split = [f"{name} {metrics[f'loss/{name}']:.3f}" for name in MODALITIES if f"loss/{name}" in metrics]
+            parts.append(f"{label}loss {metrics['loss']:.3f}" + (f" ({', '.join(split)})" if split else ""))
+        if self.held_out is not None:
+            parts.append(f"held-out {label}loss {self.held_out:.3f}")
+        return parts
+
+    def _eta(self, step: int) -> str:
+        (first_time, first_step), (last_time, last_step) = self.marks[0], self.marks[-1]
+        if last_step == first_step:
+            return "?"
+        seconds = (self.total - step) * (last_time - first_time) / (last_step - first_step)
+        return str(timedelta(seconds=round(seconds)))
+
+    def _bar(self, step: int, metrics: Metrics) -> Table:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(ProgressBar(total=self.total, completed=step, width=20), self.line(step, metrics))
+        return grid

@@ -1,0 +1,68 @@
+"""What mixture-of-depths admits, and how far auxiliary routers decide as the routers beside which they stand.
+
+Shape suffixes: T tokens, V tokens that a router saw, C columns of a router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.core.batch import MODALITIES, TokenInfo
+from moe_dist.core.routing_plan import DepthRecord, Routing, RoutingRecord
+from moe_dist.parallel.layout import Layout
+
+Ratio = tuple[str, Tensor, Tensor]  # name, numerator, denominator: counts of this rank
+
+
+def decision_metrics(
+    records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], info: TokenInfo, layout: Layout
+) -> dict[str, float]:
+    """The keys admitted, auxiliary_* and depth_* of metrics/metric_keys.py, of one micro-batch of each rank, equal on all.
+
+    A ratio whose denominator is 0 has no key. Collective (one all-reduce) where there is anything to tell.
+    """
+    counts: dict[str, Tensor] = {}
+    for name, numerator, denominator in _ratios(records, depths, info):
+        count = torch.stack([numerator, denominator])
+        counts[name] = counts[name] + count if name in counts else count
+    if not counts:
+        return {}
+    total = torch.stack(list(counts.values()))
+    if layout.dp_group is not None:
+        dist.all_reduce(total, group=layout.dp_group)
+    return {name: numerator / of for name, (numerator, of) in zip(counts, total.tolist(), strict=True) if of}
+
+
+def _ratios(records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], info: TokenInfo) -> Iterator[Ratio]:
+    for record in records:
+        for part in record.parts:
+            for modality, member_V in _members(part, info).items():
+                yield from _agreement(part, member_V, f"moe/{record.layer}/auxiliary_", f"/{modality}")
+    for depth in depths:
+        routing = depth.routing
+        for modality, member_V in _members(routing, info).items():
+            admitted_V = routing.kept_VE.squeeze(1) & member_V
+            yield f"moe/{depth.layer}/admitted/{modality}", admitted_V.sum(), member_V.sum()
+        yield from _agreement(routing, torch.ones_like(routing.token_V, dtype=torch.bool), f"moe/{depth.layer}/depth_")
+
+
+def _members(part: Routing, info: TokenInfo) -> dict[str, Tensor]:
+    """bool [V]: which tokens have each modality."""
+    modality_V = info.modality_T.index_select(0, part.token_V)
+    return {name: modality_V == index for index, name in enumerate(MODALITIES)}
+
+
+def _agreement(part: Routing, member_V: Tensor, prefix: str, suffix: str = "") -> Iterator[Ratio]:
+    """Of the auxiliary router's decisions about these tokens; a decision is a token and a column."""
+    if part.auxiliary_VC is None:
+        return
+    said_VC, true_VC = (part.auxiliary_VC > 0) & member_V[:, None], part.chosen_VC & member_V[:, None]
+    both = (said_VC & true_VC).sum()
+    decisions = member_V.sum() * part.chosen_VC.shape[1]
+    yield f"{prefix}accuracy{suffix}", decisions - (said_VC ^ true_VC).sum(), decisions
+    yield f"{prefix}precision{suffix}", both, said_VC.sum()
+    yield f"{prefix}recall{suffix}", both, true_VC.sum()

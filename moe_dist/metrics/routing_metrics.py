@@ -1,0 +1,156 @@
+"""How evenly routing uses experts and ranks, how many experts a token of each modality reaches, and which experts the
+tokens of each domain go to.
+
+Shape suffixes: L MoE layers, G expert-parallel groups (edp of them), R ranks of one group, E experts, M modalities,
+D domains, T tokens of a micro-batch.
+
+Utilization of an expert = its assignments / fair share; fair share = the assignments that all experts of its group
+(`Router.expert_groups`: the experts of one modality, or all of them) received, divided by their number. 1 is even,
+0 unused; expert choice has 1 everywhere by construction, so look at its unrouted_fraction instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.core.batch import MODALITIES, TokenInfo
+from moe_dist.core.routing_plan import RoutingRecord
+from moe_dist.parallel.layout import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingCounts:
+    """What one rank counted, on its device. Counts of several micro-batches add up."""
+
+    layers: tuple[int, ...]
+    load_LGE: Tensor  # int64 assignments; a rank fills the row of its own expert-parallel group
+    dropped_LE: Tensor  # int64 assignments that found their expert full
+    assigned_LM: Tensor  # int64 assignments of valid tokens
+    unrouted_LM: Tensor  # int64 valid tokens without an expert
+    valid_M: Tensor  # int64 valid tokens
+    domain_LDE: Tensor  # int64 assignments of each domain's tokens; D may be 0
+
+    def tensors(self) -> list[Tensor]:
+        return [self.load_LGE, self.dropped_LE, self.assigned_LM, self.unrouted_LM, self.valid_M, self.domain_LDE]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> RoutingCounts:
+        load, dropped, assigned, unrouted, valid, domain = tensors
+        return replace(
+            self, load_LGE=load, dropped_LE=dropped, assigned_LM=assigned, unrouted_LM=unrouted, valid_M=valid,
+            domain_LDE=domain,
+        )  # fmt: skip
+
+    def __add__(self, other: RoutingCounts) -> RoutingCounts:
+        if self.layers != other.layers:
+            raise ValueError(f"counts of layers {self.layers} and {other.layers} do not add up")
+        return self.with_tensors([mine + theirs for mine, theirs in zip(self.tensors(), other.tensors(), strict=True)])
+
+
+def routing_counts(
+    records: Sequence[RoutingRecord],
+    info: TokenInfo,
+    layout: Layout,
+    *,
+    domain_T: Tensor | None = None,
+    num_domains: int = 0,
+) -> RoutingCounts:
+    """Count the assignments of one micro-batch of this rank. Neither communicates nor synchronises the device.
+
+    domain_T: int64 index of each token's domain, -1 for none (Batch.sidecar), where the data have domains.
+    """
+    device = records[0].plan.counts_E.device
+    hits_LT = torch.stack([record.experts_of_T(info.num_tokens) for record in records])
+    modality_M = torch.arange(len(MODALITIES), device=device)
+    member_MT = (info.modality_T.to(device) == modality_M[:, None]) & info.valid_T.to(device)
+    load_LE = torch.stack([record.load_E for record in records])
+    load_LGE = load_LE.new_zeros(load_LE.shape[0], layout.edp, load_LE.shape[1])
+    load_LGE[:, layout.rank // layout.expert] = load_LE
+    return RoutingCounts(
+        layers=tuple(record.layer for record in records),
+        load_LGE=load_LGE,
+        dropped_LE=_dropped(records, load_LE),
+        assigned_LM=(hits_LT[:, None] * member_MT).sum(-1),
+        unrouted_LM=((hits_LT[:, None] == 0) & member_MT).sum(-1),
+        valid_M=member_MT.sum(-1),
+        domain_LDE=torch.stack([_by_domain(record, domain_T, num_domains) for record in records]),
+    )
+
+
+def _dropped(records: Sequence[RoutingRecord], load_LE: Tensor) -> Tensor:
+    if all(part.chosen_VC is part.kept_VE for record in records for part in record.parts):
+        return torch.zeros_like(load_LE)  # expert choice: an expert chooses no more than it takes
+    return torch.stack([record.dropped_E for record in records])
+
+
+def _by_domain(record: RoutingRecord, domain_T: Tensor | None, num_domains: int) -> Tensor:
+    """[D, E] assignments. A row after the last takes the tokens without a domain, and is left out."""
+    if domain_T is None:
+        return record.plan.counts_E.new_zeros(0, record.plan.counts_E.numel())
+    row_T = torch.where(domain_T < 0, num_domains, domain_T)
+    parts = []
+    for part in record.parts:
+        counts_DE = row_T.new_zeros(num_domains + 1, part.num_experts)
+        parts.append(counts_DE.index_add(0, row_T[part.token_V], part.kept_VE.long())[:num_domains])
+    return torch.cat(parts, dim=1)
+
+
+def routing_metrics(
+    counts: RoutingCounts,
+    layout: Layout,
+    *,
+    expert_groups: Sequence[Sequence[int]],
+    local_experts: Sequence[Sequence[int]],
+    domains: Sequence[str] = (),
+) -> dict[str, float | list[float]]:
+    """The moe/ keys of metrics/metric_keys.py, equal on every rank. Collective: one all-reduce, one device-to-host copy.
+
+    local_experts: what each expert-parallel rank holds, experts or slices of them (Placement.local_experts). domains:
+    names by index. A modality without valid tokens has no keys, nor has a domain without assignments; a ratio whose
+    denominator is 0 is nan.
+    """
+    total = _sum_over_ranks(counts, layout)
+    load_LE = total.load_LGE.sum(1).double()
+    fair_LE = torch.zeros_like(load_LE)
+    for group in map(list, expert_groups):
+        fair_LE[:, group] = load_LE[:, group].mean(1, keepdim=True)
+    metrics: dict[str, float | list[float]] = {}
+    for i, layer in enumerate(total.layers):
+        metrics[f"moe/{layer}/utilization"] = (load_LE[i] / fair_LE[i]).tolist()
+        for m, modality in enumerate(MODALITIES):
+            if valid := total.valid_M[m].item():
+                metrics[f"moe/{layer}/experts_per_token/{modality}"] = total.assigned_LM[i, m].item() / valid
+                metrics[f"moe/{layer}/unrouted_fraction/{modality}"] = total.unrouted_LM[i, m].item() / valid
+        if total.dropped_LE[i].any():
+            wished_E = total.dropped_LE[i] + load_LE[i]
+            metrics[f"moe/{layer}/dropped_fraction"] = (total.dropped_LE[i] / wished_E).nan_to_num(0.0).tolist()
+        for domain, load_E in zip(domains, total.domain_LDE[i].double(), strict=True):
+            if load_E.any():
+                metrics[f"moe/{layer}/domain_share/{domain}"] = (load_E / load_E.sum()).tolist()
+    valid_tokens = total.valid_M.sum().item() * len(total.layers)
+    return metrics | {
+        "moe/experts_per_token": total.assigned_LM.sum().item() / valid_tokens if valid_tokens else float("nan"),
+        "moe/rank_imbalance": _rank_imbalance(total.load_LGE, local_experts),
+    }
+
+
+def _sum_over_ranks(counts: RoutingCounts, layout: Layout) -> RoutingCounts:
+    tensors = counts.tensors()
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    if layout.dp_group is not None:
+        dist.all_reduce(flat, group=layout.dp_group)
+    pieces = flat.cpu().split([tensor.numel() for tensor in tensors])
+    return counts.with_tensors([piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)])
+
+
+def _rank_imbalance(load_LGE: Tensor, local_experts: Sequence[Sequence[int]]) -> float:
+    """Of the rows of experts; of one in slices (Placement), every slice has them all."""
+    held = [[number % load_LGE.shape[-1] for number in numbers] for numbers in local_experts]
+    rows_LGR = torch.stack([load_LGE[..., experts].sum(-1) for experts in held], dim=-1).double()
+    ratio_LG = rows_LGR.amax(-1) / rows_LGR.mean(-1)
+    known = ratio_LG[~ratio_LG.isnan()]  # a group without rows has no imbalance
+    return known.max().item() if known.numel() else float("nan")

@@ -1,0 +1,155 @@
+"""Where metrics go: metrics.jsonl always, TensorBoard events and W&B as the recipe says. Names: metrics/metric_keys.py.
+
+metrics.jsonl is the record of a run, so failing to write it ends the run. TensorBoard and W&B are conveniences: one
+that fails is reported once and left out from then on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+import uuid
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from moe_dist.config.recipe import Config
+from moe_dist.core.errors import UserError
+from moe_dist.metrics.run_folder import RunFolder
+
+Metrics = Mapping[str, Any]  # key -> number, or a list of numbers with one entry an expert
+
+
+class Sink(Protocol):
+    def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JSONLines:
+    """One JSON object a line, flushed at once. A value that is not finite is null."""
+
+    def __init__(self, folder: RunFolder, *, causal: bool):
+        self.path, self.causal = folder.metrics, causal
+        self.file = self._try(lambda: self.path.open("a", encoding="utf-8"))
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        line = {"step": step, "causal": self.causal, **{key: _finite(value) for key, value in metrics.items()}}
+        self._try(lambda: (self.file.write(json.dumps(line, allow_nan=False) + "\n"), self.file.flush()))
+
+    def close(self) -> None:
+        self._try(self.file.close)
+
+    def _try(self, action):
+        try:
+            return action()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror or error}") from error
+
+
+class TensorBoard:
+    """Event files. The name of their folder is what TensorBoard shows beside every curve, so it carries the label."""
+
+    def __init__(self, folder: RunFolder, *, causal: bool, step: int):
+        from torch.utils.tensorboard import SummaryWriter  # seconds to import: only where it is wanted
+
+        directory = folder.tensorboard if causal else folder.tensorboard / "non-causal"
+        self.writer = SummaryWriter(str(directory), purge_step=step + 1)  # hides what a run before wrote after `step`
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for key, value in _scalars(metrics).items():
+            self.writer.add_scalar(key, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandB:
+    """Weights & Biases. The id of its run lies in RUN/wandb_id, so that a resumed run goes on in the same place."""
+
+    def __init__(self, folder: RunFolder, config: Config, *, causal: bool, step: int):
+        import wandb
+
+        id_file = folder.path / "wandb_id"
+        if step == 0 or not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex)
+        self.run = wandb.init(
+            project=config.telemetry.wandb_project,
+            name=folder.path.name,
+            id=id_file.read_text().strip(),
+            resume="allow",
+            dir=str(folder.path),
+            config=config.model_dump(mode="json"),
+            tags=[] if causal else ["non-causal"],
+        )
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self.run.log(_scalars(metrics), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Sinks:
+    """Everything `config.telemetry` asks for, on the main rank; on the other ranks nothing.
+
+    step: the steps done when the run starts. causal: `Transformer.causal_routing`. Raises UserError on every rank where
+    a configured package is missing. Open the run folder first.
+    """
+
+    def __init__(self, folder: RunFolder, config: Config, *, is_main: bool, causal: bool, step: int = 0):
+        project = config.telemetry.wandb_project
+        if project and importlib.util.find_spec("wandb") is None:
+            raise UserError(f"telemetry.wandb_project={project} needs the package wandb: pip install moe_dist[wandb]")
+        self.sinks: list[Sink] = [JSONLines(folder, causal=causal)] if is_main else []
+        if is_main and config.telemetry.tensorboard:
+            self._add("TensorBoard", lambda: TensorBoard(folder, causal=causal, step=step))
+        if is_main and project:
+            self._add("W&B", lambda: WandB(folder, config, causal=causal, step=step))
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """metrics: any keys of metrics/metric_keys.py except step and causal, which are added here."""
+        for sink in list(self.sinks):
+            self._call(sink, lambda sink=sink: sink.log(step, metrics))
+
+    def close(self) -> None:
+        for sink in list(self.sinks):
+            self._call(sink, sink.close)
+
+    def _add(self, name: str, build) -> None:
+        try:
+            self.sinks.append(build())
+        except Exception as error:  # of a library of others: whatever it is, training goes on
+            _warn(name, error)
+
+    def _call(self, sink: Sink, action) -> None:
+        try:
+            action()
+        except UserError:
+            raise
+        except Exception as error:
+            self.sinks.remove(sink)
+            _warn(type(sink).__name__, error)
+
+
+def _warn(name: str, error: Exception) -> None:
+    print(f"warning: {name} failed and is left out from here on: {error}", file=sys.stderr, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(metrics: Metrics) -> dict[str, float]:
+    """Lists become one scalar an entry: moe/0/utilization/3."""
+    flat: dict[str, float] = {}
+    for key, value in metrics.items():
+        if isinstance(value, list | tuple):
+            flat |= {f"{key}/{i}": item for i, item in enumerate(value)}
+        else:
+            flat[key] = value
+    return flat

@@ -1,0 +1,77 @@
+"""Low-rank deltas on the projections of attention.
+
+Shape suffixes: T tokens, I input width, O output width, H heads, G query groups, d size per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from moe_dist.config.recipe import LoRAConfig
+from moe_dist.model.attention import Attending
+from moe_dist.model.moe.lora_experts import LowRank
+
+
+class LoRALinear(nn.Linear):
+    """x W^T, with W frozen, plus low-rank deltas of x for `parts` of the output (Hu et al., arXiv 2106.09685, eq. 3).
+
+    The output lies in `groups`, one after another, each of which has a share of every part in turn: in megatron's fused
+    projection q q k v, q q k v, ..., a group for each key-value head. No bias.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        parts: Mapping[str, int],
+        groups: int,
+        lora: LoRAConfig,
+        seed: int,
+        name: str,
+    ):
+        """parts: the output width of each; `name` is the global prefix of the parameters."""
+        super().__init__(input_size, output_size, bias=False)
+        self.weight.requires_grad_(False)
+        self.groups, self.dropout = groups, lora.dropout
+        self.lora = nn.ModuleDict()
+        for part, width in parts.items():
+            self.lora[part] = LowRank(input_size, width, **lora.model_dump(), seed=seed, name=f"{name}.lora.{part}")
+
+    def with_dropout(self, x_TI: Tensor, token_id_T: Tensor) -> Tensor:
+        """x_TI followed by a copy with dropout for each part, [T, I * (1 + parts)]; x_TI alone where dropout is off.
+
+        The input of `forward`, so that the tokens' ids need not come to it through megatron.
+        """
+        if not (self.training and self.dropout):
+            return x_TI
+        return torch.cat([x_TI, *(lora.drop(x_TI, token_id_T) for lora in self._deltas())], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., O] of what `with_dropout` returned, in any shape [..., I or I * (1 + parts)]."""
+        x, *dropped = x.split(self.in_features, dim=-1)
+        inputs = dropped or [x] * len(self.lora)
+        deltas = [lora(piece).unflatten(-1, (self.groups, -1)) for lora, piece in zip(self._deltas(), inputs)]
+        return super().forward(x) + torch.cat(deltas, dim=-1).flatten(-2)
+
+    def _deltas(self) -> Iterable[LowRank]:
+        return cast(Iterable[LowRank], self.lora.values())
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedDocuments:
+    """Documents whose attended values come as the output projection takes them: followed by a copy with dropout."""
+
+    documents: Attending
+    projection: LoRALinear
+    token_id_T: Tensor
+
+    def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
+        """[T, H, d] where dropout is off, else [T, 2 H, d]."""
+        y_THd = self.documents.attend(query_THd, key_TGd, value_TGd)
+        return self.projection.with_dropout(y_THd.flatten(1), self.token_id_T).unflatten(1, (-1, y_THd.shape[2]))

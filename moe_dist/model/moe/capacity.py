@@ -1,0 +1,89 @@
+"""How many tokens an expert takes of a selection group, which ones stay where more come, and plans without a read.
+
+Shape suffixes: T tokens, V routed tokens, b of them in one group, E experts, S slots of an expert, k experts per token,
+N assignments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from moe_dist.core.routing_plan import RoutingPlan
+
+
+def expert_capacity(num_tokens: int, capacity_factor: float, columns: int, top_k: int = 1) -> int:
+    """Tokens that an expert takes of a selection group: ceil(b * k * c / columns), at most b. Exact (no rounding)."""
+    return min(num_tokens, math.ceil(num_tokens * top_k * Fraction(str(capacity_factor)) / columns))
+
+
+def keep_within_capacity(
+    chosen_VE: Tensor, priority_VE: Tensor, group_sizes: Sequence[int], capacities: Sequence[int]
+) -> Tensor:
+    """bool [V, E]: of the tokens that chose an expert, in each group the `capacity` of highest priority (int64).
+
+    Priorities of one expert must differ. Reads nothing from the device.
+    """
+    lowest = torch.iinfo(torch.int64).min
+    wish_VE = priority_VE.masked_fill(~chosen_VE, lowest)
+    kept = []
+    for chosen_bE, wish_bE, capacity in zip(
+        chosen_VE.split(list(group_sizes)), wish_VE.split(list(group_sizes)), capacities
+    ):
+        first = wish_bE.topk(capacity, dim=0, sorted=False).indices
+        kept.append(torch.zeros_like(chosen_bE).scatter(0, first, True) & chosen_bE)
+    return torch.cat(kept)
+
+
+def plan_assignments(
+    token_V: Tensor, expert_Vk: Tensor, weight_Vk: Tensor, num_experts: int, slots: int | None = None
+) -> RoutingPlan:
+    """The plan of every token's k assignments; expert number `num_experts` stands for "nowhere".
+
+    slots: give every expert exactly so many assignments (at least as many as it has): those that are missing are of
+    token 0 with weight 0, which changes no output and no gradient, and makes every shape static.
+    """
+    expert_N = expert_Vk.flatten()
+    order_N = expert_N.argsort(stable=True)
+    counts = expert_N.new_zeros(num_experts + 1).scatter_add_(0, expert_N, torch.ones_like(expert_N))
+    plan = RoutingPlan(
+        token_ids_N=token_V.index_select(0, order_N // expert_Vk.shape[1]),
+        weights_N=weight_Vk.flatten().index_select(0, order_N),
+        counts_E=counts[:num_experts],
+        complete=False,
+    )
+    return plan if slots is None else _pad(plan, expert_N.index_select(0, order_N), slots)
+
+
+def _pad(plan: RoutingPlan, expert_N: Tensor, slots: int) -> RoutingPlan:
+    num_experts = plan.counts_E.numel()
+    begin_E = plan.counts_E.cumsum(0) - plan.counts_E
+    begin_N = torch.cat([begin_E, begin_E.new_zeros(1)]).index_select(0, expert_N)
+    slot_N = expert_N * slots + torch.arange(expert_N.numel(), device=expert_N.device) - begin_N
+    slot_N = slot_N.where(expert_N < num_experts, num_experts * slots)  # what goes nowhere: one slot, cut off below
+    size = num_experts * slots + 1
+    return RoutingPlan(
+        token_ids_N=plan.token_ids_N.new_zeros(size).scatter(0, slot_N, plan.token_ids_N)[:-1],
+        weights_N=plan.weights_N.new_zeros(size).scatter_add(0, slot_N, plan.weights_N)[:-1],
+        counts_E=torch.full_like(plan.counts_E, slots),
+    )
+
+
+def join_plans(plans: Sequence[RoutingPlan]) -> RoutingPlan:
+    """One plan over the experts of all, numbered through."""
+    counts_E = torch.cat([plan.counts_E for plan in plans])
+    token_ids_N = torch.cat([plan.token_ids_N for plan in plans])
+    weights_N = torch.cat([plan.weights_N for plan in plans])
+    complete = all(plan.complete for plan in plans)
+    if not complete:  # what goes nowhere belongs at the end
+        order_N = torch.cat([_is_surplus(plan) for plan in plans]).long().argsort(stable=True)
+        token_ids_N, weights_N = token_ids_N.index_select(0, order_N), weights_N.index_select(0, order_N)
+    return RoutingPlan(token_ids_N=token_ids_N, weights_N=weights_N, counts_E=counts_E, complete=complete)
+
+
+def _is_surplus(plan: RoutingPlan) -> Tensor:
+    return torch.arange(plan.token_ids_N.numel(), device=plan.counts_E.device) >= plan.counts_E.sum()

@@ -1,0 +1,155 @@
+"""Bring tokens to their experts and the results home. Dispatchers have no parameters: they follow a RoutingPlan.
+
+Shape suffixes: T tokens, D model width, E experts, e experts (or slices of them) on a rank, r ranks of the
+expert-parallel group, N assignments made here, R rows received here.
+
+Rows are copies of tokens, sorted by expert. Weights travel beside their rows, in their own dtype and with gradients,
+and are applied by the Experts class. An expert in slices (Placement) gets its rows once for each of them: its output
+is the sum of theirs. `combine`, and the gradient of `dispatch`, add up a token's rows in float32 or wider, then round
+once to their dtype. On CPU the sum is bitwise repeatable; on CUDA it is under torch.use_deterministic_algorithms(True).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_dist.core.routing_plan import RoutingPlan
+from moe_dist.model.moe.placement import Placement
+from moe_dist.model.moe.rows import add_up_rows, take_rows
+from moe_dist.parallel.collectives import all_to_all_rows
+from moe_dist.parallel.layout import Layout
+
+SplitSizes = Callable[[Tensor], Any]
+
+
+def split_sizes(counts: Tensor) -> list:
+    """Read counts on the host, as nested lists: the one device-to-host synchronisation of an expert layer."""
+    return counts.tolist()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What `combine` needs to know about a dispatch, and what the experts need to know about the rows."""
+
+    counts_e: tuple[int, ...]  # rows of each local expert; sums to R
+    weights_R: Tensor
+    token_id_R: Tensor | None  # int64 global token id of each row, where `dispatch` was given them
+    token_ids_N: Tensor  # the token to which each row belongs, in the order in which rows come home
+    num_tokens: int
+    sent_re: list[list[int]]  # rows sent to each expert of each rank
+    received_re: list[list[int]]  # rows received from each rank for each local expert
+
+
+class Dispatcher(Protocol):
+    def dispatch(self, x_TD: Tensor, plan: RoutingPlan, token_id_T: Tensor | None = None) -> tuple[Tensor, Receipt]:
+        """The rows, and their receipt; token_id_T (global token ids) travel beside the rows where they are given."""
+        ...
+
+    def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor: ...
+
+
+class LocalDispatcher:
+    """All experts are here, each in so many slices."""
+
+    def __init__(self, slices: int = 1, split_sizes: SplitSizes = split_sizes):
+        self.slices, self.split_sizes = slices, split_sizes
+
+    def dispatch(self, x_TD: Tensor, plan: RoutingPlan, token_id_T: Tensor | None = None) -> tuple[Tensor, Receipt]:
+        counts_E = self.split_sizes(plan.counts_E)
+        token_ids_N, weights_N = (x_N[: sum(counts_E)] for x_N in (plan.token_ids_N, plan.weights_N))
+        if self.slices > 1:
+            token_ids_N, weights_N = token_ids_N.repeat(self.slices), weights_N.repeat(self.slices)
+        counts = counts_E * self.slices
+        receipt = Receipt(
+            counts_e=tuple(counts),
+            weights_R=weights_N,
+            token_id_R=None if token_id_T is None else token_id_T.index_select(0, token_ids_N),
+            token_ids_N=token_ids_N,
+            num_tokens=x_TD.shape[0],
+            sent_re=[counts],
+            received_re=[counts],
+        )
+        return take_rows(x_TD, token_ids_N), receipt
+
+    def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor:
+        return add_up_rows(y_RD, receipt.token_ids_N, receipt.num_tokens)
+
+
+class AllToAllDispatcher:
+    """Experts are spread over the ranks of `group` by `placement`.
+
+    Collective: every rank of the group dispatches and combines, also where it has no token.
+    """
+
+    def __init__(self, placement: Placement, group: dist.ProcessGroup, split_sizes: SplitSizes = split_sizes):
+        self.placement, self.group, self.split_sizes = placement, group, split_sizes
+        self.order_E = torch.tensor(placement.order, device="cpu")
+
+    def dispatch(self, x_TD: Tensor, plan: RoutingPlan, token_id_T: Tensor | None = None) -> tuple[Tensor, Receipt]:
+        sent_re, received_re = self.split_sizes(self._exchange_counts(plan.counts_E))
+        token_ids_N = _by_rank(plan.token_ids_N, self.placement, sent_re)
+        weights_N = _by_rank(plan.weights_N, self.placement, sent_re)
+        send, recv = _totals(sent_re), _totals(received_re)
+
+        def deliver(x_N: Tensor) -> Tensor:
+            return _swap_blocks(all_to_all_rows(x_N, send, recv, self.group), received_re)
+
+        rows_RD = deliver(take_rows(x_TD, token_ids_N))
+        receipt = Receipt(
+            counts_e=tuple(sum(column) for column in zip(*received_re)),
+            weights_R=deliver(weights_N),
+            token_id_R=None if token_id_T is None else deliver(token_id_T.index_select(0, token_ids_N)),
+            token_ids_N=token_ids_N,
+            num_tokens=x_TD.shape[0],
+            sent_re=sent_re,
+            received_re=received_re,
+        )
+        return rows_RD, receipt
+
+    def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor:
+        received_er = [list(column) for column in zip(*receipt.received_re)]
+        y_RD = _swap_blocks(y_RD, received_er)
+        y_ND = all_to_all_rows(y_RD, _totals(receipt.received_re), _totals(receipt.sent_re), self.group)
+        return add_up_rows(y_ND, receipt.token_ids_N, receipt.num_tokens)
+
+    def _exchange_counts(self, counts_E: Tensor) -> Tensor:
+        """[2, r, e]: rows that this rank sends to each expert of each rank, and those it will get from each rank."""
+        order_E = self.order_E.to(counts_E.device, non_blocking=True)
+        sent_re = counts_E.repeat(self.placement.slices).index_select(0, order_E).view(self.placement.num_ranks, -1)
+        received_re = torch.empty_like(sent_re)
+        dist.all_to_all_single(received_re, sent_re, group=self.group)
+        return torch.stack([sent_re, received_re])
+
+
+def make_dispatcher(placement: Placement, layout: Layout) -> Dispatcher:
+    if placement.num_ranks == 1:
+        return LocalDispatcher(placement.slices)
+    if layout.ep_group is None:
+        raise ValueError(f"experts spread over {placement.num_ranks} ranks need an expert-parallel process group")
+    return AllToAllDispatcher(placement, layout.ep_group)
+
+
+def _by_rank(x_N: Tensor, placement: Placement, sent_re: list[list[int]]) -> Tensor:
+    """Put assignments sorted by expert in the order of the placement, rank after rank, once for each slice of their
+    expert; cut off what goes nowhere."""
+    counts = dict(zip(placement.order, (count for row in sent_re for count in row)))
+    counts_E = [counts[expert] for expert in range(len(counts) // placement.slices)]
+    pieces = x_N[: sum(counts_E)].split(counts_E)
+    return torch.cat([pieces[number % len(counts_E)] for number in placement.order])
+
+
+def _swap_blocks(x_R: Tensor, sizes: list[list[int]]) -> Tensor:
+    """Rows lie in blocks of sizes[a][b], a outside b: put b outside a."""
+    pieces = x_R.split([size for row in sizes for size in row])
+    inner = len(sizes[0])
+    return torch.cat([pieces[a * inner + b] for b in range(inner) for a in range(len(sizes))])
+
+
+def _totals(sizes: list[list[int]]) -> list[int]:
+    return [sum(row) for row in sizes]

@@ -1,0 +1,140 @@
+"""Expert choice, over all tokens (moe_8x) or within each modality (MoMa, arXiv 2407.21770, eq. 1).
+
+Shape suffixes: T tokens, D model width, E experts of this router, V routed tokens, K tokens an expert takes, all
+selection groups together.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from moe_dist.core.batch import MODALITIES, TokenInfo
+from moe_dist.core.routing_plan import Routing, RoutingPlan, RoutingRecord
+from moe_dist.core.seeding import fold_key, logistic
+from moe_dist.core.strict import Positive
+from moe_dist.model.moe.auxiliary_router import AuxiliaryRouter, decide_alone
+from moe_dist.model.moe.capacity import expert_capacity, join_plans, plan_assignments
+from moe_dist.model.moe.router import Gate, RouterSettings, Site, selection_keys
+
+
+class ExpertChoiceRouter(nn.Module):
+    """Every expert takes its highest-scoring valid tokens of each selection group; a token may get 0..E experts.
+
+    s = sigmoid(x W); the weight is s, not normalised over experts. Capacity factor 1: one expert a token on average.
+
+    gumbel_noise: in training the gate is sigmoid(x W + G' - G'') with Gumbel noise (MoMa, section on upcycling), for
+    selection and weight alike. The noise follows from (seed, layer, token, expert): a token's number is unique over the
+    run, so it stands for the step as well, and every layout and a resumed run draw the same.
+
+    With TokenInfo.causal the auxiliary router says which experts a token gets; the weight stays s (MoMa, eq. 3-4).
+    """
+
+    causal = False
+    experts_per_token = None
+    reference_top_k = None
+
+    class Settings(RouterSettings):
+        type: Literal["expert_choice"]
+        num_experts: Positive
+        capacity_factor: Annotated[float, Field(gt=0)] = 1.0
+        auxiliary: bool = False  # a second router beside it, for causal inference
+        gumbel_noise: bool = False  # in training: the gate is sigmoid(x W + G' - G''), for upcycled experts
+
+    def __init__(self, settings: Settings, site: Site):
+        super().__init__()
+        self.num_experts = settings.num_experts
+        self.expert_groups = (tuple(range(settings.num_experts)),)
+        self.settings, self.layer = settings, site.layer
+        self.key = fold_key(site.seed, site.name, "ties")
+        self.noise_key = fold_key(site.seed, site.name, "gumbel")
+        self.gate = Gate(settings.num_experts, site)
+        self.auxiliary = AuxiliaryRouter(settings.num_experts, site) if settings.auxiliary else None
+        self.has_auxiliary = settings.auxiliary
+
+    def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]:
+        token_V, sizes = info.competing()
+        x_VD = x_TD.index_select(0, token_V)
+        logits_VE = self._add_noise(self.gate(x_VD), token_V, info)
+        probs_VE = logits_VE.sigmoid()
+        auxiliary_VE = None if self.auxiliary is None else self.auxiliary(x_VD)
+        if info.causal:
+            chosen_VE = decide_alone(auxiliary_VE, self.layer)
+            expert_VE = torch.arange(self.num_experts, device=x_TD.device).where(chosen_VE, self.num_experts)
+            plan = plan_assignments(token_V, expert_VE, probs_VE, self.num_experts)
+        else:
+            keys_VE = selection_keys(logits_VE, info, self.key)
+            chosen_EK = self._choose(keys_VE, sizes)
+            chosen_VE = torch.zeros_like(keys_VE, dtype=torch.bool).scatter(0, chosen_EK.t(), True)
+            plan = RoutingPlan(
+                token_ids_N=token_V.index_select(0, chosen_EK.flatten()),
+                weights_N=probs_VE.t().gather(1, chosen_EK).flatten(),
+                counts_E=token_V.new_full((self.num_experts,), chosen_EK.shape[1]),
+            )
+        routing = Routing(
+            token_V=token_V, logits_VC=logits_VE, probs_VC=probs_VE, chosen_VC=chosen_VE, kept_VE=chosen_VE,
+            auxiliary_VC=auxiliary_VE,
+        )  # fmt: skip
+        return plan, RoutingRecord(layer=self.layer, plan=plan, parts=(routing,))
+
+    def _add_noise(self, logits_VE: Tensor, token_V: Tensor, info: TokenInfo) -> Tensor:
+        """None in evaluation, nor where the gate is frozen, as in the stage that trains auxiliary routers."""
+        if not (self.settings.gumbel_noise and self.training and self.gate.weight.requires_grad):
+            return logits_VE
+        token_id_V = info.token_id_T.index_select(0, token_V)
+        expert_E = torch.arange(self.num_experts, device=logits_VE.device)
+        return logits_VE + logistic(self.noise_key, token_id_V[:, None], expert_E).to(logits_VE.dtype)
+
+    def _choose(self, keys_VE: Tensor, group_sizes: list[int]) -> Tensor:
+        """Rows of keys_VE that each expert takes: its best of every selection group, group after group."""
+        chosen, start = [], 0
+        for size, keys_bE in zip(group_sizes, keys_VE.split(group_sizes)):
+            capacity = expert_capacity(size, self.settings.capacity_factor, self.num_experts)
+            first = keys_bE.t().topk(capacity, dim=1, sorted=False).indices
+            chosen.append(first + start if start else first)
+            start += size
+        return torch.cat(chosen, dim=1) if len(chosen) > 1 else chosen[0]
+
+
+class ModalityRouter(nn.Module):
+    """Modality-aware experts: each modality's tokens are planned by a router of their own, over experts of their own.
+
+    The experts of all modalities are numbered through, text first. To a child the other modalities' tokens are padding,
+    so any router class can be one.
+    """
+
+    reference_top_k = None
+
+    class Settings(RouterSettings):
+        type: Literal["modality"]
+        text: dict[str, Any]
+        image: dict[str, Any]
+
+        def children(self) -> dict[str, dict[str, Any]]:
+            return {modality: getattr(self, modality) for modality in MODALITIES}
+
+    def __init__(self, settings: Settings, site: Site, **children: Any):
+        super().__init__()
+        self.layer = site.layer
+        for name, child in children.items():
+            self.add_module(name, child)
+        self.num_experts = sum(child.num_experts for child in children.values())
+        self.causal = all(child.causal for child in children.values())
+        self.has_auxiliary = all(child.causal or child.has_auxiliary for child in children.values())
+        counts = {child.experts_per_token for child in children.values()}
+        self.experts_per_token = counts.pop() if len(counts) == 1 else None
+        groups, offset = [], 0
+        for child in children.values():
+            groups += [tuple(expert + offset for expert in group) for group in child.expert_groups]
+            offset += child.num_experts
+        self.expert_groups = tuple(groups)
+
+    def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]:
+        routed = [getattr(self, name)(x_TD, info.of_modality(index)) for index, name in enumerate(MODALITIES)]
+        plans, records = zip(*routed)
+        plan = join_plans(plans)
+        parts = tuple(part for record in records for part in record.parts)
+        return plan, RoutingRecord(layer=self.layer, plan=plan, parts=parts)

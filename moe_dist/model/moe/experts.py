@@ -1,0 +1,125 @@
+"""The experts of one rank. An Experts class applies the combine weights, where its own mathematics wants them.
+
+Shape suffixes: R rows (sorted by expert), D model width, F expert width, e local experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_dist.core.errors import UserError
+from moe_dist.core.fused import fused
+from moe_dist.core.seeding import seeded_normal_
+from moe_dist.model.moe.swiglu import gated
+
+
+class Experts(Protocol):
+    """An nn.Module over rows sorted by local expert: counts_e (host) rows for each, with combine weights weights_R.
+
+    Every trainable parameter gets a gradient (zero, not None) also when its expert, or the whole rank, has no row.
+    """
+
+    experts_per_token: int | None  # so many must a router give every token; None: any number
+    needs_token_ids: (
+        bool  # token_id_R, the global token id of each row, is given (else None): randomness is keyed by it
+    )
+
+    def __call__(
+        self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class GroupedExperts(nn.Module):
+    """SwiGLU experts, y = w * (silu(x W_gate) * (x W_up)) W_down, as two grouped matrix products over stacked weights.
+
+    No biases. Each parameter carries `expert_ids`, the global expert of each of its rows. An expert of hidden size F is
+    the sum of experts whose hidden sizes add up to F: its slices (Placement), which are experts to this class.
+    """
+
+    experts_per_token = None
+    needs_token_ids = False
+
+    def __init__(
+        self,
+        expert_ids: Sequence[int],
+        *,
+        hidden_size: int,
+        expert_size: int,
+        seed: int,
+        name: str,
+        init_std: float,
+        output_std: float,
+    ):
+        """`name` is the global prefix of the parameters; `output_std` the standard deviation of W_down."""
+        super().__init__()
+        for key, size in (("model.hidden_size", hidden_size), ("model.ffn.hidden_size", expert_size)):
+            if size % 8:
+                raise UserError(f"{key}={size} is not a multiple of 8, which grouped matrix products need")
+        self.expert_ids = tuple(expert_ids)
+        self.gate_up = nn.Parameter(torch.empty(len(expert_ids), hidden_size, 2 * expert_size))
+        self.down = nn.Parameter(torch.empty(len(expert_ids), expert_size, hidden_size))
+        for key, parameter, std in (("gate_up", self.gate_up, init_std), ("down", self.down, output_std)):
+            parameter.expert_ids = self.expert_ids  # type: ignore[attr-defined]
+            seeded_normal_(parameter, seed=seed, name=f"{name}.{key}", std=std)
+
+    def forward(
+        self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
+    ) -> Tensor:
+        """y_RD in the dtype of the rows, to which the (float32) weights are rounded before they multiply."""
+        h_RF = gated(matmul_by_expert(rows_RD, self.gate_up, counts_e))
+        return weighted(matmul_by_expert(h_RF, self.down, counts_e), weights_R)
+
+
+@fused
+def weighted(y_RD: Tensor, weights_R: Tensor) -> Tensor:
+    """Each row times its weight, which is rounded to the dtype of the rows."""
+    return y_RD * weights_R.to(y_RD.dtype)[:, None]
+
+
+def matmul_by_expert(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
+    """Multiply each expert's rows by its matrix: [R, F]."""
+    multiply = grouped_matmul if _has_grouped_kernel(x_RD, counts_e) else looped_matmul
+    return multiply(x_RD, weight_eDF, counts_e)
+
+
+def grouped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
+    """The same in one operation. Pad what its kernel refuses: sizes that are no multiple of 8 (LoRA ranks)."""
+    inner, outer = -weight_eDF.shape[1] % 8, -weight_eDF.shape[2] % 8
+    if inner:
+        x_RD = F.pad(x_RD, (0, inner))
+    if inner or outer:
+        weight_eDF = F.pad(weight_eDF, (0, outer, 0, inner))
+    ends_e = torch.tensor(counts_e, device="cpu").cumsum(0, dtype=torch.int32)
+    y_RF = F.grouped_mm(_aligned(x_RD), _aligned(weight_eDF), offs=ends_e.to(x_RD.device, non_blocking=True))
+    return y_RF[:, :-outer] if outer else y_RF
+
+
+def looped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
+    """The same, expert after expert: the readable reference, and the path of dtypes without a grouped kernel (float64).
+
+    Unbinds once: the gradient of a slice weight[i] would be a full-size tensor for every expert.
+    """
+    return torch.cat([x @ weight for x, weight in zip(x_RD.split(list(counts_e)), weight_eDF.unbind())])
+
+
+def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
+    """On CUDA torch has one for bfloat16 on compute capability 9.0 and 10.0; elsewhere it would read the device.
+
+    On 10.0 it left weight gradients of experts without rows unwritten (pytorch issue 172439).
+    """
+    if x_RD.dtype != torch.bfloat16:
+        return x_RD.is_cpu and x_RD.dtype == torch.float32
+    if not x_RD.is_cuda:
+        return True
+    capability = torch.cuda.get_device_capability(x_RD.device)
+    return (capability == (9, 0) and any(counts_e)) or (capability == (10, 0) and all(counts_e))
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, copied if it does not start at a multiple of 16 bytes: ZeRO-3 can hand out such views of its buffers."""
+    return x.clone() if x.storage_offset() * x.element_size() % 16 else x

@@ -1,0 +1,50 @@
+"""Which expert lives on which rank of an expert-parallel group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moe_dist.core.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """local_experts[ep rank] = global ids of the experts that the rank holds, in local order; as many on every rank.
+
+    Of experts in slices it holds the slices' ids: slice k of expert e of E experts has the id k E + e.
+    """
+
+    local_experts: tuple[tuple[int, ...], ...]
+    slices: int = 1  # of every expert
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.local_experts)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Global ids, rank after rank."""
+        return tuple(expert for rank in self.local_experts for expert in rank)
+
+
+def make_placement(expert_groups: Sequence[Sequence[int]], ep: int, slices: int = 1) -> Placement:
+    """Give each rank the same number of experts, and of every group (modality) the same number, or one more or less.
+
+    Group by group, each rank gets the rounded-down share, and what is left goes to the ranks that hold fewest so far:
+    loads never differ by more than one, so they end equal where `ep` divides the experts. Raises UserError where
+    it does not. Slices are placed like experts, a group's first ones before its second ones: with `slices` =
+    ep / gcd(ep, sizes of the groups) every rank has as many of each group, and never two of one expert.
+    """
+    num_experts = sum(len(group) for group in expert_groups)
+    if num_experts * slices % ep:
+        times = f" times {slices} slices" if slices > 1 else ""
+        raise UserError(f"parallel.expert={ep} does not divide the model's {num_experts} experts{times}")
+    held: list[list[int]] = [[] for _ in range(ep)]
+    for group in expert_groups:
+        share, left = divmod(len(group) * slices, ep)
+        lucky = sorted(range(ep), key=lambda rank: len(held[rank]))[:left]
+        remaining = iter([number * num_experts + expert for number in range(slices) for expert in group])
+        for rank in range(ep):
+            held[rank] += [next(remaining) for _ in range(share + (rank in lucky))]
+    return Placement(tuple(tuple(sorted(experts)) for experts in held), slices)

@@ -1,0 +1,65 @@
+"""The routers and experts a recipe may name: `model.ffn.router.type`, `model.ffn.experts.type`.
+
+A new routing idea is one class and one line here; new experts also need their settings in config.py.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from moe_dist.config.recipe import MoEFFN
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
+from moe_dist.model.moe.expert_choice import ExpertChoiceRouter, ModalityRouter
+from moe_dist.model.moe.experts import Experts, GroupedExperts
+from moe_dist.model.moe.lora_experts import LoRAExperts
+from moe_dist.model.moe.router import Router, RouterSettings, Site
+from moe_dist.model.moe.token_choice import NullExpertRouter, TopKRouter
+
+ROUTERS: dict[str, Any] = {
+    "top_k": TopKRouter,
+    "null_experts": NullExpertRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "modality": ModalityRouter,
+}
+
+EXPERTS: dict[str, Any] = {
+    "swiglu": GroupedExperts,
+    "lora": LoRAExperts,
+}
+
+
+def router_settings(raw: dict[str, Any], prefix: str = "model.ffn.router") -> RouterSettings:
+    """Validate the settings of a router and of its children. Raises UserError naming the key under `prefix`."""
+    kind = raw.get("type")
+    if kind not in ROUTERS:
+        close = difflib.get_close_matches(str(kind), ROUTERS, n=1)
+        hint = f" (did you mean '{close[0]}'?)" if close else f": one of {', '.join(ROUTERS)}"
+        raise UserError(f"key '{prefix}.type': there is no router '{kind}'{hint}")
+    settings = validate(ROUTERS[kind].Settings, raw, "router", prefix)
+    for name, child in settings.children().items():
+        router_settings(child, f"{prefix}.{name}")
+    return settings
+
+
+def build_router(raw: dict[str, Any], site: Site) -> Router:
+    """Build the router that `raw` describes, children first. Raises UserError for bad settings."""
+    settings = router_settings(raw)
+    children = {name: build_router(child, site.child(name)) for name, child in settings.children().items()}
+    return ROUTERS[raw["type"]](settings, site, **children)
+
+
+def build_experts(ffn: MoEFFN, router: Router, **site: Any) -> Experts:
+    """The experts of one rank, as `model.ffn.experts` describes them; site: the other arguments of their class.
+
+    Raises UserError where the router does not give every token as many experts as they need.
+    """
+    needed = EXPERTS[ffn.experts.type].experts_per_token
+    if needed is not None and router.experts_per_token != needed:
+        raise UserError(
+            f"model.ffn.experts.type={ffn.experts.type} needs exactly {needed} expert for every token: "
+            f"model.ffn.router must be of type top_k, with top_k={needed} and no capacity_factor"
+        )
+    settings = ffn.experts.model_dump(exclude={"type"})
+    return EXPERTS[ffn.experts.type](expert_size=ffn.hidden_size // ffn.slices, **settings, **site)

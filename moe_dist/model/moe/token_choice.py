@@ -1,0 +1,178 @@
+"""Token choice: every token takes the k columns of its highest logits; a column is an expert or a null expert.
+
+Shape suffixes: T tokens, D model width, V routed (valid) tokens, E experts, C columns (E experts, then null experts),
+k columns per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from moe_dist.core.batch import TokenInfo
+from moe_dist.core.routing_plan import Routing, RoutingPlan, RoutingRecord
+from moe_dist.core.seeding import fold_key
+from moe_dist.core.strict import Count, Positive
+from moe_dist.model.moe.capacity import expert_capacity, keep_within_capacity, plan_assignments
+from moe_dist.model.moe.router import Gate, RouterSettings, Site, selection_keys
+
+
+class TokenChoiceSettings(RouterSettings):
+    """capacity_factor: an expert takes at most ceil(c * tokens * top_k / columns) valid tokens of a selection group;
+    null: as many as come (dropless)."""
+
+    num_experts: Positive
+    top_k: Positive
+    bias: bool = False  # of the gate
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    drop_policy: Literal["position", "probability"] = "position"  # who stays: the earliest tokens, the highest gates
+    pad_to_capacity: bool = False  # static shapes: every expert gets its full capacity of rows, empty ones of weight 0
+
+    @property
+    def columns(self) -> int:
+        return self.num_experts
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.top_k > self.columns:
+            raise ValueError(f"top_k={self.top_k} is more than the router's {self.columns} columns")
+        if self.pad_to_capacity and self.capacity_factor is None:
+            raise ValueError("pad_to_capacity needs a capacity_factor")
+        return self
+
+
+class TokenChoiceRouter(nn.Module):
+    """What both routers below share. A subclass says what a chosen column weighs; a full expert drops an assignment
+    after that, so the weights of those that stay do not change."""
+
+    has_auxiliary = False
+    experts_per_token: int | None = None
+    reference_top_k: int | None = None  # experts per token of the model that FLOPs are compared with
+
+    def __init__(self, settings: TokenChoiceSettings, site: Site):
+        super().__init__()
+        self.settings, self.layer = settings, site.layer
+        self.num_experts = settings.num_experts
+        self.expert_groups = (tuple(range(settings.num_experts)),)
+        # Which tokens have the highest gates can only be said when all of the group are known.
+        self.causal = settings.capacity_factor is None or settings.drop_policy == "position"
+        self.key = fold_key(site.seed, site.name, "ties")
+        self.gate = Gate(settings.columns, site, bias=settings.bias)
+
+    def probabilities(self, logits_VC: Tensor) -> Tensor:
+        """Gate values: softmax over all columns."""
+        return logits_VC.softmax(dim=1)
+
+    def weights(self, logits_VC: Tensor, chosen_Vk: Tensor) -> Tensor:
+        """Combine weight of each chosen column, in float32 or wider."""
+        raise NotImplementedError
+
+    def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]:
+        token_V, sizes = info.competing()
+        logits_VC = self.gate(x_TD.index_select(0, token_V))
+        probs_VC = self.probabilities(logits_VC)
+        chosen_Vk = selection_keys(logits_VC, info, self.key).topk(self.settings.top_k, dim=1).indices
+        chosen_VC = torch.zeros_like(logits_VC, dtype=torch.bool).scatter(1, chosen_Vk, True)
+        kept_VE = chosen_VC[:, : self.num_experts]
+        if self.settings.capacity_factor is not None:
+            priority_VE = self._priority(probs_VC, token_V, info)
+            kept_VE = keep_within_capacity(kept_VE, priority_VE, sizes, [self._capacity(size) for size in sizes])
+        kept_VC = F.pad(kept_VE, (0, self.settings.columns - self.num_experts))
+        expert_Vk = chosen_Vk.where(kept_VC.gather(1, chosen_Vk), self.num_experts)
+        weight_Vk = self.weights(logits_VC, chosen_Vk)
+        plan = plan_assignments(token_V, expert_Vk, weight_Vk, self.num_experts, slots=self._slots(info, sizes))
+        if self.settings.capacity_factor is None and self.settings.columns == self.num_experts:
+            plan = replace(plan, complete=True)
+        routing = Routing(token_V=token_V, logits_VC=logits_VC, probs_VC=probs_VC, chosen_VC=chosen_VC, kept_VE=kept_VE)
+        return plan, RoutingRecord(layer=self.layer, plan=plan, parts=(routing,))
+
+    def _capacity(self, num_tokens: int) -> int:
+        assert self.settings.capacity_factor is not None
+        return expert_capacity(num_tokens, self.settings.capacity_factor, self.settings.columns, self.settings.top_k)
+
+    def _slots(self, info: TokenInfo, sizes: list[int]) -> int | None:
+        """Rows of every expert with pad_to_capacity: of whole groups, padding included, so that it never changes.
+
+        Of the tokens that mixture-of-depths admits there may be more in one group than in another.
+        """
+        if not self.settings.pad_to_capacity:
+            return None
+        return info.num_groups * self._capacity(max(info.num_tokens // info.num_groups, *sizes))
+
+    def _priority(self, probs_VC: Tensor, token_V: Tensor, info: TokenInfo) -> Tensor:
+        probs_VE = probs_VC[:, : self.num_experts]
+        if self.settings.drop_policy == "position":
+            return -token_V[:, None].expand_as(probs_VE)
+        return selection_keys(probs_VE, info, self.key)
+
+
+class TopKRouter(TokenChoiceRouter):
+    """Every valid token takes the k experts of its highest logits; no null experts.
+
+    The weight is the gate value, softmax over all experts or sigmoid, optionally renormalised over the k chosen.
+    weighting straight_through: 1 in value, with the gradient of the gate value's logarithm (p / stop_gradient(p)).
+    """
+
+    class Settings(TokenChoiceSettings):
+        type: Literal["top_k"]
+        score: Literal["softmax", "sigmoid"] = "softmax"
+        renormalize: bool = False
+        weighting: Literal["score", "straight_through"] = "score"
+
+        @model_validator(mode="after")
+        def _one_weighting(self):
+            if self.renormalize and self.weighting == "straight_through":
+                raise ValueError("weighting=straight_through leaves nothing to renormalize")
+            return self
+
+    settings: Settings
+
+    def __init__(self, settings: Settings, site: Site):
+        super().__init__(settings, site)
+        self.experts_per_token = settings.top_k if settings.capacity_factor is None else None
+
+    def probabilities(self, logits_VC: Tensor) -> Tensor:
+        return super().probabilities(logits_VC) if self.settings.score == "softmax" else logits_VC.sigmoid()
+
+    def weights(self, logits_VC: Tensor, chosen_Vk: Tensor) -> Tensor:
+        log_probs_VC = logits_VC.log_softmax(dim=1) if self.settings.score == "softmax" else F.logsigmoid(logits_VC)
+        log_Vk = log_probs_VC.gather(1, chosen_Vk)
+        if self.settings.weighting == "straight_through":
+            return (log_Vk - log_Vk.detach()).exp()
+        return log_Vk.softmax(dim=1) if self.settings.renormalize else log_Vk.exp()
+
+
+class NullExpertRouter(TokenChoiceRouter):
+    """AdaMoE (arXiv 2406.13233): top-k over true and null experts, so a token takes 0 to k true experts.
+
+    The weights are a softmax over the chosen true experts alone; a token that chose nulls only gets nothing. Null
+    assignments are no rows: they cost neither FLOPs nor bytes.
+    """
+
+    class Settings(TokenChoiceSettings):
+        type: Literal["null_experts"]
+        num_null_experts: Count
+        reference_top_k: Positive | None = None  # the vanilla model's k: telemetry compares FLOPs with it
+
+        @property
+        def columns(self) -> int:
+            return self.num_experts + self.num_null_experts
+
+    settings: Settings
+
+    def __init__(self, settings: Settings, site: Site):
+        super().__init__(settings, site)
+        self.reference_top_k = settings.reference_top_k
+
+    def weights(self, logits_VC: Tensor, chosen_Vk: Tensor) -> Tensor:
+        true_Vk = chosen_Vk < self.num_experts
+        logits_Vk = logits_VC.gather(1, chosen_Vk).masked_fill(~true_Vk, -torch.inf)
+        highest_V1 = logits_Vk.detach().amax(dim=1, keepdim=True)
+        exp_Vk = (logits_Vk - highest_V1.where(true_Vk.any(dim=1, keepdim=True), 0.0)).exp()
+        total_V1 = exp_Vk.sum(dim=1, keepdim=True)
+        return exp_Vk / total_V1.where(total_V1 > 0, 1.0)

@@ -1,0 +1,195 @@
+"""Who am I? Finds rank and world under the DeepSpeed launcher, torchrun, srun, mpiexec, or alone.
+
+The first that matches: RANK and WORLD_SIZE in the environment (DeepSpeed's launcher, torchrun); Slurm's own variables
+(srun); an MPI launcher's variables, then mpi4py (mpiexec, mpirun); a single process.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from moe_dist.core.errors import PeerError, UserError, as_user_error
+
+# (rank, world) as MPI launchers tell their processes: MPICH and its kin, Open MPI, PMIx.
+_MPI_VARIABLES = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMIX_RANK", ""))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a process stands among its peers, and where they meet."""
+
+    rank: int
+    world: int
+    local_rank: int
+    master_addr: str
+    master_port: int
+    launcher: str  # environment, slurm, mpi or single
+
+    def export(self) -> None:
+        """Set the variables that torch.distributed and DeepSpeed read."""
+        os.environ.update(
+            RANK=str(self.rank),
+            WORLD_SIZE=str(self.world),
+            LOCAL_RANK=str(self.local_rank),
+            MASTER_ADDR=self.master_addr,
+            MASTER_PORT=str(self.master_port),
+        )
+
+
+def discover(environment: Mapping[str, str] = os.environ) -> Place:
+    """Find this process's place. Collective under MPI. Raises UserError where the environment is incomplete."""
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        return _from_environment(environment)
+    if _started_by_srun(environment):
+        return _from_slurm(environment)
+    if any(rank in environment for rank, _ in _MPI_VARIABLES):
+        return _from_mpi(environment)
+    return Place(
+        rank=0,
+        world=1,
+        local_rank=0,
+        master_addr="127.0.0.1",
+        master_port=_integer(environment, "MASTER_PORT", 0) or free_port(),
+        launcher="single",
+    )
+
+
+def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is rank 0, as far as a launcher's variables tell: to print what every rank knows only once.
+
+    A rank whose own number is no number speaks for itself.
+    """
+    names = ("RANK", *(rank for rank, _ in _MPI_VARIABLES), "SLURM_PROCID")
+    rank = next((environment[name] for name in names if name in environment), "0")
+    return not rank.isdecimal() or int(rank) == 0
+
+
+# Seconds that the other ranks give rank 0 to say what all met before they could speak to each other: at the first exit
+# a launcher ends the rest.
+LAST_WORD = 1.0
+
+
+def run_rank(main: Callable[[], None]) -> NoReturn:
+    """Run a command line, on one rank or many, and exit: 0, 2 after a UserError (rank 0 says it), 1 after our defect.
+
+    (docs/resuming.md, "Stopping and starting again", has the exit statuses beside what RUN/status.json then says.)
+
+    After an error other ranks may still wait in a collective. Python's clean-up would wait for them too, so it is
+    left out: the launcher sees this rank's exit at once and ends the others.
+    """
+    gc.freeze()  # what was imported stays: or Python looks through it again in the run and, for two seconds, at its end
+    code = 0
+    try:
+        main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except Exception as error:
+        sentence = as_user_error(error)
+        code = 1 if sentence is None else 2
+        if sentence is None and not isinstance(error, PeerError):
+            traceback.print_exc()
+        elif is_main_process():  # the others have the same sentence to tell
+            print(f"error: {sentence or error}", file=sys.stderr, flush=True)
+        elif not dist.is_initialized():
+            time.sleep(LAST_WORD)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    sys.exit(0)
+
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of a Slurm node list: `n[07-09,12],m3` -> `n07`."""
+    first = re.split(r",(?![^\[]*\])", nodelist, maxsplit=1)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def _from_environment(environment: Mapping[str, str]) -> Place:
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if missing:
+        raise UserError(f"the environment sets RANK or WORLD_SIZE but not {', '.join(missing)}")
+    rank, world = _integer(environment, "RANK"), _integer(environment, "WORLD_SIZE")
+    if rank >= world:
+        raise UserError(f"the environment sets RANK={rank}, but WORLD_SIZE={world} ranks are numbered from 0")
+    return Place(
+        rank=rank,
+        world=world,
+        local_rank=_integer(environment, "LOCAL_RANK", rank),
+        master_addr=environment["MASTER_ADDR"],
+        master_port=_integer(environment, "MASTER_PORT"),
+        launcher="environment",
+    )
+
+
+def _integer(environment: Mapping[str, str], name: str, default: int = 0) -> int:
+    """A variable that counts something; the default where it is not set or empty."""
+    text = environment.get(name) or str(default)
+    if not text.isdecimal():
+        raise UserError(f"the environment sets {name}={text}, which is not a whole number from 0 on")
+    return int(text)
+
+
+def _started_by_srun(environment: Mapping[str, str]) -> bool:
+    """Were Slurm's variables meant for this process? Below mpiexec they may be inherited: MPI's own then differ."""
+    if "SLURM_PROCID" not in environment or "SLURM_STEP_NUM_TASKS" not in environment:
+        return False
+    for rank, world in _MPI_VARIABLES:
+        if environment.get(rank, environment["SLURM_PROCID"]) != environment["SLURM_PROCID"]:
+            return False
+        if environment.get(world, environment["SLURM_STEP_NUM_TASKS"]) != environment["SLURM_STEP_NUM_TASKS"]:
+            return False
+    return True
+
+
+def _from_slurm(environment: Mapping[str, str]) -> Place:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
+    # Every task must name the same port without talking to the others: one that is the step's own.
+    step = 1009 * _integer(environment, "SLURM_JOB_ID") + _integer(environment, "SLURM_STEP_ID")
+    return Place(
+        rank=_integer(environment, "SLURM_PROCID"),
+        world=_integer(environment, "SLURM_STEP_NUM_TASKS"),
+        local_rank=_integer(environment, "SLURM_LOCALID"),
+        master_addr=environment.get("MASTER_ADDR") or first_host(nodes),
+        master_port=_integer(environment, "MASTER_PORT", 20000 + step % 10000),
+        launcher="slurm",
+    )
+
+
+def _from_mpi(environment: Mapping[str, str]) -> Place:
+    from mpi4py import MPI  # starts MPI: only where an MPI launcher is seen
+
+    world = MPI.COMM_WORLD
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    meeting = None
+    if world.rank == 0:
+        one_machine = local.size == world.size
+        address = environment.get("MASTER_ADDR") or ("127.0.0.1" if one_machine else socket.gethostname())
+        meeting = address, _integer(environment, "MASTER_PORT") or free_port()
+    master_addr, master_port = world.bcast(meeting, root=0)
+    return Place(
+        rank=world.rank,
+        world=world.size,
+        local_rank=local.rank,
+        master_addr=master_addr,
+        master_port=master_port,
+        launcher="mpi",
+    )

@@ -1,0 +1,98 @@
+"""The parts that a run is made of, from its recipe: what a recipe gets wrong, the data, and where a model starts."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from moe_dist.checkpoint import checkpoint
+from moe_dist.checkpoint.init_from import Account, init_from
+from moe_dist.checkpoint.manifest import identity
+from moe_dist.config.recipe import Config, DataConfig, InitFrom, MoEFFN
+from moe_dist.core.errors import UserError
+from moe_dist.data.cache.token_cache import TokenStore, build_cache, open_store
+from moe_dist.data.shards.tars import Split
+from moe_dist.data.stream.loader import check_data
+from moe_dist.data.stream.neighbour_store import NeighbourStore
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+from moe_dist.losses.loss_registry import loss_settings
+from moe_dist.model.attention import check_head_size
+from moe_dist.model.moe.moe_layer import MoELayer
+from moe_dist.model.moe.placement import make_placement
+from moe_dist.model.moe.router import Router
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.agreement import together
+from moe_dist.parallel.layout import Layout, check_layout
+from moe_dist.parallel.signals import StopSignals
+from moe_dist.training.deepspeed import Engine
+from moe_dist.training.deepspeed_config import accumulation_steps, check_section
+from moe_dist.training.trainable import freeze_others
+
+SPLITS: tuple[Split, Split] = ("train", "validation")
+
+
+@together()  # no rank may leave while another still sets up its groups
+def check_recipe(config: Config, layout: Layout) -> None:
+    """Raise UserError for what a recipe gets wrong, by itself or for these ranks, before any data are read. Collective.
+
+    The model is built without memory, so that routers, experts and frozen parameters say what they object to.
+    """
+    section = check_section(config.deepspeed)
+    of_depth = {"causal_routers"} if config.model.depth else set()
+    if not isinstance(config.model.ffn, MoEFFN) and (lost := [name for name in config.losses if name not in of_depth]):
+        raise UserError(f"the loss '{lost[0]}' needs routers, and the model is dense")
+    loss_settings(config.losses)
+    accumulation_steps(config.train, layout.world)
+    dtype = torch.bfloat16 if section.bf16.enabled else torch.float32
+    check_head_size(config.model.size_per_head, device=layout.device, dtype=dtype)
+    check_data(config.data, dp=layout.world)
+    if config.data.neighbours is not None and config.init_from is None:
+        raise UserError("data.neighbours needs init_from: a store belongs to the checkpoint it was collected with")
+    with torch.device("meta"):
+        model = Transformer(config.model, 1, Layout(), config.seed)
+    check_layout(world=layout.world, expert=layout.expert)
+    if isinstance(config.model.ffn, MoEFFN):
+        make_placement(routers(model)[0].expert_groups, layout.expert, config.model.ffn.slices)
+    freeze_others(model, config.trainable)
+
+
+def open_data(
+    data: DataConfig, vocabulary: Vocabulary, layout: Layout, stop: StopSignals
+) -> tuple[TokenStore, TokenStore]:
+    """The tokens of the training and the held-out documents, made where missing. Collective. Raises Stopped."""
+    with together(patient=True):  # each rank tokenises its share of the shards
+        for split in SPLITS:
+            build_cache(
+                data, split, vocabulary, rank=layout.rank, world=layout.world, device=layout.device, stop=stop.pending
+            )
+    stop.check(layout.device)
+    with together():
+        documents, held_out = (open_store(data, split, vocabulary) for split in SPLITS)
+    for split, store in zip(SPLITS, (documents, held_out), strict=True):
+        if layout.is_main and store.report.bad:
+            print(f"warning: {split}: {store.report.summary()}", file=sys.stderr, flush=True)
+    return documents, held_out
+
+
+def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account:
+    """Fill a new model from the checkpoint of an earlier stage. Collective."""
+    with together():
+        before = checkpoint.read_state(source.checkpoint).get("vocabulary", vocabulary.fingerprint())
+    account = init_from(source, engine, layout)
+    if before != vocabulary.fingerprint() and "embedding.weight" in account.loaded:
+        raise UserError(f"{source.checkpoint} was trained with other tokenizers than {vocabulary.describe()}")
+    return account
+
+
+def open_neighbours(data: DataConfig, source: InitFrom | None) -> NeighbourStore | None:
+    """The recipe's neighbour store, which must be of the model that a new run starts from (None: the run resumes)."""
+    if data.neighbours is None:
+        return None
+    return NeighbourStore(data.neighbours, model=identity(source.checkpoint) if source is not None else None)
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """Of the expert layers, from the first; none in a dense model."""
+    return [module.router for module in model.modules() if isinstance(module, MoELayer)]

@@ -1,0 +1,20 @@
+"""Which parameters a run trains: the recipe's `trainable`. All others are frozen: no gradient, no optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from moe_dist.core.name_patterns import matching
+
+
+def freeze_others(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Freeze every parameter whose name matches none of the patterns; what a module itself keeps frozen stays so.
+
+    Raises UserError naming a pattern that matches nothing.
+    """
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    chosen = matching(patterns, parameters, key="trainable", what="parameter that the model can train")
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
