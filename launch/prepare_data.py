@@ -1,6 +1,6 @@
 """Prepare a corpus as WebDataset shards: python launch/prepare_data.py corpus=emoji out=data/emoji [size=64]
 
-The keys besides corpus and out are the corpus' own settings, see moe_dist/data/corpora/.
+The keys besides corpus and out are the corpus' own settings, see moe_dist/corpora/.
 """
 
 from __future__ import annotations

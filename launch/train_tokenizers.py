@@ -1,6 +1,7 @@
 """Train the tokenizers of a corpus: python launch/train_tokenizers.py shards=DIR out=DIR [vq.image_size=64]
 
-Writes OUT/text.model and OUT/vq. All keys and their defaults: TokenizerRecipe in moe_dist/data/tokenizers/train_tokenizers.py.
+Writes OUT/text.model and OUT/vq. All keys and their defaults: TokenizerRecipe in
+moe_dist/data/tokenizers/train_tokenizers.py.
 """
 
 from __future__ import annotations

@@ -20,7 +20,10 @@ _FREE = {
     "aten::empty_strided", "aten::lift_fresh", "aten::new_empty", "aten::new_empty_strided", "aten::set_",
 }  # fmt: skip
 
-_HOST_WORK = {"moe_dist.model.attention.BucketedDocuments.build", "moe_dist.model.moe.experts.grouped_matmul"}  # on integers
+_HOST_WORK = {  # on integers
+    "moe_dist.model.attention.BucketedDocuments.build",
+    "moe_dist.model.moe.experts.grouped_matmul",
+}
 
 
 class Launches(TorchDispatchMode):

@@ -1,0 +1,3 @@
+"""Sharded checkpoints that do not depend on the layout: formats, the manifest, saving in the background, starting a
+stage from another. Imports core, config and parallel.
+"""

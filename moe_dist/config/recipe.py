@@ -1,6 +1,7 @@
 """The recipe: one YAML file plus overrides, read strictly (strict.py).
 
-Routers bring their own settings models (see model/moe/router_registry.py), losses theirs: their sections stay mappings here.
+Routers bring their own settings models (model/moe/router_registry.py), losses theirs: their sections stay mappings
+here.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class TokenInfo:
         """Some of the valid tokens, in order: token_K, their indices, and their TokenInfo, with what each had.
 
         A document keeps its number and its place in document_lengths, also where nothing of it is left (length 0).
-        read: brings int64 counts to the host (model/moe/dispatch.py split_sizes); called once, the only synchronisation.
+        read: bring int64 counts to the host (model/moe/dispatch.py split_sizes); called once, the only synchronisation.
         """
         of_groups = [count for row in self.modality_counts for count in row]
         keep = keep_T.index_select(0, self.once("orders", self._orders))  # in each of the three orders that are counted

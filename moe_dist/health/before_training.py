@@ -7,9 +7,7 @@ in the first collective: so that is found out first, and the host is named.
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
-import socket
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -24,6 +22,7 @@ import torch.distributed as dist
 from moe_dist.config.recipe import Config
 from moe_dist.core.errors import UserError
 from moe_dist.parallel.agreement import gather_objects
+from moe_dist.parallel.discovery import host_name
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "webdataset", "sentencepiece", "numpy")
 PACKAGE = Path(__file__).parents[1]
@@ -108,11 +107,6 @@ def report(config: Config, device: torch.device) -> RankReport:
         code=_digest(*(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))),
         config=_digest(config.model_dump_json().encode()),
     )
-
-
-def host_name() -> str:
-    """Of this machine: what an operator would drain."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def compare(ranks: tuple[RankReport, ...]) -> list[str]:

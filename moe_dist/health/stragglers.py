@@ -16,9 +16,9 @@ from typing import Any
 import torch.distributed as dist
 
 from moe_dist.config.recipe import HealthConfig
-from moe_dist.health.before_training import host_name
 from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.parallel.agreement import gather_objects
+from moe_dist.parallel.discovery import host_name
 
 
 class Stragglers:

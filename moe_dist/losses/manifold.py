@@ -23,8 +23,8 @@ class Manifold:
     """mean_i sum_j W_ij ||r_i - r_j||^2 (Routing Manifold Alignment, 2025, its equation of L_manifold).
 
     r_i is the routing of sample i's last prompt token in the last `last_layers` expert layers; the neighbours' r_j and
-    W_ij are constants that data.neighbours adds to the batch (data/stream/neighbour_store.py). A sample without neighbours (its
-    weights are all 0) is left out of the mean; manifold/coverage is the share of samples that have some.
+    W_ij are constants that data.neighbours adds to the batch (data/stream/neighbour_store.py). A sample without
+    neighbours (its weights are all 0) is left out of the mean; manifold/coverage is the share of samples with some.
     """
 
     class Settings(TermSettings):

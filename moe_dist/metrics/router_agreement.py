@@ -21,7 +21,7 @@ Ratio = tuple[str, Tensor, Tensor]  # name, numerator, denominator: counts of th
 def decision_metrics(
     records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], info: TokenInfo, layout: Layout
 ) -> dict[str, float]:
-    """The keys admitted, auxiliary_* and depth_* of metrics/metric_keys.py, of one micro-batch of each rank, equal on all.
+    """The keys admitted, auxiliary_* and depth_* of metric_keys.py, of one micro-batch of each rank, equal on all.
 
     A ratio whose denominator is 0 has no key. Collective (one all-reduce) where there is anything to tell.
     """

@@ -107,7 +107,7 @@ def routing_metrics(
     local_experts: Sequence[Sequence[int]],
     domains: Sequence[str] = (),
 ) -> dict[str, float | list[float]]:
-    """The moe/ keys of metrics/metric_keys.py, equal on every rank. Collective: one all-reduce, one device-to-host copy.
+    """The moe/ keys of metric_keys.py, equal on every rank. Collective: one all-reduce, one device-to-host copy.
 
     local_experts: what each expert-parallel rank holds, experts or slices of them (Placement.local_experts). domains:
     names by index. A modality without valid tokens has no keys, nor has a domain without assignments; a ratio whose

@@ -193,3 +193,8 @@ def _from_mpi(environment: Mapping[str, str]) -> Place:
         master_port=master_port,
         launcher="mpi",
     )
+
+
+def host_name() -> str:
+    """Name this machine as an operator would who drains it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from moe_dist.core.errors import UserError
-from moe_dist.health.before_training import host_name
-from moe_dist.parallel.discovery import Place
+from moe_dist.parallel.discovery import Place, host_name
 
 
 def check_gpus(place: Place, device: torch.device) -> dist.Store | None:

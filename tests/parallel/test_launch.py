@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[2]
 # Meets the other ranks for real: the sum over ranks of rank + 1 shows that all of them are there.
 PROBE = """
 import dataclasses, json, sys, torch, torch.distributed as dist
-from moe_dist.parallel.launch import discover
+from moe_dist.parallel.discovery import discover
 place = discover()
 place.export()
 dist.init_process_group("gloo")
@@ -137,7 +137,7 @@ def test_who_speaks_for_all(environment, main):
 
 ENDING = """
 import atexit, sys, torch.distributed as dist
-from moe_dist.parallel.launch import discover, run_rank
+from moe_dist.parallel.discovery import discover, run_rank
 def main():
     discover().export()
     dist.init_process_group("gloo")

@@ -10,7 +10,7 @@ from tests.launching import ROOT
 PROGRAM = """
 import sys, threading, time
 from pathlib import Path
-from moe_dist.telemetry import hang
+from moe_dist.health import hang
 hang.GRACE = 0.5
 folder, rank, seconds, moves = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
 def stuck_in_the_mud():

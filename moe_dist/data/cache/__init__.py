@@ -1,0 +1,1 @@
+"""Tokens on disk: what tokenizing each shard once leaves behind."""

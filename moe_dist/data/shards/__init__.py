@@ -1,0 +1,1 @@
+"""Raw WebDataset tars: finding, checking, reading and writing them; decoded samples."""

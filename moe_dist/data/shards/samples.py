@@ -2,8 +2,8 @@
 the account of those that could not be.
 
 A sample is the group of a tar's members that share a key: `.jpg`, `.jpeg`, `.png` or `.webp` for the image, `.txt` for
-the caption, or `.json` with the field `caption` or `text`, else with `prompt` and `answer` (data/tasks/instructions.py). Other
-members are ignored.
+the caption, or `.json` with the field `caption` or `text`, else with `prompt` and `answer`
+(data/tasks/instructions.py). Other members are ignored.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Selection group j of a run is group j // lanes of lane j mod lanes, at every number of ranks; data-parallel rank r of dp
 takes the groups with j mod dp == r, batch_groups of them a micro-batch. After n micro-batches on every rank the run has
 read exactly its first n * batch_groups * dp groups, so a rank's state is that number and the states of its lanes.
-A checkpoint unites the states of all ranks (checkpoint/train_state.py) into one that does not depend on the layout: any number of
-ranks that divides the lanes continues the same sequence of groups.
+A checkpoint unites the states of all ranks (checkpoint/train_state.py) into one that does not depend on the layout: any
+number of ranks that divides the lanes continues the same sequence of groups.
 """
 
 from __future__ import annotations

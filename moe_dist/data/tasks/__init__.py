@@ -1,0 +1,1 @@
+"""Samples with a task: instructions and multiple-choice items."""

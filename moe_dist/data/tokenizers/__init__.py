@@ -1,0 +1,1 @@
+"""Text and image tokenizers, their training, and the vocabulary that joins them."""

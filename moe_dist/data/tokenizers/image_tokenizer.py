@@ -17,7 +17,7 @@ from moe_dist.data.tokenizers.vq import VQTokenizer
 
 
 class ImageTokenizer(Protocol):
-    """Pictures to discrete codes and, where the weights hold a decoder, back. Pixels come from data/tokenizers/pixels.py."""
+    """Pictures to discrete codes and, where the weights hold a decoder, back. Pixels come from pixels.py."""
 
     image_size: int  # pixels of one side
     num_codes: int  # n, row by row

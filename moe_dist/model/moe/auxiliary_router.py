@@ -1,8 +1,9 @@
 """Auxiliary routers: causal stand-ins for routers whose choice looks at later tokens (MoMa, arXiv 2407.21770, eq. 3-4).
 
 One stands beside each expert-choice router and each depth gate that asks for it. It sees a token and nothing else, and
-is trained to say what the main router does with it (losses/causal_routers.py), usually in a stage of its own with all else
-frozen; its input is detached, so no gradient reaches the model in any case. Its logits are in Routing.auxiliary_VC.
+is trained to say what the main router does with it (losses/causal_routers.py), usually in a stage of its own with all
+else frozen; its input is detached, so no gradient reaches the model in any case. Its logits are in
+Routing.auxiliary_VC.
 
 Shape suffixes: D model width, H hidden width D/2, V routed tokens, C columns of the main router.
 """
