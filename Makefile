@@ -2,25 +2,19 @@
 # Another Python, in an environment of its own: `make test-fast PYTHON=python3.12 VENV=.venv312` (README, "Versions").
 PYTHON ?= python3.11
 VENV := .venv
-# A rank for each GPU; two where there is none.
-GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ')
-RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 CONFIG ?= configs/moma_quickstart.yaml
 ARGS ?=
 RECIPE := $(notdir $(basename $(CONFIG)))
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 .DELETE_ON_ERROR:
-# Overrides: parallel.expert if the recipe's does not divide the ranks; bfloat16 on GPUs if the recipe does not say bf16.
-# If the recipe is faulty, train.py says so.
-FIT = $(shell $(BIN)/python -c "import math; from moe_dist.config.recipe import load_config; recipe = load_config('$(CONFIG)'); \
-	expert = recipe.parallel.expert; print(f'parallel.expert={math.gcd(expert, $(RANKS))}' if $(RANKS) % expert else ''); \
-	print('deepspeed.bf16.enabled=true' if int('0$(GPUS)') and 'bf16' not in recipe.deepspeed else '')" 2>/dev/null)
+# How a recipe starts here: ranks (RANKS=N sets them), GPUs, overrides (launch/fit.py).
+FIT = fit=$$($(BIN)/python launch/fit.py $(1) $(RANKS)) && eval "$$fit" &&
 # Without a GPU, glibc would give every large gradient back to the system and pay for its pages again at every step.
 LAUNCH = MALLOC_MMAP_MAX_="$${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="$${MALLOC_TRIM_THRESHOLD_:-100000000000}" \
 	PYTORCH_ALLOC_CONF="$${PYTORCH_ALLOC_CONF:-$${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}" \
-	OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + $(RANKS) - 1) / $(RANKS) ))}" \
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS)
+	OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + ranks - 1) / ranks ))}" \
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed $$placement
 # Tests that compare layouts, and settings under which one machine computes with the kernels of others (docs/testing.md).
 EXACT := tests/engine/test_near_ties.py tests/engine/test_exactness.py tests/engine/test_any_layout.py \
 	tests/engine/test_recipes.py tests/engine/test_lora.py tests/engine/test_trainable.py tests/engine/test_zero.py \
@@ -35,7 +29,7 @@ KERNELS_two-threads := MOE_DIST_TEST_THREADS=2
 .PHONY: train roma test test-fast test-long test-processors gpu-check $(PROCESSORS:%=test-on-%) lint setup data
 
 train: data  ## pre-train the quickstart; `make train ARGS="train.steps=20 run.dir=runs/x"` passes overrides on
-	$(LAUNCH) launch/train.py --config $(CONFIG) $(FIT) $(ARGS)
+	$(call FIT,$(CONFIG)) $(LAUNCH) launch/train.py --config $(CONFIG) $$overrides $(ARGS)
 
 roma: runs/roma_comparison.json  ## RoMA from SmolLM2 to the comparison with its control; a step that is done is skipped
 
@@ -114,22 +108,22 @@ data/smollm2_checkpoint/manifest.json: | data/smollm2/config.json
 	$(BIN)/python launch/convert.py import --format hf --from data/smollm2 --to data/smollm2_checkpoint
 
 runs/roma_experts/.done: | data/choices/corpus.json data/choices_held_out/corpus.json data/smollm2_checkpoint/manifest.json
-	$(LAUNCH) launch/train.py --config configs/roma_experts.yaml
+	$(call FIT,configs/roma_experts.yaml) $(LAUNCH) launch/train.py --config configs/roma_experts.yaml $$overrides
 	touch $@
 
 runs/roma_neighbours/samples.safetensors: | runs/roma_experts/.done
-	$(LAUNCH) launch/align.py collect runs/roma_experts runs/roma_neighbours
+	$(call FIT,configs/roma_experts.yaml) $(LAUNCH) launch/align.py collect runs/roma_experts runs/roma_neighbours
 
 runs/roma_neighbours/neighbours.safetensors: | runs/roma_neighbours/samples.safetensors data/minilm/config.json
 	$(BIN)/python launch/align.py neighbours runs/roma_neighbours data/minilm
 
 runs/roma_quickstart/.done: | runs/roma_neighbours/neighbours.safetensors
-	$(LAUNCH) launch/train.py --config configs/roma_quickstart.yaml
+	$(call FIT,configs/roma_quickstart.yaml) $(LAUNCH) launch/train.py --config configs/roma_quickstart.yaml $$overrides
 	touch $@
 
 runs/roma_control/.done: | runs/roma_neighbours/neighbours.safetensors
-	$(LAUNCH) launch/train.py --config configs/roma_quickstart.yaml losses.manifold.weight=0 run.dir=runs/roma_control
+	$(call FIT,configs/roma_quickstart.yaml) $(LAUNCH) launch/train.py --config configs/roma_quickstart.yaml $$overrides losses.manifold.weight=0 run.dir=runs/roma_control
 	touch $@
 
 runs/roma_comparison.json: | runs/roma_quickstart/.done runs/roma_control/.done
-	$(LAUNCH) launch/multiple_choice.py runs/roma_experts runs/roma_control runs/roma_quickstart --out $@
+	$(call FIT,configs/roma_experts.yaml) $(LAUNCH) launch/multiple_choice.py runs/roma_experts runs/roma_control runs/roma_quickstart --out $@

@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from moe_dist.config.recipe import load_config
+from moe_dist.data.stream.loader import check_data
 from moe_dist.model.attention import check_head_size
+from moe_dist.parallel.layout import check_layout
+from moe_dist.training.deepspeed_config import accumulation_steps
+from moe_dist.training.fit import fit
 from tests.launching import BIN, ROOT
 
 BF16 = " deepspeed.bf16.enabled=true"
@@ -23,7 +27,8 @@ def program(folder: Path, name: str, body: str) -> None:
 
 
 def run(command, folder, variables):
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    own = (*OURS, "CUDA_VISIBLE_DEVICES")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(own)}
     path = f"{folder}:{os.environ['PATH']}"
     done = subprocess.run(
         command, cwd=ROOT, env=inherited | {"PATH": path} | variables, capture_output=True, text=True, timeout=120
@@ -49,10 +54,12 @@ def train(folder, *arguments, gpus=0, show='echo "$@"', **variables):
         (0, ("RANKS=3",), 3, " parallel.expert=1"),
         (1, (), 1, " parallel.expert=1" + BF16),
         (2, (), 2, BF16),
-        (3, (), 3, " parallel.expert=1" + BF16),
-        (8, (), 8, BF16),
-        (8, ("RANKS=4",), 4, BF16),
+        (3, (), 2, BF16),  # three divide neither lanes nor batch
+        (4, (), 4, " train.micro_batch_groups=2" + BF16),
+        (8, (), 8, " train.micro_batch_groups=1" + BF16),
+        (8, ("RANKS=4",), 4, " train.micro_batch_groups=2" + BF16),
         (4, ("CONFIG=configs/moma_90m.yaml",), 4, " parallel.expert=4"),  # it says bf16 itself
+        (6, ("CONFIG=configs/moma_90m.yaml",), 4, " parallel.expert=4"),
         (1, ("CONFIG=configs/dense_quickstart.yaml",), 1, BF16),
     ],
 )
@@ -60,6 +67,31 @@ def test_a_rank_for_each_gpu(gpus, arguments, ranks, override, tmp_path):
     config = next((a.removeprefix("CONFIG=") for a in arguments if "CONFIG" in a), "configs/moma_quickstart.yaml")
     started = train(tmp_path, *arguments, gpus=gpus)
     assert started == f"--num_gpus {ranks} launch/train.py --config {config}{override}"
+    if "RANKS=3" not in arguments:  # which no recipe takes
+        assert_accepted(config, override.split(), ranks)
+
+
+def assert_accepted(config, overrides, ranks):
+    recipe = load_config(ROOT / config, overrides)
+    check_layout(world=ranks, expert=recipe.parallel.expert)
+    check_data(recipe.data, dp=ranks)
+    assert accumulation_steps(recipe.train, ranks) >= 1
+
+
+@pytest.mark.parametrize("gpus", range(1, 17))
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_every_recipe_takes_the_ranks_it_is_given(config, gpus):
+    ranks, overrides = fit(load_config(ROOT / "configs" / config), gpus=gpus)
+    assert 1 <= ranks <= gpus and (ranks == gpus or gpus not in (1, 2, 4, 8))
+    assert_accepted(f"configs/{config}", overrides, ranks)
+
+
+@pytest.mark.parametrize(
+    ("visible", "placement"),
+    [("3", "--include localhost:3"), ("5,2", "--include localhost:5,2"), ("1,2,3", "--include localhost:1,2")],
+)
+def test_only_visible_gpus_are_used(visible, placement, tmp_path):
+    assert train(tmp_path, gpus=8, CUDA_VISIBLE_DEVICES=visible).startswith(f"{placement} launch/train.py")
 
 
 def test_overrides_come_last(tmp_path):
