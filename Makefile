@@ -8,8 +8,8 @@ RECIPE := $(notdir $(basename $(CONFIG)))
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 .DELETE_ON_ERROR:
-# How a recipe starts here: ranks (RANKS=N sets them), GPUs, overrides (launch/fit.py).
-FIT = fit=$$($(BIN)/python launch/fit.py $(1) $(RANKS)) && eval "$$fit" &&
+# How a recipe starts here: ranks (RANKS=N sets them), GPUs, overrides (moe_dist/training/fit.py).
+FIT = fit=$$($(BIN)/python -m moe_dist.training.fit $(1) $(RANKS)) && eval "$$fit" &&
 # Without a GPU, glibc would give every large gradient back to the system and pay for its pages again at every step.
 LAUNCH = MALLOC_MMAP_MAX_="$${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="$${MALLOC_TRIM_THRESHOLD_:-100000000000}" \
 	PYTORCH_ALLOC_CONF="$${PYTORCH_ALLOC_CONF:-$${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}" \

@@ -161,8 +161,8 @@ def test_a_question_about_a_picture_needs_an_image_tokenizer(recipe, tmp_path, p
 def test_another_format_of_the_cache_makes_new_tokens(recipe, tmp_path, monkeypatch):
     write(tmp_path / "shards", [CHOICE])
     _, store = store_of(recipe())
-    for module in ("tokenized", "token_shard"):
-        monkeypatch.setattr(f"moe_dist.data.{module}.FORMAT", 1)
+    for module in ("token_cache", "token_shard"):
+        monkeypatch.setattr(f"moe_dist.data.cache.{module}.FORMAT", 1)
     _, old = store_of(recipe())
     assert old.document(0).text.tolist() == store.document(0).text.tolist()
     manifests = sorted(tmp_path.glob("shards/train/tokens/*/*/manifest.json"))
