@@ -82,7 +82,7 @@ def deviation(mine: Selections, reference: Selections) -> float:
 
 
 def _in_order(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """By token id; of a token that recomputation has selected from twice, the first."""
+    """Sort by token id. Of a token that recomputation has selected from twice, keep the first."""
     token_id_V, logits_VC = (torch.cat(column) for column in zip(*pieces, strict=True))
     token_id_V, order_V = token_id_V.sort(stable=True)
     first_V = torch.ones_like(token_id_V, dtype=torch.bool)
@@ -91,7 +91,7 @@ def _in_order(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _logits_of(token_id_V: Tensor, known_K: Tensor, logits_KC: Tensor, *, own_VC: Tensor) -> Tensor:
-    """The known logits of these tokens; of a token that is not known (a fault: `deviation` shows it) its own."""
+    """Return the known logits of these tokens, and own_VC for unknown ones (a fault, which `deviation` shows)."""
     index_V = torch.searchsorted(known_K, token_id_V).clamp(max=len(known_K) - 1)
     is_known_V = known_K.index_select(0, index_V) == token_id_V
     return torch.where(is_known_V[:, None], logits_KC.index_select(0, index_V), own_VC)

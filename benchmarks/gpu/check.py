@@ -25,7 +25,7 @@ class Check:
 
     @cached_property
     def device(self) -> torch.device:
-        """The device of rank 0 of one, with torch.distributed started."""
+        """Start torch.distributed as the only rank and return its device."""
         from moe_dist.parallel.discovery import free_port
         from moe_dist.training.deepspeed import init_distributed
 
@@ -56,7 +56,7 @@ class Check:
             torch.cuda.synchronize()
 
     def milliseconds(self, work: Callable[[], Any], repeats: int = 20, warm_up: int = 5) -> float:
-        """Median time of work(), by device events; on the CPU by the clock."""
+        """Return the median time of work(), by device events, on the CPU by the clock."""
         if self.small:
             work()
             started = time.perf_counter()
@@ -81,7 +81,7 @@ class Check:
             del pieces
 
     def seen(self, key: str) -> float:
-        """A number of an earlier finding; nan if there is none."""
+        """Return a number of an earlier finding; nan if there is none."""
         return next((line[key] for line in self.findings.lines() if key in line), float("nan"))
 
 

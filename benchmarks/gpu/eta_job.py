@@ -1,4 +1,4 @@
-"""What one process of the efficiency study on one GPU trains, and the file of its curve. Imports nothing slow."""
+"""One training job of the efficiency study on one GPU, and the file of its curve. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOSSES = ("loss", "loss/text", "loss/image")
 
 @dataclass(frozen=True)
 class Job:
-    """What one process trains."""
+    """One process's model, rate and length."""
 
     name: str
     rate: float  # peak learning rate; linear decay to a hundredth of it at the last step
@@ -26,7 +26,7 @@ class Job:
     command: str = ""  # what the user typed
 
     def settings(self) -> dict[str, Any]:
-        """What must be equal for a finished curve to be kept."""
+        """Return the settings that must be equal for a finished curve to be kept."""
         same = ("name", "rate", "steps", "evaluations", "overrides")
         return {key: value for key, value in asdict(self).items() if key in same}
 

@@ -36,7 +36,7 @@ of a batch compete in expert choice. Up to {beside} processes shared the card, s
 nothing.
 
 The training split has {pictures} pictures and {text:.1f} M tokens of text. **Each picture is seen {seen_image}
-times, each text {seen_text} times** (in the planned steps), so training losses contain what is learnt by heart;
+times, each text {seen_text} times** (in the planned steps), so training losses contain what is memorised;
 held-out losses do not ({held_out} predictions). All losses are nats a token, **with the routing of training, which
 is not causal for the sparse models** (expert choice). Training losses are means over {window} steps.
 

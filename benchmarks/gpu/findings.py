@@ -1,4 +1,4 @@
-"""What the GPU check finds, as lines of JSON and a table. Imports neither torch nor anything of ours."""
+"""Findings of the GPU check, as lines of JSON and a table. Imports neither torch nor moe_dist."""
 
 from __future__ import annotations
 

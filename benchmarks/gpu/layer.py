@@ -104,7 +104,7 @@ def weights(check: Check, size: Size) -> tuple[Tensor, Tensor]:
 
 
 def plain(check: Check, size: Size) -> Callable[[], None]:
-    """The same products as two batched ones, with equally many rows an expert, already in place."""
+    """Return the same products as two batched ones, with equally many rows an expert, already in place."""
     up, down = weights(check, size)
     x_ECD = draw(check, size.experts, size.rows // size.experts, size.width).requires_grad_()
     g_ECD = torch.randn_like(x_ECD)

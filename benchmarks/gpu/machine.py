@@ -1,4 +1,4 @@
-"""What the machine is, and the two ceilings that other parts compare with."""
+"""Facts about the machine, and the ceilings that other parts compare with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def card() -> dict:
 
 
 def ceilings(check: Check) -> dict:
-    """A large bfloat16 product on random data, a large copy (bytes read and written), and the cost of a launch."""
+    """Time a large bfloat16 product on random data, a large copy (bytes read and written), and a launch."""
     device = torch.device("cuda", 0)
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     tflops = 2 * 8192**3 / check.milliseconds(lambda: a @ b) / 1e9

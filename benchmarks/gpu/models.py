@@ -71,7 +71,7 @@ def whole(check: Check, name: str, dtype: torch.dtype) -> tuple[str, dict]:
 
 
 def within(dtype: torch.dtype, errors: list[float], same_routing: bool) -> bool:
-    """Whether errors of loss and gradients are rounding; where a near-tie fell differently, gradients may differ.
+    """Return whether errors of loss and gradients are rounding. If a near-tie fell differently, gradients may differ.
 
     Of float64 models the rotary angles are float32, so they agree to 1e-7.
     """

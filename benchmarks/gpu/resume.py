@@ -1,4 +1,4 @@
-"""Whether a run that is resumed from a checkpoint goes on bit for bit as the run that was not interrupted."""
+"""Comparison of a run that is resumed from a checkpoint with the uninterrupted one, bit for bit."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ class TokenInfo:
         return self._made_per_token[name]
 
     def of_modality(self, modality: int) -> TokenInfo:
-        """The same tokens, of which only those of one modality count as valid."""
+        """Return the same tokens, of which only those of one modality count as valid."""
         return self.once(("modality", modality), lambda: self._of_modality(modality))
 
     def _of_modality(self, modality: int) -> TokenInfo:

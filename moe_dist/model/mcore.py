@@ -78,7 +78,7 @@ class HeadNorm(nn.LayerNorm):
 
 @fused
 def _layer_norm(x: Tensor, weight_d: Tensor, bias_d: Tensor, eps: float) -> Tensor:
-    """torch's own kernel takes a block of threads for every head: on a GPU many times what its bytes need."""
+    """Normalise each head. torch's own kernel takes a block of threads for each, which is slow for short heads."""
     return F.layer_norm(x, weight_d.shape, weight_d, bias_d, eps)
 
 

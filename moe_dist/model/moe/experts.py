@@ -77,7 +77,7 @@ class GroupedExperts(nn.Module):
 
 @fused
 def weighted(y_RD: Tensor, weights_R: Tensor) -> Tensor:
-    """Each row times its weight, which is rounded to the dtype of the rows."""
+    """Multiply each row by its weight, which is first rounded to the dtype of the rows."""
     return y_RD * weights_R.to(y_RD.dtype)[:, None]
 
 
@@ -88,7 +88,7 @@ def matmul_by_expert(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) 
 
 
 def grouped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
-    """The same in one operation. Pad what its kernel refuses: sizes that are no multiple of 8 (LoRA ranks)."""
+    """Do the same in one operation. Pad sizes that its kernel refuses: those that are no multiple of 8 (LoRA ranks)."""
     inner, outer = -weight_eDF.shape[1] % 8, -weight_eDF.shape[2] % 8
     if inner:
         x_RD = F.pad(x_RD, (0, inner))
@@ -108,8 +108,9 @@ def looped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> 
 
 
 def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
-    """On CUDA torch has one for bfloat16 on compute capability 9.0 and 10.0; elsewhere it would read the device.
+    """Return whether torch has a sound grouped kernel for these rows.
 
+    On CUDA it has one for bfloat16 on compute capability 9.0 and 10.0; elsewhere it would read the device.
     On 10.0 it left weight gradients of experts without rows unwritten (pytorch issue 172439).
     """
     if x_RD.dtype != torch.bfloat16:

@@ -106,7 +106,7 @@ def selection_keys(logits_VC: Tensor, info: TokenInfo, key: int, scope: str = "g
 
 
 def _ids(info: TokenInfo, columns: int, scope: str) -> Tensor:
-    """Return a well-mixed int64 [V, C] of every (token, column), made once per micro-batch and shared by all routers.
+    """Return a well-mixed int64 [V, C] of every (token, column), shared by the routers that see the same tokens.
 
     A router multiplies it by an odd number of its own; the high bits of the product are a hash (Dietzfelbinger et al.,
     "A Reliable Randomized Algorithm for the Closest-Pair Problem", J. Algorithms 1997).
@@ -121,7 +121,7 @@ def _ids(info: TokenInfo, columns: int, scope: str) -> Tensor:
 
 
 def selection_margins(logits_VC: Tensor, keys_VC: Tensor, chosen_VC: Tensor) -> Tensor:
-    """float64 [V, C]: by how much one logit must change until its row is chosen, or no longer chosen, in its column.
+    """Return float64 [V, C]: how far one logit must move to reverse whether its row is chosen in its column.
 
     The rows of a column compete for a fixed number of places, which those of the highest keys have (selection_keys).
     Where all rows of a column are chosen, or none, nothing can change: inf.
@@ -138,6 +138,6 @@ def selection_margins(logits_VC: Tensor, keys_VC: Tensor, chosen_VC: Tensor) -> 
 
 
 def _parts(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The position on the grid and the hash (signed) of selection keys."""
+    """Split selection keys into the position on the grid and the (signed) hash."""
     position = (keys + (1 << (_HASH_BITS - 1))) >> _HASH_BITS
     return position, keys - (position << _HASH_BITS)

@@ -1,4 +1,4 @@
-"""Rows out of tokens and tokens out of rows: each is the other's gradient.
+"""Gathering rows from tokens and summing rows into tokens: each is the other's gradient.
 
 Shape suffixes: T tokens, D model width, N rows.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def take_rows(x_TD: Tensor, token_ids_N: Tensor) -> Tensor:
-    """x_TD[token_ids_N]. The gradient of a token with several rows is added up as add_up_rows does."""
+    """Return x_TD[token_ids_N]. The gradient of a token with several rows is added up as add_up_rows does."""
     return _TakeRows.apply(x_TD, token_ids_N)
 
 
 def add_up_rows(y_ND: Tensor, token_ids_N: Tensor, num_tokens: int) -> Tensor:
-    """[T, D]: the sum of each token's rows, in float32 or wider, rounded once to the dtype of the rows."""
+    """Return [T, D]: each token's rows, summed in float32 or wider and rounded once to their dtype."""
     return _AddUpRows.apply(y_ND, token_ids_N, num_tokens)
 
 

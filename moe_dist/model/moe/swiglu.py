@@ -31,6 +31,6 @@ class SwiGLU(nn.Module):
 
 @fused
 def gated(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up of the two halves of the last dimension."""
+    """Return silu(gate) * up of the two halves of the last dimension."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
