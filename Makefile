@@ -40,7 +40,8 @@ test-fast: setup  ## the working loop
 	$(PYTEST) -m "not slow"
 
 test-long: setup  ## kill -9 at many places of steps and saves, under all launchers; every repeated layout
-	MOE_DIST_LONG=1 $(BIN)/python -m pytest tests/engine/test_kills.py tests/test_lost_rank.py $(EXACT)
+	MOE_DIST_LONG=1 $(BIN)/python -m pytest tests/engine/test_kills.py tests/test_lost_rank.py \
+		tests/test_fused.py tests/test_moma_eta_gpu.py $(EXACT)
 
 test-processors: $(PROCESSORS:%=test-on-%)  ## the exactness tests with the kernels of other processors, and on two threads
 

@@ -91,6 +91,7 @@ def test_the_sweep_takes_the_best_common_rate_and_leaves_out_what_diverged(job):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not LONG, reason="a study's whole path, a minute of processor time: make test-long runs it")
 def test_the_study_sweeps_runs_stops_goes_on_and_writes_its_page(inputs, tmp_path):
     sizes = ["--inputs", str(inputs), "--tokens", str(TOKENS), "--batch-tokens", "256", "--models", "dense,MoD 4t4i"]
     first = study(tmp_path, *sizes, "--sweep", "--rates", "0.002", "--seconds", "300", *TINY)
