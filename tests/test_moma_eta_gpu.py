@@ -16,6 +16,7 @@ import torch
 from moe_dist.config.recipe import load_config
 from moe_dist.data.cache.token_cache import load_vocabulary, open_store
 from moe_dist.data.stream.loader import make_loader
+from tests.long import LONG
 
 ROOT = Path(__file__).parent.parent
 TINY = [
