@@ -56,3 +56,10 @@ def run(function, arguments):
     y = function(*arguments)
     weights = torch.linspace(0.5, 1.5, y.numel()).view_as(y).to(y.device, y.dtype)
     return [y.detach(), *torch.autograd.grad(y, [t for t in tensors if t.requires_grad], weights)]
+
+
+def tolerance(name, dtype, device="cpu"):
+    """Bound of `deviations`. torch's LayerNorm on a CPU adds up its bias' gradient in bfloat16."""
+    if dtype != torch.bfloat16:
+        return 1e-5
+    return 0.2 if name == "head norm" and torch.device(device).type == "cpu" else 1e-2

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import moe_dist.core.fused
-from tests.fused_cases import CASES, ROWS, deviations
+from tests.fused_cases import CASES, ROWS, deviations, tolerance
 from tests.long import LONG
 
 
@@ -20,8 +20,7 @@ def test_compiled_equals_float64(name, dtype):
     function, make = CASES[name]
     compiled = torch.compile(function.__wrapped__, backend="inductor" if LONG else "aot_eager_decomp_partition")
     for rows in ROWS:
-        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
-        assert max(deviations(compiled, function, make(rows, dtype))) <= tolerance, rows
+        assert max(deviations(compiled, function, make(rows, dtype))) <= tolerance(name, dtype), rows
 
 
 def test_the_cpu_compiles_nothing(monkeypatch):
