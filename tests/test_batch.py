@@ -62,7 +62,8 @@ def test_a_selection_has_what_its_tokens_had(share):
             expected = [t for t in kept if t // 20 == group and int(info.modality_T[t]) == modality]
             assert [kept[k] for k in members.tolist()] == expected
             assert selected.modality_counts[modality][group] == len(expected)
-    for sequence, members in enumerate(selected.sequences()):
+    token_V, sizes = selected.competing("sequence")
+    for sequence, members in enumerate(token_V.split(sizes)):
         assert [kept[k] for k in members.tolist()] == [t for t in kept if t // 10 == sequence]
     again_K, twice = selected.select(torch.ones(len(kept), dtype=torch.bool), torch.Tensor.tolist)
     assert again_K.tolist() == list(range(len(kept))) and twice.modality_counts == selected.modality_counts

@@ -35,7 +35,7 @@ FAULTY = """
 import runpy, sys
 import moe_dist.model.moe.experts as experts
 multiply = experts.matmul_by_expert
-experts.matmul_by_expert = lambda x, weight, counts: multiply(x, weight, counts) * (1 if sum(counts) else 2) * 1.1
+experts.matmul_by_expert = lambda x, weight, counts: multiply(x, weight, counts) * 1.1
 sys.path.insert(0, {benchmarks!r})
 sys.argv = ["gpu_check.py", "--device", "cpu", "--out", {out!r}, "--part", "products"]
 runpy.run_path({script!r}, run_name="__main__")

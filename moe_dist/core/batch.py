@@ -152,11 +152,6 @@ class TokenInfo:
             return list(pieces[modality * groups : (modality + 1) * groups])
         return [torch.cat([pieces[m * groups + g] for m in range(len(MODALITIES))]) for g in range(groups)]
 
-    def sequences(self) -> list[Tensor]:
-        """Indices of the valid tokens of each packed sequence."""
-        token_V, sizes = self.competing("sequence")
-        return list(token_V.split(sizes))
-
     def select(self, keep_T: Tensor, read: Callable[[Tensor], list]) -> tuple[Tensor, TokenInfo]:
         """Some of the valid tokens, in order: token_K, their indices, and their TokenInfo, with what each had.
 
