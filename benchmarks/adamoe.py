@@ -18,10 +18,15 @@ def run(recipe: str) -> str:
     lines, results, _ = train_and_evaluate(recipe)
     experts = statistics.mean(line["moe/experts_per_token"] for line in lines[-50:])
     cells = [
-        recipe, f"{seconds(lines):.0f}", f"{tokens_per_second(lines):,.0f}", f"{flops(lines) / 1e12:.1f}",
-        f"{lines[-1]['tokens']:,}", f"{experts:.2f}", f"{results['eval/loss/text']:.3f}",
+        recipe,
+        f"{seconds(lines):.0f}",
+        f"{tokens_per_second(lines):,.0f}",
+        f"{flops(lines) / 1e12:.1f}",
+        f"{lines[-1]['tokens']:,}",
+        f"{experts:.2f}",
+        f"{results['eval/loss/text']:.3f}",
         f"{results['eval/bigram/text']:.3f}",
-    ]  # fmt: skip
+    ]
     return "| " + " | ".join(cells) + " |"
 
 

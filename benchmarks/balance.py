@@ -64,12 +64,19 @@ class Case:
 
     def overrides(self) -> list[str]:
         return [
-            f"run.dir={FOLDER}", "run.resume=none", f"parallel.expert={WORLD}", "data.shards=[data/emoji, data/text]",
+            f"run.dir={FOLDER}",
+            "run.resume=none",
+            f"parallel.expert={WORLD}",
+            "data.shards=[data/emoji, data/text]",
             # Images without their captions, ten to a sequence, or their 64 codes could not make up 90 % of the tokens.
-            f"data.image_fraction={(100 - self.text) / 100}", "data.caption_dropout=1.0", "data.sequence_length=680",
-            "schedule.warmup_steps=8", f"model.depth.scope={self.scope}", f"model.ffn.slices={self.slices(WORLD)}",
+            f"data.image_fraction={(100 - self.text) / 100}",
+            "data.caption_dropout=1.0",
+            "data.sequence_length=680",
+            "schedule.warmup_steps=8",
+            f"model.depth.scope={self.scope}",
+            f"model.ffn.slices={self.slices(WORLD)}",
             f"model.ffn.router={moma(*EXPERTS[self.experts])}",
-        ]  # fmt: skip
+        ]
 
 
 CASES = [Case(*case, "modality") for case in product(EXPERTS, MIXES)]
@@ -126,9 +133,11 @@ def count(batch: Batch, result: StepResult) -> dict[str, np.ndarray]:
         layers["valid"].append(sum(np.bincount(groups, minlength=info.num_groups) for groups in seen))
         kept = [part.kept_VE.numpy() for part in record.parts]
         layers["rows"].append(
-            [[n for kept_VE, at in zip(kept, seen, strict=True) for n in kept_VE[at == g].sum(0)]
-             for g in range(info.num_groups)]
-        )  # fmt: skip
+            [
+                [n for kept_VE, at in zip(kept, seen, strict=True) for n in kept_VE[at == g].sum(0)]
+                for g in range(info.num_groups)
+            ]
+        )
     return {key: np.array(values).astype(np.int64) for key, values in layers.items()}
 
 
@@ -137,9 +146,12 @@ def check(run: Run, batch: Batch, result: StepResult, counted: dict[str, np.ndar
     admitted = {depth.layer: depth.document_lengths for depth in result.depths}
     rows_LE = counted["rows"].sum(1)
     expected = model_flops(
-        run.config.model, vocab_size=0, document_lengths=batch.info.document_lengths, admitted=admitted,
+        run.config.model,
+        vocab_size=0,
+        document_lengths=batch.info.document_lengths,
+        admitted=admitted,
         ffn_rows=[int(rows) for rows in rows_LE.sum(1)],
-    )  # fmt: skip
+    )
     attention_LG, expert = flops(counted["tokens"], counted["pairs"])
     assert attention_LG.sum() + expert * rows_LE.sum() == expected
     everyones_LE = sum(gather_objects(rows_LE))

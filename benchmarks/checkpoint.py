@@ -31,10 +31,13 @@ VOCABULARY = 1541  # the quickstart's
 SIZES = {
     "quickstart": [],
     "300m": [
-        "model.hidden_size=768", "model.num_layers=8", "model.num_heads=12", "model.ffn.hidden_size=1856",
+        "model.hidden_size=768",
+        "model.num_layers=8",
+        "model.num_heads=12",
+        "model.ffn.hidden_size=1856",
         "deepspeed.bf16={enabled: true}",
     ],
-}  # fmt: skip
+}
 
 
 def seconds(work: Callable[[], None]) -> tuple[float, float]:

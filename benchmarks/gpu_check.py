@@ -24,9 +24,16 @@ from pathlib import Path
 from gpu.findings import ROOT, Findings
 
 PARTS = {  # seconds at most
-    "machine": 40, "products": 60, "models": 110, "engine": 100, "resume": 60, "two_ranks": 130, "speed": 150,
-    "layer": 100, "saver": 80,
-}  # fmt: skip
+    "machine": 40,
+    "products": 60,
+    "models": 110,
+    "engine": 100,
+    "resume": 60,
+    "two_ranks": 130,
+    "speed": 150,
+    "layer": 100,
+    "saver": 80,
+}
 
 
 def main() -> None:

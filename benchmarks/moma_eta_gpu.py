@@ -158,10 +158,16 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         return Job(
-            name=name, rate=rate, steps=steps, evaluations=min(EVALUATIONS, steps), command=command,
-            inputs=str(self.arguments.inputs.resolve()), file=str(folder / f"{name.replace(' ', '_')}.json"),
-            deadline=self.deadline, overrides=self.arguments.overrides,
-        )  # fmt: skip
+            name=name,
+            rate=rate,
+            steps=steps,
+            evaluations=min(EVALUATIONS, steps),
+            command=command,
+            inputs=str(self.arguments.inputs.resolve()),
+            file=str(folder / f"{name.replace(' ', '_')}.json"),
+            deadline=self.deadline,
+            overrides=self.arguments.overrides,
+        )
 
     def _train(self, jobs: Sequence[Job], at_once: int, deadline: float) -> None:
         ready = [replace(job, beside=at_once, deadline=deadline) for job in jobs]

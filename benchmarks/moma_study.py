@@ -37,11 +37,21 @@ def at_constant(rate: float) -> list[str]:
 
 BASE = [
     f"data.shards=[{', '.join(f'data/{name}' for name in CORPORA)}]",
-    f"data.text_tokenizer={TOKENIZERS}/text.model", f"data.image_tokenizer={TOKENIZERS}/vq", "data.image_fraction=0.5",
-    f"model.hidden_size={WIDTH}", "model.embedding_init_std=1.0", f"model.ffn.hidden_size={FFN}",
-    "parallel.expert=1", "train.micro_batch_groups=8", "deepspeed.optimizer.params.weight_decay=0.1",
-    *at_constant(RATE), "eval.every=0", "checkpoint.every=40", "checkpoint.keep=1", "telemetry.tensorboard=false",
-]  # fmt: skip
+    f"data.text_tokenizer={TOKENIZERS}/text.model",
+    f"data.image_tokenizer={TOKENIZERS}/vq",
+    "data.image_fraction=0.5",
+    f"model.hidden_size={WIDTH}",
+    "model.embedding_init_std=1.0",
+    f"model.ffn.hidden_size={FFN}",
+    "parallel.expert=1",
+    "train.micro_batch_groups=8",
+    "deepspeed.optimizer.params.weight_decay=0.1",
+    *at_constant(RATE),
+    "eval.every=0",
+    "checkpoint.every=40",
+    "checkpoint.keep=1",
+    "telemetry.tensorboard=false",
+]
 
 
 def router(name: str, auxiliary: bool) -> list[str]:

@@ -18,8 +18,10 @@ ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 # Of runs on the CPU, one thread a rank, as `make train` sets it on two cores.
 ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000",
-}  # fmt: skip
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+}
 
 
 def train_and_evaluate(recipe: str) -> tuple[list[dict], dict, float]:

@@ -105,9 +105,11 @@ class Contestant:
     def flops_per_token(self) -> float:
         info = self.batches[-1].info
         flops = model_flops(
-            self.config.model, vocab_size=self.vocabulary, document_lengths=info.document_lengths,
+            self.config.model,
+            vocab_size=self.vocabulary,
+            document_lengths=info.document_lengths,
             **work(self.result.records, self.result.depths),
-        )  # fmt: skip
+        )
         return flops / info.num_tokens
 
 
@@ -119,11 +121,15 @@ def recipe(size: str, name: str, layout: Layout) -> Config:
         ROOT / "configs" / "moma_quickstart.yaml",
         [
             f"model.ffn={{{ffn or f'type: dense, hidden_size: {expert_width}'}}}",
-            f"model.hidden_size={width}", f"model.num_heads={heads}", f"model.num_layers={layers}",
-            f"model.depth={depth or 'null'}", f"parallel.expert={layout.expert}",
-            f"train.global_batch_groups={GROUPS}", f"train.micro_batch_groups={GROUPS // 2 // layout.world}",
+            f"model.hidden_size={width}",
+            f"model.num_heads={heads}",
+            f"model.num_layers={layers}",
+            f"model.depth={depth or 'null'}",
+            f"parallel.expert={layout.expert}",
+            f"train.global_batch_groups={GROUPS}",
+            f"train.micro_batch_groups={GROUPS // 2 // layout.world}",
         ],
-    )  # fmt: skip
+    )
 
 
 def make_batch(config: Config, vocabulary: int, *, first: int) -> Batch:
@@ -135,14 +141,21 @@ def make_batch(config: Config, vocabulary: int, *, first: int) -> Batch:
     generator = torch.Generator().manual_seed(first)
     tokens_T = torch.randint(vocabulary // 2, (tokens,), generator=generator) + modality_T * (vocabulary // 2)
     info = TokenInfo.build(
-        modality_T=modality_T, valid_T=torch.ones(tokens, dtype=torch.bool), position_T=position_T,
-        token_id_T=torch.arange(tokens) + first * tokens // groups, document_lengths=[DOCUMENT] * (tokens // DOCUMENT),
-        num_groups=groups, num_sequences=groups * sequences,
-    )  # fmt: skip
+        modality_T=modality_T,
+        valid_T=torch.ones(tokens, dtype=torch.bool),
+        position_T=position_T,
+        token_id_T=torch.arange(tokens) + first * tokens // groups,
+        document_lengths=[DOCUMENT] * (tokens // DOCUMENT),
+        num_groups=groups,
+        num_sequences=groups * sequences,
+    )
     return Batch(
-        tokens_T=tokens_T, targets_T=tokens_T.roll(-1), loss_mask_T=position_T < DOCUMENT - 1,
-        target_modality_T=modality_T.roll(-1), info=info,
-    )  # fmt: skip
+        tokens_T=tokens_T,
+        targets_T=tokens_T.roll(-1),
+        loss_mask_T=position_T < DOCUMENT - 1,
+        target_modality_T=modality_T.roll(-1),
+        info=info,
+    )
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -201,11 +214,14 @@ def main() -> None:
 def write(layout: Layout, rows: Sequence[str], load: Sequence[float]) -> None:
     one = layout.world == 1
     note = NOTE.format(
-        ranks="One process" if one else f"{layout.world} ranks, EP={layout.world}", clock=clock_of(layout),
-        threads=torch.get_num_threads(), layers=LAYERS, deeper=DEEPER,
+        ranks="One process" if one else f"{layout.world} ranks, EP={layout.world}",
+        clock=clock_of(layout),
+        threads=torch.get_num_threads(),
+        layers=LAYERS,
+        deeper=DEEPER,
         malloc="yes" if os.environ.get("MALLOC_MMAP_MAX_") == "0" else "no",
         load=", ".join(f"{value:.1f}" for value in load),
-    )  # fmt: skip
+    )
     name = "throughput" if one else f"throughput_ep{layout.world}"
     write_result(name, "Training throughput against the FLOP-matched dense model", note, HEADER, rows)
 

@@ -73,10 +73,14 @@ def row(name: str, lines: list[dict], control: list[dict], seed: float) -> str:
     recovered = next((str(start + 1) for start, value in enumerate(windows) if value <= seed), "not")
     first, last = lines[0]["loss"], windows[-1]
     cells = [
-        name, f"{first:.3f}", f"{first - control[0]['loss']:+.3f}", recovered, f"{last:.3f}",
+        name,
+        f"{first:.3f}",
+        f"{first - control[0]['loss']:+.3f}",
+        recovered,
+        f"{last:.3f}",
         f"{last - mean(control[-MEAN:]):+.3f}",
         *(f"{lines[-1][f'eval/loss/{modality}']:.3f}" for modality in ("text", "image")),
-    ]  # fmt: skip
+    ]
     return "| " + " | ".join(cells) + " |"
 
 

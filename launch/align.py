@@ -1,9 +1,9 @@
 """Builds RoMA's neighbour store (docs/roma.md), which a recipe names as data.neighbours. Two steps:
 
-  launch/align.py collect RUN STORE [section.key=value ...]
-      How RUN's newest checkpoint routes and answers each sample of data.shards. One process, or under any launcher.
-  launch/align.py neighbours STORE EMBEDDER [--k 3] [--sigma S]
-      Whom each sample shall be routed like. One process.
+launch/align.py collect RUN STORE [section.key=value ...]
+    How RUN's newest checkpoint routes and answers each sample of data.shards. One process, or under any launcher.
+launch/align.py neighbours STORE EMBEDDER [--k 3] [--sigma S]
+    Whom each sample shall be routed like. One process.
 """
 
 import argparse
@@ -48,19 +48,23 @@ def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
     run = Run.reopen(folder, overrides)
     config = run.config
     answers = answer_all(
-        run.engine.eval_forward, run.documents, run.vocabulary, config.data, run.layout, split="train",
+        run.engine.eval_forward,
+        run.documents,
+        run.vocabulary,
+        config.data,
+        run.layout,
+        split="train",
         batch_groups=config.train.micro_batch_groups,
-    )  # fmt: skip
+    )
     with together():
         if run.layout.is_main:
             checkpoint = trained(folder.path)
-            samples = Samples(
-                sample_N=answers.sample_N, right_N=answers.right_N, routing_NR=answers.routing_NR
-            )  # fmt: skip
+            samples = Samples(sample_N=answers.sample_N, right_N=answers.right_N, routing_NR=answers.routing_NR)
             about = {
-                "model": identity(checkpoint), "checkpoint": str(checkpoint),
+                "model": identity(checkpoint),
+                "checkpoint": str(checkpoint),
                 "data": config.data.model_dump(mode="json"),
-            }  # fmt: skip
+            }
             write_samples(store, samples, about)
             print(f"{store}: {int(answers.right_N.sum())} of {len(answers.right_N)} samples answered rightly")
 

@@ -33,9 +33,13 @@ def main(argv: list[str]) -> None:
         print(f"{arguments.out}: Hugging Face folder")
     else:
         upcycle(
-            arguments.source, arguments.out, experts=arguments.experts, gates=arguments.gates,
-            overrides=arguments.overrides, seed=arguments.seed,
-        )  # fmt: skip
+            arguments.source,
+            arguments.out,
+            experts=arguments.experts,
+            gates=arguments.gates,
+            overrides=arguments.overrides,
+            seed=arguments.seed,
+        )
         print(f"{arguments.out}: checkpoint and model.yaml")
 
 

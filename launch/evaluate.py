@@ -34,9 +34,12 @@ def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
     run = Run.reopen(folder, overrides)
     causal = bool(run.engine.module.causal_routing)
     results = compare_with_references(
-        run.engine.eval_forward, run.looked_at, train=run.documents, store=run.held_out,
+        run.engine.eval_forward,
+        run.looked_at,
+        train=run.documents,
+        store=run.held_out,
         causal_too=not causal and bool(run.engine.module.can_route_causally),
-    )  # fmt: skip
+    )
     with together():
         if run.layout.is_main:
             record = {"step": run.step, "causal": causal, **results}

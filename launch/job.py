@@ -1,9 +1,9 @@
 """For slurm/env.sh: may a job start, and shall it start again? (docs/slurm.md, "The life of a job")
 
-  launch/job.py begin --job ID --restarts N --max-failures N --config configs/NAME.yaml [section.key=value ...]
-      Before the ranks. Prints the run folder, then overrides to add. Exit status 10: the run is done already.
-  launch/job.py end --code STATUS --max-failures N RUN
-      After them. Prints how it went. Exit status 0: done, or stopped on purpose; 75: start it again; 2 and 1: do not.
+launch/job.py begin --job ID --restarts N --max-failures N --config configs/NAME.yaml [section.key=value ...]
+    Before the ranks. Prints the run folder, then overrides to add. Exit status 10: the run is done already.
+launch/job.py end --code STATUS --max-failures N RUN
+    After them. Prints how it went. Exit status 0: done, or stopped on purpose; 75: start it again; 2 and 1: do not.
 """
 
 import argparse

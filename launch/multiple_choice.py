@@ -66,9 +66,14 @@ def result_of(folder: RunFolder, overrides: list[str]) -> Result:
         return Result.from_json(saved)
     run = Run.reopen(folder, overrides)
     answers = answer_all(
-        run.engine.eval_forward, run.held_out, run.vocabulary, config.data, run.layout, split="validation",
+        run.engine.eval_forward,
+        run.held_out,
+        run.vocabulary,
+        config.data,
+        run.layout,
+        split="validation",
         batch_groups=config.train.micro_batch_groups,
-    )  # fmt: skip
+    )
     result = Result.of(answers, run.held_out.domains)
     with together():
         if run.layout.is_main:
@@ -82,7 +87,8 @@ def compare(results: dict[str, Result]) -> dict[str, Any]:
         "accuracy": {name: result.to_json()["accuracy"] for name, result in results.items()},
         "comparisons": [
             {
-                "first": first, "second": second,
+                "first": first,
+                "second": second,
                 **{
                     task: Comparison.of(items, results[second].tasks().get(task, {})).to_json()
                     for task, items in results[first].tasks().items()
@@ -90,7 +96,7 @@ def compare(results: dict[str, Result]) -> dict[str, Any]:
             }
             for first, second in combinations(results, 2)
         ],
-    }  # fmt: skip
+    }
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
@@ -106,9 +112,12 @@ def show(summary: dict[str, Any], console: Console) -> None:
         for pair in summary["comparisons"]:
             overall = pair[OVERALL]
             table.add_row(
-                f"{pair['second']} - {pair['first']}", _interval(overall["difference"], overall["interval_95"], "+"),
-                str(overall["gained"]), str(overall["lost"]), f"{overall['mcnemar_p']:.2g}",
-            )  # fmt: skip
+                f"{pair['second']} - {pair['first']}",
+                _interval(overall["difference"], overall["interval_95"], "+"),
+                str(overall["gained"]),
+                str(overall["lost"]),
+                f"{overall['mcnemar_p']:.2g}",
+            )
         console.print(table)
 
 

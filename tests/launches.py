@@ -16,9 +16,17 @@ from torch.utils._pytree import tree_leaves
 from tests.devices import calling_function
 
 _FREE = {
-    "aten::_local_scalar_dense", "aten::_unsafe_view", "aten::detach_", "aten::empty", "aten::empty_like",
-    "aten::empty_strided", "aten::lift_fresh", "aten::new_empty", "aten::new_empty_strided", "aten::set_",
-}  # fmt: skip
+    "aten::_local_scalar_dense",
+    "aten::_unsafe_view",
+    "aten::detach_",
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::lift_fresh",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+    "aten::set_",
+}
 
 _HOST_WORK = {  # on integers
     "moe_dist.model.attention.BucketedDocuments.build",

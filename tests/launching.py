@@ -51,9 +51,13 @@ def launch_tool(
 def start(launcher: Sequence[str], overrides: Sequence[str]) -> subprocess.Popen:
     """Run launch/train.py and do not wait; the process has what it prints. The caller gives DeepSpeed a port."""
     return subprocess.Popen(
-        [*launcher, "launch/train.py", "--config", MOMA, *overrides], cwd=ROOT, env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        [*launcher, "launch/train.py", "--config", MOMA, *overrides],
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def bare_ranks(
@@ -74,10 +78,15 @@ def bare_ranks(
         place = meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         processes.append(
             subprocess.Popen(
-                command, cwd=ROOT, env=environment() | place | (variables or {}), text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=None if rank else prepare_rank_0,
+                command,
+                cwd=ROOT,
+                env=environment() | place | (variables or {}),
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                preexec_fn=None if rank else prepare_rank_0,
             )
-        )  # fmt: skip
+        )
     try:
         outputs = [process.communicate(timeout=400)[0] for process in processes]
         return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]

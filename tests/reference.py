@@ -76,9 +76,7 @@ def token_choice(
         for t in group:
             logits = [(x_TD[t] * weight_CD[c]).sum() + (0 if bias_C is None else bias_C[c]) for c in range(columns)]
             token = int(info.token_id_T[t])
-            ranked = sorted(
-                range(columns), key=lambda c: selection_key(logits[c].item(), token, c, key), reverse=True
-            )
+            ranked = sorted(range(columns), key=lambda c: selection_key(logits[c].item(), token, c, key), reverse=True)
             best = ranked[:k]
             chosen |= {(t, c) for c in best}
             values[t], weights[t] = _token_choice_weights(logits, best, experts, settings)
@@ -120,7 +118,13 @@ def gumbel_difference(key: int, token_id: int, expert: int) -> float:
 
 
 def expert_choice_gates(
-    x_TD: Tensor, weight_ED: Tensor, info: TokenInfo, groups: list[list[int]], key: int, *, capacity_factor,
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    info: TokenInfo,
+    groups: list[list[int]],
+    key: int,
+    *,
+    capacity_factor,
     noise_key: int | None = None,
 ) -> Tensor:
     """MoMa (arXiv 2407.21770) eq. 1 within each group of tokens; noise_key: with Gumbel noise on the gate."""
@@ -163,9 +167,7 @@ def gates(router, x_TD: Tensor, weights: Sequence[Tensor], info: TokenInfo, moda
     groups = groups_of(info, range(len(MODALITIES)) if modality is None else [modality])
     factor = router.settings.capacity_factor
     noise_key = router.noise_key if router.settings.gumbel_noise and router.training else None
-    return expert_choice_gates(
-        x_TD, weights[0], info, groups, router.key, capacity_factor=factor, noise_key=noise_key
-    )
+    return expert_choice_gates(x_TD, weights[0], info, groups, router.key, capacity_factor=factor, noise_key=noise_key)
 
 
 def admitted(logits_T: Sequence[float], info: TokenInfo, sets: list[list[int]], key: int, capacity: float) -> set[int]:

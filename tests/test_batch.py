@@ -40,8 +40,12 @@ def test_documents_and_groups_must_cover_the_tokens():
     assert info.document_T.tolist() == [0] * 20 + [1] * 20 + [2] * 20
     with pytest.raises(ValueError, match="60 tokens do not form 7 groups"):
         TokenInfo.build(
-            modality_T=info.modality_T, valid_T=info.valid_T, position_T=info.position_T, token_id_T=info.token_id_T,
-            document_lengths=[20] * 3, num_groups=7,
+            modality_T=info.modality_T,
+            valid_T=info.valid_T,
+            position_T=info.position_T,
+            token_id_T=info.token_id_T,
+            document_lengths=[20] * 3,
+            num_groups=7,
         )
 
 
@@ -75,9 +79,13 @@ def test_every_tensor_is_copied_to_a_device_without_waiting(monkeypatch):
     info.competing("sequence")
     zeros = torch.zeros(info.num_tokens, dtype=torch.int64)
     batch = Batch(
-        tokens_T=zeros, targets_T=zeros, loss_mask_T=info.valid_T, target_modality_T=zeros, info=info,
+        tokens_T=zeros,
+        targets_T=zeros,
+        loss_mask_T=info.valid_T,
+        target_modality_T=zeros,
+        info=info,
         sidecar={"domain_T": zeros},
-    )  # fmt: skip
+    )
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **kwargs: calls.append((args, kwargs)) or tensor)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: calls.append("pinned") or tensor)
     for made in (batch.to("cuda"), batch.pinned()):

@@ -74,10 +74,14 @@ def test_a_wrong_recipe(world, override, sentence):
 @pytest.mark.parametrize(
     ("device", "bf16", "size", "fits"),
     [
-        ("cuda", True, 20, False), ("cuda", True, 264, False), ("cuda", True, 24, True), ("cuda", True, 256, True),
-        ("cuda", False, 20, True), ("cpu", True, 20, True),
+        ("cuda", True, 20, False),
+        ("cuda", True, 264, False),
+        ("cuda", True, 24, True),
+        ("cuda", True, 256, True),
+        ("cuda", False, 20, True),
+        ("cpu", True, 20, True),
     ],
-)  # fmt: skip
+)
 def test_heads_that_flash_attention_refuses(device, bf16, size, fits):
     """Only where it is used: in bf16 on a GPU."""
     config = load_config(MOMA, [f"model.head_size={size}", f"deepspeed.bf16.enabled={bf16}"])

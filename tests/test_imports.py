@@ -24,9 +24,18 @@ ALLOWED = {
     "alignment": {"core", "data"},
     "convert": {"core", "config", "parallel", "data", "corpora", "model", "checkpoint"},
     "training": {
-        "core", "config", "parallel", "data", "model", "losses", "checkpoint", "metrics", "health", "evaluate",
+        "core",
+        "config",
+        "parallel",
+        "data",
+        "model",
+        "losses",
+        "checkpoint",
+        "metrics",
+        "health",
+        "evaluate",
     },
-}  # fmt: skip
+}
 # package -> the only file that may import it
 FOREIGN = {"megatron": "model/mcore.py", "deepspeed": "training/deepspeed.py"}
 

@@ -20,8 +20,11 @@ from tests.long import LONG
 
 ROOT = Path(__file__).parent.parent
 TINY = [
-    "model.hidden_size=32", "model.num_heads=2", "model.ffn.hidden_size=32", "deepspeed.log_level=error",
-]  # fmt: skip
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.ffn.hidden_size=32",
+    "deepspeed.log_level=error",
+]
 DATA = ["data.sequence_length=128", "data.group_sequences=2", "data.lanes=1", "data.image_fraction=null"]
 TOKENS = 12 * 256
 
@@ -80,10 +83,13 @@ def test_the_sweep_takes_the_best_common_rate_and_leaves_out_what_diverged(job):
         return one, {"reached": len(losses), "train": {"loss": losses}}
 
     runs = [
-        swept("dense", 2e-3, [5, 5, 5, 5, 5, 5, 5, 4.5, 1]), swept("4t4i", 2e-3, [5, 5, 5, 5, 5, 5, 5, 4.0]),
-        swept("dense", 4e-3, [5, 5, 5, 5, 5, 5, 5, 4.2]), swept("4t4i", 4e-3, [5, 5, 5, 5, 5, 5, 5, 4.1]),
-        swept("dense", 8e-3, [5, 5, 5, 5, 5, 5, 5, 1.0]), swept("4t4i", 8e-3, [5, 5]),
-    ]  # fmt: skip
+        swept("dense", 2e-3, [5, 5, 5, 5, 5, 5, 5, 4.5, 1]),
+        swept("4t4i", 2e-3, [5, 5, 5, 5, 5, 5, 5, 4.0]),
+        swept("dense", 4e-3, [5, 5, 5, 5, 5, 5, 5, 4.2]),
+        swept("4t4i", 4e-3, [5, 5, 5, 5, 5, 5, 5, 4.1]),
+        swept("dense", 8e-3, [5, 5, 5, 5, 5, 5, 5, 1.0]),
+        swept("4t4i", 8e-3, [5, 5]),
+    ]
     found = job.chosen(runs)
     assert found["rate"] == 4e-3 and found["sweep_step"] == 8
     assert found["sweep"]["0.008"] == {"dense": 1.0} and found["sweep"]["0.002"] == {"dense": 4.5, "4t4i": 4.0}

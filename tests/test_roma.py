@@ -39,9 +39,13 @@ def item(number: int, split: str) -> Sample:
     listed = " ".join(f"{letter}) {option}" for letter, option in zip("ABCD", options))
     question = f"{number}: which one is {options[correct]}?"
     meta = {
-        "prompt": f"{question} {listed} Answer:", "answer": f" {'ABCD'[correct]}", "question": question,
-        "domain": ("even", "odd")[number % 2], "options": options, "correct": correct,
-    }  # fmt: skip
+        "prompt": f"{question} {listed} Answer:",
+        "answer": f" {'ABCD'[correct]}",
+        "question": question,
+        "domain": ("even", "odd")[number % 2],
+        "options": options,
+        "correct": correct,
+    }
     return Sample(key=f"{split}-{number}", split=split, meta=meta)
 
 
@@ -57,11 +61,18 @@ def work(tmp_path_factory) -> Path:
     recipe = {
         "run": {"dir": str(folder / "tuned")},
         "data": {
-            "shards": str(folder / "shards"), "text_tokenizer": str(folder / "text.model"), "sequence_length": 128,
-            "group_sequences": 1, "lanes": 4,
+            "shards": str(folder / "shards"),
+            "text_tokenizer": str(folder / "text.model"),
+            "sequence_length": 128,
+            "group_sequences": 1,
+            "lanes": 4,
         },
         "model": {
-            "hidden_size": 32, "num_layers": 3, "num_heads": 2, "norm": "pre", "init_std": 0.1,
+            "hidden_size": 32,
+            "num_layers": 3,
+            "num_heads": 2,
+            "norm": "pre",
+            "init_std": 0.1,
             "ffn": {"type": "moe", "hidden_size": 32, "router": {"type": "top_k", "num_experts": 4, "top_k": 2}},
         },
         "parallel": {"expert": 2},
@@ -69,7 +80,7 @@ def work(tmp_path_factory) -> Path:
         "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}},
         "eval": {"every": 0},
         "telemetry": {"tensorboard": False},
-    }  # fmt: skip
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run_ranks(train_on, 2, str(folder / "recipe.yaml"), [])
     run_ranks(collect_on, 2, folder / "tuned", folder / "store", ["parallel.expert=2"])
@@ -108,9 +119,13 @@ def compare_on(rank: int, arguments: list[str]) -> None:
 
 def aligned(work: Path, name: str, *more: str) -> list[str]:
     return [
-        f"run.dir={work / name}", f"init_from={work / 'tuned'}", f"trainable=['{ROUTERS}']",
-        f"data.neighbours={work / 'store'}", "losses={manifold: {weight: 500.0, last_layers: 2}}", *more,
-    ]  # fmt: skip
+        f"run.dir={work / name}",
+        f"init_from={work / 'tuned'}",
+        f"trainable=['{ROUTERS}']",
+        f"data.neighbours={work / 'store'}",
+        "losses={manifold: {weight: 500.0, last_layers: 2}}",
+        *more,
+    ]
 
 
 def metrics(run: Path) -> list[dict]:

@@ -10,9 +10,11 @@ from gpu.steps import Steps
 RECIPE = "moma_quickstart"
 # With Adam's usual eps of 1e-8, gradients that are rounding errors move weights by a whole step.
 SMALL = [
-    "deepspeed.optimizer.params.eps=1e-3", "parallel.expert=1", "train.micro_batch_groups=2",
+    "deepspeed.optimizer.params.eps=1e-3",
+    "parallel.expert=1",
+    "train.micro_batch_groups=2",
     "data.sequence_length=128",
-]  # fmt: skip
+]
 
 
 def run(check: Check) -> None:

@@ -71,15 +71,21 @@ class Packed:
         targets_T = torch.from_numpy(np.where(has_target, np.roll(tokens, -1), pad))
         tokens_T = torch.from_numpy(tokens)
         info = TokenInfo.build(
-            modality_T=self._modality_of[tokens_T], valid_T=tokens_T != pad, position_T=torch.from_numpy(position_T),
+            modality_T=self._modality_of[tokens_T],
+            valid_T=tokens_T != pad,
+            position_T=torch.from_numpy(position_T),
             token_id_T=torch.arange(self.batch_tokens) + number * self.batch_tokens,
-            document_lengths=lengths.tolist(), num_groups=1,
+            document_lengths=lengths.tolist(),
+            num_groups=1,
             num_sequences=self.batch_tokens // self.facts["sequence_length"],
-        )  # fmt: skip
+        )
         return Batch(
-            tokens_T=tokens_T, targets_T=targets_T, loss_mask_T=torch.from_numpy(has_target),
-            target_modality_T=self._modality_of[targets_T], info=info,
-        )  # fmt: skip
+            tokens_T=tokens_T,
+            targets_T=targets_T,
+            loss_mask_T=torch.from_numpy(has_target),
+            target_modality_T=self._modality_of[targets_T],
+            info=info,
+        )
 
     def times_seen(self, number: int) -> dict[str, float]:
         """Return how often the first `number` micro-batches read each picture and each text, on average."""
@@ -106,9 +112,12 @@ def write_inputs(file: Path, overrides: Sequence[str], *, batches: int, held_out
         for store in others
     )
     facts = facts_of(documents) | {
-        "vocab_size": vocabulary.size, "first_image_code": vocabulary.first_image_code, "pad": vocabulary.pad,
-        "text_pieces": vocabulary.text.size, "sequence_length": config.data.sequence_length,
-    }  # fmt: skip
+        "vocab_size": vocabulary.size,
+        "first_image_code": vocabulary.first_image_code,
+        "pad": vocabulary.pad,
+        "text_pieces": vocabulary.text.size,
+        "sequence_length": config.data.sequence_length,
+    }
     assert vocabulary.size <= 2**16
     arrays = _arrays("train", (batch for batch, _ in islice(loader, batches)))
     full = (batch for batch in looked_at if batch.info.valid_T.float().mean() >= FULL)
@@ -122,9 +131,12 @@ def write_inputs(file: Path, overrides: Sequence[str], *, batches: int, held_out
 def facts_of(store: TokenStore) -> dict[str, int]:
     pictures = int(np.asarray(store.has_image).sum())
     return {
-        "documents": len(store), "pictures": pictures, "texts": len(store) - pictures,
-        "image_tokens": store.image_tokens, "text_tokens": store.text_tokens,
-    }  # fmt: skip
+        "documents": len(store),
+        "pictures": pictures,
+        "texts": len(store) - pictures,
+        "image_tokens": store.image_tokens,
+        "text_tokens": store.text_tokens,
+    }
 
 
 def _arrays(name: str, batches: Iterable[Batch]) -> dict[str, np.ndarray]:

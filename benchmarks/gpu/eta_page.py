@@ -25,9 +25,12 @@ LOSS_HEADER = (
     "held-out at the end | lowest held-out, at step | ms a step |"
 )
 GAIN_HEADER = (
-    "| nats a token less than dense, after | " + " | ".join(f"training, {share:.0%}" for share in FRACTIONS) + " | "
-    + " | ".join(f"held-out, {share:.0%}" for share in FRACTIONS) + " |"
-)  # fmt: skip
+    "| nats a token less than dense, after | "
+    + " | ".join(f"training, {share:.0%}" for share in FRACTIONS)
+    + " | "
+    + " | ".join(f"held-out, {share:.0%}" for share in FRACTIONS)
+    + " |"
+)
 NOTE = """\
 {steps} steps of {batch} tokens, {tokens:.1f} M tokens a model, every model on the same batches in the same order,
 through the engine in bf16: {layers} layers of width {width} (MoD: {deeper} layers), AdamW, peak learning rate
@@ -98,12 +101,15 @@ def loss_rows(curves: Curves) -> list[str]:
         unfinished = "" if curve["done"] else f" (cut off at step {curve['reached']} of {curves.steps})"
         seconds, tokens = np.diff(train["seconds"]), train["tokens"][-1]
         cells = [
-            name + unfinished, f"{curve['parameters'] / 1e6:.1f}", f"{train['flops'][-1] / tokens / 1e6:.1f}",
-            f"{tokens / 1e6:.1f}", " / ".join(f"{curves.values(name, 'train', key)[-1]:.3f}" for key in LOSSES),
+            name + unfinished,
+            f"{curve['parameters'] / 1e6:.1f}",
+            f"{train['flops'][-1] / tokens / 1e6:.1f}",
+            f"{tokens / 1e6:.1f}",
+            " / ".join(f"{curves.values(name, 'train', key)[-1]:.3f}" for key in LOSSES),
             " / ".join(f"{held_out[key][-1]:.3f}" for key in LOSSES),
             f"{held_out['loss'][best]:.3f}, {held_out['step'][best]:.0f}",
             f"{1e3 * np.median(seconds):.0f}" if len(seconds) else "",
-        ]  # fmt: skip
+        ]
         rows.append("| " + " | ".join(cells) + " |")
     return rows
 
@@ -152,12 +158,22 @@ def note(curves: Curves) -> str:
     first, model = curves.first, curves.first["model"]
     deeper = curves.of.get("MoD 4t4i", first)["model"]["num_layers"]
     return NOTE.format(
-        steps=curves.steps, batch=first["batch_tokens"], tokens=curves.steps * first["batch_tokens"] / 1e6,
-        layers=model["num_layers"], width=model["hidden_size"], deeper=deeper, rate=first["settings"]["rate"],
-        sweep=swept(curves.plan), pictures=first["facts"]["pictures"], text=first["facts"]["text_tokens"] / 1e6,
-        seen_image=first["times_seen"]["image"], seen_text=first["times_seen"]["text"],
-        held_out=first["held_out_tokens"], window=curves.window, beside=first["beside"],
-    )  # fmt: skip
+        steps=curves.steps,
+        batch=first["batch_tokens"],
+        tokens=curves.steps * first["batch_tokens"] / 1e6,
+        layers=model["num_layers"],
+        width=model["hidden_size"],
+        deeper=deeper,
+        rate=first["settings"]["rate"],
+        sweep=swept(curves.plan),
+        pictures=first["facts"]["pictures"],
+        text=first["facts"]["text_tokens"] / 1e6,
+        seen_image=first["times_seen"]["image"],
+        seen_text=first["times_seen"]["text"],
+        held_out=first["held_out_tokens"],
+        window=curves.window,
+        beside=first["beside"],
+    )
 
 
 def write_page(folder: Path, names: Sequence[str], results: Path) -> None:
@@ -171,9 +187,15 @@ def write_page(folder: Path, names: Sequence[str], results: Path) -> None:
     text = "\n".join([note(curves), *losses, "", *gains, "", f"![curves]({stem.name}.png)"])
     ran = f"{first['machine']}. `{first['command']}`"
     write_result(
-        "moma_eta_gpu", "MoMa's efficiency on one GPU", text, ETA_HEADER, eta_rows(curves),
-        ran=ran, day=first["date"], folder=results,
-    )  # fmt: skip
+        "moma_eta_gpu",
+        "MoMa's efficiency on one GPU",
+        text,
+        ETA_HEADER,
+        eta_rows(curves),
+        ran=ran,
+        day=first["date"],
+        folder=results,
+    )
 
 
 def thinned(curve: dict[str, Any]) -> dict[str, Any]:

@@ -34,9 +34,14 @@ WIDTH, FFN, LAYERS = 256, 688, 4  # FFN: 2/3 of 4 times the width, a multiple of
 SAVE_EVERY = 5.0  # seconds
 SIZES = [f"model.hidden_size={WIDTH}", f"model.num_layers={LAYERS}", "model.num_heads=4"]
 BASE = [
-    *SIZES, "model.embedding_init_std=1.0", "parallel.expert=1", "train.global_batch_groups=1",
-    "train.micro_batch_groups=1", "deepspeed.bf16={enabled: true}", "deepspeed.optimizer.params.weight_decay=0.1",
-]  # fmt: skip
+    *SIZES,
+    "model.embedding_init_std=1.0",
+    "parallel.expert=1",
+    "train.global_batch_groups=1",
+    "train.micro_batch_groups=1",
+    "deepspeed.bf16={enabled: true}",
+    "deepspeed.optimizer.params.weight_decay=0.1",
+]
 
 
 class Curve:
@@ -45,8 +50,13 @@ class Curve:
     def __init__(self, job: Job, about: dict[str, Any]):
         self._file, self._saved = Path(job.file), 0.0
         self.content = {
-            "settings": job.settings(), **about, "done": False, "reached": 0, "train": {}, "held_out": {},
-        }  # fmt: skip
+            "settings": job.settings(),
+            **about,
+            "done": False,
+            "reached": 0,
+            "train": {},
+            "held_out": {},
+        }
 
     def add(self, kind: str, point: dict[str, float]) -> None:
         for key, value in point.items():
@@ -75,11 +85,16 @@ def run(job: Job) -> None:
 def recipe(job: Job, train: Packed) -> Config:
     warm_up = max(1, job.steps // 20)
     settings = [
-        *BASE, *variant(job.name), f"model.ffn.hidden_size={FFN}", f"train.steps={job.steps}",
+        *BASE,
+        *variant(job.name),
+        f"model.ffn.hidden_size={FFN}",
+        f"train.steps={job.steps}",
         f"data.group_sequences={train.batch_tokens // train.facts['sequence_length']}",
-        f"data.sequence_length={train.facts['sequence_length']}", f"deepspeed.optimizer.params.lr={job.rate}",
-        f"schedule={{type: linear, warmup_steps: {warm_up}, end_lr: {job.rate / 100}}}", "run.dir=none",
-    ]  # fmt: skip
+        f"data.sequence_length={train.facts['sequence_length']}",
+        f"deepspeed.optimizer.params.lr={job.rate}",
+        f"schedule={{type: linear, warmup_steps: {warm_up}, end_lr: {job.rate / 100}}}",
+        "run.dir=none",
+    ]
     return load_config(ROOT / "configs" / "moma_quickstart.yaml", [*settings, *job.overrides])
 
 
@@ -99,13 +114,18 @@ class Training:
     def _about(self, held_out: Packed, parameters: int) -> dict[str, Any]:
         once = num_parameters(self.config.model, vocab_size=self.vocabulary)
         return {
-            "machine": machine(self.layout.device), "date": str(date.today()), "beside": self.job.beside,
-            "command": self.job.command, "parameters": parameters, "parameters_of_one_expert": int(once),
-            "batch_tokens": self.train.batch_tokens, "facts": self.train.facts,
+            "machine": machine(self.layout.device),
+            "date": str(date.today()),
+            "beside": self.job.beside,
+            "command": self.job.command,
+            "parameters": parameters,
+            "parameters_of_one_expert": int(once),
+            "batch_tokens": self.train.batch_tokens,
+            "facts": self.train.facts,
             "times_seen": self.train.times_seen(self.job.steps),
             "held_out_tokens": int(sum(int(batch.loss_mask_T.sum()) for batch in self.looked_at)),
             "model": self.config.model.model_dump(mode="json"),
-        }  # fmt: skip
+        }
 
     def loop(self) -> None:
         """Train; stop at the deadline with what there is."""
@@ -128,9 +148,11 @@ class Training:
         context = Context(layout=self.layout, group_sequences=self.config.data.group_sequences)
         result = self.engine.train_step([batch], make_objective({}, context, step), lr)
         self.flops += model_flops(
-            self.config.model, vocab_size=self.vocabulary, document_lengths=batch.info.document_lengths,
+            self.config.model,
+            vocab_size=self.vocabulary,
+            document_lengths=batch.info.document_lengths,
             **work(result.records, result.depths),
-        )  # fmt: skip
+        )
         self.tokens += result.counts["loss"]
         self.curve.add("train", self._place() | means(result) | {"seconds": time.monotonic() - started})
 

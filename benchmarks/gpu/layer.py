@@ -59,10 +59,12 @@ def measured(check: Check, size: Size) -> tuple[str, dict]:
     g_TD = torch.randn_like(x_TD)
     layer, info = ours(check, size)
     works = {
-        "bmm": plain(check, size), "grouped_mm": grouped(check, size),
-        "ours": lambda: layer(x_TD, info)[0].backward(g_TD), "ours_forward": lambda: layer(x_TD, info),
+        "bmm": plain(check, size),
+        "grouped_mm": grouped(check, size),
+        "ours": lambda: layer(x_TD, info)[0].backward(g_TD),
+        "ours_forward": lambda: layer(x_TD, info),
         "router_forward": lambda: layer.router(x_TD, info),
-    }  # fmt: skip
+    }
     found: dict[str, Any] = {name: round(check.milliseconds(work), 2) for name, work in works.items()}
     if not check.small:
         floor = 18 * size.rows * size.width * size.hidden / (check.seen("matmul_tflops") * 1e9)
@@ -91,10 +93,13 @@ def ours(check: Check, size: Size) -> tuple[nn.Module, TokenInfo]:
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)
     info = TokenInfo.build(
-        modality_T=torch.arange(size.tokens) % 2, valid_T=torch.ones(size.tokens, dtype=torch.bool),
-        position_T=torch.arange(size.tokens), token_id_T=torch.arange(size.tokens),
-        document_lengths=[size.tokens], num_groups=1,
-    )  # fmt: skip
+        modality_T=torch.arange(size.tokens) % 2,
+        valid_T=torch.ones(size.tokens, dtype=torch.bool),
+        position_T=torch.arange(size.tokens),
+        token_id_T=torch.arange(size.tokens),
+        document_lengths=[size.tokens],
+        num_groups=1,
+    )
     return layer, info.to(check.device)
 
 
@@ -135,9 +140,11 @@ def transformers_layer(check: Check, size: Size) -> Callable[[], None]:
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
     config = MixtralConfig(
-        hidden_size=size.width, intermediate_size=size.hidden, num_local_experts=size.experts,
+        hidden_size=size.width,
+        intermediate_size=size.hidden,
+        num_local_experts=size.experts,
         num_experts_per_tok=size.k,
-    )  # fmt: skip
+    )
     config._experts_implementation = "grouped_mm"
     with check.device:
         block = MixtralSparseMoeBlock(config).to(DTYPE)
@@ -173,11 +180,22 @@ def megatron_layer(check: Check, size: Size) -> Callable[[], None]:
         parallel_state.initialize_model_parallel(1, 1)
         model_parallel_cuda_manual_seed(1)
     config = TransformerConfig(
-        num_layers=1, hidden_size=size.width, num_attention_heads=8, num_moe_experts=size.experts,
-        moe_router_topk=size.k, moe_ffn_hidden_size=size.hidden, gated_linear_unit=True, activation_func=F.silu,
-        add_bias_linear=False, bf16=True, params_dtype=DTYPE, moe_token_dispatcher_type="alltoall",
-        moe_router_load_balancing_type="none", moe_grouped_gemm=True, bias_activation_fusion=True,
-    )  # fmt: skip
+        num_layers=1,
+        hidden_size=size.width,
+        num_attention_heads=8,
+        num_moe_experts=size.experts,
+        moe_router_topk=size.k,
+        moe_ffn_hidden_size=size.hidden,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        bf16=True,
+        params_dtype=DTYPE,
+        moe_token_dispatcher_type="alltoall",
+        moe_router_load_balancing_type="none",
+        moe_grouped_gemm=True,
+        bias_activation_fusion=True,
+    )
     spec = get_moe_module_spec(use_te=False, num_experts=size.experts, moe_grouped_gemm=True)
     layer = build_module(spec, config=config).to(check.device)
     x = draw(check, size.tokens, 1, size.width).requires_grad_()

@@ -20,10 +20,13 @@ def run(check: Check) -> None:
 def card() -> dict:
     properties = torch.cuda.get_device_properties(0)
     return {
-        "gpu": properties.name, "gpus": torch.cuda.device_count(),
-        "capability": f"{properties.major}.{properties.minor}", "GiB": round(properties.total_memory / 2**30),
-        "cuda": torch.version.cuda, "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-    }  # fmt: skip
+        "gpu": properties.name,
+        "gpus": torch.cuda.device_count(),
+        "capability": f"{properties.major}.{properties.minor}",
+        "GiB": round(properties.total_memory / 2**30),
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+    }
 
 
 def ceilings(check: Check) -> dict:

@@ -27,13 +27,18 @@ def routed(**router: Any) -> dict:
 
 LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.1}
 MODELS = {
-    "dense": (DENSE, {}), "top_k": (TOP_K, {}), "moe_8x": (EXPERT_CHOICE, {}), "moma": (MOMA, {}),
+    "dense": (DENSE, {}),
+    "top_k": (TOP_K, {}),
+    "moe_8x": (EXPERT_CHOICE, {}),
+    "moma": (MOMA, {}),
     "null": (routed(type="null_experts", num_experts=4, num_null_experts=4, top_k=3), {}),
     "padded": (routed(type="top_k", num_experts=4, top_k=2, capacity_factor=0.8, pad_to_capacity=True), {}),
-    "sliced": (MOMA | {"slices": 2}, {}), "recomputed": (MOMA, {"recompute": True}), "depth": (MOMA, {"depth": {}}),
+    "sliced": (MOMA | {"slices": 2}, {}),
+    "recomputed": (MOMA, {"recompute": True}),
+    "depth": (MOMA, {"depth": {}}),
     "lora": ({**LORA_EXPERTS, "experts": {"type": "lora", **LORA}}, {"attention_lora": LORA}),
     "llama": (TOP_K, {"norm": "pre", "qk_norm": False, "num_query_groups": 2, "tie_embeddings": True}),
-}  # fmt: skip
+}
 LOSSES = {"load_balance": {"weight": 0.01, "scope": "global"}, "router_z": {"weight": 0.01}}
 BATCH = make_batch([40, 24, 30, 26], padding=8, num_groups=2)
 

@@ -18,9 +18,15 @@ from moe_dist.model.moe.router import selection_keys
 from tests.fused_cases import CASES, ROWS, deviations, tolerance
 
 COUNTS = {
-    "even": (64,) * 4, "uneven": (1, 200, 7, 3), "one empty": (5, 0, 64, 59), "first empty": (0, 9, 64, 2),
-    "last empty": (33, 1, 2, 0), "one used": (0, 0, 77, 0), "no rows": (0, 0, 0, 0), "no rows, one expert": (0,),
-}  # fmt: skip
+    "even": (64,) * 4,
+    "uneven": (1, 200, 7, 3),
+    "one empty": (5, 0, 64, 59),
+    "first empty": (0, 9, 64, 2),
+    "last empty": (33, 1, 2, 0),
+    "one used": (0, 0, 77, 0),
+    "no rows": (0, 0, 0, 0),
+    "no rows, one expert": (0,),
+}
 LENGTHS = [5, 130, 0, 64, 1, 300]  # documents
 HEADS = ((8, 8, 64), (8, 2, 128))  # heads, query groups, size per head
 

@@ -8,9 +8,12 @@ from moe_dist.checkpoint import checkpoint
 from moe_dist.training.determinism import make_deterministic
 
 OVERRIDES = [
-    "deepspeed.bf16={enabled: true}", "parallel.expert=1", "train.global_batch_groups=4", "train.micro_batch_groups=2",
+    "deepspeed.bf16={enabled: true}",
+    "parallel.expert=1",
+    "train.global_batch_groups=4",
+    "train.micro_batch_groups=2",
     "data.sequence_length=256",
-]  # fmt: skip
+]
 
 
 def run(check: Check) -> None:

@@ -49,11 +49,15 @@ def saved(check: Check) -> tuple[str, dict]:
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     shutil.rmtree(folder)
     return "measured", {
-        "stall_s": [round(value, 3) for value in stall], "write_s": [round(value, 3) for value in rest],
-        "MiB": size >> 20, "host_MiB": saver.buffers.nbytes >> 20, "host_taken_MiB": taken >> 20,
+        "stall_s": [round(value, 3) for value in stall],
+        "write_s": [round(value, 3) for value in rest],
+        "MiB": size >> 20,
+        "host_MiB": saver.buffers.nbytes >> 20,
+        "host_taken_MiB": taken >> 20,
         "page_locked": all(buffer.is_pinned() for buffer in saver.buffers._of.values()),
-        "step_ms": quiet, "step_ms_while_writing": busy,
-    }  # fmt: skip
+        "step_ms": quiet,
+        "step_ms_while_writing": busy,
+    }
 
 
 def refused(check: Check) -> tuple[str, dict]:

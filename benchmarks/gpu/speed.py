@@ -17,9 +17,12 @@ from moe_dist.metrics.flops import model_flops, work
 
 ONE = ["parallel.expert=1", "train.global_batch_groups=1", "train.micro_batch_groups=1"]
 TINY = [
-    "model.hidden_size=64", "model.num_layers=2", "model.num_heads=2", "data.sequence_length=64",
+    "model.hidden_size=64",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "data.sequence_length=64",
     "data.group_sequences=2",
-]  # fmt: skip
+]
 KEPT, RECOMPUTED = ["model.recompute=false"], ["model.recompute=true"]
 DENSE = "model.ffn={{type: dense, hidden_size: {}}}"
 PAIR = (
@@ -61,13 +64,16 @@ def measured(check: Check, name: str) -> tuple[str, dict]:
         taken.append(time.perf_counter() - started)
     seconds, info = statistics.median(taken), steps.batches[0].info
     flops = model_flops(
-        steps.config.model, vocab_size=vocabulary, document_lengths=info.document_lengths,
+        steps.config.model,
+        vocab_size=vocabulary,
+        document_lengths=info.document_lengths,
         **work(result.records, result.depths),
-    )  # fmt: skip
+    )
     numbers = {
-        "ms": round(1e3 * seconds, 1), "tokens_s": round(info.num_tokens / seconds),
+        "ms": round(1e3 * seconds, 1),
+        "tokens_s": round(info.num_tokens / seconds),
         "model_tflops": round(flops / seconds / 1e12, 1),
-    }  # fmt: skip
+    }
     if not check.small:
         numbers["mfu_of_matmul"] = round(flops / seconds / 1e12 / check.seen("matmul_tflops"), 3)
         numbers["mfu_of_989"] = round(flops / seconds / 989e12, 3)
@@ -101,6 +107,9 @@ def profile_step(check: Check, step: Callable[[], Any]) -> dict[str, Any]:
             out.write(f"{sum(ms):8.2f} ms {len(ms):5d} x {name[:200]}\n")
         out.write("\n")
     return {
-        "kernels": len(kernels), "busy_ms": round(sum(map(sum, by_name.values())), 1), "matrix_ms": total(*MATRIX),
-        "attention_ms": total("flash", "fmha"), "waits": waits,
-    }  # fmt: skip
+        "kernels": len(kernels),
+        "busy_ms": round(sum(map(sum, by_name.values())), 1),
+        "matrix_ms": total(*MATRIX),
+        "attention_ms": total("flash", "fmha"),
+        "waits": waits,
+    }

@@ -65,11 +65,18 @@ def make_batch(config: Config, vocabulary: int, number: int) -> Batch:
     generator = torch.Generator().manual_seed(number)
     tokens_T = torch.randint(vocabulary // 2, (tokens,), generator=generator) + modality_T * (vocabulary // 2)
     info = TokenInfo.build(
-        modality_T=modality_T, valid_T=torch.ones(tokens, dtype=torch.bool), position_T=position_T,
-        token_id_T=torch.arange(tokens) + number * tokens, document_lengths=[document] * (tokens // document),
-        num_groups=config.train.micro_batch_groups, num_sequences=sequences,
-    )  # fmt: skip
+        modality_T=modality_T,
+        valid_T=torch.ones(tokens, dtype=torch.bool),
+        position_T=position_T,
+        token_id_T=torch.arange(tokens) + number * tokens,
+        document_lengths=[document] * (tokens // document),
+        num_groups=config.train.micro_batch_groups,
+        num_sequences=sequences,
+    )
     return Batch(
-        tokens_T=tokens_T, targets_T=tokens_T.roll(-1), loss_mask_T=position_T < document - 1,
-        target_modality_T=modality_T.roll(-1), info=info,
-    )  # fmt: skip
+        tokens_T=tokens_T,
+        targets_T=tokens_T.roll(-1),
+        loss_mask_T=position_T < document - 1,
+        target_modality_T=modality_T.roll(-1),
+        info=info,
+    )

@@ -23,14 +23,27 @@ from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.parallel.discovery import free_port
 
 SHARED_CARD = {
-    "NCCL_SOCKET_IFNAME": "lo", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "NCCL_P2P_DISABLE": "1",
+    "NCCL_SHM_DISABLE": "1",
+    "NCCL_IB_DISABLE": "1",
     "NCCL_NVLS_ENABLE": "0",
-}  # fmt: skip
+}
 SMALL = [
-    "data.sequence_length=128", "data.group_sequences=2", "data.lanes=4", "model.hidden_size=64", "model.num_layers=2",
-    "model.num_heads=2", "model.ffn.hidden_size=64", "train.steps=8", "schedule.warmup_steps=2", "eval.every=4",
-    "eval.groups=4", "checkpoint.every=4", "telemetry.tensorboard=false",
-]  # fmt: skip
+    "data.sequence_length=128",
+    "data.group_sequences=2",
+    "data.lanes=4",
+    "model.hidden_size=64",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.ffn.hidden_size=64",
+    "train.steps=8",
+    "schedule.warmup_steps=2",
+    "eval.every=4",
+    "eval.groups=4",
+    "checkpoint.every=4",
+    "telemetry.tensorboard=false",
+]
 TOLERANCE = {"fp32": 2e-3, "bf16": 5e-2}  # nats, between ranks; the grouped kernel adds in another order than the loop
 
 

@@ -62,9 +62,16 @@ from moe_dist.parallel.agreement import gather_objects, together
 from moe_dist.parallel.layout import Layout
 
 __all__ = [
-    "checkpoint_path", "load", "newest_complete", "prune", "read_state", "resolve_resume", "save", "set_aside_later",
+    "checkpoint_path",
+    "load",
+    "newest_complete",
+    "prune",
+    "read_state",
+    "resolve_resume",
+    "save",
+    "set_aside_later",
     "verify",
-]  # fmt: skip
+]
 
 
 def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]) -> None:
@@ -84,10 +91,13 @@ def describe(engine: Any, layout: Layout, state: dict[str, Any]) -> dict[str, An
         "optimizer": optimizer_scalars(engine),
         "engine": {"steps": engine.steps, "skipped_steps": engine.skipped_steps},
         "written_by": {
-            "world": layout.world, "expert": layout.expert, "zero_stage": engine.zero_stage,
-            "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "world": layout.world,
+            "expert": layout.expert,
+            "zero_stage": engine.zero_stage,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
         },
-    }  # fmt: skip
+    }
 
 
 def write(

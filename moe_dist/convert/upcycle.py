@@ -119,12 +119,15 @@ def _routers(model: ModelConfig, seed: int) -> list[Router]:
         build_router(
             model.ffn.router,
             Site(
-                hidden_size=model.hidden_size, layer=layer, seed=seed, init_std=model.init_std,
+                hidden_size=model.hidden_size,
+                layer=layer,
+                seed=seed,
+                init_std=model.init_std,
                 name=f"layers.{layer}.ffn.router",
             ),
         )
         for layer in range(model.num_layers)
-    ]  # fmt: skip
+    ]
 
 
 def _copies(name: str, tensor: LazyTensor, groups: Sequence[Sequence[int]]) -> dict[str, LazyTensor]:

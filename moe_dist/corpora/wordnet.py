@@ -13,10 +13,33 @@ PACKAGE = "wordnet-base"
 FOLDER = "usr/share/wordnet"
 PARTS = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}  # file suffix -> part of speech
 NOUN_FIELDS = (  # of lexicographer files 3 to 28, lexnames(5WN)
-    "unique beginner", "act", "animal", "artifact", "attribute", "body part", "thought", "communication", "event",
-    "feeling", "food", "group", "place", "motive", "natural object", "person", "natural phenomenon", "plant",
-    "possession", "process", "quantity", "relation", "shape", "state", "substance", "time",
-)  # fmt: skip
+    "unique beginner",
+    "act",
+    "animal",
+    "artifact",
+    "attribute",
+    "body part",
+    "thought",
+    "communication",
+    "event",
+    "feeling",
+    "food",
+    "group",
+    "place",
+    "motive",
+    "natural object",
+    "person",
+    "natural phenomenon",
+    "plant",
+    "possession",
+    "process",
+    "quantity",
+    "relation",
+    "shape",
+    "state",
+    "substance",
+    "time",
+)
 FIRST_NOUN_FIELD = 3
 
 

@@ -116,9 +116,13 @@ class Bigram:
     def fit(cls, store: TokenStore, vocabulary: Vocabulary, data: DataConfig) -> Bigram:
         """Count the training documents, assembled as the loader does in its first epoch but with every caption kept."""
         assembler = Assembler(
-            store=store, vocabulary=vocabulary, seed=0, sequence_length=data.sequence_length,
-            image_first=data.image_first, caption_dropout=0.0,
-        )  # fmt: skip
+            store=store,
+            vocabulary=vocabulary,
+            seed=0,
+            sequence_length=data.sequence_length,
+            image_first=data.image_first,
+            caption_dropout=0.0,
+        )
         documents = [assembler(0, i).tokens for i in range(len(store))]
         aside = np.array([zlib.crc32(_content(store, i)) % FITTING_PARTS == 0 for i in range(len(store))])
         counted, kept_out = (Bigrams.of([documents[i] for i in np.flatnonzero(part)]) for part in (~aside, aside))

@@ -50,9 +50,15 @@ class Answers:
 
 
 def answer_all(
-    forward: Callable, store: TokenStore, vocabulary: Vocabulary, data: DataConfig, layout: Layout, *, split: Split,
+    forward: Callable,
+    store: TokenStore,
+    vocabulary: Vocabulary,
+    data: DataConfig,
+    layout: Layout,
+    *,
+    split: Split,
     batch_groups: int,
-) -> Answers:  # fmt: skip
+) -> Answers:
     """Answer every item of a split, whose tokens `store` holds; rank 0 shows the progress. Collective."""
     with together():
         choices = read_choices(data, split, vocabulary.text)
@@ -92,10 +98,12 @@ def _answer_batch(output: Any, batch: Batch, choices: Mapping[int, Choice]) -> A
     if output.records:
         routing_SR = sample_routing(output.records, end_S, batch.info.num_tokens).float()
     return Answers(
-        sample_N=sample_S, domain_N=batch.sidecar["domain_T"][end_S].cpu(),
+        sample_N=sample_S,
+        domain_N=batch.sidecar["domain_T"][end_S].cpu(),
         correct_N=torch.tensor([item.correct for item in items], dtype=torch.int64),
-        log_probs_NO=log_probs_SV.gather(1, option_SO).cpu(), routing_NR=routing_SR.cpu(),
-    )  # fmt: skip
+        log_probs_NO=log_probs_SV.gather(1, option_SO).cpu(),
+        routing_NR=routing_SR.cpu(),
+    )
 
 
 def _first_of_each(sample_N: Tensor) -> Tensor:
@@ -176,6 +184,9 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "difference": self.difference, "interval_95": paired_difference(self.gained, self.lost, self.items),
-            "gained": self.gained, "lost": self.lost, "mcnemar_p": mcnemar(self.gained, self.lost),
-        }  # fmt: skip
+            "difference": self.difference,
+            "interval_95": paired_difference(self.gained, self.lost, self.items),
+            "gained": self.gained,
+            "lost": self.lost,
+            "mcnemar_p": mcnemar(self.gained, self.lost),
+        }

@@ -26,9 +26,14 @@ class HeldOut:
     def batches(self, store: TokenStore) -> Iterator[Batch]:
         """This rank's micro-batches of the store."""
         return heldout_batches(
-            store, self.vocabulary, self.data, groups=self.groups,
-            dp_rank=self.layout.rank, dp=self.layout.world, batch_groups=self.batch_groups,
-        )  # fmt: skip
+            store,
+            self.vocabulary,
+            self.data,
+            groups=self.groups,
+            dp_rank=self.layout.rank,
+            dp=self.layout.world,
+            batch_groups=self.batch_groups,
+        )
 
     def ordered(self, *, image_first: bool) -> HeldOut:
         """The same for pairs in one order, whatever mix of text and images is trained on."""

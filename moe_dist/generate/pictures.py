@@ -49,9 +49,13 @@ class Generated:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "number": self.number, "task": self.task, "prompt": self.given, "text": self.text, "images": self.names,
+            "number": self.number,
+            "task": self.task,
+            "prompt": self.given,
+            "text": self.text,
+            "images": self.names,
             "tokens": self.tokens,
-        }  # fmt: skip
+        }
 
 
 def write_samples(folder: Path, samples: Sequence[Generated], image: ImageTokenizer | None, settings: dict) -> None:

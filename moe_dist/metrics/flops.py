@@ -143,10 +143,11 @@ def _ffn(model: ModelConfig, at: str, *, rows: float, shared: int, gates: Sequen
         return [Product(2 * one * rows, f"{experts}gate_up*"), Product(one * rows, f"{experts}down*"), *gates]
     deltas = 3 * ffn.experts.rank * (model.hidden_size + ffn.hidden_size)
     return [
-        Product(2 * one * shared, f"{at}experts.base.gate_up.*", beside_lora=True), *gates,
+        Product(2 * one * shared, f"{at}experts.base.gate_up.*", beside_lora=True),
+        *gates,
         Product(deltas * rows, f"{at}experts.lora.*"),
         Product(one * shared, f"{at}experts.base.down.*", beside_lora=True),
-    ]  # fmt: skip
+    ]
 
 
 def _gate(model: ModelConfig, prefix: str, part: Routing) -> Product:

@@ -225,9 +225,13 @@ def _draw_utilization(figure: Figure, axis: Axes, loads: Mapping[str, tuple[np.n
         row += blocks[-1].shape[0]
         edges.append(row)
     image = axis.imshow(
-        np.concatenate(blocks).clip(0.25, 4), norm=LogNorm(0.25, 4), cmap="RdBu_r", aspect="auto",
-        interpolation="auto", extent=(0, tokens[-1], row, 0),
-    )  # fmt: skip
+        np.concatenate(blocks).clip(0.25, 4),
+        norm=LogNorm(0.25, 4),
+        cmap="RdBu_r",
+        aspect="auto",
+        interpolation="auto",
+        extent=(0, tokens[-1], row, 0),
+    )
     axis.hlines(edges[:-1], 0, tokens[-1], color="black", linewidth=0.6)
     _style(axis, "expert utilization: load over fair share, one row an expert", legend=False)
     axis.grid(False)

@@ -41,9 +41,14 @@ class RoutingCounts:
     def with_tensors(self, tensors: Sequence[Tensor]) -> RoutingCounts:
         load, dropped, assigned, unrouted, valid, domain = tensors
         return replace(
-            self, load_LGE=load, dropped_LE=dropped, assigned_LM=assigned, unrouted_LM=unrouted, valid_M=valid,
+            self,
+            load_LGE=load,
+            dropped_LE=dropped,
+            assigned_LM=assigned,
+            unrouted_LM=unrouted,
+            valid_M=valid,
             domain_LDE=domain,
-        )  # fmt: skip
+        )
 
     def __add__(self, other: RoutingCounts) -> RoutingCounts:
         if self.layers != other.layers:

@@ -32,9 +32,7 @@ class LayerCache:
 class KVCache:
     """The caches of all layers. Belongs to whoever generates; attention adds to it."""
 
-    def __init__(
-        self, config: ModelConfig, *, sequences: int, capacity: int, device: torch.device, dtype: torch.dtype
-    ):
+    def __init__(self, config: ModelConfig, *, sequences: int, capacity: int, device: torch.device, dtype: torch.dtype):
         """capacity: tokens that a sequence may have, prompt included. One sequence more is `padding`, never kept."""
         self.padding = sequences
         shape = (sequences + 1, capacity, config.query_groups, config.size_per_head)

@@ -33,9 +33,12 @@ class MixtureOfDepths(nn.Module):
         assert config.depth is not None
         self.layer, self.split_sizes = layer, split_sizes
         site = Site(
-            hidden_size=config.hidden_size, layer=layer, seed=seed, init_std=config.init_std,
+            hidden_size=config.hidden_size,
+            layer=layer,
+            seed=seed,
+            init_std=config.init_std,
             name=f"depth.{layer}.router",
-        )  # fmt: skip
+        )
         self.router = DepthRouter(config.depth, site)
 
     def forward(

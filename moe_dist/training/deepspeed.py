@@ -162,9 +162,13 @@ class Engine:
         if skipped:
             self._stop_or_go_on(loss_sums)
         return StepResult(
-            loss_sums=loss_sums, counts=counts, grad_norm=grad_norm, skipped=skipped, records=tuple(records),
+            loss_sums=loss_sums,
+            counts=counts,
+            grad_norm=grad_norm,
+            skipped=skipped,
+            records=tuple(records),
             depths=tuple(depths),
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def eval_forward(self, batch: Batch) -> Any:

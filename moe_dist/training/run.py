@@ -125,17 +125,34 @@ class Run:
         with together():
             loader_state = state.loader if state else loader_state_of(source) if source is not None else None
             loader = make_loader(
-                documents, vocabulary, config.data, seed=config.seed, dp_rank=layout.rank, dp=layout.world,
-                batch_groups=config.train.micro_batch_groups, neighbours=open_neighbours(config.data, source),
-                state=loader_state, device=layout.device,
-            )  # fmt: skip
+                documents,
+                vocabulary,
+                config.data,
+                seed=config.seed,
+                dp_rank=layout.rank,
+                dp=layout.world,
+                batch_groups=config.train.micro_batch_groups,
+                neighbours=open_neighbours(config.data, source),
+                state=loader_state,
+                device=layout.device,
+            )
         return cls(
-            config=config, layout=layout, folder=folder, vocabulary=vocabulary, engine=engine, loader=loader,
-            saver=Saver(folder.path, engine, layout, config.checkpoint), documents=documents, held_out=held_out,
-            loader_state=loader_state or {}, initial=initial,
-            peak_lr=section.optimizer.params.lr, step=state.step if state else 0, tokens=state.tokens if state else 0,
+            config=config,
+            layout=layout,
+            folder=folder,
+            vocabulary=vocabulary,
+            engine=engine,
+            loader=loader,
+            saver=Saver(folder.path, engine, layout, config.checkpoint),
+            documents=documents,
+            held_out=held_out,
+            loader_state=loader_state or {},
+            initial=initial,
+            peak_lr=section.optimizer.params.lr,
+            step=state.step if state else 0,
+            tokens=state.tokens if state else 0,
             stop=stop,
-        )  # fmt: skip
+        )
 
     @classmethod
     def reopen(cls, folder: RunFolder, overrides: Sequence[str]) -> Run:
@@ -252,18 +269,28 @@ class Run:
     def save(self) -> int:
         """Save this moment; the step. Collective."""
         state = TrainState(
-            step=self.step, tokens=self.tokens, loader=self.loader_state,
-            config=self.config.model_dump(mode="json"), vocabulary=self.vocabulary.fingerprint(),
-        )  # fmt: skip
+            step=self.step,
+            tokens=self.tokens,
+            loader=self.loader_state,
+            config=self.config.model_dump(mode="json"),
+            vocabulary=self.vocabulary.fingerprint(),
+        )
         self.saver.save(self.step, state.to_json())
         return self.step
 
     def _flops(self, batch: Batch, result: StepResult) -> int:
         """Of the step, over all ranks: all have equally many tokens, so this rank's last micro-batch stands for all."""
-        return self.engine.accumulation * self.layout.world * model_flops(
-            self.config.model, vocab_size=self.vocabulary.size, document_lengths=batch.info.document_lengths,
-            trained=self.trained, **work(result.records, result.depths),
-        )  # fmt: skip
+        return (
+            self.engine.accumulation
+            * self.layout.world
+            * model_flops(
+                self.config.model,
+                vocab_size=self.vocabulary.size,
+                document_lengths=batch.info.document_lengths,
+                trained=self.trained,
+                **work(result.records, result.depths),
+            )
+        )
 
     def _routing(self, batch: Batch, result: StepResult) -> dict[str, Any]:
         router, ffn = routers(self.engine.module)[0], self.config.model.ffn
@@ -281,11 +308,14 @@ class Run:
         )
         if router.reference_top_k is not None:
             metrics["moe/flops_saved"] = flops_saved(
-                self.config.model, vocab_size=self.vocabulary.size, document_lengths=batch.info.document_lengths,
-                tokens=int(batch.info.valid_T.sum()), experts=metrics["moe/experts_per_token"],
+                self.config.model,
+                vocab_size=self.vocabulary.size,
+                document_lengths=batch.info.document_lengths,
+                tokens=int(batch.info.valid_T.sum()),
+                experts=metrics["moe/experts_per_token"],
                 top_k=router.reference_top_k,
                 admitted={depth.layer: depth.document_lengths for depth in result.depths},
-            )  # fmt: skip
+            )
         return metrics
 
 

@@ -17,9 +17,16 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 
 SIZES = {
-    "vocab_size": 64, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "rms_norm_eps": 1e-4, "rope_theta": 300.0, "initializer_range": 0.3,
-}  # fmt: skip
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-4,
+    "rope_theta": 300.0,
+    "initializer_range": 0.3,
+}
 
 
 def save_llama(folder: Path, *, dtype=torch.float32, max_shard_size="1GB", **changes) -> LlamaForCausalLM:

@@ -47,14 +47,15 @@ VARIANTS = {
     "llama": (save_llama, {}),
     "llama, tied, one key": (save_llama, {"tie_word_embeddings": True, "num_key_value_heads": 1}),
     "llama, wide heads, sharded, bf16": (
-        save_llama, {"head_dim": 16, "max_shard_size": "20KB", "dtype": torch.bfloat16},
+        save_llama,
+        {"head_dim": 16, "max_shard_size": "20KB", "dtype": torch.bfloat16},
     ),
     "mixtral": (save_mixtral, {}),
     "mixtral, top-1, tied, sharded, bf16": (
         save_mixtral,
         {"num_experts_per_tok": 1, "tie_word_embeddings": True, "max_shard_size": "20KB", "dtype": torch.bfloat16},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("save", "changes"), VARIANTS.values(), ids=VARIANTS)
@@ -91,14 +92,23 @@ def test_an_imported_mixtral_computes_what_transformers_does(changes, tmp_path):
 
 
 SECTION = {
-    "hidden_size": 48, "num_layers": 2, "num_heads": 6, "num_query_groups": 3, "head_size": 8, "norm": "pre",
-    "qk_norm": False, "norm_epsilon": 1e-3, "rope_base": 500.0, "init_std": 0.3,
-}  # fmt: skip
+    "hidden_size": 48,
+    "num_layers": 2,
+    "num_heads": 6,
+    "num_query_groups": 3,
+    "head_size": 8,
+    "norm": "pre",
+    "qk_norm": False,
+    "norm_epsilon": 1e-3,
+    "rope_base": 500.0,
+    "init_std": 0.3,
+}
 DENSE = {"type": "dense", "hidden_size": 80}
 SPARSE = {
-    "type": "moe", "hidden_size": 40,
+    "type": "moe",
+    "hidden_size": 40,
     "router": {"type": "top_k", "num_experts": 5, "top_k": 3, "renormalize": True},
-}  # fmt: skip
+}
 
 
 def put(path, ffn=SPARSE, **changes):
@@ -230,9 +240,13 @@ def test_neither_way_ever_holds_the_whole_model(tmp_path):
     assert whole > 280
     folders = [str(path), str(tmp_path / "hf"), str(tmp_path / "again")]
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *folders], cwd=ROOT, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-c", MEASURE, *folders],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     before, exported, imported = map(float, done.stdout.split()[-3:])
     print(
         f"{whole:.0f} MiB of weights; exported with {exported - before:.0f}, imported with {imported - before:.0f} more"

@@ -85,12 +85,18 @@ def test_export_is_the_inverse_of_import(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("script", "arguments", "sentence"),
     [
-        ("convert.py", ["import", "--format", "hf", "--from", "/nowhere", "--to", "out"],
-         "error: /nowhere/config.json is missing or is not JSON"),
-        ("prepare_model.py", ["model=gpt5", "out=here"],
-         "error: the arguments are model=minilm|smollm2 out=DIR, not model=gpt5 out=here"),
+        (
+            "convert.py",
+            ["import", "--format", "hf", "--from", "/nowhere", "--to", "out"],
+            "error: /nowhere/config.json is missing or is not JSON",
+        ),
+        (
+            "prepare_model.py",
+            ["model=gpt5", "out=here"],
+            "error: the arguments are model=minilm|smollm2 out=DIR, not model=gpt5 out=here",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.slow
 def test_errors_are_one_sentence_and_exit_with_2(script, arguments, sentence, tmp_path):
     command = [sys.executable, ROOT / "launch" / script, *arguments]
@@ -126,8 +132,11 @@ def train(recipe, *, out, ranks=1, resume="auto"):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     run = subprocess.run(
         [sys.executable, *torchrun, "launch/train.py", "--config", path],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     metrics = out / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     return lines, run.stdout + run.stderr, run.returncode
@@ -146,13 +155,16 @@ def test_a_run_starts_from_imported_weights_dense_and_upcycled(emoji_samples, tm
     convert.main(["upcycle", "--from", str(dense), "--to", str(sparse), "--experts", "4"])
     recipe = {
         "data": {
-            "shards": str(tmp_path / "shards"), "text_tokenizer": str(dense / "tokenizer"), "sequence_length": 64,
-            "group_sequences": 2, "lanes": 4,
+            "shards": str(tmp_path / "shards"),
+            "text_tokenizer": str(dense / "tokenizer"),
+            "sequence_length": 64,
+            "group_sequences": 2,
+            "lanes": 4,
         },
         "train": {"steps": 4, "global_batch_groups": 4},
         "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}, "zero_optimization": {"stage": 2}},
         "eval": {"every": 0},
-    }  # fmt: skip
+    }
 
     def start_from(folder, **more):
         model = yaml.safe_load((folder / "model.yaml").read_text())

@@ -275,10 +275,12 @@ def test_where_the_seed_stood_in_its_data_is_kept(one_text_one_image, seed, tmp_
         ({"experts": "4"}, "--experts 4: .* has experts for each modality: say how many of each, as 4t4i"),
         ({"experts": "4x"}, "--experts 4x: a number, or text and image experts as 4t4i"),
         ({"experts": "0t1i"}, r"key 'model\.ffn\.router\.text\.num_experts': input should be greater than 0"),
-        ({"experts": "2t2i", "overrides": ["model.ffn.router={type: top_k, num_experts: 4, top_k: 1}"]},
-         r"has experts for each modality, and model\.ffn\.router\.type would not"),
+        (
+            {"experts": "2t2i", "overrides": ["model.ffn.router={type: top_k, num_experts: 4, top_k: 1}"]},
+            r"has experts for each modality, and model\.ffn\.router\.type would not",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_settings_for_experts_of_modalities(settings, sentence, one_text_one_image, tmp_path):
     with pytest.raises(UserError, match=sentence):
         upcycle(one_text_one_image, tmp_path / "out", **settings)

@@ -12,9 +12,14 @@ from moe_dist.data.tokenizers.chameleon import ChameleonVQ
 from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
 
 SMALL = {
-    "resolution": 32, "base_channels": 32, "channel_multiplier": [1, 1, 2], "num_res_blocks": 1,
-    "latent_channels": 8, "embed_dim": 8, "num_embeddings": 24,
-}  # fmt: skip
+    "resolution": 32,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1, 2],
+    "num_res_blocks": 1,
+    "latent_channels": 8,
+    "embed_dim": 8,
+    "num_embeddings": 24,
+}
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +82,12 @@ def test_decoding_says_that_there_is_no_decoder(model, tmp_path):
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"num_embeddings": 25}, "quantize.embedding.weight"), ({"num_res_blocks": 2}, "is missing"),
-     ({"resolution": "big"}, "not a ChameleonVQVAE configuration")],
-)  # fmt: skip
+    [
+        ({"num_embeddings": 25}, "quantize.embedding.weight"),
+        ({"num_res_blocks": 2}, "is missing"),
+        ({"resolution": "big"}, "not a ChameleonVQVAE configuration"),
+    ],
+)
 def test_a_configuration_that_does_not_fit_is_one_sentence(model, tmp_path, change, message):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

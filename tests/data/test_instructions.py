@@ -45,9 +45,7 @@ def instructions_of(store):
 
 
 def loader(store=STORE, *, rank=0, dp=1, groups=2, state=None, **data):
-    return make_loader(
-        store, V, data_config(**data), seed=3, dp_rank=rank, dp=dp, batch_groups=groups, state=state
-    )  # fmt: skip
+    return make_loader(store, V, data_config(**data), seed=3, dp_rank=rank, dp=dp, batch_groups=groups, state=state)
 
 
 def check_against_the_loops(batch, store):

@@ -15,9 +15,13 @@ from tests.data.synthetic import SmallVocabulary, data_config, random_store
 
 def make(store, data, *, seed=0, lanes=None, **options):
     assembler = Assembler(
-        store=store, vocabulary=SmallVocabulary, seed=seed, sequence_length=data.sequence_length,
-        image_first=data.image_first, caption_dropout=data.caption_dropout,
-    )  # fmt: skip
+        store=store,
+        vocabulary=SmallVocabulary,
+        seed=seed,
+        sequence_length=data.sequence_length,
+        image_first=data.image_first,
+        caption_dropout=data.caption_dropout,
+    )
     lanes = lanes or data.lanes
     return assembler, make_lanes(assembler, data, numbers=range(lanes), lanes=lanes, **options)
 

@@ -23,9 +23,16 @@ STORE = random_store(7, pairs=60, texts=50, text=100)
 
 def loader(rank=0, dp=1, *, groups=1, state=None, store=STORE, seed=5, device="cpu", **data):
     return make_loader(
-        store, SmallVocabulary, data_config(**data), seed=seed, dp_rank=rank, dp=dp, batch_groups=groups, state=state,
+        store,
+        SmallVocabulary,
+        data_config(**data),
+        seed=seed,
+        dp_rank=rank,
+        dp=dp,
+        batch_groups=groups,
+        state=state,
         device=torch.device(device),
-    )  # fmt: skip
+    )
 
 
 def tensors(batch):

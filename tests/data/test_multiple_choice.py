@@ -163,7 +163,9 @@ def test_a_sample_is_an_instruction(drawn):
     assert sample.meta["answer"] == " " + "ABCD"[choice.correct]
     named = MultipleChoice(answer="text").sample(choice)
     assert named.meta["prompt"].split("\n") == [
-        f"Options: {', '.join(choice.options)}", f"Question: {choice.question.text}", "Answer:"
+        f"Options: {', '.join(choice.options)}",
+        f"Question: {choice.question.text}",
+        "Answer:",
     ]
     assert named.meta["answer"] == f" {choice.question.answer}"
     assert sample.meta["options"][sample.meta["correct"]] == choice.question.answer

@@ -95,17 +95,25 @@ def test_what_is_said_of_a_store_and_its_identity(store):
 def loader(neighbours=None, state=None):
     documents = random_instructions(seed=3, count=40)
     return make_loader(
-        MemoryStore(documents), SmallVocabulary(), data_config(), seed=0, dp_rank=0, dp=1, batch_groups=2,
-        neighbours=neighbours, state=state,
-    )  # fmt: skip
+        MemoryStore(documents),
+        SmallVocabulary(),
+        data_config(),
+        seed=0,
+        dp_rank=0,
+        dp=1,
+        batch_groups=2,
+        neighbours=neighbours,
+        state=state,
+    )
 
 
 def store_of_instructions(folder, seed):
     """Of the loader's 40 instructions; the routing of sample i is i everywhere."""
     samples = Samples(
-        sample_N=10**18 + torch.arange(40), right_N=torch.arange(40) % 2 == 0,
+        sample_N=10**18 + torch.arange(40),
+        right_N=torch.arange(40) % 2 == 0,
         routing_NR=torch.arange(40.0)[:, None].expand(40, 4),
-    )  # fmt: skip
+    )
     neighbour_NK = torch.randint(40, (40, 2), generator=torch.Generator().manual_seed(seed))
     write_samples(folder, samples, ABOUT)
     write_neighbours(folder, Neighbours(neighbour_NK=neighbour_NK, weight_NK=torch.full((40, 2), 0.5)), {})

@@ -16,8 +16,14 @@ from moe_dist.data.shards.tars import Sample, write_shards
 from moe_dist.data.tokenizers.train_tokenizers import TokenizerRecipe, train_tokenizers
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["vocab_size=400", "vq.image_size=32", "vq.codebook_size=32", "vq.channels=[8, 16]", "vq.blocks=1",
-         "training.steps=10"]  # fmt: skip
+SMALL = [
+    "vocab_size=400",
+    "vq.image_size=32",
+    "vq.codebook_size=32",
+    "vq.channels=[8, 16]",
+    "vq.blocks=1",
+    "training.steps=10",
+]
 
 
 def run(*arguments):  # imports take seconds: only where the command itself is under test

@@ -7,8 +7,13 @@ import pytest
 from moe_dist.core.errors import UserError
 from moe_dist.data.tokenizers.text_tokenizer import SentencePieceTokenizer, train_text_tokenizer
 
-TEXTS = [f"a {size} {color} {thing} on the {place}" for size in ("small", "large") for color in ("red", "green", "blue")
-         for thing in ("bear", "tree", "boat", "kite") for place in ("hill", "river", "table", "moon")]  # fmt: skip
+TEXTS = [
+    f"a {size} {color} {thing} on the {place}"
+    for size in ("small", "large")
+    for color in ("red", "green", "blue")
+    for thing in ("bear", "tree", "boat", "kite")
+    for place in ("hill", "river", "table", "moon")
+]
 
 
 @pytest.fixture(scope="module")

@@ -141,8 +141,12 @@ def test_a_changed_tar_makes_new_tokens(recipe, shards, emoji_samples):
 
 def test_texts_and_pictures_without_captions(recipe, tmp_path, emoji_samples):
     png = emoji_samples[0].png
-    samples = [Sample("a", "train", None, "only text"), Sample("b", "train", png), Sample("c", "train", png, "both"),
-               Sample("d", "train", None, "")]  # fmt: skip
+    samples = [
+        Sample("a", "train", None, "only text"),
+        Sample("b", "train", png),
+        Sample("c", "train", png, "both"),
+        Sample("d", "train", None, ""),
+    ]
     write_shards(samples[:3], tmp_path / "mixed")
     store = store_of(recipe(shards=str(tmp_path / "mixed")))
     kinds = {(len(d.text) > 0, d.image is not None) for d in map(store.document, range(3))}

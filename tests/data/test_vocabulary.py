@@ -53,8 +53,12 @@ def test_the_fingerprint_is_that_of_both_tokenizers():
         return Vocabulary(text_tokenizer(content=text), image_tokenizer(content=image)).fingerprint()
 
     assert fingerprint() == fingerprint()
-    others = {fingerprint(), fingerprint(text="other"), fingerprint(image="other"),
-              Vocabulary(text_tokenizer()).fingerprint()}  # fmt: skip
+    others = {
+        fingerprint(),
+        fingerprint(text="other"),
+        fingerprint(image="other"),
+        Vocabulary(text_tokenizer()).fingerprint(),
+    }
     assert len(others) == 4
 
 

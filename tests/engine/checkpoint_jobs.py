@@ -109,9 +109,11 @@ def run(job: Job, follow: Outcome | None = None) -> Outcome:
     if follow is not None:
         assert deviation(selections, follow.selections) < (BF16_LOGITS if job.bf16 else LOGITS)
     return replace(
-        results[0], at_save=_unite([r.at_save for r in results]), at_end=_unite([r.at_end for r in results]),
+        results[0],
+        at_save=_unite([r.at_save for r in results]),
+        at_end=_unite([r.at_end for r in results]),
         selections=selections,
-    )  # fmt: skip
+    )
 
 
 def build(job: Job):

@@ -168,9 +168,15 @@ def reload(run: Run, path: Path) -> Run:
     """The run as if it had started from this checkpoint."""
     state = TrainState.from_json(checkpoint.load(path, run.engine, run.layout))
     loader = make_loader(
-        run.documents, run.vocabulary, run.config.data, seed=run.config.seed, dp_rank=run.layout.rank,
-        dp=run.layout.world, batch_groups=run.config.train.micro_batch_groups, state=state.loader,
-    )  # fmt: skip
+        run.documents,
+        run.vocabulary,
+        run.config.data,
+        seed=run.config.seed,
+        dp_rank=run.layout.rank,
+        dp=run.layout.world,
+        batch_groups=run.config.train.micro_batch_groups,
+        state=state.loader,
+    )
     return replace(run, loader=loader, loader_state=state.loader, step=state.step, tokens=state.tokens)
 
 

@@ -81,11 +81,16 @@ ROUTERS, EXPERT_STACK = ("ffn.router.*",), ("ffn.experts.down", "gain")
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize(
     ("trainable", "stage"),
-    [(ROUTERS, 1), (ROUTERS, 3), (EXPERT_STACK, 2), *(
-        pytest.param(patterns, stage, marks=pytest.mark.slow)
-        for patterns, stage in ((ROUTERS, 2), (EXPERT_STACK, 1), (EXPERT_STACK, 3))
-    )],
-)  # fmt: skip
+    [
+        (ROUTERS, 1),
+        (ROUTERS, 3),
+        (EXPERT_STACK, 2),
+        *(
+            pytest.param(patterns, stage, marks=pytest.mark.slow)
+            for patterns, stage in ((ROUTERS, 2), (EXPERT_STACK, 1), (EXPERT_STACK, 3))
+        ),
+    ],
+)
 def test_a_partly_frozen_model_resumes_bitwise(trainable, stage, bf16, tmp_path):
     path = tmp_path / "step_00000002"
     job = Job(stage=stage, bf16=bf16, threads=2, trainable=trainable, stop=4, save=str(path), save_at=2)

@@ -108,13 +108,16 @@ def cases(layouts: Iterable[str], whole: str) -> list[Any]:
     than the next; the rest is repetition."""
     return [
         pytest.param(
-            layout, router, stage, id=f"{layout}-{router}-{stage}",
+            layout,
+            router,
+            stage,
+            id=f"{layout}-{router}-{stage}",
             marks=() if layout == whole or stage == 1 + (place + number) % 3 else REPEATED,
         )
         for place, layout in enumerate(layouts)
         for number, router in enumerate(ROUTERS)
         for stage in (1, 2, 3)
-    ]  # fmt: skip
+    ]
 
 
 def slow(cases: list[Any], fast: Callable[..., bool]) -> list[Any]:

@@ -20,9 +20,14 @@ from tests.engine.toy import make_config, sgd
 from tests.model.batches import DENSE, LORA_EXPERTS, MOMA, VOCAB, make_batch, model_config
 
 FUSED = [
-    (swiglu, "gated"), (experts, "gated"), (experts, "weighted"), (mcore, "_layer_norm"), (attention, "rotate"),
-    (language, "_cross_entropy"), (random, "_drop"),
-]  # fmt: skip
+    (swiglu, "gated"),
+    (experts, "gated"),
+    (experts, "weighted"),
+    (mcore, "_layer_norm"),
+    (attention, "rotate"),
+    (language, "_cross_entropy"),
+    (random, "_drop"),
+]
 LORA = {"rank": 4, "alpha": 8.0, "dropout": 0.1}
 MODELS = {
     "dense": (DENSE, {}),
@@ -52,8 +57,9 @@ def _steps(rank, name, stage, bf16, compiled):
             lengths = [([40, 24, 30], [50, 7, 3])[step % 2]] * 2
             result = engine.train_step(
                 [make_batch(length, padding=8, seed=step, first_token_id=128 * i) for i, length in enumerate(lengths)],
-                objective, 0.1,
-            )  # fmt: skip
+                objective,
+                0.1,
+            )
             found.append((result.loss_sums["loss"] / result.counts["loss"], result.grad_norm))
     return found, calls
 

@@ -45,9 +45,12 @@ def forms(**shapes) -> dict[str, Form]:
 
 STORED = forms(embedding=(9, 4), layers_0_ffn_up=(4, 8), layers_1_ffn_up=(4, 8), layers_0_head=(4,), experts=[3, 4, 5])
 MODEL = forms(
-    embedding=(9, 4), layers_0_ffn_base_up=(4, 8), layers_1_ffn_base_up=(4, 8), layers_0_router=(2, 4),
+    embedding=(9, 4),
+    layers_0_ffn_base_up=(4, 8),
+    layers_1_ffn_base_up=(4, 8),
+    layers_0_router=(2, 4),
     experts=[3, 4, 5],
-)  # fmt: skip
+)
 RENAME = {"layers.*.ffn.*": "layers.*.ffn.base.*"}
 GOOD = InitFrom(checkpoint="x", rename=RENAME, new=("*.router",), left_out=("*.head",))
 
@@ -76,20 +79,32 @@ def test_every_tensor_has_its_fate():
         ({"left_out": ("*.haed",)}, "init_from.left_out: '*.haed' matches no parameter of the checkpoint"),
         ({"rename": {"lyers.*": "x.*"}}, "init_from.rename: 'lyers.*' matches no parameter of the checkpoint"),
         ({"rename": RENAME | {"*.head": "*.tail"}}, "init_from.rename: '*.head' matches no parameter of the"),
-        ({"rename": RENAME | {"*.1.ffn.up": "*.u"}},
-         "the checkpoint's 'layers.1.ffn.up' matches both 'layers.*.ffn.*' and '*.1.ffn.up'"),
-        ({"rename": {"layers.0.ffn.up": "u", "layers.1.ffn.up": "u"}},
-         "the checkpoint's 'layers.0.ffn.up' and 'layers.1.ffn.up' would both become 'u'"),
-        ({"rename": RENAME | {"embedding": "experts"}},
-         "the checkpoint's 'embedding' and 'experts' would both become 'experts'"),
-        ({"rename": {"layers.*.ffn.up": "layers.*.ffn.up2"}},
-         "no place for the checkpoint's 'layers.0.ffn.up' (renamed 'layers.0.ffn.up2') (and 1 more)"),
-        ({"new": ("*.router", "emb*")},
-         "init_from.new counts the model's 'embedding', but the checkpoint would fill it with 'embedding'"),
-        ({"rename": {"*.0.ffn.up": "*.1.ffn.base.up", "*.1.ffn.up": "*.0.router"}, "new": ("*.0.ffn*",)},
-         "the checkpoint's 'layers.1.ffn.up' is [4, 8], the model's 'layers.0.router' is [2, 4]"),
+        (
+            {"rename": RENAME | {"*.1.ffn.up": "*.u"}},
+            "the checkpoint's 'layers.1.ffn.up' matches both 'layers.*.ffn.*' and '*.1.ffn.up'",
+        ),
+        (
+            {"rename": {"layers.0.ffn.up": "u", "layers.1.ffn.up": "u"}},
+            "the checkpoint's 'layers.0.ffn.up' and 'layers.1.ffn.up' would both become 'u'",
+        ),
+        (
+            {"rename": RENAME | {"embedding": "experts"}},
+            "the checkpoint's 'embedding' and 'experts' would both become 'experts'",
+        ),
+        (
+            {"rename": {"layers.*.ffn.up": "layers.*.ffn.up2"}},
+            "no place for the checkpoint's 'layers.0.ffn.up' (renamed 'layers.0.ffn.up2') (and 1 more)",
+        ),
+        (
+            {"new": ("*.router", "emb*")},
+            "init_from.new counts the model's 'embedding', but the checkpoint would fill it with 'embedding'",
+        ),
+        (
+            {"rename": {"*.0.ffn.up": "*.1.ffn.base.up", "*.1.ffn.up": "*.0.router"}, "new": ("*.0.ffn*",)},
+            "the checkpoint's 'layers.1.ffn.up' is [4, 8], the model's 'layers.0.router' is [2, 4]",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_tensor_without_a_fate_is_named(changes, sentence):
     with pytest.raises(UserError) as caught:
         match(GOOD.model_copy(update=changes), STORED, MODEL)
@@ -123,14 +138,17 @@ def test_the_account_sums_to_all_parameters_of_both_sides(seed):
     model = forms(
         **{
             f"deep_{n}_end" if fate == "renamed" else n: s
-            for n, s, fate in zip(names, shapes, fates) if fate != "left_out"
+            for n, s, fate in zip(names, shapes, fates)
+            if fate != "left_out"
         }
-    )  # fmt: skip
+    )
     of_fate = {fate: [n.replace("_", ".") for n, f in zip(names, fates) if f == fate] for fate in set(fates)}
     settings = InitFrom(
-        checkpoint="x", rename={n: f"deep.{n}.end" for n in of_fate["renamed"]},
-        new=tuple(of_fate["new"]), left_out=tuple(of_fate["left_out"]),
-    )  # fmt: skip
+        checkpoint="x",
+        rename={n: f"deep.{n}.end" for n in of_fate["renamed"]},
+        new=tuple(of_fate["new"]),
+        left_out=tuple(of_fate["left_out"]),
+    )
     account = match(settings, stored, model).to_json()
     loaded, new, left_out = (account[fate]["parameters"] for fate in ("loaded", "new", "left_out"))
     assert loaded + new == sum(map(numel, model.values()))
@@ -314,7 +332,7 @@ def test_what_was_trained_may_be_frozen_and_the_other_way_round(zero, tmp_path):
         ({}, {"gain": 4}, "the checkpoint's 'gain' is [3], the model's 'gain' is [4]"),
         ({"rename": WRAP}, {}, "(renamed 'inner."),
     ],
-)  # fmt: skip
+)
 def test_faults_are_told_by_every_rank(settings, changes, sentence, saved):
     sentences = run_ranks(attempt, 2, stage(saved[0], settings, **changes))
     assert sentences[0] == sentences[1]
@@ -336,5 +354,8 @@ def test_the_account_is_json_and_a_table():
     assert json.loads(json.dumps(account.to_json()))["init_from"]["checkpoint"] == "x"
     columns = [list(column.cells) for column in account.table().columns]
     assert columns == [
-        ["loaded", "new", "left_out"], ["4", "1", "1"], ["160", "8", "4"], ["2 renamed", "*.router", "*.head"],
-    ]  # fmt: skip
+        ["loaded", "new", "left_out"],
+        ["4", "1", "1"],
+        ["160", "8", "4"],
+        ["2 renamed", "*.router", "*.head"],
+    ]

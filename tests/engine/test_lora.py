@@ -29,9 +29,13 @@ def recipe(
 ) -> Config:
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
     config = make_config(
-        router=ROUTER | {"weighting": weighting}, expert=expert, groups=GROUPS, micro=GROUPS // world // accumulation,
-        trainable=TRAINABLE, deepspeed=sgd(clip=CLIP, lr=0.1) | {"zero_optimization": zero} | section,
-    )  # fmt: skip
+        router=ROUTER | {"weighting": weighting},
+        expert=expert,
+        groups=GROUPS,
+        micro=GROUPS // world // accumulation,
+        trainable=TRAINABLE,
+        deepspeed=sgd(clip=CLIP, lr=0.1) | {"zero_optimization": zero} | section,
+    )
     ffn = config.model.ffn.model_copy(update={"experts": LoRAExpertsConfig(type="lora", **LORA)})
     changes = {"ffn": ffn, "attention_lora": LoRAConfig(**LORA), "recompute": recompute}
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
@@ -68,13 +72,12 @@ def check(trajectory: Trajectory, expected: Trajectory, tolerances: dict[str, fl
 @pytest.mark.parametrize(
     ("world", "expert", "stage"),
     [
-        (2, 1, 2), (2, 2, 3), *(
-            pytest.param(*layout, marks=pytest.mark.slow) for layout in ((2, 2, 1), (4, 2, 3), (4, 4, 2))
-        ), *(
-            pytest.param(*layout, marks=REPEATED) for layout in ((2, 1, 1), (2, 2, 2), (2, 1, 3), (4, 2, 1))
-        ),
+        (2, 1, 2),
+        (2, 2, 3),
+        *(pytest.param(*layout, marks=pytest.mark.slow) for layout in ((2, 2, 1), (4, 2, 3), (4, 4, 2))),
+        *(pytest.param(*layout, marks=REPEATED) for layout in ((2, 1, 1), (2, 2, 2), (2, 1, 3), (4, 2, 1))),
     ],
-)  # fmt: skip
+)
 def test_replicated_and_spread_experts_equal_one_process(world, expert, stage):
     check(train(build, recipe(world=world, expert=expert, stage=stage), world, follow=alone()), alone())
 

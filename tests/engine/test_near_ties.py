@@ -140,9 +140,14 @@ def first_losses(rank: int, overrides: list[str], at: At, folder: Path, same_sha
     run = start(recipe(overrides, at, folder))
     if same_share:
         loader = make_loader(
-            run.documents, run.vocabulary, run.config.data, seed=run.config.seed, dp_rank=0, dp=run.layout.world,
+            run.documents,
+            run.vocabulary,
+            run.config.data,
+            seed=run.config.seed,
+            dp_rank=0,
+            dp=run.layout.world,
             batch_groups=run.config.train.micro_batch_groups,
-        )  # fmt: skip
+        )
         run = replace(run, loader=loader)
     return [run.train_step()["loss"] for _ in range(2)]
 

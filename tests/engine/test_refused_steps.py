@@ -88,11 +88,16 @@ SKIPPING = {
     ("deepspeed", "how"),
     [
         # A loss that is not finite makes its gradients so (training/deepspeed.py `_poison`), whatever stores them.
-        pytest.param(value, how, id=f"{key}-{how}", marks=() if "-" not in key else
-                     pytest.mark.slow if how == "gradient" else REPEATED)
-        for key, value in SKIPPING.items() for how in ("nan", "inf", "gradient")
+        pytest.param(
+            value,
+            how,
+            id=f"{key}-{how}",
+            marks=() if "-" not in key else pytest.mark.slow if how == "gradient" else REPEATED,
+        )
+        for key, value in SKIPPING.items()
+        for how in ("nan", "inf", "gradient")
     ],
-)  # fmt: skip
+)
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(deepspeed, how):
     run_ranks(_skip, 2, make_config(expert=2, groups=4, deepspeed=deepspeed, non_finite="skip"), how)
 

@@ -108,12 +108,19 @@ def test_resolve_resume(tmp_path):
 @pytest.mark.parametrize(
     "override",
     [
-        "run.dir=elsewhere", "train.stop_after=7", "train.micro_batch_groups=1", "parallel.expert=1", "eval.every=3",
-        "checkpoint.keep=9", "checkpoint.keep_every=7", "checkpoint.asynchronous=false",
-        "telemetry.tensorboard=false", "model.recompute=true",
+        "run.dir=elsewhere",
+        "train.stop_after=7",
+        "train.micro_batch_groups=1",
+        "parallel.expert=1",
+        "eval.every=3",
+        "checkpoint.keep=9",
+        "checkpoint.keep_every=7",
+        "checkpoint.asynchronous=false",
+        "telemetry.tensorboard=false",
+        "model.recompute=true",
         "deepspeed.zero_optimization.stage=3",
     ],
-)  # fmt: skip
+)
 def test_keys_that_may_change(override):
     check_resumable(recipe().model_dump(mode="json"), recipe(override))
 
@@ -121,11 +128,18 @@ def test_keys_that_may_change(override):
 @pytest.mark.parametrize(
     "override",
     [
-        "seed=77", "model.num_layers=77", "model.ffn.router.text.num_experts=77", "data.lanes=77", "data.shards=other",
-        "train.steps=7777", "train.global_batch_groups=77", "schedule.end_lr=0.7", "deepspeed.optimizer.params.lr=0.7",
+        "seed=77",
+        "model.num_layers=77",
+        "model.ffn.router.text.num_experts=77",
+        "data.lanes=77",
+        "data.shards=other",
+        "train.steps=7777",
+        "train.global_batch_groups=77",
+        "schedule.end_lr=0.7",
+        "deepspeed.optimizer.params.lr=0.7",
         'trainable=["*.router.*"]',
     ],
-)  # fmt: skip
+)
 def test_keys_that_may_not(override):
     key, _, value = override.partition("=")
     old = recipe().model_dump(mode="json")

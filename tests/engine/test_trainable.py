@@ -29,9 +29,13 @@ ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.3
 def recipe(trainable, *, router=TOP_K, world=1, expert=1, stage=1, recompute=False, **section) -> Config:
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
     config = make_config(
-        router=router, expert=expert, groups=GROUPS, micro=GROUPS // world // 2, trainable=trainable,
+        router=router,
+        expert=expert,
+        groups=GROUPS,
+        micro=GROUPS // world // 2,
+        trainable=trainable,
         deepspeed=sgd(clip=CLIP, lr=0.3) | {"zero_optimization": zero} | section,
-    )  # fmt: skip
+    )
     return config.model_copy(update={"model": config.model.model_copy(update={"recompute": recompute})})
 
 
@@ -65,16 +69,22 @@ def check(trajectory: Trajectory, expected: Trajectory, trainable: tuple[str, ..
 @pytest.mark.parametrize(
     ("trainable", "stage"),
     [
-        (ROUTERS, 3), (EXPERT_STACKS, 1), (EXPERT_STACKS, 3), (ONE_MATRIX, 2),
-        pytest.param(ROUTERS, 1, marks=pytest.mark.slow), pytest.param(ROUTERS, 2, marks=pytest.mark.slow),
-        pytest.param(EXPERT_STACKS, 2, marks=pytest.mark.slow), pytest.param(ONE_MATRIX, 1, marks=pytest.mark.slow),
-        pytest.param(ONE_MATRIX, 3, marks=pytest.mark.slow), *(
+        (ROUTERS, 3),
+        (EXPERT_STACKS, 1),
+        (EXPERT_STACKS, 3),
+        (ONE_MATRIX, 2),
+        pytest.param(ROUTERS, 1, marks=pytest.mark.slow),
+        pytest.param(ROUTERS, 2, marks=pytest.mark.slow),
+        pytest.param(EXPERT_STACKS, 2, marks=pytest.mark.slow),
+        pytest.param(ONE_MATRIX, 1, marks=pytest.mark.slow),
+        pytest.param(ONE_MATRIX, 3, marks=pytest.mark.slow),
+        *(
             pytest.param(patterns, stage, marks=pytest.mark.slow if stage in kept else REPEATED)
             for patterns, kept in ((DENSE, (1, 3)), ((*ROUTERS, "layers.0.ffn.experts.gate_up"), (2, 3)))
             for stage in (1, 2, 3)
         ),
     ],
-)  # fmt: skip
+)
 def test_two_ranks_equal_one_process(trainable, stage):
     """Without an expert group, without a dense group, with both."""
     expected = alone(trainable)

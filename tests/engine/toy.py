@@ -104,10 +104,15 @@ def make_group(index: int, *, tokens: int = TOKENS, vocabulary: int = VOCABULARY
     mask_T = (torch.rand(tokens, generator=generator) < share) & valid_T
     mask_T[0] = True
     return {
-        "tokens": tokens_T, "targets": targets_T, "mask": mask_T, "valid": valid_T,
-        "ids": index * tokens + torch.arange(tokens), "position": torch.arange(half).repeat(2),
-        "modality": (tokens_T >= first_image).long(), "target_modality": (targets_T >= first_image).long(),
-    }  # fmt: skip
+        "tokens": tokens_T,
+        "targets": targets_T,
+        "mask": mask_T,
+        "valid": valid_T,
+        "ids": index * tokens + torch.arange(tokens),
+        "position": torch.arange(half).repeat(2),
+        "modality": (tokens_T >= first_image).long(),
+        "target_modality": (targets_T >= first_image).long(),
+    }
 
 
 def make_batch(indices: list[int], **sizes: int) -> Batch:
@@ -115,13 +120,21 @@ def make_batch(indices: list[int], **sizes: int) -> Batch:
     cat = {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
     half = groups[0]["tokens"].numel() // 2
     info = TokenInfo.build(
-        modality_T=cat["modality"], valid_T=cat["valid"], position_T=cat["position"], token_id_T=cat["ids"],
-        document_lengths=[half] * (2 * len(indices)), num_groups=len(indices), num_sequences=2 * len(indices),
-    )  # fmt: skip
+        modality_T=cat["modality"],
+        valid_T=cat["valid"],
+        position_T=cat["position"],
+        token_id_T=cat["ids"],
+        document_lengths=[half] * (2 * len(indices)),
+        num_groups=len(indices),
+        num_sequences=2 * len(indices),
+    )
     return Batch(
-        tokens_T=cat["tokens"], targets_T=cat["targets"], loss_mask_T=cat["mask"],
-        target_modality_T=cat["target_modality"], info=info,
-    )  # fmt: skip
+        tokens_T=cat["tokens"],
+        targets_T=cat["targets"],
+        loss_mask_T=cat["mask"],
+        target_modality_T=cat["target_modality"],
+        info=info,
+    )
 
 
 def step_batches(step: int, rank: int, world: int, *, groups: int, micro: int = 1, **sizes: int) -> list[Batch]:
@@ -144,14 +157,17 @@ def make_config(
         "run": {"dir": "unused"},
         "data": {"shards": "unused", "text_tokenizer": "unused"},
         "model": {
-            "hidden_size": WIDTH, "num_layers": 2, "num_heads": 2, "init_std": INIT_STD,
+            "hidden_size": WIDTH,
+            "num_layers": 2,
+            "num_heads": 2,
+            "init_std": INIT_STD,
             "ffn": {"type": "moe", "hidden_size": 16, "router": router},
         },
         "parallel": {"expert": expert},
         "trainable": trainable,
         "train": {"steps": 8, "global_batch_groups": groups, "micro_batch_groups": micro} | train,
         "deepspeed": sgd() if deepspeed is None else deepspeed,
-    }  # fmt: skip
+    }
     return validate(Config, raw, "test")
 
 

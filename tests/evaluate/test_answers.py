@@ -32,9 +32,10 @@ def items(end, sample, *, domain=0):
     """A micro-batch whose prompts end at these tokens."""
     batch = make_batch(torch.ones(TOKENS, dtype=torch.bool))
     sidecar = {
-        "prompt_end_S": torch.tensor(end, dtype=torch.int64), "sample_S": torch.tensor(sample, dtype=torch.int64),
+        "prompt_end_S": torch.tensor(end, dtype=torch.int64),
+        "sample_S": torch.tensor(sample, dtype=torch.int64),
         "domain_T": torch.full((TOKENS,), domain),
-    }  # fmt: skip
+    }
     return replace(batch, sidecar=sidecar)
 
 

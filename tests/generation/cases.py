@@ -68,10 +68,13 @@ def without_cache(model: Transformer, form: Format, sample: Sample, sampling: Sa
         tokens_T = torch.tensor([*prompt, *sample.generated])
         position_T = torch.arange(len(tokens_T))
         info = TokenInfo.build(
-            modality_T=form.vocabulary.modality_of[tokens_T], valid_T=torch.ones_like(tokens_T, dtype=torch.bool),
-            position_T=position_T, token_id_T=position_T + (2 * sample.number + unconditional) * form.context,
-            document_lengths=[len(tokens_T)], num_groups=1,
-        )  # fmt: skip
+            modality_T=form.vocabulary.modality_of[tokens_T],
+            valid_T=torch.ones_like(tokens_T, dtype=torch.bool),
+            position_T=position_T,
+            token_id_T=position_T + (2 * sample.number + unconditional) * form.context,
+            document_lengths=[len(tokens_T)],
+            num_groups=1,
+        )
         return model(tokens_T, info.causally()).logits_TV[-1]
 
     while not sample.done:

@@ -28,9 +28,13 @@ def loader_tokens(form, caption, codes, *, image_first, caption_dropout=0.0):
     text = np.array(form.vocabulary.text.encode(caption), dtype=np.int64)
     store = MemoryStore([MemoryDocument(text, form.vocabulary.image_code(np.array(codes)))])
     assemble = Assembler(
-        store=store, vocabulary=form.vocabulary, seed=0, sequence_length=CONTEXT,
-        image_first=image_first, caption_dropout=caption_dropout,
-    )  # fmt: skip
+        store=store,
+        vocabulary=form.vocabulary,
+        seed=0,
+        sequence_length=CONTEXT,
+        image_first=image_first,
+        caption_dropout=caption_dropout,
+    )
     return assemble(0, 0).tokens.tolist()
 
 

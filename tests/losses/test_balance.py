@@ -57,9 +57,13 @@ def make_batch(valid_T: Tensor | None = None) -> Batch:
         valid_T[:6] = False  # a whole sequence, and the first document
     index_T = torch.arange(TOKENS)
     info = TokenInfo.build(
-        modality_T=modality_T, valid_T=valid_T, position_T=index_T, token_id_T=index_T,
-        document_lengths=DOCUMENTS, num_groups=GROUPS,
-    )  # fmt: skip
+        modality_T=modality_T,
+        valid_T=valid_T,
+        position_T=index_T,
+        token_id_T=index_T,
+        document_lengths=DOCUMENTS,
+        num_groups=GROUPS,
+    )
     return Batch(tokens_T=index_T, targets_T=index_T, loss_mask_T=valid_T, target_modality_T=modality_T, info=info)
 
 
@@ -179,9 +183,12 @@ def routing_of(logits_TC: Tensor, token_V: Tensor, *, k: int, nulls: int = 0) ->
     logits_VC = logits_TC.index_select(0, token_V)
     chosen_VC = torch.zeros_like(logits_VC, dtype=torch.bool).scatter(1, logits_VC.topk(k).indices, True)
     routing = Routing(
-        token_V=token_V, logits_VC=logits_VC, probs_VC=logits_VC.softmax(1), chosen_VC=chosen_VC,
+        token_V=token_V,
+        logits_VC=logits_VC,
+        probs_VC=logits_VC.softmax(1),
+        chosen_VC=chosen_VC,
         kept_VE=chosen_VC[:, : logits_VC.shape[1] - nulls],
-    )  # fmt: skip
+    )
     plan = RoutingPlan(token_ids_N=token_V[:0], weights_N=logits_VC[:0, 0], counts_E=token_V.new_zeros(1))
     return Output((RoutingRecord(layer=0, plan=plan, parts=(routing,)),))
 
@@ -235,10 +242,13 @@ def test_the_scale_does_not_change_with_the_sequence_length(term):
     short = make_batch(torch.ones(TOKENS, dtype=torch.bool))
     twice_T = torch.arange(TOKENS).repeat_interleave(2)
     info = TokenInfo.build(
-        modality_T=short.info.modality_T[twice_T], valid_T=short.info.valid_T[twice_T],
-        position_T=torch.arange(2 * TOKENS), token_id_T=torch.arange(2 * TOKENS),
-        document_lengths=[2 * length for length in DOCUMENTS], num_groups=GROUPS,
-    )  # fmt: skip
+        modality_T=short.info.modality_T[twice_T],
+        valid_T=short.info.valid_T[twice_T],
+        position_T=torch.arange(2 * TOKENS),
+        token_id_T=torch.arange(2 * TOKENS),
+        document_lengths=[2 * length for length in DOCUMENTS],
+        num_groups=GROUPS,
+    )
     long = replace(short, info=info)
     logits_TC = torch.randn(TOKENS, 6, dtype=torch.float64)
     values = []

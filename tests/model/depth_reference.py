@@ -64,9 +64,13 @@ def block(layer, x_TD, tokens, info, parameters, model):
         if members:
             position = info.position_T[torch.tensor(members)]
             attended = reference_model.attention(
-                torch.stack([x_TD[t] for t in members]), core, num_heads=config.num_heads, base=config.rope_base,
-                epsilon=config.norm_epsilon, position=position,
-            )  # fmt: skip
+                torch.stack([x_TD[t] for t in members]),
+                core,
+                num_heads=config.num_heads,
+                base=config.rope_base,
+                epsilon=config.norm_epsilon,
+                position=position,
+            )
             for t, row in zip(members, attended):
                 rows[t] = row
     h_TD = x_TD + reference_model.rms_norm(torch.stack(rows), own["attention_norm.weight"], config.norm_epsilon)

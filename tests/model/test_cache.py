@@ -42,9 +42,13 @@ LENGTHS = [sum(of_document) for of_document in zip(*STEPS)]
 def part(batch: Batch, indices: list[int], lengths: list[int]) -> tuple[torch.Tensor, TokenInfo]:
     info, chosen = batch.info, torch.tensor(indices)
     taken = TokenInfo.build(
-        modality_T=info.modality_T[chosen], valid_T=info.valid_T[chosen], position_T=info.position_T[chosen],
-        token_id_T=info.token_id_T[chosen], document_lengths=lengths, num_groups=1,
-    )  # fmt: skip
+        modality_T=info.modality_T[chosen],
+        valid_T=info.valid_T[chosen],
+        position_T=info.position_T[chosen],
+        token_id_T=info.token_id_T[chosen],
+        document_lengths=lengths,
+        num_groups=1,
+    )
     return batch.tokens_T[chosen], taken.causally()
 
 
@@ -55,9 +59,12 @@ def read_in_steps(model: Transformer, batch: Batch, steps: list[tuple[int, ...]]
     starts = [sum(lengths[:number]) for number in range(len(lengths))]
     read = [0] * len(lengths)
     cache = KVCache(
-        model.config, sequences=len(lengths), capacity=max(lengths), device=torch.device("cpu"),
+        model.config,
+        sequences=len(lengths),
+        capacity=max(lengths),
+        device=torch.device("cpu"),
         dtype=model.embedding.weight.dtype,
-    )  # fmt: skip
+    )
     logits_TV = torch.full((len(batch.tokens_T), VOCAB), torch.nan, dtype=model.embedding.weight.dtype)
     for counts in steps:
         # The documents come in another order than their sequences lie in the cache.
@@ -87,8 +94,16 @@ def compare(model: Transformer, batch: Batch, steps: list[tuple[int, ...]], tole
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(
     ("ffn", "changes"),
-    [(DENSE, {}), (DENSE, LLAMA), (TOP_K, {}), (NULL, {}), (BY_MODALITY, {"norm": "pre"}), (CAUSAL_MOMA, {}),
-     (DENSE, DEPTH), (CAUSAL_MOMA, DEPTH)],
+    [
+        (DENSE, {}),
+        (DENSE, LLAMA),
+        (TOP_K, {}),
+        (NULL, {}),
+        (BY_MODALITY, {"norm": "pre"}),
+        (CAUSAL_MOMA, {}),
+        (DENSE, DEPTH),
+        (CAUSAL_MOMA, DEPTH),
+    ],
     ids=["dense", "llama", "top_k", "null", "by_modality", "moma", "depth", "moma-depth"],
 )
 def test_bit_by_bit_equals_at_once(ffn, changes, dtype, tolerance):

@@ -25,12 +25,20 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "biased": {"type": "top_k", "num_experts": 8, "top_k": 1, "bias": True, "weighting": "straight_through"},
     "by_position": {"type": "top_k", "num_experts": 8, "top_k": 2, "capacity_factor": 0.8},
     "by_probability": {
-        "type": "top_k", "num_experts": 8, "top_k": 2, "capacity_factor": 0.8, "drop_policy": "probability",
+        "type": "top_k",
+        "num_experts": 8,
+        "top_k": 2,
+        "capacity_factor": 0.8,
+        "drop_policy": "probability",
     },
     "padded": {"type": "top_k", "num_experts": 8, "top_k": 2, "capacity_factor": 1.2, "pad_to_capacity": True},
     "null": {"type": "null_experts", "num_experts": 8, "num_null_experts": 8, "top_k": 3},
     "null_full": {
-        "type": "null_experts", "num_experts": 8, "num_null_experts": 4, "top_k": 4, "capacity_factor": 0.6,
+        "type": "null_experts",
+        "num_experts": 8,
+        "num_null_experts": 4,
+        "top_k": 4,
+        "capacity_factor": 0.6,
         "drop_policy": "probability",
     },
     "moe_8x": {"type": "expert_choice", "num_experts": 8},
@@ -59,7 +67,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "text": {"type": "null_experts", "num_experts": 4, "num_null_experts": 3, "top_k": 2},
         "image": {"type": "top_k", "num_experts": 4, "top_k": 2, "capacity_factor": 0.7, "pad_to_capacity": True},
     },
-}  # fmt: skip
+}
 
 BATCHES = ("mixed", "one_sided", "rank_0_padding", "no_images", "one_token", "skewed", "repeated")
 

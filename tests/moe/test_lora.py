@@ -36,11 +36,13 @@ def make_layer(router, dropout=0.0, kind="mixed", layout=None, rank=5):
     ffn = validate(
         MoEFFN,
         {
-            "type": "moe", "hidden_size": EXPERT_WIDTH, "router": ROUTERS[router],
+            "type": "moe",
+            "hidden_size": EXPERT_WIDTH,
+            "router": ROUTERS[router],
             "experts": {"type": "lora", "rank": rank, "alpha": reference.LORA_ALPHA, "dropout": dropout},
         },
         "test",
-    )  # fmt: skip
+    )
     layer = build_moe_layer(
         ffn, hidden_size=WIDTH, layer=3, seed=5, layout=layout or Layout(), init_std=0.3, output_std=0.2
     ).double()
@@ -161,9 +163,17 @@ def test_dropout_is_off_in_evaluation_and_its_ids_stay_at_home():
 
 def run_grouped(rank, dtype):
     experts = LoRAExperts(
-        (0, 1, 2), rank=rank, alpha=8.0, dropout=0.25, hidden_size=16, expert_size=24, seed=1, name="experts",
-        init_std=0.3, output_std=0.2,
-    )  # fmt: skip
+        (0, 1, 2),
+        rank=rank,
+        alpha=8.0,
+        dropout=0.25,
+        hidden_size=16,
+        expert_size=24,
+        seed=1,
+        name="experts",
+        init_std=0.3,
+        output_std=0.2,
+    )
     generator = torch.Generator().manual_seed(0)
     for delta in experts.lora.values():
         delta.b.data.copy_(torch.randn(delta.b.shape, generator=generator) * 0.3)
@@ -185,9 +195,17 @@ def test_grouped_products_take_every_rank(rank, dtype, tolerance):
 
 def test_a_starts_as_kaiming_scales_it_and_b_at_zero():
     experts = LoRAExperts(
-        (0, 1), rank=32, alpha=8.0, dropout=0.0, hidden_size=192, expert_size=256, seed=1, name="experts",
-        init_std=0.3, output_std=0.2,
-    )  # fmt: skip
+        (0, 1),
+        rank=32,
+        alpha=8.0,
+        dropout=0.0,
+        hidden_size=192,
+        expert_size=256,
+        seed=1,
+        name="experts",
+        init_std=0.3,
+        output_std=0.2,
+    )
     linear = nn.Linear(192, 4096)  # torch draws its weights by kaiming_uniform_(a=sqrt(5)), as LoRA's code draws A
     assert experts.lora["gate"].a.std().item() == pytest.approx(linear.weight.std().item(), rel=0.03)
     assert experts.lora["down"].a.std().item() == pytest.approx((3 * 256) ** -0.5, rel=0.03)

@@ -16,9 +16,13 @@ def _rank(rank, world, port, visible, own, hostids, path):
     """A rank that sees so many GPUs. own: it is the only one that sees them, as under srun --gpus-per-task."""
     sys.stderr = path.open("w")
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
         SLURMD_NODENAME="n7",
-    )  # fmt: skip
+    )
     if hostids:
         os.environ["NCCL_HOSTID"] = hostids[rank]
     get_accelerator().device_count = lambda: visible
@@ -56,8 +60,9 @@ def test_more_ranks_than_gpus(world, visible, hostids, sentence, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("visible", "own", "hostids"), [(2, False, ()), (1, True, ()), (1, False, ("one", "two"))],
+    ("visible", "own", "hostids"),
+    [(2, False, ()), (1, True, ()), (1, False, ("one", "two"))],
     ids=["a GPU each", "each sees its own only", "shared on purpose"],
-)  # fmt: skip
+)
 def test_ranks_that_may_start(visible, own, hostids, tmp_path):
     assert start(tmp_path, 2, visible, own, hostids) == [(0, ""), (0, "")]

@@ -64,9 +64,13 @@ def test_alone(tmp_path):
 
 
 SRUN = {
-    "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n[07-08]",
-    "SLURM_JOB_ID": "123", "SLURM_STEP_ID": "2",
-}  # fmt: skip
+    "SLURM_PROCID": "3",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "n[07-08]",
+    "SLURM_JOB_ID": "123",
+    "SLURM_STEP_ID": "2",
+}
 
 
 def test_srun():
@@ -159,9 +163,14 @@ def test_the_process_group_is_closed_at_a_clean_end():
 @pytest.mark.parametrize(
     ("nodelist", "host"),
     [
-        ("n1", "n1"), ("n1,n2", "n1"), ("n[1-4]", "n1"), ("n[07-09,12],m3", "n07"), ("a[3,5]-ib", "a3-ib"),
-        ("rack[1-2]node[04-08]", "rack1node04"), ("127.0.1.[1-2]", "127.0.1.1"),
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("n[1-4]", "n1"),
+        ("n[07-09,12],m3", "n07"),
+        ("a[3,5]-ib", "a3-ib"),
+        ("rack[1-2]node[04-08]", "rack1node04"),
+        ("127.0.1.[1-2]", "127.0.1.1"),
     ],
-)  # fmt: skip
+)
 def test_first_host(nodelist, host):
     assert first_host(nodelist) == host

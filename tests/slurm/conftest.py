@@ -121,19 +121,23 @@ def slurm(_cluster, tmp_path) -> Iterator[Slurm]:
 def _data(emoji_shards, tokenizers, tmp_path_factory) -> list[str]:
     shards = shutil.copytree(emoji_shards, tmp_path_factory.mktemp("slurm") / "shards")
     return [
-        f"data.shards={shards}", f"data.text_tokenizer={tokenizers / 'text.model'}",
+        f"data.shards={shards}",
+        f"data.text_tokenizer={tokenizers / 'text.model'}",
         f"data.image_tokenizer={tokenizers / 'vq'}",
         *["data.sequence_length=128", "data.group_sequences=2", "data.lanes=4"],
         *["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.ffn.hidden_size=32"],
-    ]  # fmt: skip
+    ]
 
 
 def _tiny(data: list[str], run: Path) -> list[str]:
     return [
-        *data, f"run.dir={run}", "train.steps=20", "schedule.warmup_steps=2",
+        *data,
+        f"run.dir={run}",
+        "train.steps=20",
+        "schedule.warmup_steps=2",
         *["train.global_batch_groups=32", "train.micro_batch_groups=2"],
         *["eval.every=0", "checkpoint.every=4", "telemetry.tensorboard=false"],
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture

@@ -32,9 +32,13 @@ def dev(folder):
 
     def run(*command, env=()):
         done = subprocess.run(
-            command, env=environment | dict(env), text=True, timeout=120,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            command,
+            env=environment | dict(env),
+            text=True,
+            timeout=120,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         return done.returncode, done.stdout
 
     yield run

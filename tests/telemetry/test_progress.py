@@ -12,9 +12,7 @@ METRICS = {"loss": 5.25, "loss/text": 4.5, "loss/image": 6.0, "tokens_per_second
 def make_progress(*, terminal=False, is_main=True, causal=False, step=0, total=100):
     out, now = io.StringIO(), [0.0]
     console = Console(file=out, force_terminal=terminal, width=160)
-    return (
-        Progress(total, step=step, is_main=is_main, causal=causal, console=console, clock=lambda: now[0]), now, out
-    )  # fmt: skip
+    return (Progress(total, step=step, is_main=is_main, causal=causal, console=console, clock=lambda: now[0]), now, out)
 
 
 def test_the_line_says_everything_and_labels_what_is_not_causal():

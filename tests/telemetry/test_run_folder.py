@@ -37,8 +37,13 @@ def test_open_makes_everything(tmp_path):
     folder.open(config)
     assert load_config(folder.config) == config
     assert {path.name for path in folder.path.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "status.json", "checkpoints", "tensorboard", "samples",
-    }  # fmt: skip
+        "config.yaml",
+        "metrics.jsonl",
+        "status.json",
+        "checkpoints",
+        "tensorboard",
+        "samples",
+    }
     assert told(folder) == ("running", 0, None, True)
     assert datetime.fromisoformat(read_status(folder.path)["updated"]).tzinfo
 

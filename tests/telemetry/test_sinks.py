@@ -14,11 +14,23 @@ from moe_dist.metrics.sinks import Sinks, TensorBoard
 from tests.telemetry.test_run_folder import make_config
 
 METRICS = {
-    "tokens": 4096, "loss": 5.5, "loss/text": 4.5, "loss/image": float("nan"), "eval/loss": 5.0, "eval/loss/text": 4.0,
-    "lr": 1e-3, "grad_norm": float("inf"), "step_seconds": 0.5, "data_wait_seconds": 0.01, "tokens_per_second": 8192.0,
-    "model_flops_per_second": 1e9, "moe/0/utilization": [1.5, float("nan")], "moe/rank_imbalance": 1.1,
-    "moe/0/experts_per_token/text": 1.0, "moe/0/unrouted_fraction/image": 0.25,
-}  # fmt: skip
+    "tokens": 4096,
+    "loss": 5.5,
+    "loss/text": 4.5,
+    "loss/image": float("nan"),
+    "eval/loss": 5.0,
+    "eval/loss/text": 4.0,
+    "lr": 1e-3,
+    "grad_norm": float("inf"),
+    "step_seconds": 0.5,
+    "data_wait_seconds": 0.01,
+    "tokens_per_second": 8192.0,
+    "model_flops_per_second": 1e9,
+    "moe/0/utilization": [1.5, float("nan")],
+    "moe/rank_imbalance": 1.1,
+    "moe/0/experts_per_token/text": 1.0,
+    "moe/0/unrouted_fraction/image": 0.25,
+}
 
 
 def open_sinks(path, *overrides, step=0, causal=True, is_main=True):
@@ -50,8 +62,11 @@ def test_a_line_is_valid_json_with_declared_keys_and_is_there_at_once(tmp_path):
 
 def test_names_outside_the_table_are_found():
     assert undeclared(["loss", "loss/audio", "moe/x/utilization", "moe/12/utilization", "Loss", "loss/text/1"]) == [
-        "loss/audio", "moe/x/utilization", "Loss", "loss/text/1",
-    ]  # fmt: skip
+        "loss/audio",
+        "moe/x/utilization",
+        "Loss",
+        "loss/text/1",
+    ]
     promised = """step tokens loss loss/{modality} eval/loss eval/loss/{modality} lr grad_norm step_seconds
         data_wait_seconds tokens_per_second model_flops_per_second moe/{layer}/utilization
         moe/{layer}/experts_per_token/{modality} moe/{layer}/unrouted_fraction/{modality} moe/rank_imbalance"""

@@ -156,9 +156,7 @@ def build_cache(
                 progress.update(task, completed=sum(source.samples for source in missing[:number]))
 
 
-def _counted(
-    samples: Iterable[RawSample], progress: Progress, task, stop: Callable[[], bool]
-) -> Iterator[RawSample]:
+def _counted(samples: Iterable[RawSample], progress: Progress, task, stop: Callable[[], bool]) -> Iterator[RawSample]:
     for sample in samples:
         if stop():
             return

@@ -129,9 +129,15 @@ def make_loader(
     if neighbours is not None:
         identity["data.neighbours"] = neighbours.identity
     loader = Loader(
-        lanes, assembler, identity, dp_rank=dp_rank, dp=dp, batch_groups=batch_groups, neighbours=neighbours,
+        lanes,
+        assembler,
+        identity,
+        dp_rank=dp_rank,
+        dp=dp,
+        batch_groups=batch_groups,
+        neighbours=neighbours,
         device=device,
-    )  # fmt: skip
+    )
     if state is not None:
         _check_identity(state["of"], identity)
         loader.restore(state)

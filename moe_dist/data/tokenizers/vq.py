@@ -60,9 +60,13 @@ class Residual(nn.Sequential):
 
     def __init__(self, width: int) -> None:
         super().__init__(
-            nn.GroupNorm(NORM_GROUPS, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1),
-            nn.GroupNorm(NORM_GROUPS, width), nn.SiLU(), nn.Conv2d(width, width, 1),
-        )  # fmt: skip
+            nn.GroupNorm(NORM_GROUPS, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(NORM_GROUPS, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 1),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -80,20 +84,34 @@ class VQTokenizer(nn.Module):
         fine, coarse = config.channels
         width, blocks = config.code_width, config.blocks
         self.encoder = nn.Sequential(
-            nn.Conv2d(3, fine, PATCH, PATCH), *(Residual(fine) for _ in range(blocks)),
-            nn.Conv2d(fine, coarse, 2, 2), *(Residual(coarse) for _ in range(blocks)),
-            nn.GroupNorm(NORM_GROUPS, coarse), nn.Conv2d(coarse, width, 1),
-        )  # fmt: skip
+            nn.Conv2d(3, fine, PATCH, PATCH),
+            *(Residual(fine) for _ in range(blocks)),
+            nn.Conv2d(fine, coarse, 2, 2),
+            *(Residual(coarse) for _ in range(blocks)),
+            nn.GroupNorm(NORM_GROUPS, coarse),
+            nn.Conv2d(coarse, width, 1),
+        )
         self.decoder = nn.Sequential(
-            nn.Conv2d(width, coarse, 3, padding=1), *(Residual(coarse) for _ in range(blocks)),
-            nn.Conv2d(coarse, 4 * fine, 1), nn.PixelShuffle(2), *(Residual(fine) for _ in range(blocks)),
-            nn.GroupNorm(NORM_GROUPS, fine), nn.SiLU(),
-            nn.Conv2d(fine, 3 * PATCH**2, 3, padding=1), nn.PixelShuffle(PATCH),
-        )  # fmt: skip
+            nn.Conv2d(width, coarse, 3, padding=1),
+            *(Residual(coarse) for _ in range(blocks)),
+            nn.Conv2d(coarse, 4 * fine, 1),
+            nn.PixelShuffle(2),
+            *(Residual(fine) for _ in range(blocks)),
+            nn.GroupNorm(NORM_GROUPS, fine),
+            nn.SiLU(),
+            nn.Conv2d(fine, 3 * PATCH**2, 3, padding=1),
+            nn.PixelShuffle(PATCH),
+        )
         self.quantizer = VectorQuantize(
-            width, config.codebook_size, decay=config.decay, commitment_weight=config.commitment, kmeans_init=True,
-            threshold_ema_dead_code=DEAD_CODE, sync_codebook=False, accept_image_fmap=True,
-        )  # fmt: skip
+            width,
+            config.codebook_size,
+            decay=config.decay,
+            commitment_weight=config.commitment,
+            kmeans_init=True,
+            threshold_ema_dead_code=DEAD_CODE,
+            sync_codebook=False,
+            accept_image_fmap=True,
+        )
 
     def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction [B, 3, H, W], codes [B, h, w] and the commitment loss (0-d)."""

@@ -50,6 +50,10 @@ class DepthRouter(nn.Module):
             admitted_V1 = keep_within_capacity(torch.ones_like(keys_V1, dtype=torch.bool), keys_V1, sizes, capacities)
         admitted_T = torch.zeros_like(info.valid_T).index_copy(0, token_V, admitted_V1.squeeze(1))
         return admitted_T, Routing(
-            token_V=token_V, logits_VC=logits_V1, probs_VC=logits_V1.sigmoid(), chosen_VC=admitted_V1,
-            kept_VE=admitted_V1, auxiliary_VC=auxiliary_V1,
-        )  # fmt: skip
+            token_V=token_V,
+            logits_VC=logits_V1,
+            probs_VC=logits_V1.sigmoid(),
+            chosen_VC=admitted_V1,
+            kept_VE=admitted_V1,
+            auxiliary_VC=auxiliary_V1,
+        )

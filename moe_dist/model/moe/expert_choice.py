@@ -75,9 +75,13 @@ class ExpertChoiceRouter(nn.Module):
                 counts_E=token_V.new_full((self.num_experts,), chosen_EK.shape[1]),
             )
         routing = Routing(
-            token_V=token_V, logits_VC=logits_VE, probs_VC=probs_VE, chosen_VC=chosen_VE, kept_VE=chosen_VE,
+            token_V=token_V,
+            logits_VC=logits_VE,
+            probs_VC=probs_VE,
+            chosen_VC=chosen_VE,
+            kept_VE=chosen_VE,
             auxiliary_VC=auxiliary_VE,
-        )  # fmt: skip
+        )
         return plan, RoutingRecord(layer=self.layer, plan=plan, parts=(routing,))
 
     def _add_noise(self, logits_VE: Tensor, token_V: Tensor, info: TokenInfo) -> Tensor:

@@ -99,9 +99,14 @@ class LoRAExperts(nn.Module):
         up, down = (hidden_size, expert_size), (expert_size, hidden_size)
         for key, sizes in {"gate": up, "up": up, "down": down}.items():
             self.lora[key] = LowRank(
-                *sizes, rank=rank, alpha=alpha, dropout=dropout, seed=seed, name=f"{name}.lora.{key}",
+                *sizes,
+                rank=rank,
+                alpha=alpha,
+                dropout=dropout,
+                seed=seed,
+                name=f"{name}.lora.{key}",
                 expert_ids=expert_ids,
-            )  # fmt: skip
+            )
 
     @property
     def needs_token_ids(self) -> bool:
