@@ -16,11 +16,11 @@ LAUNCH = MALLOC_MMAP_MAX_="$${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="$${M
 	OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + ranks - 1) / ranks ))}" \
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed $$placement
 # Tests that compare layouts, and settings under which one machine computes with the kernels of others (docs/testing.md).
-EXACT := tests/engine/test_near_ties.py tests/engine/test_exactness.py tests/engine/test_any_layout.py \
-	tests/engine/test_recipes.py tests/engine/test_lora.py tests/engine/test_trainable.py tests/engine/test_zero.py \
-	tests/engine/test_refused_steps.py tests/engine/test_checkpoint.py tests/engine/test_init_from.py \
+EXACT := tests/training/test_near_ties.py tests/training/test_exactness.py tests/training/test_any_layout.py \
+	tests/training/test_recipes.py tests/training/test_lora_training.py tests/training/test_trainable.py tests/training/test_zero.py \
+	tests/training/test_refused_steps.py tests/checkpoint/test_checkpoint.py tests/checkpoint/test_init_from.py \
 	tests/losses/test_balance_layouts.py tests/losses/test_manifold.py tests/model/test_expert_parallel.py \
-	tests/test_train.py tests/test_causal_run.py
+	tests/launch/test_train.py tests/launch/test_causal_run.py
 PROCESSORS := plain avx2 scalar other-products two-threads
 KERNELS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
 KERNELS_scalar := ATEN_CPU_CAPABILITY=default
@@ -40,8 +40,8 @@ test-fast: setup  ## the working loop
 	$(PYTEST) -m "not slow"
 
 test-long: setup  ## kill -9 at many places of steps and saves, under all launchers; every repeated layout
-	MOE_DIST_LONG=1 $(BIN)/python -m pytest tests/engine/test_kills.py tests/test_lost_rank.py \
-		tests/test_fused.py tests/test_moma_eta_gpu.py $(EXACT)
+	MOE_DIST_LONG=1 $(BIN)/python -m pytest tests/checkpoint/test_kills.py tests/launch/test_lost_rank.py \
+		tests/core/test_fused.py tests/benchmarks/test_moma_eta_gpu.py $(EXACT)
 
 test-processors: $(PROCESSORS:%=test-on-%)  ## the exactness tests with the kernels of other processors, and on two threads
 

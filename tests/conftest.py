@@ -18,8 +18,8 @@ import torch
 
 from moe_dist.data.shards.tars import Sample
 from moe_dist.data.tokenizers.text_tokenizer import train_text_tokenizer
-from tests.corpus import read_emoji, train_tokenizers, write_emoji_shards
-from tests.long import THREADS
+from tests.support.corpus import read_emoji, train_tokenizers, write_emoji_shards
+from tests.support.long import THREADS
 
 torch.set_num_threads(THREADS)
 

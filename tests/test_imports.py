@@ -1,11 +1,10 @@
 """Who may import whom, read from the source: an import hidden in a function or under TYPE_CHECKING counts as well."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support import ROOT
 
 # The rooms in order, and what each may import besides itself: rooms above it alone.
 ALLOWED = {

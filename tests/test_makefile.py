@@ -14,7 +14,8 @@ from moe_dist.model.attention import check_head_size
 from moe_dist.parallel.layout import check_layout
 from moe_dist.training.deepspeed_config import accumulation_steps
 from moe_dist.training.fit import fit
-from tests.launching import BIN, ROOT
+from tests.support import ROOT
+from tests.support.launching import BIN
 
 BF16 = " deepspeed.bf16.enabled=true"
 OURS = ("MAKE", "MFLAGS", "RANKS", "PYTORCH_", "SLURM", "SITE", "START")  # of `make test`, or of a user

@@ -6,8 +6,8 @@ import sys
 
 from deepspeed.accelerator import get_accelerator
 
-from tests.distributed import run_ranks
-from tests.launching import environment
+from tests.support.distributed import run_ranks
+from tests.support.launching import environment
 
 VARIABLES = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 

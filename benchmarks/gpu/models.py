@@ -17,8 +17,8 @@ from moe_dist.losses.term import Context
 from moe_dist.model.moe.dispatch import split_sizes
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
-from tests.devices import readers
-from tests.model.batches import DENSE, EXPERT_CHOICE, LORA_EXPERTS, MOMA, TOP_K, VOCAB, make_batch, model_config
+from tests.support.devices import readers
+from tests.support.model_batches import DENSE, EXPERT_CHOICE, LORA_EXPERTS, MOMA, TOP_K, VOCAB, make_batch, model_config
 
 
 def routed(**router: Any) -> dict:

@@ -15,7 +15,7 @@ from moe_dist.model.attention import BucketedDocuments, locate_documents
 from moe_dist.model.moe import experts
 from moe_dist.model.moe.capacity import keep_within_capacity
 from moe_dist.model.moe.router import selection_keys
-from tests.fused_cases import CASES, ROWS, deviations, tolerance
+from tests.support.fused_cases import CASES, ROWS, deviations, tolerance
 
 COUNTS = {
     "even": (64,) * 4,

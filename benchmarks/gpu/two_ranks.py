@@ -69,7 +69,7 @@ class Runs:
     def make_data(self) -> None:
         """Shards, and tokenizers trained for a moment, in a process that does not touch the card."""
         own = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-        code = f"from tests.corpus import write_corpus; write_corpus({str(self.folder)!r})"
+        code = f"from tests.support.corpus import write_corpus; write_corpus({str(self.folder)!r})"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=own, check=True)
 
     def compared(self, stage: int, precision: str, wanted: list[float]) -> tuple[str, dict]:

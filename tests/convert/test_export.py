@@ -21,9 +21,15 @@ from moe_dist.convert.upcycle import upcycle
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import LazyTensor
 from moe_dist.core.strict import validate
-from tests.convert.models import SIZES, load_checkpoint, logits_apart, logits_packed, random_documents, save_llama
-
-ROOT = Path(__file__).parents[2]
+from tests.support import ROOT
+from tests.support.hugging_face_models import (
+    SIZES,
+    load_checkpoint,
+    logits_apart,
+    logits_packed,
+    random_documents,
+    save_llama,
+)
 
 
 def save_mixtral(folder, *, dtype=torch.float32, max_shard_size="1GB", **changes):

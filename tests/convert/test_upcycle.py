@@ -18,12 +18,12 @@ from moe_dist.losses.language import language_loss
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.training.deepspeed import init_distributed, make_engine
-from tests.convert.models import load_checkpoint, logits_packed, random_documents, save_llama
-from tests.distributed import run_ranks
-from tests.engine.toy import make_config, sgd, step_batches
-from tests.engine.toy import objective as cross_entropy
-from tests.engine.trajectory import full_parameters
-from tests.model.batches import DENSE, make_batch, model_config
+from tests.support.distributed import run_ranks
+from tests.support.hugging_face_models import load_checkpoint, logits_packed, random_documents, save_llama
+from tests.support.model_batches import DENSE, make_batch, model_config
+from tests.support.toy_model import make_config, sgd, step_batches
+from tests.support.toy_model import objective as cross_entropy
+from tests.support.trajectory import full_parameters
 
 EXPERTS = 4
 VOCABULARY = 64

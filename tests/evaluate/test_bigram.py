@@ -9,8 +9,8 @@ from moe_dist.data.stream.held_out_batches import ShuffledCaptions, heldout_batc
 from moe_dist.evaluate.bigram import Bigram, Bigrams
 from moe_dist.evaluate.perplexity import mean_losses
 from moe_dist.parallel.layout import Layout
-from tests.data.real import emoji_store, emoji_vocabulary
-from tests.data.synthetic import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
+from tests.support.emoji_store import emoji_store, emoji_vocabulary
+from tests.support.synthetic_store import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
 
 V = SmallVocabulary
 

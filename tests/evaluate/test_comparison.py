@@ -15,8 +15,8 @@ from moe_dist.evaluate.held_out_split import HeldOut
 from moe_dist.losses.language import language_loss
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
-from tests.data.synthetic import MemoryDocument, MemoryStore, SmallVocabulary, data_config
-from tests.model.batches import MOMA
+from tests.support.model_batches import MOMA
+from tests.support.synthetic_store import MemoryDocument, MemoryStore, SmallVocabulary, data_config
 
 V = SmallVocabulary
 WORDS, CODES = 8, 6

@@ -11,8 +11,8 @@ from moe_dist.data.tasks.instructions import Prompt
 from moe_dist.evaluate.conditional import conditional_losses
 from moe_dist.evaluate.held_out_split import HeldOut
 from moe_dist.parallel.layout import Layout, make_layout
-from tests.data.synthetic import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
-from tests.distributed import run_ranks
+from tests.support.distributed import run_ranks
+from tests.support.synthetic_store import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
 
 V = SmallVocabulary
 TABLE = 3 * torch.randn(V.size, V.size, generator=torch.Generator().manual_seed(0))

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from moe_dist.data.stream.held_out_batches import heldout_batches
 from moe_dist.evaluate.perplexity import evaluate
 from moe_dist.parallel.layout import Layout, make_layout
-from tests.data.synthetic import SmallVocabulary, data_config, random_store
-from tests.distributed import run_ranks
+from tests.support.distributed import run_ranks
+from tests.support.synthetic_store import SmallVocabulary, data_config, random_store
 
 
 def table_forward(batch):

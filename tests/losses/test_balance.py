@@ -23,9 +23,9 @@ from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.model.moe.expert_choice import ModalityRouter
 from moe_dist.parallel.layout import Layout, make_layout
-from tests import reference
-from tests.distributed import run_ranks
-from tests.moe.cases import GROUPS, TOKENS, WIDTH, close, make_layer
+from tests.support import routing_reference as reference
+from tests.support.distributed import run_ranks
+from tests.support.moe_cases import GROUPS, TOKENS, WIDTH, close, make_layer
 
 SEQUENCES = 2  # of a group
 DOCUMENTS = (5, 7, 9, 3)

@@ -14,10 +14,10 @@ from torch import Tensor
 from moe_dist.config.recipe import Config
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
-from tests.distributed import run_ranks
-from tests.engine.toy import EXPERTS, make_config, sgd
-from tests.engine.trajectory import full_parameters, step_inputs, toy_engine
-from tests.selections import LOGITS, Selections, deviation, unite, watching
+from tests.support.distributed import run_ranks
+from tests.support.selections import LOGITS, Selections, deviation, unite, watching
+from tests.support.toy_model import EXPERTS, make_config, sgd
+from tests.support.trajectory import full_parameters, step_inputs, toy_engine
 
 GROUPS, STEPS = 8, 4
 LOSSES = {

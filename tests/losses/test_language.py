@@ -8,7 +8,7 @@ import torch
 from moe_dist.losses import language
 from moe_dist.losses.language import LanguageLoss, language_loss
 from moe_dist.losses.objective import Objective
-from tests.model.batches import VOCAB, make_batch
+from tests.support.model_batches import VOCAB, make_batch
 
 
 @dataclass

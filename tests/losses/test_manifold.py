@@ -19,12 +19,12 @@ from moe_dist.losses.manifold import Manifold, sample_routing
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.parallel.layout import Layout
-from tests.distributed import run_ranks
-from tests.engine.toy import EXPERTS, make_config, sgd
-from tests.engine.trajectory import full_parameters, step_inputs, toy_engine
 from tests.losses.test_balance import Output, make_batch, parts_of
-from tests.moe.cases import TOKENS, WIDTH, close, make_layer
-from tests.selections import LOGITS, Selections, deviation, unite, watching
+from tests.support.distributed import run_ranks
+from tests.support.moe_cases import TOKENS, WIDTH, close, make_layer
+from tests.support.selections import LOGITS, Selections, deviation, unite, watching
+from tests.support.toy_model import EXPERTS, make_config, sgd
+from tests.support.trajectory import full_parameters, step_inputs, toy_engine
 
 ONE_PROCESS = Context(layout=Layout(), group_sequences=1)
 NEIGHBOURS = 3

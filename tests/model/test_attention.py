@@ -7,9 +7,9 @@ from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_
 from moe_dist.model import attention
 from moe_dist.model.attention import BucketedDocuments, VarlenDocuments, locate_documents, rotary_angles, rotation
 from moe_dist.model.mcore import Attention
-from tests import reference
-from tests.model import reference_model
-from tests.model.batches import model_config
+from tests.support import reference_model
+from tests.support import routing_reference as reference
+from tests.support.model_batches import model_config
 
 LENGTHS = [1, 7, 40, 16, 17, 1, 33, 40, 5]
 

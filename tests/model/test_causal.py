@@ -8,7 +8,7 @@ import torch
 from moe_dist.core.errors import UserError
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
-from tests.model.batches import DENSE, EXPERT_CHOICE, MOMA, TOP_K, VOCAB, make_batch, model_config
+from tests.support.model_batches import DENSE, EXPERT_CHOICE, MOMA, TOP_K, VOCAB, make_batch, model_config
 
 CHANGED = 30  # of the 40 tokens
 

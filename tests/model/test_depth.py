@@ -9,8 +9,8 @@ from moe_dist.core.batch import TEXT, TokenInfo
 from moe_dist.losses.language import language_loss
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
-from tests.model import depth_reference
-from tests.model.batches import DENSE, EXPERT_CHOICE, MOMA, TOP_K, VOCAB, make_batch, model_config
+from tests.support import depth_reference
+from tests.support.model_batches import DENSE, EXPERT_CHOICE, MOMA, TOP_K, VOCAB, make_batch, model_config
 
 SCOPES = ("group", "modality", "sequence")
 FFNS = {"dense": DENSE, "top_k": TOP_K, "moe_8x": EXPERT_CHOICE, "moma": MOMA}

@@ -1,5 +1,5 @@
 """A step on a device touches the host once in every expert layer and once where mixture-of-depths selects, and never
-makes a tensor there (tests/devices.py)."""
+makes a tensor there (tests/support/devices.py)."""
 
 import importlib
 import inspect
@@ -20,7 +20,7 @@ from moe_dist.model.moe.experts import GroupedExperts
 from moe_dist.model.moe.moe_layer import MoELayer
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
-from tests.devices import (
+from tests.support.devices import (
     HotPath,
     OnTheHost,
     PythonOperators,
@@ -31,7 +31,7 @@ from tests.devices import (
     read_counts,
     readers,
 )
-from tests.model.batches import DENSE, EXPERT_CHOICE, LORA_EXPERTS, MOMA, TOP_K, VOCAB, make_batch, model_config
+from tests.support.model_batches import DENSE, EXPERT_CHOICE, LORA_EXPERTS, MOMA, TOP_K, VOCAB, make_batch, model_config
 
 LENGTHS, PADDING, GROUPS = [40, 24, 30, 26], 8, 2
 DROPOUT = {"rank": 8, "alpha": 16.0, "dropout": 0.1}

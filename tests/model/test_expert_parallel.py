@@ -6,8 +6,8 @@ import torch
 from moe_dist.losses.language import language_loss
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
-from tests.distributed import run_ranks
-from tests.model.batches import DENSE, EXPERT_CHOICE, MOMA, TOP_K, VOCAB, make_batch, model_config
+from tests.support.distributed import run_ranks
+from tests.support.model_batches import DENSE, EXPERT_CHOICE, MOMA, TOP_K, VOCAB, make_batch, model_config
 
 LENGTHS = [[20, 9, 3], [31, 17]]  # a group each rank, of unlike documents
 

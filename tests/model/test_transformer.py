@@ -11,9 +11,9 @@ from moe_dist.losses.language import language_loss
 from moe_dist.model import transformer
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
-from tests import reference
-from tests.model import reference_model
-from tests.model.batches import DENSE, EXPERT_CHOICE, LLAMA, MOMA, TOP_K, VOCAB, make_batch, model_config
+from tests.support import reference_model
+from tests.support import routing_reference as reference
+from tests.support.model_batches import DENSE, EXPERT_CHOICE, LLAMA, MOMA, TOP_K, VOCAB, make_batch, model_config
 
 FFNS = pytest.mark.parametrize("ffn", [DENSE, TOP_K, EXPERT_CHOICE, MOMA], ids=["dense", "top_k", "moe_8x", "moma"])
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.parallel.collectives import all_to_all_rows
-from tests.distributed import run_ranks
+from tests.support.distributed import run_ranks
 
 # SPLITS[case][source][destination] rows
 SPLITS = {

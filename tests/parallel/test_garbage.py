@@ -10,8 +10,8 @@ from moe_dist.config.recipe import load_config
 from moe_dist.parallel import garbage
 from moe_dist.parallel.garbage import EVERY, FULL, AlignedCollection
 from moe_dist.training.run import Run, train
-from tests.distributed import run_ranks
-from tests.launching import ROOT
+from tests.support import ROOT
+from tests.support.distributed import run_ranks
 
 
 class Cycle:

@@ -9,7 +9,7 @@ from deepspeed.accelerator import get_accelerator
 from moe_dist.parallel import gpus
 from moe_dist.parallel.discovery import free_port, run_rank
 from moe_dist.training.deepspeed import init_distributed
-from tests.distributed import FORK_SERVER
+from tests.support.distributed import FORK_SERVER
 
 
 def _rank(rank, world, port, visible, own, hostids, path):

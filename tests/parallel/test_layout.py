@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from moe_dist.core.errors import UserError
 from moe_dist.parallel.layout import make_layout
-from tests.distributed import run_ranks
+from tests.support.distributed import run_ranks
 
 
 def _groups(rank, expert):

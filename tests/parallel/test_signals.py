@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_dist.parallel.signals import STOP_SIGNALS, Stopped, StopSignals
-from tests.distributed import run_ranks
+from tests.support.distributed import run_ranks
 
 CPU = torch.device("cpu")
 

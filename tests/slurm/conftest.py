@@ -18,7 +18,7 @@ import pytest
 
 from moe_dist.core.errors import UserError
 from moe_dist.metrics.run_folder import read_status
-from tests.launching import ROOT
+from tests.support import ROOT
 
 DEVCLUSTER = ROOT / "slurm" / "devcluster.sh"
 PLANTED = Path(__file__).parent / "planted"

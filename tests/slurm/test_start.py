@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import BIN, ROOT
+from tests.support import ROOT
+from tests.support.launching import BIN
 
 pytestmark = pytest.mark.slow
 NODES = ("127.0.1.1", "127.0.1.2")

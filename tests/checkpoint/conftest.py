@@ -1,0 +1,50 @@
+"""A checkpoint to load and to damage."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.support.checkpoint_jobs import Job, run
+from tests.support.killed_ranks import EVERY, GROUPS, STEPS, How, Undisturbed, counts_of, run_ranks_of_train, same
+
+
+@pytest.fixture(scope="package")
+def saved(tmp_path_factory):
+    """A job on two ranks with a checkpoint of step 2, and its outcome."""
+    job = Job(stop=4, save=str(tmp_path_factory.mktemp("run") / "checkpoints" / "step_00000002"), save_at=2)
+    return job, run(job)
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    """A copy of that checkpoint to be damaged, and the job that would resume from it."""
+    job, _ = saved
+    folder = tmp_path / "checkpoints" / "step_00000002"
+    folder.mkdir(parents=True)
+    for file in Path(job.save).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder, replace(job.resumed(stop=3), load=str(folder))
+
+
+@pytest.fixture(scope="package")
+def undisturbed(small_run, tmp_path_factory) -> Callable[[How], Undisturbed]:
+    """The undisturbed run that is laid out so: it is run once."""
+
+    @cache
+    def run(how: How) -> Undisturbed:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        overrides = [*small_run(folder), f"deepspeed.zero_optimization.stage={how.stage}", "eval.every=0"]
+        overrides += [f"checkpoint.asynchronous={str(how.asynchronous).lower()}", f"checkpoint.every={EVERY}"]
+        overrides += [f"train.steps={STEPS}", f"train.global_batch_groups={GROUPS}", "train.micro_batch_groups=1"]
+        overrides += ["telemetry.tensorboard=false"]
+        for name, keep in (("reference", STEPS), ("counted", 1)):
+            codes, printed = run_ranks_of_train([*overrides, f"checkpoint.keep={keep}"], folder / name / "run")
+            assert codes == [0, 0], printed
+        reference, counted = folder / "reference" / "run", folder / "counted" / "run"
+        same(counted, reference)
+        return Undisturbed(how, [*overrides, "checkpoint.keep=1"], reference, counts_of(counted))
+
+    return run

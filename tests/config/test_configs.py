@@ -1,0 +1,148 @@
+"""Every shipped recipe parses and builds (on the meta device); the models of MoMa's table have the paper's sizes."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_dist.config.recipe import load_config
+from moe_dist.metrics.flops import model_flops
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.layout import Layout
+from tests.support import ROOT
+
+FOLDER = ROOT / "configs"
+RECIPES = sorted(FOLDER.glob("*.yaml"))
+BILLION = 1e9
+TABLE = {  # arXiv 2407.21770, the model table: dense parameters, parameters with 8 experts, tokens a step, steps
+    "moma_90m": (0.090 * BILLION, 0.210 * BILLION, 6_291_456, 160_000),
+    "moma_435m": (0.435 * BILLION, 1.9 * BILLION, 6_291_456, 160_000),
+    "moma_1_4b": (1.4 * BILLION, 7.1 * BILLION, 8_388_608, 120_000),
+    "mod_moma_90m": (0.110 * BILLION, 0.317 * BILLION, 6_291_456, 160_000),  # with mixture-of-depths
+    "mod_moma_435m": (0.635 * BILLION, 3 * BILLION, 6_291_456, 160_000),
+    "mod_moma_1_4b": (2.3 * BILLION, 12 * BILLION, 8_388_608, 120_000),
+}
+
+
+def build(config, vocab_size=65_536) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config.model, vocab_size, Layout(), config.seed)
+
+
+def total(model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def documented_override(path: Path, variant: str) -> str:
+    """The one line that the recipe's header gives for a variant."""
+    return re.search(rf'^#   {variant}:\s+"(.+)"$', path.read_text(), re.MULTILINE).group(1)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_parses_builds_and_says_what_it_follows(path):
+    config = load_config(path)
+    assert path.read_text().startswith("# ")
+    assert total(build(config, vocab_size=4096)) > 0
+    assert config.model.ffn.hidden_size % 8 == 0, "grouped products need multiples of 8"
+    assert config.data.lanes % config.parallel.expert == 0
+    assert config.train.global_batch_groups % config.train.micro_batch_groups == 0
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("variant", ["dense", "moe_8x", "moma"])
+def test_total_parameters_within_six_percent_of_the_table(name, variant):
+    path = FOLDER / f"{name}.yaml"
+    config = load_config(path, [] if variant == "moma" else [documented_override(path, variant)])
+    dense, sparse, *_ = TABLE[name]
+    assert total(build(config)) == pytest.approx(dense if variant == "dense" else sparse, rel=0.06)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_training_settings_of_the_table(name):
+    config = load_config(FOLDER / f"{name}.yaml")
+    *_, tokens, steps = TABLE[name]
+    assert config.train.global_batch_groups * config.data.group_sequences * config.data.sequence_length == tokens
+    assert (config.train.steps, config.schedule.type, config.schedule.warmup_steps) == (steps, "linear", 4000)
+    assert (config.deepspeed["optimizer"]["params"]["lr"], config.schedule.end_lr) == (1e-4, 1e-6)
+
+
+def test_the_quickstarts_differ_in_one_line_of_the_model():
+    moma, *others = (load_config(FOLDER / f"{name}_quickstart.yaml") for name in ("moma", "dense", "moe_8x"))
+    own = {"ffn"}
+    for other in others:
+        assert other.model.model_dump(exclude=own) == moma.model.model_dump(exclude=own)
+        assert other.model.ffn.hidden_size == moma.model.ffn.hidden_size  # one expert a token: as many active FLOPs
+        same = {"run", "model", "parallel"}
+        assert other.model_dump(exclude=same) == moma.model_dump(exclude=same)
+
+
+def flops_per_token(model, documents=(128,) * 8) -> float:
+    """Of training, with one expert a token on average and every document's tokens admitted at the same share."""
+    share = model.depth.capacity if model.depth else 1.0
+    admitted = {layer: [round(share * length) for length in documents] for layer in model.depth_layers}
+    rows = [sum(admitted.get(layer, documents)) for layer in range(model.num_layers)]
+    flops = model_flops(model, vocab_size=1536, document_lengths=documents, ffn_rows=rows, admitted=admitted)
+    return flops / sum(documents)
+
+
+def test_mixture_of_depths_has_the_flops_of_the_recipe_without_it_by_more_layers():
+    plain, mod = (load_config(FOLDER / f"{name}_quickstart.yaml") for name in ("moma", "mod_moma"))
+    own = {"num_layers", "depth", "embedding_init_std"}
+    assert mod.model.model_dump(exclude=own) == plain.model.model_dump(exclude=own)
+    assert mod.model_dump(exclude={"run", "model"}) == plain.model_dump(exclude={"run", "model"})
+    assert list(mod.model.depth_layers) == [0, 2, 4, 6] and mod.model.depth.capacity == 0.25
+    assert flops_per_token(mod.model) == pytest.approx(flops_per_token(plain.model), rel=0.03)
+    shallow = mod.model.model_copy(update={"num_layers": 4})
+    assert flops_per_token(shallow) < 0.75 * flops_per_token(plain.model)
+
+
+def test_the_causal_stage_trains_auxiliary_routers_of_the_quickstart_and_nothing_else():
+    plain, causal = (load_config(FOLDER / f"{name}_quickstart.yaml") for name in ("moma", "moma_causal"))
+    names = {name for name, _ in build(causal, 100).named_parameters()}
+    new = names - {name for name, _ in build(plain, 100).named_parameters()}
+    assert len(new) == 4 * 2 * 2 and all(".auxiliary.w" in name for name in new)
+    assert causal.trainable == causal.init_from.new == ("*.auxiliary.*",)
+    assert causal.init_from.checkpoint == plain.run.dir and causal.data == plain.data
+    text = {"type": "expert_choice", "num_experts": 4, "auxiliary": True}
+    assert causal.model.ffn.router == {"type": "modality", "text": text, "image": text}
+
+
+def test_the_adamoe_recipes_differ_in_the_router_and_train_with_equal_flops():
+    null, top_2 = (load_config(FOLDER / f"adamoe{name}_quickstart.yaml") for name in ("", "_top2"))
+    own = {"run", "model", "train", "schedule", "losses"}
+    assert null.model_dump(exclude=own) == top_2.model_dump(exclude=own)
+    ffn = {"ffn": {"router"}}
+    assert null.model.model_dump(exclude=ffn) == top_2.model.model_dump(exclude=ffn)
+    router, flops = null.model.ffn.router, []
+    at_balance = router["top_k"] * router["num_experts"] / (router["num_experts"] + router["num_null_experts"])
+    for config, experts in ((null, at_balance), (top_2, top_2.model.ffn.router["top_k"])):
+        rows = [round(experts * 512)] * config.model.num_layers
+        of_a_step = model_flops(config.model, vocab_size=2048, document_lengths=[512], ffn_rows=rows)
+        flops.append(of_a_step * config.train.steps)
+    assert flops[0] == pytest.approx(flops[1], rel=0.02)
+
+
+def test_the_llava_recipes_differ_in_the_experts_and_adapt_with_as_many_parameters():
+    mole, lora = (load_config(FOLDER / f"llava_{name}_quickstart.yaml") for name in ("mole", "lora"))
+    own = {"run", "model", "parallel", "losses"}
+    assert mole.model_dump(exclude=own) == lora.model_dump(exclude=own)
+    ffn = {"ffn": {"experts", "router"}}
+    assert mole.model.model_dump(exclude=ffn) == lora.model.model_dump(exclude=ffn)
+    (four, of_four), (one, of_one) = ((c.model.ffn.router["num_experts"], c.model.ffn.experts) for c in (mole, lora))
+    assert four * of_four.rank == one * of_one.rank
+    assert (of_four.alpha / of_four.rank, of_four.dropout) == (of_one.alpha / of_one.rank, of_one.dropout)
+
+
+def test_the_stages_of_roma_have_one_model_and_the_same_data():
+    tuned, aligned = (load_config(FOLDER / f"roma_{name}.yaml") for name in ("experts", "quickstart"))
+    assert aligned.model == tuned.model and aligned.init_from.checkpoint == tuned.run.dir
+    assert aligned.data.model_copy(update={"neighbours": None}) == tuned.data
+    layers = range(tuned.model.num_layers - 5, tuned.model.num_layers)  # what the manifold term reads by default
+    assert aligned.trainable == tuple(f"layers.{layer}.ffn.router.*" for layer in layers)
+
+
+def test_make_waits_for_the_last_checkpoint_of_the_dense_quickstart():
+    dense = load_config(FOLDER / "dense_quickstart.yaml")
+    last = f"{dense.run.dir}/checkpoints/step_{dense.train.steps:08d}/manifest.json"
+    assert f"DENSE := {last}\n" in (FOLDER.parent / "Makefile").read_text()

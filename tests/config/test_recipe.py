@@ -1,0 +1,71 @@
+"""The recipe: strictness, overrides and the sentences a user reads."""
+
+import pytest
+
+from moe_dist.config.recipe import load_config, save_config
+from moe_dist.core.errors import UserError
+from tests.support.permissions import public_folder, unprivileged
+
+RECIPE = "configs/moma_quickstart.yaml"
+
+
+def test_round_trip(tmp_path):
+    config = load_config(RECIPE, ["train.stop_after=3", "schedule.end_lr=1e-4", "data.shards=[a, b]"])
+    assert (config.train.stop_after, config.schedule.end_lr, config.data.shards) == (3, 1e-4, ("a", "b"))
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_recipe_that_is_not_utf8(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(b"run:\n  dir: caf\xe9\n")
+    with pytest.raises(UserError, match=r"recipe.yaml is not UTF-8 text \(byte 15\)"):
+        load_config(recipe)
+
+
+def test_a_recipe_that_may_not_be_read():
+    with public_folder() as folder:
+        recipe = folder / "recipe.yaml"
+        recipe.write_text("seed: 0\n")
+        recipe.chmod(0o000)
+        with unprivileged(), pytest.raises(UserError, match=r"recipe.yaml cannot be read: Permission denied"):
+            load_config(recipe)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("train.stpes=3", r"unknown key 'train.stpes' \(did you mean 'steps'\?\)"),
+        ("model.ffn.hiden_size=3", r"unknown key 'model.ffn.hiden_size' \(did you mean 'hidden_size'\?\)"),
+        ("foo=1", "unknown key 'foo'"),
+        ("train.steps=many", "key 'train.steps': input should be a valid integer, got 'many'"),
+        ("train.steps=0", "key 'train.steps': input should be greater than 0, got 0"),
+        ("parallel.expert=1.5", "key 'parallel.expert': .* got 1.5"),
+        ("model.num_heads=3", "hidden_size=128 is not a multiple of num_heads=3"),
+        ("model.head_size=3", "the rotary embedding needs an even size per head, not 3"),
+        ("model.num_query_groups=3", "num_query_groups=3 does not divide num_heads=4"),
+        ("model.ffn.slices=3", "key 'model.ffn': hidden_size=256 is not a multiple of 8 times slices=3, which grouped"),
+        (
+            "model.ffn={type: moe, hidden_size: 64, slices: 2, experts: {type: lora, rank: 4, alpha: 8}, router: {}}",
+            "key 'model.ffn': slices=2: LoRA experts share one dense FFN and cannot be sliced",
+        ),
+        ("model.ffn.type=sparse", "key 'model.ffn': input tag 'sparse'"),
+        ("train.steps", "override 'train.steps' is not of the form section.key=value"),
+        ("seed.x=1", "override 'seed.x=1': 'seed' is a value, not a section"),
+        ("run.dir=[", r"override 'run.dir=\[': not valid YAML"),
+    ],
+)
+def test_bad_overrides_are_named(override, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_config(RECIPE, [override])
+
+
+def test_missing_file_missing_key_and_doubled_key(tmp_path):
+    with pytest.raises(UserError, match=r"there is no configuration file nowhere.yaml"):
+        load_config("nowhere.yaml")
+    (tmp_path / "a.yaml").write_text("seed: 0\n")
+    with pytest.raises(UserError, match="key 'run' is missing"):
+        load_config(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("seed: 0\nseed: 1\n")
+    with pytest.raises(UserError, match=r"key 'seed' is given twice \(line 2\)"):
+        load_config(tmp_path / "b.yaml")

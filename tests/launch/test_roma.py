@@ -1,0 +1,210 @@
+"""RoMA's whole pipeline in small, on two ranks: tune, collect, find neighbours, tune the routers, compare."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from launch import align, multiple_choice
+from moe_dist.checkpoint.checkpoint import newest_complete
+from moe_dist.checkpoint.stored_weights import read_tensors
+from moe_dist.config.recipe import load_config
+from moe_dist.core.errors import UserError
+from moe_dist.data.shards.tars import Sample, write_shards
+from moe_dist.data.stream.neighbour_store import read_samples
+from moe_dist.data.tokenizers.text_tokenizer import train_text_tokenizer
+from moe_dist.evaluate.choice_accuracy import Result
+from moe_dist.metrics.metric_keys import undeclared
+from moe_dist.metrics.run_folder import RunFolder
+from moe_dist.training.run import train
+from tests.support import ROOT
+from tests.support.distributed import run_ranks
+
+WORDS = ("apple", "bread", "chair", "dance", "eagle", "fruit", "grass", "horse", "island", "juice", "knife", "lemon")
+ROUTERS = "layers.1.ffn.router.*"
+
+
+def item(number: int, split: str) -> Sample:
+    """Which option is the word? Easy enough that a small model gets some of them right."""
+    draw = random.Random(f"{split} {number}")
+    options = draw.sample(WORDS, 4)
+    correct = draw.randrange(4)
+    listed = " ".join(f"{letter}) {option}" for letter, option in zip("ABCD", options))
+    question = f"{number}: which one is {options[correct]}?"
+    meta = {
+        "prompt": f"{question} {listed} Answer:",
+        "answer": f" {'ABCD'[correct]}",
+        "question": question,
+        "domain": ("even", "odd")[number % 2],
+        "options": options,
+        "correct": correct,
+    }
+    return Sample(key=f"{split}-{number}", split=split, meta=meta)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """Items, tokenizer, a tiny sentence-embedding model, a recipe, and a tuned run with its store."""
+    folder = tmp_path_factory.mktemp("roma")
+    samples = [item(n, "train") for n in range(60)] + [item(n, "validation") for n in range(40)]
+    write_shards(samples, folder / "shards", samples_per_shard=16)
+    texts = [text for sample in samples for text in (sample.meta["prompt"], sample.meta["answer"])]
+    train_text_tokenizer(texts, folder / "text.model", vocab_size=360)
+    make_embedder(folder / "embedder")
+    recipe = {
+        "run": {"dir": str(folder / "tuned")},
+        "data": {
+            "shards": str(folder / "shards"),
+            "text_tokenizer": str(folder / "text.model"),
+            "sequence_length": 128,
+            "group_sequences": 1,
+            "lanes": 4,
+        },
+        "model": {
+            "hidden_size": 32,
+            "num_layers": 3,
+            "num_heads": 2,
+            "norm": "pre",
+            "init_std": 0.1,
+            "ffn": {"type": "moe", "hidden_size": 32, "router": {"type": "top_k", "num_experts": 4, "top_k": 2}},
+        },
+        "parallel": {"expert": 2},
+        "train": {"steps": 12, "global_batch_groups": 4},
+        "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}},
+        "eval": {"every": 0},
+        "telemetry": {"tensorboard": False},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run_ranks(train_on, 2, str(folder / "recipe.yaml"), [])
+    run_ranks(collect_on, 2, folder / "tuned", folder / "store", ["parallel.expert=2"])
+    align.find_neighbours(folder / "store", folder / "embedder", 3, None)
+    return folder
+
+
+def make_embedder(folder: Path) -> None:
+    """A BERT of random weights: texts that share words still come out alike."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *(f"##{c}" for c in letters)]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(vocabulary))
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder)
+
+
+def train_on(rank: int, recipe: str, overrides: list[str]) -> str:
+    """The UserError's sentence, or nothing."""
+    try:
+        train(load_config(recipe, overrides))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def collect_on(rank: int, run: Path, store: Path, overrides: list[str]) -> None:
+    align.collect(RunFolder(run), store, overrides)
+
+
+def compare_on(rank: int, arguments: list[str]) -> None:
+    multiple_choice.run(arguments)
+
+
+def aligned(work: Path, name: str, *more: str) -> list[str]:
+    return [
+        f"run.dir={work / name}",
+        f"init_from={work / 'tuned'}",
+        f"trainable=['{ROUTERS}']",
+        f"data.neighbours={work / 'store'}",
+        "losses={manifold: {weight: 500.0, last_layers: 2}}",
+        *more,
+    ]
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_routers_alone_move_towards_their_neighbours(work):
+    samples, about = read_samples(work / "store")
+    assert len(samples.sample_N) == 60 and 0 < about["right"] < 60
+    assert samples.routing_NR.shape == (60, 3 * 4)
+    for name, weight in (("roma", 500.0), ("control", 0.0)):
+        overrides = aligned(work, name, f"losses.manifold.weight={weight}")
+        assert run_ranks(train_on, 2, str(work / "recipe.yaml"), overrides) == ["", ""]
+    roma, control = metrics(work / "roma"), metrics(work / "control")
+    assert roma[0]["loss/manifold"] == pytest.approx(control[0]["loss/manifold"])
+    assert roma[-1]["loss/manifold"] < 0.7 * control[-1]["loss/manifold"]
+    assert roma[0]["manifold/coverage"] == 1.0 and not undeclared(roma[0])
+
+    tuned, after = (parameters(work / name) for name in ("tuned", "roma"))
+    changed = {name for name in after if not torch.equal(tuned[name], after[name])}
+    assert changed == {"layers.1.ffn.router.gate.weight"}, "frozen parameters must stay bit for bit"
+
+
+def parameters(run: Path) -> dict[str, torch.Tensor]:
+    return {name: lazy.read().float() for name, lazy in read_tensors(newest_complete(run)).items()}
+
+
+@pytest.mark.slow
+def test_runs_are_compared_and_answers_kept(work, capfd):
+    run_ranks(train_on, 2, str(work / "recipe.yaml"), [f"run.dir={work / 'longer'}", "train.steps=14"])
+    arguments = [str(work / "tuned"), str(work / "longer"), "--out", str(work / "comparison.json")]
+    run_ranks(compare_on, 2, [*arguments, "parallel.expert=2"])
+    first = json.loads((work / "comparison.json").read_text())
+    (pair,) = first["comparisons"]
+    for name in ("tuned", "longer"):
+        accuracy = first["accuracy"][str(work / name)]
+        assert [accuracy[task]["items"] for task in ("even", "odd", "overall")] == [20, 20, 40]
+    difference = [first["accuracy"][pair[side]]["overall"]["share"] for side in ("second", "first")]
+    assert pair["overall"]["difference"] == pytest.approx(difference[0] - difference[1])
+    kept = (work / "tuned" / "multiple_choice.json").stat().st_mtime_ns
+    run_ranks(compare_on, 1, [*arguments, "parallel.expert=2"])
+    assert (work / "tuned" / "multiple_choice.json").stat().st_mtime_ns == kept, "answered twice"
+    assert json.loads((work / "comparison.json").read_text()) == first
+    run_ranks(compare_on, 1, arguments)  # another layout: the recipe's keys differ, the answers do not
+    assert json.loads((work / "comparison.json").read_text()) == first
+
+
+@pytest.mark.slow
+def test_a_store_that_does_not_fit_is_refused(work, tmp_path):
+    recipe = str(work / "recipe.yaml")
+    run_ranks(train_on, 2, recipe, [f"run.dir={tmp_path / 'other'}", "seed=1", "train.steps=1"])
+    for overrides, message in (
+        ([f"init_from={tmp_path / 'other'}"], "was collected with another model"),
+        (["init_from=null"], "data.neighbours needs init_from"),
+        ([f"data.neighbours={tmp_path}"], "store.json is missing"),
+        (["data.neighbours=null"], "losses.manifold needs the neighbours of every sample: set data.neighbours"),
+        (["losses.manifold.last_layers=4"], "losses.manifold.last_layers=4, the model has 3 expert layers"),
+        ([f"data.shards={more_items(tmp_path)}"], "lacks"),
+    ):
+        answers = run_ranks(train_on, 2, recipe, aligned(work, "refused", f"run.dir={tmp_path / 'run'}", *overrides))
+        assert all(answer.startswith("UserError") and message in answer for answer in answers), answers
+
+
+def test_a_run_without_a_checkpoint_is_said_before_its_data_are_read(tmp_path):
+    shutil.copy(ROOT / "configs" / "roma_experts.yaml", tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        align.collect(RunFolder(tmp_path), tmp_path / "store", ["data.shards=/nowhere"])
+
+
+def test_runs_that_cannot_be_compared_are_said():
+    with pytest.raises(UserError, match=r"no run folder is named: launch/multiple_choice\.py RUN"):
+        multiple_choice.run(["data.validation_shards=/nowhere"])
+    one, other = Result({"even": {2: True}}), Result({"odd": {1: True}})
+    with pytest.raises(UserError, match="one answered 1, the other 0, 0 in common"):
+        multiple_choice.compare({"one": one, "other": other})
+
+
+def more_items(tmp_path: Path) -> Path:
+    samples = [item(n, split) for split in ("train", "validation") for n in range(200, 230)]
+    write_shards(samples, tmp_path / "shards", samples_per_shard=16)
+    return tmp_path / "shards"
