@@ -128,10 +128,10 @@ def count(batch: Batch, result: StepResult) -> dict[str, np.ndarray]:
         lengths_N = np.array(depths[record.layer].document_lengths if record.layer in depths else info.document_lengths)
         layers["tokens"].append(np.bincount(group_N, lengths_N, info.num_groups))
         layers["pairs"].append(np.bincount(group_N, lengths_N * (lengths_N + 1) / 2, info.num_groups))
-        seen = [part.token_V.numpy() // size for part in record.parts]
+        seen = [part.token_V.numpy() // size for part in record.routings]
         layers["image"].append(np.bincount(seen[IMAGE], minlength=info.num_groups))
         layers["valid"].append(sum(np.bincount(groups, minlength=info.num_groups) for groups in seen))
-        kept = [part.kept_VE.numpy() for part in record.parts]
+        kept = [part.kept_VE.numpy() for part in record.routings]
         layers["rows"].append(
             [
                 [n for kept_VE, at in zip(kept, seen, strict=True) for n in kept_VE[at == g].sum(0)]

@@ -14,7 +14,7 @@ from rich.progress import Progress, TaskID
 
 from moe_dist.core.batch import MODALITIES
 from moe_dist.evaluate.efficiency import eta, smoothed
-from moe_dist.metrics.report import read_run
+from moe_dist.metrics.curves import read_run
 from moe_dist.metrics.run_folder import RunFolder
 from runs import ENVIRONMENT, ROOT, expert_choice, moma
 

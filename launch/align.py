@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moe_dist.alignment.embedder import embed
 from moe_dist.alignment.nearest_neighbours import nearest
-from moe_dist.checkpoint.manifest import identity, trained
+from moe_dist.checkpoint.manifest import identity, require_checkpoint
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
@@ -19,7 +19,7 @@ from moe_dist.data.stream.neighbour_store import Samples, read_samples, write_ne
 from moe_dist.data.tasks.choice_items import read_instructions
 from moe_dist.evaluate.choice_accuracy import answer_all
 from moe_dist.metrics.run_folder import RunFolder
-from moe_dist.parallel.agreement import together
+from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.discovery import run_rank
 from moe_dist.training.run import Run
 
@@ -56,9 +56,9 @@ def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
         split="train",
         batch_groups=config.train.micro_batch_groups,
     )
-    with together():
+    with raise_on_all_ranks():
         if run.layout.is_main:
-            checkpoint = trained(folder.path)
+            checkpoint = require_checkpoint(folder.path)
             samples = Samples(sample_N=answers.sample_N, right_N=answers.right_N, routing_NR=answers.routing_NR)
             about = {
                 "model": identity(checkpoint),

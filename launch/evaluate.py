@@ -15,7 +15,7 @@ from rich.table import Table
 from moe_dist.core.batch import MODALITIES
 from moe_dist.evaluate.comparison import compare_with_references
 from moe_dist.metrics.run_folder import RunFolder
-from moe_dist.parallel.agreement import together
+from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.discovery import run_rank
 from moe_dist.training.run import Run
 
@@ -35,12 +35,12 @@ def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
     causal = bool(run.engine.module.causal_routing)
     results = compare_with_references(
         run.engine.eval_forward,
-        run.looked_at,
+        run.held_out_split,
         train=run.documents,
         store=run.held_out,
         causal_too=not causal and bool(run.engine.module.can_route_causally),
     )
-    with together():
+    with raise_on_all_ranks():
         if run.layout.is_main:
             record = {"step": run.step, "causal": causal, **results}
             (folder.path / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -17,11 +17,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.checkpoint.manifest import identity, trained
+from moe_dist.checkpoint.manifest import identity, require_checkpoint
 from moe_dist.core.errors import UserError
 from moe_dist.evaluate.choice_accuracy import OVERALL, Comparison, Result, answer_all
 from moe_dist.metrics.run_folder import RunFolder
-from moe_dist.parallel.agreement import together
+from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.discovery import run_rank
 from moe_dist.parallel.layout import make_layout
 from moe_dist.training.deepspeed import init_distributed
@@ -48,7 +48,7 @@ def run(argv: list[str]) -> None:
     device = init_distributed()
     results = {str(folder.path): result_of(folder, overrides) for folder in folders}
     layout = make_layout(expert=1, device=device)
-    with together():
+    with raise_on_all_ranks():
         summary = compare(results)
         if layout.is_main:
             show(summary, Console())
@@ -58,9 +58,9 @@ def run(argv: list[str]) -> None:
 
 def result_of(folder: RunFolder, overrides: list[str]) -> Result:
     """The run's answers: those kept in its folder if they are of this checkpoint and these items, else new ones."""
-    with together():
+    with raise_on_all_ranks():
         config = folder.evaluation_config(overrides)
-        about = {"checkpoint": identity(trained(folder.path)), "data": config.data.model_dump(mode="json")}
+        about = {"checkpoint": identity(require_checkpoint(folder.path)), "data": config.data.model_dump(mode="json")}
     kept = folder.path / ANSWERS
     if kept.is_file() and (saved := json.loads(kept.read_text()))["of"] == about:
         return Result.from_json(saved)
@@ -75,7 +75,7 @@ def result_of(folder: RunFolder, overrides: list[str]) -> Result:
         batch_groups=config.train.micro_batch_groups,
     )
     result = Result.of(answers, run.held_out.domains)
-    with together():
+    with raise_on_all_ranks():
         if run.layout.is_main:
             kept.write_text(json.dumps({"of": about, "step": run.step, **result.to_json()}) + "\n")
     return result

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from moe_dist.metrics.report import loss_figure, read_baseline, read_run, save_figure, write_report
+from moe_dist.metrics.curves import loss_figure, read_baseline, read_run, save_figure, write_report
 from moe_dist.parallel.discovery import run_rank
 
 

@@ -1,7 +1,7 @@
 """Train the tokenizers of a corpus: python launch/train_tokenizers.py shards=DIR out=DIR [vq.image_size=64]
 
 Writes OUT/text.model and OUT/vq. All keys and their defaults: TokenizerRecipe in
-moe_dist/data/tokenizers/train_tokenizers.py.
+moe_dist/data/tokenizers/tokenizer_training.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from moe_dist.core.strict import apply_override, validate
-from moe_dist.data.tokenizers.train_tokenizers import TokenizerRecipe, train_tokenizers
+from moe_dist.data.tokenizers.tokenizer_training import TokenizerRecipe, train_tokenizers
 from moe_dist.parallel.discovery import run_rank
 
 

@@ -26,7 +26,7 @@ from moe_dist.config.recipe import load_config
 from moe_dist.core.batch import IMAGE, TEXT, Batch, TokenInfo
 from moe_dist.data.cache.token_cache import TokenStore, build_cache, load_vocabulary, open_store
 from moe_dist.data.shards.tars import Split
-from moe_dist.data.stream.held_out_batches import heldout_batches
+from moe_dist.data.stream.held_out_batches import held_out_batches
 from moe_dist.data.stream.loader import make_loader
 
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2**27}]  # the dictionary holds all of the tokens
@@ -107,8 +107,8 @@ def write_inputs(file: Path, overrides: Sequence[str], *, batches: int, held_out
         build_cache(config.data, split, vocabulary)
     documents, *others = (open_store(config.data, split, vocabulary) for split in SPLITS)
     loader = make_loader(documents, vocabulary, config.data, seed=config.seed, dp_rank=0, dp=1, batch_groups=1)
-    looked_at = chain.from_iterable(
-        heldout_batches(store, vocabulary, config.data, groups=held_out, dp_rank=0, dp=1, batch_groups=1)
+    held_out_split = chain.from_iterable(
+        held_out_batches(store, vocabulary, config.data, groups=held_out, dp_rank=0, dp=1, batch_groups=1)
         for store in others
     )
     facts = facts_of(documents) | {
@@ -120,7 +120,7 @@ def write_inputs(file: Path, overrides: Sequence[str], *, batches: int, held_out
     }
     assert vocabulary.size <= 2**16
     arrays = _arrays("train", (batch for batch, _ in islice(loader, batches)))
-    full = (batch for batch in looked_at if batch.info.valid_T.float().mean() >= FULL)
+    full = (batch for batch in held_out_split if batch.info.valid_T.float().mean() >= FULL)
     arrays |= _arrays("held_out", full)
     buffer = io.BytesIO()
     np.savez(buffer, facts=np.array(json.dumps(facts)), **arrays)

@@ -107,7 +107,7 @@ class Training:
         self.vocabulary = train.facts["vocab_size"]
         model = Transformer(config.model, self.vocabulary, self.layout, config.seed)
         self.engine = make_engine(model, config, self.layout)
-        self.looked_at = [held_out.batch(number).to(device) for number in range(len(held_out))]
+        self.held_out_split = [held_out.batch(number).to(device) for number in range(len(held_out))]
         self.flops = self.tokens = 0
         self.curve = Curve(job, self._about(held_out, sum(p.numel() for p in model.parameters())))
 
@@ -123,7 +123,7 @@ class Training:
             "batch_tokens": self.train.batch_tokens,
             "facts": self.train.facts,
             "times_seen": self.train.times_seen(self.job.steps),
-            "held_out_tokens": int(sum(int(batch.loss_mask_T.sum()) for batch in self.looked_at)),
+            "held_out_tokens": int(sum(int(batch.loss_mask_T.sum()) for batch in self.held_out_split)),
             "model": self.config.model.model_dump(mode="json"),
         }
 
@@ -158,7 +158,7 @@ class Training:
 
     def _evaluate(self, step: int) -> None:
         """Note the held-out loss with the routing of training, which is not causal."""
-        found = evaluate(self.engine.eval_forward, self.looked_at, self.layout)
+        found = evaluate(self.engine.eval_forward, self.held_out_split, self.layout)
         losses = {name: found[f"eval/{name}"] for name in LOSSES}
         self.curve.add("held_out", {"step": step} | self._place() | losses)
         print(f"{self.job.name}, rate {self.job.rate:g}, step {step}: held-out {losses['loss']:.3f}", flush=True)

@@ -100,7 +100,7 @@ def same_routing(got: Any, wanted: Any) -> bool:
     return all(
         torch.equal(a.chosen_VC.cpu(), b.chosen_VC)
         for mine, theirs in zip(got.records, wanted.records)
-        for a, b in zip(mine.parts, theirs.parts)
+        for a, b in zip(mine.routings, theirs.routings)
     )
 
 

@@ -35,7 +35,7 @@ from moe_dist.checkpoint.fragments import (
     set_optimizer_scalars,
 )
 from moe_dist.checkpoint.manifest import (
-    FORMAT,
+    CHECKPOINT_FORMAT,
     PARTIAL,
     STATE,
     checkpoint_path,
@@ -44,7 +44,7 @@ from moe_dist.checkpoint.manifest import (
     read_state,
     resolve_resume,
     set_aside_later,
-    verify,
+    verify_checkpoint,
     write_manifest,
 )
 from moe_dist.checkpoint.storage import (
@@ -58,7 +58,7 @@ from moe_dist.checkpoint.storage import (
 from moe_dist.checkpoint.train_state import merge_states
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import DTYPE_NAMES, StoredFile, read_json, write_json
-from moe_dist.parallel.agreement import gather_objects, together
+from moe_dist.parallel.agreement import gather_objects, raise_on_all_ranks
 from moe_dist.parallel.layout import Layout
 
 __all__ = [
@@ -70,7 +70,7 @@ __all__ = [
     "resolve_resume",
     "save",
     "set_aside_later",
-    "verify",
+    "verify_checkpoint",
 ]
 
 
@@ -86,7 +86,7 @@ def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]
 def describe(engine: Any, layout: Layout, state: dict[str, Any]) -> dict[str, Any]:
     """The content of state.json at this moment, with this rank's state alone; nothing in it changes later."""
     return {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "state": state,
         "optimizer": optimizer_scalars(engine),
         "engine": {"steps": engine.steps, "skipped_steps": engine.skipped_steps},
@@ -145,7 +145,7 @@ def load(path: str | Path, engine: Any, layout: Layout) -> dict[str, Any]:
     reset_optimizer(engine, with_moments=bool(stored_moments))
     wanted = fragments(engine)
     _check_same_model(path, wanted, metadata)
-    with together():
+    with raise_on_all_ranks():
         if moment_names(engine) != stored_moments:
             ours, theirs = sorted(moment_names(engine)), sorted(stored_moments)
             raise UserError(f"{path} holds the optimizer moments {theirs}, this run's optimizer keeps {ours}")
@@ -158,8 +158,8 @@ def load(path: str | Path, engine: Any, layout: Layout) -> dict[str, Any]:
 
 def open_index(path: Path, layout: Layout) -> Metadata:
     """Verify a checkpoint, each rank a share of its files, and read its index. Collective, before anything is read."""
-    with together():
-        verified = verify(path, share=layout.rank, shares=layout.world)
+    with raise_on_all_ranks():
+        verified = verify_checkpoint(path, share=layout.rank, shares=layout.world)
     return read_index(path, verified)  # not before every rank has found its share undamaged
 
 
@@ -222,7 +222,7 @@ def _show(form: tuple[tuple[int, ...], torch.dtype]) -> str:
 @contextmanager
 def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     """A rank-local step that touches the disk: an OSError becomes a UserError on every rank. Collective at its end."""
-    with together(group=group):
+    with raise_on_all_ranks(group=group):
         try:
             yield
         except OSError as error:

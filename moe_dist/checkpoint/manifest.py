@@ -21,11 +21,11 @@ import torch.distributed as dist
 from moe_dist.config.recipe import Config, InitFrom
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import StoredFile, read_json, write_json
-from moe_dist.parallel.agreement import together
+from moe_dist.parallel.agreement import raise_on_all_ranks
 
 Answer = TypeVar("Answer")
 
-FORMAT = 1
+CHECKPOINT_FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 PARTIAL = ".tmp"
 ASIDE = ".aside"  # one of a later step than a run has started from
@@ -42,10 +42,10 @@ def step_of(path: Path) -> int:
 
 def write_manifest(folder: Path, files: Iterable[StoredFile]) -> None:
     entries = {file.name: {"bytes": file.size, "sha256": file.sha256} for file in files}
-    write_json(folder / MANIFEST, {"format": FORMAT, "files": dict(sorted(entries.items()))})
+    write_json(folder / MANIFEST, {"format": CHECKPOINT_FORMAT, "files": dict(sorted(entries.items()))})
 
 
-def verify(path: str | Path, *, share: int = 0, shares: int = 1) -> dict[str, int]:
+def verify_checkpoint(path: str | Path, *, share: int = 0, shares: int = 1) -> dict[str, int]:
     """Check all files' sizes and the checksums of this share of the files. Raises UserError naming the bad file.
 
     Returns the bytes of every file. Nothing that they do not hold is ever read: see storage.read_index.
@@ -86,7 +86,7 @@ def newest_complete(run_dir: str | Path) -> Path | None:
     return path
 
 
-def trained(run_dir: str | Path) -> Path:
+def require_checkpoint(run_dir: str | Path) -> Path:
     """The newest checkpoint of a run that has one. Raises UserError where it has none, or a damaged one."""
     path = newest_complete(run_dir)
     if path is None:
@@ -133,7 +133,7 @@ def resolve_init(config: Config) -> InitFrom | None:
 
 def _on_rank_0(decide: Callable[[], Answer]) -> Answer:
     answer: list[Any] = [None]
-    with together():
+    with raise_on_all_ranks():
         if not dist.is_initialized() or dist.get_rank() == 0:
             answer = [decide()]
     if dist.is_initialized():
@@ -195,8 +195,10 @@ def _manifest(path: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path / MANIFEST} cannot be read") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path / MANIFEST} is damaged") from None
-    if version != FORMAT:
-        raise UserError(f"{path / MANIFEST}: format {version} is not known, this version reads format {FORMAT}")
+    if version != CHECKPOINT_FORMAT:
+        raise UserError(
+            f"{path / MANIFEST}: format {version} is not known, this version reads format {CHECKPOINT_FORMAT}"
+        )
     for name, size in sizes.items():
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found != size:

@@ -33,7 +33,7 @@ from moe_dist.checkpoint.pinned import empty_pinned
 from moe_dist.checkpoint.storage import Fragment
 from moe_dist.config.recipe import CheckpointConfig
 from moe_dist.core.errors import UserError
-from moe_dist.parallel.agreement import together
+from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout
 
 
@@ -58,7 +58,7 @@ class Saver:
         path, header = checkpoint_path(self.run_dir, step), describe(self.engine, self.layout, state)
         held = fragments(self.engine)
         if self.settings.asynchronous:
-            with together():
+            with raise_on_all_ranks():
                 held = self.buffers.copy(held)
             self._writing = _in_background(partial(self._write, path, held, header))
         else:

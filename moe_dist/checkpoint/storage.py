@@ -51,7 +51,7 @@ from moe_dist.core.files import (
     write_safetensors,
 )
 
-INDEX = "index.json"
+FRAGMENT_INDEX = "index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
             assert isinstance(stored, TensorStorageMetadata)
             found = create_read_items_for_chunk_list(fragment.name, stored, [fragment.chunk])
             if sum(item.lengths[0] for item in found) != fragment.tensor.numel():
-                raise UserError(f"{INDEX}: the stored pieces of '{fragment.name}' leave a gap")
+                raise UserError(f"{FRAGMENT_INDEX}: the stored pieces of '{fragment.name}' leave a gap")
             reads += found
         return LoadPlan(reads)
 
@@ -175,7 +175,7 @@ class ShardWriter(StorageWriter):
                 ],
             }
         self.files = {result.storage_data for of_rank in results for result in of_rank}
-        self.files.add(write_json(self.folder / INDEX, {"tensors": tensors}))
+        self.files.add(write_json(self.folder / FRAGMENT_INDEX, {"tensors": tensors}))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
@@ -228,7 +228,7 @@ def read_index(folder: Path, verified: Container[str]) -> Metadata:
     Raises UserError where a piece lies in a file that is not among the verified ones.
     """
     metadata = Metadata({}, planner_data={}, storage_data={})
-    for name, entry in read_json(folder / INDEX)["tensors"].items():
+    for name, entry in read_json(folder / FRAGMENT_INDEX)["tensors"].items():
         shape = tuple(entry["shape"])
         pieces = [ChunkStorageMetadata(torch.Size([start]), torch.Size([size])) for start, size, _ in entry["pieces"]]
         metadata.state_dict_metadata[name] = TensorStorageMetadata(
@@ -237,7 +237,7 @@ def read_index(folder: Path, verified: Container[str]) -> Metadata:
         metadata.planner_data[name] = shape
         for start, _, file in entry["pieces"]:
             if file not in verified:
-                raise UserError(f"{folder / INDEX} names the file {file}, which no manifest vouches for")
+                raise UserError(f"{folder / FRAGMENT_INDEX} names the file {file}, which no manifest vouches for")
             metadata.storage_data[MetadataIndex(name, [start])] = file
     return metadata
 

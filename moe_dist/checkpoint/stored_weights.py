@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_dist.checkpoint.checkpoint import commit, verify
+from moe_dist.checkpoint.checkpoint import commit, verify_checkpoint
 from moe_dist.checkpoint.fragments import FROZEN, MASTER
-from moe_dist.checkpoint.manifest import FORMAT, PARTIAL
-from moe_dist.checkpoint.storage import INDEX, read_index
+from moe_dist.checkpoint.manifest import CHECKPOINT_FORMAT, PARTIAL
+from moe_dist.checkpoint.storage import FRAGMENT_INDEX, read_index
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import LazyTensor, open_shard, write_json, write_safetensors
 
@@ -31,7 +31,7 @@ def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
     Verifies the files first; the tensors are read when they are asked for. Raises UserError naming a damaged file.
     """
     path = Path(path)
-    metadata = read_index(path, verify(path))
+    metadata = read_index(path, verify_checkpoint(path))
     pieces: dict[str, list[tuple[int, str]]] = {}
     for index, file in metadata.storage_data.items():
         pieces.setdefault(index.fqn, []).append((index.offset[0], file))
@@ -46,7 +46,7 @@ def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, path: str | Path) -> None:
+def fill_parameters(model: nn.Module, path: str | Path) -> None:
     """Fill a model's parameters from a checkpoint, of experts those that it holds; for what is not to be trained.
 
     Every rank reads for itself. Raises UserError where the checkpoint is damaged or of another model.
@@ -80,7 +80,7 @@ def write_tensors(
         for name, tensor in masters.items()
     }
     header = {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "state": state,
         "optimizer": {},
         "engine": {"steps": 0, "skipped_steps": 0},
@@ -93,7 +93,7 @@ def write_tensors(
             (aside / name).write_bytes(content)
         aside.mkdir(parents=True, exist_ok=True)
         stored = write_safetensors(aside / FILE, {f"{name}@0": _flat_float32(t) for name, t in masters.items()})
-        commit(aside, path, [stored, write_json(aside / INDEX, {"tensors": index})], header)
+        commit(aside, path, [stored, write_json(aside / FRAGMENT_INDEX, {"tensors": index})], header)
     except OSError as error:
         raise UserError(f"cannot write the checkpoint {path}: {error}") from error
     finally:

@@ -29,7 +29,7 @@ REFUSED = {  # keys of config.json that would make it another model -> the value
 }
 # What both are: pre-norm, plain attention; of experts, dropless top-k with softmax weights renormalised over the k.
 ARCHITECTURE = {"norm": "pre", "qk_norm": False, "attention_lora": None, "depth": None}
-ROUTER = {
+ROUTER_SETTINGS = {
     "type": "top_k",
     "score": "softmax",
     "renormalize": True,
@@ -101,7 +101,7 @@ def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> 
         router = router_settings(model.ffn.router).model_dump()
         found["model.ffn.experts.type"] = (model.ffn.experts.type, "swiglu")
         found["model.ffn.slices"] = (model.ffn.slices, 1)
-        found |= {f"model.ffn.router.{key}": (router.get(key), value) for key, value in ROUTER.items()}
+        found |= {f"model.ffn.router.{key}": (router.get(key), value) for key, value in ROUTER_SETTINGS.items()}
     for key, (ours, theirs) in found.items():
         if ours != theirs:
             shown = "not null" if isinstance(ours, LoRAConfig | DepthConfig) else repr(ours)

@@ -18,14 +18,14 @@ from moe_dist.checkpoint.stored_weights import read_tensors
 from moe_dist.config.recipe import ModelConfig
 from moe_dist.convert.families import config_json, model_section
 from moe_dist.convert.output import write_model
-from moe_dist.convert.tensor_maps import from_theirs, parts, to_theirs
+from moe_dist.convert.tensor_maps import from_theirs, tensor_mappings, to_theirs
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import DTYPES, LazyTensor, write_json, write_safetensors
 from moe_dist.core.strict import validate
 from moe_dist.data.tokenizers.hugging_face_text import TOKENIZER_FILES
 from moe_dist.data.tokenizers.tokenizer_weights import CONFIG, read_json
 
-INDEX = "model.safetensors.index.json"
+WEIGHT_INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # of a file; transformers' own
 
 
@@ -33,7 +33,7 @@ def import_folder(folder: str | Path, out: str | Path) -> None:
     """Write `out`: the checkpoint, model.yaml, and tokenizer/ where the folder has one. Raises UserError."""
     folder = Path(folder)
     model, vocab_size = model_section(read_json(folder / CONFIG), str(folder / CONFIG))
-    tensors = from_theirs(parts(model, vocab_size), read_folder(folder), str(folder))
+    tensors = from_theirs(tensor_mappings(model, vocab_size), read_folder(folder), str(folder))
     files = {f"tokenizer/{name}": (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     write_model(out, model, vocab_size, tensors, source=f"Hugging Face weights {folder}", files=files)
 
@@ -51,7 +51,7 @@ def export_folder(
     stored = read_tensors(path)
     vocab_size = stored["embedding.weight"].shape[0]
     config = config_json(model, vocab_size, dtype, str(path))
-    tensors = to_theirs(parts(model, vocab_size), stored, getattr(torch, dtype), str(path))
+    tensors = to_theirs(tensor_mappings(model, vocab_size), stored, getattr(torch, dtype), str(path))
     write_folder(out, config, tensors, tokenizer=path / "tokenizer", shard_bytes=shard_bytes)
 
 
@@ -73,7 +73,7 @@ def write_folder(
             write_safetensors(aside / name, shard, {"format": "pt"})
         places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         size = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(aside / INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+        write_json(aside / WEIGHT_INDEX, {"metadata": {"total_size": size}, "weight_map": places})
         write_json(aside / CONFIG, config)
         for file in sorted(tokenizer.glob("*")):
             shutil.copyfile(file, aside / file.name)
@@ -100,8 +100,8 @@ def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
     promised: dict[str, str] = {}
-    if (folder / INDEX).is_file():
-        promised = read_json(folder / INDEX).get("weight_map", {})
+    if (folder / WEIGHT_INDEX).is_file():
+        promised = read_json(folder / WEIGHT_INDEX).get("weight_map", {})
         files = sorted({folder / file for file in promised.values()})
     if not files:
         raise UserError(f"{folder} holds no .safetensors file")
@@ -112,7 +112,7 @@ def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
             raise UserError(f"{folder} holds the tensor '{name}' in {count} files")
     for name, file in promised.items():
         if name not in tensors:
-            raise UserError(f"{folder / INDEX} promises the tensor '{name}', which {file} lacks")
+            raise UserError(f"{folder / WEIGHT_INDEX} promises the tensor '{name}', which {file} lacks")
     return tensors
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from moe_dist.checkpoint.manifest import checkpoints, verify
+from moe_dist.checkpoint.manifest import checkpoints, verify_checkpoint
 from moe_dist.checkpoint.storage import read_index
 from moe_dist.core.errors import UserError
 
@@ -18,7 +18,7 @@ def inspect(folder: str | Path, tell: Callable[[str], None]) -> None:
     problems = []
     for path in checkpoints(folder) or [Path(folder)]:
         try:
-            files = verify(path)
+            files = verify_checkpoint(path)
             tensors = read_index(path, files).state_dict_metadata
         except UserError as error:
             problems.append(error)

@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TensorMapping:
     """One parameter of ours and the tensors of theirs that it is made of."""
 
     name: str
@@ -29,28 +29,28 @@ class Part:
     split: Callable[[Tensor], Sequence[Tensor]] = lambda tensor: (tensor,)  # its inverse
 
 
-def parts(model: ModelConfig, vocab_size: int) -> Iterator[Part]:
+def tensor_mappings(model: ModelConfig, vocab_size: int) -> Iterator[TensorMapping]:
     """Every parameter. Rotary embeddings turn both halves of a head alike in both."""
     D = model.hidden_size
     matrix, vector = (vocab_size, D), (D,)
-    yield Part("embedding.weight", matrix, {"model.embed_tokens.weight": matrix})
+    yield TensorMapping("embedding.weight", matrix, {"model.embed_tokens.weight": matrix})
     for layer in range(model.num_layers):
         ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
         yield from _attention(model, f"{ours}.attention.core", f"{theirs}.self_attn")
-        yield Part(f"{ours}.attention_norm.weight", vector, {f"{theirs}.input_layernorm.weight": vector})
+        yield TensorMapping(f"{ours}.attention_norm.weight", vector, {f"{theirs}.input_layernorm.weight": vector})
         if isinstance(model.ffn, DenseFFN):
             yield from _dense(D, model.ffn.hidden_size, f"{ours}.ffn", f"{theirs}.mlp")
         else:
             yield from _experts(
                 D, model.ffn.hidden_size, model.ffn.router["num_experts"], f"{ours}.ffn", f"{theirs}.block_sparse_moe"
             )
-        yield Part(f"{ours}.ffn_norm.weight", vector, {f"{theirs}.post_attention_layernorm.weight": vector})
-    yield Part("norm.weight", vector, {"model.norm.weight": vector})
+        yield TensorMapping(f"{ours}.ffn_norm.weight", vector, {f"{theirs}.post_attention_layernorm.weight": vector})
+    yield TensorMapping("norm.weight", vector, {"model.norm.weight": vector})
     if not model.tie_embeddings:
-        yield Part("output.weight", matrix, {"lm_head.weight": matrix})
+        yield TensorMapping("output.weight", matrix, {"lm_head.weight": matrix})
 
 
-def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[Part]:
+def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorMapping]:
     """Theirs apart; ours (megatron's) group by group: the queries of its heads, its key, its value."""
     D, H, G, d = model.hidden_size, model.num_heads, model.query_groups, model.size_per_head
 
@@ -61,30 +61,32 @@ def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[Part]:
         return [x.flatten(0, 1) for x in qkv.unflatten(0, (G, -1)).split([H // G * d, d, d], dim=1)]
 
     qkv = {f"{theirs}.{key}_proj.weight": (n * d, D) for key, n in (("q", H), ("k", G), ("v", G))}
-    yield Part(f"{ours}.linear_qkv.weight", ((H + 2 * G) * d, D), qkv, join, split)
-    yield Part(f"{ours}.linear_proj.weight", (D, H * d), {f"{theirs}.o_proj.weight": (D, H * d)})
+    yield TensorMapping(f"{ours}.linear_qkv.weight", ((H + 2 * G) * d, D), qkv, join, split)
+    yield TensorMapping(f"{ours}.linear_proj.weight", (D, H * d), {f"{theirs}.o_proj.weight": (D, H * d)})
 
 
-def _dense(D: int, F: int, ours: str, theirs: str) -> Iterator[Part]:
+def _dense(D: int, F: int, ours: str, theirs: str) -> Iterator[TensorMapping]:
     gate_up: dict[str, Shape] = {f"{theirs}.{key}_proj.weight": (F, D) for key in ("gate", "up")}
-    yield Part(f"{ours}.gate_up.weight", (2 * F, D), gate_up, lambda *two: torch.cat(two), lambda both: both.chunk(2))
-    yield Part(f"{ours}.down.weight", (D, F), {f"{theirs}.down_proj.weight": (D, F)})
+    yield TensorMapping(
+        f"{ours}.gate_up.weight", (2 * F, D), gate_up, lambda *two: torch.cat(two), lambda both: both.chunk(2)
+    )
+    yield TensorMapping(f"{ours}.down.weight", (D, F), {f"{theirs}.down_proj.weight": (D, F)})
 
 
-def _experts(D: int, F: int, E: int, ours: str, theirs: str) -> Iterator[Part]:
+def _experts(D: int, F: int, E: int, ours: str, theirs: str) -> Iterator[TensorMapping]:
     """Our stacked weights are applied as x W, theirs as x W^T."""
-    yield Part(f"{ours}.router.gate.weight", (E, D), {f"{theirs}.gate.weight": (E, D)})
+    yield TensorMapping(f"{ours}.router.gate.weight", (E, D), {f"{theirs}.gate.weight": (E, D)})
     for expert in range(E):
         of_expert = f"{theirs}.experts.{expert}"
         gate_up: dict[str, Shape] = {f"{of_expert}.{key}.weight": (F, D) for key in ("w1", "w3")}
-        yield Part(
+        yield TensorMapping(
             f"{ours}.experts.gate_up[{expert}]",
             (D, 2 * F),
             gate_up,
             lambda *two: torch.cat(two).T,
             lambda both: both.T.chunk(2),
         )
-        yield Part(
+        yield TensorMapping(
             f"{ours}.experts.down[{expert}]",
             (F, D),
             {f"{of_expert}.w2.weight": (D, F)},
@@ -93,7 +95,9 @@ def _experts(D: int, F: int, E: int, ours: str, theirs: str) -> Iterator[Part]:
         )
 
 
-def from_theirs(of_model: Iterable[Part], source: Mapping[str, LazyTensor], where: str) -> dict[str, LazyTensor]:
+def from_theirs(
+    of_model: Iterable[TensorMapping], source: Mapping[str, LazyTensor], where: str
+) -> dict[str, LazyTensor]:
     """Their tensors as our parameters, float32. Raises UserError naming one that is missing, surplus or of another
     shape or kind."""
     ours = list(of_model)
@@ -102,21 +106,21 @@ def from_theirs(of_model: Iterable[Part], source: Mapping[str, LazyTensor], wher
     source = {name: tensor for name, tensor in source.items() if not name.endswith(".rotary_emb.inv_freq")}
     _check(source, wanted, where)
 
-    def reader(part: Part) -> Callable[[], Tensor]:
+    def reader(part: TensorMapping) -> Callable[[], Tensor]:
         return lambda: part.join(*(source[name].read().float() for name in part.sources))
 
     return {part.name: LazyTensor(part.shape, torch.float32, reader(part)) for part in ours}
 
 
 def to_theirs(
-    of_model: Iterable[Part], stored: Mapping[str, LazyTensor], dtype: torch.dtype, where: str
+    of_model: Iterable[TensorMapping], stored: Mapping[str, LazyTensor], dtype: torch.dtype, where: str
 ) -> dict[str, LazyTensor]:
     """Our parameters as their tensors. One that becomes several of theirs is read for each, so that only one is held.
     Raises UserError as from_theirs."""
     ours = list(of_model)
     _check(stored, {part.name: part.shape for part in ours}, where)
 
-    def reader(part: Part, place: int) -> Callable[[], Tensor]:
+    def reader(part: TensorMapping, place: int) -> Callable[[], Tensor]:
         return lambda: part.split(stored[part.name].read())[place].to(dtype)
 
     return {

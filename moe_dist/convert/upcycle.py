@@ -23,7 +23,7 @@ from moe_dist.core.strict import apply_override, validate
 from moe_dist.model.moe.router import Router, Site
 from moe_dist.model.moe.router_registry import build_router
 
-ROUTER = "model.ffn.router"
+ROUTER_SECTION = "model.ffn.router"
 KEPT = ("loader", "vocabulary")  # of the seed's state: where it stood in its data, and with which tokenizers
 _DENSE = re.compile(r"layers\.\d+\.ffn\.(gate_up|down)\.weight")
 _EXPERT = re.compile(r"(layers\.\d+\.ffn\.experts\.(?:gate_up|down))\[(\d+)\]")
@@ -106,8 +106,8 @@ def _sparse(old: ModelConfig, router: dict[str, Any], overrides: Sequence[str]) 
     if old.depth is not None:
         section["depth"]["auxiliary"] = False  # it knows the seed's choices only, as those of the experts do
     for override in overrides:
-        if not override.startswith((f"{ROUTER}.", f"{ROUTER}=")):
-            raise UserError(f"override '{override}': upcycling changes {ROUTER} alone")
+        if not override.startswith((f"{ROUTER_SECTION}.", f"{ROUTER_SECTION}=")):
+            raise UserError(f"override '{override}': upcycling changes {ROUTER_SECTION} alone")
         apply_override({"model": section}, override)
     return validate(ModelConfig, section, "upcycle", "model")
 

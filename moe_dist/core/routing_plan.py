@@ -60,28 +60,28 @@ class RoutingRecord:
 
     layer: int
     plan: RoutingPlan
-    parts: tuple[Routing, ...]
+    routings: tuple[Routing, ...]
 
     @property
     def load_E(self) -> Tensor:
-        return torch.cat([part.load_E for part in self.parts])
+        return torch.cat([part.load_E for part in self.routings])
 
     @property
     def dropped_E(self) -> Tensor:
-        return torch.cat([part.dropped_E for part in self.parts])
+        return torch.cat([part.dropped_E for part in self.routings])
 
     def experts_of_T(self, num_tokens: int) -> Tensor:
         """int64 [T]: how many experts work on each token."""
         count_T = self.plan.counts_E.new_zeros(num_tokens)
-        for part in self.parts:
+        for part in self.routings:
             count_T = count_T.index_add(0, part.token_V, part.kept_VE.sum(1))
         return count_T
 
     def renumbered(self, token_K: Tensor) -> RoutingRecord:
         """Where the layer saw only some tokens (mixture-of-depths): token i of what it saw is token_K[i] of all."""
-        parts = tuple(replace(part, token_V=token_K.index_select(0, part.token_V)) for part in self.parts)
+        parts = tuple(replace(part, token_V=token_K.index_select(0, part.token_V)) for part in self.routings)
         plan = replace(self.plan, token_ids_N=token_K.index_select(0, self.plan.token_ids_N))
-        return replace(self, plan=plan, parts=parts)
+        return replace(self, plan=plan, routings=parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,15 +20,15 @@ from moe_dist.core.strict import Positive, Strict
 from moe_dist.corpora.choice_tasks import Question, emoji_questions, gives_away, wordnet_questions
 from moe_dist.corpora.emoji import NAMES, read_captions
 from moe_dist.corpora.packages import fetch_debian, fetch_npm
-from moe_dist.corpora.wordnet import PACKAGE, WordNet
+from moe_dist.corpora.wordnet import WORDNET_PACKAGE, WordNet
 from moe_dist.data.shards.tars import Sample
 
-LETTERS = "ABCD"
+OPTION_LETTERS = "ABCD"
 TRIES = 200  # draws for the wrong options in the narrow category, then in the wide one
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ChoiceQuestion:
     question: Question
     options: tuple[str, ...]
     correct: int
@@ -47,14 +47,14 @@ class MultipleChoice(Strict):
     answer: Literal["letter", "text"] = "letter"
 
     def fetch(self, downloads: Path) -> None:
-        fetch_debian([PACKAGE], downloads)
+        fetch_debian([WORDNET_PACKAGE], downloads)
         fetch_npm([NAMES], downloads)
 
-    def entries(self, downloads: Path) -> list[Choice]:
+    def entries(self, downloads: Path) -> list[ChoiceQuestion]:
         questions = [*wordnet_questions(WordNet.read(downloads)), *emoji_questions(read_captions(downloads, base=True))]
         return balanced(with_wrong_options(questions), self.per_task)
 
-    def sample(self, entry: Choice) -> Sample:
+    def sample(self, entry: ChoiceQuestion) -> Sample:
         question = entry.question
         prompt, answer = (by_letter if self.answer == "letter" else by_text)(entry)
         meta: dict[str, Any] = {
@@ -69,13 +69,13 @@ class MultipleChoice(Strict):
         return Sample(question.key.lower(), question.split, None, None, meta)
 
 
-def by_letter(choice: Choice) -> tuple[str, str]:
+def by_letter(choice: ChoiceQuestion) -> tuple[str, str]:
     """Prompt and answer."""
-    options = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, choice.options, strict=True))
-    return f"{choice.question.text}\n{options}\nAnswer:", f" {LETTERS[choice.correct]}"
+    options = "\n".join(f"{letter}. {option}" for letter, option in zip(OPTION_LETTERS, choice.options, strict=True))
+    return f"{choice.question.text}\n{options}\nAnswer:", f" {OPTION_LETTERS[choice.correct]}"
 
 
-def by_text(choice: Choice) -> tuple[str, str]:
+def by_text(choice: ChoiceQuestion) -> tuple[str, str]:
     """Prompt and answer."""
     prompt = f"Options: {', '.join(choice.options)}\nQuestion: {choice.question.text}\nAnswer:"
     return prompt, f" {choice.options[choice.correct]}"
@@ -94,12 +94,12 @@ def with_wrong_options(questions: Sequence[Question]) -> Iterator[tuple[Question
             option = pool[_hash(f"{question.key} {attempt}") % len(pool)]
             if option not in question.excluded | {question.answer, *wrong} and not gives_away(question.text, option):
                 wrong.append(option)
-            if len(wrong) == len(LETTERS) - 1:
+            if len(wrong) == len(OPTION_LETTERS) - 1:
                 yield question, wrong
                 break
 
 
-def balanced(questions: Iterable[tuple[Question, list[str]]], per_task: int | None) -> list[Choice]:
+def balanced(questions: Iterable[tuple[Question, list[str]]], per_task: int | None) -> list[ChoiceQuestion]:
     """At most per_task of each task, with the right answer under each letter equally often in every task and split."""
     seen: dict[str, int] = defaultdict(int)
     placed: dict[tuple[str, str], int] = defaultdict(int)
@@ -107,9 +107,9 @@ def balanced(questions: Iterable[tuple[Question, list[str]]], per_task: int | No
     for question, wrong in sorted(questions, key=lambda item: _hash(f"order {item[0].key}")):
         seen[question.task] += 1
         if per_task is None or seen[question.task] <= per_task:
-            correct = placed[question.task, question.split] % len(LETTERS)
+            correct = placed[question.task, question.split] % len(OPTION_LETTERS)
             placed[question.task, question.split] += 1
-            choices.append(Choice(question, (*wrong[:correct], question.answer, *wrong[correct:]), correct))
+            choices.append(ChoiceQuestion(question, (*wrong[:correct], question.answer, *wrong[correct:]), correct))
     return choices
 
 

@@ -19,13 +19,13 @@ from moe_dist.data.shards.tars import Sample, split_of
 
 PNG, SVG = "openclipart-png", "openclipart-svg"
 ROOT = "usr/share/openclipart"
-MAX_MEGAPIXELS = 4.0  # the largest is 231
+CLIPART_MEGAPIXELS = 4.0  # the largest is 231
 MAX_SAME_TITLE = 10  # a title of more drawings than this names their collection ("Lemon SVG theme"), not the drawing
 EMPTY_KEYWORDS = {"", "hash", "unsorted"}
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class ClipartEntry:
     key: str
     image: bytes
     title: str
@@ -43,7 +43,7 @@ class ClipArt(Strict):
     def fetch(self, downloads: Path) -> None:
         fetch_debian([PNG, SVG], downloads)
 
-    def entries(self, downloads: Path) -> list[Entry]:
+    def entries(self, downloads: Path) -> list[ClipartEntry]:
         """The drawings with a title of their own; symbolic links and icon themes are left out."""
         drawings = read_debian(SVG, downloads, lambda path: path.endswith(".svg") and "/icons/" not in path)
         described = {_name(path): _describe(svg.decode(errors="replace")) for path, svg in sorted(drawings.items())}
@@ -51,13 +51,13 @@ class ClipArt(Strict):
         kept = {n for n, (title, _) in described.items() if title and same_title[title] <= MAX_SAME_TITLE}
         images = read_debian(PNG, downloads, lambda path: path.endswith(".png") and _name(path) in kept)
         return [
-            Entry(_key(name), image, *described[name], PurePosixPath(name).parts[:-1])
+            ClipartEntry(_key(name), image, *described[name], PurePosixPath(name).parts[:-1])
             for name, image in sorted((_name(path), image) for path, image in images.items())
         ]
 
-    def sample(self, entry: Entry) -> Sample | None:
+    def sample(self, entry: ClipartEntry) -> Sample | None:
         try:
-            image = decode_image(entry.image, MAX_MEGAPIXELS)
+            image = decode_image(entry.image, CLIPART_MEGAPIXELS)
         except BadSample:
             return None
         concept = re.sub(r"[^a-z]+", "-", entry.title.lower()).strip("-") or entry.title
@@ -65,7 +65,7 @@ class ClipArt(Strict):
         return Sample(entry.key, split_of(concept), encode_png(image, self.size), _caption(entry), meta)
 
 
-def _caption(entry: Entry) -> str:
+def _caption(entry: ClipartEntry) -> str:
     parts = [entry.title, ", ".join(entry.keywords), f"({': '.join(entry.folders).replace('_', ' ')})"]
     return ". ".join(part for part in parts if part)
 

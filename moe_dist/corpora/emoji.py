@@ -39,7 +39,7 @@ JOINERS = {"200D", "FE0F"}
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class EmojiEntry:
     vendor: str
     code: str  # code points without variation selectors, e.g. 1F44B-1F3FB
     image: bytes  # as the vendor ships it
@@ -62,16 +62,16 @@ class Emoji(Strict):
     def fetch(self, downloads: Path) -> None:
         fetch_npm([NOTO, TWEMOJI, FLUENT, NAMES], downloads)
 
-    def entries(self, downloads: Path) -> list[Entry]:
+    def entries(self, downloads: Path) -> list[EmojiEntry]:
         captions = read_captions(downloads, base=self.base)
         return [
-            Entry(vendor, code, image, captions[code])
+            EmojiEntry(vendor, code, image, captions[code])
             for vendor, (package, folder) in IMAGE_FOLDERS.items()
             for code, image in _images(package, folder, downloads).items()
             if code in captions
         ]
 
-    def sample(self, entry: Entry) -> Sample:
+    def sample(self, entry: EmojiEntry) -> Sample:
         concept = base_concept(entry.code)
         meta = {"vendor": entry.vendor, "code": entry.code, "concept": concept} | entry.meta
         png = encode_png(decode_image(entry.image), self.size)

@@ -30,11 +30,11 @@ class EmojiQA(Strict):
     def fetch(self, downloads: Path) -> None:
         emoji.Emoji().fetch(downloads)
 
-    def entries(self, downloads: Path) -> list[tuple[str, emoji.Entry]]:
+    def entries(self, downloads: Path) -> list[tuple[str, emoji.EmojiEntry]]:
         pictures = emoji.Emoji(size=self.size, base=self.base).entries(downloads)
         return [(kind, picture) for picture in pictures for kind in QUESTIONS]
 
-    def sample(self, entry: tuple[str, emoji.Entry]) -> Sample:
+    def sample(self, entry: tuple[str, emoji.EmojiEntry]) -> Sample:
         kind, picture = entry
         answers = {"name": picture.meta["label"], "group": picture.meta["group"]}
         return _ask(emoji.Emoji(size=self.size).sample(picture), kind, answers, "emoji")
@@ -50,11 +50,11 @@ class ClipArtQA(Strict):
     def fetch(self, downloads: Path) -> None:
         clipart.ClipArt().fetch(downloads)
 
-    def entries(self, downloads: Path) -> list[tuple[str, clipart.Entry]]:
+    def entries(self, downloads: Path) -> list[tuple[str, clipart.ClipartEntry]]:
         pictures = clipart.ClipArt(size=self.size).entries(downloads)
         return [(kind, picture) for picture in pictures for kind in QUESTIONS]
 
-    def sample(self, entry: tuple[str, clipart.Entry]) -> Sample | None:
+    def sample(self, entry: tuple[str, clipart.ClipartEntry]) -> Sample | None:
         kind, picture = entry
         if kind == "group" and picture.folders[0] in NO_GROUPS:
             return None

@@ -18,7 +18,7 @@ from moe_dist.data.shards.tars import Sample, write_shards
 from moe_dist.data.tokenizers.tokenizer_weights import read_json
 
 RECORD = "corpus.json"
-FORMAT = 1  # raise it when a builder changes what it writes
+CORPUS_FORMAT = 1  # raise it when a builder changes what it writes
 
 
 def prepare(name: str, settings: dict[str, Any], out: Path) -> dict[str, Any] | None:
@@ -29,7 +29,7 @@ def prepare(name: str, settings: dict[str, Any], out: Path) -> dict[str, Any] | 
     if name not in BUILDERS:
         raise UserError(f"there is no corpus '{name}': it is one of {', '.join(BUILDERS)}")
     corpus = validate(BUILDERS[name], settings, f"corpus {name}")
-    identity = {"corpus": name, "format": FORMAT, "settings": corpus.model_dump(mode="json")}
+    identity = {"corpus": name, "format": CORPUS_FORMAT, "settings": corpus.model_dump(mode="json")}
     if _is_prepared(out, identity):
         return None
     downloads = out.parent / "downloads"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_dist.corpora.packages import read_debian
 
-PACKAGE = "wordnet-base"
+WORDNET_PACKAGE = "wordnet-base"
 FOLDER = "usr/share/wordnet"
 PARTS = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}  # file suffix -> part of speech
 NOUN_FIELDS = (  # of lexicographer files 3 to 28, lexnames(5WN)
@@ -65,7 +65,7 @@ class WordNet:
     @classmethod
     def read(cls, downloads: Path) -> WordNet:
         names = {f"{FOLDER}/{kind}.{part}" for kind in ("data", "index") for part in PARTS}
-        contents = read_debian(PACKAGE, downloads, names.__contains__)
+        contents = read_debian(WORDNET_PACKAGE, downloads, names.__contains__)
         files = {path: content.decode() for path, content in contents.items()}
         rows: dict[str, tuple[str, str, str]] = {}
         senses = {}

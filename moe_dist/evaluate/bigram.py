@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.batch import MODALITIES, Batch
-from moe_dist.data.stream.packing import Assembler, TokenStore
+from moe_dist.data.stream.packing import Assembler, DocumentStore
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
 FITTING_PARTS = 10  # one part of so many is kept out of the counts while D, a and b are fitted
@@ -59,7 +59,7 @@ class Counts:
         predecessors = np.bincount(self._keys % size, minlength=size)
         self._lower = np.stack([counts / max(counts.sum(), 1) for counts in (unigram, predecessors, np.ones(size))])
 
-    def parts(self, bigrams: Bigrams, discount: float) -> np.ndarray:
+    def estimates(self, bigrams: Bigrams, discount: float) -> np.ndarray:
         """[4, n] summands of P for n bigrams: the discounted one, then f(v) times each unweighted lower order."""
         freed = np.bincount(self._keys // self._size, np.minimum(self._pairs, discount), minlength=self._size)
         total = self._totals[bigrams.context]
@@ -86,12 +86,12 @@ class ContextModel:
     @classmethod
     def fit(cls, counted: Bigrams, kept_out: Bigrams, everything: Bigrams, size: int) -> ContextModel:
         counts = Counts(counted, size)
-        fits = {discount: fit_weights(counts.parts(kept_out, discount)) for discount in DISCOUNTS}
+        fits = {discount: fit_weights(counts.estimates(kept_out, discount)) for discount in DISCOUNTS}
         discount, (weights, _) = min(fits.items(), key=lambda item: item[1][1])
         return cls(Counts(everything, size), float(discount), weights)
 
     def probability(self, bigrams: Bigrams) -> np.ndarray:
-        parts = self.counts.parts(bigrams, self.discount)
+        parts = self.counts.estimates(bigrams, self.discount)
         return parts[0] + self.weights @ parts[1:]
 
 
@@ -113,7 +113,7 @@ class Bigram:
         self._modality_of = modality_of
 
     @classmethod
-    def fit(cls, store: TokenStore, vocabulary: Vocabulary, data: DataConfig) -> Bigram:
+    def fit(cls, store: DocumentStore, vocabulary: Vocabulary, data: DataConfig) -> Bigram:
         """Count the training documents, assembled as the loader does in its first epoch but with every caption kept."""
         assembler = Assembler(
             store=store,
@@ -150,7 +150,7 @@ class Bigram:
         return losses_T.to(batch.tokens_T.device)
 
 
-def _content(store: TokenStore, index: int) -> bytes:
+def _content(store: DocumentStore, index: int) -> bytes:
     document = store.document(index)
     ids = document.text if len(document.text) or document.image is None else document.image
     return np.ascontiguousarray(ids).tobytes()

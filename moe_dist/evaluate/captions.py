@@ -18,16 +18,16 @@ import torch.nn.functional as F
 
 from moe_dist.core.batch import IMAGE, Batch
 from moe_dist.data.stream.held_out_batches import ShuffledCaptions
-from moe_dist.data.stream.packing import TokenStore
+from moe_dist.data.stream.packing import DocumentStore
 from moe_dist.evaluate.conditional import Pairs
-from moe_dist.evaluate.held_out_split import HeldOut
+from moe_dist.evaluate.held_out_split import HeldOutSplit
 from moe_dist.evaluate.intervals import Z95
 from moe_dist.parallel.agreement import gather_objects
 
 Image = tuple[int, ...]  # its codes
 
 
-def caption_gain(forward: Callable, store: TokenStore, held_out: HeldOut) -> dict[str, float]:
+def caption_gain(forward: Callable, store: DocumentStore, held_out: HeldOutSplit) -> dict[str, float]:
     """Nats per image code by which the captions of a store's pairs help, eval/caption_gain, with its 95 % interval,
     eval/caption_gain/low and /high, and the number of captions, eval/caption_gain/captions. Collective.
 
@@ -38,10 +38,10 @@ def caption_gain(forward: Callable, store: TokenStore, held_out: HeldOut) -> dic
     if len({_key(pairs.document(i).text) for i in range(len(pairs))}) < 2:
         return {}
 
-    def losses(of: TokenStore) -> dict[Image, float]:
+    def image_losses(of: DocumentStore) -> dict[Image, float]:
         return _image_losses(forward, (batch.to(held_out.layout.device) for batch in held_out.batches(of)))
 
-    own, shuffled = losses(pairs), losses(ShuffledCaptions(pairs))
+    own, shuffled = image_losses(pairs), image_losses(ShuffledCaptions(pairs))
     gains = defaultdict(list)
     for document in map(pairs.document, range(len(pairs))):
         image = _key(document.image)

@@ -20,13 +20,13 @@ from moe_dist.config.recipe import DataConfig
 from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
 from moe_dist.data.shards.tars import Split
-from moe_dist.data.stream.held_out_batches import heldout_batches
-from moe_dist.data.stream.packing import TokenStore
+from moe_dist.data.stream.held_out_batches import held_out_batches
+from moe_dist.data.stream.packing import DocumentStore
 from moe_dist.data.tasks.choice_items import Choice, read_choices
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 from moe_dist.evaluate.intervals import Interval, mcnemar, paired_difference, wilson
 from moe_dist.losses.manifold import sample_routing
-from moe_dist.parallel.agreement import gather_objects, together
+from moe_dist.parallel.agreement import gather_objects, raise_on_all_ranks
 from moe_dist.parallel.layout import Layout
 
 OVERALL = "overall"
@@ -51,7 +51,7 @@ class Answers:
 
 def answer_all(
     forward: Callable,
-    store: TokenStore,
+    store: DocumentStore,
     vocabulary: Vocabulary,
     data: DataConfig,
     layout: Layout,
@@ -60,9 +60,9 @@ def answer_all(
     batch_groups: int,
 ) -> Answers:
     """Answer every item of a split, whose tokens `store` holds; rank 0 shows the progress. Collective."""
-    with together():
+    with raise_on_all_ranks():
         choices = read_choices(data, split, vocabulary.text)
-    batches = heldout_batches(
+    batches = held_out_batches(
         store, vocabulary, data, groups=len(store), dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
     )
     shown = track(list(batches), description="answering", disable=not layout.is_main)

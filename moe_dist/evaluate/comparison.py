@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from moe_dist.data.stream.held_out_batches import ShuffledCaptions
-from moe_dist.data.stream.packing import TokenStore
+from moe_dist.data.stream.packing import DocumentStore
 from moe_dist.evaluate.bigram import Bigram
 from moe_dist.evaluate.captions import caption_gain
 from moe_dist.evaluate.conditional import conditional_losses
-from moe_dist.evaluate.held_out_split import HeldOut
+from moe_dist.evaluate.held_out_split import HeldOutSplit
 from moe_dist.evaluate.perplexity import evaluate, mean_losses
 
 
 def compare_with_references(
-    forward: Callable, held_out: HeldOut, *, train: TokenStore, store: TokenStore, causal_too: bool = False
+    forward: Callable, held_out: HeldOutSplit, *, train: DocumentStore, store: DocumentStore, causal_too: bool = False
 ) -> dict[str, float]:
     """Held-out nats per token, under the keys of metrics/metric_keys.py. Collective.
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_dist.core.batch import IMAGE, Batch
-from moe_dist.data.stream.packing import Document, TokenStore
+from moe_dist.data.stream.packing import Document, DocumentStore
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
-from moe_dist.evaluate.held_out_split import HeldOut
+from moe_dist.evaluate.held_out_split import HeldOutSplit
 from moe_dist.evaluate.perplexity import evaluate
 
 
@@ -27,7 +27,7 @@ class Pairs:
 
     domains: tuple[str, ...] = ()
 
-    def __init__(self, store: TokenStore):
+    def __init__(self, store: DocumentStore):
         pairs = np.flatnonzero(store.has_image)
         self._store = store
         self._numbers = [int(i) for i in pairs if not store.domains or store.document(int(i)).prompt is None]
@@ -42,7 +42,7 @@ class Pairs:
         return self._store.document(self._numbers[index])
 
 
-def conditional_losses(forward: Callable, store: TokenStore, held_out: HeldOut) -> dict[str, float]:
+def conditional_losses(forward: Callable, store: DocumentStore, held_out: HeldOutSplit) -> dict[str, float]:
     """Nats per token: eval/image_to_text, of captions and the EOS after them; eval/text_to_image, of image codes.
 
     Of the store's pairs, as much as `held_out` says for each of the two. Collective. Empty without pairs.

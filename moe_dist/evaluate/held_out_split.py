@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.batch import Batch
-from moe_dist.data.stream.held_out_batches import heldout_batches
-from moe_dist.data.stream.packing import TokenStore
+from moe_dist.data.stream.held_out_batches import held_out_batches
+from moe_dist.data.stream.packing import DocumentStore
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 from moe_dist.parallel.layout import Layout
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutSplit:
     """groups: selection groups that are looked at, of all ranks; batch_groups: of a rank, in one forward pass."""
 
     vocabulary: Vocabulary
@@ -23,9 +23,9 @@ class HeldOut:
     groups: int
     batch_groups: int
 
-    def batches(self, store: TokenStore) -> Iterator[Batch]:
+    def batches(self, store: DocumentStore) -> Iterator[Batch]:
         """This rank's micro-batches of the store."""
-        return heldout_batches(
+        return held_out_batches(
             store,
             self.vocabulary,
             self.data,
@@ -35,7 +35,7 @@ class HeldOut:
             batch_groups=self.batch_groups,
         )
 
-    def ordered(self, *, image_first: bool) -> HeldOut:
+    def ordered(self, *, image_first: bool) -> HeldOutSplit:
         """The same for pairs in one order, whatever mix of text and images is trained on."""
         return replace(
             self, data=self.data.model_copy(update={"image_first": float(image_first), "image_fraction": None})

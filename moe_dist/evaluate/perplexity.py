@@ -25,7 +25,7 @@ def evaluate(
     """Mean cross-entropy of a model.
 
     forward: Batch -> an output with logits_TV. domains: names for the batches' domain_T, where the data have domains.
-    Collective: every rank calls it with equally many batches, as heldout_batches gives them. Returns eval/loss,
+    Collective: every rank calls it with equally many batches, as held_out_batches gives them. Returns eval/loss,
     eval/loss/text and eval/loss/image, and eval/loss/domain/NAME; what is never predicted has no key.
     """
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.errors import UserError
-from moe_dist.generate.prompt import Format, Sample
+from moe_dist.generate.prompt import Format, GenerationState
 from moe_dist.generate.sampling import Sampling, choose, guide
 from moe_dist.model.kv_cache import KVCache
 from moe_dist.model.moe.token_choice import TokenChoiceRouter
@@ -47,7 +47,7 @@ def check_can_generate(model: Transformer) -> None:
 class _Row:
     """A document in the cache: a sample, or what guidance compares it with."""
 
-    sample: Sample
+    sample: GenerationState
     unconditional: bool
     feed: tuple[int, ...]  # tokens to read next
     read: int = 0  # tokens read so far
@@ -55,7 +55,12 @@ class _Row:
 
 @torch.no_grad()
 def generate(
-    model: Transformer, samples: Sequence[Sample], form: Format, sampling: Sampling, layout: Layout, on_step: OnStep
+    model: Transformer,
+    samples: Sequence[GenerationState],
+    form: Format,
+    sampling: Sampling,
+    layout: Layout,
+    on_step: OnStep,
 ) -> None:
     """Complete this rank's samples. Collective: every rank calls it, one without samples too."""
     device, dtype = layout.device, model.embedding.weight.dtype

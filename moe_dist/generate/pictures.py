@@ -58,7 +58,7 @@ class Generated:
         }
 
 
-def write_samples(folder: Path, samples: Sequence[Generated], image: ImageTokenizer | None, settings: dict) -> None:
+def write_generated(folder: Path, samples: Sequence[Generated], image: ImageTokenizer | None, settings: dict) -> None:
     """Write samples.jsonl, NUMBER.png (NUMBER_2.png, ...) and sheet.png. settings: kept in every line."""
     folder.mkdir(parents=True)
     lines = [sample.to_json() | settings for sample in samples]  # first: what was made is then safe

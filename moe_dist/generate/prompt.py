@@ -41,7 +41,7 @@ class Prompt:
 
 
 @dataclass(slots=True)
-class Sample:
+class GenerationState:
     """One document in the making: the prompt's tokens and those that were generated."""
 
     number: int  # among all samples of all ranks: randomness is keyed by it
@@ -131,20 +131,20 @@ class Format:
 
     # ------------------------------------------------------------------------------------------------------- samples
 
-    def start(self, number: int, prompt: Prompt, max_tokens: int) -> Sample:
+    def start(self, number: int, prompt: Prompt, max_tokens: int) -> GenerationState:
         """A sample with nothing generated yet."""
         if prompt.task == "image":
-            return Sample(number, prompt, len(prompt.tokens) + self.num_codes, codes_left=self.num_codes)
-        return Sample(number, prompt, min(self.context, len(prompt.tokens) + max_tokens))
+            return GenerationState(number, prompt, len(prompt.tokens) + self.num_codes, codes_left=self.num_codes)
+        return GenerationState(number, prompt, min(self.context, len(prompt.tokens) + max_tokens))
 
-    def next(self, sample: Sample) -> int:
+    def next(self, sample: GenerationState) -> int:
         """What may come next: the row of masks_KV."""
         if sample.codes_left:
             return self.CODE if sample.codes_left > 0 else self.EOI
         fits = sample.length + self.num_codes + 2 <= sample.limit
         return self.TEXT_OR_IMAGE if sample.prompt.task == "mixed" and not self.cannot_draw and fits else self.TEXT
 
-    def add(self, sample: Sample, token: int) -> None:
+    def add(self, sample: GenerationState, token: int) -> None:
         """Append a token that `next` allows; marks the sample done at its end."""
         sample.generated.append(token)
         if sample.codes_left > 0:

@@ -25,7 +25,7 @@ from moe_dist.parallel.agreement import gather_objects
 from moe_dist.parallel.discovery import host_name
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "webdataset", "sentencepiece", "numpy")
-PACKAGE = Path(__file__).parents[1]
+SOURCE = Path(__file__).parents[1]
 SENT_BYTES = 2**22  # by each rank, to all ranks together
 ROUNDS = 3
 
@@ -104,7 +104,7 @@ def report(config: Config, device: torch.device) -> RankReport:
         device=f"{device.type}{name}",
         devices=torch.get_device_module(device).device_count(),
         versions=versions,
-        code=_digest(*(path.read_bytes() for path in sorted(PACKAGE.rglob("*.py")))),
+        code=_digest(*(path.read_bytes() for path in sorted(SOURCE.rglob("*.py")))),
         config=_digest(config.model_dump_json().encode()),
     )
 

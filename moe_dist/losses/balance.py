@@ -47,7 +47,7 @@ class LoadBalance:
         return (int(batch.info.valid_T.view(self._sets(batch), -1).any(dim=1).sum()),)
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
-        layers = [record.parts for record in output.records]
+        layers = [record.routings for record in output.records]
         parts = [part for layer in layers for part in layer]
         if self.scope == "global":
             losses = [_balance(probs_C, f_C) for probs_C, f_C in zip(_sums(parts), self._global_shares(parts, batch))]
@@ -106,7 +106,7 @@ class PooledBalance:
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
         documents = len(batch.info.document_lengths)
-        layers = [record.parts for record in output.records]
+        layers = [record.routings for record in output.records]
         losses = []
         for parts in zip(*layers):  # the same part of all layers
             document_V = torch.cat([batch.info.document_T.index_select(0, part.token_V) for part in parts])
@@ -134,7 +134,7 @@ class RouterZ:
         return (_valid_tokens(batch),)
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
-        parts = [part for record in output.records for part in record.parts]
+        parts = [part for record in output.records for part in record.routings]
         sums = [part.logits_VC.logsumexp(dim=1).square().sum() for part in parts]
         return (torch.stack(sums).sum() / len(output.records),)
 

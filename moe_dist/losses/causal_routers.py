@@ -35,7 +35,7 @@ class CausalRouters:
         return (sum(map(sum, batch.info.modality_counts)),)
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
-        layers = [*(record.parts for record in output.records), *((depth.routing,) for depth in output.depths)]
+        layers = [*(record.routings for record in output.records), *((depth.routing,) for depth in output.depths)]
         with_router = [[part for part in parts if part.auxiliary_VC is not None] for parts in layers]
         trained = [parts for parts in with_router if parts]
         if not trained:

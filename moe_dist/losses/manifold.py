@@ -64,7 +64,7 @@ def sample_routing(records: Sequence[RoutingRecord], token_S: Tensor, num_tokens
     The softmax before top-k, whatever the router makes of its logits. In a composite router the columns of a part that
     does not see the token are 0.
     """
-    parts = [part for record in records for part in record.parts]
+    parts = [part for record in records for part in record.routings]
     return torch.cat([_part_routing(part, token_S, num_tokens) for part in parts], dim=1)
 
 

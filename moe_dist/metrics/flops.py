@@ -70,11 +70,11 @@ def model_flops(
 
 def work(records: Sequence[RoutingRecord], depths: Sequence[DepthRecord]) -> dict[str, Any]:
     """Keyword arguments for model_flops, from a micro-batch's records. Reads the device once for all layers."""
-    routings = {f"layers.{record.layer}.ffn.router": record.parts for record in records}
-    rows = [part.kept_VE.sum() for record in records for part in record.parts]
+    routings = {f"layers.{record.layer}.ffn.router": record.routings for record in records}
+    rows = [part.kept_VE.sum() for record in records for part in record.routings]
     of_parts = iter(torch.stack(rows).tolist() if rows else [])
     return {
-        "ffn_rows": [sum(next(of_parts) for _ in record.parts) for record in records] or None,
+        "ffn_rows": [sum(next(of_parts) for _ in record.routings) for record in records] or None,
         "admitted": {depth.layer: depth.document_lengths for depth in depths},
         "routings": routings | {f"depth.{depth.layer}.router": (depth.routing,) for depth in depths},
     }

@@ -39,7 +39,7 @@ def decision_metrics(
 
 def _ratios(records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], info: TokenInfo) -> Iterator[Ratio]:
     for record in records:
-        for part in record.parts:
+        for part in record.routings:
             for modality, member_V in _members(part, info).items():
                 yield from _agreement(part, member_V, f"moe/{record.layer}/auxiliary_", f"/{modality}")
     for depth in depths:

@@ -87,7 +87,7 @@ def routing_counts(
 
 
 def _dropped(records: Sequence[RoutingRecord], load_LE: Tensor) -> Tensor:
-    if all(part.chosen_VC is part.kept_VE for record in records for part in record.parts):
+    if all(part.chosen_VC is part.kept_VE for record in records for part in record.routings):
         return torch.zeros_like(load_LE)  # expert choice: an expert chooses no more than it takes
     return torch.stack([record.dropped_E for record in records])
 
@@ -98,7 +98,7 @@ def _by_domain(record: RoutingRecord, domain_T: Tensor | None, num_domains: int)
         return record.plan.counts_E.new_zeros(0, record.plan.counts_E.numel())
     row_T = torch.where(domain_T < 0, num_domains, domain_T)
     parts = []
-    for part in record.parts:
+    for part in record.routings:
         counts_DE = row_T.new_zeros(num_domains + 1, part.num_experts)
         parts.append(counts_DE.index_add(0, row_T[part.token_V], part.kept_VE.long())[:num_domains])
     return torch.cat(parts, dim=1)

@@ -16,7 +16,7 @@ PATIENCE = timedelta(days=2)
 
 
 @contextmanager
-def together(*, patient: bool = False, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+def raise_on_all_ranks(*, patient: bool = False, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Run a rank-local step of the set-up; when it fails on any rank, raise that rank's UserError on every rank.
 
     A defect of ours keeps its type on the rank that met it and is a PeerError on the others.

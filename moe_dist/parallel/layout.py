@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from moe_dist.core.errors import UserError
-from moe_dist.parallel.agreement import together
+from moe_dist.parallel.agreement import raise_on_all_ranks
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def make_layout(*, expert: int, device: torch.device) -> Layout:
         check_layout(world=1, expert=expert)
         return Layout(device=device)
     world, rank = dist.get_world_size(), dist.get_rank()
-    with together():
+    with raise_on_all_ranks():
         check_layout(world=world, expert=expert)
     ep_group, _ = dist.new_subgroups_by_enumeration(
         [list(range(start, start + expert)) for start in range(0, world, expert)]

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from moe_dist.config.recipe import Config
 from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
-from moe_dist.parallel.agreement import together
+from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.discovery import discover
 from moe_dist.parallel.gpus import check_gpus
 from moe_dist.parallel.layout import Layout
@@ -196,7 +196,7 @@ class Engine:
         dist.all_reduce(total, group=self._layout.dp_group)
         *totals, failed = total.tolist()
         if failed:
-            with together():
+            with raise_on_all_ranks():
                 if problem is not None:
                     raise problem
         named = dict(zip(objective.names, totals))

@@ -14,7 +14,7 @@ from rich.console import Console
 from moe_dist.checkpoint import checkpoint
 from moe_dist.checkpoint.init_from import Account
 from moe_dist.checkpoint.init_from import loader_state as loader_state_of
-from moe_dist.checkpoint.manifest import resolve_init, trained
+from moe_dist.checkpoint.manifest import require_checkpoint, resolve_init
 from moe_dist.checkpoint.saver import Saver
 from moe_dist.checkpoint.train_state import TrainState, check_resumable
 from moe_dist.config.recipe import Config, MoEFFN
@@ -23,23 +23,23 @@ from moe_dist.core.errors import UserError
 from moe_dist.data.cache.token_cache import TokenStore, load_vocabulary
 from moe_dist.data.stream.loader import Loader, make_loader
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
-from moe_dist.evaluate.held_out_split import HeldOut
+from moe_dist.evaluate.held_out_split import HeldOutSplit
 from moe_dist.evaluate.perplexity import evaluate
 from moe_dist.health.before_training import check_health
 from moe_dist.health.hang import HangWatch
 from moe_dist.health.stragglers import Stragglers
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
+from moe_dist.metrics.curves import write_report
 from moe_dist.metrics.flops import flops_saved, model_flops, work
 from moe_dist.metrics.progress import Progress
-from moe_dist.metrics.report import write_report
 from moe_dist.metrics.router_agreement import decision_metrics
 from moe_dist.metrics.routing_metrics import routing_counts, routing_metrics
 from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.metrics.sinks import Sinks
 from moe_dist.model.moe.placement import make_placement
 from moe_dist.model.transformer import Transformer
-from moe_dist.parallel.agreement import together
+from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.discovery import is_main_process
 from moe_dist.parallel.garbage import AlignedCollection
 from moe_dist.parallel.layout import Layout, make_layout
@@ -64,7 +64,7 @@ def train(config: Config, stop: StopSignals | None = None) -> None:
         health = check_health(config, device)  # first: ranks that differ would not meet in what comes
         layout = make_layout(expert=config.parallel.expert, device=device)
         check_recipe(config, layout)
-        with together():
+        with raise_on_all_ranks():
             if layout.is_main:
                 folder.write_health(health.to_json())
                 print(health.summary(), flush=True)
@@ -109,10 +109,10 @@ class Run:
         resume_from, state = checkpoint.resolve_resume(config), None
         source = resolve_init(config) if resume_from is None else None
         if resume_from is not None:
-            with together():
+            with raise_on_all_ranks():
                 state = TrainState.from_json(checkpoint.read_state(resume_from))
                 check_resumable(state.config, config)
-        with together():
+        with raise_on_all_ranks():
             vocabulary = load_vocabulary(config.data)
             if state is not None and state.vocabulary != vocabulary.fingerprint():
                 raise UserError(f"{resume_from} was trained with other tokenizers than {vocabulary.describe()}")
@@ -122,7 +122,7 @@ class Run:
         if resume_from is not None:
             checkpoint.load(resume_from, engine, layout)
         initial = start_from(source, engine, layout, vocabulary) if source is not None else None
-        with together():
+        with raise_on_all_ranks():
             loader_state = state.loader if state else loader_state_of(source) if source is not None else None
             loader = make_loader(
                 documents,
@@ -158,15 +158,15 @@ class Run:
     def reopen(cls, folder: RunFolder, overrides: Sequence[str]) -> Run:
         """A run's newest checkpoint with its data, to be looked at under any layout. Collective."""
         device = init_distributed()
-        with together():
+        with raise_on_all_ranks():
             config = folder.evaluation_config(overrides)
-            trained(folder.path)  # before the data are read
+            require_checkpoint(folder.path)  # before the data are read
         layout = make_layout(expert=config.parallel.expert, device=device)
         check_recipe(config, layout)
         return cls.build(config, layout, folder)
 
     @cached_property
-    def trained(self) -> frozenset[str]:
+    def trained_parameters(self) -> frozenset[str]:
         """Names of the parameters that are."""
         return frozenset(name for name, value in self.engine.module.named_parameters() if value.requires_grad)
 
@@ -175,7 +175,7 @@ class Run:
         train, main, causal = self.config.train, self.layout.is_main, bool(self.engine.module.causal_routing)
         last = min(train.steps, train.stop_after or train.steps)
         is_new, saved, signal = self.step < last, self.step, None
-        with together():
+        with raise_on_all_ranks():
             if main:
                 for path in checkpoint.set_aside_later(self.folder.path, self.step):
                     print(f"set aside: {path} is of a later step than {self.step}", flush=True)
@@ -185,7 +185,7 @@ class Run:
             stragglers = Stragglers(self.config.health, self.folder, rank=self.layout.rank, step=self.step)
             watch = HangWatch(self.folder.stacks, self.layout.rank, self.config.health.hang_seconds, self._tell_hang)
             if self.config.eval.every:
-                next(self.looked_at.batches(self.held_out))  # an unusable split shows now, not after many steps
+                next(self.held_out_split.batches(self.held_out))  # an unusable split shows now, not after many steps
         shown = Progress(last, step=self.step, is_main=main, causal=causal)
         with watch, AlignedCollection() as garbage, shown as progress, self.saver:
             while self.step < last and not (signal := self.stop.agreed(self.layout.device)):
@@ -196,7 +196,7 @@ class Run:
                     metrics |= self.evaluate()
                     watch.beat()
                 if self.step % self.config.telemetry.every == 0 or self.step == last or "eval/loss" in metrics:
-                    with together():
+                    with raise_on_all_ranks():
                         sinks.log(self.step, metrics | self.saver.metrics())
                         if main:
                             self.folder.beat(self.step)
@@ -207,7 +207,7 @@ class Run:
                 garbage.after(self.step)
             if saved < self.step:
                 self.save()
-        with together():
+        with raise_on_all_ranks():
             sinks.close()
             if main:
                 if is_new and signal is None:  # a signal leaves little time
@@ -257,14 +257,16 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss, with the routing of training. Collective."""
-        batches = self.looked_at.batches(self.held_out)
+        batches = self.held_out_split.batches(self.held_out)
         return evaluate(self.engine.eval_forward, batches, self.layout, self.held_out.domains)
 
     @property
-    def looked_at(self) -> HeldOut:
+    def held_out_split(self) -> HeldOutSplit:
         """How much of the held-out split, and this rank's share."""
         config = self.config
-        return HeldOut(self.vocabulary, config.data, self.layout, config.eval.groups, config.train.micro_batch_groups)
+        return HeldOutSplit(
+            self.vocabulary, config.data, self.layout, config.eval.groups, config.train.micro_batch_groups
+        )
 
     def save(self) -> int:
         """Save this moment; the step. Collective."""
@@ -287,7 +289,7 @@ class Run:
                 self.config.model,
                 vocab_size=self.vocabulary.size,
                 document_lengths=batch.info.document_lengths,
-                trained=self.trained,
+                trained=self.trained_parameters,
                 **work(result.records, result.depths),
             )
         )

@@ -23,17 +23,17 @@ from moe_dist.model.moe.moe_layer import MoELayer
 from moe_dist.model.moe.placement import make_placement
 from moe_dist.model.moe.router import Router
 from moe_dist.model.transformer import Transformer
-from moe_dist.parallel.agreement import together
+from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout, check_layout
 from moe_dist.parallel.signals import StopSignals
 from moe_dist.training.deepspeed import Engine
 from moe_dist.training.deepspeed_config import accumulation_steps, check_section
 from moe_dist.training.trainable import freeze_others
 
-SPLITS: tuple[Split, Split] = ("train", "validation")
+TRAINING_SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
-@together()  # no rank may leave while another still sets up its groups
+@raise_on_all_ranks()  # no rank may leave while another still sets up its groups
 def check_recipe(config: Config, layout: Layout) -> None:
     """Raise UserError for what a recipe gets wrong, by itself or for these ranks, before any data are read. Collective.
 
@@ -62,15 +62,15 @@ def open_data(
     data: DataConfig, vocabulary: Vocabulary, layout: Layout, stop: StopSignals
 ) -> tuple[TokenStore, TokenStore]:
     """The tokens of the training and the held-out documents, made where missing. Collective. Raises Stopped."""
-    with together(patient=True):  # each rank tokenises its share of the shards
-        for split in SPLITS:
+    with raise_on_all_ranks(patient=True):  # each rank tokenises its share of the shards
+        for split in TRAINING_SPLITS:
             build_cache(
                 data, split, vocabulary, rank=layout.rank, world=layout.world, device=layout.device, stop=stop.pending
             )
     stop.check(layout.device)
-    with together():
-        documents, held_out = (open_store(data, split, vocabulary) for split in SPLITS)
-    for split, store in zip(SPLITS, (documents, held_out), strict=True):
+    with raise_on_all_ranks():
+        documents, held_out = (open_store(data, split, vocabulary) for split in TRAINING_SPLITS)
+    for split, store in zip(TRAINING_SPLITS, (documents, held_out), strict=True):
         if layout.is_main and store.report.bad:
             print(f"warning: {split}: {store.report.summary()}", file=sys.stderr, flush=True)
     return documents, held_out
@@ -78,7 +78,7 @@ def open_data(
 
 def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account:
     """Fill a new model from the checkpoint of an earlier stage. Collective."""
-    with together():
+    with raise_on_all_ranks():
         before = checkpoint.read_state(source.checkpoint).get("vocabulary", vocabulary.fingerprint())
     account = init_from(source, engine, layout)
     if before != vocabulary.fingerprint() and "embedding.weight" in account.loaded:

@@ -42,12 +42,12 @@ def test_a_damaged_manifest(copied):
     for damaged in (text[:-5], "[]", text.replace('"bytes": ', '"bytes": "x', 1)):
         (folder / "manifest.json").write_text(damaged)
         with pytest.raises(UserError, match=r"manifest\.json is damaged"):
-            checkpoint.verify(folder)
+            checkpoint.verify_checkpoint(folder)
         with pytest.raises(UserError, match=r"manifest\.json is damaged"):
             checkpoint.read_state(folder)
     (folder / "manifest.json").write_text(text.replace('"format": 1', '"format": 9'))
     with pytest.raises(UserError, match="format 9 is not known"):
-        checkpoint.verify(folder)
+        checkpoint.verify_checkpoint(folder)
 
 
 def test_a_gap_between_the_pieces(copied):
@@ -92,7 +92,7 @@ def test_a_full_disk_on_one_rank_is_told_by_all_and_leaves_the_old_checkpoint(co
     assert f"cannot write the checkpoint {path}: [Errno 27] File too large" in sentences[0]
     assert "(rank 1)" in sentences[0]
     assert sorted(folder.parent.iterdir()) == [folder]
-    checkpoint.verify(folder)
+    checkpoint.verify_checkpoint(folder)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

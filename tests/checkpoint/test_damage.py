@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from moe_dist.checkpoint import checkpoint
-from moe_dist.checkpoint.checkpoint import verify
+from moe_dist.checkpoint.checkpoint import verify_checkpoint
 from moe_dist.checkpoint.storage import read_index
 from moe_dist.core.errors import UserError
 from tests.support.checkpoint_jobs import MOMENTS, Job, account, assert_same, build
@@ -86,11 +86,11 @@ def says_what_it_is(sentence: str, folder: Path) -> bool:
 
 def test_every_damage_is_found(saved, copied):
     whole, (folder, _) = Path(saved[0].save), copied
-    verify(folder)
+    verify_checkpoint(folder)
     manifest, found = json.loads((whole / "manifest.json").read_text()), 0
     for what in damaged(folder, whole, PLACES):
         try:
-            read_index(folder, verify(folder))
+            read_index(folder, verify_checkpoint(folder))
             checkpoint.read_state(folder)
         except UserError as error:
             assert says_what_it_is(str(error), folder), (what, str(error))
@@ -110,7 +110,7 @@ def test_every_single_bit_of_the_manifest(copied):
         for bit in range(8):
             file.write_bytes(data[:place] + bytes([data[place] ^ (1 << bit)]) + data[place + 1 :])
             try:
-                read_index(folder, verify(folder))
+                read_index(folder, verify_checkpoint(folder))
             except UserError:
                 found += 1
             else:

@@ -40,7 +40,7 @@ def _save_with_little_room(rank: int, job: Job, disk: Disk, rooms: list[int]) ->
         if layout.is_main:
             disk.empty()
             assert list(first.parent.iterdir()) == [first], "what there is of the second one is gone"
-            checkpoint.verify(first)
+            checkpoint.verify_checkpoint(first)
         dist.barrier()
     checkpoint.save(second, engine, layout, state={})
     return sentences
@@ -60,7 +60,7 @@ def test_a_full_disk(saved, tmp_path):
         for sentence in told[0]:
             assert f"cannot write the checkpoint {checkpoint_path(disk.folder, 2)}: {reason}" in sentence
         for step in (1, 2):
-            checkpoint.verify(checkpoint_path(disk.folder, step))
+            checkpoint.verify_checkpoint(checkpoint_path(disk.folder, step))
 
 
 def _save_read_only(rank: int, job: Job, disk: Disk) -> str:
@@ -85,4 +85,4 @@ def test_a_read_only_disk(saved):
         for sentence in told:
             assert f"cannot write the checkpoint {checkpoint_path(run_dir, 3)}: {reason}" in sentence
         assert list(folder.iterdir()) == [path]
-        checkpoint.verify(path)
+        checkpoint.verify_checkpoint(path)

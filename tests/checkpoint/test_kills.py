@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.checkpoint.checkpoint import checkpoint_path, newest_complete, verify
+from moe_dist.checkpoint.checkpoint import checkpoint_path, newest_complete, verify_checkpoint
 from tests.support.killed_ranks import (
     EVERY,
     GROUPS,
@@ -63,7 +63,7 @@ def check_what_is_left(run_dir: Path, undisturbed: Undisturbed, kill: Kill) -> N
     left = {path.name for path in (run_dir / "checkpoints").iterdir()}
     for name in left:
         if not name.endswith(".tmp"):
-            verify(run_dir / "checkpoints" / name)
+            verify_checkpoint(run_dir / "checkpoints" / name)
             assert stored(run_dir / "checkpoints" / name) == stored(undisturbed.run_dir / "checkpoints" / name)
     path = newest_complete(run_dir)
     newest = int(path.name.removeprefix("step_")) if path is not None else 0

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from moe_dist.checkpoint.checkpoint import checkpoint_path, newest_complete, verify
+from moe_dist.checkpoint.checkpoint import checkpoint_path, newest_complete, verify_checkpoint
 from moe_dist.metrics.run_folder import read_status
 from tests.support.disks import small_disk
 from tests.support.killed_ranks import EVERY, How, run_ranks_of_train, same
@@ -38,7 +38,7 @@ def test_a_disk_that_becomes_full(undisturbed, tmp_path):
         assert read_status(run_dir)["state"] == "failed"
         assert newest_complete(run_dir) == (checkpoint_path(run_dir, EVERY) if disk.mounted else None)
         for path in (run_dir / "checkpoints").iterdir():
-            verify(path)
+            verify_checkpoint(path)
         disk.grow()
         codes, printed = run_ranks_of_train(reference.overrides, run_dir)
         assert codes == [0, 0], printed

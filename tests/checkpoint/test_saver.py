@@ -85,7 +85,7 @@ def test_what_is_written_while_training_goes_on_is_the_checkpoint_of_its_step(se
     job = Job(**settings)
     run_ranks(_save_both_ways, job.world, job, str(tmp_path))
     path = checkpoint_path(tmp_path, 2)
-    checkpoint.verify(path)
+    checkpoint.verify_checkpoint(path)
     manifests = [json.loads((p / "manifest.json").read_text()) for p in (path, tmp_path / "synchronous")]
     assert manifests[0] == manifests[1], "a manifest holds the SHA-256 of every file"
     later = json.loads((tmp_path / "later" / "manifest.json").read_text())
@@ -192,7 +192,7 @@ def test_an_error_of_one_writer_is_every_ranks_at_the_next_save_or_the_end(then_
     assert sorted(path.parent.iterdir()) == [checkpoint_path(tmp_path, 0)], (
         "the one before is kept, the partial one not"
     )
-    checkpoint.verify(checkpoint_path(tmp_path, 0))
+    checkpoint.verify_checkpoint(checkpoint_path(tmp_path, 0))
 
 
 def _fail_while_it_is_written(rank, job, folder):
@@ -210,7 +210,7 @@ def _fail_while_it_is_written(rank, job, folder):
 
 def test_an_error_of_training_waits_for_the_checkpoint_that_is_being_written(tmp_path):
     assert run_ranks(_fail_while_it_is_written, 2, Job(), str(tmp_path))[0] == checkpoint_path(tmp_path, 1)
-    checkpoint.verify(checkpoint_path(tmp_path, 1))
+    checkpoint.verify_checkpoint(checkpoint_path(tmp_path, 1))
 
 
 def _keep_one(rank, job, folder):

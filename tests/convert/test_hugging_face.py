@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from moe_dist.checkpoint.checkpoint import read_state, verify
+from moe_dist.checkpoint.checkpoint import read_state, verify_checkpoint
 from moe_dist.checkpoint.stored_weights import read_tensors, write_tensors
 from moe_dist.config.recipe import ModelConfig
 from moe_dist.convert.hugging_face import import_folder, read_folder
@@ -38,7 +38,7 @@ def test_logits_equal_those_of_transformers(changes, tmp_path):
     expected, ours = logits_apart(theirs, documents), logits_packed(load_checkpoint(tmp_path / "out"), documents)
     assert expected.abs().max() > 3
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
-    verify(tmp_path / "out")
+    verify_checkpoint(tmp_path / "out")
 
 
 def test_settings_and_weights_come_out_as_they_are(tmp_path):

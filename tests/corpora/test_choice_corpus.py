@@ -10,7 +10,7 @@ from moe_dist.core.errors import UserError
 from moe_dist.corpora.choice_corpus import MultipleChoice, balanced, with_wrong_options
 from moe_dist.corpora.choice_tasks import BLANK, emoji_questions, opposites, related, wordnet_questions
 from moe_dist.corpora.prepare_corpus import prepare
-from moe_dist.corpora.wordnet import FOLDER, PACKAGE, PARTS, Synset, WordNet
+from moe_dist.corpora.wordnet import FOLDER, PARTS, WORDNET_PACKAGE, Synset, WordNet
 from moe_dist.data.shards.tars import split_of
 from tests.support.packages import debian_package, metas
 
@@ -36,7 +36,7 @@ def test_wordnet_files(tmp_path):
     for part in PARTS:
         (folder / f"data.{part}").write_text({"noun": DATA, "adj": ADJECTIVE}.get(part, ""))
         (folder / f"index.{part}").write_text(INDEX if part == "noun" else "")
-    debian_package(PACKAGE, tmp_path / "package", tmp_path)
+    debian_package(WORDNET_PACKAGE, tmp_path / "package", tmp_path)
     wordnet = WordNet.read(tmp_path)
     dog, boy = wordnet.synsets["n00000100"], wordnet.synsets["n00000300"]
     assert dog.words == ("dog", "domestic dog", "Canis familiaris") and dog.definition == "a tame beast"

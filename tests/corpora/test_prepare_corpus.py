@@ -18,7 +18,7 @@ from moe_dist.corpora import emoji as emoji_module
 from moe_dist.corpora.emoji import FLUENT, NAMES, NOTO, TWEMOJI, Emoji, base_concept
 from moe_dist.corpora.packages import npm_archive
 from moe_dist.corpora.prepare_corpus import RECORD, prepare
-from moe_dist.data.shards.tars import SPLITS, iterate, resolve_shards, verify
+from moe_dist.data.shards.tars import SPLITS, iterate, resolve_shards, verify_shards
 from tests.support import ROOT
 from tests.support.corpus import EMOJI
 from tests.support.packages import metas, npm_package
@@ -86,7 +86,7 @@ def test_emoji_from_packages_to_samples(out):
     for split in SPLITS:
         shards = resolve_shards(str(out), split)
         samples |= {sample.key: sample for shard in shards for sample in iterate(shard)}
-        assert verify(shards) == record["samples"][split]
+        assert verify_shards(shards) == record["samples"][split]
     assert len(samples) == 294 and all(s.image.size == (64, 64) for s in samples.values())
     joker = samples["noto-1f0cf"]
     captions = {samples[f"{vendor}-1f0cf"].caption for vendor in ("noto", "twemoji", "fluent")}
@@ -271,7 +271,7 @@ def test_the_real_packages(name, fewest, tmp_path):
         pytest.skip(f"no registry: {error}")
     assert sum(record["samples"].values()) >= fewest
     for split in SPLITS:
-        assert verify(resolve_shards(str(tmp_path / name), split)) == record["samples"][split]
+        assert verify_shards(resolve_shards(str(tmp_path / name), split)) == record["samples"][split]
     if name != "text":
         splits: dict[str, set[str]] = {}
         for split, meta in metas(tmp_path / name).values():

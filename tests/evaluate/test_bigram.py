@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moe_dist.core.batch import IMAGE, TEXT
-from moe_dist.data.stream.held_out_batches import ShuffledCaptions, heldout_batches
+from moe_dist.data.stream.held_out_batches import ShuffledCaptions, held_out_batches
 from moe_dist.evaluate.bigram import Bigram, Bigrams
 from moe_dist.evaluate.perplexity import mean_losses
 from moe_dist.parallel.layout import Layout
@@ -67,7 +67,7 @@ def test_approaches_the_true_chain_and_beats_the_unigram():
     train, held = chain_store(0, 3000, transition), chain_store(1, 400, transition)
     config = data_config(sequence_length=64)
     bigram = Bigram.fit(train, V, config)
-    batches = list(heldout_batches(held, V, config, groups=999, dp_rank=0, dp=1, batch_groups=1))
+    batches = list(held_out_batches(held, V, config, groups=999, dp_rank=0, dp=1, batch_groups=1))
     result = mean_losses(bigram.token_losses, batches, Layout())
 
     image = transition[V.first_image :, V.first_image :]
@@ -89,7 +89,7 @@ def test_approaches_the_true_chain_and_beats_the_unigram():
 def test_losses_cover_exactly_the_counted_predictions():
     store = random_store(4, pairs=20, texts=20)
     bigram = Bigram.fit(store, V, data_config())
-    for batch in heldout_batches(store, V, data_config(), groups=3, dp_rank=0, dp=1, batch_groups=2):
+    for batch in held_out_batches(store, V, data_config(), groups=3, dp_rank=0, dp=1, batch_groups=2):
         losses = bigram.token_losses(batch)
         assert torch.equal(losses > 0, batch.loss_mask_T)
 
@@ -100,7 +100,7 @@ def test_repeated_captions_do_not_fool_the_fit():
     transition = rng.dirichlet(np.full(V.size, 0.5), V.size)
     once, held = chain_store(0, 150, transition), chain_store(1, 300, transition)
     config = data_config(sequence_length=64)
-    batches = list(heldout_batches(held, V, config, groups=999, dp_rank=0, dp=1, batch_groups=1))
+    batches = list(held_out_batches(held, V, config, groups=999, dp_rank=0, dp=1, batch_groups=1))
     plain, repeated = (
         mean_losses(Bigram.fit(store, V, config).token_losses, batches, Layout())["eval/loss/text"]
         for store in (once, MemoryStore(once.documents * 4))
@@ -115,7 +115,7 @@ def test_on_real_emoji_it_beats_the_unigram_and_ignores_shuffled_captions(emoji_
     bigram = Bigram.fit(train, vocabulary, config)
 
     def batches(store):
-        return list(heldout_batches(store, vocabulary, config, groups=99, dp_rank=0, dp=1, batch_groups=1))
+        return list(held_out_batches(store, vocabulary, config, groups=99, dp_rank=0, dp=1, batch_groups=1))
 
     result = mean_losses(bigram.token_losses, batches(held), Layout())
     targets = torch.cat([b.targets_T[b.loss_mask_T] for b in batches(held)])

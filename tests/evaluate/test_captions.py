@@ -8,7 +8,7 @@ import torch
 
 from moe_dist.data.stream.held_out_batches import ShuffledCaptions
 from moe_dist.evaluate.captions import caption_gain
-from moe_dist.evaluate.held_out_split import HeldOut
+from moe_dist.evaluate.held_out_split import HeldOutSplit
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.support.distributed import run_ranks
 from tests.support.synthetic_store import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
@@ -39,7 +39,7 @@ def sees_the_last_token(batch):
 
 
 def compute(forward, layout=None, groups=99):
-    held_out = HeldOut(V, data_config(), layout or Layout(), groups=groups, batch_groups=2)
+    held_out = HeldOutSplit(V, data_config(), layout or Layout(), groups=groups, batch_groups=2)
     return caption_gain(forward, store(), held_out)
 
 
@@ -81,5 +81,5 @@ def test_two_ranks_find_the_same():
 
 def test_without_two_captions_there_is_nothing():
     texts = random_store(1, texts=3)
-    held_out = HeldOut(V, data_config(), Layout(), groups=9, batch_groups=1)
+    held_out = HeldOutSplit(V, data_config(), Layout(), groups=9, batch_groups=1)
     assert caption_gain(sees_the_last_token, texts, held_out) == {}

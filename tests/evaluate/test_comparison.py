@@ -11,7 +11,7 @@ from moe_dist.core.strict import validate
 from moe_dist.data.stream.loader import make_loader
 from moe_dist.evaluate.bigram import Bigram, Bigrams
 from moe_dist.evaluate.comparison import compare_with_references
-from moe_dist.evaluate.held_out_split import HeldOut
+from moe_dist.evaluate.held_out_split import HeldOutSplit
 from moe_dist.losses.language import language_loss
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
@@ -37,7 +37,7 @@ TRAIN, HELD_OUT, DATA = paired_store(1, 600), paired_store(2, 120), data_config(
 
 
 def compare(forward):
-    held_out = HeldOut(V, DATA, Layout(), groups=99, batch_groups=2)
+    held_out = HeldOutSplit(V, DATA, Layout(), groups=99, batch_groups=2)
     return compare_with_references(forward, held_out, train=TRAIN, store=HELD_OUT)
 
 

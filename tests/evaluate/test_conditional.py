@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.data.tasks.instructions import Prompt
+from moe_dist.data.tasks.instructions import InstructionPrompt
 from moe_dist.evaluate.conditional import conditional_losses
-from moe_dist.evaluate.held_out_split import HeldOut
+from moe_dist.evaluate.held_out_split import HeldOutSplit
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.support.distributed import run_ranks
 from tests.support.synthetic_store import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
@@ -26,7 +26,7 @@ def store():
     documents += [
         MemoryDocument(np.zeros(0, dtype=np.int64), rng.integers(V.first_image, V.size, 6)),
         MemoryDocument(rng.integers(V.first_text, V.first_image, 60), rng.integers(V.first_image, V.size, 6)),
-        MemoryDocument(np.array([7, 8, 9]), rng.integers(V.first_image, V.size, 6), Prompt(2, "a", 1)),
+        MemoryDocument(np.array([7, 8, 9]), rng.integers(V.first_image, V.size, 6), InstructionPrompt(2, "a", 1)),
     ]
     return MemoryStore(documents)
 
@@ -50,7 +50,7 @@ def naive(image_first):
 
 
 def compute(layout=None):
-    return conditional_losses(forward, store(), HeldOut(V, DATA, layout or Layout(), groups=99, batch_groups=2))
+    return conditional_losses(forward, store(), HeldOutSplit(V, DATA, layout or Layout(), groups=99, batch_groups=2))
 
 
 def test_losses_equal_plain_loops():
@@ -70,5 +70,5 @@ def test_two_ranks_find_the_same():
 
 
 def test_without_pairs_there_is_nothing():
-    held_out = HeldOut(V, DATA, Layout(), groups=9, batch_groups=1)
+    held_out = HeldOutSplit(V, DATA, Layout(), groups=9, batch_groups=1)
     assert conditional_losses(forward, random_store(1, texts=9), held_out) == {}

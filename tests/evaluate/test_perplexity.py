@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from moe_dist.data.stream.held_out_batches import heldout_batches
+from moe_dist.data.stream.held_out_batches import held_out_batches
 from moe_dist.evaluate.perplexity import evaluate
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.support.distributed import run_ranks
@@ -24,7 +24,7 @@ def table_forward(batch):
 def batches(rank=0, dp=1, *, pairs=20, groups=100):
     store = random_store(2, pairs=pairs, texts=20)
     config = data_config()
-    return heldout_batches(store, SmallVocabulary, config, groups=groups, dp_rank=rank, dp=dp, batch_groups=2)
+    return held_out_batches(store, SmallVocabulary, config, groups=groups, dp_rank=rank, dp=dp, batch_groups=2)
 
 
 def test_means_over_the_counted_predictions_of_each_modality():

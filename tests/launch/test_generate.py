@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moe_dist.generate.pictures import Generated, contact_sheet, write_samples
+from moe_dist.generate.pictures import Generated, contact_sheet, write_generated
 from tests.support.launching import ALONE, TORCHRUN, launch, launch_tool
 
 TOP_K = "model.ffn.router={type: top_k, num_experts: 4, top_k: 2}"
@@ -68,7 +68,7 @@ def test_files_of_samples(tmp_path):
         Generated(2, "mixed", ("many", picture), ["and", [0], "then", [9]], [1]),
         Generated(3, "mixed", ("nothing",), [], [2]),
     ]
-    write_samples(tmp_path / "out", made, Grey(), {"seed": 4})
+    write_generated(tmp_path / "out", made, Grey(), {"seed": 4})
     lines = samples(tmp_path / "out")
     assert [line["images"] for line in lines] == [["0000.png"], [], ["0002.png", "0002_2.png"], []]
     assert [line["text"] for line in lines] == ["", "a text", "and then", ""]
@@ -83,7 +83,7 @@ def test_what_was_made_is_kept_where_it_cannot_be_drawn(tmp_path):
             raise OSError("no room")
 
     with pytest.raises(OSError, match="no room"):
-        write_samples(tmp_path / "out", [Generated(0, "image", ("a red heart",), [[3, 1]], [7, 8])], Broken(), {})
+        write_generated(tmp_path / "out", [Generated(0, "image", ("a red heart",), [[3, 1]], [7, 8])], Broken(), {})
     assert samples(tmp_path / "out")[0]["tokens"] == [7, 8]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_dist.checkpoint.checkpoint import newest_complete, verify
+from moe_dist.checkpoint.checkpoint import newest_complete, verify_checkpoint
 from moe_dist.parallel.discovery import free_port
 from tests.support.launching import DEEPSPEED, MPIEXEC, TORCHRUN, start
 from tests.support.long import LONG
@@ -63,4 +63,4 @@ def test_a_launcher_ends_the_others(name, victim, overrides, tmp_path):
     assert not ranks_of(run_dir)
     newest = newest_complete(run_dir)
     assert newest is not None
-    verify(newest)
+    verify_checkpoint(newest)

@@ -190,7 +190,7 @@ def routing_of(logits_TC: Tensor, token_V: Tensor, *, k: int, nulls: int = 0) ->
         kept_VE=chosen_VC[:, : logits_VC.shape[1] - nulls],
     )
     plan = RoutingPlan(token_ids_N=token_V[:0], weights_N=logits_VC[:0, 0], counts_E=token_V.new_zeros(1))
-    return Output((RoutingRecord(layer=0, plan=plan, parts=(routing,)),))
+    return Output((RoutingRecord(layer=0, plan=plan, routings=(routing,)),))
 
 
 def test_the_value_at_balance_is_k_whatever_the_number_of_columns():

@@ -38,7 +38,7 @@ def test_the_loss_equals_the_loops_and_reaches_auxiliary_routers_alone(ffn, dept
     batch = make_batch([20, 9], padding=6)
     output = model(batch.tokens_T, batch.info)
     (loss,) = term()(output, batch)
-    parts = [part for record in output.records for part in record.parts] + [d.routing for d in output.depths]
+    parts = [part for record in output.records for part in record.routings] + [d.routing for d in output.depths]
     layers = 3 + (2 if depth else 0)
     assert loss.item() == pytest.approx(sum(map(cross_entropy, parts)) / layers, rel=1e-9)
     assert term().counts(batch) == (29,)
@@ -46,7 +46,7 @@ def test_the_loss_equals_the_loops_and_reaches_auxiliary_routers_alone(ffn, dept
     loss.backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached == {name for name, _ in model.named_parameters() if ".auxiliary." in name}
-    assert len(reached) == 2 * (3 * len(output.records[0].parts) + (2 if depth else 0))
+    assert len(reached) == 2 * (3 * len(output.records[0].routings) + (2 if depth else 0))
     for name, parameter in model.named_parameters():
         assert parameter.grad is None or parameter.grad.any(), name
 

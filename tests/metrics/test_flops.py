@@ -82,7 +82,7 @@ def counted_and_formula(config, trainable=("*",), *, twin=None, lengths=LENGTHS)
 def step(model, batch):
     """Forward, and backward from the logits and from the auxiliary routers, as their loss does."""
     output = model(batch.tokens_T, batch.info)
-    parts = [part for record in output.records for part in record.parts]
+    parts = [part for record in output.records for part in record.routings]
     auxiliary = [part.auxiliary_VC for part in (*parts, *(depth.routing for depth in output.depths))]
     (output.logits_TV.sum() + sum(logits.sum() for logits in auxiliary if logits is not None)).backward()
 

@@ -37,7 +37,9 @@ def oracle(ffn, ranks):
         metrics[f"{prefix}recall{suffix}"] = sum(a and b for _, a, b in found) / sum(b for *_, b in found)
 
     for i in range(3 if ffn is not DENSE else 0):
-        found = [d for batch, output in runs for part in output.records[i].parts for d in decisions(part, batch.info)]
+        found = [
+            d for batch, output in runs for part in output.records[i].routings for d in decisions(part, batch.info)
+        ]
         for m, name in enumerate(MODALITIES):
             agreement(f"moe/{i}/auxiliary_", f"/{name}", [d for d in found if d[0] == m])
     for i, layer in enumerate((0, 2)):

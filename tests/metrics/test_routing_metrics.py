@@ -64,7 +64,7 @@ def make_records(pairs):
         routing = Routing(
             token_V=torch.arange(TOKENS), logits_VC=empty_TE, probs_VC=empty_TE, chosen_VC=chosen_TE, kept_VE=kept_TE
         )
-        records.append(RoutingRecord(layer=layer, plan=plan, parts=(routing,)))
+        records.append(RoutingRecord(layer=layer, plan=plan, routings=(routing,)))
     return records
 
 

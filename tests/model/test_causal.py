@@ -56,7 +56,7 @@ def test_a_later_token_moves_no_earlier_logit_with_causal_routers_and_does_with_
         moved_T, output = moved(model, causal=True, by=by)
         assert not moved_T[:CHANGED].any() and moved_T[CHANGED]
     for record in output.records:  # a decision of its own for each token: neither all nor nothing
-        assert 0 < record.load_E.sum() < sum(part.kept_VE.numel() for part in record.parts)
+        assert 0 < record.load_E.sum() < sum(part.kept_VE.numel() for part in record.routings)
     for depth in output.depths:
         assert 0 < sum(depth.document_lengths) < 40
     assert any(moved(model, causal=False, by=by)[0][:CHANGED].any() for by in range(1, 10))

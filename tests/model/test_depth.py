@@ -131,9 +131,9 @@ def test_records_number_tokens_as_the_batch_does():
         record = output.records[depth.layer]
         admitted_T = torch.zeros(64, dtype=torch.bool)
         admitted_T[depth.routing.token_V[depth.routing.kept_VE[:, 0]]] = True
-        seen_V = torch.cat([part.token_V for part in record.parts])
+        seen_V = torch.cat([part.token_V for part in record.routings])
         assert torch.equal(seen_V.sort().values, admitted_T.nonzero()[:, 0])
-        for index, part in enumerate(record.parts):
+        for index, part in enumerate(record.routings):
             assert (batch.info.modality_T[part.token_V] == index).all()
         assert torch.equal(record.experts_of_T(64), torch.bincount(record.plan.token_ids_N, minlength=64))
 

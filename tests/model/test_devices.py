@@ -177,7 +177,7 @@ LOSSES = {"load_balance": {"weight": 0.01}, "pooled_balance": {"weight": 0.01}, 
 def with_neighbours(model):
     """The micro-batch with two samples, each with three neighbours, as RoMA's term needs it."""
     columns = sum(
-        part.logits_VC.shape[1] for record in model(BATCH.tokens_T, BATCH.info).records for part in record.parts
+        part.logits_VC.shape[1] for record in model(BATCH.tokens_T, BATCH.info).records for part in record.routings
     )
     sidecar = {
         "prompt_end_S": torch.tensor([10, 70]),

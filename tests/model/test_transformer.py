@@ -128,7 +128,7 @@ def test_recomputation_gives_identical_gradients_and_records_keep_theirs(ffn):
         output = model(batch.tokens_T, batch.info)
         loss = language_loss(output.logits_TV, batch).total
         for record in output.records:  # as a balance loss would
-            loss = loss + sum(part.probs_VC.pow(2).sum() for part in record.parts)
+            loss = loss + sum(part.probs_VC.pow(2).sum() for part in record.routings)
         loss.backward()
         results.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in results[0].items():
@@ -165,7 +165,7 @@ def test_bf16_keeps_routing_and_rope_in_float32_and_trains(ffn, monkeypatch):
     assert output.logits_TV.dtype == torch.bfloat16
     assert all(angle.dtype == torch.float32 for angle in angles)
     for record in output.records:
-        assert all(part.logits_VC.dtype == part.probs_VC.dtype == torch.float32 for part in record.parts)
+        assert all(part.logits_VC.dtype == part.probs_VC.dtype == torch.float32 for part in record.routings)
     agreement = torch.nn.functional.cosine_similarity(output.logits_TV.float(), exact, dim=1)
     assert agreement.median() > 0.99
     language_loss(output.logits_TV, batch).total.backward()

@@ -8,13 +8,13 @@ import pytest
 import torch.distributed as dist
 
 from moe_dist.core.errors import UserError
-from moe_dist.parallel.agreement import together
+from moe_dist.parallel.agreement import raise_on_all_ranks
 from tests.support.distributed import Pool, run_ranks
 
 
 def _fail_on(rank, failing, kind):
     try:
-        with together():
+        with raise_on_all_ranks():
             if rank in failing:
                 raise kind(f"broken on {rank}")
     except Exception as error:
@@ -39,7 +39,7 @@ def test_a_defect_keeps_its_type_where_it_happened():
 
 def _open_nothing(rank):
     try:
-        with together():
+        with raise_on_all_ranks():
             Path("/nowhere").read_text()
     except UserError as error:
         return type(error).__name__, str(error)
@@ -56,7 +56,7 @@ def _be_late(rank, patient, meeting):
     # Meet in a file: at the old port a rank might still find the old store.
     second = timedelta(seconds=1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=second)
-    with together(patient=patient):
+    with raise_on_all_ranks(patient=patient):
         if rank == 1:
             time.sleep(3)
 
@@ -79,5 +79,5 @@ def test_other_ranks_give_up(ranks, tmp_path):
 
 
 def test_one_process_alone():
-    with pytest.raises(UserError, match="broken on 0"), together():
+    with pytest.raises(UserError, match="broken on 0"), raise_on_all_ranks():
         raise UserError("broken on 0")

@@ -16,7 +16,7 @@ from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
 from moe_dist.data.tokenizers.text_tokenizer import load_text_tokenizer
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 from moe_dist.generate.decode import generate
-from moe_dist.generate.prompt import Format, Sample
+from moe_dist.generate.prompt import Format, GenerationState
 from moe_dist.generate.sampling import Sampling
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
@@ -41,7 +41,7 @@ def make_model(recipe: dict, form: Format, layout: Layout | None = None) -> Tran
     return model
 
 
-def make_samples(form: Format, *, guided: bool = False) -> list[Sample]:
+def make_samples(form: Format, *, guided: bool = False) -> list[GenerationState]:
     """Images for captions; unless guided, also a text for a picture and mixed prompts, two samples each; of unlike
     lengths."""
     prompts = [form.text_to_image(caption) for caption in CAPTIONS]
@@ -61,7 +61,7 @@ def generate_on_rank(rank: int, tokenizers: Path, recipe: dict, sampling: Sampli
 
 
 @torch.no_grad()
-def without_cache(model: Transformer, form: Format, sample: Sample, sampling: Sampling) -> list[int]:
+def without_cache(model: Transformer, form: Format, sample: GenerationState, sampling: Sampling) -> list[int]:
     """Generate one sample alone: every token from a forward pass over the whole document so far."""
 
     def logits(prompt: tuple[int, ...], unconditional: bool) -> torch.Tensor:

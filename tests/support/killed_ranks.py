@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from moe_dist.checkpoint.checkpoint import checkpoint_path, read_state, verify
+from moe_dist.checkpoint.checkpoint import checkpoint_path, read_state, verify_checkpoint
 from moe_dist.config.recipe import load_config
 from moe_dist.metrics.run_folder import read_status
 from moe_dist.parallel.discovery import free_port, run_rank
@@ -144,7 +144,7 @@ def trace_of(run_dir: Path) -> Trace:
 def same(run_dir: Path, reference: Path) -> None:
     """The runs ended in the same bits, with the same losses all along."""
     last = [checkpoint_path(folder, STEPS) for folder in (run_dir, reference)]
-    verify(last[0])
+    verify_checkpoint(last[0])
     assert stored(last[0]) == stored(last[1])
     states: list[dict[str, Any]] = [read_state(path) for path in last]
     assert all(states[0][key] == states[1][key] for key in ("step", "tokens", "loader"))

@@ -10,7 +10,7 @@ import torch
 
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.strict import validate
-from moe_dist.data.tasks.instructions import Prompt
+from moe_dist.data.tasks.instructions import InstructionPrompt
 
 TEXT_IDS, IMAGE_IDS = 40, 16
 
@@ -28,7 +28,7 @@ class SmallVocabulary:
 class MemoryDocument:
     text: np.ndarray
     image: np.ndarray | None
-    prompt: Prompt | None = None
+    prompt: InstructionPrompt | None = None
 
 
 class MemoryStore:
@@ -73,7 +73,9 @@ def random_instructions(seed: int, *, count: int, pictures: float = 0.5, codes: 
         prompt += rng.integers(v.first_text, v.first_image, rng.integers(1, 6)).tolist()
         answer = rng.integers(v.first_text, v.first_image, rng.integers(2, 7)).tolist()
         image = rng.integers(v.first_image, v.size, codes) if rng.random() < pictures else None
-        return MemoryDocument(np.array(prompt + answer), image, Prompt(len(prompt), "ab"[number % 2], 10**18 + number))
+        return MemoryDocument(
+            np.array(prompt + answer), image, InstructionPrompt(len(prompt), "ab"[number % 2], 10**18 + number)
+        )
 
     return [document(number) for number in range(count)]
 

@@ -24,7 +24,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
-from moe_dist.data.cache.token_shard import FORMAT, MANIFEST, Document, TokenShard, TokenShardWriter
+from moe_dist.data.cache.token_shard import (
+    TOKEN_SHARD_FORMAT,
+    TOKEN_SHARD_MANIFEST,
+    StoredDocument,
+    TokenShard,
+    TokenShardWriter,
+)
 from moe_dist.data.shards.samples import RawSample, SampleReport
 from moe_dist.data.shards.shard_index import local_path, user_cache, verify_shard
 from moe_dist.data.shards.tars import TAR_SUFFIXES, Shard, Split, iterate, resolve_shards
@@ -82,7 +88,7 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def document(self, index: int) -> Document:
+    def document(self, index: int) -> StoredDocument:
         """The document of this number, 0 <= index < len."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
@@ -183,7 +189,7 @@ class _Source:
         path = local_path(shard.url)
         index = verify_shard(path, content=content) if path else None
         identity = index.sha256 if index else shard.url
-        digest = hashlib.sha256(f"{identity} {shard.split} {FORMAT}".encode()).hexdigest()[:DIGITS]
+        digest = hashlib.sha256(f"{identity} {shard.split} {TOKEN_SHARD_FORMAT}".encode()).hexdigest()[:DIGITS]
         file = re.sub(r"[^\w.-]+", "_", shard.url.rpartition("/")[2])[-64:]
         parents = (path.parent, user_cache()) if path else (user_cache(),)
         return cls(
@@ -195,7 +201,9 @@ class _Source:
         )
 
     def find(self) -> Path | None:
-        return next((home / self.name for home in self.homes if (home / self.name / MANIFEST).is_file()), None)
+        return next(
+            (home / self.name for home in self.homes if (home / self.name / TOKEN_SHARD_MANIFEST).is_file()), None
+        )
 
     def made(self) -> Path:
         """As find. Raises UserError where there is none."""
@@ -242,15 +250,16 @@ def _shipped_folder(part: Path, split: Split) -> Path | None:
 
 def _shipped_token_shards(folder: Path, split: Split, vocabulary: Vocabulary) -> list[Path]:
     mine = folder / TOKENS / vocabulary.fingerprint()[:DIGITS]
-    found = sorted(manifest.parent for manifest in (folder / TOKENS).glob(f"[!.]*/[!.]*/{MANIFEST}"))
+    found = sorted(manifest.parent for manifest in (folder / TOKENS).glob(f"[!.]*/[!.]*/{TOKEN_SHARD_MANIFEST}"))
     shards = [TokenShard(path) for path in found]
-    usable = [s for s in shards if s.folder.parent == mine and s.manifest["format"] == FORMAT]
+    usable = [s for s in shards if s.folder.parent == mine and s.manifest["format"] == TOKEN_SHARD_FORMAT]
     whole = [] if folder.name == "train" != split else [s for s in usable if s.manifest["split"] is None]
     matching = [shard for shard in usable if shard.manifest["split"] == split] or whole
     if not matching:
         made = {f"{s.manifest['made_with']} in format {s.manifest['format']}" for s in shards}
         raise UserError(
             f"the tokens of {split} in {folder} were made with {' or '.join(sorted(made)) or 'nothing'}, but the "
-            f"recipe names {vocabulary.describe()} in format {FORMAT}, and there are no tars to tokenise anew"
+            f"recipe names {vocabulary.describe()} in format {TOKEN_SHARD_FORMAT}, and there are no tars to "
+            "tokenise anew"
         )
     return [shard.folder for shard in matching]

@@ -29,24 +29,24 @@ import torch
 
 from moe_dist.core.errors import UserError
 from moe_dist.data.shards.samples import RawSample, SampleReport
-from moe_dist.data.tasks.instructions import Prompt, instruction_ids
+from moe_dist.data.tasks.instructions import InstructionPrompt, instruction_ids
 from moe_dist.data.tokenizers.image_tokenizer import ImageTokenizer
 from moe_dist.data.tokenizers.pixels import crop_and_resize, scale_pixels
 from moe_dist.data.tokenizers.tokenizer_weights import read_json
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
-FORMAT = 2  # part of a token shard's name: raise it when the files change
-MANIFEST = "manifest.json"
+TOKEN_SHARD_FORMAT = 2  # part of a token shard's name: raise it when the files change
+TOKEN_SHARD_MANIFEST = "manifest.json"
 IMAGES_AT_ONCE = 128  # handed to the image tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Document:
+class StoredDocument:
     """One sample as vocabulary ids (int64), without markers."""
 
     text: np.ndarray  # possibly empty; of an instruction the prompt, then the answer
     image: np.ndarray | None  # codes row by row
-    prompt: Prompt | None  # of an instruction
+    prompt: InstructionPrompt | None  # of an instruction
 
 
 class TokenShard:
@@ -54,7 +54,7 @@ class TokenShard:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.manifest = read_json(folder / MANIFEST)
+        self.manifest = read_json(folder / TOKEN_SHARD_MANIFEST)
         for name, size in self.manifest["files"].items():
             if not (folder / name).is_file() or (folder / name).stat().st_size != size:
                 raise UserError(f"the token cache {folder} is damaged ({name}); delete it to have it made again")
@@ -92,19 +92,19 @@ class TokenShard:
     def _image(self) -> np.ndarray:
         return np.load(self.folder / "image.npy", mmap_mode="r" if self.manifest["image_tokens"] else None)
 
-    def document(self, index: int) -> Document:
+    def document(self, index: int) -> StoredDocument:
         """The document of this number within the shard, 0 <= index < len."""
         start = self.text_ends[index - 1] if index else 0
         row = self.image_rows[index]
         text = self._text[start : self.text_ends[index]].astype(np.int64)
-        return Document(text, self._image[row].astype(np.int64) if row >= 0 else None, self._prompt(index))
+        return StoredDocument(text, self._image[row].astype(np.int64) if row >= 0 else None, self._prompt(index))
 
-    def _prompt(self, index: int) -> Prompt | None:
+    def _prompt(self, index: int) -> InstructionPrompt | None:
         at = np.searchsorted(self.prompts[:, 0], index)
         if at == len(self.prompts) or self.prompts[at, 0] != index:
             return None
         _, length, domain, sample = self.prompts[at].tolist()
-        return Prompt(length, self.domains[domain], sample)
+        return InstructionPrompt(length, self.domains[domain], sample)
 
 
 class TokenShardWriter:
@@ -118,7 +118,7 @@ class TokenShardWriter:
         self.vocabulary, self.device = vocabulary, device
         self._texts: list[np.ndarray] = []
         self._rows: list[int] = []
-        self._prompts: list[tuple[int, Prompt]] = []  # document, what it says of it
+        self._prompts: list[tuple[int, InstructionPrompt]] = []  # document, what it says of it
         self._pixels: list[np.ndarray] = []  # waiting for the image tokenizer
         self._codes: list[np.ndarray] = []
         self._dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.int32
@@ -147,7 +147,7 @@ class TokenShardWriter:
             raise UserError(f"sample '{sample.key}' asks about a picture: that needs data.image_tokenizer")
         instruction = sample.instruction
         prompt, answer = instruction_ids(self.vocabulary.text, instruction.prompt, instruction.answer)
-        self._prompts.append((len(self._texts), Prompt(len(prompt), instruction.domain, sample.hash)))
+        self._prompts.append((len(self._texts), InstructionPrompt(len(prompt), instruction.domain, sample.hash)))
         return prompt + answer
 
     def _encode(self, tokenizer: ImageTokenizer) -> None:
@@ -168,7 +168,7 @@ class TokenShardWriter:
             "prompts.npy": np.array(prompts, dtype=np.int64).reshape(-1, 4),
         }
         manifest = {
-            "format": FORMAT,
+            "format": TOKEN_SHARD_FORMAT,
             **origin,
             "vocabulary": self.vocabulary.fingerprint(),
             "made_with": self.vocabulary.describe(),
@@ -185,7 +185,7 @@ class TokenShardWriter:
             for name, array in arrays.items():
                 np.save(aside / name, array)
             manifest["files"] = {name: (aside / name).stat().st_size for name in arrays}
-            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            (aside / TOKEN_SHARD_MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             _rename(aside, folder)
         except OSError as error:
             raise UserError(f"cannot write the token cache {folder}: {error}") from None
@@ -195,6 +195,6 @@ def _rename(aside: Path, folder: Path) -> None:
     try:
         aside.rename(folder)
     except OSError:
-        if not (folder / MANIFEST).is_file():
+        if not (folder / TOKEN_SHARD_MANIFEST).is_file():
             raise
         shutil.rmtree(aside)  # another process was faster

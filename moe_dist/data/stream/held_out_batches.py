@@ -19,13 +19,13 @@ from moe_dist.config.recipe import DataConfig
 from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
 from moe_dist.data.stream.lanes import make_lanes
-from moe_dist.data.stream.packing import Assembler, Document, Group, TokenStore, collate
-from moe_dist.data.tasks.instructions import Prompt
+from moe_dist.data.stream.packing import Assembler, Document, DocumentStore, Group, collate
+from moe_dist.data.tasks.instructions import InstructionPrompt
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
 
-def heldout_batches(
-    store: TokenStore,
+def held_out_batches(
+    store: DocumentStore,
     vocabulary: Vocabulary,
     data: DataConfig,
     *,
@@ -65,7 +65,7 @@ def _pass(assembler: Assembler, data: DataConfig) -> Iterator[Group]:
 class _Mixed:
     text: np.ndarray
     image: np.ndarray | None
-    prompt: Prompt | None
+    prompt: InstructionPrompt | None
 
 
 class ShuffledCaptions:
@@ -75,7 +75,7 @@ class ShuffledCaptions:
     uses the caption must find the images of this store harder to predict.
     """
 
-    def __init__(self, store: TokenStore):
+    def __init__(self, store: DocumentStore):
         self._store = store
         self.has_image = np.asarray(store.has_image)
         self.domains, self.part_ends = store.domains, store.part_ends

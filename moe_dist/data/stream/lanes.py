@@ -20,7 +20,7 @@ import numpy as np
 
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
-from moe_dist.data.stream.packing import Assembler, Group, Piece, fill, random_bits, reachable_image_fraction
+from moe_dist.data.stream.packing import Assembler, Group, Piece, fill_sequence, random_bits, reachable_image_fraction
 
 LOOK_AHEAD = 64  # pieces a stream holds for the packer to choose from
 
@@ -71,7 +71,7 @@ class Lane:
     def next_group(self) -> Group:
         """The pieces of the next group's sequences; all empty when a finite stream has ended."""
         length = self._data.sequence_length
-        return [fill(self._stream.refill(), length) for _ in range(self._data.group_sequences)]
+        return [fill_sequence(self._stream.refill(), length) for _ in range(self._data.group_sequences)]
 
     def state(self) -> dict[str, Any]:
         return {"all": self._stream.state()}
@@ -105,7 +105,7 @@ class SteeredLane:
             room = self._data.sequence_length - taken
             if self._fraction:
                 room = min(room, int((image + half_image) / self._fraction) - used - taken)
-            sequence += fill(self._texts.refill(), max(room, 0))
+            sequence += fill_sequence(self._texts.refill(), max(room, 0))
             used += sum(map(len, sequence))
             group.append(sequence)
         return group

@@ -21,7 +21,7 @@ from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
 from moe_dist.data.stream.lanes import Lanes, make_lanes
 from moe_dist.data.stream.neighbour_store import NeighbourStore
-from moe_dist.data.stream.packing import SHORTEST_PIECE, Assembler, TokenStore, collate
+from moe_dist.data.stream.packing import SHORTEST_PIECE, Assembler, DocumentStore, collate
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
 State = dict[str, Any]  # JSON-able
@@ -93,7 +93,7 @@ class Loader:
 
 
 def make_loader(
-    store: TokenStore,
+    store: DocumentStore,
     vocabulary: Vocabulary,
     data: DataConfig,
     *,

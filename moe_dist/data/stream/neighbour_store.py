@@ -30,7 +30,7 @@ from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
 from moe_dist.data.tokenizers.tokenizer_weights import read_json
 
-FORMAT = 1
+NEIGHBOURS_FORMAT = 1
 ABOUT, SAMPLES, NEIGHBOURS = "store.json", "samples.safetensors", "neighbours.safetensors"
 
 
@@ -64,14 +64,16 @@ def write_samples(folder: Path, samples: Samples, about: Mapping[str, Any]) -> N
         (folder / name).unlink(missing_ok=True)
     _write_tensors(folder / SAMPLES, samples)
     counts = {"samples": len(samples.sample_N), "right": right, "routing_values": samples.routing_NR.shape[1]}
-    _write_about(folder, {"format": FORMAT, **about, **counts})
+    _write_about(folder, {"format": NEIGHBOURS_FORMAT, **about, **counts})
 
 
 def read_samples(folder: Path) -> tuple[Samples, dict[str, Any]]:
     """The first half and store.json. Raises UserError where they are missing or damaged."""
     about = read_json(folder / ABOUT)
-    if about.get("format") != FORMAT:
-        raise UserError(f"{folder / ABOUT}: format {about.get('format')} is not known, this version reads {FORMAT}")
+    if about.get("format") != NEIGHBOURS_FORMAT:
+        raise UserError(
+            f"{folder / ABOUT}: format {about.get('format')} is not known, this version reads {NEIGHBOURS_FORMAT}"
+        )
     return Samples(**_read_tensors(folder / SAMPLES)), about
 
 

@@ -28,7 +28,7 @@ import torch
 
 from moe_dist.core.batch import Batch, TokenInfo
 from moe_dist.core.errors import UserError
-from moe_dist.data.tasks.instructions import Prompt
+from moe_dist.data.tasks.instructions import InstructionPrompt
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
 NO_DOMAIN = -1  # of padding, and of all that is no instruction
@@ -45,10 +45,10 @@ class Document(Protocol):
     def image(self) -> np.ndarray | None: ...  # ids of the image codes
 
     @property
-    def prompt(self) -> Prompt | None: ...  # of an instruction, which with its markers fits a sequence
+    def prompt(self) -> InstructionPrompt | None: ...  # of an instruction, which with its markers fits a sequence
 
 
-class TokenStore(Protocol):
+class DocumentStore(Protocol):
     """Tokenised documents with random access (data/cache/token_cache.py writes the real one)."""
 
     has_image: np.ndarray  # bool per document
@@ -79,7 +79,7 @@ class Piece:
     image_tokens: int
     prompt_tokens: int = 0  # of an instruction: how many tokens come before the answer
     domain: int = NO_DOMAIN  # index into the store's domains
-    sample: int = 0  # Prompt.sample
+    sample: int = 0  # InstructionPrompt.sample
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -100,7 +100,7 @@ class Piece:
 class Assembler:
     """Turns documents of a store into pieces."""
 
-    store: TokenStore
+    store: DocumentStore
     vocabulary: Vocabulary
     seed: int
     sequence_length: int
@@ -129,7 +129,7 @@ class Assembler:
         parts = [*block, caption] if image_first else [caption, *block]
         return Piece(epoch, index, 0, np.concatenate([[v.bos], *parts, [v.eos]]).astype(np.int64), len(image))
 
-    def _instruction(self, epoch: int, index: int, document: Document, prompt: Prompt) -> Piece:
+    def _instruction(self, epoch: int, index: int, document: Document, prompt: InstructionPrompt) -> Piece:
         v, image = self.vocabulary, document.image
         before = [v.bos] if image is None else [v.bos, v.boi, *image, v.eoi]
         tokens = np.concatenate([before, document.text, [v.eos]]).astype(np.int64)
@@ -138,7 +138,7 @@ class Assembler:
         return Piece(epoch, index, 0, tokens, image_tokens, len(before) + prompt.length, domain, prompt.sample)
 
 
-def fill(pending: list[Piece], room: int) -> list[Piece]:
+def fill_sequence(pending: list[Piece], room: int) -> list[Piece]:
     """Take out of `pending` (oldest first) the pieces that fill `room` tokens best, cutting a text where that helps.
 
     The oldest piece goes in whenever it can, so none waits for ever. What is left of a cut text keeps its place.

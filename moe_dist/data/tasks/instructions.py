@@ -52,7 +52,7 @@ class Instruction(Strict):
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
+class InstructionPrompt:
     """What makes a tokenised document an instruction: its text is a prompt, then the answer."""
 
     length: int  # ids of the text that are the prompt

@@ -82,7 +82,7 @@ class ExpertChoiceRouter(nn.Module):
             kept_VE=chosen_VE,
             auxiliary_VC=auxiliary_VE,
         )
-        return plan, RoutingRecord(layer=self.layer, plan=plan, parts=(routing,))
+        return plan, RoutingRecord(layer=self.layer, plan=plan, routings=(routing,))
 
     def _add_noise(self, logits_VE: Tensor, token_V: Tensor, info: TokenInfo) -> Tensor:
         """None in evaluation, nor where the gate is frozen, as in the stage that trains auxiliary routers."""
@@ -140,5 +140,5 @@ class ModalityRouter(nn.Module):
         routed = [getattr(self, name)(x_TD, info.of_modality(index)) for index, name in enumerate(MODALITIES)]
         plans, records = zip(*routed)
         plan = join_plans(plans)
-        parts = tuple(part for record in records for part in record.parts)
-        return plan, RoutingRecord(layer=self.layer, plan=plan, parts=parts)
+        parts = tuple(part for record in records for part in record.routings)
+        return plan, RoutingRecord(layer=self.layer, plan=plan, routings=parts)

@@ -55,7 +55,7 @@ def watch_decisions(model: nn.Module) -> Iterator[list[Decisions]]:
 
 
 def _decisions(name: str, router: Any, info: TokenInfo, output: Any) -> Decisions:
-    (routing,) = (output,) if isinstance(router, DepthRouter) else output.parts
+    (routing,) = (output,) if isinstance(router, DepthRouter) else output.routings
     scope = router.settings.scope if isinstance(router, DepthRouter) else "group"
     token_id_V = info.token_id_T.index_select(0, routing.token_V)
     keys_VC = selection_keys(routing.logits_VC, info, router.key, scope)

@@ -89,7 +89,7 @@ class TokenChoiceRouter(nn.Module):
         if self.settings.capacity_factor is None and self.settings.columns == self.num_experts:
             plan = replace(plan, complete=True)
         routing = Routing(token_V=token_V, logits_VC=logits_VC, probs_VC=probs_VC, chosen_VC=chosen_VC, kept_VE=kept_VE)
-        return plan, RoutingRecord(layer=self.layer, plan=plan, parts=(routing,))
+        return plan, RoutingRecord(layer=self.layer, plan=plan, routings=(routing,))
 
     def _capacity(self, num_tokens: int) -> int:
         assert self.settings.capacity_factor is not None

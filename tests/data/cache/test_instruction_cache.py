@@ -14,7 +14,7 @@ from moe_dist.data.shards.tars import Sample, iterate, resolve_shards, write_sha
 from moe_dist.data.stream.loader import make_loader
 from moe_dist.data.tasks.instructions import sample_hash
 from moe_dist.data.tokenizers.text_tokenizer import SentencePieceTokenizer
-from moe_dist.data.tokenizers.train_tokenizers import TokenizerRecipe, train_tokenizers
+from moe_dist.data.tokenizers.tokenizer_training import TokenizerRecipe, train_tokenizers
 
 CHOICE = {
     "prompt": "Which is a fruit?\nA. apple\nB. chair\nAnswer:",
@@ -162,7 +162,7 @@ def test_another_format_of_the_cache_makes_new_tokens(recipe, tmp_path, monkeypa
     write(tmp_path / "shards", [CHOICE])
     _, store = store_of(recipe())
     for module in ("token_cache", "token_shard"):
-        monkeypatch.setattr(f"moe_dist.data.cache.{module}.FORMAT", 1)
+        monkeypatch.setattr(f"moe_dist.data.cache.{module}.TOKEN_SHARD_FORMAT", 1)
     _, old = store_of(recipe())
     assert old.document(0).text.tolist() == store.document(0).text.tolist()
     manifests = sorted(tmp_path.glob("shards/train/tokens/*/*/manifest.json"))

@@ -15,8 +15,8 @@ from PIL import Image
 from moe_dist.core.errors import UserError
 from moe_dist.data.shards.samples import MAX_MEGAPIXELS, SampleReport, to_rgb
 from moe_dist.data.shards.shard_index import user_cache, verify_shard
-from moe_dist.data.shards.tars import SPLITS, Shard, iterate, resolve_shards, split_of, verify, write_shards
-from moe_dist.parallel.agreement import together
+from moe_dist.data.shards.tars import SPLITS, Shard, iterate, resolve_shards, split_of, verify_shards, write_shards
+from moe_dist.parallel.agreement import raise_on_all_ranks
 from tests.support.permissions import public_folder, unprivileged
 
 
@@ -73,7 +73,7 @@ def test_what_is_written_is_read_back(emoji_samples, emoji_shards):
     for split in SPLITS:
         shards = resolve_shards(str(emoji_shards), split)
         samples = [sample for shard in shards for sample in iterate(shard)]
-        assert verify(shards) == len(samples)
+        assert verify_shards(shards) == len(samples)
         read |= {sample.key: (split, sample) for sample in samples}
     assert read.keys() == {sample.key for sample in emoji_samples}
     for sample in emoji_samples:
@@ -142,7 +142,7 @@ def test_braces_urls_and_lists(emoji_shards, own_tar):
     ]
     remote = [s.url for s in resolve_shards("https://example.org/data/{00..02}.tar")]
     assert remote == [f"https://example.org/data/{i:02d}.tar" for i in range(3)]
-    assert verify([Shard(url) for url in remote]) == 0  # no index of a remote shard, and no request either
+    assert verify_shards([Shard(url) for url in remote]) == 0  # no index of a remote shard, and no request either
 
 
 def test_pipe_and_file_urls_and_compressed_tars_are_read(own_tar, tmp_path):
@@ -174,7 +174,7 @@ def test_truncated_tar_is_found_by_its_index(own_tar, keep):
     verify_shard(own_tar)
     own_tar.write_bytes(own_tar.read_bytes()[: int(keep * own_tar.stat().st_size)])
     with pytest.raises(UserError, match=r"mine.tar is truncated"):
-        verify(resolve_shards(str(own_tar.parent)))
+        verify_shards(resolve_shards(str(own_tar.parent)))
 
 
 def test_flipped_bit_is_found_by_its_index(own_tar):
@@ -183,7 +183,7 @@ def test_flipped_bit_is_found_by_its_index(own_tar):
     content[len(content) // 2] ^= 1
     own_tar.write_bytes(content)
     with pytest.raises(UserError, match=r"mine.tar is corrupt"):
-        verify(resolve_shards(str(own_tar.parent)))
+        verify_shards(resolve_shards(str(own_tar.parent)))
 
 
 def offsets(tar: Path) -> list[int]:
@@ -202,7 +202,7 @@ def test_damage_without_an_index_is_found_too(own_tar, damage, reader):
     own_tar.write_bytes(content)
     with pytest.raises(UserError, match=r"mine.tar"):
         if reader == "index":
-            verify(resolve_shards(str(own_tar.parent)))
+            verify_shards(resolve_shards(str(own_tar.parent)))
         else:
             list(iterate(str(own_tar) if reader == "local" else f"pipe:cat {own_tar}"))
     assert not list(own_tar.parent.glob("*.index.json"))
@@ -257,7 +257,7 @@ def test_a_shard_that_may_not_be_read(public_tar, indexed):
     if indexed:
         verify_shard(public_tar)
     public_tar.chmod(0o000)
-    with unprivileged(), pytest.raises(UserError, match=r"mine.tar: Permission denied"), together():
+    with unprivileged(), pytest.raises(UserError, match=r"mine.tar: Permission denied"), raise_on_all_ranks():
         verify_shard(public_tar)
 
 

@@ -14,7 +14,7 @@ import torch
 from moe_dist.checkpoint.train_state import merge_states
 from moe_dist.core.batch import IMAGE
 from moe_dist.core.errors import UserError
-from moe_dist.data.stream.held_out_batches import ShuffledCaptions, heldout_batches
+from moe_dist.data.stream.held_out_batches import ShuffledCaptions, held_out_batches
 from moe_dist.data.stream.loader import make_loader
 from tests.support.synthetic_store import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
 
@@ -169,18 +169,18 @@ def test_a_process_ends_while_the_loader_reads_ahead():
 def heldout(rank=0, dp=1, *, groups=100, batch_groups=1, store=STORE, **data):
     config = data_config(**data)
     return list(
-        heldout_batches(store, SmallVocabulary, config, groups=groups, dp_rank=rank, dp=dp, batch_groups=batch_groups)
+        held_out_batches(store, SmallVocabulary, config, groups=groups, dp_rank=rank, dp=dp, batch_groups=batch_groups)
     )
 
 
-def test_heldout_reads_every_document_once_with_its_caption():
+def test_held_out_reads_every_document_once_with_its_caption():
     batches = heldout(caption_dropout=0.9)
     tokens = sum(int(b.info.valid_T.sum()) for b in batches)
     assert tokens == STORE.lengths.sum() + 2 * len(STORE) + 2 * STORE.has_image.sum()
 
 
 @pytest.mark.parametrize("groups", [5, 100])
-def test_heldout_is_the_same_at_every_layout(groups):
+def test_held_out_is_the_same_at_every_layout(groups):
     def groups_of(batches):
         found = {}
         for batch in batches:
@@ -199,7 +199,7 @@ def test_heldout_is_the_same_at_every_layout(groups):
         assert {n: t for batches in ranks for n, t in groups_of(batches).items()} == one
 
 
-def test_heldout_without_documents():
+def test_held_out_without_documents():
     with pytest.raises(UserError, match="held-out split holds no documents"):
         heldout(store=MemoryStore([]))
 

@@ -8,7 +8,7 @@ import torch
 
 from moe_dist.core.batch import IMAGE, TEXT
 from moe_dist.core.errors import UserError
-from moe_dist.data.stream.packing import SHORTEST_PIECE, Assembler, Piece, best_subset, collate, fill
+from moe_dist.data.stream.packing import SHORTEST_PIECE, Assembler, Piece, best_subset, collate, fill_sequence
 from tests.support.synthetic_store import MemoryDocument, MemoryStore, SmallVocabulary, random_store
 
 V = SmallVocabulary
@@ -82,21 +82,21 @@ def test_best_subset_equals_brute_force(seed):
 
 def test_fill_prefers_whole_documents_and_cuts_text_only_for_what_is_left():
     pending = [piece(10, document=0), piece(30, document=1), piece(6, document=2)]
-    taken = fill(pending, 16)
+    taken = fill_sequence(pending, 16)
     assert [(p.document, len(p)) for p in taken] == [(0, 10), (2, 6)]
     assert [(p.document, len(p)) for p in pending] == [(1, 30)]
-    taken = fill(pending, 16)
+    taken = fill_sequence(pending, 16)
     assert [(p.document, p.start, len(p)) for p in taken] == [(1, 0, 16)]
     assert [(p.document, p.start, len(p)) for p in pending] == [(1, 16, 14)]
 
 
 def test_fill_never_cuts_a_pair_nor_leaves_one_token():
-    assert fill([piece(20, image=6)], 16) == []
+    assert fill_sequence([piece(20, image=6)], 16) == []
     pending = [piece(17)]
-    assert [len(p) for p in fill(pending, 16)] == [15] and len(pending[0]) == 2
+    assert [len(p) for p in fill_sequence(pending, 16)] == [15] and len(pending[0]) == 2
     pending = [piece(10), piece(30)]
-    assert [len(p) for p in fill(pending, 10 + SHORTEST_PIECE - 1)] == [10]
-    assert fill([], 16) == []
+    assert [len(p) for p in fill_sequence(pending, 10 + SHORTEST_PIECE - 1)] == [10]
+    assert fill_sequence([], 16) == []
 
 
 def test_collate_by_hand():
@@ -122,7 +122,7 @@ def test_collate_properties_on_random_documents(seed):
     store = random_store(seed, pairs=30, texts=30)
     make = assembler(store)
     pending = [make(0, i) for i in range(len(store))]
-    sequences = [fill(pending, 32) for _ in range(8)]
+    sequences = [fill_sequence(pending, 32) for _ in range(8)]
     batch = collate([(0, sequences[:4]), (1, sequences[4:])], V, 32, instructions=False)
     info = batch.info
     assert sum(info.document_lengths) == 256 == info.num_tokens

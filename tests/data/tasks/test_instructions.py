@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from moe_dist.checkpoint.train_state import merge_states
-from moe_dist.data.stream.held_out_batches import ShuffledCaptions, heldout_batches
+from moe_dist.data.stream.held_out_batches import ShuffledCaptions, held_out_batches
 from moe_dist.data.stream.lanes import make_lanes
 from moe_dist.data.stream.loader import make_loader
-from moe_dist.data.stream.packing import Assembler, fill
+from moe_dist.data.stream.packing import Assembler, fill_sequence
 from tests.support.synthetic_store import MemoryStore, SmallVocabulary, data_config, random_instructions, random_store
 
 V = SmallVocabulary
@@ -79,7 +79,7 @@ def check_against_the_loops(batch, store):
 @pytest.mark.parametrize("fraction", [None, 0.1])
 def test_batches_equal_the_loops_and_every_instruction_comes_whole(seed, fraction):
     store = mixed_store(seed)
-    batches = heldout_batches(
+    batches = held_out_batches(
         store, V, data_config(image_fraction=fraction), groups=1000, dp_rank=0, dp=1, batch_groups=2
     )
     met = [sample for batch in batches for sample in check_against_the_loops(batch, store)]
@@ -111,8 +111,8 @@ def test_an_instruction_moves_to_the_next_sequence_rather_than_being_cut():
     make = Assembler(store=store, vocabulary=V, seed=0, sequence_length=32, image_first=0.5, caption_dropout=0.0)
     piece = make(0, 0)
     pending = [piece]
-    assert fill(pending, len(piece) - 1) == [] and pending == [piece]
-    assert fill(pending, len(piece)) == [piece] and not pending
+    assert fill_sequence(pending, len(piece) - 1) == [] and pending == [piece]
+    assert fill_sequence(pending, len(piece)) == [piece] and not pending
 
 
 def test_a_batch_without_an_instruction_has_empty_lists_and_other_data_no_sidecar():

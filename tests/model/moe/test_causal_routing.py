@@ -67,7 +67,7 @@ def test_depth_admits_what_its_auxiliary_router_says_and_keeps_its_own_gate_valu
 def test_gradients_of_an_auxiliary_router_are_those_of_its_formula():
     router = build_router(CHILD, SITE).double()
     x_TD, info, _ = make_batch("mixed", 0)
-    (part,) = router(x_TD, info)[1].parts
+    (part,) = router(x_TD, info)[1].routings
     scale_VC = torch.randn(part.auxiliary_VC.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     (part.auxiliary_VC * scale_VC).sum().backward()
     w1, w2 = (weight.detach().clone().requires_grad_() for weight in (router.auxiliary.w1, router.auxiliary.w2))

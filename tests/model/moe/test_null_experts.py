@@ -39,7 +39,7 @@ def forward_costs(rank, router, world, only_nulls=False):
 
         layer.experts.forward = counted
         _, record = layer(x_TD, info)
-    (part,) = record.parts
+    (part,) = record.routings
     true = int(part.kept_VE.sum())
     return true, int(part.chosen_VC.sum()) - true, sum(sent), experts_only.get_total_flops()
 

@@ -36,10 +36,12 @@ def test_plan_and_record_equal_the_oracle(router, kind):
     assert len(plan.token_ids_N) == len(plan.weights_N) >= rows
     assert not plan.complete or rows == len(plan.token_ids_N)
     assert record.plan is plan and record.layer == 3
-    seen = torch.cat([part.token_V for part in record.parts])
+    seen = torch.cat([part.token_V for part in record.routings])
     assert sorted(seen.tolist()) == info.valid_T.nonzero().flatten().tolist()
-    if len(record.parts) == 2:
-        assert [set(info.modality_T[part.token_V].tolist()) - {m} for m, part in enumerate(record.parts)] == [set()] * 2
+    if len(record.routings) == 2:
+        assert [set(info.modality_T[part.token_V].tolist()) - {m} for m, part in enumerate(record.routings)] == [
+            set()
+        ] * 2
 
 
 @pytest.mark.parametrize("kind", BATCHES)
@@ -49,7 +51,7 @@ def test_what_token_choice_records_equals_the_oracle(router, kind):
     router = make_layer(router, kind).router
     x_TD, info, _ = make_batch(kind, 0)
     _, record = router(x_TD, info)
-    (part,) = record.parts
+    (part,) = record.routings
     decision = reference.decide(router, x_TD.detach(), [p.detach() for p in router.parameters()], info)
     assert _pairs(part.token_V, part.chosen_VC) == decision.chosen
     assert _pairs(part.token_V, part.kept_VE) == decision.kept
@@ -205,7 +207,7 @@ def test_routing_stays_float32_under_bf16_and_autocast(router):
         under_autocast, _ = router(x_TD, info)
     exact, _ = router.float()(x_TD.float(), info)
     assert plan.weights_N.dtype == torch.float32
-    assert all(part.logits_VC.dtype == part.probs_VC.dtype == torch.float32 for part in record.parts)
+    assert all(part.logits_VC.dtype == part.probs_VC.dtype == torch.float32 for part in record.routings)
     for other in (under_autocast, exact):
         assert all(torch.equal(a, b) for a, b in zip(vars_of(plan), vars_of(other)))
 
@@ -214,7 +216,7 @@ def test_losses_reach_the_gate_through_the_record():
     router = build_router(ROUTERS["4t4i"], SITE).double()
     x_TD, info, _ = make_batch("mixed", 0)
     _, record = router(x_TD, info)
-    sum(part.probs_VC.sum() for part in record.parts).backward()
+    sum(part.probs_VC.sum() for part in record.routings).backward()
     text_TD = x_TD.detach()[info.valid_T & (info.modality_T == TEXT)]
     weight_ED = router.text.gate.weight.detach().clone().requires_grad_()
     (text_TD @ weight_ED.T).sigmoid().sum().backward()
@@ -271,7 +273,7 @@ def test_gumbel_noise_is_for_training_alone():
     def logits(raw, *, site=SITE, mode=lambda router: None, info=info):
         router = build_router(raw, site)
         mode(router)
-        return router(x_TD, info)[1].parts[0].logits_VC.detach()
+        return router(x_TD, info)[1].routings[0].logits_VC.detach()
 
     plain = logits({**noisy, "gumbel_noise": False})
     assert torch.equal(logits(noisy, mode=lambda router: router.eval()), plain)

@@ -12,7 +12,7 @@ from moe_dist.config.recipe import DataConfig
 from moe_dist.core.strict import validate
 from moe_dist.data.cache.token_cache import build_cache, load_vocabulary, open_store
 from moe_dist.data.shards.tars import Sample, write_shards
-from moe_dist.data.tokenizers.train_tokenizers import TokenizerRecipe, train_tokenizers
+from moe_dist.data.tokenizers.tokenizer_training import TokenizerRecipe, train_tokenizers
 from tests.support import ROOT
 
 SMALL = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_dist.core.errors import UserError
-from moe_dist.metrics.report import domain_figure, loss_figure, read_baseline, read_run, routing_figure, write_report
+from moe_dist.metrics.curves import domain_figure, loss_figure, read_baseline, read_run, routing_figure, write_report
 
 
 def make_run(path, *, causal=False, experts=3, images=True, steps=40):
