@@ -140,7 +140,7 @@ def _tars(folder: Path) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def verify(shards: Iterable[Shard]) -> int:
+def verify_shards(shards: Iterable[Shard]) -> int:
     """Check every local shard against its index (built where missing); returns the samples they hold together.
 
     Remote shards have no index: iterate() finds their damage while reading. Raises UserError naming the shard.

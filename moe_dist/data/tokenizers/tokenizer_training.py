@@ -17,7 +17,7 @@ import numpy as np
 
 from moe_dist.core.strict import Fraction, Positive, Strict
 from moe_dist.data.shards.samples import RawSample, SampleReport
-from moe_dist.data.shards.tars import Shard, Split, iterate, resolve_shards, verify
+from moe_dist.data.shards.tars import Shard, Split, iterate, resolve_shards, verify_shards
 from moe_dist.data.tokenizers.pixels import crop_and_resize
 from moe_dist.data.tokenizers.text_tokenizer import VOCAB_SIZE, SentencePieceTokenizer, train_text_tokenizer
 from moe_dist.data.tokenizers.vq import VQConfig
@@ -60,7 +60,7 @@ def train_tokenizers(recipe: TokenizerRecipe) -> tuple[SentencePieceTokenizer, V
 def _read(recipe: TokenizerRecipe, split: Split, max_images: int) -> tuple[list[str], np.ndarray | None]:
     """The captions, texts, prompts and answers of a split and its first max_images images, [N, H, W, 3] uint8."""
     shards = resolve_shards(recipe.shards, split)
-    verify(shards)
+    verify_shards(shards)
     report = SampleReport()
     texts: list[str] = []
     images: list[np.ndarray] = []
