@@ -14,7 +14,7 @@ HEADER = "| recipe | train s | tokens/s (median) | training TFLOPs | tokens | tr
 
 
 def run(recipe: str) -> str:
-    """One row of the table."""
+    """Train one recipe and return its row of the table."""
     lines, results, _ = train_and_evaluate(recipe)
     experts = statistics.mean(line["moe/experts_per_token"] for line in lines[-50:])
     cells = [

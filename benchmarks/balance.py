@@ -1,10 +1,10 @@
-"""Have the ranks equally much to do where expert counts do not divide evenly? python benchmarks/balance.py [STEPS]
+"""Measure whether the ranks have equal work if expert counts do not divide evenly. python benchmarks/balance.py [STEPS]
 
-Trains 7t1i and 6t2i with mixture-of-depths for STEPS steps (default 20) on two ranks (EP=2) with the emoji and a text
-corpus (after `make data` and `python launch/prepare_data.py corpus=text out=data/text`) at data mixes from 90:10 to
-10:90, records what each selection group gives attention and experts to do, and works out from that what the ranks have
-at EP=2 (as run), 4 and 8, with experts in slices and without. Resumable: a case that is recorded is not trained again.
-Writes benchmarks/results/<date>-balance.md and .png.
+Trains 7t1i and 6t2i with mixture-of-depths for STEPS steps (default 20) on two ranks (EP=2), with the emoji and a text
+corpus (after `make data` and `python launch/prepare_data.py corpus=text out=data/text`), at data mixes from 90:10 to
+10:90. Records the work that each selection group gives attention and experts. From that it computes the work of the
+ranks at EP=2 (as run), 4 and 8, with and without slices. Resumable: a recorded case is not trained again. Writes
+benchmarks/results/<date>-balance.md and .png.
 
 Shape suffixes: S steps, L layers, G selection groups of a step, E experts; B micro-batches of all ranks, R ranks.
 """
@@ -55,7 +55,7 @@ class Case:
         return FOLDER / f"{self.experts}_{self.text}_{self.scope}.npz"
 
     def slices(self, ranks: int) -> int:
-        """The fewest with which every rank holds as many of each modality."""
+        """Return the smallest number of slices that gives every rank the same number of each modality."""
         return ranks // math.gcd(ranks, *EXPERTS[self.experts])
 
     def placement(self, ranks: int, sliced: bool) -> Placement:
@@ -80,17 +80,17 @@ class Case:
 
 
 CASES = [Case(*case, "modality") for case in product(EXPERTS, MIXES)]
-CASES += [Case("7t1i", text, "group") for text in MIXES]  # the paper's, beside it
+CASES += [Case("7t1i", text, "group") for text in MIXES]  # the paper's scope, for comparison
 
 
 # --- recording, on the ranks
 
 
 def record(case: Case, layout: Layout, steps: int) -> None:
-    """Train, and write what every step's groups gave to do. Collective."""
+    """Train, and write the work of every step's groups. Collective."""
     run = Run.build(load_config(RECIPE, case.overrides()), layout, RunFolder(FOLDER))
     counted: list[dict[str, np.ndarray]] = []
-    rows: list[int] = []  # that the experts of this rank really got, layer after layer
+    rows: list[int] = []  # rows that the experts of this rank really received, layer after layer
     for layer in run.engine.module.modules():
         if isinstance(layer, MoELayer):
             layer.experts.register_forward_pre_hook(lambda _, inputs: rows.append(sum(inputs[1])))  # type: ignore
@@ -118,8 +118,9 @@ def record(case: Case, layout: Layout, steps: int) -> None:
 
 
 def count(batch: Batch, result: StepResult) -> dict[str, np.ndarray]:
-    """Of this rank's groups, [L, G]: tokens and (query, key) pairs of attention, valid and image tokens that the layer
-    works on, and rows of each expert [L, G, E]."""
+    """Count the work of this rank's groups, [L, G]: tokens and (query, key) pairs of attention, valid and image tokens
+    that the layer processes, and rows of each expert [L, G, E].
+    """
     info, depths = batch.info, {depth.layer: depth for depth in result.depths}
     size = info.num_tokens // info.num_groups
     group_N = np.array([0, *accumulate(info.document_lengths)][:-1]) // size
@@ -142,7 +143,7 @@ def count(batch: Batch, result: StepResult) -> dict[str, np.ndarray]:
 
 
 def check(run: Run, batch: Batch, result: StepResult, counted: dict[str, np.ndarray], rows: list[int]) -> None:
-    """What was counted gives the FLOPs of metrics/flops.py, and the rows that the experts really got."""
+    """Assert that the counts give the FLOPs of metrics/flops.py and the rows that the experts really received."""
     admitted = {depth.layer: depth.document_lengths for depth in result.depths}
     rows_LE = counted["rows"].sum(1)
     expected = model_flops(
@@ -160,38 +161,46 @@ def check(run: Run, batch: Batch, result: StepResult, counted: dict[str, np.ndar
 
 
 def flops(tokens: np.ndarray, pairs: np.ndarray) -> tuple[np.ndarray, int]:
-    """Forward and backward, as in metrics/flops.py: of attention with its projections; of a row of an expert."""
+    """Return forward and backward FLOPs, as in metrics/flops.py: of attention with its projections, and of one row of
+    an expert.
+    """
     model = load_config(RECIPE).model
     width = model.hidden_size
     return 6 * (4 * width * width * tokens + 2 * width * pairs), 6 * 3 * width * model.ffn.hidden_size
 
 
-# --- working out
+# --- computing the work of ranks
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """What so many ranks have to do, each with so many groups in a micro-batch, worked out of a recorded case."""
+    """The work of a number of ranks, computed from a recorded case. Each rank has a number of
+    groups in a micro-batch.
+    """
 
     attention_BRL: np.ndarray
     expert_BRL: np.ndarray
-    network: float  # rows that go to another rank, for every token that a layer works on
+    network: float  # rows sent to another rank, per token that a layer processes
 
     def imbalance(self, part: str = "both") -> np.ndarray:
-        """[B]: what is lost where ranks wait for the slowest at each dispatch and each combine: over the layers, the
-        largest attention plus the largest experts' work, over the mean of both, minus 1."""
+        """[B]: the fraction lost because ranks wait for the slowest at each dispatch and each combine. It is the sum
+        over the layers of the largest attention plus the largest experts' work, divided by the sum of the means, minus
+        1.
+        """
         parts = {"attention": (self.attention_BRL,), "experts": (self.expert_BRL,)}
         chosen = parts.get(part, (self.attention_BRL, self.expert_BRL))
         return sum(x.max(1).sum(1) for x in chosen) / sum(x.mean(1).sum(1) for x in chosen) - 1
 
     def spread(self) -> np.ndarray:
-        """[B]: the largest work of a rank in the whole step over the smallest, minus 1."""
+        """[B]: the largest work of a rank in the whole step divided by the smallest, minus 1."""
         work_BR = (self.attention_BRL + self.expert_BRL).sum(2)
         return work_BR.max(1) / work_BR.min(1) - 1
 
 
 def work_out(case: Case, ranks: int, each: int, *, sliced: bool) -> Ranks:
-    """`each` groups a rank, dealt in turn as the loader does it; of several steps where one has not so many."""
+    """Compute the work with `each` groups per rank, dealt in turn as the loader does. If one step has too few groups,
+    join several.
+    """
     recorded = np.load(case.path)
     attention_SLG, expert = flops(recorded["tokens"], recorded["pairs"])
     attention_NL, valid_NL = (np.moveaxis(x, 1, 2).reshape(-1, x.shape[1]) for x in (attention_SLG, recorded["valid"]))
@@ -238,13 +247,13 @@ def row(case: Case, ranks: int) -> str:
 
 
 def shares(case: Case) -> np.ndarray:
-    """[S, L, G]: share of images among the tokens that a layer works on."""
+    """[S, L, G]: fraction of images among the tokens that a layer processes."""
     recorded = np.load(case.path)
     return recorded["image"] / recorded["valid"]
 
 
 def scope_rows() -> list[str]:
-    """Mixture-of-depths at the modalities' share, against the paper's."""
+    """Compare mixture-of-depths with scope=modality and with the paper's scope=group."""
     header = (
         "| 7t1i, text:image | images in the data | admitted, scope=modality: least to most of a layer | scope=group | "
         "EP=8 with slices, both: scope=modality | scope=group |"

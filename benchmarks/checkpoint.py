@@ -1,11 +1,11 @@
-"""How long does training stand still for an asynchronous save, against one that waits for the disk?
+"""Measure how long training stands still for an asynchronous save, compared with a synchronous one.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 2 benchmarks/checkpoint.py quickstart|300m [pairs]
 
-Saves a model with AdamW's moments in pairs (synchronous, then asynchronous, then waits for the writer), takes the
-longest time of the ranks, and prints one row of a Markdown table: wall-clock seconds and, of the stall, processor
-seconds, which other work on the machine disturbs less. Everything is fsynced. No step is trained; the first pair, in
-which the buffers are allocated, is told apart.
+Saves a model with AdamW's moments in pairs: synchronously, then asynchronously, then waits for the writer. Takes the
+longest time over the ranks and prints one row of a Markdown table, in wall-clock seconds. For the stall it also prints
+processor seconds, which other work on the machine disturbs less. Everything is fsynced, and no step is trained. The
+first pair, which allocates the buffers, is reported separately.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SIZES = {
 
 
 def seconds(work: Callable[[], None]) -> tuple[float, float]:
-    """By the clock and of processor time, of the rank that takes longest."""
+    """Return wall-clock and processor seconds of the slowest rank."""
     started = time.perf_counter(), time.process_time()
     work()
     took = gather_objects((time.perf_counter() - started[0], time.process_time() - started[1]))

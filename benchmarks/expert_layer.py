@@ -1,10 +1,10 @@
-"""How much of a plain batched product's speed does the whole expert layer keep?
+"""Measure the speed of the whole expert layer as a fraction of the speed of plain batched matrix products.
 
-Times forward + backward of MoELayer (router, dispatch, grouped SwiGLU experts, combine) on one process against the
-same matrix products as one bmm over equal groups, in turns, and prints a Markdown table: bmm time / layer time, median
-over the turns (1.00: the routing is free). On CPU it counts processor time, which other load on the machine disturbs
-little: with one thread it is the wall time of an idle machine. Run: `OMP_NUM_THREADS=1 python
-benchmarks/expert_layer.py [turns]`.
+Times forward + backward of MoELayer (router, dispatch, grouped SwiGLU experts, combine) on one process, in turns with
+the same matrix products as one bmm over equal groups. Prints a Markdown table: bmm time / layer time, median over the
+turns (1.00: routing costs nothing). On CPU it counts processor time, which other load on the machine disturbs little;
+with one thread it equals the wall time of an idle machine. Run: `OMP_NUM_THREADS=1 python benchmarks/expert_layer.py
+[turns]`.
 
 Shape suffixes: T tokens, D model width, E experts, F expert width, C rows per expert.
 """

@@ -1,12 +1,13 @@
-"""Does moe_dist run on this GPU, is it right there, and how fast? One command, 300 seconds on one H100.
+"""Check whether moe_dist runs on this GPU, whether it is correct, and how fast it is. 300 seconds on one H100.
 
     python benchmarks/gpu_check.py [--out DIR] [--seconds N] [--only NAME[,NAME]] [--device cpu]
 
-Each part is a process with a time limit of its own, in order of worth: a part that crashes, hangs or leaves the device
-unusable costs only itself. Each finding is one line of DIR/gpu_check.jsonl and one row of DIR/gpu_check.md, which is
-also printed at the end. --device cpu runs the same at small sizes. docs/gpu.md explains the lines.
+Each part is a process with its own time limit, the most important part first. A part that crashes, hangs or leaves the
+device unusable does not stop the others. Each finding is one line of DIR/gpu_check.jsonl and one row of
+DIR/gpu_check.md, which is also printed at the end. --device cpu runs the same at small sizes. docs/gpu.md explains the
+lines.
 
-Exits 1 if a finding is wrong, or if a part failed or ran out of time.
+Exits with 1 if a finding is wrong, or if a part failed or ran out of time.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def run_part(name: str, limit: float, findings: Findings, device: str, scratch: str) -> None:
-    """Run one part in a process group of its own, killed at the limit."""
+    """Run one part in its own process group, and kill it at the limit."""
     if limit < 15:
         findings.note(name, "part", "LEFT OUT: no time")
         return

@@ -1,9 +1,8 @@
-"""Which settings give one machine the kernels of other processors? python benchmarks/kernels.py
+"""Find the settings that give one machine the kernels of other processors. python benchmarks/kernels.py
 
-Computes what a training step is made of (products, attention, softmax, norms, optimizers) under each setting of
-`make test-processors` and some others, in a fresh process each, and says which results differ in their bits from the
-plain setting. Inputs are drawn by numpy, whose bits no setting changes.
-Writes benchmarks/results/<date>-kernels.md.
+Computes the operations of a training step (products, attention, softmax, norms, optimizers) under each setting of `make
+test-processors` and some others, each in a fresh process. Reports which results differ in their bits from the plain
+setting. numpy draws the inputs, so no setting changes them. Writes benchmarks/results/<date>-kernels.md.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ SETTINGS = {
 
 
 def results() -> dict[str, Tensor]:
-    """Each operation's result, at sizes of the tests or of the quickstart."""
+    """Compute each operation at the sizes of the tests or of the quickstart."""
     numbers = np.random.default_rng(0)
 
     def draw(*shape: int) -> Tensor:
@@ -71,7 +70,7 @@ def digest(tensor: Tensor) -> str:
 
 
 def under(variables: dict[str, str]) -> dict[str, str]:
-    """Digests from a fresh process."""
+    """Return the digests of all results, computed under a setting in a fresh process."""
     own = os.environ | {"OMP_NUM_THREADS": "1"} | variables
     done = subprocess.run([sys.executable, __file__, "--child"], env=own, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)

@@ -12,7 +12,7 @@ HEADER = "| recipe | train s | training TFLOPs | first -> last | held-out | emoj
 
 
 def run(recipe: str) -> str:
-    """One row of the table."""
+    """Train one recipe and return its row of the table."""
     lines, results, _ = train_and_evaluate(recipe)
     losses = f"{lines[0]['loss']:.2f} -> {lines[-1]['loss']:.2f}"
     cells = [recipe, f"{seconds(lines):.0f}", f"{flops(lines) / 1e12:.1f}", losses]

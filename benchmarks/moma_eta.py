@@ -1,15 +1,17 @@
-"""MoMa's efficiency table in small: how much arithmetic sparse models save against dense at the same training loss.
+"""Measure how much arithmetic MoMa's sparse models save against dense at the same training loss, at small scale.
 
   python benchmarks/moma_eta.py [--steps 1280] [--seeds 0 1] [--jobs 2] [--write-only] [section.key=value ...]
 
-Trains dense, moe_8x, MoMa 1t1i and 4t4i, and mixture-of-depths + 4t4i, at equal active FLOPs a token, on emoji, clip
-art and texts, for each seed on the same data in the same order; then the auxiliary routers of each sparse model, for
-its held-out loss with causal routing. Builds its data on first use. Resumable: a run goes on from its checkpoint, also
-to more --steps, and what is done is not done again. --jobs runs train at a time, one thread each. --write-only trains
-nothing: it writes down what is done so far. Writes the tables, the picture and the curves:
-benchmarks/results/<date>-moma_eta.md, .png and .json. Its learning rate is from benchmarks/moma_eta_rates.py.
+Trains dense, moe_8x, MoMa 1t1i and 4t4i, and mixture-of-depths + 4t4i, at equal active FLOPs per token, on emoji, clip
+art and texts. For each seed all models see the same data in the same order. Then it trains the auxiliary routers of
+each sparse model, for the held-out loss with causal routing. Builds its data on first use.
 
---gpu and --prepare-gpu hand over to benchmarks/moma_eta_gpu.py: the study on one GPU, at width 256.
+Resumable: a run continues from its checkpoint, also with more --steps, and finished runs are not repeated. --jobs is
+the number of runs that train at the same time, one thread each. --write-only trains nothing and writes the results so
+far: tables, picture and curves in benchmarks/results/<date>-moma_eta.md, .png and .json. The learning rate comes from
+benchmarks/moma_eta_rates.py.
+
+--gpu and --prepare-gpu call benchmarks/moma_eta_gpu.py: the study on one GPU, at width 256.
 """
 
 from __future__ import annotations
@@ -33,14 +35,15 @@ COLOURS = dict(zip(NAMES, ("#5b6770", "#c98a1b", "#8a5fa8", "#0b6fa4", "#d1495b"
 
 
 def at_the_end(eta_W: np.ndarray, last: int) -> str:
-    """Median of the last points. Where a run does not come down to dense's loss (nan) it has spent all its FLOPs, which
-    are dense's: eta is below 1."""
+    """Return the median of the last points. A run that does not reach dense's loss (nan) has spent all its FLOPs, which
+    equal dense's, so its eta is below 1.
+    """
     median = np.median(np.nan_to_num(eta_W[-last:]))
     return f"{median:.2f}" if median else "< 1"
 
 
 def eta_rows(study: Study) -> list[str]:
-    """By seed, but for the columns over the length of training, which are means."""
+    """Return the rows of the eta table: by seed, except that the columns over the length of training are means."""
     rows = []
     for name in study.names[1:]:
         found = {title: study.etas(name, title) for title in LOSSES}
@@ -80,7 +83,9 @@ def loss_rows(study: Study) -> list[str]:
 
 
 def picture(study: Study, path: Path) -> None:
-    """Above the smoothed training losses, below eta over the length of training; bands: the seeds' range."""
+    """Draw the smoothed training losses above, and eta over the length of training below. Bands show the range of the
+    seeds.
+    """
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True)
     for column, title in enumerate(LOSSES):

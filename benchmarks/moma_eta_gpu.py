@@ -4,13 +4,17 @@
   python benchmarks/moma_eta.py --gpu --sweep --jobs 5 --seconds 300 --out DIR       on the GPU
   python benchmarks/moma_eta.py --gpu --write-only --out DIR                         anywhere
 
---prepare-gpu draws all batches through the loader and writes data/eta_gpu.npz.xz, the only input. --gpu trains --jobs
-models at a time, each in a process of its own on the same card: a step of models this small is launches, which
-overlap. Every model saves its curve to DIR/MODEL.json every few seconds. A model whose file is finished is not
-trained again; one that was cut off starts again. --sweep first trains dense and 4t4i for a quarter of the steps at
-each of --rates, takes the rate with the lowest sum of their losses, lowers the steps if --seconds would not do, and
-writes DIR/plan.json, which later calls keep to. --write-only writes benchmarks/results/<date>-moma_eta_gpu.md, .json
-and .png.
+--prepare-gpu draws all batches through the loader and writes data/eta_gpu.npz.xz, the only input.
+
+--gpu trains --jobs models at a time, each in its own process on the same card: a step of such a small model consists of
+kernel launches, which overlap. Every model saves its curve to DIR/MODEL.json every few seconds. A finished model is not
+trained again; an interrupted one starts again.
+
+--sweep first trains dense and 4t4i for a quarter of the steps at each of --rates and takes the rate with the lowest sum
+of their losses. If --seconds is too short for all steps, it lowers their number. It writes DIR/plan.json, which later
+calls follow.
+
+--write-only writes benchmarks/results/<date>-moma_eta_gpu.md, .json and .png.
 """
 
 from __future__ import annotations
@@ -40,13 +44,13 @@ from gpu.findings import ROOT
 NAMES = ("dense", "moe_8x", "1t1i", "4t4i", "MoD 4t4i")
 INPUTS = ROOT / "data" / "eta_gpu.npz.xz"
 SEQUENCE, GROUP = 512, 64  # tokens of a sequence, sequences that compete: a micro-batch and an optimizer step
-RATE, RATES = 4e-3, (2e-3, 4e-3, 8e-3)  # without a sweep; of the sweep
+RATE, RATES = 4e-3, (2e-3, 4e-3, 8e-3)  # the rate without a sweep; the rates of the sweep
 SWEPT, SHARE = ("dense", "4t4i"), 4  # models of the sweep, and the fraction of the steps: 1 / SHARE
-PACE, PACE_STEPS = "MoD 4t4i", 40  # the slowest model, which trains beside the sweep to show how long a step takes
+PACE, PACE_STEPS = "MoD 4t4i", 40  # the slowest model: trained with the sweep to time its steps
 SWEEP_TIME = 0.35  # of --seconds, at most
-TOKENS, SPARE = 30_000_000, 3_500_000  # spare: what the inputs hold beyond the default
+TOKENS, SPARE = 30_000_000, 3_500_000  # spare: tokens in the inputs beyond the default
 EVALUATIONS, HELD_OUT_GROUPS = 20, 12
-START, GRACE = 25.0, 20.0  # seconds that a process takes to start, and gets after the deadline before it is killed
+START, GRACE = 25.0, 20.0  # seconds for a process to start; seconds after the deadline before it is killed
 
 
 def main() -> None:
@@ -70,7 +74,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
     if arguments.child:
-        from gpu.eta_run import run  # imports DeepSpeed, which the parent does without
+        from gpu.eta_run import run  # imports DeepSpeed, which the parent does not need
 
         run(Job(**json.loads(arguments.child)))
     elif arguments.prepare_gpu:
@@ -88,7 +92,7 @@ def split(text: str) -> tuple[str, ...]:
 
 
 def prepare_inputs(arguments: argparse.Namespace) -> None:
-    """Write the inputs; makes the corpora and tokenizers of the CPU study where they are missing."""
+    """Write the inputs. Build the corpora and tokenizers of the CPU study if they are missing."""
     from gpu.eta_data import write_inputs
     from moma_study import BASE, prepare
 
@@ -103,7 +107,7 @@ def prepare_inputs(arguments: argparse.Namespace) -> None:
 
 
 class Study:
-    """The job: processes of one model each, until all are done or the time is over."""
+    """The whole job: one process per model, until all are done or the time is over."""
 
     def __init__(self, arguments: argparse.Namespace):
         self.arguments = arguments
@@ -123,7 +127,9 @@ class Study:
         return int(not all(job.is_done() for job in jobs))
 
     def _plan(self) -> dict[str, Any]:
-        """The rate and steps of all models: those of an earlier call if there was one, or the sweep's."""
+        """Return the rate and the number of steps of all models: those of an earlier call, or those that the sweep
+        chooses.
+        """
         if not self.plan_file.exists():
             plan = {"rate": self.arguments.rate, "steps": self.arguments.tokens // self.arguments.batch_tokens}
             if self.arguments.sweep:
@@ -134,9 +140,10 @@ class Study:
         return {key: plan[key] for key in ("rate", "steps")}
 
     def _sweep(self, steps: int) -> dict[str, Any]:
-        """Train SWEPT at --rates; choose the rate, and as many steps as the time allows.
+        """Train SWEPT at --rates, then choose the rate and the number of steps that fits the time.
 
-        The pace is that of the slowest model beside all of the sweep, more processes than train later: a safe estimate.
+        The step time is measured on the slowest model while the whole sweep runs. More processes run then than later,
+        so the estimate is safe.
         """
         folder, few = Path(tempfile.mkdtemp(prefix="moma_eta_sweep-")), max(steps // SHARE, 1)
         runs = [(rate, name, few) for rate, name in product(self.arguments.rates, SWEPT)]
@@ -175,7 +182,7 @@ class Study:
             list(pool.map(self._process, ready))
 
     def _process(self, job: Job) -> None:
-        """Train one model in a process group of its own, killed if it outlasts the deadline."""
+        """Train one model in its own process group, and kill it if it outlasts the deadline."""
         if time.time() > job.deadline - 1:
             return
         command = [sys.executable, str(Path(__file__)), "--child", json.dumps(asdict(job))]
@@ -204,10 +211,10 @@ class Study:
 
 
 def chosen(swept: Sequence[tuple[Job, dict[str, Any]]]) -> dict[str, Any]:
-    """The rate with the lowest sum of the swept models' training losses, and these losses.
+    """Return the rate with the lowest sum of the swept models' training losses, and these losses.
 
-    Losses are means over the tenth before the last step that all have reached. A run that came less than half way (it
-    diverged) does not count, nor does its rate.
+    A loss is the mean over the last tenth of the steps that all runs have reached. If a run finished less than half of
+    its steps (it diverged), neither it nor its rate counts.
     """
     usable = [(job, curve["train"]["loss"]) for job, curve in swept if curve and 2 * curve["reached"] >= job.steps]
     last = min((len(loss) for _, loss in usable), default=0)

@@ -1,7 +1,7 @@
-"""Which learning rate is best for each model of the efficiency study? python benchmarks/moma_eta_rates.py [STEPS]
+"""Find the best learning rate for each model of the efficiency study. python benchmarks/moma_eta_rates.py [STEPS]
 
-Trains the study's models (benchmarks/moma_eta.py) for STEPS steps (default 240) at each of RATES, one seed, two at a
-time. Resumable. Writes benchmarks/results/<date>-moma_eta_rates.md.
+Trains the study's models (benchmarks/moma_eta.py) for STEPS steps (default 240) at each of RATES, with one seed, two at
+a time. Resumable. Writes benchmarks/results/<date>-moma_eta_rates.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the efficiency study trains: dense and sparse models at equal active FLOPs a token (benchmarks/moma_eta.py)."""
+"""The models of the efficiency study: dense and sparse at equal active FLOPs per token (benchmarks/moma_eta.py)."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ RUNS = ROOT / "runs" / "benchmark" / "moma_eta"
 CORPORA = ("emoji", "clipart", "text")
 TOKENIZERS = "data/eta_tokenizers"
 RATE = 8e-3
-WIDTH, FFN = 64, 176  # of the model, and of a feed-forward part: 2/3 of 4 times that, as in the paper's table
+WIDTH, FFN = 64, 176  # model width; feed-forward width: 2/3 of 4 times that, as in the paper's table
 CAUSAL_STEPS = 240  # of the stage that trains auxiliary routers
 WINDOW = 40  # steps over which training losses are averaged
 LOSSES = {"overall": "loss", **{modality: f"loss/{modality}" for modality in MODALITIES}}
 NAMES = ("dense", "moe_8x", "1t1i", "4t4i", "MoD 4t4i")
-DEEPER = 7  # layers with mixture-of-depths: the FLOPs of 4 whole ones
+DEEPER = 7  # number of layers with mixture-of-depths, for the FLOPs of 4 layers without
 
 
 def at_constant(rate: float) -> list[str]:
-    """Settings of a learning rate that stays after warm-up."""
+    """Return the settings of a learning rate that stays constant after warm-up."""
     return [f"schedule={{type: linear, warmup_steps: 40, end_lr: {rate}}}", f"deepspeed.optimizer.params.lr={rate}"]
 
 
@@ -55,7 +55,7 @@ BASE = [
 
 
 def router(name: str, auxiliary: bool) -> list[str]:
-    """Settings of a sparse variant; auxiliary: with the routers for causal inference."""
+    """Return the settings of a sparse variant. auxiliary: with the routers for causal inference."""
     if name == "moe_8x":
         return [f"model.ffn.router={expert_choice(8, auxiliary=auxiliary)}"]
     count = 1 if name == "1t1i" else 4
@@ -71,7 +71,7 @@ def variant(name: str, auxiliary: bool = False) -> list[str]:
 
 
 def prepare() -> None:
-    """Corpora and tokenizers, where they are missing."""
+    """Build the corpora and tokenizers that are missing."""
     for corpus in CORPORA:
         command = [sys.executable, "launch/prepare_data.py", f"corpus={corpus}", f"out=data/{corpus}"]
         subprocess.run(command, cwd=ROOT, check=True)
@@ -82,7 +82,7 @@ def prepare() -> None:
 
 
 class Study:
-    """The runs of the study, in folders of `runs`, and how far each has come."""
+    """The runs of the study, as folders of `runs/`, and their progress."""
 
     def __init__(self, steps: int, seeds: Sequence[int], overrides: Sequence[str], runs: Path = RUNS):
         self.steps, self.seeds, self.overrides, self.runs = steps, seeds, list(overrides), runs
@@ -91,7 +91,7 @@ class Study:
         return RunFolder(self.runs / f"{name.replace(' ', '_')}_{seed}{stage}")
 
     def run(self, jobs: int) -> None:
-        """Seed after seed, so that an unfinished study has whole comparisons."""
+        """Train one seed after another, so that an unfinished study has complete comparisons."""
         with Progress() as progress, ThreadPoolExecutor(jobs) as pool:
             bar = progress.add_task("moma_eta", total=len(NAMES) * len(self.seeds))
             todo = [(name, seed) for seed in self.seeds for name in NAMES]
@@ -123,7 +123,7 @@ class Study:
         self._python(folder, [*recipe, f"run.dir={folder.path.relative_to(ROOT)}"])
 
     def _ordered(self, settings: list[str]) -> list[str]:
-        """A setting that replaces a section comes before those that set a key in it."""
+        """Put a setting that replaces a section before those that set a key in it."""
         own = {setting.partition("=")[0] for setting in settings}
         base = [setting for setting in BASE if not any(setting.startswith(f"{key}.") for key in own)]
         return [*base, *settings, *self.overrides]
@@ -137,15 +137,15 @@ class Study:
 
     @property
     def last(self) -> int:
-        """Steps of the last fifth of training."""
+        """Number of steps in the last fifth of training."""
         return self.steps // 5
 
     def lines(self, name: str, seed: int) -> list[dict[str, float]]:
-        """What a run has said of each step."""
+        """Read the metrics of every step of a run."""
         return read_run(self.folder(name, seed).path).lines
 
     def curve(self, name: str, seed: int) -> dict[str, np.ndarray]:
-        """FLOPs, tokens and losses of a run, smoothed."""
+        """Return FLOPs, tokens and losses of a run, smoothed."""
         lines = self.lines(name, seed)
         flops = np.cumsum([line["model_flops_per_second"] * line["step_seconds"] for line in lines])
         values = {"flops": flops, "tokens": [line["tokens"] for line in lines]}
@@ -153,7 +153,9 @@ class Study:
         return {key: smoothed(np.asarray(value, dtype=float), WINDOW) for key, value in values.items()}
 
     def evaluated(self, name: str, seed: int) -> RunFolder:
-        """The run whose held-out loss counts: the stage of the causal routers, of a main run of so many steps."""
+        """Return the run whose held-out loss counts: the stage that trains causal routers, if there is one, after
+        `steps` of the main run.
+        """
         return self.folder(name, seed, "" if name == "dense" else f"_causal_{self.steps}")
 
     def evaluation(self, name: str, seed: int) -> dict[str, float]:
@@ -164,16 +166,16 @@ class Study:
         return self.evaluation(name, seed).get("step") == (self.steps if name == "dense" else CAUSAL_STEPS)
 
     def done(self, name: str) -> list[int]:
-        """Seeds with which the model is trained and evaluated, and the dense model beside it."""
+        """Return the seeds with which both the model and the dense model are trained and evaluated."""
         return [seed for seed in self.seeds if all(self._is_evaluated(of, seed) for of in ("dense", name))]
 
     @property
     def names(self) -> list[str]:
-        """Of the models that are done with one seed or more."""
+        """Return the models that are done with at least one seed."""
         return [name for name in NAMES if self.done(name)]
 
     def etas(self, name: str, title: str) -> np.ndarray:
-        """[seed, point of the dense curve]"""
+        """[seed, point of the dense curve]: eta of the model."""
         found = []
         for seed in self.done(name):
             dense, sparse = self.curve("dense", seed), self.curve(name, seed)

@@ -1,9 +1,9 @@
-"""How often is a decision of a router so close that rounding could reverse it? python benchmarks/near_ties.py [STEPS]
+"""Count router decisions so close that rounding could reverse them. python benchmarks/near_ties.py [STEPS]
 
-Trains each recipe for STEPS steps (default 24) in one process with its own settings (after `make data`), and counts
-the decisions (whether an expert or a null expert takes a token) by their margin: how far one logit must move to reverse
-them (moe_dist/model/moe/margins.py). Rounding moves a logit by about 1e-7 in a forward pass.
-Writes benchmarks/results/<date>-near_ties.md.
+Trains each recipe for STEPS steps (default 24) in one process with its own settings (after `make data`). Counts the
+decisions (whether an expert or a null expert takes a token) by their margin: how far one logit must move to reverse
+them (moe_dist/model/moe/margins.py). Rounding moves a logit by about 1e-7 in a forward pass. Writes
+benchmarks/results/<date>-near_ties.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ STEPS = 24
 
 
 def count(recipe: str, overrides: list[str], steps: int) -> tuple[int, list[int], list[float]]:
-    """Decisions of all steps, those below each margin, and the least margin of each step."""
+    """Return the number of decisions of all steps, the numbers below each margin, and the
+    smallest margin of each step.
+    """
     folder = ROOT / "runs" / "benchmark" / "near_ties" / recipe
     own = [f"run.dir={folder}", "run.resume=none", "parallel.expert=1", "telemetry.tensorboard=false"]
     config = load_config(ROOT / "configs" / f"{recipe}.yaml", [*overrides, *own])

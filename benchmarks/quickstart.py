@@ -1,7 +1,7 @@
-"""Does the quickstart learn, how fast, in how much memory? python benchmarks/quickstart.py [recipe ...]
+"""Measure whether the quickstart learns, how fast, and in how much memory. python benchmarks/quickstart.py [recipe ...]
 
-Trains each recipe (after `make data`), evaluates it beside its references, and writes
-benchmarks/results/<date>-quickstart.md. Resumable: a recipe whose run is done is only evaluated again.
+Trains each recipe (after `make data`), evaluates it together with its baselines, and writes
+benchmarks/results/<date>-quickstart.md. Resumable: a finished recipe is only evaluated again.
 """
 
 import sys
@@ -17,7 +17,7 @@ HEADER = f"| recipe | train s | tokens/s (median) | peak GiB a rank | {BY_MODALI
 
 
 def run(recipe: str) -> str:
-    """One row of the table."""
+    """Train one recipe and return its row of the table."""
     lines, results, peak = train_and_evaluate(recipe)
     cells = [recipe, f"{seconds(lines):.0f}", f"{tokens_per_second(lines):,.0f}", f"{peak:.2f}"]
     for m in MODALITIES:

@@ -1,4 +1,4 @@
-"""Train a recipe, evaluate it, and write down what was seen: shared by the benchmarks that train."""
+"""Train a recipe, evaluate it and write the results: shared by the benchmarks that train."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_dist.metrics.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-# Of runs on the CPU, one thread a rank, as `make train` sets it on two cores.
+# Environment of runs on the CPU: one thread per rank, as `make train` sets it on two cores.
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -25,9 +25,10 @@ ENVIRONMENT = os.environ | {
 
 
 def train_and_evaluate(recipe: str) -> tuple[list[dict], dict, float]:
-    """The lines of metrics.jsonl, what launch/evaluate.py found, and a rank's peak memory in GiB.
+    """Return the lines of metrics.jsonl, the results of launch/evaluate.py, and a rank's peak memory in GiB.
 
-    Two ranks. Resumable: a run that is done is only evaluated again (and its memory is then not known: too small).
+    Uses two ranks. Resumable: a finished run is only evaluated again; its memory is then not known, and the number too
+    small.
     """
     folder = RunFolder(ROOT / "runs" / "benchmark" / recipe)
     launcher = [str(BIN / "deepspeed"), "--num_gpus", "2", "launch/train.py"]
@@ -38,23 +39,23 @@ def train_and_evaluate(recipe: str) -> tuple[list[dict], dict, float]:
 
 
 def expert_choice(num_experts: int, **settings: bool) -> str:
-    """A recipe's text of an expert-choice router."""
+    """Return the YAML of an expert-choice router."""
     given = "".join(f", {key}: {str(value).lower()}" for key, value in settings.items())
     return f"{{type: expert_choice, num_experts: {num_experts}{given}}}"
 
 
 def moma(text: int, image: int, **settings: bool) -> str:
-    """A recipe's text of MoMa's router, with so many experts of each modality."""
+    """Return the YAML of MoMa's router with this number of experts of each modality."""
     return f"{{type: modality, text: {expert_choice(text, **settings)}, image: {expert_choice(image, **settings)}}}"
 
 
 def seconds(lines: Sequence[dict]) -> float:
-    """Of all training steps together."""
+    """Sum the seconds of all training steps."""
     return sum(line["step_seconds"] for line in lines)
 
 
 def flops(lines: Sequence[dict]) -> float:
-    """Of all training steps together, by the formula of metrics/flops.py."""
+    """Sum the FLOPs of all training steps, by the formula of metrics/flops.py."""
     return sum(line["model_flops_per_second"] * line["step_seconds"] for line in lines)
 
 
@@ -63,7 +64,7 @@ def tokens_per_second(lines: Sequence[dict]) -> float:
 
 
 def peak_gib(command: Sequence[str]) -> float:
-    """Run a command; the resident memory of the largest process it started: a rank."""
+    """Run a command and return the resident memory of the largest process it started: a rank."""
     process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -73,12 +74,12 @@ def peak_gib(command: Sequence[str]) -> float:
 
 
 def table(header: str, rows: Sequence[str]) -> list[str]:
-    """Lines of a Markdown table."""
+    """Return the lines of a Markdown table."""
     return [header, "|" + "---|" * (header.count("|") - 1), *rows]
 
 
 def processor() -> str:
-    """The processor's name, and whether it has AVX-512: kernels, and so roundings, differ between the two kinds."""
+    """Name the processor and say whether it has AVX-512: with and without it kernels differ, and so does rounding."""
     lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in lines.items()}
     wide = "with" if "avx512f" in fields.get("flags", "").split() else "without"
@@ -98,7 +99,7 @@ def write_result(
 ) -> None:
     """Write FOLDER/<day>-<name>.md: the machine in words, the command, a note, a table.
 
-    ran: machine and command, if the numbers are from another machine than this one; day: of the run, default today.
+    ran: machine and command, if the numbers come from another machine. day: the day of the run; default today.
     """
     day = day or str(date.today())
     out = folder / f"{day}-{name}.md"
@@ -108,7 +109,7 @@ def write_result(
 
 
 def this_run() -> str:
-    """This machine in words, and the command."""
+    """Describe this machine in words, and return the command line."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     command = " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     return f"{os.cpu_count()} cores ({processor()}), {memory:.0f} GiB, {platform.machine()}, no GPU. `{command}`"

@@ -1,10 +1,11 @@
-"""Do two commits train the same, bit for bit? Losses, gradient norms and final parameters of 12 steps on two ranks.
+"""Check that two commits train the same, bit for bit: losses, gradient norms and final parameters of 12 steps on two
+ranks.
 
     python benchmarks/same_bits.py OLD [NEW] [--recipes NAME ...] [--steps 12] [--work DIR]
 
-Each commit is checked out with `git worktree` and runs every recipe of its own configs/ on the data of this checkout
-(`make data CONFIG=...` makes them), one thread a rank. Exits 1 and names the first difference if there is one. A
-refactoring that promises the same training is tried with it.
+Checks out each commit with `git worktree` and runs every recipe of the commit's own configs/ on the data of this
+checkout (`make data CONFIG=...` builds them), with one thread per rank. If there is a difference, names the first one
+and exits with 1. Use it for a refactoring that must not change training.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPES = ("moma", "mod_moma", "moe_8x", "dense", "adamoe", "llava_mole")  # dense comes before what starts from it
+RECIPES = (
+    "moma",
+    "mod_moma",
+    "moe_8x",
+    "dense",
+    "adamoe",
+    "llava_mole",
+)  # dense before llava_mole, which starts from it
 FIGURES = ("loss", "grad_norm")
 
 
@@ -56,7 +64,7 @@ def check_out(commit: str, work: Path) -> Path:
 
 
 def train(tree: Path, recipe: str, steps: int) -> dict[str, str]:
-    """Every figure of every step, and the digest of every file of the last checkpoint's tensors."""
+    """Return every number of every step, and the digest of every tensor file of the last checkpoint."""
     folder = tree / "runs" / "same_bits" / recipe
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["launch/train.py", "--config", f"configs/{recipe}_quickstart.yaml", f"run.dir={folder}"]

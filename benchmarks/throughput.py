@@ -1,18 +1,19 @@
-"""How many tokens a second does MoMa train, against the dense model of as many active FLOPs a token?
+"""Measure MoMa's training speed in tokens per second, against the dense model with equal active FLOPs per token.
 
   python benchmarks/throughput.py [study|small|large ...]                    one process
   deepspeed --num_gpus 2 benchmarks/throughput.py [study|small|large ...]    two ranks, EP=2
 
-in an environment with OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000. The last two let glibc
-keep freed memory, as a GPU's allocator does; without them a step on the CPU pays for fresh pages of all gradients.
+Set OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 in the environment. The last two let glibc
+keep freed memory, as a GPU's allocator does. Without them every step on the CPU pays for fresh pages of all gradients.
 
-Real optimizer steps of the real engine (forward, backward, AdamW under ZeRO-1) on seeded synthetic tokens, half of them
-of images. All models are trained in turns, dense first in every round, so what disturbs the machine meets them alike;
-a model's speed is compared with the dense model's of the same round. One process on the CPU counts its processor time,
-which other load disturbs little: with one thread it is the time of an idle machine. Ranks, which wait for each other,
-and processes that wait for a GPU count the clock's. Writes benchmarks/results/<date>-throughput.md (two ranks:
--throughput_ep2.md). In the paper (arXiv 2407.21770, 435M on 256 GPUs): moe_8x -9 %, 1t1i -6 %, 4t4i -17 %, with
-mixture-of-depths -31 %.
+Takes real optimizer steps of the real engine (forward, backward, AdamW under ZeRO-1) on seeded synthetic tokens, half
+of them of images. All models are trained in turns, dense first in every round, so that disturbances of the machine
+affect them equally. A model's speed is compared with the dense model's of the same round.
+
+One process on the CPU measures processor time, which other load disturbs little; with one thread it equals the time of
+an idle machine. Ranks, which wait for each other, and processes that wait for a GPU measure wall-clock time. Writes
+benchmarks/results/<date>-throughput.md (two ranks: -throughput_ep2.md). The paper (arXiv 2407.21770, 435M on 256 GPUs)
+reports moe_8x -9 %, 1t1i -6 %, 4t4i -17 %, with mixture-of-depths -31 %.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.training.deepspeed import Engine, init_distributed, make_engine
 from runs import ROOT, expert_choice, moma, write_result
 
-LAYERS, DEEPER = 4, 7  # without and with mixture-of-depths: as many FLOPs a token, but for attention
+LAYERS, DEEPER = 4, 7  # without and with mixture-of-depths: equal FLOPs per token except for attention
 SIZES = {  # width, heads, expert width, vocabulary (a quarter of the dense model's FLOPs in small and large), rounds
     "study": (64, 4, 176, 2560, 15),  # of benchmarks/moma_eta.py
     "small": (128, 4, 256, 1536, 15),  # the quickstarts'
@@ -44,7 +45,7 @@ SIZES = {  # width, heads, expert width, vocabulary (a quarter of the dense mode
 }
 WARM_UP = 1  # rounds
 GROUPS = 8  # of a step
-DOCUMENT = 128  # tokens, the second half an image's
+DOCUMENT = 128  # tokens; the second half are image tokens
 MODELS = {  # router, layers, depth
     "dense": (None, LAYERS, None),
     "moe_8x": (expert_choice(8), LAYERS, None),
@@ -68,12 +69,14 @@ CLOCKS = {"processor time": time.process_time, "clock": time.perf_counter}
 
 
 def clock_of(layout: Layout) -> str:
-    """Processor time for one rank on CPU; a rank that waits, for others or for a GPU, spends none."""
+    """Return the clock to measure with: processor time for one rank on CPU, otherwise wall-clock time, because waiting
+    costs no processor time.
+    """
     return "processor time" if layout.world == 1 and layout.device.type == "cpu" else "clock"
 
 
 class Contestant:
-    """A model with its engine, which takes the same micro-batches again and again."""
+    """A model with its engine, which trains on the same micro-batches in every step."""
 
     def __init__(self, size: str, name: str, layout: Layout):
         *_, vocabulary, _ = SIZES[size]
@@ -87,7 +90,7 @@ class Contestant:
         ]
 
     def step(self) -> float:
-        """Seconds of one optimizer step."""
+        """Take one optimizer step and return its seconds."""
         context = Context(layout=self.layout, group_sequences=self.config.data.group_sequences)
         read, synchronize = CLOCKS[clock_of(self.layout)], torch.get_device_module(self.layout.device).synchronize
         synchronize()
@@ -98,7 +101,7 @@ class Contestant:
 
     @property
     def tokens(self) -> int:
-        """Of a step, over all ranks."""
+        """Number of tokens of a step, over all ranks."""
         return self.layout.world * sum(batch.info.num_tokens for batch in self.batches)
 
     @property
@@ -133,7 +136,9 @@ def recipe(size: str, name: str, layout: Layout) -> Config:
 
 
 def make_batch(config: Config, vocabulary: int, *, first: int) -> Batch:
-    """Groups `first` and following of seeded tokens: documents of text, then an image, of the upper half of the ids."""
+    """Return the selection groups from `first` on, of seeded tokens: documents of text, then an image with ids of the
+    upper half.
+    """
     groups, sequences = config.train.micro_batch_groups, config.data.group_sequences
     tokens = groups * sequences * config.data.sequence_length
     position_T = torch.arange(tokens) % DOCUMENT
@@ -159,7 +164,9 @@ def make_batch(config: Config, vocabulary: int, *, first: int) -> Batch:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The narrowest pair of order statistics that holds the median with at least 95 % (with all of them: the range)."""
+    """Return the narrowest pair of order statistics that contains the median with at least 95 %; the range if none
+    does.
+    """
     ordered, number = sorted(values), len(values)
     tails = [sum(math.comb(number, i) for i in range(k + 1)) / 2**number for k in range(number)]
     cut = max((k for k in range(number // 2) if tails[k] <= 0.025), default=0)
@@ -167,7 +174,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def measure(size: str, layout: Layout, report: Callable[[str], None]) -> list[str]:
-    """Rows of the table."""
+    """Train all models of one size in turns and return the rows of the table."""
     rounds = SIZES[size][-1]
     contestants = {name: Contestant(size, name, layout) for name in MODELS}
     seconds: dict[str, list[float]] = {name: [] for name in MODELS}

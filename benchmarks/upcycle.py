@@ -1,10 +1,11 @@
-"""How far does the loss jump when experts are upcycled under expert choice, and when is it back?
+"""Measure how far the loss jumps when experts are upcycled under expert choice, and how many steps it takes to recover.
 
   python benchmarks/upcycle.py [STEPS] [section.key=value ...]
 
-Trains a 1t1i MoMa for STEPS steps (default 320), makes 4t4i of it with gates fresh or copied, with and without Gumbel
-noise, and trains each for half as many, schedule reset, from the seed's place in the data; beside them the seed itself
-goes on in the same way. One process; resumable; after `make data`. Writes benchmarks/results/<date>-upcycle.md.
+Trains a 1t1i MoMa for STEPS steps (default 320). Upcycles it to 4t4i with fresh or copied gates, with and without
+Gumbel noise, and trains each for half as many steps, with a new schedule, from the seed's position in the data. For
+comparison the seed itself is trained in the same way. One process; resumable; after `make data`. Writes
+benchmarks/results/<date>-upcycle.md.
 """
 
 import json
@@ -42,7 +43,7 @@ def router(experts: str, noise: bool = False) -> str:
 
 
 def train(name: str, steps: int, settings: list[str]) -> RunFolder:
-    """Train the quickstart's recipe with these settings, to its end; what is there already is not trained again."""
+    """Train the quickstart's recipe with these settings to its end, unless that run exists already."""
     folder = RunFolder(RUNS / name.replace(", ", "_").replace(" ", "_"))
     schedule = [f"train.steps={steps}", "checkpoint.every=0", f"eval.every={steps}", "parallel.expert=1"]
     command = [sys.executable, "launch/train.py", "--config", "configs/moma_quickstart.yaml"]

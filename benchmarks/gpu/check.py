@@ -17,7 +17,7 @@ from gpu.findings import Findings
 
 
 class Check:
-    """One part at work: its device and layout (made on first use), and how it writes down what it finds."""
+    """A running part of the check: its device and layout (created on first use) and the writer of its findings."""
 
     def __init__(self, part: str, findings: Findings, device: str):
         self.part, self.findings, self.small = part, findings, device == "cpu"
@@ -43,7 +43,7 @@ class Check:
         self.findings.note(self.part, what, result, **numbers)
 
     def attempt(self, what: str, work: Callable[[], tuple[str, dict[str, Any]]]) -> None:
-        """Note the verdict and numbers that work returns, or the first line of its error."""
+        """Run `work` and record its verdict and numbers, or the first line of its error."""
         try:
             verdict, numbers = work()
         except Exception as error:
@@ -56,7 +56,7 @@ class Check:
             torch.cuda.synchronize()
 
     def milliseconds(self, work: Callable[[], Any], repeats: int = 20, warm_up: int = 5) -> float:
-        """Return the median time of work(), by device events, on the CPU by the clock."""
+        """Return the median time of work(), measured by device events, on the CPU by the clock."""
         if self.small:
             work()
             started = time.perf_counter()
@@ -75,18 +75,18 @@ class Check:
         return statistics.median(taken)
 
     def poison(self) -> None:
-        """Leave NaN in the memory that the allocator hands out next, so that unwritten results show."""
+        """Fill the memory that the allocator hands out next with NaN, so that unwritten results are visible."""
         for size in (2**12, 2**16, 2**20, 2**24, 2**26):
             pieces = [torch.full((size // 4,), float("nan"), device=self.device) for _ in range(4)]
             del pieces
 
     def seen(self, key: str) -> float:
-        """Return a number of an earlier finding; nan if there is none."""
+        """Return a number of an earlier finding; nan if that finding is missing."""
         return next((line[key] for line in self.findings.lines() if key in line), float("nan"))
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
-    """|got - wanted| / |wanted|, in float64."""
+    """Return |got - wanted| / |wanted|, in float64."""
     wanted, got = wanted.detach().double().cpu(), got.detach().double().cpu()
     if got.shape != wanted.shape:
         return float("inf")

@@ -1,4 +1,4 @@
-"""Optimizer steps under ZeRO 1, 2 and 3 in float32 and bfloat16, and a step that is not finite."""
+"""Optimizer steps under ZeRO 1, 2 and 3 in float32 and bfloat16, and a non-finite step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gpu.check import Check, right_if
 from gpu.steps import Steps
 
 RECIPE = "moma_quickstart"
-# With Adam's usual eps of 1e-8, gradients that are rounding errors move weights by a whole step.
+# With Adam's usual eps of 1e-8, a gradient that is only rounding error moves its weight by a whole step.
 SMALL = [
     "deepspeed.optimizer.params.eps=1e-3",
     "parallel.expert=1",
@@ -27,7 +27,9 @@ def run(check: Check) -> None:
 
 
 def trained(check: Check, stage: int, bf16: bool, seen: list[list[float]]) -> tuple[str, dict]:
-    """Six steps on one batch: the loss falls, and as under the first stage that ran (bf16: three steps, to 1 %)."""
+    """Take six steps on one batch. The loss must fall, and equal that of the first stage that ran (bf16: three steps,
+    to 1 %).
+    """
     precision = f"deepspeed.bf16={{enabled: {str(bf16).lower()}}}"
     overrides = [f"deepspeed.zero_optimization.stage={stage}", precision, *SMALL]
     overrides += ["train.global_batch_groups=4", "model.recompute=true"]
@@ -35,7 +37,7 @@ def trained(check: Check, stage: int, bf16: bool, seen: list[list[float]]) -> tu
     found = [steps.take(lr=1e-2) for _ in range(6)]
     means = [result.loss_sums["loss"] / result.counts["loss"] for result in found]
     seen.append(means)
-    bound, compared = (1e-2, 3) if bf16 else (1e-4, 6)  # later, routing that differs by rounding has its effects
+    bound, compared = (1e-2, 3) if bf16 else (1e-4, 6)  # later steps differ because rounding changes the routing
     alike = all(abs(a / b - 1) < bound for a, b in zip(means[:compared], seen[0]))
     norms = [round(result.grad_norm, 4) for result in found[:2]]
     good = alike and means[-1] < means[0] - 0.02

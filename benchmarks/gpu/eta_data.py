@@ -1,7 +1,7 @@
-"""Inputs of the efficiency study on one GPU: batches drawn once through the loader, kept in one small file.
+"""Inputs of the efficiency study on one GPU: batches drawn once through the loader, stored in one small file.
 
-The file is an xz-compressed npz: token ids and document lengths, from which `Packed.batch` rebuilds the loader's
-batches exactly. Pictures and texts recur over the epochs, which xz finds: 30 M tokens take a few MB.
+The file is an xz-compressed npz of token ids and document lengths, from which `Packed.batch` rebuilds the loader's
+batches exactly. Pictures and texts recur over the epochs, and xz compresses the repetition: 30 M tokens take a few MB.
 
 Shape suffixes: B micro-batches, T tokens of one, N documents of all of them.
 """
@@ -30,7 +30,7 @@ from moe_dist.data.stream.held_out_batches import held_out_batches
 from moe_dist.data.stream.loader import make_loader
 
 XZ = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 2**27}]  # the dictionary holds all of the tokens
-FULL = 0.5  # fraction of valid tokens below which a held-out batch is left out: the end of a split
+FULL = 0.5  # a held-out batch with a smaller fraction of valid tokens (the end of a split) is left out
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")  # all but the first are held out: they are small
 
 
@@ -39,7 +39,7 @@ class Packed:
     """Micro-batches of one split as arrays."""
 
     tokens_BT: np.ndarray  # uint16
-    lengths_N: np.ndarray  # uint16, document lengths, one micro-batch after the other
+    lengths_N: np.ndarray  # uint16, document lengths, one micro-batch after another
     counts_B: np.ndarray  # int64, number of documents of each micro-batch
     facts: dict[str, Any]  # of the vocabulary and the corpus, see `facts_of`
 
@@ -60,7 +60,7 @@ class Packed:
         return torch.where(ids < self.facts["first_image_code"], TEXT, IMAGE)
 
     def batch(self, number: int) -> Batch:
-        """Return micro-batch `number` as the loader had made it, on the CPU."""
+        """Return micro-batch `number` exactly as the loader made it, on the CPU."""
         end = int(self._ends_B[number])
         lengths = self.lengths_N[end - int(self.counts_B[number]) : end].astype(np.int64)
         length_T, start_T = (np.repeat(x, lengths) for x in (lengths, lengths.cumsum() - lengths))
@@ -88,7 +88,7 @@ class Packed:
         )
 
     def times_seen(self, number: int) -> dict[str, float]:
-        """Return how often the first `number` micro-batches read each picture and each text, on average."""
+        """Return how often the first `number` micro-batches contain each picture and each text, on average."""
         tokens = self.tokens_BT[:number]
         image = int((tokens >= self.facts["first_image_code"]).sum())
         text = int((tokens < self.facts["text_pieces"]).sum() - (tokens == self.facts["pad"]).sum())
@@ -99,7 +99,7 @@ class Packed:
 def write_inputs(file: Path, overrides: Sequence[str], *, batches: int, held_out: int) -> None:
     """Draw micro-batches of one selection group each from the corpora of a recipe and write them.
 
-    held_out: selection groups of each held-out split, fewer where it ends before.
+    held_out: number of selection groups of each held-out split; fewer if the split ends earlier.
     """
     config = load_config(ROOT / "configs" / "moma_quickstart.yaml", ["run.dir=none", *overrides])
     vocabulary = load_vocabulary(config.data)

@@ -1,4 +1,4 @@
-"""One training job of the efficiency study on one GPU, and the file of its curve. Imports nothing slow."""
+"""One training job of the efficiency study on one GPU, and the file of its curve. Has no slow imports."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Job:
     command: str = ""  # what the user typed
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that must be equal for a finished curve to be kept."""
+        """Return the settings that must be equal for a finished curve to be reused."""
         same = ("name", "rate", "steps", "evaluations", "overrides")
         return {key: value for key, value in asdict(self).items() if key in same}
 

@@ -53,7 +53,7 @@ equal.
 
 
 class Curves:
-    """The curves of a folder, smoothed where they are of training."""
+    """The curves of a folder; training losses are smoothed."""
 
     def __init__(self, folder: Path, names: Sequence[str]):
         found = {name: read_curve(folder / f"{name.replace(' ', '_')}.json") for name in names}
@@ -67,17 +67,17 @@ class Curves:
         self.plan: dict[str, Any] = json.loads(plan.read_text()) if plan.exists() else {}
 
     def values(self, name: str, kind: str, key: str) -> np.ndarray:
-        """Losses, tokens or FLOPs of each point."""
+        """Return losses, tokens or FLOPs of each point."""
         values = np.asarray(self.of[name][kind][key], dtype=float)
         return smoothed(values, self.window) if kind == "train" else values
 
     def eta(self, name: str, kind: str, key: str) -> float:
-        """Eta at the lowest loss of dense; nan if the model never reaches it."""
+        """Return eta at the lowest loss of dense; nan if the model never reaches it."""
         both = [self.values(of, kind, column) for of in ("dense", name) for column in ("flops", key)]
         return float(eta(*both)[-1])
 
     def gain(self, name: str, kind: str, share: float) -> str:
-        """Dense's loss less the model's, after a fraction of the planned steps."""
+        """Return dense's loss minus the model's, after a fraction of the planned steps."""
         total = self.steps if kind == "train" else self.first["settings"]["evaluations"]
         at = round(share * total) - 1 - (self.window - 1 if kind == "train" else 0)
         both = [self.values(of, kind, "loss") for of in ("dense", name)]
@@ -122,7 +122,7 @@ def gain_rows(curves: Curves) -> list[str]:
 
 
 def picture(curves: Curves, path: Path) -> None:
-    """Above the training losses, below the held-out losses, over FLOPs."""
+    """Draw training losses above and held-out losses below, over FLOPs."""
     figure = Figure(figsize=(13, 7), layout="constrained")
     axes = figure.subplots(2, 3, sharex=True)
     for row, kind in enumerate(KINDS):
@@ -144,7 +144,7 @@ def picture(curves: Curves, path: Path) -> None:
 
 
 def swept(plan: dict[str, Any]) -> str:
-    """A sentence about the learning-rate sweep."""
+    """Return a sentence about the learning-rate sweep."""
     if not plan.get("sweep"):
         return ""
     each = "; ".join(
@@ -199,6 +199,6 @@ def write_page(folder: Path, names: Sequence[str], results: Path) -> None:
 
 
 def thinned(curve: dict[str, Any]) -> dict[str, Any]:
-    """About a hundred points of each training curve."""
+    """Keep about a hundred points of each training curve."""
     every = max(1, len(curve["train"]["loss"]) // 100)
     return curve | {"train": {key: values[::every] for key, values in curve["train"].items()}}

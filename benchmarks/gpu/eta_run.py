@@ -1,4 +1,4 @@
-"""One model of the efficiency study on one GPU: trained through the engine, its curve saved as it goes."""
+"""One model of the efficiency study on one GPU: trains through the engine and saves its curve as it runs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Curve:
             self.save()
 
     def save(self) -> None:
-        """Replace the file whole, so that a killed process leaves its last state."""
+        """Replace the file atomically, so that a killed process leaves its last state."""
         beside = self._file.with_suffix(".part")
         beside.write_text(json.dumps(self.content) + "\n")
         beside.replace(self._file)
@@ -99,7 +99,7 @@ def recipe(job: Job, train: Packed) -> Config:
 
 
 class Training:
-    """A model, its engine and its data at work."""
+    """The model, engine and data of one training job."""
 
     def __init__(self, job: Job, config: Config, train: Packed, held_out: Packed, device: torch.device):
         self.job, self.config, self.train = job, config, train
@@ -128,7 +128,7 @@ class Training:
         }
 
     def loop(self) -> None:
-        """Train; stop at the deadline with what there is."""
+        """Train. At the deadline stop and keep the curve so far."""
         steps, points = self.job.steps, self.job.evaluations
         due = {round(steps * (number + 1) / points) for number in range(points)}
         started = time.monotonic()
@@ -157,7 +157,7 @@ class Training:
         self.curve.add("train", self._place() | means(result) | {"seconds": time.monotonic() - started})
 
     def _evaluate(self, step: int) -> None:
-        """Note the held-out loss with the routing of training, which is not causal."""
+        """Record the held-out loss with the routing of training, which is not causal."""
         found = evaluate(self.engine.eval_forward, self.held_out_split, self.layout)
         losses = {name: found[f"eval/{name}"] for name in LOSSES}
         self.curve.add("held_out", {"step": step} | self._place() | losses)
@@ -168,7 +168,7 @@ class Training:
 
 
 def ahead(packed: Packed, steps: int) -> Iterator[Batch]:
-    """The first batches, each made in a thread while the one before is trained on."""
+    """Yield the first `steps` batches. A thread builds each batch while training uses the one before."""
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(packed.batch, 0)
         for number in range(steps):

@@ -10,7 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 class Findings:
-    """One line of gpu_check.jsonl each: part, what, result, and numbers. Results in capitals are failures."""
+    """The findings: one line of gpu_check.jsonl each, with part, what, result and numbers. Results in capitals are
+    failures.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()

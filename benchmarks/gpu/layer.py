@@ -1,4 +1,4 @@
-"""One expert layer, forward and backward, against plain products and against what others run on the same card.
+"""One expert layer, forward and backward, against plain products and the layers of other libraries on the same card.
 
 Shape suffixes: T tokens, R rows, D model width, E experts, C rows of each expert.
 """
@@ -84,7 +84,7 @@ def draw(check: Check, *size: int, scale: float = 1.0) -> Tensor:
 
 def ours(check: Check, size: Size) -> tuple[nn.Module, TokenInfo]:
     ffn = MoEFFN(type="moe", hidden_size=size.hidden, router=size.router)
-    # Weights are drawn name by name on the host in a run; here the card draws them.
+    # A run draws weights on the host, keyed by name; here the card draws them, which is faster.
     with torch.device("meta"):
         layer = build_moe_layer(
             ffn, hidden_size=size.width, layer=0, seed=0, layout=check.layout, init_std=0.02, output_std=0.02
@@ -109,7 +109,7 @@ def weights(check: Check, size: Size) -> tuple[Tensor, Tensor]:
 
 
 def plain(check: Check, size: Size) -> Callable[[], None]:
-    """Return the same products as two batched ones, with equally many rows an expert, already in place."""
+    """Return the same products as two batched ones, with the same number of rows per expert, already in place."""
     up, down = weights(check, size)
     x_ECD = draw(check, size.experts, size.rows // size.experts, size.width).requires_grad_()
     g_ECD = torch.randn_like(x_ECD)
@@ -135,7 +135,7 @@ def grouped(check: Check, size: Size) -> Callable[[], None]:
 
 
 def transformers_layer(check: Check, size: Size) -> Callable[[], None]:
-    """Mixtral's layer of transformers, with its experts as one grouped product."""
+    """Build Mixtral's layer of transformers, with its experts as one grouped product."""
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -161,7 +161,9 @@ def transformers_layer(check: Check, size: Size) -> Callable[[], None]:
 
 
 def megatron_layer(check: Check, size: Size) -> Callable[[], None]:
-    """Megatron-core's router, permutation and GroupedMLP; for the package that it multiplies with, torch's product."""
+    """Build megatron-core's router, permutation and GroupedMLP. torch's grouped product replaces the package that
+    GroupedMLP needs.
+    """
 
     def gmm(a: Tensor, b: Tensor, sizes: Tensor, trans_b: bool = False) -> Tensor:
         b = b.transpose(-2, -1) if trans_b else b

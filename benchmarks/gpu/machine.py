@@ -30,7 +30,7 @@ def card() -> dict:
 
 
 def ceilings(check: Check) -> dict:
-    """Time a large bfloat16 product on random data, a large copy (bytes read and written), and a launch."""
+    """Time a large bfloat16 product of random data, a large copy (bytes read and written), and a kernel launch."""
     device = torch.device("cuda", 0)
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     tflops = 2 * 8192**3 / check.milliseconds(lambda: a @ b) / 1e9

@@ -1,6 +1,6 @@
 """Whole models of every kind, forward and backward with their losses, against float64 on the CPU.
 
-On CUDA a host synchronisation outside the one read of a layer raises an error (torch.cuda.set_sync_debug_mode).
+On CUDA any host sync except the one read per layer raises an error (torch.cuda.set_sync_debug_mode).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BATCH = make_batch([40, 24, 30, 26], padding=8, num_groups=2)
 def run(check: Check) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         for name in ("moma", "lora") if check.small else MODELS:
-            # float64 and float32 compare operation by operation, bfloat16 what a run executes: compiled functions.
+            # float64 and float32 compare uncompiled operations, bfloat16 the compiled functions that a run executes.
             with torch.compiler.set_stance("default" if dtype == torch.bfloat16 else "force_eager"):
                 check.attempt(f"{name}, {str(dtype)[6:]}", lambda name=name, dtype=dtype: whole(check, name, dtype))
 
@@ -76,9 +76,9 @@ def whole(check: Check, name: str, dtype: torch.dtype) -> tuple[str, dict]:
 
 
 def within(dtype: torch.dtype, errors: list[float], same_routing: bool) -> bool:
-    """Return whether errors of loss and gradients are rounding. If a near-tie fell differently, gradients may differ.
+    """Return whether errors of loss and gradients are rounding. If rounding reversed a near-tie, gradients may differ.
 
-    Of float64 models the rotary angles are float32, so they agree to 1e-7.
+    Rotary angles are float32 in float64 models too, so those agree to 1e-7.
     """
     if dtype == torch.float64:
         return same_routing and max(errors) < 1e-6
@@ -106,7 +106,7 @@ def same_routing(got: Any, wanted: Any) -> bool:
 
 @contextmanager
 def no_synchronisation(check: Check, model: Transformer) -> Iterator[list[int]]:
-    """Make every wait of the host an error, but for the reads of split sizes; the list grows by one a read."""
+    """Make every host sync an error, except the reads of split sizes. Each read appends an item to the list."""
     reads: list[int] = []
     mode: Callable[[str], None] = (lambda _: None) if check.small else torch.cuda.set_sync_debug_mode
 

@@ -49,7 +49,7 @@ def run(check: Check) -> None:
 
 
 def grouped(check: Check, counts: tuple[int, ...], dtype: torch.dtype) -> tuple[str, dict]:
-    """Forward and backward against float64; the weights of experts without rows get gradients that are zero."""
+    """Compare forward and backward with float64. The weights of experts without rows must get zero gradients."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(*size: int) -> Tensor:
@@ -71,7 +71,9 @@ def grouped(check: Check, counts: tuple[int, ...], dtype: torch.dtype) -> tuple[
 
 
 def fused(check: Check, name: str, dtype: torch.dtype) -> tuple[str, dict]:
-    """Compiled on a GPU, for one size and then for any, with its gradients, against the operations in float64."""
+    """Compare a function, compiled on a GPU for one size and then for any, and its gradients
+    with float64 operations.
+    """
     torch.manual_seed(0)
     function, make = CASES[name]
     several = [rows for rows in ROWS if rows > 1]
@@ -82,7 +84,7 @@ def fused(check: Check, name: str, dtype: torch.dtype) -> tuple[str, dict]:
 def attention(
     check: Check, heads: int, groups: int, size: int, dtype: torch.dtype, lengths: list[int] = LENGTHS
 ) -> tuple[str, dict]:
-    """Packed documents, with queries, keys and values strided as megatron hands them over."""
+    """Compare attention over packed documents, with queries, keys and values strided as megatron passes them."""
     generator = torch.Generator().manual_seed(2)
     per_group = heads // groups
     mixed = torch.randn(sum(lengths), groups, (per_group + 2) * size, generator=generator).to(dtype)
@@ -105,7 +107,9 @@ def attention(
 
 
 def integers(check: Check) -> tuple[str, dict]:
-    """Selection keys, the tokens selected, capacity, noise and dropout are the CPU's, bit for bit (noise to 1e-12)."""
+    """Check that selection keys, selected tokens, capacity, noise and dropout equal the CPU's bit for bit (noise to
+    1e-12).
+    """
     device, generator = check.device, torch.Generator().manual_seed(3)
     logits, ids = torch.randn(20000, 8, generator=generator), torch.arange(20000) * 7919
     info = TokenInfo.build(

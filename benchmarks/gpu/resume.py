@@ -1,4 +1,4 @@
-"""Comparison of a run that is resumed from a checkpoint with the uninterrupted one, bit for bit."""
+"""Comparison of a run resumed from a checkpoint with the uninterrupted run, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(check: Check) -> None:
 
 
 def resumed(check: Check, deterministic: bool) -> tuple[str, dict]:
-    """Three steps, a checkpoint, three more; and the same three in another engine that loaded it."""
+    """Take three steps, save, take three more, and take the same three in another engine that loaded the checkpoint."""
     if deterministic:
         make_deterministic()
     steps = Steps.build(check, "moma_quickstart", OVERRIDES, vocabulary=512)
@@ -33,7 +33,7 @@ def resumed(check: Check, deterministic: bool) -> tuple[str, dict]:
     for _ in range(3):
         steps.take(lr=1e-3)
     other = Steps.build(check, "moma_quickstart", OVERRIDES, vocabulary=512)
-    other.take(lr=0.1)  # away from its initialisation
+    other.take(lr=0.1)  # move it away from its initialisation
     checkpoint.load(path, other.engine, check.layout)
     for _ in range(3):
         other.take(lr=1e-3)

@@ -1,4 +1,4 @@
-"""Asynchronous checkpoints of the 90M model: how long training stands still, and how fast a step is during a write."""
+"""Asynchronous checkpoints of the 90M model: how long training stands still, and how fast steps are during a write."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def saved(check: Check) -> tuple[str, dict]:
 
 
 def refused(check: Check) -> tuple[str, dict]:
-    """Register memory a second time: CUDA refuses, and the kernels that follow must not raise that error."""
+    """Register memory a second time. CUDA must refuse, and later kernels must not raise that error."""
     tensor = pinned.empty_pinned(1000, torch.float32)
     error = pinned.register(tensor.data_ptr(), mmap.PAGESIZE)
     total = float(torch.ones(2, device=check.device).sum())
@@ -69,13 +69,13 @@ def refused(check: Check) -> tuple[str, dict]:
 
 
 def resident() -> int:
-    """Bytes of host memory that this process has in use."""
+    """Return the bytes of host memory that this process uses."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmRSS"].split()[0]) << 10
 
 
 def step_seconds(steps: Steps, number: int) -> float:
-    """Median milliseconds of some steps; each ends with a read of the device."""
+    """Return the median milliseconds of some steps; each ends with a read of the device."""
     taken = []
     for _ in range(number):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Training steps of MoMa's recipes on one card: tokens a second, arithmetic, memory, and where the time goes."""
+"""Training steps of MoMa's recipes on one card: tokens per second, FLOP/s, memory, and where the time goes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def measured(check: Check, name: str) -> tuple[str, dict]:
 
 
 def profile_step(check: Check, step: Callable[[], Any]) -> dict[str, Any]:
-    """Kernels of a step and their milliseconds by kind; how often the host waits, and what takes longest."""
+    """Return the kernels of a step and their milliseconds by kind, the number of host waits,
+    and the longest kernels.
+    """
     activities = [ProfilerActivity.CPU] if check.small else [ProfilerActivity.CPU, ProfilerActivity.CUDA]
     with profile(activities=activities) as recorded:
         step()

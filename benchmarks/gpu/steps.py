@@ -1,4 +1,4 @@
-"""Engines of recipes and seeded micro-batches for them, for the parts that take optimizer steps."""
+"""Engines of recipes, and seeded micro-batches for them, for the parts that take optimizer steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moe_dist.training.deepspeed import Engine, StepResult, make_engine
 
 @dataclass(frozen=True)
 class Steps:
-    """An engine, and one rank's micro-batches of a step."""
+    """An engine with one rank's micro-batches of a step."""
 
     engine: Engine
     config: Config
@@ -30,7 +30,7 @@ class Steps:
     def build(
         cls, check: Check, recipe: str, overrides: list[str], *, vocabulary: int, on_device: bool = False
     ) -> Steps:
-        """on_device: draw the weights there, in no particular way, for what is only timed."""
+        """Build them. on_device: draw the weights on the device, unseeded, for parts that only measure time."""
         config = load_config(ROOT / "configs" / f"{recipe}.yaml", [f"run.dir={check.scratch / 'none'}", *overrides])
         device = torch.device("meta" if on_device else "cpu")
         with device:
@@ -57,7 +57,7 @@ def fill(model: Transformer) -> None:
 
 
 def make_batch(config: Config, vocabulary: int, number: int) -> Batch:
-    """Documents of at most 2,048 tokens, the first half text, the second half image."""
+    """Return documents of at most 2,048 tokens; the first half of each is text, the second half image."""
     sequences = config.train.micro_batch_groups * config.data.group_sequences
     tokens, document = sequences * config.data.sequence_length, min(2048, config.data.sequence_length)
     position_T = torch.arange(tokens) % document

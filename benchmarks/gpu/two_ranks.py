@@ -1,7 +1,7 @@
 """launch/train.py on the tests' emoji: one rank, then two with EP=2 over NCCL, a stop by signal, a resume at EP=1.
 
-With one card both ranks use it: each is given its own NCCL_HOSTID, so that NCCL takes them for two hosts and speaks
-through sockets. That shows what is right, never how fast it is.
+With one card both ranks use it. Each gets its own NCCL_HOSTID, so that NCCL treats them as two hosts and communicates
+through sockets. That tests correctness, never speed.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run(check: Check) -> None:
     losses = runs.losses("one")
     check.note("one rank, fp32", right_if(codes == [0] and len(losses) == 8), codes=codes, losses=losses)
     if check.small:
-        return  # ranks over gloo have tests of their own
+        return  # ranks over gloo are covered by the tests
     for precision, stage in (("fp32", 1), ("bf16", 3)):
         what = f"two ranks, EP=2, ZeRO-{stage}, {precision}"
         check.attempt(what, lambda stage=stage, precision=precision: runs.compared(stage, precision, losses))
@@ -67,7 +67,7 @@ class Runs:
         self.cards = 0 if check.small else torch.cuda.device_count()
 
     def make_data(self) -> None:
-        """Shards, and tokenizers trained for a moment, in a process that does not touch the card."""
+        """Write shards and briefly trained tokenizers, in a process that does not use the card."""
         own = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         code = f"from tests.support.corpus import write_corpus; write_corpus({str(self.folder)!r})"
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=own, check=True)
@@ -92,7 +92,9 @@ class Runs:
     def train(
         self, name: str, world: int, *overrides: str, interrupt: bool = False, limit: float = 75
     ) -> tuple[list[int], dict[str, Any]]:
-        """Exit statuses of the ranks (-9 past the limit) and what status.json says. interrupt: SIGUSR1 after a step."""
+        """Return the exit statuses of the ranks (-9: past the limit) and status.json. interrupt: send SIGUSR1 after a
+        step.
+        """
         port, folder = str(free_port()), RunFolder(self.folder / name)
         processes = [self._start(rank, world, port, folder, overrides) for rank in range(world)]
         end = time.monotonic() + limit

@@ -1,4 +1,6 @@
-"""Runs of the toy model on real ranks for tests of checkpoints; their state in full, by DeepSpeed's own accessors."""
+"""Runs of the toy model on real ranks for tests of checkpoints, with their full state read by DeepSpeed's own
+accessors.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,11 @@ class Job:
     stage: int = 1
     router: dict = field(default_factory=lambda: MOMA)
     optimizer: str = "AdamW"
-    eps: float = 1e-3  # of Adam: at 1e-8 a gradient of the size of rounding would become a step of the size of lr
+    eps: float = 1e-3  # Adam's eps; at 1e-8 a gradient of the size of rounding would become a step of the size of lr
     bf16: bool = False
     gain: int = 3  # elements of one parameter
-    transformer: bool = False  # the real model, wide enough for its operations to use several threads
-    model: ModelConfig | None = None  # the real model of this configuration
+    transformer: bool = False  # train the real model, wide enough that its operations use several threads
+    model: ModelConfig | None = None  # train the real model with this configuration
     trainable: tuple[str, ...] = ("*",)
     offload: bool = False
     wrapped: bool = False  # every name begins with `inner.`
@@ -48,13 +50,13 @@ class Job:
     start: int = 0
     stop: int = 0
     load: str | None = None
-    init: InitFrom | None = None  # load as the first checkpoint of another stage
+    init: InitFrom | None = None  # load it by init_from, as another stage
     used: bool = False  # load into an engine that has already trained something else
     save: str | None = None
     save_at: int = 0
 
     def resumed(self, **changes: Any) -> Job:
-        """The job that goes on from this one's checkpoint."""
+        """Return the job that resumes from this one's checkpoint."""
         return replace(self, **{"load": self.save, "start": self.save_at, "save": None} | changes)
 
 
@@ -63,13 +65,15 @@ class Outcome:
     losses: list[float]
     norms: list[float]
     state: Any  # what checkpoint.load returned on rank 0, or init_from's account
-    at_save: dict[str, Tensor]  # account of the state when it was saved (or loaded)
+    at_save: dict[str, Tensor]  # full state when it was saved (or loaded)
     at_end: dict[str, Tensor]
-    selections: Selections  # of the steps it took
+    selections: Selections  # of its steps
 
 
 class CheckpointToy(ToyModel):
-    """The toy, with all that is awkward to store: a parameter smaller than a rank's share, frozen ones, a buffer."""
+    """The toy model plus everything that is awkward to store: a parameter smaller than a rank's share, frozen ones, a
+    buffer.
+    """
 
     def __init__(self, router: dict, layout: Layout, gain: int):
         super().__init__(router, layout)
@@ -100,9 +104,9 @@ class Wrapped(nn.Module):
 
 
 def run(job: Job, follow: Outcome | None = None) -> Outcome:
-    """Run a job on `job.world` ranks; rank-dependent accounts are united, and must agree where ranks hold the same.
+    """Run a job on `job.world` ranks. Unite the ranks' states, which must agree where ranks hold the same tensors.
 
-    follow: selections are those of that outcome, whose logits must agree (see tests/support/selections.py).
+    follow: select as that outcome did; the logits must agree (see tests/support/selections.py).
     """
     results = run_ranks(run_on_rank, job.world, job, follow.selections if follow is not None else None)
     selections = unite(result.selections for result in results)
@@ -117,7 +121,9 @@ def run(job: Job, follow: Outcome | None = None) -> Outcome:
 
 
 def build(job: Job):
-    """Engine and layout of a job. Collective. A job that loads starts from spoilt weights, so that loading shows."""
+    """Build engine and layout of a job. Collective. If the job loads a checkpoint, its weights are spoilt first, so
+    that a missing load is noticed.
+    """
     device = init_distributed()
     layout = make_layout(expert=job.expert, device=device)
     section = {
@@ -183,7 +189,7 @@ def run_on_rank(rank: int, job: Job, follow: Selections | None = None) -> Outcom
 
 
 def attempt(rank: int, job: Job) -> str | None:
-    """The sentence of the UserError that a job ends in on this rank."""
+    """Return the sentence of the UserError that ends the job on this rank."""
     try:
         run_on_rank(rank, job)
     except UserError as error:
@@ -192,7 +198,9 @@ def attempt(rank: int, job: Job) -> str | None:
 
 
 def account(engine: Any, moments: tuple[str, ...]) -> dict[str, Tensor]:
-    """Every logical tensor in full, by DeepSpeed's public accessors instead of ours: what checkpoints must preserve."""
+    """Return every logical tensor in full, read by DeepSpeed's public accessors instead of ours: what a checkpoint must
+    preserve.
+    """
     if engine.zero_stage < 3 and moments:  # DeepSpeed links moments after the first group's step only: link them all
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -223,7 +231,7 @@ def _unite(accounts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    """Same names, types and bits."""
+    """Assert equal names, types and bits."""
     assert left.keys() == right.keys()
     for name in left:
         assert left[name].dtype == right[name].dtype and torch.equal(left[name], right[name]), name

@@ -1,4 +1,4 @@
-"""The small real corpus of the tests: 196 emoji with captions, and tokenizers trained on it for a moment."""
+"""The small real corpus of the tests: 196 emoji with captions, and tokenizers trained on it briefly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ EMOJI = ROOT / "tests" / "fixtures" / "emoji"
 
 
 def read_emoji() -> list[Sample]:
-    """196 real image-caption pairs of 88 concepts (60 train, 14 validation, 14 test), see fixtures/emoji/NOTICE.md."""
+    """Read 196 real image-caption pairs of 88 concepts (60 train, 14 validation, 14 test), see
+    fixtures/emoji/NOTICE.md.
+    """
     captions = json.loads((EMOJI / "captions.json").read_text())
     return [
         Sample(

@@ -15,7 +15,7 @@ from tests.support import routing_reference as reference
 
 
 def competing_sets(info, scope):
-    """Lists of the valid tokens that compete with each other."""
+    """Return lists of the valid tokens that compete with each other."""
     everyone = range(len(MODALITIES))
     if scope == "modality":
         return [group for modality in everyone for group in reference.groups_of(info, [modality])]
@@ -27,9 +27,9 @@ def competing_sets(info, scope):
 
 
 def transformer(batch, parameters, model):
-    """Logits [T, V], and of each layer with mixture-of-depths the set of admitted tokens.
+    """Return logits [T, V], and for each layer with mixture-of-depths the set of admitted tokens.
 
-    parameters: the model's by name (copies). Of the model itself only routers' settings are read.
+    parameters: copies of the model's, by name. Only the routers' settings are read from the model itself.
     """
     config, info = model.config, batch.info
     x_TD, admissions = parameters["embedding.weight"][batch.tokens_T], {}
@@ -54,7 +54,7 @@ def transformer(batch, parameters, model):
 
 
 def block(layer, x_TD, tokens, info, parameters, model):
-    """A Swin block on some of the tokens; what it makes of the others is without meaning."""
+    """Apply a Swin block to some of the tokens. The rows of all other tokens have no meaning."""
     config, prefix = model.config, f"layers.{layer}."
     own = {name.removeprefix(prefix): value for name, value in parameters.items() if name.startswith(prefix)}
     core = {name.removeprefix("attention.core."): value for name, value in own.items()}

@@ -1,7 +1,9 @@
-"""Finds what a step does on the host, without a device: fake `cuda` tensors run a forward pass, meta tensors both.
+"""Detects host work in a step without a device: fake `cuda` tensors run a forward pass, meta tensors also a backward
+pass.
 
-Neither kind holds values, so whatever reads one (`.item()`, `.tolist()`, `bool(...)`, `nonzero`, indexing by a mask)
-raises an error of PyTorch's own. `HotPath` finds what these kinds allow: tensors made on the CPU, and waiting copies.
+Neither kind holds values, so any operation that reads one (`.item()`, `.tolist()`, `bool(...)`, `nonzero`, indexing by
+a mask) raises PyTorch's own error. `HotPath` detects two things that these kinds allow: tensors created on the CPU, and
+copies that wait.
 """
 
 from __future__ import annotations
@@ -24,26 +26,26 @@ from moe_dist.model.mixture_of_depths import MixtureOfDepths
 from moe_dist.model.moe.dispatch import split_sizes
 from moe_dist.model.moe.moe_layer import MoELayer
 
-# Functions that may work on the CPU: small facts which the host knows already, copied without waiting.
+# Functions that may work on the CPU: they copy small facts that the host already knows, without waiting.
 HOST_WORK = {
     "moe_dist.model.moe.experts.grouped_matmul",  # where each expert's rows end, from the split sizes
     "moe_dist.model.moe.dispatch.AllToAllDispatcher._exchange_counts",  # the order of the experts over the ranks
     "moe_dist.model.attention.VarlenDocuments.build",  # once per micro-batch, from the documents' lengths
     "moe_dist.model.attention.BucketedDocuments.build",
-    "moe_dist.core.batch._sums",  # where groups, sequences and documents end, of which mixture-of-depths admits a part
+    "moe_dist.core.batch._sums",  # where the parts of groups, sequences and documents end that mixture-of-depths admits
 }
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
 class OnTheHost(AssertionError):
-    """The hot path made or read a tensor of the CPU, or waited for a copy."""
+    """The hot path created or read a CPU tensor, or waited for a copy."""
 
 
 class HotPath(TorchDispatchMode):
     """Raises OnTheHost at every operation with a CPU tensor outside HOST_WORK, and at every copy that waits.
 
-    A number among the operands is a CPU tensor of no dimension to PyTorch: it costs nothing and is let through. So is
-    a new tensor without elements, which the checkpoint function of torch 2.11 makes.
+    PyTorch treats a number among the operands as a CPU tensor of no dimension. That costs nothing and is allowed. So is
+    a new tensor without elements, which the checkpoint function of torch 2.11 creates.
     """
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -71,7 +73,7 @@ def _is_number(tensor: Tensor) -> bool:
 
 
 def calling_function() -> str | None:
-    """The innermost function of moe_dist on the stack; None in a backward pass."""
+    """Return the innermost function of moe_dist on the stack; None in a backward pass."""
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
@@ -86,13 +88,15 @@ def expert_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def readers(model: nn.Module) -> list[Any]:
-    """What reads counts from the device, by its split_sizes: every expert layer, every layer with mixture-of-depths."""
+    """Return the modules that read counts from the device by split_sizes: every expert layer and every layer with
+    mixture-of-depths.
+    """
     depths = [module for module in model.modules() if isinstance(module, MixtureOfDepths)]
     return [*(layer.dispatcher for layer in expert_layers(model)), *depths]
 
 
 def read_counts(model: nn.Module, *inputs: Any) -> list[Any]:
-    """What every reader of a model on the CPU reads in a forward pass."""
+    """Return the counts that every reader reads in a forward pass of a model on the CPU."""
     counts: dict[int, list] = {}
 
     def recorded(tensor: Tensor, number: int) -> list:
@@ -106,7 +110,7 @@ def read_counts(model: nn.Module, *inputs: Any) -> list[Any]:
 
 
 def inject(model: nn.Module, counts: Sequence[Any]) -> list[int]:
-    """Let the readers read these counts; the list that comes back says how often each did."""
+    """Give the readers these counts to read. The returned list has the number of reads of each."""
     calls = [0] * len(counts)
     for number, (reader, known) in enumerate(zip(readers(model), counts, strict=True)):
 
@@ -120,10 +124,10 @@ def inject(model: nn.Module, counts: Sequence[Any]) -> list[int]:
 
 
 def on_fake_cuda(value: Any, mode: FakeTensorMode) -> Any:
-    """A tensor, or a record of tensors (Batch, TokenInfo), as fake `cuda` tensors."""
+    """Convert a tensor, or a record of tensors (Batch, TokenInfo), to fake `cuda` tensors."""
     if isinstance(value, Tensor):
         with mode, torch.no_grad():
-            return mode.from_tensor(value).to("cuda:0", non_blocking=True)  # waiting would need a real one
+            return mode.from_tensor(value).to("cuda:0", non_blocking=True)  # a copy that waits needs a real device
     if hasattr(value, "__dataclass_fields__"):
         return replace(value, **{f.name: on_fake_cuda(getattr(value, f.name), mode) for f in fields(value)})
     if isinstance(value, dict):
@@ -132,7 +136,7 @@ def on_fake_cuda(value: Any, mode: FakeTensorMode) -> Any:
 
 
 def model_on_fake_cuda(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Replace a model's parameters by fake ones. They need no gradients: autograd would ask for a real device."""
+    """Replace a model's parameters by fake ones. They have no gradients, because autograd would need a real device."""
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, name, nn.Parameter(on_fake_cuda(parameter.detach(), mode), requires_grad=False))
@@ -140,8 +144,10 @@ def model_on_fake_cuda(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 
 class PythonOperators(TorchFunctionMode):
-    """`x[...]` and `~x` by the operations they stand for: PyTorch's own ask for a device guard, which a CPU build
-    lacks for `cuda`. An index that is a tensor becomes PyTorch's operation, which fake tensors refuse for a mask."""
+    """Replaces `x[...]` and `~x` by the operations they stand for. PyTorch's own versions need a device guard, which a
+    CPU build lacks for `cuda`. An index that is a tensor becomes PyTorch's operation, which fake tensors refuse for a
+    mask.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.__invert__:

@@ -1,6 +1,7 @@
-"""Disks as they go wrong: full ones and read-only ones. Mounted for real where this process may mount.
+"""Full and read-only disks, mounted for real if this process may mount.
 
-Where it may not, a full disk is a limit on the size of files, and a read-only one a folder without write permission.
+If it may not, a limit on the size of files simulates a full disk, and a folder without write permission a read-only
+one.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ from tests.support.permissions import unprivileged
 
 @dataclass(frozen=True)
 class Disk:
-    """A small file system, or the pretence of one (not `mounted`)."""
+    """A small file system, or a simulated one (not `mounted`)."""
 
     folder: Path
     mounted: bool
 
     def room(self) -> int:
-        """Bytes that are free."""
+        """Number of bytes that are free."""
         return shutil.disk_usage(self.folder).free
 
     def fill(self, room: int) -> None:
-        """Leave `room` bytes free (on a real disk: rounded down to whole pages) until it is emptied."""
+        """Leave `room` bytes free until the disk is emptied (on a real disk: rounded down to whole pages)."""
         if self.mounted:
             with (self.folder / "ballast").open("wb") as stream:
                 os.posix_fallocate(stream.fileno(), 0, max(self.room() - room, 1))
 
     def grow(self) -> None:
-        """Room for everything."""
+        """Make enough room for everything."""
         if self.mounted:
             subprocess.run(["mount", "-o", "remount,size=64m", str(self.folder)], check=True)
 
@@ -44,7 +45,9 @@ class Disk:
 
     @contextmanager
     def limit(self, room: int) -> Iterator[None]:
-        """For every rank that writes while the disk is filled: where it is no real one, it lets no larger file grow."""
+        """Limit the size of files if the disk is simulated. Every rank that writes while the disk is full must call
+        this.
+        """
         if self.mounted:
             yield
             return
@@ -58,7 +61,7 @@ class Disk:
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Disk]:
-    """`folder` becomes a tmpfs of `size` bytes."""
+    """Turn `folder` into a tmpfs of `size` bytes."""
     folder.mkdir(parents=True)
     mounted = _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder))
     try:
@@ -70,7 +73,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Disk]:
 
 @contextmanager
 def read_only(folder: Path) -> Iterator[Disk]:
-    """`folder` becomes read-only: for everybody where it can be mounted so, else for those who are `restricted`."""
+    """Make `folder` read-only: for everybody if it can be mounted so, otherwise for processes that are `restricted`."""
     mounted = _mount("--bind", str(folder), str(folder))
     if mounted:
         subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
@@ -88,7 +91,7 @@ def read_only(folder: Path) -> Iterator[Disk]:
 
 @contextmanager
 def restricted(disk: Disk) -> Iterator[None]:
-    """Who writes here is stopped by a read-only folder even where nothing could be mounted, and even if it is root."""
+    """Let a read-only folder stop writes of this process, even if nothing could be mounted and even if it is root."""
     with nullcontext() if disk.mounted else unprivileged():
         yield
 

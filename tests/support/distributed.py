@@ -1,6 +1,6 @@
-"""Runs functions on real gloo ranks, and starts ranks that may die.
+"""Run functions on real gloo ranks, and start ranks that may die.
 
-Imports cost seconds: a fork server makes them once, and every rank is a fresh process forked from it.
+Imports take seconds. A fork server imports once, and every rank is a fresh process forked from it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from tests.support.long import THREADS
 
 _POOLS: dict[int, Pool] = {}
 _TIMEOUT = 300.0  # seconds a rank may take before the pool is declared hung
-# Every process group of a call keeps its gloo threads, which poll: after some hundred of them everything crawls.
+# Every process group of a call keeps its gloo threads, which poll; some hundred of them slow everything down.
 _CALLS_PER_POOL = 20
 FORK_SERVER = mp.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["moe_dist.training.run"])
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
-    """Call the module-level `function(rank, *args)` on `world` ranks; results by rank.
+    """Call the module-level `function(rank, *args)` on `world` ranks and return their results by rank.
 
-    torch.distributed is initialised on each, the default group being exactly these ranks. If any rank raises, so does
-    this, with every failing rank's traceback; the pool is then thrown away: its ranks may be waiting for each other.
+    Initialises torch.distributed on each; the default group is exactly these ranks. If any rank raises, this function
+    raises with the traceback of every failing rank and discards the pool, whose ranks may be waiting for each other.
     """
     pool = _POOLS.get(world) or _POOLS.setdefault(world, Pool(world))
     try:
@@ -64,7 +64,7 @@ class Pool:
             pipe.send((function, args))
         results, failures = [], []
         for rank, pipe in enumerate(self.pipes):
-            # After one rank has failed the others may hang in a collective: give them a moment only.
+            # After one rank has failed, the others may hang in a collective, so wait only a moment for them.
             if not pipe.poll(_TIMEOUT if not failures else 2.0):
                 failures.append(f"rank {rank}: no answer")
                 continue
@@ -87,7 +87,7 @@ class Pool:
 
 
 def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
-    gc.freeze()  # as run_rank does: DeepSpeed collects garbage for every engine, among all that was imported
+    gc.freeze()  # as run_rank does: DeepSpeed collects garbage for every engine, which would scan all imported objects
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
     )

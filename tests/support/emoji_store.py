@@ -1,4 +1,6 @@
-"""Token stores of the real emoji pairs: SentencePiece text, images as 8 x 8 cells of 27 colours for codes."""
+"""Token stores of the real emoji pairs: SentencePiece text, and images as 8 x 8 cells of 27 colours instead of VQ
+codes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs for every fused function, and how far one is from float64 operations."""
+"""Inputs for every fused function, and its deviation from float64 operations."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from moe_dist.losses import language
 from moe_dist.model import attention, mcore
 from moe_dist.model.moe import experts, swiglu
 
-ROWS = (48, 50, 1, 0)  # the first is compiled for its size, the second for any, then what compilers treat on their own
+ROWS = (48, 50, 1, 0)  # the first is compiled for its size, the second for any size; compilers treat 1 and 0 specially
 
 
 def normal(*size, dtype):
@@ -43,7 +43,9 @@ CASES = {
 
 
 def deviations(function, oracle, arguments, device="cpu"):
-    """|got - wanted| / |wanted| of the value and of each gradient: `function` on a device, `oracle` in float64."""
+    """Return |got - wanted| / |wanted| of the value and of each gradient: `function` on a device against `oracle` in
+    float64.
+    """
     exact = [a.detach().double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
     moved = [a.detach().to(device) if isinstance(a, Tensor) else a for a in arguments]
     pairs = zip(run(function, moved), run(oracle, exact), strict=True)
@@ -51,7 +53,7 @@ def deviations(function, oracle, arguments, device="cpu"):
 
 
 def run(function, arguments):
-    """The value, and the gradients of its weighted sum."""
+    """Return the value and the gradients of its weighted sum."""
     tensors = [a.requires_grad_(a.is_floating_point()) for a in arguments if isinstance(a, Tensor)]
     y = function(*arguments)
     weights = torch.linspace(0.5, 1.5, y.numel()).view_as(y).to(y.device, y.dtype)
@@ -59,7 +61,9 @@ def run(function, arguments):
 
 
 def tolerance(name, dtype, device="cpu"):
-    """Bound of `deviations`. torch's LayerNorm on a CPU adds up its bias' gradient in bfloat16."""
+    """Return the bound of `deviations`. On a CPU, torch's LayerNorm accumulates the gradient
+    of its bias in bfloat16.
+    """
     if dtype != torch.bfloat16:
         return 1e-5
     return 0.2 if name == "head norm" and torch.device(device).type == "cpu" else 1e-2

@@ -1,4 +1,4 @@
-"""A vocabulary of the real tokenizers, prompts of every kind, and a generator that caches nothing.
+"""A vocabulary of the real tokenizers, prompts of every kind, and a generator without a cache.
 
 Shape suffixes: T tokens, V vocabulary.
 """
@@ -33,7 +33,9 @@ def make_format(tokenizers: Path, context: int = CONTEXT) -> Format:
 
 
 def make_model(recipe: dict, form: Format, layout: Layout | None = None) -> Transformer:
-    """Weights so large that its predictions differ strongly; images are begun and documents ended now and then."""
+    """Build a model with weights so large that its predictions differ strongly; it sometimes begins images and ends
+    documents.
+    """
     config: ModelConfig = model_config(**recipe, init_std=0.3)
     model = Transformer(config, form.vocabulary.size, layout or Layout(), seed=1).double()
     with torch.no_grad():
@@ -42,8 +44,9 @@ def make_model(recipe: dict, form: Format, layout: Layout | None = None) -> Tran
 
 
 def make_samples(form: Format, *, guided: bool = False) -> list[GenerationState]:
-    """Images for captions; unless guided, also a text for a picture and mixed prompts, two samples each; of unlike
-    lengths."""
+    """Return images for captions; unless guided, also a text for a picture and mixed prompts. Two samples each, of
+    different lengths.
+    """
     prompts = [form.text_to_image(caption) for caption in CAPTIONS]
     if not guided:
         picture = Image.linear_gradient("L").convert("RGB")
@@ -52,7 +55,7 @@ def make_samples(form: Format, *, guided: bool = False) -> list[GenerationState]
 
 
 def generate_on_rank(rank: int, tokenizers: Path, recipe: dict, sampling: Sampling, guided: bool) -> dict:
-    """This rank's samples; with a rank number of -1 all of them, without ranks."""
+    """Return this rank's samples; with rank -1 all of them, without ranks."""
     layout = Layout() if rank < 0 else make_layout(expert=2, device=torch.device("cpu"))
     form = make_format(tokenizers)
     samples = make_samples(form, guided=guided)[layout.rank :: layout.world]
@@ -62,7 +65,7 @@ def generate_on_rank(rank: int, tokenizers: Path, recipe: dict, sampling: Sampli
 
 @torch.no_grad()
 def without_cache(model: Transformer, form: Format, sample: GenerationState, sampling: Sampling) -> list[int]:
-    """Generate one sample alone: every token from a forward pass over the whole document so far."""
+    """Generate one sample alone, each token from a forward pass over the whole document so far."""
 
     def logits(prompt: tuple[int, ...], unconditional: bool) -> torch.Tensor:
         tokens_T = torch.tensor([*prompt, *sample.generated])

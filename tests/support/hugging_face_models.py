@@ -30,9 +30,9 @@ SIZES = {
 
 
 def save_llama(folder: Path, *, dtype=torch.float32, max_shard_size="1GB", **changes) -> LlamaForCausalLM:
-    """A random model, written by transformers; norms' weights are random too, so that each matters.
+    """Write a random model with transformers. Its norms' weights are random too, so that each affects the result.
 
-    It computes in float32, with weights that `dtype` holds exactly.
+    It computes in float32, with weights that `dtype` represents exactly.
     """
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**(SIZES | changes))).eval()
@@ -40,13 +40,15 @@ def save_llama(folder: Path, *, dtype=torch.float32, max_shard_size="1GB", **cha
         if "norm" in name:
             torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
         parameter.data = parameter.data.to(dtype).float()
-    stored = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}  # a shared one once
+    stored = {
+        name: parameter.to(dtype) for name, parameter in model.named_parameters()
+    }  # a shared parameter is stored once
     model.save_pretrained(folder, state_dict=stored, max_shard_size=max_shard_size)
     return model
 
 
 def load_checkpoint(path: Path) -> Transformer:
-    """The whole model of a checkpoint, on one process; every parameter is filled, every tensor used."""
+    """Load the whole model of a checkpoint on one process. Every parameter must be filled, and every tensor used."""
     tensors = {name: lazy.read() for name, lazy in read_tensors(path).items()}
     section = validate(ModelConfig, read_state(path)["config"]["model"], "test")
     model = Transformer(section, len(tensors["embedding.weight"]), Layout(), seed=99)
@@ -61,7 +63,7 @@ def load_checkpoint(path: Path) -> Transformer:
 
 
 def as_documents(documents: list[list[int]]) -> tuple[Tensor, TokenInfo]:
-    """Token ids of several documents, packed into one micro-batch of text."""
+    """Pack the token ids of several documents into one micro-batch of text."""
     lengths = [len(ids) for ids in documents]
     tokens = sum(lengths)
     info = TokenInfo.build(
@@ -77,7 +79,7 @@ def as_documents(documents: list[list[int]]) -> tuple[Tensor, TokenInfo]:
 
 @torch.no_grad()
 def logits_apart(model: LlamaForCausalLM, documents: list[list[int]]) -> Tensor:
-    """transformers' logits of each document on its own, one after another."""
+    """Return transformers' logits of each document, computed one after another."""
     return torch.cat([model(torch.tensor([ids])).logits[0] for ids in documents])
 
 

@@ -1,7 +1,7 @@
 """Counts the kernel launches of a step without a GPU: ATen operations that would start at least one CUDA kernel.
 
-The step runs on the CPU. Views, metadata and allocations without a fill launch nothing; collectives and the host's own
-work (_HOST_WORK) are not counted. An operation counts once, although some (sort, topk) start several kernels.
+The step runs on the CPU. Views, metadata and allocations without a fill launch nothing. Collectives and host work
+(_HOST_WORK) are not counted. An operation counts once, although some (sort, topk) start several kernels.
 """
 
 from __future__ import annotations

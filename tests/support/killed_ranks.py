@@ -1,8 +1,8 @@
 """Runs whose ranks are killed (kill -9) at chosen places inside functions of the real code.
 
-A place is the n-th profiling event (a Python or C function is called or returns) within the k-th call of a function, so
-that it can be drawn at random from all there are: an undisturbed run counts them. The rank that dies tells in
-RUN/trace.json where, as its last act.
+A place is the n-th profiling event (a Python or C function is called or returns) within the k-th call of a function. An
+undisturbed run counts all places, so that one can be drawn at random. The last act of the dying rank is to write the
+place of its death to RUN/trace.json.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ WINDOWS = {  # functions to die in, as the code looks them up
     "exchange": "moe_dist.parallel.collectives:_exchange",
     "metrics": "moe_dist.metrics.sinks:Sinks.log",
 }
-STEPS, EVERY, GROUPS = 6, 2, 4  # of a run; a checkpoint every so many; selection groups of a step
+STEPS, EVERY, GROUPS = 6, 2, 4  # steps of a run; steps between checkpoints; selection groups of a step
 Counts = list[dict[str, list[int]]]  # [rank][window][call]: events inside
 
 
 @dataclass(frozen=True)
 class How:
-    """How the run is laid out and saves."""
+    """Layout of a run and its way of saving."""
 
     stage: int
     asynchronous: bool
@@ -68,13 +68,13 @@ class Undisturbed:
 
     how: How
     overrides: list[str]
-    run_dir: Path  # it kept every checkpoint
+    run_dir: Path  # keeps every checkpoint
     counts: Counts  # with checkpoint.keep=1
 
 
 @dataclass(frozen=True)
 class Kill:
-    """Rank `rank` dies at the event-th event inside the call-th call (from 0) of a window's function."""
+    """A kill of rank `rank` at the event-th event inside the call-th call (from 0) of a window's function."""
 
     rank: int
     window: str
@@ -83,7 +83,9 @@ class Kill:
 
     @classmethod
     def draw(cls, seed: int, window: str, counts: Counts) -> Kill:
-        """One of all places inside a window, seeded; not at its very end, as counts may differ a little."""
+        """Draw one of all places inside a window, seeded. Places at the very end are excluded, because counts may
+        differ a little.
+        """
         chance = random.Random(f"{window} {seed}")
         rank = chance.choice([rank for rank, of_rank in enumerate(counts) if of_rank[window]])
         call = chance.randrange(len(counts[rank][window]))
@@ -92,9 +94,9 @@ class Kill:
 
 @dataclass(frozen=True)
 class Trace:
-    """Where a rank died."""
+    """The place where a rank died."""
 
-    stack: list[str]  # of its thread: names of functions, the innermost first
+    stack: list[str]  # functions of its thread, the innermost first
     inside: bool  # whether the window's function was among them
 
 
@@ -106,10 +108,10 @@ def run_ranks_of_train(
     kill: Kill | None = None,
     largest_file: int | None = None,
 ) -> tuple[list[int], list[str]]:
-    """Train as launch/train.py does, on fresh processes: exit codes (-9: killed) and what was printed, by rank.
+    """Train as launch/train.py does, in fresh processes. Return exit codes (-9: killed) and output by rank.
 
-    Nobody ends the ranks that outlive another; one that still runs after PATIENCE is an AssertionError.
-    largest_file: no rank may write a larger one, in bytes.
+    Nobody ends the ranks that outlive another rank. If one still runs after PATIENCE, that is an AssertionError.
+    largest_file: the size in bytes that files of the ranks must not exceed.
     """
     logs = run_dir.parent / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -133,7 +135,7 @@ def run_ranks_of_train(
 
 
 def counts_of(run_dir: Path, world: int = 2) -> Counts:
-    """What an undisturbed run has counted."""
+    """Return the counts of an undisturbed run."""
     return [json.loads((run_dir.parent / "logs" / f"counts_{rank}.json").read_text()) for rank in range(world)]
 
 
@@ -142,7 +144,7 @@ def trace_of(run_dir: Path) -> Trace:
 
 
 def same(run_dir: Path, reference: Path) -> None:
-    """The runs ended in the same bits, with the same losses all along."""
+    """Assert that the runs ended with the same bits and had the same losses."""
     last = [checkpoint_path(folder, STEPS) for folder in (run_dir, reference)]
     verify_checkpoint(last[0])
     assert stored(last[0]) == stored(last[1])
@@ -158,7 +160,7 @@ def same(run_dir: Path, reference: Path) -> None:
 
 
 def stored(checkpoint: Path) -> dict[str, str]:
-    """Name and checksum of every file of tensors."""
+    """Return name and checksum of every tensor file."""
     files = json.loads((checkpoint / "manifest.json").read_text())["files"]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
 
@@ -188,7 +190,7 @@ def _rank(
 
 
 def _watch(where: str, events: list[int], kill: Kill | None, trace: Path) -> None:
-    """Wrap a function: the events inside each call are counted, and the process dies at the one of `kill`."""
+    """Wrap a function: count the events inside each call, and end the process at the event of `kill`."""
     module, _, path = where.partition(":")
     *parents, name = path.split(".")
     owner: Any = import_module(module)

@@ -1,4 +1,4 @@
-"""Starts the tools of launch/ as a user does, under a launcher or as ranks that nobody looks after."""
+"""Starts the tools of launch/ as a user does, under a launcher or as bare ranks without one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def launch(
     threads: int = 1,
     variables: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
-    """Run launch/train.py and wait for its end."""
+    """Run launch/train.py and wait until it ends."""
     arguments = ["--config", str(config), *overrides]
     return launch_tool(launcher, "train.py", arguments, threads=threads, variables=variables)
 
@@ -41,7 +41,7 @@ def launch_tool(
     threads: int = 1,
     variables: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
-    """Run launch/TOOL and wait for its end."""
+    """Run launch/TOOL and wait until it ends."""
     if launcher is DEEPSPEED:
         launcher = [*DEEPSPEED, str(20000 + os.getpid() % 20000)]
     own = environment() | {"OMP_NUM_THREADS": str(threads)} | (variables or {})
@@ -50,7 +50,7 @@ def launch_tool(
 
 
 def start(launcher: Sequence[str], overrides: Sequence[str]) -> subprocess.Popen:
-    """Run launch/train.py and do not wait; the process has what it prints. The caller gives DeepSpeed a port."""
+    """Start launch/train.py and do not wait; the returned process has its output. The caller gives DeepSpeed a port."""
     return subprocess.Popen(
         [*launcher, "launch/train.py", "--config", MOMA, *overrides],
         cwd=ROOT,
@@ -69,7 +69,7 @@ def bare_ranks(
     variables: dict[str, str] | None = None,
     prepare_rank_0: Callable[[], None] | None = None,
 ) -> list[tuple[int, str]]:
-    """(exit status, what was printed) of every rank; no launcher ends one because another has failed."""
+    """Return (exit status, output) of every rank. No launcher ends a rank because another has failed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
@@ -97,11 +97,11 @@ def bare_ranks(
 
 
 def signals_at(*rules: str) -> dict[str, str]:
-    """Variables that have ranks meet signals at exact moments, "rank:SIGNAME:function:call" (see signals_at/)."""
+    """Return variables that send signals to ranks at exact moments, "rank:SIGNAME:function:call" (see signals_at/)."""
     return {"PYTHONPATH": f"{ROOT / 'tests' / 'support' / 'signals_at'}:{ROOT}", "SIGNALS": ",".join(rules)}
 
 
 def environment() -> dict[str, str]:
-    """This process's, without a place among ranks, and such that the package is this one."""
+    """Return this process's environment without its rank variables, set up to import this package."""
     inherited = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
     return inherited | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"}

@@ -1,4 +1,4 @@
-"""Whether tests try many cases where a few stand for them otherwise: `make test-long` sets MOE_DIST_LONG."""
+"""Whether tests try many cases instead of a few representative ones: `make test-long` sets MOE_DIST_LONG."""
 
 import os
 
@@ -6,4 +6,6 @@ import pytest
 
 LONG = "MOE_DIST_LONG" in os.environ
 REPEATED = pytest.mark.skipif(not LONG, reason="repeats what other cases of this test show: make test-long runs it")
-THREADS = int(os.environ.get("MOE_DIST_TEST_THREADS", "1"))  # of a rank: of tensors this small a second one only waits
+THREADS = int(
+    os.environ.get("MOE_DIST_TEST_THREADS", "1")
+)  # threads per rank; for tensors this small a second thread only waits

@@ -1,4 +1,4 @@
-"""Random micro-batches for model tests, and the small recipes they are run with."""
+"""Random micro-batches for model tests, and small recipes to run them with."""
 
 import torch
 
@@ -35,7 +35,7 @@ def model_config(ffn=DENSE, **changes) -> ModelConfig:
 
 
 def make_batch(lengths, *, num_groups=1, num_sequences=None, padding=0, seed=0, first_token_id=0) -> Batch:
-    """Documents of these lengths, then one document of padding. Padding does not change what the others hold."""
+    """Return documents of these lengths, then one document of padding. Padding does not change the other documents."""
     modalities, vocabulary = (torch.Generator().manual_seed(seed + offset) for offset in (0, 1000))
     documents = [*lengths, padding] if padding else list(lengths)
     tokens = sum(documents)

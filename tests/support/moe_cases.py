@@ -85,36 +85,36 @@ def make_info(modality_T: Tensor, valid_T: Tensor, first_id: int = 0, num_groups
 
 
 def make_batch(kind: str, rank: int) -> tuple[Tensor, TokenInfo, Tensor]:
-    """x_TD (float64, a leaf), its TokenInfo, and the coefficients of a loss sum(y * c), for one rank."""
+    """Return x_TD (float64, a leaf), its TokenInfo, and the coefficients c of a loss sum(y * c), for one rank."""
     generator = torch.Generator().manual_seed(100 + rank)
     x_TD = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64)
     loss_TD = torch.randn(TOKENS, WIDTH, generator=generator, dtype=torch.float64)
     image_share = 0.3 + 0.4 * (rank % 2)
     modality_T = (torch.rand(TOKENS, generator=generator) < image_share).long()
     valid_T = torch.rand(TOKENS, generator=generator) < 0.8
-    if kind == "one_sided":  # even ranks have text alone, odd ones images alone
+    if kind == "one_sided":  # even ranks have only text, odd ranks only images
         modality_T = torch.full_like(modality_T, IMAGE if rank % 2 else TEXT)
     elif kind == "no_images":
         modality_T = torch.zeros_like(modality_T)
     elif kind == "rank_0_padding" and rank == 0:
         valid_T = torch.zeros_like(valid_T)
-    elif kind == "one_token":  # in all: on rank 0, in its second group
+    elif kind == "one_token":  # one token over all ranks: on rank 0, in its second group
         valid_T = (torch.arange(TOKENS) == TOKENS - 3) & (rank == 0)
     elif kind == "skewed":
         x_TD = x_TD.abs()
-    elif kind == "repeated":  # three kinds of token tie; to the third, zero, all experts tie too
+    elif kind == "repeated":  # three kinds of tokens tie; for the third, zero, all experts tie too
         x_TD = torch.cat([x_TD[:2], torch.zeros_like(x_TD[:1])])[torch.arange(TOKENS) % 3]
     return x_TD.requires_grad_(), make_info(modality_T, valid_T, first_id=rank * TOKENS), loss_TD
 
 
 def make_layer(router: str, kind: str = "mixed", layout: Layout | None = None, slices: int = 1) -> MoELayer:
-    """A float64 layer; with "skewed" every gate sends positive inputs to its expert 0."""
+    """Build a float64 layer. If `kind` is "skewed", every gate sends positive inputs to its expert 0."""
     ffn = MoEFFN(type="moe", hidden_size=EXPERT_WIDTH * slices, slices=slices, router=ROUTERS[router])
     layer = build_moe_layer(
         ffn, hidden_size=WIDTH, layer=3, seed=5, layout=layout or Layout(), init_std=0.3, output_std=0.2
     ).double()
     for name, parameter in layer.router.named_parameters():
-        if name.endswith("bias"):  # it starts at zero, where it could not be missed
+        if name.endswith("bias"):  # biases start at zero, where an error would not be noticed
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
     if kind == "skewed":
         with torch.no_grad():
@@ -125,7 +125,7 @@ def make_layer(router: str, kind: str = "mixed", layout: Layout | None = None, s
 
 
 def run_layer(layer: MoELayer, kind: str, rank: int) -> dict[str, Any]:
-    """Forward and backward of one rank's micro-batch: everything the oracle predicts."""
+    """Run forward and backward of one rank's micro-batch and return everything that the oracle predicts."""
     x_TD, info, loss_TD = make_batch(kind, rank)
     y_TD, _ = layer(x_TD, info)
     (y_TD * loss_TD).sum().backward()
@@ -142,9 +142,9 @@ def run_layer(layer: MoELayer, kind: str, rank: int) -> dict[str, Any]:
 def oracle(
     router: str, kind: str, world: int, slices: int = 1
 ) -> tuple[list[dict[str, Tensor]], dict[str, list[Tensor]]]:
-    """Per rank outputs and input gradients, and the weights' gradients summed over ranks, by the dense loops.
+    """Return per-rank outputs and input gradients, and the weights' gradients summed over ranks, from the dense loops.
 
-    Experts in slices are whole in the loops, made of all their slices; the gradients are those of the slices.
+    The loops use whole experts, joined from their slices; the gradients are those of the slices.
     """
     layer = make_layer(router, kind, slices=slices)
     gate_weights = [weight.detach().clone().requires_grad_() for weight in layer.router.parameters()]
@@ -161,7 +161,7 @@ def oracle(
 
 
 def assert_equals_oracle(results: list[dict[str, Any]], router: str, kind: str, slices: int = 1) -> None:
-    """Compare every rank's run_layer with the oracle, to 1e-9 (relative to the largest value beside it)."""
+    """Compare every rank's run_layer with the oracle, to 1e-9 relative to the largest value of the same tensor."""
     ranks, weights = oracle(router, kind, len(results), slices)
     for got, expected in zip(results, ranks):
         close(got["y"], expected["y"], "y")

@@ -1,4 +1,4 @@
-"""Small packages as the registries ship them, and what a prepared folder holds, read with tarfile alone."""
+"""Small packages in the form of the registries, and the samples of a prepared folder, read with tarfile alone."""
 
 import io
 import json
@@ -25,7 +25,7 @@ def debian_package(name: str, folder: Path, downloads: Path) -> None:
 
 
 def metas(folder: Path) -> dict[str, tuple[str, dict]]:
-    """Key -> split and .json member of every sample, read with tarfile alone."""
+    """Return key -> split and .json member of every sample, read with tarfile alone."""
     found = {}
     for tar_path in folder.rglob("*.tar"):
         with tarfile.open(tar_path) as tar:

@@ -1,4 +1,4 @@
-"""Permissions as other people meet them: root, as whom tests may run, reads and writes everything."""
+"""Permissions as other users have them. Tests may run as root, which can read and write everything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NOBODY = 65534
 
 @contextmanager
 def unprivileged() -> Iterator[None]:
-    """Root acts as nobody; whoever else runs the tests stays who they are."""
+    """If the tests run as root, act as nobody; otherwise change nothing."""
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(NOBODY)
@@ -26,7 +26,7 @@ def unprivileged() -> Iterator[None]:
 
 @contextmanager
 def public_folder() -> Iterator[Path]:
-    """A folder that everybody may read and only its owner may write (pytest's own are closed to others)."""
+    """Return a folder that everybody may read and only its owner may write (pytest's own are closed to others)."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)

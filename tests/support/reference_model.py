@@ -1,7 +1,7 @@
 """The model in plain PyTorch, document by document, from a dict of the real model's parameters.
 
-Nothing of moe_dist or megatron is used: the formulas of the papers, written as simply as possible. Expert layers are
-the caller's (tests/support/routing_reference.py).
+It uses nothing of moe_dist or megatron: only the formulas of the papers, written as simply as possible. The caller
+supplies expert layers (tests/support/routing_reference.py).
 """
 
 import math
@@ -10,11 +10,11 @@ import torch
 
 
 def attention(x, weights, *, num_heads, base, epsilon, groups=None, delta=None, position=None):
-    """One document x [L, D]. Weights: qkv in megatron's order (of each group: its heads' queries, a key, a value), proj
-    and norms. Head h reads the key and value of group h // (heads per group).
+    """Attention over one document x [L, D]. Weights: qkv in megatron's order (of each group: its heads' queries, a key,
+    a value), proj and norms. Head h reads the key and value of group h // (heads per group).
 
-    position [L]: where the tokens stand, 0, 1, 2, ... if not given.
-    delta(part, x): what LoRA adds to all queries "q", keys "k" and values "v", head after head, and to the output "o".
+    position [L]: the tokens' positions; default 0, 1, 2, ... delta(part, x): LoRA's addition to all queries "q", keys
+    "k" and values "v", head after head, and to the output "o".
     """
     length, groups = len(x), groups or num_heads
     shared = num_heads // groups
@@ -40,7 +40,7 @@ def attention(x, weights, *, num_heads, base, epsilon, groups=None, delta=None, 
 
 
 def rotate(x, base, position):
-    """RoPE with the two halves of a head as real and imaginary part. Angles in float32."""
+    """Apply RoPE with the two halves of a head as real and imaginary part. Angles in float32."""
     size = x.shape[2]
     frequency = 1 / base ** (torch.arange(0, size, 2) / size)
     angle = torch.outer(position.float(), frequency)
@@ -65,7 +65,7 @@ def swiglu(x, gate_up, down):
 
 
 def transformer(tokens, parameters, config, ffn=None):
-    """Logits [L, V] of one document alone. ffn(layer, x) is its feed-forward part; the default is the dense one."""
+    """Return logits [L, V] of one document. ffn(layer, x) is its feed-forward part; the default is the dense one."""
     x = parameters["embedding.weight"][tokens]
     for layer in range(config.num_layers):
         own = {k.removeprefix(f"layers.{layer}."): v for k, v in parameters.items() if k.startswith(f"layers.{layer}.")}

@@ -1,7 +1,7 @@
 """Naive oracles of routing and experts: plain loops over tokens and experts, no sorting of tensors, no dispatch.
 
-A router's oracle returns gates_TE: the combine weight of every token at every expert, 0 where it does not go. The
-gates are differentiable, so autograd through these loops is the oracle of every gradient.
+A router's oracle returns gates_TE: the combine weight of every token at every expert, 0 if the token does not go there.
+The gates are differentiable, so autograd through these loops is the oracle of every gradient.
 
 Shape suffixes: T tokens, D model width, E experts, F expert width.
 """
@@ -21,11 +21,11 @@ from moe_dist.model.moe.expert_choice import ModalityRouter
 from moe_dist.model.moe.token_choice import TokenChoiceRouter
 
 _WORD = (1 << 64) - 1
-LORA_ALPHA = 12.0  # of every LoRA that is compared with an oracle
+LORA_ALPHA = 12.0  # alpha of every LoRA that is compared with an oracle
 
 
 def splitmix_hash(key: int, *ids: int) -> int:
-    """moe_dist.core.seeding.hash_ids on Python integers: one round of SplitMix64 for each id, unsigned."""
+    """Compute moe_dist.core.seeding.hash_ids on Python integers: one round of SplitMix64 for each id, unsigned."""
     state = key & _WORD
     for id_ in ids:
         z = ((state ^ (id_ & _WORD)) + 0x9E3779B97F4A7C15) & _WORD
@@ -36,14 +36,16 @@ def splitmix_hash(key: int, *ids: int) -> int:
 
 
 def selection_key(logit: float, token_id: int, expert: int, key: int) -> tuple[int, int]:
-    """What selection compares: the logit on a grid of 2^-14 within +-256, then the 40 high bits, signed, of a hash."""
+    """Return the key that selection compares: the logit on a grid of 2^-14 within +-256, then the 40 high bits, signed,
+    of a hash.
+    """
     position = max(-(2**22), min(2**22 - 1, round(logit * 2**14)))
     word = (splitmix_hash(0, token_id) ^ expert * 0x9E3779B97F4B) * (key | 1) & _WORD
     return position, (word - (word >> 63 << 64)) >> 24
 
 
 def groups_of(info: TokenInfo, modalities: Sequence[int]) -> list[list[int]]:
-    """Valid tokens of those modalities, selection group by selection group."""
+    """Return the valid tokens of these modalities, selection group by selection group."""
     size = info.num_tokens // info.num_groups
     return [
         [
@@ -57,7 +59,7 @@ def groups_of(info: TokenInfo, modalities: Sequence[int]) -> list[list[int]]:
 
 @dataclass
 class Decision:
-    """gates_TE, and the assignments as sets: (token, column) chosen, (token, expert) kept."""
+    """A routing decision: gates_TE, and the assignments as sets: (token, column) chosen, (token, expert) kept."""
 
     gates_TE: Tensor
     chosen: set[tuple[int, int]]
@@ -67,7 +69,7 @@ class Decision:
 def token_choice(
     x_TD: Tensor, weight_CD: Tensor, bias_C: Tensor | None, info: TokenInfo, groups: list[list[int]], key: int, settings
 ) -> Decision:
-    """TopKRouter and NullExpertRouter (AdaMoE, arXiv 2406.13233), with capacity."""
+    """Route as TopKRouter and NullExpertRouter do (AdaMoE, arXiv 2406.13233), with capacity."""
     columns, experts, k = weight_CD.shape[0], settings.num_experts, settings.top_k
     rows = [[torch.zeros((), dtype=x_TD.dtype)] * experts for _ in range(info.num_tokens)]
     chosen, kept = set(), set()
@@ -95,7 +97,7 @@ def token_choice(
 
 
 def _token_choice_weights(logits: list[Tensor], best: list[int], experts: int, settings):
-    """Gate values of all columns, and the combine weight of each chosen true expert."""
+    """Return the gate values of all columns, and the combine weight of each chosen true expert."""
     total = sum(torch.exp(logit) for logit in logits)
     if getattr(settings, "score", "softmax") == "softmax":
         values = [torch.exp(logit) / total for logit in logits]
@@ -112,7 +114,7 @@ def _token_choice_weights(logits: list[Tensor], best: list[int], experts: int, s
 
 
 def gumbel_difference(key: int, token_id: int, expert: int) -> float:
-    """G' - G'' is logistic: the logit of a uniform number, here 40 bits of a hash."""
+    """Return G' - G'', which is logistic: the logit of a uniform number, here of 40 bits of a hash."""
     u = ((splitmix_hash(key, token_id, expert) >> 24) + 0.5) / 2**40
     return math.log(u / (1 - u))
 
@@ -127,7 +129,7 @@ def expert_choice_gates(
     capacity_factor,
     noise_key: int | None = None,
 ) -> Tensor:
-    """MoMa (arXiv 2407.21770) eq. 1 within each group of tokens; noise_key: with Gumbel noise on the gate."""
+    """Compute MoMa's eq. 1 (arXiv 2407.21770) within each group of tokens. noise_key: with Gumbel noise on the gate."""
     num_experts = weight_ED.shape[0]
     rows = [[torch.zeros((), dtype=x_TD.dtype)] * num_experts for _ in range(info.num_tokens)]
     for group in groups:
@@ -147,14 +149,16 @@ def expert_choice_gates(
 
 
 def decide(router, x_TD: Tensor, weights: Sequence[Tensor], info: TokenInfo, modality: int | None = None) -> Decision:
-    """The oracle of a token-choice router; weights: its gate's weight and, where it has one, bias (copies)."""
+    """Apply the oracle of a token-choice router. weights: copies of its gate's weight and, if it has one, bias."""
     groups = groups_of(info, range(len(MODALITIES)) if modality is None else [modality])
     bias_C = weights[1] if router.settings.bias else None
     return token_choice(x_TD, weights[0], bias_C, info, groups, router.key, router.settings)
 
 
 def gates(router, x_TD: Tensor, weights: Sequence[Tensor], info: TokenInfo, modality: int | None = None) -> Tensor:
-    """The oracle of any of our routers; weights: its gates' parameters (copies), in the order of its parameters."""
+    """Apply the oracle of any of our routers. weights: copies of its gates' parameters, in the
+    order of its parameters.
+    """
     if isinstance(router, ModalityRouter):
         left, columns = list(weights), []
         for index, name in enumerate(MODALITIES):
@@ -171,7 +175,7 @@ def gates(router, x_TD: Tensor, weights: Sequence[Tensor], info: TokenInfo, moda
 
 
 def admitted(logits_T: Sequence[float], info: TokenInfo, sets: list[list[int]], key: int, capacity: float) -> set[int]:
-    """Mixture-of-depths: the tokens of each competing set that a block works on, ceil(b c) of them."""
+    """Return the tokens of each competing set that a block with mixture-of-depths admits, ceil(b c) of them."""
     chosen = set()
     for members in sets:
 
@@ -183,7 +187,7 @@ def admitted(logits_T: Sequence[float], info: TokenInfo, sets: list[list[int]], 
 
 
 def expert_layer(x_TD: Tensor, gates_TE: Tensor, gate_up_EDF: Tensor, down_EFD: Tensor) -> Tensor:
-    """y_t = sum_e g_te SwiGLU_e(x_t), every expert on every token."""
+    """Return y_t = sum_e g_te SwiGLU_e(x_t), computing every expert on every token."""
     width = down_EFD.shape[1]
     outputs = []
     for t in range(x_TD.shape[0]):
@@ -197,7 +201,7 @@ def expert_layer(x_TD: Tensor, gates_TE: Tensor, gate_up_EDF: Tensor, down_EFD: 
 
 
 def join_slices(gate_up_SDF: Tensor, down_SFD: Tensor, slices: int) -> tuple[Tensor, Tensor]:
-    """The experts that so many slices each make up, side by side; slice k of expert e of E experts is row k E + e."""
+    """Join the slices of each expert side by side. Slice k of expert e of E experts is row k E + e."""
     experts, width = len(down_SFD) // slices, down_SFD.shape[1]
     gate_up, down = [], []
     for e in range(experts):
@@ -209,7 +213,7 @@ def join_slices(gate_up_SDF: Tensor, down_SFD: Tensor, slices: int) -> tuple[Ten
 
 
 def dropped(x_D: Tensor, key: int, token_id: int, rate: float) -> Tensor:
-    """Dropout of one token: each column's 16 bits of a hash, below the rate's share of 2^16, make it zero."""
+    """Apply dropout to one token: a column is zero if 16 bits of its hash are below the rate times 2^16."""
     limit = round(rate * 2**16)
     bits = [splitmix_hash(key, token_id, column // 4) >> 16 * (column % 4) & 0xFFFF for column in range(len(x_D))]
     keep_D = torch.tensor([0.0 if value < limit else 1 / (1 - limit / 2**16) for value in bits], dtype=x_D.dtype)
@@ -217,9 +221,10 @@ def dropped(x_D: Tensor, key: int, token_id: int, rate: float) -> Tensor:
 
 
 def lora_layer(x_TD: Tensor, gates_TE: Tensor, info: TokenInfo, experts, weights: dict[str, Tensor]) -> Tensor:
-    """LLaVA-MoLE (arXiv 2401.16160) token by token; weights: the layer's parameters by name (copies).
+    """Compute LLaVA-MoLE (arXiv 2401.16160) token by token. weights: copies of the layer's parameters, by name.
 
-    The expert of a token is the one with a gate; its gate scales the deltas. A token without one (padding) gets zero.
+    The expert of a token is the one with a nonzero gate, and its gate scales the deltas. A token without one (padding)
+    gets zero.
     """
 
     def delta(part: str, x_D: Tensor, t: int, e: int) -> Tensor:

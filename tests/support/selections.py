@@ -1,10 +1,10 @@
 """Selections of a run, and runs that follow the selections of another.
 
-Layouts and processors round differently, which moves a logit by about 1e-7. If a selection is closer than that (a
-near-tie), it falls differently, and the two runs then differ by far more than rounding although both are right. A test
-that compares layouts must not depend on it. So the compared run selects by the logits of its reference, and keeps its
-own. `deviation` compares the two: a selection is replaced only where the logits agree to the test's tolerance, and a
-fault that moves them further shows there.
+Layouts and processors round differently, which moves a logit by about 1e-7. If the margin of a selection is smaller (a
+near-tie), rounding may reverse it, and the two runs then differ by far more than rounding although both are correct. A
+test that compares layouts must not depend on that. So the compared run selects by the logits of its reference, and
+keeps its own logits. `deviation` compares the two: a selection is replaced only if the logits agree to the test's
+tolerance, and a fault that moves them further fails the test.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from moe_dist.model.moe import depth_router as depth
 from moe_dist.model.moe import expert_choice, token_choice
 from moe_dist.model.moe.router import selection_keys
 
-# Largest difference of a logit to rounding, after a few steps: less than half a cell of the grid of selection_keys.
+# Largest difference of a logit due to rounding, after a few steps: under half a cell of the grid of selection_keys.
 LOGITS = 3e-5
 # Nats by which a decision that falls differently may move the mean loss of a small run (seen: up to 7e-4). Runs under a
 # launcher cannot follow each other, so they are compared to this; a rank that takes other data moves it further.
@@ -31,14 +31,16 @@ Selections = dict[tuple[int, int], tuple[Tensor, Tensor]]  # (step, key of the r
 
 
 class Watch:
-    """Keeps the logits of every selection; with `follow` it selects by those of another run. Set `step` before each."""
+    """Keeps the logits of every selection. With `follow` it selects by those of another run. Set `step` before each
+    step.
+    """
 
     def __init__(self, follow: Selections | None = None) -> None:
         self.step, self.follow = 0, follow
         self._seen: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
 
     def keys(self, logits_VC: Tensor, info: TokenInfo, key: int, scope: str = "group") -> Tensor:
-        """Stand in for moe_dist.model.moe.router.selection_keys."""
+        """Replace moe_dist.model.moe.router.selection_keys."""
         token_id_V = info.token_id_T.index_select(0, info.competing(scope)[0])
         self._seen.setdefault((self.step, key), []).append((token_id_V, logits_VC.detach()))
         if self.follow is not None and (self.step, key) in self.follow:
@@ -61,7 +63,7 @@ def watching(follow: Selections | None = None) -> Iterator[Watch]:
 
 
 def unite(of_ranks: Iterable[Selections]) -> Selections:
-    """Selections over the tokens of all ranks."""
+    """Unite the selections of all ranks, over the tokens of all."""
     pieces: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
     for seen in of_ranks:
         for place, piece in seen.items():
@@ -70,7 +72,7 @@ def unite(of_ranks: Iterable[Selections]) -> Selections:
 
 
 def deviation(mine: Selections, reference: Selections) -> float:
-    """Largest difference of a logit over the steps of `mine`; inf where other tokens were selected from."""
+    """Return the largest difference of a logit over the steps of `mine`; inf if the tokens selected from differ."""
     assert mine, "no selection was seen"
     largest = 0.0
     for place, (token_id_V, logits_VC) in mine.items():
@@ -82,7 +84,7 @@ def deviation(mine: Selections, reference: Selections) -> float:
 
 
 def _in_order(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Sort by token id. Of a token that recomputation has selected from twice, keep the first."""
+    """Sort by token id. If recomputation has selected from a token twice, keep the first."""
     token_id_V, logits_VC = (torch.cat(column) for column in zip(*pieces, strict=True))
     token_id_V, order_V = token_id_V.sort(stable=True)
     first_V = torch.ones_like(token_id_V, dtype=torch.bool)
@@ -91,7 +93,7 @@ def _in_order(pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _logits_of(token_id_V: Tensor, known_K: Tensor, logits_KC: Tensor, *, own_VC: Tensor) -> Tensor:
-    """Return the known logits of these tokens, and own_VC for unknown ones (a fault, which `deviation` shows)."""
+    """Return the known logits of these tokens, and own_VC for unknown ones (a fault, which `deviation` reports)."""
     index_V = torch.searchsorted(known_K, token_id_V).clamp(max=len(known_K) - 1)
     is_known_V = known_K.index_select(0, index_V) == token_id_V
     return torch.where(is_known_V[:, None], logits_KC.index_select(0, index_V), own_VC)

@@ -1,4 +1,4 @@
-"""A token store and a vocabulary in memory, for tests of what comes after tokenisation."""
+"""A token store and a vocabulary in memory, for tests of the code that follows tokenization."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXT_IDS, IMAGE_IDS = 40, 16
 
 
 class SmallVocabulary:
-    """Ids: 0 PAD, 1 BOS, 2 EOS, 3 BOI, 4 EOI, then text, then image codes."""
+    """A vocabulary with the ids 0 PAD, 1 BOS, 2 EOS, 3 BOI, 4 EOI, then text, then image codes."""
 
     pad, bos, eos, boi, eoi = range(5)
     first_text, first_image = 5, 5 + TEXT_IDS
@@ -32,7 +32,7 @@ class MemoryDocument:
 
 
 class MemoryStore:
-    """part_sizes: documents of each corpus, where there are several."""
+    """A store in memory. part_sizes: number of documents of each corpus, if there are several."""
 
     def __init__(self, documents: list[MemoryDocument], part_sizes: Sequence[int] | None = None):
         self.documents = documents
@@ -51,7 +51,7 @@ class MemoryStore:
 def random_store(
     seed: int, *, pairs: int = 0, texts: int = 0, codes: int = 6, caption: int = 12, text: int = 40
 ) -> MemoryStore:
-    """Pairs and texts mixed; lengths are uniform from 0 to the given maximum."""
+    """Return pairs and texts mixed, with lengths uniform from 0 to the given maximum."""
     rng = np.random.default_rng(seed)
     v = SmallVocabulary
 
@@ -64,7 +64,9 @@ def random_store(
 
 
 def random_instructions(seed: int, *, count: int, pictures: float = 0.5, codes: int = 6) -> list[MemoryDocument]:
-    """Of domains "a" and "b"; every one differs in its first words. 5 to 14 ids, and of a share of them an image."""
+    """Return instructions of domains "a" and "b"; each begins with different words. 5 to 14 ids, and a fraction of them
+    with an image.
+    """
     rng = np.random.default_rng(seed)
     v = SmallVocabulary
 

@@ -1,4 +1,4 @@
-"""A small language model around one real expert layer, for tests that need no attention; and batches for any model."""
+"""A small language model around one real expert layer, for tests without attention; and batches for any model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from moe_dist.model.moe.moe_layer import build_moe_layer
 from moe_dist.parallel.layout import Layout
 
 VOCABULARY, WIDTH, EXPERTS = 50, 16, 4  # ids from 40 on are image codes
-TOKENS = 96  # of one selection group
-INIT_STD = 0.3  # of so narrow a model: with 0.02 its experts would hardly matter
+TOKENS = 96  # tokens of one selection group
+INIT_STD = 0.3  # large, because with 0.02 the experts of so narrow a model would hardly matter
 TOP_K = {"type": "top_k", "num_experts": EXPERTS, "top_k": 2}
 MOMA = {
     "type": "modality",
@@ -59,7 +59,7 @@ class ToyModel(nn.Module):
 
 
 class CrossEntropy:
-    """The mean over the predictions that count."""
+    """The mean cross-entropy over the predictions that count."""
 
     names = ("loss", *(f"loss/{name}" for name in MODALITIES))
 
@@ -76,23 +76,25 @@ class CrossEntropy:
 
 
 objective = CrossEntropy()
-SUM = {"loss": 1}  # in place of the counts: the sum instead of the mean
+SUM = {"loss": 1}  # used as counts, this gives the sum instead of the mean
 
 
 def loss_count(batch: Batch) -> int:
-    """Number of predictions that count."""
+    """Return the number of predictions that count."""
     return int(batch.loss_mask_T.sum())
 
 
 def make_group(index: int, *, tokens: int = TOKENS, vocabulary: int = VOCABULARY, first_image: int = 40) -> dict:
-    """Tensors of selection group `index` of a run: two documents, in one of which an image begins after a quarter.
+    """Return the tensors of selection group `index` of a run: two documents, one with an image that begins after a
+    quarter of it.
 
-    Groups differ strongly in how much of them counts and in how long the image is; every fourth has none.
+    Groups differ strongly in the number of predictions that count and in the length of the image. Every fourth group
+    has no image.
     """
     generator = torch.Generator().manual_seed(1000 + index)
     tokens_T = torch.randint(
         0, first_image // 4, (tokens,), generator=generator
-    )  # few words: there is something to learn
+    )  # few words, so that there is something to learn
     image_tokens = tokens * (2, 1, 3, 0)[index % 4] // 8
     image_T = (torch.arange(tokens) >= tokens // 4) & (torch.arange(tokens) < tokens // 4 + image_tokens)
     codes_T = torch.randint(first_image, vocabulary, (tokens,), generator=generator)
@@ -138,7 +140,7 @@ def make_batch(indices: list[int], **sizes: int) -> Batch:
 
 
 def step_batches(step: int, rank: int, world: int, *, groups: int, micro: int = 1, **sizes: int) -> list[Batch]:
-    """The micro-batches of one rank in one step: it takes the groups j of the step with j mod world == rank."""
+    """Return one rank's micro-batches of a step: the groups j of the step with j mod world == rank."""
     mine = [step * groups + j for j in range(rank, groups, world)]
     return [make_batch(mine[i : i + micro], **sizes) for i in range(0, len(mine), micro)]
 

@@ -1,4 +1,6 @@
-"""Trains for a few steps on any layout and returns what must not depend on it: losses, norms, weights, logits."""
+"""Trains a few steps at any layout and returns everything that must not depend on it: losses,
+norms, weights, logits.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +26,22 @@ Build = Callable[[Config, Layout], nn.Module]
 class Trajectory:
     losses: list[float]  # [step]: mean over the valid tokens of the global batch
     norms: list[float]  # [step]
-    masters: list[dict[str, Tensor]]  # [step]: in full, before each step and after the last; experts as "name[expert]"
+    masters: list[
+        dict[str, Tensor]
+    ]  # [step]: full tensors before each step and after the last; experts as "name[expert]"
     loss_tokens: list[list[int]]  # [step][rank]: predictions that counted
     image_tokens: list[list[int]]  # [step][rank]
     selections: Selections
 
     @property
     def moved(self) -> dict[str, float]:
-        """How far each parameter went, relative to its largest entry."""
+        """Return how far each parameter moved, relative to its largest entry."""
         first, last = self.masters[0], self.masters[-1]
         return {name: _ratio((last[name] - first[name]).abs().max(), last[name].abs().max()) for name in last}
 
     def deviation(self, other: Trajectory) -> dict[str, float]:
-        """Largest difference: absolute for losses and the routers' logits; relative for norms; of a parameter relative
-        to its largest entry.
+        """Return the largest difference: absolute for losses and the routers' logits, relative for norms; of a
+        parameter, relative to its largest entry.
 
         update: of a parameter's last update, relative to that update.
         """
@@ -53,7 +57,7 @@ class Trajectory:
 
 
 def _ratio(difference: Tensor, size: Tensor) -> float:
-    """0 where nothing differs, also from a frozen parameter's zeros."""
+    """Divide; 0 if nothing differs, even if `size` is 0 (a frozen parameter of zeros)."""
     return float(difference / size) if difference != 0 else 0.0
 
 
@@ -67,11 +71,11 @@ def train(
     follow: Trajectory | None = None,
     guide: Trajectory | None = None,
 ) -> Trajectory:
-    """Train on `world` ranks. plant(engine, layout) -> objective puts a fault in.
+    """Train on `world` ranks. plant(engine, layout) -> objective plants a fault.
 
-    follow: selections are those of this trajectory (see tests/support/selections.py).
-    guide: every step starts from this trajectory's weights, so that rounding does not add up from step to step. The
-    optimizer's momentum stays the run's own: the last step's weights show every step's gradient.
+    follow: select as that trajectory did (see tests/support/selections.py). guide: start every step from that
+    trajectory's weights, so that rounding does not accumulate from step to step. The momentum stays the run's own, so
+    the last step's weights depend on every step's gradient.
     """
     selections = follow.selections if follow is not None else None
     results = run_ranks(_train, world, build, config, steps, plant, selections, guide)
@@ -82,7 +86,7 @@ def train(
     for result in results:
         for united, held in zip(masters, result[2], strict=True):
             for name, value in held.items():
-                # Ranks that share a parameter must hold the same; a planted fault may break that, rank 0 speaks then.
+                # Ranks that share a parameter must hold the same. A planted fault may break that; then rank 0 counts.
                 if name in united and plant is None:
                     assert torch.equal(value, united[name]), f"ranks hold different {name}"
                 united.setdefault(name, value)
@@ -126,19 +130,19 @@ def _train(
 
 
 def step_inputs(step: int, layout: Layout, config: Config) -> list[Batch]:
-    """This rank's micro-batches: two global batches in turn, so that the loss falls."""
+    """Return this rank's micro-batches: two global batches in turn, so that the loss falls."""
     groups, micro = config.train.global_batch_groups, config.train.micro_batch_groups
     return step_batches(step % 2, layout.rank, layout.world, groups=groups, micro=micro)
 
 
 def toy_engine(config: Config) -> tuple[Engine, Layout]:
-    """An engine around the toy model, on the ranks that call it."""
+    """Build an engine around the toy model, on the ranks that call it."""
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
     return make_engine(ToyModel(config.model.ffn.router, layout), config, layout), layout
 
 
 def full_parameters(engine: Engine) -> dict[str, Tensor]:
-    """The parameters that this rank's forward pass uses, in full, an expert's under its global number."""
+    """Return the parameters that this rank's forward pass uses, in full, with experts under their global ids."""
     from deepspeed.runtime.zero import GatheredParameters
 
     parameters = {}
@@ -149,7 +153,7 @@ def full_parameters(engine: Engine) -> dict[str, Tensor]:
 
 
 def full_masters(engine: Engine) -> dict[str, Tensor]:
-    """The float32 weights that the optimizer steps, and the frozen ones, in full. Collective."""
+    """Return the float32 weights that the optimizer steps, and the frozen ones, in full. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     masters = full_parameters(engine)
@@ -160,7 +164,7 @@ def full_masters(engine: Engine) -> dict[str, Tensor]:
 
 
 def set_masters(engine: Engine, masters: dict[str, Tensor]) -> None:
-    """Replace the float32 weights of this rank's parameters, and what the forward pass uses. Collective."""
+    """Replace the float32 weights of this rank's parameters, and the weights that the forward pass uses. Collective."""
     from deepspeed.utils import safe_set_full_fp32_param
 
     for name, parameter in engine.module.named_parameters():
@@ -176,7 +180,9 @@ def _by_expert(name: str, parameter: nn.Parameter, value: Tensor) -> dict[str, T
 
 
 def assert_can_fail(trajectory: Trajectory, *, clip: float, loss_moves: float) -> None:
-    """Every step clips, loss and parameters (each expert, each router) move, ranks differ strongly in what counts."""
+    """Assert that every step clips, that the loss and all parameters (each expert, each router) move, and that ranks
+    differ strongly in their counts.
+    """
     assert min(trajectory.norms) > clip, "clipping was not active"
     assert max(trajectory.losses) - min(trajectory.losses) > loss_moves
     assert min(trajectory.moved.values()) > 1e-3, min(trajectory.moved, key=trajectory.moved.get)

@@ -1,8 +1,8 @@
-"""Signals at exact moments of a rank's life: Python imports this before all else where its folder is on PYTHONPATH.
+"""Send signals at exact moments of a rank's life. Python imports this module first if its folder is on PYTHONPATH.
 
 SIGNALS="rank:NAME:function:call[:launcher],..." sends the signal when a function of moe_dist (its qualified name within
-the module) begins for the call-th time on that rank: to the rank itself, or to the launcher above it, which is then
-waited for until it has sent the signal on.
+the module) begins for the call-th time on that rank. It goes to the rank itself, or to the launcher above it; then the
+rank waits until the launcher has passed the signal on.
 """
 
 import os
@@ -12,7 +12,7 @@ import time
 
 
 def arm(rules):
-    """rules: function -> [(signal, number of the call, whether to the launcher)]"""
+    """Install the rules: function -> [(signal, number of the call, whether to the launcher)]."""
     calls = dict.fromkeys(rules, 0)
     left = {(function, rule) for function in rules for rule in rules[function]}
 
@@ -24,7 +24,7 @@ def arm(rules):
         due = [rule for rule in rules[function] if rule[1] == calls[function]]
         left.difference_update((function, rule) for rule in due)
         if not left:
-            sys.setprofile(None)  # it slows a rank down
+            sys.setprofile(None)  # profiling slows a rank down
         for number, _, to_launcher in due:
             (by_way_of_the_launcher if to_launcher else signal.raise_signal)(number)
 
