@@ -223,15 +223,16 @@ HEADER = (
     "worst step: both | largest over smallest | 4 groups a rank: both | largest over smallest | sent, whole | slices |"
 )
 NOTE = (
-    "7 layers, every other one on a quarter of the tokens (model.depth.scope=modality: each modality at its share), "
-    "{steps} training steps of 8 selection groups of 1,360 tokens on two ranks, EP=2; in every step the "
-    "experts of both ranks got the rows, and all work is the FLOPs, that the record predicts. EP=4 and 8, and whole "
-    "experts, are worked out from the recorded routing, the 8 groups of a step being dealt to so many ranks (4, 2, 1 "
-    "groups a rank). Numbers are what a step loses to waiting, in per cent: ranks meet at each layer's dispatch and "
-    "combine, so over the layers the largest attention (with projections) plus the largest experts' work of a rank, "
-    "over the means, minus 1; mean over the steps. Largest over smallest: a rank's whole work in a step, "
-    "minus 1, of the worst step. 4 groups a rank: the worst micro-batch of four groups for every rank. Sent: rows to "
-    "another rank, for every token that a layer works on. Images among the tokens, in per cent: {shares}."
+    "The model has 7 layers; every other one admits a quarter of the tokens (model.depth.scope=modality: each "
+    "modality at its share). It trains {steps} steps of 8 selection groups of 1,360 tokens on two ranks, EP=2. In "
+    "every step the experts of both ranks received the rows that the record predicts, and the FLOPs are those that it "
+    "predicts. EP=4 and 8, and whole experts, are computed from the recorded routing, with the 8 groups of a step "
+    "dealt to the ranks (4, 2, 1 groups per rank). Experts, attention and both: what a step loses to waiting, in per "
+    "cent, as the mean over the steps. Ranks meet at each layer's dispatch and combine. So the loss is the sum over "
+    "the layers of the largest attention (with projections) plus the largest experts' work of a rank, divided by the "
+    "sum of the means, minus 1. Largest over smallest: a rank's whole work in a step, minus 1, of the worst step. 4 "
+    "groups a rank: the worst micro-batch with four groups on every rank. Sent: rows sent to another rank, per token "
+    "that a layer processes. Images among the tokens, in per cent: {shares}."
 )
 
 

@@ -125,7 +125,7 @@ def write(study: Study) -> None:
     note = NOTE.format(steps=study.steps, tokens=tokens, window=WINDOW, causal=CAUSAL_STEPS, last=study.last)
     losses, gains = table(LOSS_HEADER, loss_rows(study)), table(GAIN_HEADER, gain_rows(study))
     note = "\n".join([note, "", *losses, "", *gains, "", f"![curves]({stem.name}.png)"])
-    write_result("moma_eta", "MoMa's efficiency in small", note, ETA_HEADER, eta_rows(study))
+    write_result("moma_eta", "MoMa's efficiency at small scale", note, ETA_HEADER, eta_rows(study))
 
 
 ETA_HEADER = "| model | eta after a quarter | a half | three quarters | at the end, by seed | text | image |"
@@ -135,12 +135,12 @@ LOSS_HEADER = (
     "held-out, causal |"
 )
 NOTE = (
-    "{steps} steps, {tokens:.1f} M tokens, each seed on the same data in the same order for all models, "
-    "a constant learning rate after warm-up, so that every point of a curve compares equal conditions. Losses in nats "
-    "per token; training losses (non-causal for the sparse models) are means over {window} steps. Second table: "
-    "difference of the training losses on the same batches, over the last {last} steps. eta: FLOPs of dense / FLOPs at "
-    "which the model has come down to dense's loss; at the end: its median over the last {last} steps. Held-out with "
-    "causal routers: after {causal} steps of their own stage. Speed is another benchmark's: benchmarks/throughput.py."
+    "{steps} steps, {tokens:.1f} M tokens. For each seed all models see the same data in the same order. The learning "
+    "rate is constant after warm-up, so that every point of a curve compares equal conditions. Losses are in nats per "
+    "token; training losses (non-causal for the sparse models) are means over {window} steps. Second table: "
+    "difference of the training losses on the same batches, over the last {last} steps. eta: FLOPs of dense divided "
+    "by the FLOPs at which the model reaches dense's loss; at the end: its median over the last {last} steps. "
+    "Held-out with causal routers: after {causal} steps of their own stage. benchmarks/throughput.py measures speed."
 )
 
 

@@ -55,20 +55,22 @@ START, GRACE = 25.0, 20.0  # seconds for a process to start; seconds after the d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gpu", action="store_true", help="of moma_eta.py: hand over to this script")
+    parser.add_argument("--gpu", action="store_true", help="passed on by moma_eta.py")
     parser.add_argument("--prepare-gpu", action="store_true")
     parser.add_argument("--write-only", action="store_true")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--inputs", type=Path, default=INPUTS)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "moma_eta_gpu")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each model")
-    parser.add_argument("--batch-tokens", type=int, default=SEQUENCE * GROUP, help="must be that of the inputs")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="training tokens of each model")
+    parser.add_argument("--batch-tokens", type=int, default=SEQUENCE * GROUP, help="must equal that of the inputs")
     parser.add_argument("--models", type=split, default=NAMES, help=",".join(NAMES))
     parser.add_argument("--rate", type=float, default=RATE)
-    parser.add_argument("--rates", type=lambda text: tuple(map(float, split(text))), default=RATES, help="of the sweep")
+    parser.add_argument(
+        "--rates", type=lambda text: tuple(map(float, split(text))), default=RATES, help="learning rates of the sweep"
+    )
     parser.add_argument("--jobs", type=int, default=len(NAMES))
-    parser.add_argument("--seconds", type=float, default=300, help="for everything")
+    parser.add_argument("--seconds", type=float, default=300, help="time limit of the whole study")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -158,7 +160,7 @@ class Study:
         found = chosen(swept) | {"step_seconds": step_seconds(pace)}
         fitting = max(int((self.deadline - time.time() - START) / max(found["step_seconds"], 1e-3)), 1)
         if fitting < steps:
-            print(f"{steps} steps would not end in time: {fitting} instead", flush=True)
+            print(f"{steps} steps would not finish in time: taking {fitting}", flush=True)
         return found | {"steps": min(steps, fitting)}
 
     def _job(self, name: str, folder: Path, rate: float, steps: int) -> Job:
@@ -236,7 +238,7 @@ def step_seconds(curve: dict[str, Any]) -> float:
 def said(job: Job) -> str:
     curve = read_curve(Path(job.file))
     if not curve or not curve["train"]:
-        return f"{job.name}: not begun"
+        return f"{job.name}: not started"
     train, state = curve["train"], "done" if job.is_done() else "cut off"
     return (
         f"{job.name}: {state} at step {curve['reached']} of {job.steps}, {train['tokens'][-1] / 1e6:.1f} M tokens, "

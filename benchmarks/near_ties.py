@@ -65,8 +65,8 @@ def main() -> None:
     header = f"| recipe | decisions | {thresholds} | least of all | least of a step, median |"
     note = (
         f"The first {steps} steps of each recipe on the emoji corpus (adamoe: its captions alone), one process, one "
-        "seed. Decisions per million whose margin is below a threshold; the least margin of all decisions, and of one "
-        "step's in the median."
+        "seed. Columns: decisions per million with a margin below a threshold, the smallest margin of all decisions, "
+        "and the median over the steps of a step's smallest margin."
     )
     write_result("near_ties", "Near-ties of the routers", note, header, rows)
 

@@ -55,13 +55,13 @@ MODELS = {  # router, layers, depth
 }
 HEADER = "| size | model | FLOPs a token | tokens/s | against dense | interval |"
 NOTE = (
-    "{ranks}, {threads} thread(s) each, float32; {clock}. Tokens/s: median over the rounds (15, large 5). "
-    "Against dense: median over the rounds of the ratio of speeds in one round; interval: between two of these ratios, "
-    "which holds their median with 95 % (of five rounds: between the extremes, 94 %). FLOPs a token: by formula, as a "
-    "multiple of the dense model's. study: width 64, experts of 176, 2,560 ids; small: width 128, experts of 256, "
-    "1,536 ids; large: width 512, experts of 1,376, 8,192 ids; {layers} layers, with mixture-of-depths {deeper}; "
-    "8,192 tokens a step, in two micro-batches of each rank. glibc keeps freed memory: {malloc}. Load of the machine "
-    "before and after each size: {load}."
+    "{ranks}, {threads} thread(s) each, float32; {clock}. Tokens/s: median over the rounds (15, large 5). Against "
+    "dense: median over the rounds of the ratio of speeds in one round. Interval: from one of these ratios to "
+    "another, so that it contains their median with 95 % (of five rounds: the extremes, 94 %). FLOPs a token: by "
+    "formula, as a multiple of the dense model's. study: width 64, experts of 176, 2,560 ids; small: width 128, "
+    "experts of 256, 1,536 ids; large: width 512, experts of 1,376, 8,192 ids; {layers} layers, with "
+    "mixture-of-depths {deeper}; 8,192 tokens per step, in two micro-batches of each rank. glibc keeps freed memory: "
+    "{malloc}. Load of the machine before and after each size: {load}."
 )
 
 

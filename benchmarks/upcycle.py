@@ -29,11 +29,11 @@ WAYS = {  # name -> experts, gates, Gumbel noise
 MEAN = 10  # steps over which a loss is averaged
 HEADER = "| start | first step | jump | steps to recover | last steps | against 1t1i | held-out text | held-out image |"
 NOTE = (
-    "Nats per token. First step: the training loss before any update, on a batch that all ways share; jump: against "
-    "the seed on that batch. Recovered: the first step from which the mean over {mean} steps is at most the seed's own "
-    "last {mean} ({seed:.3f}). Last steps: mean over the last {mean} of {steps}; against 1t1i: of the seed that went "
-    "on in the same way. With Gumbel noise training losses carry the noise, held-out losses do not. "
-    "All losses are non-causal."
+    "Nats per token. First step: the training loss before any update, on a batch that all variants share. Jump: the "
+    "difference to the seed on that batch. Recovered: the first step from which the mean over {mean} steps is at most "
+    "the seed's own last {mean} ({seed:.3f}). Last steps: mean over the last {mean} of {steps}. Against 1t1i: "
+    "difference to the seed, trained further in the same way. With Gumbel noise, training losses include the noise "
+    "and held-out losses do not. All losses are non-causal."
 )
 
 

@@ -35,18 +35,18 @@ NOTE = """\
 {steps} steps of {batch} tokens, {tokens:.1f} M tokens a model, every model on the same batches in the same order,
 through the engine in bf16: {layers} layers of width {width} (MoD: {deeper} layers), AdamW, peak learning rate
 {rate:g}, linear warm-up over a twentieth of the steps, then linear decay to a hundredth. One seed. {sweep}All tokens
-of a batch compete in expert choice. Up to {beside} processes shared the card, so the milliseconds compare with
-nothing.
+of a batch compete in expert choice. Up to {beside} processes shared the card, so do not compare the milliseconds
+with other measurements.
 
 The training split has {pictures} pictures and {text:.1f} M tokens of text. **Each picture is seen {seen_image}
 times, each text {seen_text} times** (in the planned steps), so training losses contain what is memorised;
-held-out losses do not ({held_out} predictions). All losses are nats a token, **with the routing of training, which
+held-out losses do not ({held_out} predictions). All losses are in nats per token, **with the routing of training, which
 is not causal for the sparse models** (expert choice). Training losses are means over {window} steps.
 
 eta: FLOPs at which dense first reaches the lowest loss of its run, divided by the FLOPs at which the sparse model
 first reaches that loss. In training, dense reaches it at the end of its decay, with all its FLOPs. A sparse model
 that reaches it earlier still has a higher learning rate at that point; a run whose schedule ended there would
-probably need fewer FLOPs, so a training eta above 1 is rather too low. "< 1": the model does not reach that loss
+probably need fewer FLOPs, so a training eta above 1 is an underestimate. "< 1": the model does not reach that loss
 with all its FLOPs. The third table compares the losses at equal fractions of the steps, where the learning rates are
 equal.
 """

@@ -77,7 +77,7 @@ def run(job: Job) -> None:
     device = init_distributed()
     train, held_out = read_inputs(Path(job.inputs))
     if len(train) < job.steps:
-        raise SystemExit(f"{job.inputs} holds {len(train)} batches, {job.steps} steps need as many: lower --tokens")
+        raise SystemExit(f"{job.inputs} holds {len(train)} batches, too few for {job.steps} steps: lower --tokens")
     config = recipe(job, train)
     Training(job, config, train, held_out, device).loop()
 
