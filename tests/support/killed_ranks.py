@@ -2,7 +2,7 @@
 
 A place is the n-th profiling event (a Python or C function is called or returns) within the k-th call of a function. An
 undisturbed run counts all places, so that one can be drawn at random. The last act of the dying rank is to write the
-place of its death to RUN/trace.json.
+place of its death to logs/trace.json, next to the run folder.
 """
 
 from __future__ import annotations
