@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
 
 from moe_dist.core.errors import UserError
+from moe_dist.core.extras import require_extra
 
 MAX_TOKENS = 256  # what all-MiniLM-L6-v2 was trained with
 TEXTS_AT_ONCE = 64
@@ -22,6 +22,9 @@ TEXTS_AT_ONCE = 64
 @torch.no_grad()
 def embed(texts: Sequence[str], folder: Path) -> Tensor:
     """float32 [N, E], rows of length 1. Raises UserError where the folder holds no such model."""
+    require_extra("transformers", "models", f"the embedding model {folder}")
+    from transformers import AutoModel, AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()

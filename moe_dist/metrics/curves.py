@@ -11,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 
 from moe_dist.core.batch import MODALITIES
 from moe_dist.core.errors import UserError
+from moe_dist.core.extras import MissingExtra, require_extra
 from moe_dist.metrics.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0b6fa4", "#d1495b", "#3d8b5f", "#8a5fa8", "#c98a1b", "#5b6770")
 MODALITY_COLOURS = dict(zip(MODALITIES, COLOURS, strict=False))
@@ -94,6 +95,14 @@ def write_report(path: str | Path, baseline: Mapping[str, float] | None = None) 
     return files
 
 
+def report_or_explain(path: str | Path) -> None:
+    """Write the report; without matplotlib, print which extra draws it. Raises UserError."""
+    try:
+        write_report(path)
+    except MissingExtra as error:
+        print(f"no pictures of {path}: {error}", flush=True)
+
+
 def save_figure(figure: Figure, file: Path) -> None:
     try:
         figure.savefig(file, dpi=150)
@@ -101,10 +110,17 @@ def save_figure(figure: Figure, file: Path) -> None:
         raise UserError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
+def _make_figure(width: float, height: float) -> Figure:
+    require_extra("matplotlib", "report", "drawing curves")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def loss_figure(runs: Sequence[RunMetrics], baseline: Mapping[str, float]) -> Figure:
     """One panel a loss (all tokens, text, image): training raw and smoothed, held-out points, bigram lines."""
     parts = [part for part in ("", *MODALITIES) if any(run.series(_key("loss", part))[0].size for run in runs)]
-    figure = Figure(figsize=(1.2 + 4.4 * len(parts), 4.6), layout="constrained")
+    figure = _make_figure(1.2 + 4.4 * len(parts), 4.6)
     axes = figure.subplots(1, len(parts), squeeze=False)[0]
     for axis, part in zip(axes, parts, strict=True):
         for i, run in enumerate(runs):
@@ -130,7 +146,7 @@ def routing_figure(run: RunMetrics) -> Figure:
     """
     loads = {key.split("/")[1]: run.series(key) for key in run.keys if key.endswith("/utilization")}
     even = all(np.nanmax(np.abs(load - 1), initial=0) < 0.01 for _, load in loads.values())
-    figure = Figure(figsize=(10, 3.2 if even else 7.2), layout="constrained")
+    figure = _make_figure(10, 3.2 if even else 7.2)
     if even:
         unrouted, imbalance = figure.subplots(1, 2)
     else:
@@ -159,7 +175,7 @@ def domain_figure(run: RunMetrics) -> Figure:
     columns = min(len(layers), max(1, 24 // max(experts, 6)))
     rows = -(-len(layers) // columns)
     size = (1.5 + columns * max(2.4, 0.4 * experts), 0.8 + rows * (0.9 + 0.35 * len(domains)))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = _make_figure(*size)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, layer in zip(axes.flat, layers):
         table = np.stack([shares.get(f"moe/{layer}/domain_share/{domain}", unknown) for domain in domains])
@@ -215,6 +231,8 @@ def _routing_axes(figure: Figure) -> tuple[Axes, tuple[Axes, Axes]]:
 
 
 def _draw_utilization(figure: Figure, axis: Axes, loads: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    from matplotlib.colors import LogNorm
+
     blocks, ticks, names, edges = [], [], [], []
     row = 0
     for layer, (tokens, load) in loads.items():  # load: [moments, experts]
@@ -243,6 +261,8 @@ def _draw_utilization(figure: Figure, axis: Axes, loads: Mapping[str, tuple[np.n
 
 
 def _style(axis: Axes, title: str, *, legend: bool = True) -> None:
+    from matplotlib.ticker import EngFormatter
+
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("training tokens")
     axis.xaxis.set_major_formatter(EngFormatter())

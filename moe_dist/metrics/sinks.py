@@ -6,7 +6,6 @@ that fails is reported once and left out from then on.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 
 from moe_dist.config.recipe import Config
 from moe_dist.core.errors import UserError
+from moe_dist.core.extras import require_extra
 from moe_dist.metrics.run_folder import RunFolder
 
 Metrics = Mapping[str, Any]  # key -> number, or a list of numbers with one entry an expert
@@ -101,8 +101,10 @@ class Sinks:
 
     def __init__(self, folder: RunFolder, config: Config, *, is_main: bool, causal: bool, step: int = 0):
         project = config.telemetry.wandb_project
-        if project and importlib.util.find_spec("wandb") is None:
-            raise UserError(f"telemetry.wandb_project={project} needs the package wandb: pip install moe_dist[wandb]")
+        if project:
+            require_extra("wandb", "wandb", f"telemetry.wandb_project={project}")
+        if config.telemetry.tensorboard:
+            require_extra("tensorboard", "report", "telemetry.tensorboard=true")
         self.sinks: list[Sink] = [JSONLines(folder, causal=causal)] if is_main else []
         if is_main and config.telemetry.tensorboard:
             self._add("TensorBoard", lambda: TensorBoard(folder, causal=causal, step=step))

@@ -175,7 +175,12 @@ def _from_slurm(environment: Mapping[str, str]) -> Place:
 
 
 def _from_mpi(environment: Mapping[str, str]) -> Place:
-    from mpi4py import MPI  # starts MPI: only where an MPI launcher is seen
+    try:
+        from mpi4py import MPI  # starts MPI: only where an MPI launcher is seen
+    except (ImportError, RuntimeError):  # RuntimeError: the package is here, but no MPI library
+        raise UserError(
+            "mpi4py finds no MPI library: pip install 'moe_dist[mpi]' for MPICH, or load the MPI that mpiexec is from"
+        ) from None
 
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)

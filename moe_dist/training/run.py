@@ -30,7 +30,7 @@ from moe_dist.health.hang import HangWatch
 from moe_dist.health.stragglers import Stragglers
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
-from moe_dist.metrics.curves import write_report
+from moe_dist.metrics.curves import report_or_explain
 from moe_dist.metrics.flops import flops_saved, model_flops, work
 from moe_dist.metrics.progress import Progress
 from moe_dist.metrics.router_agreement import decision_metrics
@@ -211,7 +211,7 @@ class Run:
             sinks.close()
             if main:
                 if is_new and signal is None:  # a signal leaves little time
-                    write_report(self.folder.path)
+                    report_or_explain(self.folder.path)
                 print(self.folder.write_end(self.step, train.steps, signal), flush=True)
 
     def _tell_hang(self, sentence: str) -> None:

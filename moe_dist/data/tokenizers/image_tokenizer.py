@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.core.errors import UserError
+from moe_dist.core.extras import require_extra
 from moe_dist.data.tokenizers.tokenizer_weights import CONFIG, read_json
 from moe_dist.data.tokenizers.vq import VQTokenizer
 
@@ -46,9 +47,8 @@ def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
     if config.get("type") == "moe_dist_vq":
         return VQTokenizer.load(folder)
     if config.get("model_type") in ("chameleon_vqgan", "chameleon"):
-        from moe_dist.data.tokenizers.chameleon import (
-            ChameleonVQ,  # transformers takes seconds to import: only where needed
-        )
+        require_extra("transformers", "models", f"the image tokenizer {folder}")
+        from moe_dist.data.tokenizers.chameleon import ChameleonVQ  # transformers takes seconds to import
 
         return ChameleonVQ.load(folder)
     raise UserError(f"{folder / CONFIG} describes neither a moe_dist VQ tokenizer nor a Chameleon model")
