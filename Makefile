@@ -51,15 +51,15 @@ $(PROCESSORS:%=test-on-%): test-on-%: setup
 gpu-check: setup  ## does it run, is it right and how fast, on this machine's GPU (docs/gpu.md); 300 s
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
-lint: setup
-	$(BIN)/ruff check . && $(BIN)/mypy
+lint: setup  ## the hooks of .pre-commit-config.yaml over all files
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/codespell && $(BIN)/mypy && $(BIN)/python -m tests.support.prose
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --upgrade --quiet pip
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,models]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,report,corpora,mpi,models]'
 	touch $@
 
 # What a recipe's data are; recipes that are not named here read the emoji.
