@@ -21,6 +21,7 @@ from torch import Tensor
 MODALITIES = ("text", "image")
 TEXT, IMAGE = range(len(MODALITIES))
 Made = TypeVar("Made")
+Record = TypeVar("Record", "TokenInfo", "Batch")
 
 
 @dataclass(frozen=True, kw_only=True)  # no slots: a cached property needs a place
@@ -100,7 +101,8 @@ class TokenInfo:
         """Return make(). Later calls with this name return the first result."""
         if name not in self._made:
             self._made[name] = make()
-        return self._made[name]
+        made: Made = self._made[name]
+        return made
 
     def once_per_token(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """Return make(), int64 [T], as `once` does. `select` and `of_modality` hand the result on to the new value."""
@@ -152,7 +154,7 @@ class TokenInfo:
             return list(pieces[modality * groups : (modality + 1) * groups])
         return [torch.cat([pieces[m * groups + g] for m in range(len(MODALITIES))]) for g in range(groups)]
 
-    def select(self, keep_T: Tensor, read: Callable[[Tensor], list]) -> tuple[Tensor, TokenInfo]:
+    def select(self, keep_T: Tensor, read: Callable[[Tensor], list[int]]) -> tuple[Tensor, TokenInfo]:
         """Some of the valid tokens, in order: token_K, their indices, and their TokenInfo, with what each had.
 
         A document keeps its number and its place in document_lengths, also where nothing of it is left (length 0).
@@ -240,7 +242,8 @@ class Batch:
         return replace(_each(self, change), info=_each(self.info, change), sidecar=sidecar)
 
 
-def _each(record, change):
+def _each(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
     """A copy of a dataclass with each of its tensors changed."""
     found = {f.name: getattr(record, f.name) for f in fields(record)}
-    return replace(record, **{name: change(value) for name, value in found.items() if isinstance(value, Tensor)})
+    changed: dict[str, Any] = {name: change(value) for name, value in found.items() if isinstance(value, Tensor)}
+    return replace(record, **changed)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from typing import Annotated, Any
+from collections.abc import Hashable
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,11 +28,14 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
+Settings = TypeVar("Settings", bound=Strict)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 floats: 1e-4 is a number (YAML 1.1 reads it as a string); a key given twice is an error."""
 
-    def construct_mapping(self, node, deep=False):
-        seen = set()
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
                 raise UserError(f"key '{key_node.value}' is given twice (line {key_node.start_mark.line + 1})")
@@ -65,7 +69,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     data[last] = parse_yaml(text, f"override '{override}'")
 
 
-def validate(model: type[Strict], data: Any, where: str, prefix: str = ""):
+def validate(model: type[Settings], data: Any, where: str, prefix: str = "") -> Settings:
     """Validate plain YAML data; every problem becomes one UserError that names the key under `prefix`."""
     try:
         return model.model_validate_json(json.dumps(data))  # JSON mode: a YAML list may fill a tuple

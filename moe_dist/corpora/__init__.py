@@ -32,7 +32,7 @@ class Corpus(Protocol):
         """Turn an entry into a sample; None leaves it out."""
 
 
-BUILDERS: dict[str, type] = {
+BUILDERS: dict[str, Any] = {  # each a Corpus and a Strict model
     "emoji": Emoji,
     "clipart": ClipArt,
     "text": Text,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError)  # ValueError: webdataset's, two members of the same name
 
@@ -20,10 +20,10 @@ def explain(error: BaseException) -> str:
 
 class _StrictTarInfo(tarfile.TarInfo):
     @classmethod
-    def fromtarfile(cls, tar):
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
         try:
             return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # typeshed does not know it
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"damaged or truncated tar at byte {tar.offset} ({error})") from None

@@ -28,7 +28,7 @@ from moe_dist.parallel.layout import Layout
 SplitSizes = Callable[[Tensor], Any]
 
 
-def split_sizes(counts: Tensor) -> list:
+def split_sizes(counts: Tensor) -> list[Any]:
     """Read counts on the host, as nested lists: the one device-to-host synchronisation of an expert layer."""
     return counts.tolist()
 

@@ -121,8 +121,10 @@ class LoRAExperts(nn.Module):
 
         def delta(key: str, x: Tensor) -> Tensor:
             lora = cast(LowRank, self.lora[key])
-            return lora(lora.drop(x, token_id_R), matmul, weights_R1)
+            change: Tensor = lora(lora.drop(x, token_id_R), matmul, weights_R1)
+            return change
 
         gate_RF, up_RF = self.base.gate_up(rows_RD).chunk(2, dim=1)
         h_RF = F.silu(gate_RF + delta("gate", rows_RD)) * (up_RF + delta("up", rows_RD))
-        return self.base.down(h_RF) + delta("down", h_RF)
+        y_RD: Tensor = self.base.down(h_RF) + delta("down", h_RF)
+        return y_RD

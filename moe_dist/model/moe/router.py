@@ -87,7 +87,7 @@ def precise_linear(x_VD: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None
         return F.linear(x_VD.to(dtype), weight_CD.to(dtype), bias)
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager:
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
     available = torch.amp.is_autocast_available(device_type)  # not on meta
     return torch.autocast(device_type, enabled=False) if available else nullcontext()
 

@@ -37,7 +37,7 @@ def router_settings(raw: dict[str, Any], prefix: str = "model.ffn.router") -> Ro
         close = difflib.get_close_matches(str(kind), ROUTERS, n=1)
         hint = f" (did you mean '{close[0]}'?)" if close else f": one of {', '.join(ROUTERS)}"
         raise UserError(f"key '{prefix}.type': there is no router '{kind}'{hint}")
-    settings = validate(ROUTERS[kind].Settings, raw, "router", prefix)
+    settings: RouterSettings = validate(ROUTERS[kind].Settings, raw, "router", prefix)
     for name, child in settings.children().items():
         router_settings(child, f"{prefix}.{name}")
     return settings
@@ -47,7 +47,8 @@ def build_router(raw: dict[str, Any], site: Site) -> Router:
     """Build the router that `raw` describes, children first. Raises UserError for bad settings."""
     settings = router_settings(raw)
     children = {name: build_router(child, site.child(name)) for name, child in settings.children().items()}
-    return ROUTERS[raw["type"]](settings, site, **children)
+    router: Router = ROUTERS[raw["type"]](settings, site, **children)
+    return router
 
 
 def build_experts(ffn: MoEFFN, router: Router, **site: Any) -> Experts:
@@ -62,4 +63,5 @@ def build_experts(ffn: MoEFFN, router: Router, **site: Any) -> Experts:
             f"model.ffn.router must be of type top_k, with top_k={needed} and no capacity_factor"
         )
     settings = ffn.experts.model_dump(exclude={"type"})
-    return EXPERTS[ffn.experts.type](expert_size=ffn.hidden_size // ffn.slices, **settings, **site)
+    experts: Experts = EXPERTS[ffn.experts.type](expert_size=ffn.hidden_size // ffn.slices, **settings, **site)
+    return experts

@@ -13,12 +13,14 @@ from torch import Tensor
 
 def take_rows(x_TD: Tensor, token_ids_N: Tensor) -> Tensor:
     """Return x_TD[token_ids_N]. The gradient of a token with several rows is added up as add_up_rows does."""
-    return _TakeRows.apply(x_TD, token_ids_N)
+    rows_ND: Tensor = _TakeRows.apply(x_TD, token_ids_N)
+    return rows_ND
 
 
 def add_up_rows(y_ND: Tensor, token_ids_N: Tensor, num_tokens: int) -> Tensor:
     """Return [T, D]: each token's rows, summed in float32 or wider and rounded once to their dtype."""
-    return _AddUpRows.apply(y_ND, token_ids_N, num_tokens)
+    total_TD: Tensor = _AddUpRows.apply(y_ND, token_ids_N, num_tokens)
+    return total_TD
 
 
 def _add_up(y_ND: Tensor, token_ids_N: Tensor, num_tokens: int) -> Tensor:

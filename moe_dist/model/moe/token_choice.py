@@ -7,7 +7,7 @@ k columns per token.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ class TokenChoiceSettings(RouterSettings):
         return self.num_experts
 
     @model_validator(mode="after")
-    def _consistent(self):
+    def _consistent(self) -> Self:
         if self.top_k > self.columns:
             raise ValueError(f"top_k={self.top_k} is more than the router's {self.columns} columns")
         if self.pad_to_capacity and self.capacity_factor is None:
@@ -125,7 +125,7 @@ class TopKRouter(TokenChoiceRouter):
         weighting: Literal["score", "straight_through"] = "score"
 
         @model_validator(mode="after")
-        def _one_weighting(self):
+        def _one_weighting(self) -> Self:
             if self.renormalize and self.weighting == "straight_through":
                 raise ValueError("weighting=straight_through leaves nothing to renormalize")
             return self
