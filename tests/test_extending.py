@@ -1,41 +1,55 @@
-"""docs/extending.md is true: its router and its oracle, as printed there, forward and backward, over EP ranks too."""
+"""docs/extending.md is true: its router, loss term and Hugging Face family, as printed there, against their oracles."""
 
 import re
 
 import pytest
 import torch
 
+from moe_dist.convert.families import FAMILIES
+from moe_dist.convert.hugging_face import import_folder
+from moe_dist.convert.tensor_maps import tensor_mappings
 from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
+from moe_dist.losses.term import Context
 from moe_dist.model.moe.router_registry import ROUTERS, router_settings
 from moe_dist.parallel.layout import make_layout
+from tests.losses.test_balance import Output
+from tests.losses.test_balance import make_batch as make_loss_batch
 from tests.support import ROOT
 from tests.support import routing_reference as reference
 from tests.support.distributed import run_ranks
+from tests.support.hugging_face_models import load_checkpoint, logits_apart, logits_packed, random_documents
 from tests.support.moe_cases import ROUTERS as CASES
-from tests.support.moe_cases import close, make_batch, make_layer, run_layer
+from tests.support.moe_cases import TOKENS, WIDTH, close, make_batch, make_layer, run_layer
 
 PAGE = ROOT / "docs" / "extending.md"
 SETTINGS = {"type": "threshold", "num_experts": 8, "threshold": 0.6}
 
 
-def printed() -> tuple[str, dict]:
-    """The router's source, and what the page defines."""
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+def printed(heading: str) -> tuple[str, dict]:
+    """The first block of code under a heading, and what all its blocks define."""
+    section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     names: dict = {"torch": torch}
     for block in blocks:
         exec(block, names)
     return blocks[0], names
 
 
+@pytest.mark.parametrize("heading", ["A router", "A loss term", "A Hugging Face family"])
+def test_it_is_short(heading):
+    assert len(printed(heading)[0].splitlines()) < 50
+
+
 @pytest.fixture
-def page(monkeypatch):
-    source, names = printed()
+def router(monkeypatch):
+    names = printed("A router")[1]
     monkeypatch.setitem(ROUTERS, "threshold", names["ThresholdRouter"])
-    return source, names
+    return names
 
 
 def run_with_the_new_router(rank, world):
-    ROUTERS["threshold"] = printed()[1]["ThresholdRouter"]
+    ROUTERS["threshold"] = printed("A router")[1]["ThresholdRouter"]
     CASES["threshold"] = SETTINGS
     try:
         layout = make_layout(expert=world, device=torch.device("cpu"))
@@ -44,26 +58,90 @@ def run_with_the_new_router(rank, world):
         del ROUTERS["threshold"], CASES["threshold"]
 
 
-def test_it_is_short_and_strict(page):
-    source, _ = page
-    assert len(source.splitlines()) < 50
+def test_a_router_is_strict(router):
     with pytest.raises(UserError, match=r"'model\.ffn\.router\.threshold'"):
         router_settings(SETTINGS | {"threshold": 2.0})
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_it_equals_its_oracle(page, monkeypatch, world):
+def test_a_router_equals_its_oracle(router, monkeypatch, world):
     monkeypatch.setitem(CASES, "threshold", SETTINGS)
-    oracle = page[1]["threshold_gates"]
     layer = make_layer("threshold")
     weights = [p.detach().clone().requires_grad_() for p in (layer.router.gate.weight, *layer.experts.parameters())]
     results = run_ranks(run_with_the_new_router, world, world)
     for rank, got in enumerate(results):
         x_TD, info, loss_TD = make_batch("mixed", rank)
-        gates_TE = oracle(x_TD, weights[0], info, SETTINGS["threshold"])
+        gates_TE = router["threshold_gates"](x_TD, weights[0], info, SETTINGS["threshold"])
         assert len(set((gates_TE > 0).sum(1).tolist())) > 3, "tokens should differ in how many experts they take"
         y_TD = reference.expert_layer(x_TD, gates_TE, *weights[1:])
         (y_TD * loss_TD).sum().backward()
         close(got["y"], y_TD.detach(), "y")
         close(got["x_grad"], x_TD.grad, "gradient of x")
     close(sum(got["gate_grads"][0] for got in results), weights[0].grad, "gradient of the gate")
+
+
+def term_inputs(rank):
+    """x_TD and a batch of which another rank has more tokens."""
+    generator = torch.Generator().manual_seed(rank)
+    x_TD = torch.randn(TOKENS, WIDTH, dtype=torch.float64, generator=generator)
+    return x_TD, make_loss_batch(torch.arange(TOKENS) % 3 >= rank)
+
+
+def run_the_new_term(rank, world):
+    """This rank's sum and count, and its part of the gate's gradient of the sum."""
+    layout = make_layout(expert=1, device=torch.device("cpu"))
+    kind = printed("A loss term")[1]["GateEntropy"]
+    term = kind(validate(kind.Settings, {"weight": 0.01}, "test"), Context(layout=layout, group_sequences=1))
+    layer, (x_TD, batch) = make_layer("top_2_sigmoid"), term_inputs(rank)
+    (total,) = term(Output((layer(x_TD, batch.info)[1],)), batch)
+    total.backward()
+    return total.detach(), term.counts(batch)[0], layer.router.gate.weight.grad
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_loss_term_equals_its_oracle(world):
+    results = run_ranks(run_the_new_term, world, world)
+    assert len({count for _, count, _ in results}) == world, "ranks should differ in their number of tokens"
+    weight_ED = make_layer("top_2_sigmoid").router.gate.weight.detach().clone().requires_grad_()
+    inputs = [term_inputs(rank) for rank in range(world)]
+    counts = [int(batch.info.valid_T.sum()) for _, batch in inputs]
+    oracle = printed("A loss term")[1]["gate_entropy"]
+    values = [oracle(x_TD, weight_ED, batch.info) for x_TD, batch in inputs]
+    expected = sum(value * count for value, count in zip(values, counts)) / sum(counts)
+    expected.backward()
+    divisor = sum(count for _, count, _ in results)
+    close(sum(total for total, _, _ in results) / divisor, expected.detach(), "the loss")
+    close(sum(gradient for _, _, gradient in results) / divisor, weight_ED.grad, "gradient of the gate")
+
+
+def test_a_loss_term_is_strict():
+    kind = printed("A loss term")[1]["GateEntropy"]
+    for settings in ({}, {"weight": -1.0}):
+        with pytest.raises(UserError, match=r"'losses\.gate_entropy\.weight'"):
+            validate(kind.Settings, settings, "recipe", "losses.gate_entropy")
+
+
+def test_a_family_gives_the_logits_of_transformers(monkeypatch, tmp_path):
+    names = printed("A Hugging Face family")[1]
+    monkeypatch.setitem(FAMILIES, "phi3", names["PHI3"])
+    torch.manual_seed(0)
+    theirs = names["random_phi3"]()
+    theirs.save_pretrained(tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "out")
+    documents = random_documents()
+    expected, ours = logits_apart(theirs, documents), logits_packed(load_checkpoint(tmp_path / "out"), documents)
+    assert expected.abs().max() > 3
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_a_family_is_exact_both_ways():
+    names = printed("A Hugging Face family")[1]
+    model, vocab_size = names["phi3_section"](names["random_phi3"]().config.to_dict(), "config.json")
+    fused = 0
+    for llama, mapping in zip(tensor_mappings(model, vocab_size), names["phi3_mappings"](model, vocab_size)):
+        ours = torch.randn(mapping.shape)
+        theirs = mapping.split(ours)
+        assert [tensor.shape for tensor in theirs] == list(mapping.sources.values())
+        assert torch.equal(mapping.join(*theirs), ours) and mapping.name == llama.name
+        fused += len(llama.sources) > len(mapping.sources)
+    assert fused == 2 * model.num_layers

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from moe_dist.config.recipe import DenseFFN, DepthConfig, LoRAConfig, ModelConfig
+from moe_dist.convert.tensor_maps import TensorMapping, tensor_mappings
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
 from moe_dist.model.moe.router_registry import router_settings
@@ -40,13 +42,11 @@ ROUTER_SETTINGS = {
 
 
 def model_section(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:
-    """The recipe's `model:` section that config.json (`raw`) means, and the number of vocabulary entries.
+    """Return the recipe's `model:` section of a Llama's or Mixtral's config.json, and its number of vocabulary entries.
 
-    Raises UserError naming the key of an architecture that is neither Llama nor Mixtral, or that is not supported.
+    Raises UserError naming the key that is not supported.
     """
-    kind = raw.get("model_type")
-    if kind not in DEFAULTS:
-        raise UserError(f"{where}: model_type={kind!r} is not supported, only {' and '.join(DEFAULTS)} are")
+    kind = raw["model_type"]
     raw = {**DEFAULTS[kind], **raw}
     for key, value in REFUSED.items():
         if raw.get(key, value) != value:
@@ -133,3 +133,25 @@ def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> 
         "eos_token_id": None,
         "torch_dtype": dtype,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Hugging Face models that are read the same way."""
+
+    model_section: Callable[[Mapping[str, Any], str], tuple[ModelConfig, int]]  # of config.json and where it is
+    tensor_mappings: Callable[[ModelConfig, int], Iterator[TensorMapping]]  # of the section and the vocabulary's size
+
+
+FAMILIES: dict[str, Family] = {  # by model_type
+    "llama": Family(model_section, tensor_mappings),
+    "mixtral": Family(model_section, tensor_mappings),
+}
+
+
+def family_of(raw: Mapping[str, Any], where: str) -> Family:
+    """Return the family of a config.json. Raises UserError if its model_type is not supported."""
+    kind = raw.get("model_type")
+    if kind not in FAMILIES:
+        raise UserError(f"{where}: model_type={kind!r} is not supported, only {', '.join(FAMILIES)} are")
+    return FAMILIES[kind]

@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_dist.checkpoint.manifest import PARTIAL, newest_complete, read_state
 from moe_dist.checkpoint.stored_weights import read_tensors
 from moe_dist.config.recipe import ModelConfig
-from moe_dist.convert.families import config_json, model_section
+from moe_dist.convert.families import config_json, family_of
 from moe_dist.convert.output import write_model
 from moe_dist.convert.tensor_maps import from_theirs, tensor_mappings, to_theirs
 from moe_dist.core.errors import UserError
@@ -32,8 +32,10 @@ SHARD_BYTES = 5 * 10**9  # of a file; transformers' own
 def import_folder(folder: str | Path, out: str | Path) -> None:
     """Write `out`: the checkpoint, model.yaml, and tokenizer/ where the folder has one. Raises UserError."""
     folder = Path(folder)
-    model, vocab_size = model_section(read_json(folder / CONFIG), str(folder / CONFIG))
-    tensors = from_theirs(tensor_mappings(model, vocab_size), read_folder(folder), str(folder))
+    raw = read_json(folder / CONFIG)
+    family = family_of(raw, str(folder / CONFIG))
+    model, vocab_size = family.model_section(raw, str(folder / CONFIG))
+    tensors = from_theirs(family.tensor_mappings(model, vocab_size), read_folder(folder), str(folder))
     files = {f"tokenizer/{name}": (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     write_model(out, model, vocab_size, tensors, source=f"Hugging Face weights {folder}", files=files)
 
