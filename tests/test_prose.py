@@ -47,6 +47,7 @@ def test_a_planted_phrase_is_found(path, source, line):
         ("a.py", CLEAN),
         ("a.py", CLEAN + "    wholly = 'untold'  # Of the two, the first: bf16 logits of in small vocabularies\n"),
         ("a.py", "# one is\n\n# none\n"),
+        ("docs/a.md", "An error, if there\nis none.\n"),
         ("docs/a.md", "The flag `is none` and\n\n```python\ntold = 1\n```\n\n    looked at\n"),
         ("docs/a.md", "| " + "cell " * 40 + "|\n"),
         ("docs/a.md", "x" * 119 + "\n"),

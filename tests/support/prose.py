@@ -29,7 +29,7 @@ PHRASES = (
     "rightly",
     "in small(?=[.,;:)]|$)",
     "by heart",
-    "is none",
+    r"(?<!there\s)is none",
     "has not as many",
     "for ever",
 )
