@@ -261,6 +261,7 @@ def test_any_layout_starts_from_any(saved, tmp_path):
             assert_same(new.at_save, parameters(source.at_save, "inner."))
             first = first or new
             assert new.losses == pytest.approx(first.losses, rel=1e-5)
+            assert new.norms == pytest.approx(first.norms, rel=1e-4)
 
 
 def test_a_folder_of_converted_weights(saved, tmp_path):

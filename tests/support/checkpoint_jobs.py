@@ -110,6 +110,7 @@ def run(job: Job, follow: Outcome | None = None) -> Outcome:
     """
     results = run_ranks(run_on_rank, job.world, job, follow.selections if follow is not None else None)
     selections = unite(result.selections for result in results)
+    assert all(result.norms == results[0].norms for result in results), "ranks report different norms"
     if follow is not None:
         assert deviation(selections, follow.selections) < (BF16_LOGITS if job.bf16 else LOGITS)
     return replace(
