@@ -6,21 +6,21 @@ conversions; a run loads a checkpoint by checkpoint.py, at its own layout.
 
 from __future__ import annotations
 
-import shutil
+import functools
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe_dist.checkpoint.checkpoint import commit, verify_checkpoint
+from moe_dist.checkpoint.checkpoint import seal, verify_checkpoint
 from moe_dist.checkpoint.fragments import FROZEN, MASTER
-from moe_dist.checkpoint.manifest import CHECKPOINT_FORMAT, PARTIAL
+from moe_dist.checkpoint.manifest import CHECKPOINT_FORMAT
 from moe_dist.checkpoint.storage import FRAGMENT_INDEX, read_index
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import LazyTensor, open_shard, write_json, write_safetensors
+from moe_dist.core.files import new_folder, write_json
+from moe_dist.core.tensor_files import LazyTensor, open_safetensors, write_safetensors
 
 FILE = "rank_00000.safetensors"
 
@@ -40,7 +40,7 @@ def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
         kind, name = logical.split("/", 1)
         if kind in (MASTER, FROZEN):
             shape, dtype = metadata.planner_data[logical], entry.properties.dtype  # type: ignore[union-attr]
-            read = partial(_read, path, logical, sorted(pieces[logical]), shape)
+            read = functools.partial(_read, path, logical, sorted(pieces[logical]), shape)
             found[name] = LazyTensor(shape, dtype, read)
     return found
 
@@ -73,7 +73,6 @@ def write_tensors(
     path = Path(path)
     if path.exists():
         raise UserError(f"{path} exists already")
-    aside = path.with_name(path.name + PARTIAL)
     masters = {f"{MASTER}/{name}": tensor for name, tensor in tensors.items()}
     index = {
         name: {"dtype": "F32", "shape": tensor.shape, "pieces": [[0, tensor.numel, FILE]]}
@@ -87,23 +86,20 @@ def write_tensors(
         "written_by": {"torch": torch.__version__},
     }
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        for name, content in (files or {}).items():
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            (aside / name).write_bytes(content)
-        aside.mkdir(parents=True, exist_ok=True)
-        stored = write_safetensors(aside / FILE, {f"{name}@0": _flat_float32(t) for name, t in masters.items()})
-        commit(aside, path, [stored, write_json(aside / FRAGMENT_INDEX, {"tensors": index})], header)
+        with new_folder(path) as partial:
+            for name, content in (files or {}).items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).write_bytes(content)
+            stored = write_safetensors(partial / FILE, {f"{name}@0": _flat_float32(t) for name, t in masters.items()})
+            seal(partial, [stored, write_json(partial / FRAGMENT_INDEX, {"tensors": index})], header)
     except OSError as error:
         raise UserError(f"cannot write the checkpoint {path}: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _read(path: Path, logical: str, pieces: list[tuple[int, str]], shape: tuple[int, ...]) -> Tensor:
     found = []
     for start, file in pieces:
-        with open_shard(path / file) as opened:
+        with open_safetensors(path / file) as opened:
             found.append(opened.get_tensor(f"{logical}@{start}"))
     return torch.cat(found).view(shape)
 
