@@ -11,7 +11,7 @@ from pathlib import Path
 
 from moe_dist.alignment.embedder import embed
 from moe_dist.alignment.nearest_neighbours import nearest
-from moe_dist.checkpoint.manifest import identity, require_checkpoint
+from moe_dist.checkpoint.manifest import identity
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
@@ -21,7 +21,7 @@ from moe_dist.evaluate.choice_accuracy import answer_all
 from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.discovery import run_rank
-from moe_dist.training.run import Run
+from moe_dist.training.trained_run import TrainedRun
 
 
 def main() -> None:
@@ -45,11 +45,11 @@ def main() -> None:
 
 def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
     """Forward the model over every training sample and keep its routing and whether it is right."""
-    run = Run.reopen(folder, overrides)
-    config = run.config
+    found = TrainedRun.find(folder, overrides)
+    run, config = found.open("train"), found.config
     answers = answer_all(
-        run.engine.eval_forward,
-        run.documents,
+        run.forward,
+        run.documents["train"],
         run.vocabulary,
         config.data,
         run.layout,
@@ -58,11 +58,10 @@ def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
     )
     with raise_on_all_ranks():
         if run.layout.is_main:
-            checkpoint = require_checkpoint(folder.path)
             samples = Samples(sample_N=answers.sample_N, right_N=answers.right_N, routing_NR=answers.routing_NR)
             about = {
-                "model": identity(checkpoint),
-                "checkpoint": str(checkpoint),
+                "model": identity(found.checkpoint),
+                "checkpoint": str(found.checkpoint),
                 "data": config.data.model_dump(mode="json"),
             }
             write_samples(store, samples, about)

@@ -5,7 +5,6 @@ with parallel.expert set to fit (a checkpoint does not depend on the layout). ev
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -13,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_dist.core.batch import MODALITIES
+from moe_dist.core.files import json_text, write_file
 from moe_dist.evaluate.comparison import compare_with_references
 from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.discovery import run_rank
-from moe_dist.training.run import Run
+from moe_dist.training.trained_run import TrainedRun
 
 
 def main() -> None:
@@ -31,19 +31,19 @@ def main() -> None:
 
 def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
     """Compare, print a table and write RUN/evaluation.json."""
-    run = Run.reopen(folder, overrides)
-    causal = bool(run.engine.module.causal_routing)
+    run = TrainedRun.find(folder, overrides).open("train", "validation")
+    causal = run.model.causal_routing
     results = compare_with_references(
-        run.engine.eval_forward,
+        run.forward,
         run.held_out_split,
-        train=run.documents,
-        store=run.held_out,
-        causal_too=not causal and bool(run.engine.module.can_route_causally),
+        train=run.documents["train"],
+        store=run.documents["validation"],
+        causal_too=not causal and run.model.can_route_causally,
     )
     with raise_on_all_ranks():
         if run.layout.is_main:
             record = {"step": run.step, "causal": causal, **results}
-            (folder.path / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
+            write_file(folder.path / "evaluation.json", json_text(record))
             Console().print(table(results, run.step, causal))
             for prefix, routing in (("eval/", "causal" if causal else "non-causal"), ("eval/causal/", "causal")):
                 if f"{prefix}caption_gain" in results:

@@ -14,28 +14,19 @@ import re
 import sys
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from moe_dist.checkpoint.manifest import read_state, require_checkpoint
-from moe_dist.checkpoint.stored_weights import fill_parameters
-from moe_dist.config.recipe import Config
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
-from moe_dist.data.cache.token_cache import load_vocabulary
-from moe_dist.data.tokenizers.vocabulary import Vocabulary
 from moe_dist.generate.decode import check_can_generate, generate
 from moe_dist.generate.pictures import Generated, write_generated
 from moe_dist.generate.prompt import Format, GenerationState, Prompt, read_picture
 from moe_dist.generate.sampling import Sampling
 from moe_dist.metrics.run_folder import RunFolder
-from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.agreement import gather_objects, raise_on_all_ranks
 from moe_dist.parallel.discovery import run_rank
-from moe_dist.parallel.layout import Layout, make_layout
-from moe_dist.training.deepspeed import init_distributed
-from moe_dist.training.deepspeed_config import check_section
+from moe_dist.training.trained_run import TrainedRun
 
 
 def main(argv: list[str]) -> None:
@@ -56,16 +47,15 @@ def main(argv: list[str]) -> None:
 
 def generate_samples(arguments: argparse.Namespace) -> None:
     """The command line's work. Collective."""
-    device = init_distributed()
     folder = RunFolder(arguments.run)
+    found = TrainedRun.find(folder, arguments.overrides)
     with raise_on_all_ranks():
-        config = folder.evaluation_config(arguments.overrides)
         sampling = validate(Sampling, {name: getattr(arguments, name) for name in Sampling.model_fields}, "generate")
-    layout = make_layout(expert=config.parallel.expert, device=device)
+    run = found.open()
+    layout, vocabulary, step = run.layout, run.vocabulary, run.step
     with raise_on_all_ranks():
-        vocabulary = load_vocabulary(config.data)
-        model, step = load_model(config, vocabulary, folder.path, layout)
-        form = Format(vocabulary, config.data.sequence_length)
+        check_can_generate(run.model)
+        form = Format(vocabulary, run.config.data.sequence_length)
         samples = start_samples(arguments, form, sampling)
     mine = samples[layout.rank :: layout.world]
     rounds = -(-len(samples) // (layout.world * arguments.batch))
@@ -74,7 +64,7 @@ def generate_samples(arguments: argparse.Namespace) -> None:
         now = samples[begin : begin + layout.world * arguments.batch]
         title = f"samples, round {number + 1} of {rounds}" if rounds > 1 else "samples"
         with Bar(title, len(now), is_main=layout.is_main) as bar:
-            generate(model, now[layout.rank :: layout.world], form, sampling, layout, bar.update)
+            generate(run.model, now[layout.rank :: layout.world], form, sampling, layout, bar.update)
     made = [Generated(s.number, s.prompt.task, s.prompt.parts, form.parts(s.generated), s.generated) for s in mine]
     everything = sorted((sample for of_rank in gather_objects(made) for sample in of_rank), key=lambda s: s.number)
     with raise_on_all_ranks():
@@ -84,20 +74,6 @@ def generate_samples(arguments: argparse.Namespace) -> None:
             for number, text in ((s.number, part) for s in everything for part in s.parts if isinstance(part, str)):
                 print(f"{number:04d} {text}")
             print(f"{len(everything)} samples of step {step}: {out}", flush=True)
-
-
-def load_model(config: Config, vocabulary: Vocabulary, run: Path, layout: Layout) -> tuple[Transformer, int]:
-    """The model of a run's newest checkpoint in the precision of its recipe, and the step."""
-    path = require_checkpoint(run)
-    state = read_state(path)
-    if state["vocabulary"] != vocabulary.fingerprint():
-        raise UserError(f"{path} was trained with other tokenizers than {vocabulary.describe()}")
-    model = Transformer(config.model, vocabulary.size, layout, config.seed)
-    check_can_generate(model)
-    fill_parameters(model, path)
-    bf16 = check_section(config.deepspeed).bf16
-    dtype = torch.bfloat16 if bf16 is not None and bf16.enabled else torch.float32
-    return model.to(layout.device, dtype).eval(), state["step"]
 
 
 def start_samples(arguments: argparse.Namespace, form: Format, sampling: Sampling) -> list[GenerationState]:

@@ -17,15 +17,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from moe_dist.checkpoint.manifest import identity, require_checkpoint
+from moe_dist.checkpoint.manifest import identity
 from moe_dist.core.errors import UserError
+from moe_dist.core.files import json_text, read_json, write_file
 from moe_dist.evaluate.choice_accuracy import OVERALL, Comparison, Result, answer_all
 from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.parallel.agreement import raise_on_all_ranks
-from moe_dist.parallel.discovery import run_rank
-from moe_dist.parallel.layout import make_layout
-from moe_dist.training.deepspeed import init_distributed
-from moe_dist.training.run import Run
+from moe_dist.parallel.discovery import is_main_process, run_rank
+from moe_dist.training.trained_run import TrainedRun
 
 ANSWERS = "multiple_choice.json"
 
@@ -45,39 +44,38 @@ def run(argv: list[str]) -> None:
     folders = [RunFolder(Path(argument)) for argument in arguments.arguments if "=" not in argument]
     if not folders:
         raise UserError("no run folder is named: launch/multiple_choice.py RUN [RUN ...] [section.key=value ...]")
-    device = init_distributed()
     results = {str(folder.path): result_of(folder, overrides) for folder in folders}
-    layout = make_layout(expert=1, device=device)
     with raise_on_all_ranks():
         summary = compare(results)
-        if layout.is_main:
+        if is_main_process():
             show(summary, Console())
             if arguments.out is not None:
-                arguments.out.write_text(json.dumps(summary, indent=1) + "\n")
+                write_file(arguments.out, json_text(summary))
 
 
 def result_of(folder: RunFolder, overrides: list[str]) -> Result:
     """The run's answers: those kept in its folder if they are of this checkpoint and these items, else new ones."""
+    found = TrainedRun.find(folder, overrides)
+    config, kept = found.config, folder.path / ANSWERS
     with raise_on_all_ranks():
-        config = folder.evaluation_config(overrides)
-        about = {"checkpoint": identity(require_checkpoint(folder.path)), "data": config.data.model_dump(mode="json")}
-    kept = folder.path / ANSWERS
-    if kept.is_file() and (saved := json.loads(kept.read_text()))["of"] == about:
+        about = {"checkpoint": identity(found.checkpoint), "data": config.data.model_dump(mode="json")}
+        saved = read_json(kept) if kept.is_file() else {}
+    if saved.get("of") == about:
         return Result.from_json(saved)
-    run = Run.reopen(folder, overrides)
+    run = found.open("validation")
     answers = answer_all(
-        run.engine.eval_forward,
-        run.held_out,
+        run.forward,
+        run.documents["validation"],
         run.vocabulary,
         config.data,
         run.layout,
         split="validation",
         batch_groups=config.train.micro_batch_groups,
     )
-    result = Result.of(answers, run.held_out.domains)
+    result = Result.of(answers, run.documents["validation"].domains)
     with raise_on_all_ranks():
         if run.layout.is_main:
-            kept.write_text(json.dumps({"of": about, "step": run.step, **result.to_json()}) + "\n")
+            write_file(kept, json.dumps({"of": about, "step": run.step, **result.to_json()}) + "\n")
     return result
 
 

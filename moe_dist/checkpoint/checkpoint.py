@@ -11,7 +11,6 @@ A checkpoint is written to step_XXXXXXXX.tmp and renamed once every rank's file 
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -36,7 +35,6 @@ from moe_dist.checkpoint.fragments import (
 )
 from moe_dist.checkpoint.manifest import (
     CHECKPOINT_FORMAT,
-    PARTIAL,
     STATE,
     checkpoint_path,
     newest_complete,
@@ -57,7 +55,8 @@ from moe_dist.checkpoint.storage import (
 )
 from moe_dist.checkpoint.train_state import merge_states
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import DTYPE_NAMES, StoredFile, read_json, write_json
+from moe_dist.core.files import PARTIAL, StoredFile, partial_path, put_in_place, read_json, write_json
+from moe_dist.core.tensor_files import DTYPE_NAMES
 from moe_dist.parallel.agreement import gather_objects, raise_on_all_ranks
 from moe_dist.parallel.layout import Layout
 
@@ -112,7 +111,7 @@ def write(
     It touches nothing of the engine's: a background thread may run it, in a group that nobody else uses.
     """
     path = Path(path)
-    partial = path.with_name(path.name + PARTIAL)
+    partial = partial_path(path)
     what = f"cannot write the checkpoint {path}"
     writer = ShardWriter(partial)
     try:
@@ -171,22 +170,17 @@ def read_fragments(path: Path, metadata: Metadata, wanted: list[Fragment]) -> No
 
 def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> None:
     """Write state and manifest, then make the checkpoint visible by one rename."""
-    write_manifest(partial, {*files, write_json(partial / STATE, header)})
-    _sync_folder(partial)
+    seal(partial, files, header)
     replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
     if path.exists():  # the same step saved again, which no run does
         path.rename(replaced)
-    partial.rename(path)
-    _sync_folder(path.parent)
+    put_in_place(partial, path)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def seal(partial: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> None:
+    """Complete a checkpoint that is not visible yet: write its state, then the manifest of all files."""
+    write_manifest(partial, {*files, write_json(partial / STATE, header)})
 
 
 def _check_same_model(path: Path, wanted: list[Fragment], metadata: Metadata) -> None:

@@ -20,14 +20,13 @@ import torch.distributed as dist
 
 from moe_dist.config.recipe import Config, InitFrom
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import StoredFile, read_json, write_json
+from moe_dist.core.files import PARTIAL, StoredFile, partial_path, read_json, write_json
 from moe_dist.parallel.agreement import raise_on_all_ranks
 
 Answer = TypeVar("Answer")
 
 CHECKPOINT_FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
-PARTIAL = ".tmp"
 ASIDE = ".aside"  # one of a later step than a run has started from
 
 
@@ -105,7 +104,7 @@ def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
         if keep_every and step_of(path) % keep_every == 0:
             continue
         with suppress(OSError):
-            path.rename(path.with_name(path.name + PARTIAL))  # at no moment does a half-removed one look complete
+            path.rename(partial_path(path))  # at no moment does a half-removed one look complete
     for path in (Path(run_dir) / "checkpoints").glob(f"step_*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
 

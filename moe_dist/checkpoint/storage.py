@@ -40,16 +40,8 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import (
-    DTYPE_NAMES,
-    DTYPES,
-    LazyTensor,
-    StoredFile,
-    open_shard,
-    read_json,
-    write_json,
-    write_safetensors,
-)
+from moe_dist.core.files import StoredFile, read_json, write_json
+from moe_dist.core.tensor_files import DTYPE_NAMES, DTYPES, LazyTensor, open_safetensors, write_safetensors
 
 FRAGMENT_INDEX = "index.json"
 
@@ -208,7 +200,7 @@ class ShardReader(StorageReader):
         for item in plan.items:
             by_file[self.metadata.storage_data[item.storage_index]].append(item)
         for name, items in sorted(by_file.items()):
-            with open_shard(self.folder / name) as file:
+            with open_safetensors(self.folder / name) as file:
                 for item in items:
                     start = item.storage_offsets[0]
                     piece = file.get_slice(_key(item.storage_index))[start : start + item.lengths[0]]

@@ -1,26 +1,30 @@
 """The parameters in a checkpoint without the model or its ranks: read and written one whole tensor at a time.
 
 Names are the model's, with an expert's row of a stacked parameter as `NAME[global expert id]` (see fragments.py). For
-conversions; a run loads a checkpoint by checkpoint.py, at its own layout.
+conversions, and for a model that will not be trained; a run that goes on loads its checkpoint by checkpoint.py.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
-from functools import partial
+import functools
+from collections.abc import Collection, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata
 
-from moe_dist.checkpoint.checkpoint import commit, verify_checkpoint
-from moe_dist.checkpoint.fragments import FROZEN, MASTER
-from moe_dist.checkpoint.manifest import CHECKPOINT_FORMAT, PARTIAL
+from moe_dist.checkpoint.checkpoint import open_index, seal, verify_checkpoint
+from moe_dist.checkpoint.fragments import FROZEN, MASTER, MODEL_KINDS
+from moe_dist.checkpoint.manifest import CHECKPOINT_FORMAT
 from moe_dist.checkpoint.storage import FRAGMENT_INDEX, read_index
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import LazyTensor, open_shard, write_json, write_safetensors
+from moe_dist.core.files import new_folder, write_json
+from moe_dist.core.tensor_files import LazyTensor, open_safetensors, write_safetensors
+from moe_dist.parallel.agreement import raise_on_all_ranks
+from moe_dist.parallel.layout import Layout
 
 FILE = "rank_00000.safetensors"
 
@@ -31,35 +35,55 @@ def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
     Verifies the files first; the tensors are read when they are asked for. Raises UserError naming a damaged file.
     """
     path = Path(path)
-    metadata = read_index(path, verify_checkpoint(path))
+    return _stored(path, read_index(path, verify_checkpoint(path)), (MASTER, FROZEN))
+
+
+@torch.no_grad()
+def fill_model(model: nn.Module, path: str | Path, layout: Layout) -> None:
+    """Fill a model's parameters and buffers from a checkpoint: of stacked experts, those of this rank. Collective.
+
+    For a model that will not be trained: parameters keep their dtype, and buffers get the stored one, as a run has it.
+    Raises UserError if the checkpoint is damaged or of another model.
+    """
+    path = Path(path)
+    stored = _stored(path, open_index(path, layout), MODEL_KINDS)
+    with raise_on_all_ranks():
+        names = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
+        surplus = [name for name in stored if name not in names and name.rpartition("[")[0] not in names]
+        if surplus:
+            raise UserError(f"{path} is a checkpoint of another model: the model has no '{surplus[0]}'")
+        for name, parameter in model.named_parameters():
+            experts = getattr(parameter, "expert_ids", None)
+            own = {name: parameter} if experts is None else {f"{name}[{e}]": row for e, row in zip(experts, parameter)}
+            for key, target in own.items():
+                target.copy_(_fitting(path, stored, key, target).read())
+        persistent = model.state_dict(keep_vars=True).keys()
+        for name, buffer in model.named_buffers():
+            if name in persistent:
+                buffer.data = _fitting(path, stored, name, buffer).read().to(buffer.device)
+
+
+def _fitting(path: Path, stored: Mapping[str, LazyTensor], name: str, target: Tensor) -> LazyTensor:
+    """The stored tensor of this name. Raises UserError if it is missing or has another shape than the model's."""
+    if name not in stored or stored[name].shape != tuple(target.shape):
+        found = f"is {list(stored[name].shape)}" if name in stored else "is missing"
+        raise UserError(f"{path} is a checkpoint of another model: '{name}' {found}, not {list(target.shape)}")
+    return stored[name]
+
+
+def _stored(path: Path, metadata: Metadata, kinds: Collection[str]) -> dict[str, LazyTensor]:
+    """The logical tensors of these kinds in a verified checkpoint, by name without the kind."""
     pieces: dict[str, list[tuple[int, str]]] = {}
     for index, file in metadata.storage_data.items():
         pieces.setdefault(index.fqn, []).append((index.offset[0], file))
     found = {}
     for logical, entry in metadata.state_dict_metadata.items():
         kind, name = logical.split("/", 1)
-        if kind in (MASTER, FROZEN):
+        if kind in kinds:
             shape, dtype = metadata.planner_data[logical], entry.properties.dtype  # type: ignore[union-attr]
-            read = partial(_read, path, logical, sorted(pieces[logical]), shape)
+            read = functools.partial(_read, path, logical, sorted(pieces[logical]), shape)
             found[name] = LazyTensor(shape, dtype, read)
     return found
-
-
-@torch.no_grad()
-def fill_parameters(model: nn.Module, path: str | Path) -> None:
-    """Fill a model's parameters from a checkpoint, of experts those that it holds; for what is not to be trained.
-
-    Every rank reads for itself. Raises UserError where the checkpoint is damaged or of another model.
-    """
-    stored = read_tensors(path)
-    for name, parameter in model.named_parameters():
-        experts = getattr(parameter, "expert_ids", None)
-        own = {name: parameter} if experts is None else {f"{name}[{e}]": row for e, row in zip(experts, parameter)}
-        for key, target in own.items():
-            if key not in stored or stored[key].shape != tuple(target.shape):
-                found = f"is {list(stored[key].shape)}" if key in stored else "is missing"
-                raise UserError(f"{path} is a checkpoint of another model: '{key}' {found}, not {list(target.shape)}")
-            target.copy_(stored[key].read())
 
 
 def write_tensors(
@@ -73,7 +97,6 @@ def write_tensors(
     path = Path(path)
     if path.exists():
         raise UserError(f"{path} exists already")
-    aside = path.with_name(path.name + PARTIAL)
     masters = {f"{MASTER}/{name}": tensor for name, tensor in tensors.items()}
     index = {
         name: {"dtype": "F32", "shape": tensor.shape, "pieces": [[0, tensor.numel, FILE]]}
@@ -87,23 +110,20 @@ def write_tensors(
         "written_by": {"torch": torch.__version__},
     }
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        for name, content in (files or {}).items():
-            (aside / name).parent.mkdir(parents=True, exist_ok=True)
-            (aside / name).write_bytes(content)
-        aside.mkdir(parents=True, exist_ok=True)
-        stored = write_safetensors(aside / FILE, {f"{name}@0": _flat_float32(t) for name, t in masters.items()})
-        commit(aside, path, [stored, write_json(aside / FRAGMENT_INDEX, {"tensors": index})], header)
+        with new_folder(path) as partial:
+            for name, content in (files or {}).items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).write_bytes(content)
+            stored = write_safetensors(partial / FILE, {f"{name}@0": _flat_float32(t) for name, t in masters.items()})
+            seal(partial, [stored, write_json(partial / FRAGMENT_INDEX, {"tensors": index})], header)
     except OSError as error:
         raise UserError(f"cannot write the checkpoint {path}: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _read(path: Path, logical: str, pieces: list[tuple[int, str]], shape: tuple[int, ...]) -> Tensor:
     found = []
     for start, file in pieces:
-        with open_shard(path / file) as opened:
+        with open_safetensors(path / file) as opened:
             found.append(opened.get_tensor(f"{logical}@{start}"))
     return torch.cat(found).view(shape)
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_dist.checkpoint.manifest import PARTIAL, newest_complete, read_state
+from moe_dist.checkpoint.manifest import newest_complete, read_state
 from moe_dist.checkpoint.stored_weights import read_tensors
 from moe_dist.config.recipe import ModelConfig
 from moe_dist.convert.families import config_json, family_of
 from moe_dist.convert.output import write_model
 from moe_dist.convert.tensor_maps import from_theirs, tensor_mappings, to_theirs
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import DTYPES, LazyTensor, write_json, write_safetensors
+from moe_dist.core.files import new_folder, read_json, write_json
 from moe_dist.core.strict import validate
+from moe_dist.core.tensor_files import DTYPES, LazyTensor, open_safetensors, write_safetensors
 from moe_dist.data.tokenizers.hugging_face_text import TOKENIZER_FILES
-from moe_dist.data.tokenizers.tokenizer_weights import CONFIG, read_json
+from moe_dist.data.tokenizers.tokenizer_weights import CONFIG
 
 WEIGHT_INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # of a file; transformers' own
@@ -65,25 +65,20 @@ def write_folder(
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already")
-    aside = out.with_name(out.name + PARTIAL)
     shards = _shards(tensors, shard_bytes)
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for name, shard in zip(names, shards, strict=True):
-            write_safetensors(aside / name, shard, {"format": "pt"})
-        places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        write_json(aside / WEIGHT_INDEX, {"metadata": {"total_size": size}, "weight_map": places})
-        write_json(aside / CONFIG, config)
-        for file in sorted(tokenizer.glob("*")):
-            shutil.copyfile(file, aside / file.name)
-        aside.rename(out)
+        with new_folder(out) as partial:
+            for name, shard in zip(names, shards, strict=True):
+                write_safetensors(partial / name, shard, {"format": "pt"})
+            places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            write_json(partial / WEIGHT_INDEX, {"metadata": {"total_size": size}, "weight_map": places})
+            write_json(partial / CONFIG, config)
+            for file in sorted(tokenizer.glob("*")):
+                shutil.copyfile(file, partial / file.name)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:
@@ -120,19 +115,17 @@ def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
 
 def _read_file(file: Path) -> dict[str, LazyTensor]:
     tensors = {}
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a mapping
-                header = opened.get_slice(name)
-                kind = header.get_dtype()
-                if kind not in DTYPES:
-                    raise UserError(f"{file}: the tensor '{name}' is of the type {kind}, which is not supported")
-                tensors[name] = LazyTensor(tuple(header.get_shape()), DTYPES[kind], partial(_read, file, name))
-    except (SafetensorError, OSError):
-        raise UserError(f"{file} is missing, damaged or not a safetensors file") from None
+    with open_safetensors(file) as opened:
+        for name in opened.keys():  # noqa: SIM118 - not a mapping
+            header = opened.get_slice(name)
+            kind = header.get_dtype()
+            if kind not in DTYPES:
+                raise UserError(f"{file}: the tensor '{name}' is of the type {kind}, which is not supported")
+            read = functools.partial(_read, file, name)
+            tensors[name] = LazyTensor(tuple(header.get_shape()), DTYPES[kind], read)
     return tensors
 
 
 def _read(file: Path, name: str) -> Tensor:
-    with safe_open(file, framework="pt") as opened:
+    with open_safetensors(file) as opened:
         return opened.get_tensor(name)

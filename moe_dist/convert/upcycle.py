@@ -18,8 +18,8 @@ from moe_dist.config.recipe import DenseFFN, ModelConfig, MoEFFN, SwiGLUExpertsC
 from moe_dist.convert.output import write_model
 from moe_dist.core.batch import MODALITIES
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import LazyTensor
 from moe_dist.core.strict import apply_override, validate
+from moe_dist.core.tensor_files import LazyTensor
 from moe_dist.model.moe.router import Router, Site
 from moe_dist.model.moe.router_registry import build_router
 

@@ -1,6 +1,9 @@
-"""The one exception a user is meant to read, and what else amounts to it."""
+"""The one exception a user is meant to read, what else amounts to it, and the hint at a misspelt name."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -22,3 +25,14 @@ def as_user_error(error: Exception) -> UserError | None:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return UserError(f"{error.filename}: {error.strerror}")
     return error if isinstance(error, UserError) else None
+
+
+def closest(name: str, names: Iterable[str]) -> str | None:
+    """Return the name that `name` may be a misspelling of; None if none is close."""
+    return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return a hint to put behind the error sentence of an unknown name; empty if no known name is close."""
+    close = closest(name, names)
+    return f" (did you mean '{close}'?)" if close else ""

@@ -1,66 +1,26 @@
-"""The files of a checkpoint: safetensors and JSON, written as a stream, hashed on the way and fsynced."""
+"""Files and folders that appear complete or not at all, and JSON. Imports no torch.
+
+A file or folder is written beside its place, as NAME.tmp, and renamed once the disk has it: a reader never sees half
+of it, and a crash leaves what was there before. What a killed writer leaves is overwritten by the next one. Where
+several processes may write the same thing at once, each writes to a hidden .NAME.HOST.PID.tmp of its own.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import shutil
+import socket
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from moe_dist.core.errors import UserError
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class LazyTensor:
-    """A tensor that is on the disk, or still to be made."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-    def read(self) -> Tensor:
-        """All of it."""
-        tensor = self.make()
-        if (tuple(tensor.shape), tensor.dtype) != (self.shape, self.dtype):
-            raise RuntimeError(f"{tensor.dtype}{list(tensor.shape)} was made, not {self.dtype}{list(self.shape)}")
-        return tensor
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> LazyTensor:
-        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+PARTIAL = ".tmp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,30 +32,75 @@ class StoredFile:
     sha256: str
 
 
+def partial_path(path: Path, *, shared: bool = False) -> Path:
+    """Return where `path` is written before it is complete. shared: other processes may be writing it, too."""
+    if shared:
+        return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
+    return path.with_name(path.name + PARTIAL)
+
+
 @contextmanager
-def open_shard(file: Path) -> Iterator[Any]:
-    """A safetensors file, opened. Raises UserError where it is none, or lacks what is asked for."""
+def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yield the path of a file to write; when the block ends, it replaces `path`. Raises OSError."""
+    partial = partial_path(path, shared=shared)
     try:
-        with safe_open(file, framework="pt") as opened:
-            yield opened
-    except SafetensorError as error:
-        raise UserError(f"{file} is not the safetensors file that it should be: {error}") from None
+        yield partial
+        put_in_place(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: Path, content: str | bytes, *, shared: bool = False) -> None:
+    """Replace a file by one of this content (text is UTF-8). Raises OSError."""
+    with new_file(path, shared=shared) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def new_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yield an empty folder to fill; when the block ends, it becomes `path`. Raises OSError.
+
+    `path` must not exist by then, or be an empty folder.
+    """
+    partial = partial_path(path, shared=shared)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for inner in partial.rglob("*"):
+            _sync(inner)
+        put_in_place(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Rename a complete file, or a folder whose files are on the disk, and return when the disk has it. Raises OSError.
+
+    An existing file, or an empty folder, is replaced.
+    """
+    _sync(partial)
+    partial.rename(path)
+    _sync(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file. Raises UserError."""
+    """Read the mapping in a JSON file. Raises UserError naming it."""
     try:
-        content = json.loads(path.read_text())
-    except ValueError:
-        content = None
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise UserError(f"{path} is missing or is not JSON") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not the JSON file that it should be")
+        raise UserError(f"{path} holds no JSON mapping")
     return content
 
 
 def write_json(path: Path, value: Any) -> StoredFile:
-    """Write and fsync."""
-    data = (json.dumps(value, indent=1) + "\n").encode()
+    """Write and fsync a JSON file of a folder that is not complete yet. Raises OSError."""
+    data = json_text(value).encode()
     with path.open("wb") as stream:
         stream.write(data)
         stream.flush()
@@ -103,30 +108,15 @@ def write_json(path: Path, value: Any) -> StoredFile:
     return StoredFile(path.name, len(data), hashlib.sha256(data).hexdigest())
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
-) -> StoredFile:
-    """Stream tensors to the disk, hashing on the way (safetensors.save_file would hold a second copy of them all)."""
-    order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)  # aligned, as the library itself writes them
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    size = 0
-    for key in order:
-        tensor = tensors[key]
-        end = size + tensor.nbytes
-        header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [size, end]}
-        size = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with path.open("wb") as stream:
-        head: Iterable[Any] = (struct.pack("<Q", len(text)), text)
-        for data in chain(head, (_bytes_of(tensors[key].read()) for key in order)):
-            stream.write(data)
-            digest.update(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    return StoredFile(path.name, path.stat().st_size, digest.hexdigest())
+def json_text(value: Any) -> str:
+    """Format a value as the JSON files of this project are."""
+    return json.dumps(value, indent=1) + "\n"
 
 
-def _bytes_of(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
+def _sync(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable
 from functools import cache
 
-from moe_dist.core.errors import UserError
+from moe_dist.core.errors import UserError, closest
 
 
 @cache
@@ -25,8 +24,8 @@ def matching(patterns: Iterable[str], names: Collection[str], *, key: str, what:
     for pattern in patterns:
         matched = {name for name in names if compiled(pattern).fullmatch(name)}
         if not matched:
-            close = difflib.get_close_matches(pattern, names, n=1)
-            hint = f" (the closest is '{close[0]}')" if close else ""
+            close = closest(pattern, names)
+            hint = f" (the closest is '{close}')" if close else ""
             raise UserError(f"{key}: '{pattern}' matches no {what}{hint}")
         found |= matched
     return found

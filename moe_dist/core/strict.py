@@ -6,7 +6,6 @@ the error.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Hashable
@@ -15,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moe_dist.core.errors import UserError
+from moe_dist.core.errors import UserError, did_you_mean
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
@@ -84,8 +83,7 @@ def _explain(model: type[BaseModel], item: Any, prefix: str) -> str:
     key = ".".join(filter(None, [prefix, *_walk(model, location)[0]]))
     if item["type"] == "extra_forbidden":
         _, section = _walk(model, location[:-1])
-        close = difflib.get_close_matches(location[-1], getattr(section, "model_fields", ()), n=1)
-        return f"unknown key '{key}'" + (f" (did you mean '{close[0]}'?)" if close else "")
+        return f"unknown key '{key}'{did_you_mean(location[-1], getattr(section, 'model_fields', ()))}"
     if item["type"] == "missing":
         return f"key '{key}' is missing"
     message = item["msg"].removeprefix("Value error, ")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,10 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from moe_dist.core.errors import UserError
+from moe_dist.core.files import new_folder, read_json, write_json
 from moe_dist.core.strict import validate
 from moe_dist.corpora import BUILDERS, Corpus
 from moe_dist.data.shards.tars import Sample, write_shards
-from moe_dist.data.tokenizers.tokenizer_weights import read_json
 
 RECORD = "corpus.json"
 CORPUS_FORMAT = 1  # raise it when a builder changes what it writes
@@ -34,21 +32,18 @@ def prepare(name: str, settings: dict[str, Any], out: Path) -> dict[str, Any] | 
         return None
     downloads = out.parent / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as aside:
-        partial = Path(aside) / out.name
-        partial.mkdir()
-        samples = _samples(corpus, downloads, name)
-        domains = Counter(sample.meta["domain"] for sample in samples if "domain" in sample.meta)
-        record = identity | {
-            "licence": corpus.licence,
-            "samples": write_shards(samples, partial),
-            "domains": dict(sorted(domains.items())),  # of instructions
-        }
-        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        try:
-            os.rename(partial, out)  # takes the place of an empty folder, never of a full one
-        except OSError as error:
-            raise UserError(f"cannot put the prepared corpus at {out}: {error.strerror}") from None
+    samples = _samples(corpus, downloads, name)
+    domains = Counter(sample.meta["domain"] for sample in samples if "domain" in sample.meta)
+    try:
+        with new_folder(out, shared=True) as partial:
+            record = identity | {
+                "licence": corpus.licence,
+                "samples": write_shards(samples, partial),
+                "domains": dict(sorted(domains.items())),  # of instructions
+            }
+            write_json(partial / RECORD, record)
+    except OSError as error:
+        raise UserError(f"cannot put the prepared corpus at {out}: {error.strerror or error}") from None
     return record
 
 

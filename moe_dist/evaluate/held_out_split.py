@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from moe_dist.config.recipe import DataConfig
+from moe_dist.config.recipe import Config, DataConfig
 from moe_dist.core.batch import Batch
 from moe_dist.data.stream.held_out_batches import held_out_batches
 from moe_dist.data.stream.packing import DocumentStore
@@ -22,6 +22,11 @@ class HeldOutSplit:
     layout: Layout
     groups: int
     batch_groups: int
+
+    @classmethod
+    def of(cls, config: Config, vocabulary: Vocabulary, layout: Layout) -> HeldOutSplit:
+        """Return what a recipe's `eval` section asks for."""
+        return cls(vocabulary, config.data, layout, config.eval.groups, config.train.micro_batch_groups)
 
     def batches(self, store: DocumentStore) -> Iterator[Batch]:
         """This rank's micro-batches of the store."""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from moe_dist.config.recipe import Config
 from moe_dist.core.errors import UserError
+from moe_dist.core.files import read_json, write_file
 from moe_dist.metrics.run_folder import RunFolder, read_status
 
 Verdict = Literal["done", "stopped", "again", "wrong", "given up"]
@@ -118,17 +119,15 @@ def _file(folder: RunFolder) -> Path:
 
 
 def _read(folder: RunFolder) -> Attempt | None:
-    with suppress(OSError, ValueError, TypeError):
-        return Attempt(**json.loads(_file(folder).read_text()))
+    with suppress(UserError, TypeError):
+        return Attempt(**read_json(_file(folder)))
     return None
 
 
 def _write(folder: RunFolder, attempt: Attempt) -> None:
     file = _file(folder)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(attempt)) + "\n")
-    temporary.replace(file)
+    write_file(file, json.dumps(asdict(attempt)) + "\n")
 
 
 def _status(folder: RunFolder) -> dict[str, Any]:

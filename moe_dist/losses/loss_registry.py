@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from moe_dist.core.errors import UserError
+from moe_dist.core.errors import UserError, did_you_mean
 from moe_dist.core.strict import validate
 from moe_dist.losses.balance import LoadBalance, PooledBalance, RouterZ
 from moe_dist.losses.causal_routers import CausalRouters
@@ -26,7 +25,6 @@ def loss_settings(raw: Mapping[str, dict[str, Any]]) -> dict[str, TermSettings]:
     """Validate the `losses` section of a recipe. Raises UserError naming the key."""
     for name in raw:
         if name not in LOSSES:
-            close = difflib.get_close_matches(name, LOSSES, n=1)
-            hint = f" (did you mean '{close[0]}'?)" if close else f": one of {', '.join(LOSSES)}"
+            hint = did_you_mean(name, LOSSES) or f": one of {', '.join(LOSSES)}"
             raise UserError(f"key 'losses.{name}': there is no such loss{hint}")
     return {name: validate(LOSSES[name].Settings, section, "recipe", f"losses.{name}") for name, section in raw.items()}

@@ -16,7 +16,6 @@ A run that was killed says `running` for ever. Who reads that after its launcher
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from typing import Any, Literal
 
 from moe_dist.config.recipe import Config, load_config, save_config
 from moe_dist.core.errors import UserError, as_user_error
+from moe_dist.core.files import json_text, new_file, read_json, write_file
 from moe_dist.parallel.signals import Stopped
 
 BEAT_SECONDS = 10.0  # status.json of a run that trains is renewed no more often than this
@@ -81,26 +81,25 @@ class RunFolder:
         with self._writing():
             for folder in (self.checkpoints, self.tensorboard, self.samples):
                 folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.config.with_suffix(".tmp")
-            save_config(config, temporary)
-            os.replace(temporary, self.config)
+            with new_file(self.config) as partial:
+                save_config(config, partial)
             self.metrics.touch()
             if step > 0:
-                _replace(self.metrics, "".join(f"{line}\n" for line in _lines(self.metrics) if _step(line) <= step))
+                write_file(self.metrics, "".join(f"{line}\n" for line in _lines(self.metrics) if _step(line) <= step))
             elif self.metrics.stat().st_size:
-                os.replace(self.metrics, self.metrics.with_suffix(".previous.jsonl"))
+                self.metrics.rename(self.metrics.with_suffix(".previous.jsonl"))
         self.write_status("running", step, restart=True)
 
     def write_health(self, health: dict[str, Any]) -> None:
         """Keep what the ranks said of themselves before training. Raises UserError."""
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            _replace(self.path / "health.json", json.dumps(health, indent=1) + "\n")
+            write_file(self.path / "health.json", json_text(health))
 
     def write_initial(self, account: dict[str, Any]) -> None:
         """Keep what a run started from (init_from). Raises UserError."""
         with self._writing():
-            _replace(self.initial, json.dumps(account, indent=1) + "\n")
+            write_file(self.initial, json_text(account))
 
     def evaluation_config(self, overrides: Sequence[str]) -> Config:
         """The run's recipe, to look at its newest checkpoint: on one process unless overridden, by any name of the
@@ -114,7 +113,7 @@ class RunFolder:
         status = {"state": state, "step": step, "reason": reason, "restart": restart, "updated": now}
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
-            _replace(self.status, json.dumps(status) + "\n")
+            write_file(self.status, json.dumps(status) + "\n")
 
     def beat(self, step: int) -> None:
         """Show that the run lives, now and then. Raises UserError."""
@@ -159,20 +158,7 @@ class RunFolder:
 
 def read_status(path: str | Path) -> dict[str, Any]:
     """The content of RUN/status.json. Raises UserError where there is none."""
-    file = RunFolder(Path(path)).status
-    try:
-        return json.loads(file.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{file} is missing or not a status file") from None
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    return read_json(RunFolder(Path(path)).status)
 
 
 def _lines(path: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.console import Console
 from moe_dist.checkpoint import checkpoint
 from moe_dist.checkpoint.init_from import Account
 from moe_dist.checkpoint.init_from import loader_state as loader_state_of
-from moe_dist.checkpoint.manifest import require_checkpoint, resolve_init
+from moe_dist.checkpoint.manifest import resolve_init
 from moe_dist.checkpoint.saver import Saver
 from moe_dist.checkpoint.train_state import TrainState, check_resumable
 from moe_dist.config.recipe import Config, MoEFFN
@@ -154,17 +154,6 @@ class Run:
             stop=stop,
         )
 
-    @classmethod
-    def reopen(cls, folder: RunFolder, overrides: Sequence[str]) -> Run:
-        """A run's newest checkpoint with its data, to be looked at under any layout. Collective."""
-        device = init_distributed()
-        with raise_on_all_ranks():
-            config = folder.evaluation_config(overrides)
-            require_checkpoint(folder.path)  # before the data are read
-        layout = make_layout(expert=config.parallel.expert, device=device)
-        check_recipe(config, layout)
-        return cls.build(config, layout, folder)
-
     @cached_property
     def trained_parameters(self) -> frozenset[str]:
         """Names of the parameters that are."""
@@ -263,10 +252,7 @@ class Run:
     @property
     def held_out_split(self) -> HeldOutSplit:
         """How much of the held-out split, and this rank's share."""
-        config = self.config
-        return HeldOutSplit(
-            self.vocabulary, config.data, self.layout, config.eval.groups, config.train.micro_batch_groups
-        )
+        return HeldOutSplit.of(self.config, self.vocabulary, self.layout)
 
     def save(self) -> int:
         """Save this moment; the step. Collective."""

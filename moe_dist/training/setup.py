@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -59,21 +60,25 @@ def check_recipe(config: Config, layout: Layout) -> None:
 
 
 def open_data(
-    data: DataConfig, vocabulary: Vocabulary, layout: Layout, stop: StopSignals
-) -> tuple[TokenStore, TokenStore]:
-    """The tokens of the training and the held-out documents, made where missing. Collective. Raises Stopped."""
+    data: DataConfig,
+    vocabulary: Vocabulary,
+    layout: Layout,
+    stop: StopSignals,
+    splits: Sequence[Split] = TRAINING_SPLITS,
+) -> tuple[TokenStore, ...]:
+    """Open the tokens of splits, and make those that are missing. Collective. Raises Stopped."""
     with raise_on_all_ranks(patient=True):  # each rank tokenises its share of the shards
-        for split in TRAINING_SPLITS:
+        for split in splits:
             build_cache(
                 data, split, vocabulary, rank=layout.rank, world=layout.world, device=layout.device, stop=stop.pending
             )
     stop.check(layout.device)
     with raise_on_all_ranks():
-        documents, held_out = (open_store(data, split, vocabulary) for split in TRAINING_SPLITS)
-    for split, store in zip(TRAINING_SPLITS, (documents, held_out), strict=True):
+        stores = tuple(open_store(data, split, vocabulary) for split in splits)
+    for split, store in zip(splits, stores, strict=True):
         if layout.is_main and store.report.bad:
             print(f"warning: {split}: {store.report.summary()}", file=sys.stderr, flush=True)
-    return documents, held_out
+    return stores
 
 
 def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_dist.checkpoint import checkpoint
-from moe_dist.core import files
+from moe_dist.core import files, tensor_files
 from moe_dist.core.errors import UserError
 from tests.support.checkpoint_jobs import Job, assert_same, attempt, run, run_on_rank
 from tests.support.distributed import run_ranks
@@ -109,8 +109,8 @@ def _save_and_die(rank, job, moment):
 
     if rank == 0 and moment == "writing":
         calls = itertools.count()
-        original = files._bytes_of
-        files._bytes_of = lambda tensor: die() if next(calls) == 5 else original(tensor)
+        original = tensor_files._bytes_of
+        tensor_files._bytes_of = lambda tensor: die() if next(calls) == 5 else original(tensor)
     if rank == 0 and moment == "committing":
         Path.rename = die
     run_on_rank(rank, job)

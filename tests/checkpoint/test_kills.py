@@ -29,12 +29,12 @@ ALL_KILLS = [
     (how, window, seed)
     for how in (How(1, True), How(3, True), How(3, False))
     for window in WINDOWS
-    for seed in (range(4) if window == "sync" else range(2))
+    for seed in (range(4) if window == "place" else range(2))
 ]
 # A kill in `save` leaves what one in `write` leaves, one anywhere in a step what one in `optimizer` leaves.
 FEW_KILLS = [(How(1, True), window, 0) for window in ("write", "tensors", "commit", "prune")]
 FEW_KILLS += [(How(3, False), "optimizer", 0)]
-FEW_KILLS += [(How(1, True), "sync", 2), (How(3, False), "sync", 0)]  # after a checkpoint became visible, and before
+FEW_KILLS += [(How(1, True), "place", 2), (How(3, False), "place", 0)]  # after a checkpoint became visible, and before
 KILLS = ALL_KILLS if LONG else FEW_KILLS
 
 
@@ -77,11 +77,8 @@ def check_what_is_left(run_dir: Path, undisturbed: Undisturbed, kill: Kill) -> N
             assert newest in (before, saving)
         case "tensors" | "index":  # begun, and not there yet
             assert newest == before and f"{name}.tmp" in left
-        case "commit":  # under one name or the other
+        case "commit" | "place":  # under one name or the other
             assert newest in (before, saving) and (f"{name}.tmp" in left) == (newest == before)
-        case "sync":  # two calls for each save
-            number, visible = divmod(kill.call, 2)
-            assert newest == EVERY * (number + visible)
         case "prune":
             assert newest == saving
         case window:

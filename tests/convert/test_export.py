@@ -19,8 +19,8 @@ from moe_dist.convert.hugging_face import export_folder, import_folder
 from moe_dist.convert.output import parameter_shapes
 from moe_dist.convert.upcycle import upcycle
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import LazyTensor
 from moe_dist.core.strict import validate
+from moe_dist.core.tensor_files import LazyTensor
 from tests.support import ROOT
 from tests.support.hugging_face_models import (
     SIZES,

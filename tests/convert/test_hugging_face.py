@@ -13,8 +13,8 @@ from moe_dist.checkpoint.stored_weights import read_tensors, write_tensors
 from moe_dist.config.recipe import ModelConfig
 from moe_dist.convert.hugging_face import import_folder, read_folder
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import LazyTensor
 from moe_dist.core.strict import validate
+from moe_dist.core.tensor_files import LazyTensor
 from tests.support.hugging_face_models import load_checkpoint, logits_apart, logits_packed, random_documents, save_llama
 
 VARIANTS = {

@@ -12,8 +12,8 @@ from moe_dist.config.recipe import InitFrom
 from moe_dist.convert.hugging_face import import_folder
 from moe_dist.convert.upcycle import upcycle
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import LazyTensor
 from moe_dist.core.seeding import seeded_normal_
+from moe_dist.core.tensor_files import LazyTensor
 from moe_dist.losses.language import language_loss
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout

@@ -39,7 +39,7 @@ WINDOWS = {  # functions to die in, as the code looks them up
     "tensors": "moe_dist.checkpoint.storage:write_safetensors",
     "index": "moe_dist.checkpoint.storage:ShardWriter.finish",
     "commit": "moe_dist.checkpoint.checkpoint:commit",
-    "sync": "moe_dist.checkpoint.checkpoint:_sync_folder",  # just before a checkpoint becomes visible, and just after
+    "place": "moe_dist.checkpoint.checkpoint:put_in_place",  # just before a checkpoint becomes visible, and just after
     "prune": "moe_dist.checkpoint.saver:prune",
     "step": "moe_dist.training.deepspeed:Engine.train_step",
     "backward": "moe_dist.training.deepspeed:_ZeroEngine.backward",

@@ -143,12 +143,24 @@ def build_cache(
             tars += part
     sources = [_Source.of(shard, vocabulary, content=True) for shard in tars[rank::world] if not stop()]
     missing = [source for source in sources if source.find() is None]
-    if not missing:
-        return
+    if missing:
+        _tokenise(missing, split, vocabulary, device, stop, shown=rank == 0)
+
+
+def _tokenise(
+    missing: Sequence[_Source],
+    split: Split,
+    vocabulary: Vocabulary,
+    device: torch.device | str,
+    stop: Callable[[], bool],
+    *,
+    shown: bool,
+) -> None:
+    """Tokenise shards until `stop` says so. shown: with a progress bar."""
     if vocabulary.image is not None:
         vocabulary.image.to(device)
     columns = (TextColumn("tokenising {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=rank != 0) as progress:
+    with Progress(*columns, disable=not shown) as progress:
         known = all(source.samples for source in missing)
         task = progress.add_task(f"{split} samples", total=sum(source.samples for source in missing) if known else None)
         for number, source in enumerate(missing, 1):

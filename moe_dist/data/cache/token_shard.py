@@ -13,10 +13,6 @@ The folder is written aside and renamed when it is whole, so a token shard that 
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import socket
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,11 +24,11 @@ import numpy as np
 import torch
 
 from moe_dist.core.errors import UserError
+from moe_dist.core.files import new_folder, read_json, write_json
 from moe_dist.data.shards.samples import RawSample, SampleReport
 from moe_dist.data.tasks.instructions import InstructionPrompt, instruction_ids
 from moe_dist.data.tokenizers.image_tokenizer import ImageTokenizer
 from moe_dist.data.tokenizers.pixels import crop_and_resize, scale_pixels
-from moe_dist.data.tokenizers.tokenizer_weights import read_json
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
 TOKEN_SHARD_FORMAT = 2  # part of a token shard's name: raise it when the files change
@@ -178,23 +174,12 @@ class TokenShardWriter:
             "domains": domains,
             "samples": {"total": report.total, "bad": dict(report.bad), "first_keys": report.first_keys},
         }
-        aside = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-            for name, array in arrays.items():
-                np.save(aside / name, array)
-            manifest["files"] = {name: (aside / name).stat().st_size for name in arrays}
-            (aside / TOKEN_SHARD_MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-            _rename(aside, folder)
+            with new_folder(folder, shared=True) as partial:
+                for name, array in arrays.items():
+                    np.save(partial / name, array)
+                manifest["files"] = {name: (partial / name).stat().st_size for name in arrays}
+                write_json(partial / TOKEN_SHARD_MANIFEST, manifest)
         except OSError as error:
-            raise UserError(f"cannot write the token cache {folder}: {error}") from None
-
-
-def _rename(aside: Path, folder: Path) -> None:
-    try:
-        aside.rename(folder)
-    except OSError:
-        if not (folder / TOKEN_SHARD_MANIFEST).is_file():
-            raise
-        shutil.rmtree(aside)  # another process was faster
+            if not (folder / TOKEN_SHARD_MANIFEST).is_file():  # else another process was faster
+                raise UserError(f"cannot write the token cache {folder}: {error}") from None

@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlparse
 from webdataset.tariterators import group_by_keys
 
 from moe_dist.core.errors import UserError
+from moe_dist.core.files import read_json, write_file
 from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_members
 
 
@@ -84,25 +85,19 @@ def _read_index(shard: Path) -> ShardIndex | None:
     if path is None:
         return None
     try:
-        return ShardIndex(**json.loads(path.read_text()))
-    except (ValueError, TypeError):
+        return ShardIndex(**read_json(path))
+    except (UserError, TypeError):
         raise UserError(f"the shard index {path} is unreadable; delete it to have it built again") from None
 
 
 def _write_index(shard: Path, index: ShardIndex) -> None:
     beside, cached = _index_paths(shard)
     try:
-        _write_atomically(beside, json.dumps(asdict(index)))
+        write_file(beside, json.dumps(asdict(index)), shared=True)
     except OSError:  # a read-only folder
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomically(cached, json.dumps(asdict(index)))
+            write_file(cached, json.dumps(asdict(index)), shared=True)
         except OSError as error:
             tried = f"tried {beside.parent} and {cached.parent} ({error.strerror or error})"
             raise UserError(f"the index of shard {shard} cannot be written: {tried}") from None
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)

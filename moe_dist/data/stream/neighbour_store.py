@@ -15,20 +15,19 @@ Shape suffixes: N samples of the store, S samples of a micro-batch, K neighbours
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
-from moe_dist.data.tokenizers.tokenizer_weights import read_json
+from moe_dist.core.files import json_text, new_file, read_json, write_file
+from moe_dist.core.tensor_files import read_safetensors
 
 NEIGHBOURS_FORMAT = 1
 ABOUT, SAMPLES, NEIGHBOURS = "store.json", "samples.safetensors", "neighbours.safetensors"
@@ -64,7 +63,7 @@ def write_samples(folder: Path, samples: Samples, about: Mapping[str, Any]) -> N
         (folder / name).unlink(missing_ok=True)
     _write_tensors(folder / SAMPLES, samples)
     counts = {"samples": len(samples.sample_N), "right": right, "routing_values": samples.routing_NR.shape[1]}
-    _write_about(folder, {"format": NEIGHBOURS_FORMAT, **about, **counts})
+    write_file(folder / ABOUT, json_text({"format": NEIGHBOURS_FORMAT, **about, **counts}))
 
 
 def read_samples(folder: Path) -> tuple[Samples, dict[str, Any]]:
@@ -74,14 +73,14 @@ def read_samples(folder: Path) -> tuple[Samples, dict[str, Any]]:
         raise UserError(
             f"{folder / ABOUT}: format {about.get('format')} is not known, this version reads {NEIGHBOURS_FORMAT}"
         )
-    return Samples(**_read_tensors(folder / SAMPLES)), about
+    return Samples(**read_safetensors(folder / SAMPLES)), about
 
 
 def write_neighbours(folder: Path, neighbours: Neighbours, about: Mapping[str, Any]) -> None:
     """Complete a store. about: how they were found; it joins store.json as `neighbours`."""
     stored = read_json(folder / ABOUT)
     _write_tensors(folder / NEIGHBOURS, neighbours)
-    _write_about(folder, {**stored, "neighbours": dict(about)})
+    write_file(folder / ABOUT, json_text({**stored, "neighbours": dict(about)}))
 
 
 class NeighbourStore:
@@ -101,7 +100,7 @@ class NeighbourStore:
             )
         if not (self.folder / NEIGHBOURS).is_file():
             raise UserError(f"the neighbour store {self.folder} has no neighbours yet: run launch/align.py neighbours")
-        self._neighbours = Neighbours(**_read_tensors(self.folder / NEIGHBOURS))
+        self._neighbours = Neighbours(**read_safetensors(self.folder / NEIGHBOURS))
 
     @property
     def identity(self) -> str:
@@ -133,19 +132,5 @@ class NeighbourStore:
 
 
 def _write_tensors(path: Path, tensors: Samples | Neighbours) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    save_file({name: getattr(tensors, name).contiguous() for name in type(tensors).__dataclass_fields__}, aside)
-    aside.replace(path)
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError):
-        raise UserError(f"{path} is missing, damaged or not a safetensors file") from None
-
-
-def _write_about(folder: Path, about: Mapping[str, Any]) -> None:
-    aside = folder / f".{ABOUT}.partial"
-    aside.write_text(json.dumps(about, indent=1) + "\n")
-    aside.replace(folder / ABOUT)
+    with new_file(path) as partial:
+        save_file({name: getattr(tensors, name).contiguous() for name in type(tensors).__dataclass_fields__}, partial)

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
 
 from moe_dist.core.errors import UserError
+from moe_dist.core.files import read_json
+from moe_dist.core.tensor_files import read_safetensors
 from moe_dist.data.tokenizers.pixels import in_chunks
-from moe_dist.data.tokenizers.tokenizer_weights import CONFIG, content_sha256, load_weights, read_json, read_tensors
+from moe_dist.data.tokenizers.tokenizer_weights import CONFIG, content_sha256, load_weights
 
 CHUNK_PIXELS = 512 * 512  # encoded at once: about 0.5 GiB of activations at Chameleon's width
 
@@ -42,7 +44,9 @@ class ChameleonVQ(nn.Module):
             tokenizer = cls(config)
         except Exception as error:  # transformers' own validation raises several kinds
             raise UserError(f"{folder / CONFIG} is not a ChameleonVQVAE configuration: {error}") from None
-        tensors = read_tensors(sorted(folder.glob("*.safetensors")), after="vqmodel." if whole_model else "")
+        tensors: dict[str, Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            tensors |= read_safetensors(file, after="vqmodel." if whole_model else "")
         wanted = {name: value for name, value in tensors.items() if not name.startswith("decoder.")}
         load_weights(tokenizer.model, wanted, folder)
         return tokenizer.eval()

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from moe_dist.core.errors import UserError
-from moe_dist.data.tokenizers.tokenizer_weights import read_json
+from moe_dist.core.files import read_json
 
 TOKENIZER, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 TOKENIZER_FILES = (TOKENIZER, CONFIG, SPECIAL)  # what a copy of a tokenizer needs

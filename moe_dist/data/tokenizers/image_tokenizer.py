@@ -13,7 +13,8 @@ from torch import Tensor
 
 from moe_dist.core.errors import UserError
 from moe_dist.core.extras import require_extra
-from moe_dist.data.tokenizers.tokenizer_weights import CONFIG, read_json
+from moe_dist.core.files import read_json
+from moe_dist.data.tokenizers.tokenizer_weights import CONFIG
 from moe_dist.data.tokenizers.vq import VQTokenizer
 
 

@@ -14,6 +14,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from moe_dist.core.errors import UserError
+from moe_dist.core.files import write_file
 from moe_dist.data.tokenizers.hugging_face_text import HuggingFaceTokenizer
 
 VOCAB_SIZE = 2048  # of a tokenizer trained on captions; long texts deserve 8192 or more
@@ -107,9 +108,7 @@ def train_text_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int 
         logger.warning("the texts are too few for %d pieces: the text tokenizer has %s", vocab_size, allowed[1])
         content = _train(lines, int(allowed[1]))
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.partial")
-    aside.write_bytes(content)
-    aside.replace(out)
+    write_file(out, content)
     return SentencePieceTokenizer(out)
 
 

@@ -4,42 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from moe_dist.core.errors import UserError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file. Raises UserError naming it."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        raise UserError(f"{path} is missing or is not JSON") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON mapping")
-    return content
-
-
-def read_tensors(files: Iterable[Path], after: str = "") -> dict[str, Tensor]:
-    """The tensors of safetensors files whose name contains `after`, under the rest of their name."""
-    tensors = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - not a mapping
-                    if after in name:
-                        tensors[name.partition(after)[2] if after else name] = opened.get_tensor(name)
-        except (SafetensorError, OSError):
-            raise UserError(f"{file} is missing, damaged or not a safetensors file") from None
-    return tensors
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:

@@ -18,16 +18,11 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
+from moe_dist.core.files import read_json, write_file
 from moe_dist.core.strict import Positive, Strict, validate
+from moe_dist.core.tensor_files import read_safetensors
 from moe_dist.data.tokenizers.pixels import in_chunks
-from moe_dist.data.tokenizers.tokenizer_weights import (
-    CONFIG,
-    WEIGHTS,
-    content_sha256,
-    load_weights,
-    read_json,
-    read_tensors,
-)
+from moe_dist.data.tokenizers.tokenizer_weights import CONFIG, WEIGHTS, content_sha256, load_weights
 
 CHUNK = 32  # images encoded or decoded at once
 PATCH = 4  # pixels of one side of the patch embedding
@@ -140,13 +135,13 @@ class VQTokenizer(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.contiguous() for name, value in self.state_dict().items()}
-        (folder / WEIGHTS).write_bytes(save(weights))
-        (folder / CONFIG).write_text(json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n")
+        write_file(folder / WEIGHTS, save(weights))
+        write_file(folder / CONFIG, json.dumps(self.config.model_dump(mode="json"), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> VQTokenizer:
         """Read what save() wrote, in eval mode. Raises UserError if a file is damaged or the two do not match."""
         folder = Path(folder)
         tokenizer = cls(validate(VQConfig, read_json(folder / CONFIG), str(folder / CONFIG)))
-        load_weights(tokenizer, read_tensors([folder / WEIGHTS]), folder)
+        load_weights(tokenizer, read_safetensors(folder / WEIGHTS), folder)
         return tokenizer.eval()

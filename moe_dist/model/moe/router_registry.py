@@ -5,11 +5,10 @@ A new routing idea is one class and one line here; new experts also need their s
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from moe_dist.config.recipe import MoEFFN
-from moe_dist.core.errors import UserError
+from moe_dist.core.errors import UserError, did_you_mean
 from moe_dist.core.strict import validate
 from moe_dist.model.moe.expert_choice import ExpertChoiceRouter, ModalityRouter
 from moe_dist.model.moe.experts import Experts, GroupedExperts
@@ -34,8 +33,7 @@ def router_settings(raw: dict[str, Any], prefix: str = "model.ffn.router") -> Ro
     """Validate the settings of a router and of its children. Raises UserError naming the key under `prefix`."""
     kind = raw.get("type")
     if kind not in ROUTERS:
-        close = difflib.get_close_matches(str(kind), ROUTERS, n=1)
-        hint = f" (did you mean '{close[0]}'?)" if close else f": one of {', '.join(ROUTERS)}"
+        hint = did_you_mean(str(kind), ROUTERS) or f": one of {', '.join(ROUTERS)}"
         raise UserError(f"key '{prefix}.type': there is no router '{kind}'{hint}")
     settings: RouterSettings = validate(ROUTERS[kind].Settings, raw, "router", prefix)
     for name, child in settings.children().items():

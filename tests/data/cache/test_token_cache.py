@@ -87,7 +87,7 @@ def test_work_is_shared_and_a_partial_cache_is_not_taken(recipe, shards):
 def test_an_interrupted_writer_leaves_nothing_that_counts(recipe, shards, monkeypatch):
     data = recipe()
     v = load_vocabulary(data)
-    monkeypatch.setattr("moe_dist.data.cache.token_shard.json.dumps", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("moe_dist.data.cache.token_shard.write_json", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_cache(data, "train", v)
     monkeypatch.undo()

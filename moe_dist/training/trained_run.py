@@ -1,0 +1,100 @@
+"""A trained run, opened to be evaluated or sampled: its model alone, without an optimizer, under any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_dist.checkpoint import checkpoint
+from moe_dist.checkpoint.manifest import require_checkpoint, resolve_resume
+from moe_dist.checkpoint.stored_weights import fill_model
+from moe_dist.checkpoint.train_state import TrainState, check_resumable
+from moe_dist.config.recipe import Config
+from moe_dist.core.batch import Batch
+from moe_dist.core.errors import UserError
+from moe_dist.data.cache.token_cache import TokenStore, load_vocabulary
+from moe_dist.data.shards.tars import Split
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+from moe_dist.evaluate.held_out_split import HeldOutSplit
+from moe_dist.metrics.run_folder import RunFolder
+from moe_dist.model.attention import check_head_size
+from moe_dist.model.transformer import ModelOutput, Transformer
+from moe_dist.parallel.agreement import raise_on_all_ranks
+from moe_dist.parallel.layout import Layout, make_layout
+from moe_dist.parallel.signals import StopSignals
+from moe_dist.training.deepspeed import init_distributed
+from moe_dist.training.deepspeed_config import check_section
+from moe_dist.training.setup import open_data
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """A run's newest checkpoint, and the run's recipe with overrides. Nothing large has been read yet."""
+
+    config: Config
+    checkpoint: Path
+    device: torch.device
+
+    @classmethod
+    def find(cls, folder: RunFolder, overrides: Sequence[str]) -> TrainedRun:
+        """Start torch.distributed and find a run's recipe and checkpoint. Collective. Raises UserError."""
+        device = init_distributed()
+        with raise_on_all_ranks():
+            config = folder.evaluation_config(overrides)
+            newest = require_checkpoint(folder.path)
+        return cls(config=config, checkpoint=resolve_resume(config) or newest, device=device)
+
+    def open(self, *splits: Split) -> OpenedRun:
+        """Build the model, fill it from the checkpoint, and open the tokens of `splits`, made if missing. Collective.
+
+        Raises UserError if the checkpoint is damaged, of another model or of other tokenizers. If documents are read,
+        the recipe must also be one with which the run could be resumed.
+        """
+        config, layout = self.config, make_layout(expert=self.config.parallel.expert, device=self.device)
+        dtype = torch.bfloat16 if check_section(config.deepspeed).bf16.enabled else torch.float32
+        with raise_on_all_ranks():
+            check_head_size(config.model.size_per_head, device=layout.device, dtype=dtype)
+            state = TrainState.from_json(checkpoint.read_state(self.checkpoint))
+            if splits:
+                check_resumable(state.config, config)
+            vocabulary = load_vocabulary(config.data)
+            if state.vocabulary != vocabulary.fingerprint():
+                raise UserError(f"{self.checkpoint} was trained with other tokenizers than {vocabulary.describe()}")
+        stores = open_data(config.data, vocabulary, layout, StopSignals(), splits)
+        with raise_on_all_ranks():
+            model = Transformer(config.model, vocabulary.size, layout, config.seed).to(layout.device, dtype)
+        fill_model(model, self.checkpoint, layout)
+        return OpenedRun(
+            config=config,
+            layout=layout,
+            vocabulary=vocabulary,
+            model=model.eval(),
+            step=state.step,
+            documents=dict(zip(splits, stores, strict=True)),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedRun:
+    """A trained model and what it is evaluated with."""
+
+    config: Config
+    layout: Layout
+    vocabulary: Vocabulary
+    model: Transformer
+    step: int  # optimizer steps done
+    documents: Mapping[Split, TokenStore]  # of the splits that were asked for
+
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> ModelOutput:
+        """Return the model's output for one micro-batch of this rank. Every rank takes part."""
+        batch = batch.to(self.layout.device)
+        return self.model(batch.tokens_T, batch.info)
+
+    @property
+    def held_out_split(self) -> HeldOutSplit:
+        """This rank's share of the held-out split."""
+        return HeldOutSplit.of(self.config, self.vocabulary, self.layout)
