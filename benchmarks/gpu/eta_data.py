@@ -119,7 +119,7 @@ def write_inputs(file: Path, overrides: Sequence[str], *, batches: int, held_out
         "sequence_length": config.data.sequence_length,
     }
     assert vocabulary.size <= 2**16
-    arrays = _arrays("train", (batch for batch, _ in islice(loader, batches)))
+    arrays = _arrays("train", (batch for batch, *_ in islice(loader, batches)))
     full = (batch for batch in held_out_split if batch.info.valid_T.float().mean() >= FULL)
     arrays |= _arrays("held_out", full)
     buffer = io.BytesIO()

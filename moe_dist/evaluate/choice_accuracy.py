@@ -63,7 +63,7 @@ def answer_all(
     with raise_on_all_ranks():
         choices = read_choices(data, split, vocabulary.text)
     batches = held_out_batches(
-        store, vocabulary, data, groups=len(store), dp_rank=layout.rank, dp=layout.world, batch_groups=batch_groups
+        store, vocabulary, data, groups=len(store), dp_rank=layout.dp_rank, dp=layout.dp, batch_groups=batch_groups
     )
     shown = track(list(batches), description="answering", disable=not layout.is_main)
     return answer(forward, shown, choices, layout)
@@ -78,9 +78,10 @@ def answer(forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Ch
     """
     mine = []
     for batch in batches:
+        batch = batch.to(layout.device)
         output = forward(batch)
         if len(batch.sidecar.get("sample_S", ())):
-            mine.append(_answer_batch(output, batch.to(layout.device), choices))
+            mine.append(_answer_batch(output, batch, choices))
     everyone = [answers for rank in gather_objects(mine) for answers in rank]
     if not everyone:
         raise UserError("the split holds no instruction samples, so there is nothing to choose from")

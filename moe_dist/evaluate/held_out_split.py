@@ -35,8 +35,8 @@ class HeldOutSplit:
             self.vocabulary,
             self.data,
             groups=self.groups,
-            dp_rank=self.layout.rank,
-            dp=self.layout.world,
+            dp_rank=self.layout.dp_rank,
+            dp=self.layout.dp,
             batch_groups=self.batch_groups,
         )
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.core.batch import MODALITIES, Batch
 from moe_dist.core.fused import fused, is_compiled_for
-from moe_dist.losses.term import ModelOutput
+from moe_dist.core.step import ModelOutput
 
 _CHUNK = 2**26  # half-precision logits that are copied to float32 at a time: 1,024 tokens of 65,536 ids
 _IGNORED = -100

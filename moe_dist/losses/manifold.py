@@ -15,8 +15,9 @@ from torch import Tensor
 from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
 from moe_dist.core.routing_plan import Routing, RoutingRecord
+from moe_dist.core.step import ModelOutput
 from moe_dist.core.strict import Positive
-from moe_dist.losses.term import Context, ModelOutput, TermSettings
+from moe_dist.losses.term import Context, TermSettings
 
 
 class Manifold:

@@ -9,26 +9,21 @@ import torch
 from torch import Tensor
 
 from moe_dist.core.batch import Batch
+from moe_dist.core.step import ModelOutput, Objective, ObjectiveOutput
 from moe_dist.losses.language import LanguageLoss
 from moe_dist.losses.loss_registry import LOSSES, loss_settings
-from moe_dist.losses.term import Context, ModelOutput, Term
+from moe_dist.losses.term import Context, Term
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectiveOutput:
-    loss: Tensor  # 0-d: this micro-batch's part of the objective; summed over micro-batches and ranks it is the whole
-    sums: dict[str, Tensor]  # detached, by metric name; divided by the counts of that name they are means
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """(weight, term) by name. Lives for one optimizer step, since a term may remember the step's micro-batches."""
+class WeightedTerms:
+    """An objective: (weight, term) by name. Lives for one step, since a term may remember the step's micro-batches."""
 
     terms: Mapping[str, tuple[float, Term]]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all metrics."""
+        """Names of all terms' metrics."""
         return tuple(name for _, term in self.terms.values() for name in term.names)
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
@@ -51,4 +46,4 @@ def make_objective(losses: Mapping[str, dict], context: Context, step: int) -> O
     terms: dict[str, tuple[float, Term]] = {"language": (1.0, LanguageLoss())}
     for name, settings in loss_settings(losses).items():
         terms[name] = (settings.weight_at(step), LOSSES[name](settings, context))
-    return Objective(terms)
+    return WeightedTerms(terms)

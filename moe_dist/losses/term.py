@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
 from moe_dist.core.batch import Batch
-from moe_dist.core.routing_plan import DepthRecord, RoutingRecord
+from moe_dist.core.step import ModelOutput
 from moe_dist.core.strict import Count, Strict
 from moe_dist.parallel.layout import Layout
 
@@ -36,19 +36,6 @@ Weight = Annotated[float, Field(ge=0)]
 Steps = Annotated[
     tuple[tuple[Count, Weight], ...], Field(min_length=1), BeforeValidator(_as_steps), AfterValidator(_in_order)
 ]
-
-
-class ModelOutput(Protocol):
-    """What a term may read of a forward pass (model/transformer.py returns one)."""
-
-    @property
-    def logits_TV(self) -> Tensor: ...
-
-    @property
-    def records(self) -> tuple[RoutingRecord, ...]: ...
-
-    @property
-    def depths(self) -> tuple[DepthRecord, ...]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The names of everything a run measures: one table, which metrics.jsonl, TensorBoard and W&B follow.
 
 {layer} stands for a layer's number, {modality} for text or image, {domain} for a name that the instructions bring. All
-losses are in nats per predicted token. The moe/ keys count the last micro-batch of the step on every rank.
+losses are in nats per predicted token. The moe/ keys and model_flops count all micro-batches of the step, on all
+ranks.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ KEYS = {
     "data_wait_seconds": "seconds of the step spent waiting for data",
     "checkpoint_stall_seconds": "seconds that training stood still for the saves since the line before, if any",
     "tokens_per_second": "predictions trained on a second, over all ranks",
+    "model_flops": "floating-point operations of the model in the step, forward and backward, over all ranks",
     "model_flops_per_second": "floating-point operations of the model a second, over all ranks",
     "moe/{layer}/utilization": "list by expert: load over fair share (see metrics/routing_metrics.py)",
     "moe/{layer}/experts_per_token/{modality}": "mean number of experts that a valid token reaches",

@@ -5,36 +5,35 @@ Shape suffixes: T tokens, V tokens that a router saw, C columns of a router.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.core.batch import MODALITIES, TokenInfo
 from moe_dist.core.routing_plan import DepthRecord, Routing, RoutingRecord
-from moe_dist.parallel.layout import Layout
 
 Ratio = tuple[str, Tensor, Tensor]  # name, numerator, denominator: counts of this rank
 
 
-def decision_metrics(
-    records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], info: TokenInfo, layout: Layout
-) -> dict[str, float]:
-    """The keys admitted, auxiliary_* and depth_* of metric_keys.py, of one micro-batch of each rank, equal on all.
+def decision_counts(
+    records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], info: TokenInfo
+) -> dict[str, Tensor]:
+    """Count numerator and denominator (int64 [2]) of each key admitted, auxiliary_* and depth_* of metric_keys.py.
 
-    A ratio whose denominator is 0 has no key. Collective (one all-reduce) where there is anything to tell.
+    Counts of one micro-batch of this rank; those of several micro-batches and ranks add up.
     """
     counts: dict[str, Tensor] = {}
     for name, numerator, denominator in _ratios(records, depths, info):
         count = torch.stack([numerator, denominator])
         counts[name] = counts[name] + count if name in counts else count
-    if not counts:
-        return {}
-    total = torch.stack(list(counts.values()))
-    if layout.dp_group is not None:
-        dist.all_reduce(total, group=layout.dp_group)
-    return {name: numerator / of for name, (numerator, of) in zip(counts, total.tolist(), strict=True) if of}
+    return counts
+
+
+def decision_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
+    """Divide summed decision_counts. A ratio whose denominator is 0 has no key."""
+    pairs = {name: total.tolist() for name, total in totals.items()}
+    return {name: numerator / of for name, (numerator, of) in pairs.items() if of}
 
 
 def _ratios(records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], info: TokenInfo) -> Iterator[Ratio]:

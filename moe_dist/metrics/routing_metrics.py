@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.core.batch import MODALITIES, TokenInfo
@@ -105,20 +104,18 @@ def _by_domain(record: RoutingRecord, domain_T: Tensor | None, num_domains: int)
 
 
 def routing_metrics(
-    counts: RoutingCounts,
-    layout: Layout,
+    total: RoutingCounts,
     *,
     expert_groups: Sequence[Sequence[int]],
     local_experts: Sequence[Sequence[int]],
     domains: Sequence[str] = (),
 ) -> dict[str, float | list[float]]:
-    """The moe/ keys of metric_keys.py, equal on every rank. Collective: one all-reduce, one device-to-host copy.
+    """Compute the moe/ keys of metric_keys.py from counts that are summed over all ranks, on the host.
 
     local_experts: what each expert-parallel rank holds, experts or slices of them (Placement.local_experts). domains:
     names by index. A modality without valid tokens has no keys, nor has a domain without assignments; a ratio whose
     denominator is 0 is nan.
     """
-    total = _sum_over_ranks(counts, layout)
     load_LE = total.load_LGE.sum(1).double()
     fair_LE = torch.zeros_like(load_LE)
     for group in map(list, expert_groups):
@@ -141,15 +138,6 @@ def routing_metrics(
         "moe/experts_per_token": total.assigned_LM.sum().item() / valid_tokens if valid_tokens else float("nan"),
         "moe/rank_imbalance": _rank_imbalance(total.load_LGE, local_experts),
     }
-
-
-def _sum_over_ranks(counts: RoutingCounts, layout: Layout) -> RoutingCounts:
-    tensors = counts.tensors()
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    if layout.dp_group is not None:
-        dist.all_reduce(flat, group=layout.dp_group)
-    pieces = flat.cpu().split([tensor.numel() for tensor in tensors])
-    return counts.with_tensors([piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)])
 
 
 def _rank_imbalance(load_LGE: Tensor, local_experts: Sequence[Sequence[int]]) -> float:

@@ -6,7 +6,6 @@ Shape suffixes: T tokens, D model width, V vocabulary, d size per head.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,21 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_dist.config.recipe import ModelConfig
 from moe_dist.core.batch import TokenInfo
-from moe_dist.core.routing_plan import DepthRecord, RoutingRecord
 from moe_dist.core.seeding import seeded_normal_
+from moe_dist.core.step import ModelOutput
 from moe_dist.model.attention import Documents, locate_documents, rotary_angles, rotation
 from moe_dist.model.block import Block
 from moe_dist.model.kv_cache import Decoding
 from moe_dist.model.mixture_of_depths import MixtureOfDepths
 from moe_dist.model.moe.moe_layer import MoELayer
 from moe_dist.parallel.layout import Layout
-
-
-@dataclass(frozen=True)  # no slots: ZeRO-3 looks through the attributes of what a model returns
-class ModelOutput:
-    logits_TV: Tensor  # in the model's dtype
-    records: tuple[RoutingRecord, ...]  # one of every expert layer, from the first; empty for a dense model
-    depths: tuple[DepthRecord, ...] = ()  # one of every layer with mixture-of-depths
 
 
 class Transformer(nn.Module):

@@ -1,4 +1,4 @@
-"""Collectives that gradients flow through.
+"""Rows exchanged between ranks, with their gradients; and sums over ranks.
 
 Shape suffixes: S rows sent, R rows received; any further dimensions.
 """
@@ -37,3 +37,16 @@ def _exchange(x_S, send_splits, recv_splits, group):
     received_R = x_S.new_empty(sum(recv_splits), *x_S.shape[1:])
     dist.all_to_all_single(received_R, x_S.contiguous(), recv_splits, send_splits, group=group)
     return received_R
+
+
+def sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Sum tensors over a group (None: this rank alone), and return them on the host in their own dtypes.
+
+    Collective: one all-reduce and one device-to-host copy for all. They travel as float64, exact for integers up to
+    2^53.
+    """
+    flat = torch.cat([tensor.detach().flatten().double() for tensor in tensors])
+    if group is not None:
+        dist.all_reduce(flat, group=group)
+    pieces = flat.cpu().split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape).to(tensor.dtype) for piece, tensor in zip(pieces, tensors, strict=True)]

@@ -1,6 +1,7 @@
 """Who works with whom: data parallel, expert parallel, expert-data parallel ranks.
 
-world = dp: every rank reads its own data. ep ranks together hold all experts; edp = world / ep ranks share an expert.
+world: all ranks. dp: ranks that read data of their own; today that is every rank. ep ranks together hold all experts;
+edp = dp / ep ranks share an expert.
 EP groups are runs of neighbouring ranks (0..ep-1, ep..2ep-1, ...), as in Megatron.
 """
 
@@ -27,7 +28,16 @@ class Layout:
     device: torch.device = CPU
     ep_group: dist.ProcessGroup | None = None  # the ranks that together hold every expert
     edp_group: dist.ProcessGroup | None = None  # the ranks that hold the same experts
-    dp_group: dist.ProcessGroup | None = None  # all ranks
+    dp_group: dist.ProcessGroup | None = None  # the ranks that read data of their own
+
+    @property
+    def dp(self) -> int:
+        """Number of data-parallel ranks."""
+        return self.world
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank
 
     @property
     def ep_rank(self) -> int:
@@ -35,7 +45,7 @@ class Layout:
 
     @property
     def edp(self) -> int:
-        return self.world // self.expert
+        return self.dp // self.expert
 
     @property
     def is_main(self) -> bool:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from moe_dist.checkpoint import checkpoint
-from moe_dist.checkpoint.init_from import Account, init_from
-from moe_dist.checkpoint.manifest import identity
+from moe_dist.checkpoint.init_from import Account, init_from, loader_state
+from moe_dist.checkpoint.manifest import identity, resolve_init
+from moe_dist.checkpoint.train_state import TrainState, check_resumable
 from moe_dist.config.recipe import Config, DataConfig, InitFrom, MoEFFN
 from moe_dist.core.errors import UserError
 from moe_dist.data.cache.token_cache import TokenStore, build_cache, open_store
 from moe_dist.data.shards.tars import Split
-from moe_dist.data.stream.loader import check_data
+from moe_dist.data.stream.loader import Loader, check_data, make_loader
 from moe_dist.data.stream.neighbour_store import NeighbourStore
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 from moe_dist.losses.loss_registry import loss_settings
@@ -27,8 +31,8 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout, check_layout
 from moe_dist.parallel.signals import StopSignals
-from moe_dist.training.deepspeed import Engine
 from moe_dist.training.deepspeed_config import accumulation_steps, check_section
+from moe_dist.training.engine import Engine
 from moe_dist.training.trainable import freeze_others
 
 TRAINING_SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -45,10 +49,10 @@ def check_recipe(config: Config, layout: Layout) -> None:
     if not isinstance(config.model.ffn, MoEFFN) and (lost := [name for name in config.losses if name not in of_depth]):
         raise UserError(f"the loss '{lost[0]}' needs routers, and the model is dense")
     loss_settings(config.losses)
-    accumulation_steps(config.train, layout.world)
+    accumulation_steps(config.train, layout.dp)
     dtype = torch.bfloat16 if section.bf16.enabled else torch.float32
     check_head_size(config.model.size_per_head, device=layout.device, dtype=dtype)
-    check_data(config.data, dp=layout.world)
+    check_data(config.data, dp=layout.dp)
     if config.data.neighbours is not None and config.init_from is None:
         raise UserError("data.neighbours needs init_from: a store belongs to the checkpoint it was collected with")
     with torch.device("meta"):
@@ -81,6 +85,45 @@ def open_data(
     return stores
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Where a run starts: from its own checkpoint (resume_from, state), from that of an earlier stage (source), or, if
+    all are None, from nothing."""
+
+    resume_from: Path | None
+    state: TrainState | None
+    source: InitFrom | None
+
+    def check(self, vocabulary: Vocabulary) -> None:
+        """Raise UserError if the run was trained with other tokenizers."""
+        if self.state is not None and self.state.vocabulary != vocabulary.fingerprint():
+            raise UserError(f"{self.resume_from} was trained with other tokenizers than {vocabulary.describe()}")
+
+    def fill(self, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account | None:
+        """Read the checkpoint into a new engine, and account for it if it is of an earlier stage. Collective."""
+        if self.resume_from is not None:
+            checkpoint.load(self.resume_from, engine, layout)
+        return None if self.source is None else start_from(self.source, engine, layout, vocabulary)
+
+    @property
+    def loader_state(self) -> dict[str, Any] | None:
+        """The state that the loader continues from; None: the beginning of the data."""
+        if self.state is not None:
+            return self.state.loader
+        return None if self.source is None else loader_state(self.source)
+
+
+def find_origin(config: Config) -> Origin:
+    """Find out where a run starts. Collective. Raises UserError if its own checkpoint is of another recipe."""
+    resume_from = checkpoint.resolve_resume(config)
+    if resume_from is None:
+        return Origin(resume_from=None, state=None, source=resolve_init(config))
+    with raise_on_all_ranks():
+        state = TrainState.from_json(checkpoint.read_state(resume_from))
+        check_resumable(state.config, config)
+    return Origin(resume_from=resume_from, state=state, source=None)
+
+
 def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account:
     """Fill a new model from the checkpoint of an earlier stage. Collective."""
     with raise_on_all_ranks():
@@ -89,6 +132,24 @@ def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Voc
     if before != vocabulary.fingerprint() and "embedding.weight" in account.loaded:
         raise UserError(f"{source.checkpoint} was trained with other tokenizers than {vocabulary.describe()}")
     return account
+
+
+def open_loader(
+    config: Config, documents: TokenStore, vocabulary: Vocabulary, layout: Layout, origin: Origin
+) -> Loader:
+    """Open this rank's training loader where the run starts."""
+    return make_loader(
+        documents,
+        vocabulary,
+        config.data,
+        seed=config.seed,
+        dp_rank=layout.dp_rank,
+        dp=layout.dp,
+        batch_groups=config.train.micro_batch_groups,
+        neighbours=open_neighbours(config.data, origin.source),
+        state=origin.loader_state,
+        device=layout.device,
+    )
 
 
 def open_neighbours(data: DataConfig, source: InitFrom | None) -> NeighbourStore | None:

@@ -15,13 +15,14 @@ from moe_dist.checkpoint.train_state import TrainState, check_resumable
 from moe_dist.config.recipe import Config
 from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
+from moe_dist.core.step import ModelOutput
 from moe_dist.data.cache.token_cache import TokenStore, load_vocabulary
 from moe_dist.data.shards.tars import Split
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 from moe_dist.evaluate.held_out_split import HeldOutSplit
 from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.model.attention import check_head_size
-from moe_dist.model.transformer import ModelOutput, Transformer
+from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.parallel.signals import StopSignals
@@ -90,8 +91,7 @@ class OpenedRun:
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> ModelOutput:
-        """Return the model's output for one micro-batch of this rank. Every rank takes part."""
-        batch = batch.to(self.layout.device)
+        """Return the model's output for one micro-batch on the device. Every rank takes part."""
         return self.model(batch.tokens_T, batch.info)
 
     @property

@@ -60,7 +60,7 @@ def test_batches_of_the_file_are_those_of_the_loader(inputs, data, monkeypatch):
     train, held_out = read_inputs(inputs)
     assert len(train) == 12 and len(held_out) == 6
     for number in range(len(train)):
-        expected, got = next(loader)[0], train.batch(number)
+        expected, got = next(loader).batch, train.batch(number)
         for one, other in ((expected, got), (expected.info, got.info)):
             for field in fields(one):
                 if isinstance(value := getattr(one, field.name), torch.Tensor):

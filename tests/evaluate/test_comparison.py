@@ -60,7 +60,7 @@ def test_a_small_moma_beats_the_bigram_model_and_needs_its_captions():
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     loader = make_loader(TRAIN, V, DATA, seed=0, dp_rank=0, dp=1, batch_groups=8)
     for _ in range(250):
-        batch, _ = next(loader)
+        batch = next(loader).batch
         optimizer.zero_grad()
         (language_loss(model(batch.tokens_T, batch.info).logits_TV, batch).total / batch.loss_mask_T.sum()).backward()
         optimizer.step()

@@ -7,7 +7,7 @@ import torch
 
 from moe_dist.losses import language
 from moe_dist.losses.language import LanguageLoss, language_loss
-from moe_dist.losses.objective import Objective
+from moe_dist.losses.objective import WeightedTerms
 from tests.support.model_batches import VOCAB, make_batch
 
 
@@ -63,7 +63,7 @@ def test_a_batch_without_predictions_has_loss_zero_and_zero_gradients():
     batch = make_batch([12])
     batch = replace(batch, loss_mask_T=torch.zeros(12, dtype=torch.bool))
     logits = torch.randn(12, VOCAB, requires_grad=True)
-    result = Objective(LANGUAGE)(Output(logits), batch, {"loss": 0})
+    result = WeightedTerms(LANGUAGE)(Output(logits), batch, {"loss": 0})
     result.loss.backward()
     assert result.loss == 0 and not logits.grad.any()
 
@@ -82,12 +82,12 @@ def test_objective_weighs_its_terms_divides_each_by_its_own_count_and_reports_su
     batch = make_batch([15, 9])
     logits = torch.randn(24, VOCAB, requires_grad=True)
     terms = language_loss(logits, batch)
-    plain = Objective(LANGUAGE)
+    plain = WeightedTerms(LANGUAGE)
     assert plain.counts(batch) == (22, *terms.counts_M.tolist())
     result = plain(Output(logits), batch, {"loss": 100})
     assert list(result.sums) == ["loss", "loss/text", "loss/image"]
     torch.testing.assert_close(result.loss, terms.total / 100)
-    both = Objective(LANGUAGE | {"squares": (0.5, Squares())})
+    both = WeightedTerms(LANGUAGE | {"squares": (0.5, Squares())})
     counts = dict(zip(both.names, both.counts(batch)))
     assert counts["loss/squares"] == 7
     result = both(Output(logits), batch, counts)

@@ -5,8 +5,9 @@ import torch
 
 from moe_dist.core.batch import MODALITIES
 from moe_dist.metrics.metric_keys import undeclared
-from moe_dist.metrics.router_agreement import decision_metrics
+from moe_dist.metrics.router_agreement import decision_counts, decision_metrics
 from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.collectives import sum_over_ranks
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.model.test_causal import DEPTH, with_auxiliary
 from tests.support.distributed import run_ranks
@@ -19,6 +20,12 @@ def run(ffn, rank):
     model = Transformer(model_config(with_auxiliary(ffn), depth=DEPTH), VOCAB, Layout(), seed=1).double()
     batch = make_batch([20 + 10 * rank, 9], padding=6, seed=rank)
     return batch, model(batch.tokens_T, batch.info)
+
+
+def metrics_of(output, info, layout):
+    counts = decision_counts(output.records, output.depths, info)
+    totals = sum_over_ranks(list(counts.values()), layout.dp_group) if counts else []
+    return decision_metrics(dict(zip(counts, totals, strict=True)))
 
 
 def decisions(part, info):
@@ -55,7 +62,7 @@ def oracle(ffn, ranks):
 @pytest.mark.parametrize("ffn", FFNS.values(), ids=FFNS)
 def test_one_rank_equals_the_loops(ffn):
     batch, output = run(ffn, 0)
-    metrics = decision_metrics(output.records, output.depths, batch.info, Layout())
+    metrics = metrics_of(output, batch.info, Layout())
     assert metrics == pytest.approx(oracle(ffn, 1), abs=1e-12) and not undeclared(metrics)
     shares = [metrics[f"moe/0/admitted/{name}"] for name in MODALITIES]
     assert shares[0] != shares[1]  # of the scope group: each modality's share is what the gate makes it
@@ -64,7 +71,7 @@ def test_one_rank_equals_the_loops(ffn):
 def on_rank(rank):
     layout = make_layout(expert=1, device=torch.device("cpu"))
     batch, output = run(MOMA, rank)
-    return decision_metrics(output.records, output.depths, batch.info, layout)
+    return metrics_of(output, batch.info, layout)
 
 
 def test_two_ranks_equal_the_loops_over_both():
@@ -76,12 +83,12 @@ def test_two_ranks_equal_the_loops_over_both():
 def test_nothing_to_tell_of_a_model_without_either():
     model, batch = Transformer(model_config(MOMA), VOCAB, Layout(), seed=1), make_batch([9])
     output = model(batch.tokens_T, batch.info)
-    assert decision_metrics(output.records, output.depths, batch.info, Layout()) == {}
+    assert metrics_of(output, batch.info, Layout()) == {}
 
 
 def test_a_modality_without_tokens_has_no_key():
     model = Transformer(model_config(with_auxiliary(MOMA), depth=DEPTH), VOCAB, Layout(), seed=1)
     batch = make_batch([1])
     output = model(batch.tokens_T, batch.info)
-    keys = decision_metrics(output.records, output.depths, batch.info, Layout())
+    keys = metrics_of(output, batch.info, Layout())
     assert {key.rsplit("/", 1)[1] for key in keys} & set(MODALITIES) == {MODALITIES[int(batch.info.modality_T[0])]}

@@ -16,6 +16,7 @@ from moe_dist.core.routing_plan import Routing, RoutingPlan, RoutingRecord
 from moe_dist.metrics.metric_keys import undeclared
 from moe_dist.metrics.routing_metrics import routing_counts, routing_metrics
 from moe_dist.model.moe.placement import make_placement
+from moe_dist.parallel.collectives import sum_over_ranks
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.support.distributed import run_ranks
 from tests.support.launching import MOMA
@@ -108,12 +109,16 @@ def flatten(metrics):
     return flat
 
 
+def over_ranks(counts, layout):
+    return counts.with_tensors(sum_over_ranks(counts.tensors(), layout.dp_group))
+
+
 def measure(micro_batches, layout, local_experts):
     counts = [routing_counts(make_records(pairs), info, layout) for info, pairs in micro_batches]
     total = counts[0]
     for more in counts[1:]:
         total = total + more
-    return routing_metrics(total, layout, expert_groups=GROUPS, local_experts=local_experts)
+    return routing_metrics(over_ranks(total, layout), expert_groups=GROUPS, local_experts=local_experts)
 
 
 def test_one_rank_and_two_micro_batches_equal_the_loops():
@@ -208,7 +213,8 @@ def measure_domains(micro_batches, layout, local_experts):
         for seed, (info, pairs) in micro_batches
     ]
     total = counts[0] + counts[1]
-    metrics = routing_metrics(total, layout, expert_groups=GROUPS, local_experts=local_experts, domains=DOMAINS)
+    total = over_ranks(total, layout)
+    metrics = routing_metrics(total, expert_groups=GROUPS, local_experts=local_experts, domains=DOMAINS)
     return {key: value for key, value in metrics.items() if "/domain_share/" in key}
 
 

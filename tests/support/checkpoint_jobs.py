@@ -91,7 +91,7 @@ class CheckpointToy(ToyModel):
         if self.training:
             self.calls += 1
         output = super().forward(tokens_T, info)
-        return output._replace(logits_TV=output.logits_TV * self.gain.mean() * self.tilt.mean())
+        return replace(output, logits_TV=output.logits_TV * self.gain.mean() * self.tilt.mean())
 
 
 class Wrapped(nn.Module):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_dist.config.recipe import Config, MoEFFN
 from moe_dist.core.batch import MODALITIES, Batch, TokenInfo
+from moe_dist.core.step import ModelOutput, ObjectiveOutput
 from moe_dist.core.strict import validate
 from moe_dist.model.moe.moe_layer import build_moe_layer
 from moe_dist.parallel.layout import Layout
@@ -24,17 +24,6 @@ MOMA = {
     "text": {"type": "expert_choice", "num_experts": 2},
     "image": {"type": "expert_choice", "num_experts": 2},
 }
-
-
-class Output(NamedTuple):
-    logits_TV: Tensor
-    records: tuple
-    depths: tuple = ()
-
-
-class ObjectiveOutput(NamedTuple):
-    loss: Tensor
-    sums: dict[str, Tensor]
 
 
 class ToyModel(nn.Module):
@@ -52,10 +41,10 @@ class ToyModel(nn.Module):
             nn.init.normal_(parameter, std=INIT_STD, generator=generator)
         nn.init.zeros_(self.output.bias)
 
-    def forward(self, tokens_T: Tensor, info: TokenInfo) -> Output:
+    def forward(self, tokens_T: Tensor, info: TokenInfo) -> ModelOutput:
         x_TD = self.embedding(tokens_T)
         y_TD, record = self.ffn(self.norm(x_TD), info)
-        return Output(self.output(x_TD + y_TD), (record,))
+        return ModelOutput(self.output(x_TD + y_TD), (record,))
 
 
 class CrossEntropy:
@@ -67,7 +56,7 @@ class CrossEntropy:
         counted_T = batch.target_modality_T[batch.loss_mask_T]
         return len(counted_T), *(int((counted_T == index).sum()) for index in range(len(MODALITIES)))
 
-    def __call__(self, output: Output, batch: Batch, counts: Mapping[str, int]) -> ObjectiveOutput:
+    def __call__(self, output: ModelOutput, batch: Batch, counts: Mapping[str, int]) -> ObjectiveOutput:
         loss_T = F.cross_entropy(output.logits_TV.float(), batch.targets_T, reduction="none") * batch.loss_mask_T
         sums = {"loss": loss_T.sum()}
         for index, name in enumerate(MODALITIES):

@@ -29,7 +29,7 @@ from moe_dist.core.errors import UserError
 from moe_dist.data.stream.loader import Loader, make_loader
 from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.parallel.layout import make_layout
-from moe_dist.training import run as train_module
+from moe_dist.training import setup
 from moe_dist.training.deepspeed import init_distributed
 from moe_dist.training.run import Run, train
 from tests.support.checkpoint_jobs import account
@@ -348,7 +348,7 @@ def test_a_batch_or_lanes_that_cannot_be_kept(overrides, tmp_path):
 def _loaders_device(rank, overrides, folder):
     with pytest.MonkeyPatch.context() as patch:
         given = {}
-        patch.setattr(train_module, "make_loader", lambda *_, **settings: given.update(settings))
+        patch.setattr(setup, "make_loader", lambda *_, **settings: given.update(settings))
         run = start(recipe(overrides, At(1, 1, 1), folder))
     return given["device"] is run.layout.device
 

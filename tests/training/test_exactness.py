@@ -8,6 +8,7 @@ purpose must be caught by the same comparison.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from itertools import cycle
 from typing import Any
@@ -350,7 +351,7 @@ def mean_of_the_ranks_means(engine, layout):
     class LocalMean(CrossEntropy):
         def __call__(self, output, batch, counts):
             result = super().__call__(output, batch, counts)
-            return result._replace(loss=result.loss * next(totals) / (layout.world * loss_count(batch)))
+            return replace(result, loss=result.loss * next(totals) / (layout.world * loss_count(batch)))
 
     return LocalMean()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ class Spoiled:
             return result
         # Its gradient is finite: only the loss tells.
         value = {"nan": math.nan, "inf": math.inf}[self.how]
-        return result._replace(loss=result.loss + value, sums=result.sums | {"loss": result.loss.detach() + value})
+        return replace(result, loss=result.loss + value, sums=result.sums | {"loss": result.loss.detach() + value})
 
 
 def _skip(rank, config, how):

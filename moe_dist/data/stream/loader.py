@@ -1,4 +1,4 @@
-"""The training loader: `batch, state = next(loader)`.
+"""The training loader: `batch, state, waited = next(loader)`.
 
 Selection group j of a run is group j // lanes of lane j mod lanes, at every number of ranks; data-parallel rank r of dp
 takes the groups with j mod dp == r, batch_groups of them a micro-batch. After n micro-batches on every rank the run has
@@ -9,9 +9,10 @@ number of ranks that divides the lanes continues the same sequence of groups.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +29,16 @@ State = dict[str, Any]  # JSON-able
 CPU = torch.device("cpu")
 
 
+class Loaded(NamedTuple):
+    """A micro-batch on the host, and what came with it."""
+
+    batch: Batch
+    state: State  # a loader restored to it continues after this batch
+    waited: float  # seconds that next() waited for the batch
+
+
 class Loader:
-    """Endless iterator over (batch, state). A thread prepares one batch ahead; an error there is raised by next().
+    """Endless iterator over micro-batches. A thread prepares one batch ahead; an error there is raised by next().
 
     device: where the batches will go. For a GPU the thread leaves them in page-locked memory.
     """
@@ -68,12 +77,13 @@ class Loader:
     def __iter__(self) -> Loader:
         return self
 
-    def __next__(self) -> tuple[Batch, State]:
+    def __next__(self) -> Loaded:
+        started = time.perf_counter()
         ahead = self._ahead or self._thread.submit(self._produce)
         self._ahead = ahead
-        item = ahead.result()  # an error stays in `ahead`: every further call raises it again
+        batch, state = ahead.result()  # an error stays in `ahead`: every further call raises it again
         self._ahead = self._thread.submit(self._produce)
-        return item
+        return Loaded(batch, state, time.perf_counter() - started)
 
     def _produce(self) -> tuple[Batch, State]:
         first = self._groups + (self._dp_rank - self._groups) % self._dp

@@ -99,7 +99,7 @@ def test_captions_and_instructions_of_two_folders_reach_one_batch(recipe, tmp_pa
     data = recipe(["asks", "captions"], lanes=4, group_sequences=2)
     v, store = store_of(data)
     assert store.domains == ("d0", "d1", "d2") and store.part_ends.tolist() == [12, 20]
-    batch, _ = next(islice(make_loader(store, v, data, seed=0, dp_rank=0, dp=1, batch_groups=4), 1))
+    batch = next(islice(make_loader(store, v, data, seed=0, dp_rank=0, dp=1, batch_groups=4), 1)).batch
     ends = batch.sidecar["prompt_end_S"]
     assert len(ends) > 8 and set(batch.sidecar["domain_T"][ends].tolist()) <= {0, 1, 2}
     colon = v.text.encode(ASK["prompt"])[-1]

@@ -54,8 +54,8 @@ def global_groups(dp, batches, *, groups=1, state=None, **data):
     by_number, states = {}, []
     for _ in range(batches):
         items = [next(one) for one in loaders]
-        states.append(json.loads(json.dumps(merge_states([state for _, state in items]))))
-        for batch, _ in items:
+        states.append(json.loads(json.dumps(merge_states([item.state for item in items]))))
+        for batch, *_ in items:
             size = batch.info.num_tokens // groups
             for at in range(0, batch.info.num_tokens, size):
                 first = int(batch.info.token_id_T[at])
@@ -77,7 +77,7 @@ def test_one_two_and_four_ranks_read_the_same_groups(fraction):
 
 
 def test_rank_and_lane_of_a_group():
-    batch, _ = next(loader(1, 2, groups=3))
+    batch = next(loader(1, 2, groups=3)).batch
     size = batch.info.num_tokens // 3
     assert (batch.info.token_id_T[::size] // size).tolist() == [1, 3, 5]
     assert batch.info.num_groups == 3
@@ -87,10 +87,12 @@ def test_rank_and_lane_of_a_group():
 def test_resume_at_any_batch_equals_the_uninterrupted_run(seed):
     store = random_store(seed, pairs=17, texts=13, text=90)  # some epochs long
     whole = list(islice(loader(store=store, seed=seed), 40))
-    assert whole[-1][1]["lanes"]["0"]["all"]["epoch"] >= 2
+    assert whole[-1].state["lanes"]["0"]["all"]["epoch"] >= 2
     for stop in range(0, 30):
-        resumed = loader(store=store, seed=seed, state=json.loads(json.dumps(whole[stop][1])))
-        for (batch, state), (expected, expected_state) in zip(islice(resumed, 5), whole[stop + 1 :], strict=False):
+        resumed = loader(store=store, seed=seed, state=json.loads(json.dumps(whole[stop].state)))
+        for (batch, state, _), (expected, expected_state, _) in zip(
+            islice(resumed, 5), whole[stop + 1 :], strict=False
+        ):
             assert_same(batch, expected)
             assert state == expected_state
 
@@ -98,9 +100,9 @@ def test_resume_at_any_batch_equals_the_uninterrupted_run(seed):
 def test_states_are_values_that_reading_ahead_does_not_touch():
     source = loader()
     items = [next(source) for _ in range(6)]
-    texts = [json.dumps(state) for _, state in items]
+    texts = [json.dumps(item.state) for item in items]
     list(islice(source, 20))
-    assert [json.dumps(state) for _, state in items] == texts
+    assert [json.dumps(item.state) for item in items] == texts
     assert len(set(texts)) == 6
 
 
@@ -117,9 +119,9 @@ def test_another_number_of_ranks_continues_the_sequence(before, after, batches):
 
 def test_states_of_different_moments_do_not_merge():
     ranks = [loader(rank, 2) for rank in range(2)]
-    _, early = next(ranks[0])
+    early = next(ranks[0]).state
     next(ranks[1])
-    _, late = next(ranks[1])
+    late = next(ranks[1]).state
     with pytest.raises(RuntimeError, match=r"disagree on .*groups"):
         merge_states([early, late])
 
@@ -134,7 +136,7 @@ def test_bad_counts_are_named():
 
 
 def test_a_state_of_other_data_is_refused():
-    _, state = next(loader())
+    state = next(loader()).state
     with pytest.raises(UserError, match=r"saved with documents=110, this run has documents=9"):
         loader(store=random_store(0, texts=9), state=state)
     with pytest.raises(UserError, match=r"saved with data.lanes=4, this run has data.lanes=8"):
@@ -243,7 +245,7 @@ def test_batches_for_a_gpu_are_pinned_by_the_loaders_thread(monkeypatch):
     kept = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
-    for (batch, state), (plain, its_state) in zip(islice(loader(device="cuda:3"), 3), loader()):
+    for (batch, state, _), (plain, its_state, _) in zip(islice(loader(device="cuda:3"), 3), loader()):
         assert_same(batch, plain)
         assert state == its_state
         assert all(tensor.data_ptr() in pinned for tensor in tensors(batch).values())

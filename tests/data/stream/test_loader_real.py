@@ -21,7 +21,7 @@ def test_real_pairs_reach_the_batch_whole_and_with_little_padding(emoji_samples,
     loader = make_loader(store, vocabulary, config, seed=0, dp_rank=0, dp=1, batch_groups=2)
     captions = {s.caption for s in emoji_samples if s.split == "train"}
     seen, orders, valid, total = set(), [], 0, 0
-    for batch, _ in islice(loader, 12):
+    for batch, *_ in islice(loader, 12):
         valid, total = valid + int(batch.info.valid_T.sum()), total + batch.info.num_tokens
         for tokens in batch.tokens_T.split(list(batch.info.document_lengths)):
             if tokens[0] == vocabulary.pad:

@@ -124,16 +124,16 @@ def test_the_loader_joins_every_batch_and_goes_on_with_the_same_store_only(tmp_p
     store, neighbour_NK = store_of_instructions(tmp_path / "one", seed=1)
     batches = loader(store)
     for _ in range(4):
-        batch, state = next(batches)
+        batch, state, _ = next(batches)
         samples = (batch.sidecar["sample_S"] - 10**18).tolist()
         assert samples, "a batch without instructions compares nothing"
         assert batch.sidecar["neighbour_routing_SKR"][:, :, 0].tolist() == neighbour_NK[samples].tolist()
-    again, _ = next(loader(store, state=state))
+    again = next(loader(store, state=state)).batch
     assert torch.equal(again.sidecar["sample_S"], next(batches)[0].sidecar["sample_S"])
     other, _ = store_of_instructions(tmp_path / "two", seed=2)
     with pytest.raises(UserError, match=r"saved with data\.neighbours=\w{64}, this run has data\.neighbours=\w{64}"):
         loader(other, state=state)
-    _, without = next(loader())
+    without = next(loader()).state
     with pytest.raises(UserError, match=r"saved with data\.neighbours=None"):
         loader(store, state=without)
     next(loader(state=state))  # evaluation does without the store

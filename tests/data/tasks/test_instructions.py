@@ -94,7 +94,7 @@ def test_batches_equal_the_loops_and_every_instruction_comes_whole(seed, fractio
 @pytest.mark.parametrize("seed", range(3))
 def test_training_batches_equal_the_loops_too(seed):
     store = mixed_store(seed)
-    met = [sample for batch, _ in islice(loader(store), 40) for sample in check_against_the_loops(batch, store)]
+    met = [sample for batch, *_ in islice(loader(store), 40) for sample in check_against_the_loops(batch, store)]
     assert len(set(met)) == 60
 
 
@@ -117,10 +117,10 @@ def test_an_instruction_moves_to_the_next_sequence_rather_than_being_cut():
 
 def test_a_batch_without_an_instruction_has_empty_lists_and_other_data_no_sidecar():
     plain = random_store(0, pairs=4, texts=4)
-    batch, _ = next(loader(plain, groups=1))
+    batch = next(loader(plain, groups=1)).batch
     assert batch.sidecar == {}
     one = MemoryStore([*plain.documents, *random_instructions(0, count=1)])
-    sizes = {len(batch.sidecar["sample_S"]) for batch, _ in islice(loader(one, groups=1), 8)}
+    sizes = {len(batch.sidecar["sample_S"]) for batch, *_ in islice(loader(one, groups=1), 8)}
     assert 0 in sizes and sizes - {0}
 
 
@@ -133,10 +133,12 @@ def values(batch):
 @pytest.mark.parametrize("fraction", [None, 0.1])
 def test_resume_is_bitwise_with_the_sidecar(fraction):
     whole = list(islice(loader(image_fraction=fraction), 30))
-    assert whole[-1][1]["lanes"]["0"]["all" if fraction is None else "texts"]["epoch"] >= 1
+    assert whole[-1].state["lanes"]["0"]["all" if fraction is None else "texts"]["epoch"] >= 1
     for stop in range(0, 24, 3):
-        resumed = loader(state=json.loads(json.dumps(whole[stop][1])), image_fraction=fraction)
-        for (batch, state), (expected, expected_state) in zip(islice(resumed, 5), whole[stop + 1 :], strict=False):
+        resumed = loader(state=json.loads(json.dumps(whole[stop].state)), image_fraction=fraction)
+        for (batch, state, _), (expected, expected_state, _) in zip(
+            islice(resumed, 5), whole[stop + 1 :], strict=False
+        ):
             assert values(batch) == values(expected)
             assert state == expected_state
 
@@ -146,10 +148,10 @@ def by_token_id(dp, batches):
     ranks, found = [loader(rank=rank, dp=dp, groups=1) for rank in range(dp)], {}
     for _ in range(batches):
         items = [next(rank) for rank in ranks]
-        for batch, _ in items:
+        for batch, *_ in items:
             ids = batch.info.token_id_T[batch.sidecar["prompt_end_S"]].tolist()
             found |= dict(zip(ids, batch.sidecar["sample_S"].tolist(), strict=True))
-    return found, merge_states([state for _, state in items])
+    return found, merge_states([item.state for item in items])
 
 
 def test_samples_are_the_same_at_every_number_of_ranks():

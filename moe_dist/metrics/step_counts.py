@@ -1,0 +1,118 @@
+"""Routing and work of a step's micro-batches: counted on the device, summed over micro-batches, read once.
+
+Shape suffixes: L expert layers, V tokens that a router saw, C columns of a router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from moe_dist.config.recipe import ModelConfig
+from moe_dist.core.batch import Batch
+from moe_dist.core.routing_plan import Routing
+from moe_dist.core.step import ModelOutput
+from moe_dist.metrics.flops import flops_saved, model_flops
+from moe_dist.metrics.router_agreement import decision_counts
+from moe_dist.metrics.routing_metrics import RoutingCounts, routing_counts
+from moe_dist.parallel.collectives import sum_over_ranks
+from moe_dist.parallel.layout import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTotals:
+    """Counts over all micro-batches and ranks, on the host."""
+
+    routing: RoutingCounts | None
+    decisions: dict[str, Tensor]  # as in StepCounts
+    flops: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCounts:
+    """What one rank counted. Counts of several micro-batches add up."""
+
+    tokens: int  # without padding
+    document_lengths: tuple[int, ...]
+    admitted: Mapping[int, tuple[int, ...]]  # by layer with mixture-of-depths: the length of each document there
+    scored: Mapping[str, tuple[Routing, ...]]  # by prefix of a router's weights: on the meta device, for their shapes
+    routing: RoutingCounts | None  # None: a dense model
+    decisions: Mapping[str, Tensor]  # by metric name: numerator and denominator
+
+    @classmethod
+    def of(cls, batch: Batch, output: ModelOutput, layout: Layout, num_domains: int) -> StepCounts:
+        """Count one micro-batch, which lies on the device. Neither communicates nor synchronises.
+
+        num_domains: number of domains that the data name.
+        """
+        scored = {f"layers.{record.layer}.ffn.router": record.routings for record in output.records}
+        scored |= {f"depth.{depth.layer}.router": (depth.routing,) for depth in output.depths}
+        domain_T = batch.sidecar.get("domain_T") if num_domains else None
+        routing = None
+        if output.records:
+            routing = routing_counts(output.records, batch.info, layout, domain_T=domain_T, num_domains=num_domains)
+        return cls(
+            tokens=sum(batch.info.sequence_counts),
+            document_lengths=batch.info.document_lengths,
+            admitted={depth.layer: depth.document_lengths for depth in output.depths},
+            scored={prefix: tuple(map(_shapes, parts)) for prefix, parts in scored.items()},
+            routing=routing,
+            decisions=decision_counts(output.records, output.depths, batch.info),
+        )
+
+    def __add__(self, other: StepCounts) -> StepCounts:
+        return StepCounts(
+            tokens=self.tokens + other.tokens,
+            document_lengths=self.document_lengths + other.document_lengths,
+            admitted={layer: lengths + other.admitted[layer] for layer, lengths in self.admitted.items()},
+            scored={prefix: parts + other.scored[prefix] for prefix, parts in self.scored.items()},
+            routing=None if self.routing is None or other.routing is None else self.routing + other.routing,
+            decisions={name: count + other.decisions[name] for name, count in self.decisions.items()},
+        )
+
+    def flops(self, model: ModelConfig, *, vocab_size: int, trained: frozenset[str] | None = None) -> int:
+        """FLOPs of the forward and backward passes of this rank's tokens (metrics/flops.py). Reads the device once."""
+        rows = None if self.routing is None else self.routing.load_LGE.sum((1, 2)).tolist()
+        return model_flops(
+            model,
+            vocab_size=vocab_size,
+            document_lengths=self.document_lengths,
+            ffn_rows=rows,
+            admitted=self.admitted,
+            routings=self.scored,
+            trained=trained,
+        )
+
+    def flops_saved(self, model: ModelConfig, *, vocab_size: int, experts: float, top_k: int) -> float:
+        """Fraction of this rank's FLOPs saved (metrics/flops.py) where a token reaches `experts` experts on average."""
+        return flops_saved(
+            model,
+            vocab_size=vocab_size,
+            document_lengths=self.document_lengths,
+            tokens=self.tokens,
+            experts=experts,
+            top_k=top_k,
+            admitted=self.admitted,
+        )
+
+    def over_ranks(self, flops: int, layout: Layout) -> StepTotals:
+        """Sum over the data-parallel ranks. flops: those of this rank. Collective: one all-reduce, one copy to the
+        host."""
+        routing = [] if self.routing is None else self.routing.tensors()
+        own = torch.full((), flops, dtype=torch.float64, device=layout.device)
+        totals = sum_over_ranks([own, *routing, *self.decisions.values()], layout.dp_group)
+        first = 1 + len(routing)
+        return StepTotals(
+            routing=None if self.routing is None else self.routing.with_tensors(totals[1:first]),
+            decisions=dict(zip(self.decisions, totals[first:], strict=True)),
+            flops=int(totals[0]),
+        )
+
+
+def _shapes(part: Routing) -> Routing:
+    """The same with tensors that have a shape and no content."""
+    found = {f.name: getattr(part, f.name) for f in fields(part)}
+    return replace(part, **{k: torch.empty_like(v, device="meta") for k, v in found.items() if isinstance(v, Tensor)})

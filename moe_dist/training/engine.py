@@ -1,0 +1,194 @@
+"""One optimizer step over all ranks, with an exact loss and a true global norm.
+
+A step follows the gradient of the objective, whose terms are sums divided by counts, both over all ranks and
+micro-batches, clipped by the norm over all parameters, each expert counted once. DeepSpeed averages gradients over all
+ranks, also those of experts (which the all-to-all has already summed over the expert-parallel ranks): so every rank's
+part is scaled by the number of data-parallel ranks, and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_dist.config.recipe import TrainConfig
+from moe_dist.core.batch import Batch
+from moe_dist.core.errors import UserError
+from moe_dist.core.step import ModelOutput, Objective
+from moe_dist.metrics.step_counts import StepCounts
+from moe_dist.parallel.agreement import raise_on_all_ranks
+from moe_dist.parallel.layout import Layout
+
+Count = Callable[[Batch, ModelOutput], StepCounts]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What one optimizer step did, over all its micro-batches. The same on every rank, but for `counted`."""
+
+    loss_sums: dict[str, float]  # each metric of the objective, summed over all ranks
+    counts: dict[str, int]  # what they are sums over, by the same names; "loss": the predictions that counted
+    grad_norm: float  # over all parameters, before clipping; inf where it is not finite
+    skipped: bool  # a loss or gradient was not finite: nothing was changed
+    counted: StepCounts | None  # this rank's routing and work, on the device; None if the step was not counted
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """Mean of each loss over what it is a sum over; a modality without predictions has none."""
+        return {name: total / self.counts[name] for name, total in self.loss_sums.items() if self.counts[name]}
+
+
+class Zero(Protocol):
+    """The part of DeepSpeed's engine that a step needs."""
+
+    module: nn.Module
+    global_steps: int
+    skipped_steps: int
+
+    @property
+    def optimizer(self) -> Any: ...
+
+    def __call__(self, *inputs: Any) -> ModelOutput: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def step(self) -> None: ...
+    def train(self) -> Any: ...
+    def eval(self) -> Any: ...
+    def was_step_applied(self) -> bool: ...
+    def get_global_grad_norm(self) -> Any: ...
+    def zero_optimization_stage(self) -> Any: ...
+
+
+class Engine:
+    """A model under ZeRO: `train_step` and `eval_forward`. Every rank calls them together.
+
+    `steps` and `skipped_steps` are part of a run's state: a checkpoint keeps them, a resumed run sets them.
+    """
+
+    def __init__(self, zero: Zero, settings: TrainConfig, layout: Layout, accumulation: int) -> None:
+        self._zero = zero
+        self._layout = layout
+        self._train = settings
+        self.accumulation = accumulation
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken, skipped ones included."""
+        return self._zero.global_steps
+
+    @steps.setter
+    def steps(self, value: int) -> None:
+        self._zero.global_steps = value
+
+    @property
+    def skipped_steps(self) -> int:
+        return self._zero.skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, value: int) -> None:
+        self._zero.skipped_steps = value
+
+    @property
+    def module(self) -> nn.Module:
+        return self._zero.module
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's ZeRO optimizer; the torch optimizer of its partitions is `.optimizer.optimizer`."""
+        return self._zero.optimizer
+
+    @property
+    def zero_stage(self) -> int:
+        return int(self._zero.zero_optimization_stage())
+
+    def train_step(
+        self, micro_batches: Iterable[Batch], objective: Objective, lr: float, count: Count | None = None
+    ) -> StepResult:
+        """Accumulate over this rank's micro-batches and take one optimizer step at learning rate `lr`.
+
+        micro_batches may read data as it is iterated: what it raises on one rank is raised on all of them, before
+        anything is computed. They are on the host; each is moved to the device once. count: counts the routing and the
+        work of a micro-batch, summed in StepResult.counted. A loss or gradient that is not finite on any rank leaves
+        parameters and optimizer as they were on all ranks; train.non_finite then decides whether the run stops
+        (UserError) or goes on.
+        """
+        batches, counts = self._collect(micro_batches, objective)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        sums: dict[str, Tensor] = {}
+        counted: StepCounts | None = None
+        for batch in batches:
+            batch = batch.to(self._layout.device)
+            output = self._zero(batch.tokens_T, batch.info)
+            result = objective(output, batch, counts)
+            for name, value in result.sums.items():
+                sums[name] = sums.get(name, 0.0) + value.detach().double()
+            if count is not None:
+                of_batch = count(batch, output)
+                counted = of_batch if counted is None else counted + of_batch
+            self._zero.backward(_poison(result.loss) * self._layout.dp)
+            self._zero.step()
+        loss_sums = self._sum_over_ranks(sums)
+        grad_norm = float(self._zero.get_global_grad_norm())
+        skipped = not self._zero.was_step_applied()
+        if skipped:
+            self._stop_or_go_on(loss_sums)
+        return StepResult(loss_sums=loss_sums, counts=counts, grad_norm=grad_norm, skipped=skipped, counted=counted)
+
+    @torch.no_grad()
+    def eval_forward(self, batch: Batch) -> ModelOutput:
+        """Return the model's output for one micro-batch on the device, without gradients. Every rank takes part."""
+        self._zero.eval()
+        try:
+            return self.module(batch.tokens_T, batch.info)
+        finally:
+            self._zero.train()
+
+    def _collect(self, micro_batches: Iterable[Batch], objective: Objective) -> tuple[list[Batch], dict[str, int]]:
+        """This rank's micro-batches, and the counts over all ranks: one all-reduce, which tells of a failed rank."""
+        problem: Exception | None = None
+        batches: list[Batch] = []
+        try:
+            batches = list(micro_batches)
+            if len(batches) != self.accumulation:
+                raise ValueError(f"{len(batches)} micro-batches were given for an accumulation of {self.accumulation}")
+        except Exception as error:
+            problem = error
+        counted = [torch.tensor(objective.counts(batch)) for batch in batches]
+        counts = sum(counted, torch.zeros(len(objective.names), dtype=torch.int64))
+        total = torch.cat([counts, torch.tensor([int(problem is not None)])]).to(self._layout.device)
+        dist.all_reduce(total, group=self._layout.dp_group)
+        *totals, failed = total.tolist()
+        if failed:
+            with raise_on_all_ranks():
+                if problem is not None:
+                    raise problem
+        named = dict(zip(objective.names, totals))
+        if not named["loss"]:
+            raise UserError("no token of this step's global batch carries a loss: check the loss mask of the data")
+        return batches, named
+
+    def _sum_over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        names = sorted(sums)
+        total = torch.stack([sums[name].reshape(()) for name in names])
+        dist.all_reduce(total, group=self._layout.dp_group)
+        return dict(zip(names, total.tolist()))
+
+    def _stop_or_go_on(self, loss_sums: dict[str, float]) -> None:
+        """Apply train.non_finite to a step that DeepSpeed skipped; all ranks hold the same figures and decide alike."""
+        terms = [f"loss term '{name}'" for name, value in loss_sums.items() if not math.isfinite(value)]
+        problem = f"step {self.steps}: the {' and '.join(terms) or 'gradient norm'} is not finite"
+        if self._train.non_finite == "stop":
+            raise UserError(f"{problem}; the step changed nothing (train.non_finite=skip would go on)")
+        if self.skipped_steps > self._train.max_skipped:
+            raise UserError(f"{problem}, and {self.skipped_steps} skipped steps are more than train.max_skipped")
+
+
+def _poison(loss: Tensor) -> Tensor:
+    """If the loss is non-finite, make its gradients so too: then the shared gradient norm makes every rank skip."""
+    return loss * (loss.detach() * 0.0 + 1.0)

@@ -1,0 +1,79 @@
+"""Metrics of an optimizer step, from what the engine returned (metrics/metric_keys.py names them)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from moe_dist.config.recipe import Config, ModelConfig, MoEFFN
+from moe_dist.core.batch import Batch
+from moe_dist.core.step import ModelOutput
+from moe_dist.metrics.router_agreement import decision_metrics
+from moe_dist.metrics.routing_metrics import RoutingCounts, routing_metrics
+from moe_dist.metrics.step_counts import StepCounts
+from moe_dist.model.moe.placement import Placement, make_placement
+from moe_dist.model.moe.router import Router
+from moe_dist.parallel.layout import Layout
+from moe_dist.training.setup import routers
+
+StepMetrics = dict[str, float | list[float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMeter:
+    """Counts micro-batches, and makes metrics of the counts."""
+
+    model: ModelConfig
+    layout: Layout
+    vocab_size: int
+    domains: Sequence[str]
+    trained: frozenset[str]  # names of the trained parameters
+    router: Router | None  # of the first expert layer; all layers have the same kind
+    placement: Placement | None
+
+    @classmethod
+    def of(cls, module: nn.Module, config: Config, layout: Layout, *, vocab_size: int, domains: Sequence[str]):
+        """Make the meter of a model that an engine holds."""
+        router = next(iter(routers(module)), None)
+        placement = None
+        if router is not None and isinstance(config.model.ffn, MoEFFN):
+            placement = make_placement(router.expert_groups, layout.expert, config.model.ffn.slices)
+        return cls(
+            model=config.model,
+            layout=layout,
+            vocab_size=vocab_size,
+            domains=domains,
+            trained=frozenset(name for name, value in module.named_parameters() if value.requires_grad),
+            router=router,
+            placement=placement,
+        )
+
+    def count(self, batch: Batch, output: ModelOutput) -> StepCounts:
+        """Count one micro-batch."""
+        return StepCounts.of(batch, output, self.layout, len(self.domains))
+
+    def metrics(self, counted: StepCounts, seconds: float) -> StepMetrics:
+        """Make the metrics of a step that took `seconds`, equal on every rank but for moe/flops_saved. Collective."""
+        flops = counted.flops(self.model, vocab_size=self.vocab_size, trained=self.trained)
+        totals = counted.over_ranks(flops, self.layout)
+        found: StepMetrics = {"model_flops": totals.flops, "model_flops_per_second": totals.flops / seconds}
+        if totals.routing is not None:
+            found |= self._routing(totals.routing, counted)
+        return found | decision_metrics(totals.decisions)
+
+    def _routing(self, total: RoutingCounts, counted: StepCounts) -> StepMetrics:
+        assert self.router is not None and self.placement is not None
+        found: StepMetrics = routing_metrics(
+            total,
+            expert_groups=self.router.expert_groups,
+            local_experts=self.placement.local_experts,
+            domains=self.domains,
+        )
+        top_k, experts = self.router.reference_top_k, found["moe/experts_per_token"]
+        if top_k is not None and isinstance(experts, float):
+            found["moe/flops_saved"] = counted.flops_saved(
+                self.model, vocab_size=self.vocab_size, experts=experts, top_k=top_k
+            )
+        return found
