@@ -26,13 +26,15 @@ from matplotlib.figure import Figure
 
 from moe_dist.config.recipe import load_config
 from moe_dist.core.batch import IMAGE, Batch
+from moe_dist.core.step import ModelOutput
 from moe_dist.metrics.flops import model_flops
 from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.model.moe.moe_layer import MoELayer
 from moe_dist.model.moe.placement import Placement, make_placement
 from moe_dist.parallel.agreement import gather_objects
 from moe_dist.parallel.layout import Layout, make_layout
-from moe_dist.training.deepspeed import StepResult, init_distributed
+from moe_dist.training.deepspeed import init_distributed
+from moe_dist.training.engine import StepResult
 from moe_dist.training.run import Run
 from runs import ROOT, moma, table, write_result
 
@@ -94,14 +96,17 @@ def record(case: Case, layout: Layout, steps: int) -> None:
     for layer in run.engine.module.modules():
         if isinstance(layer, MoELayer):
             layer.experts.register_forward_pre_hook(lambda _, inputs: rows.append(sum(inputs[1])))  # type: ignore
+    outputs: list[ModelOutput] = []
+    run.engine.module.register_forward_hook(lambda *of_forward: outputs.append(of_forward[-1]))
     train_step = run.engine.train_step
 
     def watched(micro_batches: Any, *arguments: Any) -> StepResult:
         batches = list(micro_batches)
         rows.clear()
         result = train_step(batches, *arguments)
-        counted.append(count(batches[-1], result))
-        check(run, batches[-1], result, counted[-1], rows)
+        counted.append(count(batches[-1], outputs[-1]))
+        check(run, batches[-1], outputs[-1], counted[-1], rows)
+        outputs.clear()
         return result
 
     run.engine.train_step = watched  # type: ignore[method-assign]
@@ -117,15 +122,15 @@ def record(case: Case, layout: Layout, steps: int) -> None:
         print(f"{case}: loss {losses[0]:.2f} -> {losses[-1]:.2f}", flush=True)
 
 
-def count(batch: Batch, result: StepResult) -> dict[str, np.ndarray]:
+def count(batch: Batch, output: ModelOutput) -> dict[str, np.ndarray]:
     """Count the work of this rank's groups, [L, G]: tokens and (query, key) pairs of attention, valid and image tokens
     that the layer processes, and rows of each expert [L, G, E].
     """
-    info, depths = batch.info, {depth.layer: depth for depth in result.depths}
+    info, depths = batch.info, {depth.layer: depth for depth in output.depths}
     size = info.num_tokens // info.num_groups
     group_N = np.array([0, *accumulate(info.document_lengths)][:-1]) // size
     layers: dict[str, list] = {"tokens": [], "pairs": [], "valid": [], "image": [], "rows": []}
-    for record in result.records:
+    for record in output.records:
         lengths_N = np.array(depths[record.layer].document_lengths if record.layer in depths else info.document_lengths)
         layers["tokens"].append(np.bincount(group_N, lengths_N, info.num_groups))
         layers["pairs"].append(np.bincount(group_N, lengths_N * (lengths_N + 1) / 2, info.num_groups))
@@ -142,9 +147,9 @@ def count(batch: Batch, result: StepResult) -> dict[str, np.ndarray]:
     return {key: np.array(values).astype(np.int64) for key, values in layers.items()}
 
 
-def check(run: Run, batch: Batch, result: StepResult, counted: dict[str, np.ndarray], rows: list[int]) -> None:
+def check(run: Run, batch: Batch, output: ModelOutput, counted: dict[str, np.ndarray], rows: list[int]) -> None:
     """Assert that the counts give the FLOPs of metrics/flops.py and the rows that the experts really received."""
-    admitted = {depth.layer: depth.document_lengths for depth in result.depths}
+    admitted = {depth.layer: depth.document_lengths for depth in output.depths}
     rows_LE = counted["rows"].sum(1)
     expected = model_flops(
         run.config.model,

@@ -31,7 +31,7 @@ from moe_dist.config.recipe import Config, load_config
 from moe_dist.core.batch import IMAGE, TEXT, Batch, TokenInfo
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
-from moe_dist.metrics.flops import model_flops, work
+from moe_dist.metrics.step_counts import StepCounts
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.training.deepspeed import Engine, init_distributed, make_engine
@@ -95,25 +95,28 @@ class Contestant:
         read, synchronize = CLOCKS[clock_of(self.layout)], torch.get_device_module(self.layout.device).synchronize
         synchronize()
         start = read()
-        self.result = self.engine.train_step(self.batches, make_objective({}, context, 0), 1e-4)
+        self.engine.train_step(self.batches, make_objective({}, context, 0), 1e-4)
         synchronize()
         return read() - start
 
     @property
     def tokens(self) -> int:
         """Number of tokens of a step, over all ranks."""
-        return self.layout.world * sum(batch.info.num_tokens for batch in self.batches)
+        return self.layout.dp * sum(batch.info.num_tokens for batch in self.batches)
 
     @property
     def flops_per_token(self) -> float:
-        info = self.batches[-1].info
-        flops = model_flops(
-            self.config.model,
-            vocab_size=self.vocabulary,
-            document_lengths=info.document_lengths,
-            **work(self.result.records, self.result.depths),
+        """Of this rank, in one more step."""
+        context = Context(layout=self.layout, group_sequences=self.config.data.group_sequences)
+        result = self.engine.train_step(
+            self.batches,
+            make_objective({}, context, 0),
+            1e-4,
+            lambda batch, output: StepCounts.of(batch, output, self.layout),
         )
-        return flops / info.num_tokens
+        assert result.counted is not None
+        flops = result.counted.flops(self.config.model, vocab_size=self.vocabulary)
+        return flops / sum(batch.info.num_tokens for batch in self.batches)
 
 
 def recipe(size: str, name: str, layout: Layout) -> Config:

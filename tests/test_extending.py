@@ -1,6 +1,7 @@
-"""docs/extending.md is true: its router, loss term and Hugging Face family, as printed there, against their oracles."""
+"""docs/extending.md is true: its routers, loss term and Hugging Face family, as printed there, against their oracles."""
 
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,16 +22,19 @@ from tests.support.distributed import run_ranks
 from tests.support.hugging_face_models import load_checkpoint, logits_apart, logits_packed, random_documents
 from tests.support.moe_cases import ROUTERS as CASES
 from tests.support.moe_cases import TOKENS, WIDTH, close, make_batch, make_layer, run_layer
+from tests.support.toy_model import make_config, objective
+from tests.support.trajectory import step_inputs, toy_engine
 
 PAGE = ROOT / "docs" / "extending.md"
+RATE = 0.05
 SETTINGS = {"type": "threshold", "num_experts": 8, "threshold": 0.6}
 
 
-def printed(heading: str) -> tuple[str, dict]:
-    """The first block of code under a heading, and what all its blocks define."""
+def printed(heading: str, known: dict | None = None) -> tuple[str, dict]:
+    """The first block of code under a heading, and what all its blocks define, beside what is known."""
     section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    names: dict = {"torch": torch}
+    names: dict = {"torch": torch} | (known or {})
     for block in blocks:
         exec(block, names)
     return blocks[0], names
@@ -56,6 +60,37 @@ def run_with_the_new_router(rank, world):
         return run_layer(make_layer("threshold", layout=layout), "mixed", rank)
     finally:
         del ROUTERS["threshold"], CASES["threshold"]
+
+
+def printed_with_state() -> dict:
+    return printed("A router with state", printed("A router")[1])[1]
+
+
+def steps_of_the_router_with_state(rank):
+    """Shifts before each of three steps and after the last, and the load of each on this rank."""
+    ROUTERS["balanced_threshold"] = printed_with_state()["BalancedThresholdRouter"]
+    settings = {"type": "balanced_threshold", "num_experts": 8, "threshold": 0.5, "rate": RATE}
+    config = make_config(router=settings, expert=2, groups=8, micro=2)
+    engine, layout = toy_engine(config)
+    router, shifts, loads = engine.module.ffn.router, [], []
+    router.register_forward_hook(lambda _, inputs, output: loads.append(output[1].load_E))
+    of_steps = []
+    for step in range(3):
+        shifts.append(router.shift.value.tolist())
+        loads.clear()
+        engine.train_step(step_inputs(step, layout, config), objective, 0.1)
+        of_steps.append(torch.stack(loads).sum(0).tolist())
+    return [*shifts, router.shift.value.tolist()], of_steps
+
+
+def test_a_router_with_state_follows_the_load_of_all_ranks():
+    (shifts, first), (others, second) = run_ranks(steps_of_the_router_with_state, 2)
+    assert shifts == others
+    for step in range(3):
+        load_E = [a + b for a, b in zip(first[step], second[step], strict=True)]
+        expected = printed_with_state()["shifts_after"](shifts[step], load_E, RATE)
+        assert shifts[step + 1] == pytest.approx(expected, abs=1e-7)
+    assert all(before != after for before, after in pairwise(shifts))
 
 
 def test_a_router_is_strict(router):

@@ -23,10 +23,12 @@ from moe_dist.core.batch import Batch
 from moe_dist.evaluate.perplexity import evaluate
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
-from moe_dist.metrics.flops import model_flops, num_parameters, work
+from moe_dist.metrics.flops import num_parameters
+from moe_dist.metrics.step_counts import StepCounts
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import make_layout
-from moe_dist.training.deepspeed import StepResult, init_distributed, make_engine
+from moe_dist.training.deepspeed import init_distributed, make_engine
+from moe_dist.training.engine import StepResult
 from moe_dist.training.schedule import learning_rate
 from moma_study import variant
 
@@ -146,13 +148,12 @@ class Training:
     def _step(self, step: int, batch: Batch, started: float) -> None:
         lr = learning_rate(step, config=self.config.schedule, peak=self.job.rate, steps=self.job.steps)
         context = Context(layout=self.layout, group_sequences=self.config.data.group_sequences)
-        result = self.engine.train_step([batch], make_objective({}, context, step), lr)
-        self.flops += model_flops(
-            self.config.model,
-            vocab_size=self.vocabulary,
-            document_lengths=batch.info.document_lengths,
-            **work(result.records, result.depths),
+        objective = make_objective({}, context, step)
+        result = self.engine.train_step(
+            [batch], objective, lr, lambda batch, output: StepCounts.of(batch, output, self.layout)
         )
+        assert result.counted is not None
+        self.flops += result.counted.flops(self.config.model, vocab_size=self.vocabulary)
         self.tokens += result.counts["loss"]
         self.curve.add("train", self._place() | means(result) | {"seconds": time.monotonic() - started})
 

@@ -13,8 +13,10 @@ from moe_dist.config.recipe import Config, load_config
 from moe_dist.core.batch import Batch, TokenInfo
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
+from moe_dist.metrics.step_counts import StepCounts
 from moe_dist.model.transformer import Transformer
-from moe_dist.training.deepspeed import Engine, StepResult, make_engine
+from moe_dist.training.deepspeed import make_engine
+from moe_dist.training.engine import Engine, StepResult
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,12 @@ class Steps:
 
     def take(self, lr: float = 1e-4) -> StepResult:
         context = Context(layout=self.layout, group_sequences=self.config.data.group_sequences)
-        return self.engine.train_step(self.batches, make_objective({}, context, 0), lr)
+        return self.engine.train_step(
+            self.batches,
+            make_objective({}, context, 0),
+            lr,
+            lambda batch, output: StepCounts.of(batch, output, self.layout),
+        )
 
 
 def fill(model: Transformer) -> None:

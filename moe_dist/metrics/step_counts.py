@@ -43,7 +43,7 @@ class StepCounts:
     decisions: Mapping[str, Tensor]  # by metric name: numerator and denominator
 
     @classmethod
-    def of(cls, batch: Batch, output: ModelOutput, layout: Layout, num_domains: int) -> StepCounts:
+    def of(cls, batch: Batch, output: ModelOutput, layout: Layout, num_domains: int = 0) -> StepCounts:
         """Count one micro-batch, which lies on the device. Neither communicates nor synchronises.
 
         num_domains: number of domains that the data name.

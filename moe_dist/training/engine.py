@@ -24,6 +24,7 @@ from moe_dist.core.step import ModelOutput, Objective
 from moe_dist.metrics.step_counts import StepCounts
 from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout
+from moe_dist.training.router_state import RouterStates
 
 Count = Callable[[Batch, ModelOutput], StepCounts]
 
@@ -75,6 +76,7 @@ class Engine:
         self._layout = layout
         self._train = settings
         self.accumulation = accumulation
+        self._states = RouterStates(zero.module)
 
     @property
     def steps(self) -> int:
@@ -115,13 +117,14 @@ class Engine:
         anything is computed. They are on the host; each is moved to the device once. count: counts the routing and the
         work of a micro-batch, summed in StepResult.counted. A loss or gradient that is not finite on any rank leaves
         parameters and optimizer as they were on all ranks; train.non_finite then decides whether the run stops
-        (UserError) or goes on.
+        (UserError) or goes on. After a step that was applied, routers that keep state update it (StatefulRouter).
         """
         batches, counts = self._collect(micro_batches, objective)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         sums: dict[str, Tensor] = {}
         counted: StepCounts | None = None
+        self._states.start_step()
         for batch in batches:
             batch = batch.to(self._layout.device)
             output = self._zero(batch.tokens_T, batch.info)
@@ -131,6 +134,7 @@ class Engine:
             if count is not None:
                 of_batch = count(batch, output)
                 counted = of_batch if counted is None else counted + of_batch
+            self._states.add(output.records)
             self._zero.backward(_poison(result.loss) * self._layout.dp)
             self._zero.step()
         loss_sums = self._sum_over_ranks(sums)
@@ -138,6 +142,8 @@ class Engine:
         skipped = not self._zero.was_step_applied()
         if skipped:
             self._stop_or_go_on(loss_sums)
+        else:
+            self._states.after_step(self._layout.dp_group)
         return StepResult(loss_sums=loss_sums, counts=counts, grad_norm=grad_norm, skipped=skipped, counted=counted)
 
     @torch.no_grad()

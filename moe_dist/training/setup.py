@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from moe_dist.checkpoint import checkpoint
 from moe_dist.checkpoint.init_from import Account, init_from, loader_state
@@ -24,9 +23,8 @@ from moe_dist.data.stream.neighbour_store import NeighbourStore
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 from moe_dist.losses.loss_registry import loss_settings
 from moe_dist.model.attention import check_head_size
-from moe_dist.model.moe.moe_layer import MoELayer
+from moe_dist.model.moe.moe_layer import routers
 from moe_dist.model.moe.placement import make_placement
-from moe_dist.model.moe.router import Router
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout, check_layout
@@ -157,8 +155,3 @@ def open_neighbours(data: DataConfig, source: InitFrom | None) -> NeighbourStore
     if data.neighbours is None:
         return None
     return NeighbourStore(data.neighbours, model=identity(source.checkpoint) if source is not None else None)
-
-
-def routers(model: nn.Module) -> list[Router]:
-    """Of the expert layers, from the first; none in a dense model."""
-    return [module.router for module in model.modules() if isinstance(module, MoELayer)]

@@ -13,10 +13,10 @@ from moe_dist.core.step import ModelOutput
 from moe_dist.metrics.router_agreement import decision_metrics
 from moe_dist.metrics.routing_metrics import RoutingCounts, routing_metrics
 from moe_dist.metrics.step_counts import StepCounts
+from moe_dist.model.moe.moe_layer import routers
 from moe_dist.model.moe.placement import Placement, make_placement
 from moe_dist.model.moe.router import Router
 from moe_dist.parallel.layout import Layout
-from moe_dist.training.setup import routers
 
 StepMetrics = dict[str, float | list[float]]
 

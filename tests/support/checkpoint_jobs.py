@@ -219,7 +219,7 @@ def account(engine: Any, moments: tuple[str, ...]) -> dict[str, Tensor]:
                 found |= {f"{kind} {name} of {e}": row for e, row in zip(param.expert_ids, tensor.unbind())}
             else:
                 found[f"{kind} {name}"] = tensor
-    found |= {name: buffer.clone() for name, buffer in engine.module.named_buffers() if name.endswith("calls")}
+    found |= {name: buffer.clone() for name, buffer in engine.module.named_buffers() if not name.endswith("scratch")}
     return found
 
 

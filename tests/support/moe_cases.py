@@ -41,6 +41,20 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "capacity_factor": 0.6,
         "drop_policy": "probability",
     },
+    "deepseek": {
+        "type": "deepseek_v3",
+        "num_experts": 8,
+        "top_k": 3,
+        "groups": 4,
+        "top_groups": 2,
+        "scale": 2.5,
+    },
+    "deepseek_ungrouped": {"type": "deepseek_v3", "num_experts": 8, "top_k": 2},
+    "deepseek_in_text": {
+        "type": "modality",
+        "text": {"type": "deepseek_v3", "num_experts": 4, "top_k": 2, "groups": 2, "top_groups": 1},
+        "image": {"type": "expert_choice", "num_experts": 4},
+    },
     "moe_8x": {"type": "expert_choice", "num_experts": 8},
     "4t4i": {
         "type": "modality",
@@ -116,6 +130,8 @@ def make_layer(router: str, kind: str = "mixed", layout: Layout | None = None, s
     for name, parameter in layer.router.named_parameters():
         if name.endswith("bias"):  # biases start at zero, where an error would not be noticed
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))
+    for buffer in layer.router.buffers():  # so does the bias of DeepSeek-V3's router
+        nn.init.normal_(buffer, std=0.3, generator=torch.Generator().manual_seed(3))
     if kind == "skewed":
         with torch.no_grad():
             for name, parameter in layer.router.named_parameters():

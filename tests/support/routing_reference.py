@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.core.batch import MODALITIES, TokenInfo
+from moe_dist.model.moe.deepseek_router import DeepSeekV3Router
 from moe_dist.model.moe.expert_choice import ModalityRouter
 from moe_dist.model.moe.token_choice import TokenChoiceRouter
 
@@ -148,9 +149,43 @@ def expert_choice_gates(
     return torch.stack([torch.stack(row) for row in rows])
 
 
+def deepseek_v3(
+    x_TD: Tensor, weight_ED: Tensor, bias_E: Sequence[float], info: TokenInfo, groups: list[list[int]], keys, settings
+) -> Decision:
+    """DeepSeekV3Router (arXiv 2412.19437, eq. 12-16). keys: of the experts' ties and of the groups'."""
+    experts, k, size = len(weight_ED), settings.top_k, len(weight_ED) // settings.groups
+    rows = [[torch.zeros((), dtype=x_TD.dtype)] * experts for _ in range(info.num_tokens)]
+    chosen = set()
+    for t in (t for group in groups for t in group):
+        token = int(info.token_id_T[t])
+        scores = [1 / (1 + torch.exp(-(x_TD[t] * weight_ED[e]).sum())) for e in range(experts)]
+        biased = [scores[e].item() + bias_E[e] for e in range(experts)]
+        members = [range(g * size, (g + 1) * size) for g in range(settings.groups)]
+        sums = [sum(sorted((biased[e] for e in of_group), reverse=True)[:2]) for of_group in members]
+        best_groups = sorted(
+            range(settings.groups), key=lambda g: selection_key(sums[g], token, g, keys[1]), reverse=True
+        )[: settings.top_groups]
+        candidates = [e for g in best_groups for e in members[g]]
+        best = sorted(candidates, key=lambda e: selection_key(biased[e], token, e, keys[0]), reverse=True)[:k]
+        total = sum(scores[e] for e in best)
+        for e in best:
+            chosen.add((t, e))
+            rows[t][e] = settings.scale * scores[e] / total
+    return Decision(torch.stack([torch.stack(row) for row in rows]), chosen, chosen)
+
+
+def bias_after(bias_E: Sequence[float], load_E: Sequence[int], rate: float) -> list[float]:
+    """DeepSeek-V3's bias after a step: up where the load is below the mean, down where it is above."""
+    mean = Fraction(sum(load_E), len(load_E))
+    return [b + rate * (1 if load < mean else -1 if load > mean else 0) for b, load in zip(bias_E, load_E, strict=True)]
+
+
 def decide(router, x_TD: Tensor, weights: Sequence[Tensor], info: TokenInfo, modality: int | None = None) -> Decision:
     """Apply the oracle of a token-choice router. weights: copies of its gate's weight and, if it has one, bias."""
     groups = groups_of(info, range(len(MODALITIES)) if modality is None else [modality])
+    if isinstance(router, DeepSeekV3Router):
+        keys = (router.key, router.group_key)
+        return deepseek_v3(x_TD, weights[0], router.bias.value.tolist(), info, groups, keys, router.settings)
     bias_C = weights[1] if router.settings.bias else None
     return token_choice(x_TD, weights[0], bias_C, info, groups, router.key, router.settings)
 

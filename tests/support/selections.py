@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from moe_dist.core.batch import TokenInfo
+from moe_dist.model.moe import deepseek_router, expert_choice, token_choice
 from moe_dist.model.moe import depth_router as depth
-from moe_dist.model.moe import expert_choice, token_choice
 from moe_dist.model.moe.router import selection_keys
 
 # Largest difference of a logit due to rounding, after a few steps: under half a cell of the grid of selection_keys.
@@ -57,7 +57,7 @@ def watching(follow: Selections | None = None) -> Iterator[Watch]:
     """Watch every router of this process."""
     watch = Watch(follow)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (token_choice, expert_choice, depth):
+        for module in (token_choice, deepseek_router, expert_choice, depth):
             patch.setattr(module, "selection_keys", watch.keys)
         yield watch
 

@@ -153,10 +153,10 @@ def full_parameters(engine: Engine) -> dict[str, Tensor]:
 
 
 def full_masters(engine: Engine) -> dict[str, Tensor]:
-    """Return the float32 weights that the optimizer steps, and the frozen ones, in full. Collective."""
+    """Return the float32 weights that the optimizer steps, the frozen ones and the buffers, in full. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    masters = full_parameters(engine)
+    masters = full_parameters(engine) | {name: value.clone() for name, value in engine.module.named_buffers()}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             masters |= _by_expert(name, parameter, safe_get_full_fp32_param(parameter).detach().clone())
@@ -171,6 +171,8 @@ def set_masters(engine: Engine, masters: dict[str, Tensor]) -> None:
         experts = getattr(parameter, "expert_ids", None)
         full = masters[name] if experts is None else torch.stack([masters[f"{name}[{e}]"] for e in experts])
         safe_set_full_fp32_param(parameter, full)
+    for name, buffer in engine.module.named_buffers():
+        buffer.copy_(masters[name])
     refresh_working_parameters(engine)
 
 

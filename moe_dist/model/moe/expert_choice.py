@@ -33,7 +33,7 @@ class ExpertChoiceRouter(nn.Module):
     With TokenInfo.causal the auxiliary router says which experts a token gets; the weight stays s (MoMa, eq. 3-4).
     """
 
-    causal = False
+    causal = has_state = False
     experts_per_token = None
     reference_top_k = None
 
@@ -128,6 +128,7 @@ class ModalityRouter(nn.Module):
         self.num_experts = sum(child.num_experts for child in children.values())
         self.causal = all(child.causal for child in children.values())
         self.has_auxiliary = all(child.causal or child.has_auxiliary for child in children.values())
+        self.has_state = any(child.has_state for child in children.values())
         counts = {child.experts_per_token for child in children.values()}
         self.experts_per_token = counts.pop() if len(counts) == 1 else None
         groups, offset = [], 0
@@ -142,3 +143,10 @@ class ModalityRouter(nn.Module):
         plan = join_plans(plans)
         parts = tuple(part for record in records for part in record.routings)
         return plan, RoutingRecord(layer=self.layer, plan=plan, routings=parts)
+
+    def after_step(self, load_E: Tensor) -> None:
+        """Hand each child that keeps state the load of its own experts."""
+        children = [getattr(self, name) for name in MODALITIES]
+        for child, of_child_E in zip(children, load_E.split([child.num_experts for child in children]), strict=True):
+            if child.has_state:
+                child.after_step(of_child_E)

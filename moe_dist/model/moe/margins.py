@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.core.batch import TokenInfo
+from moe_dist.core.routing_plan import Routing
+from moe_dist.model.moe.deepseek_router import HIGHEST, LOWEST, DeepSeekV3Router
 from moe_dist.model.moe.depth_router import DepthRouter
 from moe_dist.model.moe.expert_choice import ExpertChoiceRouter
 from moe_dist.model.moe.router import selection_keys, selection_margins
@@ -40,7 +42,7 @@ def watch_decisions(model: nn.Module) -> Iterator[list[Decisions]]:
     found: list[Decisions] = []
 
     def note(name: str) -> Any:
-        return lambda router, inputs, output: found.append(_decisions(name, router, inputs[1], output[1]))
+        return lambda router, inputs, output: found.extend(_decisions(name, router, inputs[1], output[1]))
 
     handles = [
         module.register_forward_hook(note(name))
@@ -54,8 +56,11 @@ def watch_decisions(model: nn.Module) -> Iterator[list[Decisions]]:
             handle.remove()
 
 
-def _decisions(name: str, router: Any, info: TokenInfo, output: Any) -> Decisions:
+def _decisions(name: str, router: Any, info: TokenInfo, output: Any) -> Iterator[Decisions]:
     (routing,) = (output,) if isinstance(router, DepthRouter) else output.routings
+    if isinstance(router, DeepSeekV3Router):
+        yield from _biased_decisions(name, router, info, routing)
+        return
     scope = router.settings.scope if isinstance(router, DepthRouter) else "group"
     token_id_V = info.token_id_T.index_select(0, routing.token_V)
     keys_VC = selection_keys(routing.logits_VC, info, router.key, scope)
@@ -66,4 +71,26 @@ def _decisions(name: str, router: Any, info: TokenInfo, output: Any) -> Decision
         pieces = zip(routing.logits_VC.split(sizes), keys_VC.split(sizes), routing.chosen_VC.split(sizes), strict=True)
         # A group without a token has nothing to decide.
         margin_VC = torch.cat([selection_margins(*piece) if len(piece[0]) else piece[0].double() for piece in pieces])
-    return Decisions(router=name, token_id_V=token_id_V, chosen_VC=routing.chosen_VC, margin_VC=margin_VC)
+    yield Decisions(router=name, token_id_V=token_id_V, chosen_VC=routing.chosen_VC, margin_VC=margin_VC)
+
+
+def _biased_decisions(name: str, router: DeepSeekV3Router, info: TokenInfo, routing: Routing) -> Iterator[Decisions]:
+    """Decisions about groups of experts (router NAME.groups), and about the experts of the groups that were taken.
+
+    Margins are of what is compared: a group's sum of scores, an expert's biased score.
+    """
+    scores_VE, chosen_VE = router.biased_scores(routing.logits_VC), routing.chosen_VC
+    keys_VE = selection_keys(scores_VE, info, router.key)
+    token_id_V = info.token_id_T.index_select(0, routing.token_V)
+    open_VE = torch.ones_like(chosen_VE)
+    if router.settings.top_groups < router.settings.groups:
+        sums_VG = router.group_scores(scores_VE)
+        keys_VG = selection_keys(sums_VG, info, router.group_key)
+        used_VG = chosen_VE.unflatten(1, (router.settings.groups, -1)).any(dim=2)  # taken, whatever decided it
+        taken_VG = router.highest_groups(keys_VG.masked_fill(used_VG, HIGHEST))
+        margin_VG = selection_margins(sums_VG.t(), keys_VG.t(), taken_VG.t()).t()
+        yield Decisions(router=f"{name}.groups", token_id_V=token_id_V, chosen_VC=taken_VG, margin_VC=margin_VG)
+        open_VE = router.of_experts(taken_VG)
+    keys_VE = keys_VE.masked_fill(~open_VE, LOWEST)
+    margin_VE = selection_margins(scores_VE.t(), keys_VE.t(), chosen_VE.t()).t().masked_fill(~open_VE, torch.inf)
+    yield Decisions(router=name, token_id_V=token_id_V, chosen_VC=chosen_VE, margin_VC=margin_VE)

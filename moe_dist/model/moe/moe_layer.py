@@ -59,3 +59,8 @@ def build_moe_layer(
         output_std=output_std,
     )
     return MoELayer(router, make_dispatcher(placement, layout), experts)
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """Return the routers of the expert layers, from the first; none in a dense model."""
+    return [module.router for module in model.modules() if isinstance(module, MoELayer)]

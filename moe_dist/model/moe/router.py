@@ -32,14 +32,28 @@ _COLUMN_STEP = 0x9E3779B97F4B  # odd; the columns' multiples of it differ in man
 class Router(Protocol):
     """A planner, an nn.Module: says which of the valid tokens of `info` go to which expert. Padding is never routed."""
 
+    layer: int
     num_experts: int
     causal: bool  # False: the decision about a token looks at later tokens (expert choice)
     has_auxiliary: bool  # with TokenInfo.causal its decisions are causal all the same (model/moe/auxiliary_router.py)
     experts_per_token: int | None  # how many every valid token gets; None where that varies or may vary
     expert_groups: tuple[tuple[int, ...], ...]  # experts to be spread evenly over ranks, one tuple a modality
     reference_top_k: int | None  # experts per token that telemetry compares the FLOPs with
+    has_state: bool  # it is a StatefulRouter
 
     def __call__(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]: ...
+
+
+class StatefulRouter(Router, Protocol):
+    """A router that changes between optimizer steps. Its state is in buffers, so checkpoints hold it."""
+
+    def after_step(self, load_E: Tensor) -> None:
+        """Update the state. Called after every optimizer step that was applied, with equal arguments on all ranks.
+
+        load_E: int64 tokens that each expert worked on, over all micro-batches and data-parallel ranks of the step,
+        padding left out; on the device.
+        """
+        ...
 
 
 class RouterSettings(Strict):

@@ -10,6 +10,7 @@ from typing import Any
 from moe_dist.config.recipe import MoEFFN
 from moe_dist.core.errors import UserError, did_you_mean
 from moe_dist.core.strict import validate
+from moe_dist.model.moe.deepseek_router import DeepSeekV3Router
 from moe_dist.model.moe.expert_choice import ExpertChoiceRouter, ModalityRouter
 from moe_dist.model.moe.experts import Experts, GroupedExperts
 from moe_dist.model.moe.lora_experts import LoRAExperts
@@ -21,6 +22,7 @@ ROUTERS: dict[str, Any] = {
     "null_experts": NullExpertRouter,
     "expert_choice": ExpertChoiceRouter,
     "modality": ModalityRouter,
+    "deepseek_v3": DeepSeekV3Router,
 }
 
 EXPERTS: dict[str, Any] = {

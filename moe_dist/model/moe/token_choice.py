@@ -47,10 +47,10 @@ class TokenChoiceSettings(RouterSettings):
 
 
 class TokenChoiceRouter(nn.Module):
-    """What both routers below share. A subclass says what a chosen column weighs; a full expert drops an assignment
-    after that, so the weights of those that stay do not change."""
+    """What the routers of token choice share. A subclass says what a chosen column weighs. A full expert drops an
+    assignment after that, so the weights of those that stay do not change."""
 
-    has_auxiliary = False
+    has_auxiliary = has_state = False
     experts_per_token: int | None = None
     reference_top_k: int | None = None  # experts per token of the model that FLOPs are compared with
 
@@ -72,11 +72,15 @@ class TokenChoiceRouter(nn.Module):
         """Combine weight of each chosen column, in float32 or wider."""
         raise NotImplementedError
 
+    def choose(self, logits_VC: Tensor, info: TokenInfo) -> Tensor:
+        """Return int64 [V, k], the columns that each token takes."""
+        return selection_keys(logits_VC, info, self.key).topk(self.settings.top_k, dim=1).indices
+
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]:
         token_V, sizes = info.competing()
         logits_VC = self.gate(x_TD.index_select(0, token_V))
         probs_VC = self.probabilities(logits_VC)
-        chosen_Vk = selection_keys(logits_VC, info, self.key).topk(self.settings.top_k, dim=1).indices
+        chosen_Vk = self.choose(logits_VC, info)
         chosen_VC = torch.zeros_like(logits_VC, dtype=torch.bool).scatter(1, chosen_Vk, True)
         kept_VE = chosen_VC[:, : self.num_experts]
         if self.settings.capacity_factor is not None:

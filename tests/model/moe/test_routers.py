@@ -45,7 +45,9 @@ def test_plan_and_record_equal_the_oracle(router, kind):
 
 
 @pytest.mark.parametrize("kind", BATCHES)
-@pytest.mark.parametrize("router", [name for name, raw in ROUTERS.items() if raw["type"] in ("top_k", "null_experts")])
+@pytest.mark.parametrize(
+    "router", [name for name, raw in ROUTERS.items() if raw["type"] in ("top_k", "null_experts", "deepseek_v3")]
+)
 def test_what_token_choice_records_equals_the_oracle(router, kind):
     """What was chosen, what found room, and the gate values; with null experts only true assignments fill an expert."""
     router = make_layer(router, kind).router
@@ -122,6 +124,7 @@ def test_dropping_by_probability_is_not_causal():
 def test_what_layouts_and_losses_ask_of_a_router():
     built = {name: build_router(raw, SITE) for name, raw in ROUTERS.items()}
     causal = {"top_1", "top_2_sigmoid", "top_8", "biased", "by_position", "padded", "null", "null_in_text"}
+    causal |= {"deepseek", "deepseek_ungrouped"}
     assert {name for name, router in built.items() if router.causal} == causal
     assert built["7t1i"].expert_groups == ((0, 1, 2, 3, 4, 5, 6), (7,))
     assert built["moe_8x"].expert_groups == (tuple(range(8)),)

@@ -1,0 +1,112 @@
+"""DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2): balanced by a bias that no gradient moves.
+
+Shape suffixes: V routed (valid) tokens, E experts, G groups of experts, k experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from moe_dist.core.batch import TokenInfo
+from moe_dist.core.seeding import fold_key
+from moe_dist.core.strict import Positive
+from moe_dist.model.moe.router import Site, selection_keys
+from moe_dist.model.moe.token_choice import TokenChoiceRouter, TokenChoiceSettings
+
+LOWEST, HIGHEST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
+
+
+class ExpertBias(nn.Module):
+    """One number for each expert, in float32 whatever dtype the model is cast to: a buffer, so part of checkpoints."""
+
+    value: Tensor
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.register_buffer("value", torch.zeros(num_experts, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertBias:
+        changed = fn(self.value)
+        self.value = changed if changed.dtype == torch.float32 else self.value.to(changed.device)
+        return self
+
+
+class DeepSeekV3Router(TokenChoiceRouter):
+    """Every valid token takes the k experts of its highest s + b, s = sigmoid(x W), b the experts' bias (eq. 15, 16).
+
+    The experts are in `groups` equal groups (DeepSeek-V2's device-limited routing). A token takes experts of the
+    `top_groups` groups with the highest sum of their two highest s + b. The weight is s without the bias, divided by
+    its sum over the chosen experts (eq. 13), times `scale`. After every optimizer step the bias of an expert rises by
+    `bias_rate` if its load is below the mean over the experts, and falls by it if above.
+    """
+
+    has_state = True
+
+    class Settings(TokenChoiceSettings):
+        type: Literal["deepseek_v3"]
+        groups: Positive = 1
+        top_groups: Positive = 1
+        scale: Annotated[float, Field(gt=0)] = 1.0  # routed_scaling_factor; 2.5 in DeepSeek-V3
+        bias_rate: Annotated[float, Field(ge=0)] = 1e-3  # gamma; DeepSeek-V3 sets it to 0 at the end of pre-training
+
+        @model_validator(mode="after")
+        def _equal_groups(self):
+            size, rest = divmod(self.num_experts, self.groups)
+            if rest or (self.groups > 1 and size < 2):
+                raise ValueError(f"{self.num_experts} experts do not form {self.groups} equal groups of two or more")
+            if self.top_groups > self.groups:
+                raise ValueError(f"top_groups={self.top_groups} is more than groups={self.groups}")
+            if self.top_k > self.top_groups * size:
+                raise ValueError(f"top_k={self.top_k} is more than the {self.top_groups * size} experts of top_groups")
+            return self
+
+    settings: Settings
+
+    def __init__(self, settings: Settings, site: Site):
+        super().__init__(settings, site)
+        self.experts_per_token = settings.top_k if settings.capacity_factor is None else None
+        self.group_key = fold_key(site.seed, site.name, "groups")
+        self.bias = ExpertBias(settings.num_experts)
+
+    def probabilities(self, logits_VC: Tensor) -> Tensor:
+        return logits_VC.sigmoid()
+
+    def weights(self, logits_VC: Tensor, chosen_Vk: Tensor) -> Tensor:
+        return F.logsigmoid(logits_VC).gather(1, chosen_Vk).softmax(dim=1) * self.settings.scale
+
+    def choose(self, logits_VC: Tensor, info: TokenInfo) -> Tensor:
+        scores_VE = self.biased_scores(logits_VC)
+        keys_VE = selection_keys(scores_VE, info, self.key)
+        if self.settings.top_groups < self.settings.groups:
+            keys_VG = selection_keys(self.group_scores(scores_VE), info, self.group_key)
+            keys_VE = keys_VE.masked_fill(~self.of_experts(self.highest_groups(keys_VG)), LOWEST)
+        return keys_VE.topk(self.settings.top_k, dim=1).indices
+
+    def biased_scores(self, logits_VE: Tensor) -> Tensor:
+        """Return s + b, which no gradient passes."""
+        return logits_VE.detach().sigmoid() + self.bias.value
+
+    def group_scores(self, scores_VE: Tensor) -> Tensor:
+        """Return [V, G], the sum of the two highest scores of each group."""
+        return scores_VE.unflatten(1, (self.settings.groups, -1)).topk(2, dim=2).values.sum(dim=2)
+
+    def highest_groups(self, keys_VG: Tensor) -> Tensor:
+        """Return bool [V, G], True for the top_groups groups of the highest keys."""
+        first = keys_VG.topk(self.settings.top_groups, dim=1).indices
+        return torch.zeros_like(keys_VG, dtype=torch.bool).scatter(1, first, True)
+
+    def of_experts(self, groups_VG: Tensor) -> Tensor:
+        """Return [V, E], what is said of each expert's group."""
+        return groups_VG.repeat_interleave(self.num_experts // self.settings.groups, dim=1)
+
+    @torch.no_grad()
+    def after_step(self, load_E: Tensor) -> None:
+        """Move each bias towards balance. load_E: assignments of the step's whole global batch, padding left out."""
+        below_E = (load_E.sum() - load_E * self.num_experts).sign()  # integers: exact at every layout
+        self.bias.value.add_(below_E, alpha=self.settings.bias_rate)

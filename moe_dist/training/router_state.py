@@ -1,0 +1,43 @@
+"""State that routers keep between optimizer steps, updated from the load of the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_dist.core.routing_plan import RoutingRecord
+from moe_dist.model.moe.moe_layer import routers
+from moe_dist.model.moe.router import StatefulRouter
+
+
+class RouterStates:
+    """The routers of a model that keep state, and their load in the step under way. Loads stay on the device."""
+
+    def __init__(self, model: nn.Module) -> None:
+        stateful = [cast(StatefulRouter, router) for router in routers(model) if router.has_state]
+        self._routers = {router.layer: router for router in stateful}
+        self._loads: dict[int, Tensor] = {}
+
+    def start_step(self) -> None:
+        """Forget the load of a step that did not end."""
+        self._loads = {}
+
+    def add(self, records: Iterable[RoutingRecord]) -> None:
+        """Add the load of one micro-batch of this rank."""
+        for record in records:
+            if record.layer in self._routers:
+                load_E = record.load_E
+                self._loads[record.layer] = self._loads.get(record.layer, torch.zeros_like(load_E)) + load_E
+
+    def after_step(self, group: dist.ProcessGroup | None) -> None:
+        """Update every state. Collective where there is any: one all-reduce, no synchronisation with the host."""
+        if not self._loads:
+            return
+        total = torch.cat(list(self._loads.values()))
+        dist.all_reduce(total, group=group)
+        for layer, load_E in zip(self._loads, total.split([len(load) for load in self._loads.values()]), strict=True):
+            self._routers[layer].after_step(load_E)
