@@ -56,6 +56,7 @@ from moe_dist.checkpoint.storage import (
 from moe_dist.checkpoint.train_state import merge_states
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import PARTIAL, StoredFile, partial_path, put_in_place, read_json, write_json
+from moe_dist.core.step import ShardedModel
 from moe_dist.core.tensor_files import DTYPE_NAMES
 from moe_dist.parallel.agreement import gather_objects, raise_on_all_ranks
 from moe_dist.parallel.layout import Layout
@@ -73,7 +74,7 @@ __all__ = [
 ]
 
 
-def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]) -> None:
+def save(path: str | Path, engine: ShardedModel, layout: Layout, *, state: dict[str, Any]) -> None:
     """Write a checkpoint between two optimizer steps, and wait for the disk. Collective. (A run saves by saver.py.)
 
     `state` is JSON-able; mappings in it (the loader's lanes) are united over the ranks, all else must be equal on them.
@@ -82,7 +83,7 @@ def save(path: str | Path, engine: Any, layout: Layout, *, state: dict[str, Any]
     write(path, fragments(engine), describe(engine, layout, state), layout)
 
 
-def describe(engine: Any, layout: Layout, state: dict[str, Any]) -> dict[str, Any]:
+def describe(engine: ShardedModel, layout: Layout, state: dict[str, Any]) -> dict[str, Any]:
     """The content of state.json at this moment, with this rank's state alone; nothing in it changes later."""
     return {
         "format": CHECKPOINT_FORMAT,
@@ -131,7 +132,7 @@ def write(
         raise
 
 
-def load(path: str | Path, engine: Any, layout: Layout) -> dict[str, Any]:
+def load(path: str | Path, engine: ShardedModel, layout: Layout) -> dict[str, Any]:
     """Verify a checkpoint, read it into the engine at the engine's own layout, and return the state. Collective.
 
     Masters, moments, the optimizer's step, frozen parameters and buffers become exactly the stored ones, the working

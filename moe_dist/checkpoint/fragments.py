@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dist.checkpoint.storage import Fragment
+from moe_dist.core.step import ShardedModel
 
 MASTER, FROZEN, BUFFER = MODEL_KINDS = "master", "frozen", "buffer"  # all other kinds are moments
 
@@ -34,7 +35,7 @@ class _Piece(NamedTuple):
     flat_start: int
 
 
-def fragments(engine: Any) -> list[Fragment]:
+def fragments(engine: ShardedModel) -> list[Fragment]:
     """Everything of the model and the optimizer that this rank holds, as views: to be written, or to be read into."""
     found: list[Fragment] = []
     for name, param, start, numel, flat, flat_start in _pieces(engine):
@@ -57,12 +58,12 @@ def kind_of(name: str) -> str:
     return name.split("/", 1)[0]
 
 
-def moment_names(engine: Any) -> set[str]:
+def moment_names(engine: ShardedModel) -> set[str]:
     """The optimizer's moments; empty before its first step."""
     return {name for flat in _flats(engine) for name in _moments(engine, flat)}
 
 
-def optimizer_scalars(engine: Any) -> dict[str, float]:
+def optimizer_scalars(engine: ShardedModel) -> dict[str, float]:
     """What the optimizer counts beside its moments (Adam's step): equal for all partitions, as all step together."""
     states = [_state(engine, flat) for flat in _flats(engine)]
     states += [{"step": group["step"]} for group in _base(engine).param_groups if "step" in group]
@@ -75,7 +76,7 @@ def optimizer_scalars(engine: Any) -> dict[str, float]:
     return scalars
 
 
-def set_optimizer_scalars(engine: Any, scalars: dict[str, float]) -> None:
+def set_optimizer_scalars(engine: ShardedModel, scalars: dict[str, float]) -> None:
     """Set them in whatever form this optimizer keeps them."""
     for state in [*(_state(engine, flat) for flat in _flats(engine)), *_base(engine).param_groups]:
         for key, value in scalars.items():
@@ -86,7 +87,7 @@ def set_optimizer_scalars(engine: Any, scalars: dict[str, float]) -> None:
 
 
 @torch.no_grad()
-def reset_optimizer(engine: Any, *, with_moments: bool) -> None:
+def reset_optimizer(engine: ShardedModel, *, with_moments: bool) -> None:
     """Forget the optimizer's state; with_moments: let it create its own kind of state, to be read into.
 
     The moments are created by a step with a zero gradient and learning rate (the masters are read afterwards).
@@ -113,7 +114,7 @@ def reset_optimizer(engine: Any, *, with_moments: bool) -> None:
 
 
 @torch.no_grad()
-def refresh_working_parameters(engine: Any) -> None:
+def refresh_working_parameters(engine: ShardedModel) -> None:
     """Recompute the parameters that the forward pass uses from the masters, as after an optimizer step. Collective."""
     zero = engine.optimizer
     if engine.zero_stage != 3:
@@ -126,7 +127,7 @@ def refresh_working_parameters(engine: Any) -> None:
         zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-def _pieces(engine: Any) -> Iterator[_Piece]:
+def _pieces(engine: ShardedModel) -> Iterator[_Piece]:
     zero = engine.optimizer
     if engine.zero_stage == 3:
         name_of = {id(param): name for name, param in engine.module.named_parameters()}
@@ -174,22 +175,22 @@ def _logical(name: str, owner: Any, start: int, values: Tensor) -> Iterator[Frag
             yield Fragment(f"{name}[{expert}]", shape[1:], first - row * size, values[first - start : last - start])
 
 
-def _base(engine: Any) -> Any:
+def _base(engine: ShardedModel) -> Any:
     """The optimizer that ZeRO wraps."""
     return engine.optimizer.optimizer
 
 
-def _flats(engine: Any) -> list[Tensor]:
+def _flats(engine: ShardedModel) -> list[Tensor]:
     """This rank's fp32 partitions (stage 3 hands them to the base optimizer only during a step)."""
     if engine.zero_stage == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [param for group in _base(engine).param_groups for param in group["params"]]
 
 
-def _state(engine: Any, flat: Tensor) -> dict[str, Any]:
+def _state(engine: ShardedModel, flat: Tensor) -> dict[str, Any]:
     return _base(engine).state.get(flat, {})
 
 
-def _moments(engine: Any, flat: Tensor) -> dict[str, Tensor]:
+def _moments(engine: ShardedModel, flat: Tensor) -> dict[str, Tensor]:
     state = _state(engine, flat)
     return {key: value for key, value in state.items() if isinstance(value, Tensor) and value.shape == flat.shape}

@@ -25,6 +25,7 @@ from moe_dist.checkpoint.manifest import read_state
 from moe_dist.config.recipe import InitFrom
 from moe_dist.core.errors import UserError
 from moe_dist.core.name_patterns import carried_over, compiled, matching
+from moe_dist.core.step import ShardedModel
 from moe_dist.parallel.agreement import gather_objects
 from moe_dist.parallel.layout import Layout
 
@@ -93,7 +94,7 @@ class Account:
         return table
 
 
-def init_from(settings: InitFrom, engine: Any, layout: Layout) -> Account:
+def init_from(settings: InitFrom, engine: ShardedModel, layout: Layout) -> Account:
     """Read a checkpoint's parameters into a new engine, whatever the layouts of the two. Collective.
 
     `settings.checkpoint` is a checkpoint folder here (see manifest.resolve_init). Raises UserError, before anything is

@@ -33,6 +33,7 @@ from moe_dist.checkpoint.pinned import empty_pinned
 from moe_dist.checkpoint.storage import Fragment
 from moe_dist.config.recipe import CheckpointConfig
 from moe_dist.core.errors import UserError
+from moe_dist.core.step import ShardedModel
 from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout
 
@@ -43,7 +44,7 @@ class Saver:
     Used as `with saver:` around training: its end waits for the last write, also after an error, which goes on then.
     """
 
-    def __init__(self, run_dir: str | Path, engine: Any, layout: Layout, settings: CheckpointConfig) -> None:
+    def __init__(self, run_dir: str | Path, engine: ShardedModel, layout: Layout, settings: CheckpointConfig) -> None:
         self.run_dir, self.engine, self.layout, self.settings = Path(run_dir), engine, layout, settings
         self.buffers = HostBuffers(pinned=layout.device.type == "cuda")
         self._group = dist.new_group(backend="gloo")

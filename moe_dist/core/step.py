@@ -1,4 +1,4 @@
-"""The values of an optimizer step: what a model returns for a micro-batch, and what an objective makes of it.
+"""What meets in an optimizer step: what a model returns, what an objective makes of it, what a checkpoint sees.
 
 Shape suffixes: T tokens, V vocabulary.
 """
@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_dist.core.batch import Batch
 from moe_dist.core.routing_plan import DepthRecord, RoutingRecord
@@ -47,3 +47,21 @@ class Objective(Protocol):
     def __call__(self, output: ModelOutput, batch: Batch, counts: Mapping[str, int]) -> ObjectiveOutput:
         """Compute this micro-batch's part. counts: by metric name, over all ranks' micro-batches of the step."""
         ...
+
+
+class ShardedModel(Protocol):
+    """A model under ZeRO with its optimizer, as checkpoints see it (training/engine.py has one)."""
+
+    steps: int
+    skipped_steps: int
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's ZeRO optimizer; the torch optimizer of its partitions is `.optimizer.optimizer`."""
+        ...
+
+    @property
+    def zero_stage(self) -> int: ...

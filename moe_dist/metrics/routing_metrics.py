@@ -73,7 +73,7 @@ def routing_counts(
     member_MT = (info.modality_T.to(device) == modality_M[:, None]) & info.valid_T.to(device)
     load_LE = torch.stack([record.load_E for record in records])
     load_LGE = load_LE.new_zeros(load_LE.shape[0], layout.edp, load_LE.shape[1])
-    load_LGE[:, layout.rank // layout.expert] = load_LE
+    load_LGE[:, layout.dp_rank // layout.expert] = load_LE
     return RoutingCounts(
         layers=tuple(record.layer for record in records),
         load_LGE=load_LGE,

@@ -87,7 +87,7 @@ SKIPPING = {
 @pytest.mark.parametrize(
     ("deepspeed", "how"),
     [
-        # A loss that is not finite makes its gradients so (training/deepspeed.py `_poison`), whatever stores them.
+        # A loss that is not finite makes its gradients so (training/engine.py `_poison`), whatever stores them.
         pytest.param(
             value,
             how,
