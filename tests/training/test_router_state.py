@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_dist.checkpoint.stored_weights import fill_model
 from moe_dist.config.recipe import Config, InitFrom
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.training.deepspeed import init_distributed, make_engine
-from tests.support.checkpoint_jobs import Job, assert_same, attempt, run
+from tests.support.checkpoint_jobs import CheckpointToy, Job, assert_same, attempt, run
 from tests.support.distributed import run_ranks
 from tests.support.routing_reference import bias_after
 from tests.support.toy_model import TOP_K, VOCABULARY, make_config, objective, sgd, step_batches
@@ -167,6 +168,15 @@ def test_resume_is_bitwise_and_any_layout_reads_the_bias(tmp_path):
     other = run(job.resumed(world=1, expert=1, stage=3), follow=whole)
     assert_same(other.at_save, whole.at_save)
     assert torch.equal(other.at_end["ffn.router.bias.value"], whole.at_end["ffn.router.bias.value"])
+
+
+def test_a_model_that_is_not_trained_further_gets_its_bias(tmp_path):
+    """As evaluation and generation open it."""
+    path = tmp_path / "step_00000002"
+    source = run(Job(router=SMALL, stop=2, save=str(path), save_at=2))
+    model = CheckpointToy(SMALL, Layout(), gain=3)
+    fill_model(model, path, Layout())
+    assert torch.equal(model.ffn.router.bias.value, source.at_save["ffn.router.bias.value"])
 
 
 def test_a_stage_accounts_for_the_bias(tmp_path):
