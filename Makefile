@@ -18,8 +18,8 @@ LAUNCH = MALLOC_MMAP_MAX_="$${MALLOC_MMAP_MAX_:-0}" MALLOC_TRIM_THRESHOLD_="$${M
 # Tests that compare layouts, and settings under which one machine computes with the kernels of others (docs/testing.md).
 EXACT := tests/training/test_near_ties.py tests/training/test_exactness.py tests/training/test_any_layout.py \
 	tests/training/test_recipes.py tests/training/test_lora_training.py tests/training/test_trainable.py tests/training/test_zero.py \
-	tests/training/test_refused_steps.py tests/checkpoint/test_checkpoint.py tests/checkpoint/test_init_from.py \
-	tests/losses/test_balance_layouts.py tests/losses/test_manifold.py tests/model/test_expert_parallel.py \
+	tests/training/test_refused_steps.py tests/training/test_router_state.py tests/training/test_step_metrics.py \
+	tests/checkpoint/test_checkpoint.py tests/checkpoint/test_init_from.py tests/losses/test_balance_layouts.py tests/losses/test_manifold.py tests/model/test_expert_parallel.py \
 	tests/launch/test_train.py tests/launch/test_causal_run.py
 PROCESSORS := plain avx2 scalar other-products two-threads
 KERNELS_avx2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
