@@ -1,4 +1,4 @@
-"""docs/extending.md is true: its routers, loss term and Hugging Face family, as printed there, against their oracles."""
+"""docs/extending.md is true: its routers, loss term and Hugging Face family, as printed, against their oracles."""
 
 import re
 from itertools import pairwise

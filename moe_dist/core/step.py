@@ -1,4 +1,4 @@
-"""What meets in an optimizer step: what a model returns, what an objective makes of it, what a checkpoint sees.
+"""Values and protocols of an optimizer step: model output, objective, and the model that checkpoints see.
 
 Shape suffixes: T tokens, V vocabulary.
 """
@@ -33,7 +33,7 @@ class ObjectiveOutput:
 
 
 class Objective(Protocol):
-    """What an optimizer step minimises: sums over micro-batches and ranks, divided by counts over all of them."""
+    """The goal of an optimizer step: sums over micro-batches and ranks, divided by counts over all of them."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -33,7 +33,7 @@ class StepTotals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCounts:
-    """What one rank counted. Counts of several micro-batches add up."""
+    """Counts of one rank. Those of several micro-batches add up."""
 
     tokens: int  # without padding
     document_lengths: tuple[int, ...]

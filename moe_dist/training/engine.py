@@ -31,7 +31,7 @@ Count = Callable[[Batch, ModelOutput], StepCounts]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What one optimizer step did, over all its micro-batches. The same on every rank, but for `counted`."""
+    """Outcome of one optimizer step, over all its micro-batches. The same on every rank, but for `counted`."""
 
     loss_sums: dict[str, float]  # each metric of the objective, summed over all ranks
     counts: dict[str, int]  # what they are sums over, by the same names; "loss": the predictions that counted
@@ -186,7 +186,7 @@ class Engine:
         return dict(zip(names, total.tolist()))
 
     def _stop_or_go_on(self, loss_sums: dict[str, float]) -> None:
-        """Apply train.non_finite to a step that DeepSpeed skipped; all ranks hold the same figures and decide alike."""
+        """Apply train.non_finite to a step that DeepSpeed skipped. All ranks hold the same figures, so they agree."""
         terms = [f"loss term '{name}'" for name, value in loss_sums.items() if not math.isfinite(value)]
         problem = f"step {self.steps}: the {' and '.join(terms) or 'gradient norm'} is not finite"
         if self._train.non_finite == "stop":

@@ -1,6 +1,6 @@
 """DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2): balanced by a bias that no gradient moves.
 
-Shape suffixes: V routed (valid) tokens, E experts, G groups of experts, k experts per token.
+Shape suffixes: V routed (valid) tokens, E experts, G groups of experts, e experts of a group, k experts per token.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class DeepSeekV3Router(TokenChoiceRouter):
         bias_rate: Annotated[float, Field(ge=0)] = 1e-3  # gamma; DeepSeek-V3 sets it to 0 at the end of pre-training
 
         @model_validator(mode="after")
-        def _equal_groups(self):
+        def _equal_groups(self) -> DeepSeekV3Router.Settings:
             size, rest = divmod(self.num_experts, self.groups)
             if rest or (self.groups > 1 and size < 2):
                 raise ValueError(f"{self.num_experts} experts do not form {self.groups} equal groups of two or more")
@@ -94,7 +94,8 @@ class DeepSeekV3Router(TokenChoiceRouter):
 
     def group_scores(self, scores_VE: Tensor) -> Tensor:
         """Return [V, G], the sum of the two highest scores of each group."""
-        return scores_VE.unflatten(1, (self.settings.groups, -1)).topk(2, dim=2).values.sum(dim=2)
+        scores_VGe: Tensor = scores_VE.unflatten(1, (self.settings.groups, -1))
+        return scores_VGe.topk(2, dim=2).values.sum(dim=2)
 
     def highest_groups(self, keys_VG: Tensor) -> Tensor:
         """Return bool [V, G], True for the top_groups groups of the highest keys."""
