@@ -133,7 +133,7 @@ def recipe(size: str, name: str, layout: Layout) -> Config:
             f"model.depth={depth or 'null'}",
             f"parallel.expert={layout.expert}",
             f"train.global_batch_groups={GROUPS}",
-            f"train.micro_batch_groups={GROUPS // 2 // layout.world}",
+            f"train.micro_batch_groups={GROUPS // 2 // layout.dp}",
         ],
     )
 

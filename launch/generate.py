@@ -57,14 +57,14 @@ def generate_samples(arguments: argparse.Namespace) -> None:
         check_can_generate(run.model)
         form = Format(vocabulary, run.config.data.sequence_length)
         samples = start_samples(arguments, form, sampling)
-    mine = samples[layout.rank :: layout.world]
-    rounds = -(-len(samples) // (layout.world * arguments.batch))
+    mine = samples[layout.dp_rank :: layout.dp]
+    rounds = -(-len(samples) // (layout.dp * arguments.batch))
     for number in range(rounds):
-        begin = number * layout.world * arguments.batch
-        now = samples[begin : begin + layout.world * arguments.batch]
+        begin = number * layout.dp * arguments.batch
+        now = samples[begin : begin + layout.dp * arguments.batch]
         title = f"samples, round {number + 1} of {rounds}" if rounds > 1 else "samples"
         with Bar(title, len(now), is_main=layout.is_main) as bar:
-            generate(run.model, now[layout.rank :: layout.world], form, sampling, layout, bar.update)
+            generate(run.model, now[layout.dp_rank :: layout.dp], form, sampling, layout, bar.update)
     made = [Generated(s.number, s.prompt.task, s.prompt.parts, form.parts(s.generated), s.generated) for s in mine]
     everything = sorted((sample for of_rank in gather_objects(made) for sample in of_rank), key=lambda s: s.number)
     with raise_on_all_ranks():

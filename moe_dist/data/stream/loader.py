@@ -130,14 +130,9 @@ def make_loader(
         image_first=data.image_first,
         caption_dropout=data.caption_dropout,
     )
-    pairs = np.flatnonzero(store.has_image)
-    if len(pairs):
-        assembler(0, int(pairs[0]))  # an image that does not fit is an error now, not in the middle of the run
+    _check_images(assembler)
     lanes = make_lanes(assembler, data, numbers=range(dp_rank, data.lanes, dp), lanes=data.lanes)
-    keys = ("lanes", "sequence_length", "group_sequences", "image_fraction")
-    identity = {"seed": seed, "documents": len(store), **{f"data.{key}": getattr(data, key) for key in keys}}
-    if neighbours is not None:
-        identity["data.neighbours"] = neighbours.identity
+    identity = _identity(store, data, seed, neighbours)
     loader = Loader(
         lanes,
         assembler,
@@ -160,6 +155,20 @@ def check_data(data: DataConfig, *, dp: int) -> None:
         raise UserError(f"data.lanes={data.lanes} is not a multiple of the {dp} data-parallel ranks")
     if data.sequence_length < SHORTEST_PIECE:
         raise UserError(f"data.sequence_length={data.sequence_length} is below the minimum of {SHORTEST_PIECE}")
+
+
+def _check_images(assembler: Assembler) -> None:
+    """Raise UserError if an image does not fit: now, not in the middle of the run."""
+    pairs = np.flatnonzero(assembler.store.has_image)
+    if len(pairs):
+        assembler(0, int(pairs[0]))
+
+
+def _identity(store: DocumentStore, data: DataConfig, seed: int, neighbours: NeighbourStore | None) -> State:
+    """Return what must be equal where a loader state is used again."""
+    keys = ("lanes", "sequence_length", "group_sequences", "image_fraction")
+    identity = {"seed": seed, "documents": len(store), **{f"data.{key}": getattr(data, key) for key in keys}}
+    return identity if neighbours is None else identity | {"data.neighbours": neighbours.identity}
 
 
 def _check_identity(saved: State, now: State) -> None:
