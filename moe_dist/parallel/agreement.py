@@ -63,7 +63,7 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
 
 
 def largest(value: int, device: torch.device) -> int:
-    """Return the largest value of any rank. Collective."""
+    """Return the largest value over all ranks. Collective."""
     if not dist.is_initialized():
         return value
     everyones = torch.tensor(value, device=device)

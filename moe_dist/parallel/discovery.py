@@ -1,8 +1,7 @@
 """Discovery of rank and world size under the DeepSpeed launcher, torchrun, srun and mpiexec, or in a single process.
 
-The first source that is present counts: RANK and WORLD_SIZE in the environment (DeepSpeed's launcher, torchrun);
-Slurm's own variables (srun); an MPI launcher's variables, which make mpi4py the source (mpiexec, mpirun). Without any,
-the process is alone.
+Sources in order of precedence: RANK and WORLD_SIZE in the environment (DeepSpeed's launcher, torchrun); Slurm's own
+variables (srun); mpi4py, if an MPI launcher's variables are set (mpiexec, mpirun); otherwise a single process.
 """
 
 from __future__ import annotations
@@ -151,9 +150,9 @@ def _integer(environment: Mapping[str, str], name: str, default: int = 0) -> int
 
 
 def _started_by_srun(environment: Mapping[str, str]) -> bool:
-    """Return whether Slurm's variables describe this process. Under mpiexec they may be inherited and contradict MPI's.
+    """Return whether Slurm's variables describe this process.
 
-    MPI's variables decide in that case.
+    Under mpiexec they may be inherited from the surrounding job step. They then differ from MPI's, which are right.
     """
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NUM_TASKS" not in environment:
         return False
@@ -182,7 +181,7 @@ def _from_slurm(environment: Mapping[str, str]) -> Place:
 def _from_mpi(environment: Mapping[str, str]) -> Place:
     try:
         from mpi4py import MPI  # initialises MPI: only under an MPI launcher
-    except (ImportError, RuntimeError):  # RuntimeError: mpi4py is installed, but no MPI library
+    except (ImportError, RuntimeError):  # RuntimeError: mpi4py is installed, an MPI library is not
         raise UserError(
             "mpi4py finds no MPI library: pip install 'moe_dist[mpi]' for MPICH, or load the MPI that mpiexec is from"
         ) from None
@@ -206,5 +205,5 @@ def _from_mpi(environment: Mapping[str, str]) -> Place:
 
 
 def host_name() -> str:
-    """Return the name of this machine: Slurm's node name, which an operator drains it by, or else the host name."""
+    """Return Slurm's name for this node, which an operator needs to drain it, or else the host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

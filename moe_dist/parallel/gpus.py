@@ -21,7 +21,7 @@ def check_gpus(place: Place, device: torch.device) -> dist.Store | None:
 
     NCCL connects the ranks when torch.distributed is initialised, so this check must come before that. It communicates
     through the store at the same address and port. Keep the returned store until torch.distributed is initialised,
-    which reuses it. None is returned if there is nothing to check.
+    which reuses it. Returns None if there is no GPU or only one rank.
     """
     gpu = gpu_of(device)
     if gpu is None or place.world == 1:
