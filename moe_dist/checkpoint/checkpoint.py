@@ -220,7 +220,7 @@ def _show(form: tuple[tuple[int, ...], torch.dtype]) -> str:
 
 @contextmanager
 def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Run a rank-local step that uses the disk. An OSError raises UserError on every rank. Collective at its end."""
+    """Run a rank-local step that uses the disk. An OSError becomes a UserError on every rank. Collective at its end."""
     with raise_on_all_ranks(group=group):
         try:
             yield
