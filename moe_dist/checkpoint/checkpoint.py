@@ -230,7 +230,7 @@ def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
 
 @contextmanager
 def _dcp(what: str) -> Iterator[None]:
-    """Convert a DCP error, which every rank receives, into UserError if a disk error caused it, else RuntimeError."""
+    """Convert a DCP error, which every rank receives, to UserError if the disk caused it, otherwise to RuntimeError."""
     try:
         yield
     except CheckpointException as error:

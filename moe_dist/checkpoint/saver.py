@@ -54,8 +54,7 @@ class Saver:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Save the current state, between two optimizer steps. Collective.
 
-        If the disk refuses this checkpoint, or the previous one if saves are asynchronous, raises UserError on every
-        rank.
+        Raises UserError on every rank if this checkpoint, or the previous asynchronous one, cannot be written.
         """
         started = time.perf_counter()
         self.wait()

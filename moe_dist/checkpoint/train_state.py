@@ -46,8 +46,8 @@ class TrainState:
     step: int  # optimizer steps done, which is the schedule's position
     tokens: int  # number of tokens trained on so far, over all ranks
     loader: dict[str, Any]
-    config: dict[str, Any]  # the resolved recipe, seed included
-    vocabulary: str  # fingerprint
+    config: dict[str, Any]  # the resolved recipe, including the seed
+    vocabulary: str  # fingerprint of the vocabulary
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -29,7 +29,7 @@ FEWEST_KEYWORDS = 1
 @dataclass(frozen=True, slots=True)
 class Question:
     task: str
-    id: str  # of the synset or emoji
+    id: str  # id of the synset or code of the emoji
     concept: str  # base emoji without variants, or the synset's set of opposites; determines the split in all tasks
     text: str
     answer: str

@@ -42,7 +42,7 @@ JOINERS = {"200D", "FE0F"}
 class EmojiEntry:
     vendor: str
     code: str  # code points without variation selectors, e.g. 1F44B-1F3FB
-    image: bytes  # as the vendor ships it
+    image: bytes  # the vendor's file
     meta: dict[str, Any]  # label, keywords, group, subgroup
 
     @property

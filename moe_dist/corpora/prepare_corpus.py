@@ -1,4 +1,4 @@
-"""Preparation of a corpus: download, encode, write shards. The finished folder appears at once, with corpus.json."""
+"""Preparation of a corpus: download, encode, write shards. The finished folder is renamed into place."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prepare(name: str, settings: dict[str, Any], out: Path) -> dict[str, Any] | 
             record = identity | {
                 "licence": corpus.licence,
                 "samples": write_shards(samples, partial),
-                "domains": dict(sorted(domains.items())),  # of instructions
+                "domains": dict(sorted(domains.items())),  # only instructions have domains
             }
             write_json(partial / RECORD, record)
     except OSError as error:

@@ -53,7 +53,7 @@ def pieces(text: str, max_characters: int) -> Iterator[str]:
 
 
 def _units(paragraph: str, max_characters: int) -> Iterator[tuple[str, str]]:
-    """Yield (preceding separator, unit). The unit is a paragraph, or if that is too long a sentence, word or slice."""
+    """Yield (preceding separator, unit). Units are paragraphs, but long ones become sentences, words or word slices."""
     if len(paragraph) <= max_characters:
         if paragraph:
             yield "\n", paragraph

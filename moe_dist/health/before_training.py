@@ -26,7 +26,7 @@ from moe_dist.parallel.discovery import host_name
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "webdataset", "sentencepiece", "numpy")
 SOURCE = Path(__file__).parents[1]
-SENT_BYTES = 2**22  # that each rank sends in a round, to all ranks together
+SENT_BYTES = 2**22  # bytes that each rank sends in a round, over all receivers
 ROUNDS = 3
 
 

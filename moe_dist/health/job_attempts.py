@@ -1,10 +1,10 @@
-"""The decision whether a scheduler runs a job again, from RUN/status.json (how the attempt ended) and RUN/job.json (its
-start and earlier failures).
+"""The decision whether a scheduler runs a job again, based on RUN/status.json (how the attempt ended) and RUN/job.json
+(its start and earlier failures).
 
-A job is attempted until its run is done. After a failure the next attempt resumes from the last checkpoint, unless a
-person must act first, or `max_failures` attempts in a row failed without writing a newer checkpoint. If an attempt's
-node dies, nothing records how the attempt ended; the next attempt works it out. This module does not import torch,
-since it runs before and after the ranks.
+A job is attempted until its run is done. A failed attempt is followed by another from the last checkpoint. The
+exceptions are an error that a person must fix, and `max_failures` failures in a row without a newer checkpoint. If an
+attempt's node dies, the attempt cannot record how it ended, so the next attempt works it out. This module does not
+import torch, since it runs before and after the ranks.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _written(folder: RunFolder) -> int:
 
 
 def _checkpoints(folder: RunFolder) -> dict[str, int]:
-    """Return the finished checkpoints and the times of finishing them, ns. checkpoint/manifest.py renames them last."""
+    """Return the finished checkpoints with their times of writing, ns. A folder gets its final name once complete."""
     found = sorted(path for path in folder.checkpoints.glob("step_*") if path.name[5:].isdecimal())
     return {path.name: path.stat().st_mtime_ns for path in found}
 

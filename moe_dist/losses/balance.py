@@ -26,8 +26,9 @@ class LoadBalance:
     Source: Fedus et al., arXiv 2101.03961, eq. 4; with null experts AdaMoE, arXiv 2406.13233, eq. 6.
 
     Over a set of tokens, f_c is the fraction of tokens that chose column c (sum f = k), and P_c the mean of their gate
-    values, normalized to sum to 1 per token (sigmoid gates do not). Null experts are balanced as one pool: each gets
-    the mean f of all of them. The value at balance is k. Choices are counted before experts drop tokens.
+    values, normalized to sum to 1 per token (sigmoid gates do not by themselves). Null experts are balanced as one
+    pool: each gets the mean f of all of them. The value at balance is k. Choices are counted before experts drop
+    tokens.
 
     scope: the set of tokens over which the load is balanced. "group" is a selection group and "sequence" a packed
     sequence; the loss is the mean over these sets. "global" is the global batch: f is exact over all data-parallel
@@ -123,7 +124,10 @@ class PooledBalance:
 
 
 class RouterZ:
-    """Mean over tokens of logsumexp(logits)^2, which keeps logits small (Zoph et al., arXiv 2202.08906, eq. 5)."""
+    """Router z-loss: mean over tokens of logsumexp(logits)^2 (Zoph et al., arXiv 2202.08906, eq. 5).
+
+    It keeps logits small.
+    """
 
     class Settings(TermSettings):
         pass

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy, as sums that are divided by the token count over all ranks and accumulation steps.
+"""Next-token cross-entropy as a sum, to be divided by the token count over all ranks and accumulation steps.
 
 Shape suffixes: T tokens, V vocabulary, M modalities.
 """

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0b6fa4", "#d1495b", "#3d8b5f", "#8a5fa8", "#c98a1b", "#5b6770")
 MODALITY_COLOURS = dict(zip(MODALITIES, COLOURS, strict=False))
-MAX_COLUMNS = 300  # of the heat map: longer runs are averaged down to this number of columns
+MAX_COLUMNS = 300  # largest number of heat map columns; longer runs are averaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +284,7 @@ def _key(name: str, part: str) -> str:
 
 
 def _mean(rows: np.ndarray) -> np.ndarray:
-    """Return the mean over rows without nan entries; nan where a column has no other entry."""
+    """Return the mean over rows, ignoring nan entries. A column that is all nan gives nan."""
     known = ~np.isnan(rows)
     return np.where(known, rows, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 

@@ -64,7 +64,7 @@ def routing_counts(
     domain_T: Tensor | None = None,
     num_domains: int = 0,
 ) -> RoutingCounts:
-    """Count the assignments of one micro-batch of this rank. Neither communicates nor synchronises the device.
+    """Count the assignments of one micro-batch of this rank, without communication or device synchronisation.
 
     domain_T: int64 index of each token's domain, -1 for no domain (Batch.sidecar). None if the data have no domains.
     """
@@ -154,7 +154,7 @@ def _sum_over_ranks(counts: RoutingCounts, layout: Layout) -> RoutingCounts:
 
 
 def _rank_imbalance(load_LGE: Tensor, local_experts: Sequence[Sequence[int]]) -> float:
-    """Return the largest ratio of a rank's rows to its group's mean. Each slice of an expert gets all its rows."""
+    """Return the largest ratio of a rank's rows to its group's mean. Each slice of an expert gets all of its rows."""
     held = [[number % load_LGE.shape[-1] for number in numbers] for numbers in local_experts]
     rows_LGR = torch.stack([load_LGE[..., experts].sum(-1) for experts in held], dim=-1).double()
     ratio_LG = rows_LGR.amax(-1) / rows_LGR.mean(-1)

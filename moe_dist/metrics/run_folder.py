@@ -9,8 +9,8 @@ status.json is the authority on how a run ended, since launchers may exit with 0
     reason    why it stopped (a signal's name, or the recipe's train.stop_after) or failed; else null
     restart   for schedulers: whether starting the run again without changes can help
     updated   time of writing, UTC
-If a run is killed, its state stays `running` and its `restart` true. If the launcher has returned, `running` means
-killed. Otherwise compare `updated` with the clock: a run that trains renews it with its logged steps (`beat`).
+If a run is killed, `state` stays running and `restart` stays true. If the launcher has returned, `running` thus means
+that the run was killed. Otherwise look at `updated`, which a training run renews with its logged steps (`beat`).
 """
 
 from __future__ import annotations

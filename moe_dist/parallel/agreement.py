@@ -1,4 +1,4 @@
-"""Agreement between ranks: an error on one rank is raised on every rank, so that none hangs; values are gathered."""
+"""Agreement between ranks: raising one rank's error on every rank, so that none hangs, and gathering values."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def raise_on_all_ranks(*, patient: bool = False, group: dist.ProcessGroup | None
 
     Collective when the block ends: every rank must reach the end, and the body must not communicate.
     patient: ranks that finish early wait up to PATIENCE for the others, instead of the usual timeout of a few minutes.
-    This is collective when the block begins, too.
+    The beginning of the block is then collective, too.
     group: a group of all ranks to use instead of the default group, for a thread that runs beside the main thread's
     collectives.
     """

@@ -66,7 +66,7 @@ def discover(environment: Mapping[str, str] = os.environ) -> Place:
 
 
 def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether the launcher's variables make this process rank 0, which prints what all ranks would print.
+    """Return whether this process is rank 0 according to the launcher's variables. Rank 0 prints for all ranks.
 
     If the rank variable is not a number, treat this process as rank 0 so that its error is printed.
     """
@@ -152,7 +152,7 @@ def _integer(environment: Mapping[str, str], name: str, default: int = 0) -> int
 def _started_by_srun(environment: Mapping[str, str]) -> bool:
     """Return whether Slurm's variables describe this process.
 
-    Under mpiexec they may be inherited from the surrounding job step. They then differ from MPI's, which are right.
+    Under mpiexec they may be inherited from the surrounding job step. They then differ from MPI's, which are used.
     """
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NUM_TASKS" not in environment:
         return False

@@ -41,7 +41,7 @@ def check_gpus(place: Place, device: torch.device) -> dist.Store | None:
 def shared_gpu(seats: list[tuple[str, str, str]]) -> str | None:
     """Return an error sentence if two ranks share a GPU, otherwise None. seats: (host, GPU, NCCL_HOSTID) of each rank.
 
-    NCCL considers two ranks to be on one host if they have the same NCCL_HOSTID or, if it is not set, host name.
+    NCCL considers two ranks to be on one host if their NCCL_HOSTIDs are equal. If it is not set, the host name is used.
     """
     taken = Counter((gpu, hostid or host) for host, gpu, hostid in seats)
     host = next((host for host, gpu, hostid in seats if taken[gpu, hostid or host] > 1), None)

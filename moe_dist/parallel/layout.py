@@ -51,7 +51,7 @@ def check_layout(*, world: int, expert: int) -> None:
 def make_layout(*, expert: int, device: torch.device) -> Layout:
     """Create the process groups. Collective: every rank calls it. Raises UserError if `expert` does not fit the ranks.
 
-    Without an initialised torch.distributed, return the layout of a single process.
+    If torch.distributed is not initialised, return the layout of a single process.
     """
     if not dist.is_initialized():
         check_layout(world=1, expert=expert)

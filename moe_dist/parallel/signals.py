@@ -53,7 +53,7 @@ class StopSignals:
         return bool(self.received)
 
     def agreed(self, device: Any) -> str | None:
-        """Return the name of a signal that any rank has received, or None. Same result on all ranks. Collective."""
+        """Return the name of a signal that any rank has received, or None; the same on all ranks. Collective."""
         from moe_dist.parallel.agreement import largest  # imports torch
 
         number = largest(self.received, device)

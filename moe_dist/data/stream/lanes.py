@@ -81,7 +81,7 @@ class Lane:
 
 
 class SteeredLane:
-    """A stream of selection groups in which image tokens are the fraction data.image_fraction of the valid tokens.
+    """A stream of selection groups in which a fraction data.image_fraction of the valid tokens are image tokens.
 
     Pairs and texts come from separate streams. Each sequence first gets the pairs that bring the group's image tokens
     as near to the target as whole images allow. Text then fills the sequence as far as the target permits. A group thus
@@ -143,7 +143,10 @@ Lanes = dict[int, Lane | SteeredLane]
 def make_lanes(
     assembler: Assembler, data: DataConfig, *, numbers: Iterable[int], lanes: int, epochs: int | None = None
 ) -> Lanes:
-    """Split the store into `lanes` lanes and return those in `numbers`. Raises UserError if the store is too small."""
+    """Split the store into `lanes` lanes and return those in `numbers`.
+
+    Raises UserError if the store has too few documents or cannot reach data.image_fraction.
+    """
     has_image = np.asarray(assembler.store.has_image)
     if data.image_fraction is None:
         ranges = _ranges(np.arange(len(assembler.store)), assembler.store.part_ends, lanes, "documents")

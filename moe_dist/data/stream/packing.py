@@ -55,7 +55,7 @@ class DocumentStore(Protocol):
     has_image: np.ndarray  # bool per document
     lengths: np.ndarray  # text and image tokens per document, without markers
     domains: tuple[str, ...]  # sorted names of the instructions' domains; empty without instructions
-    part_ends: np.ndarray  # int64: corpora are concatenated; each one's end, as a document index
+    part_ends: np.ndarray  # int64: end of each corpus in the concatenated documents
 
     def __len__(self) -> int: ...
 
@@ -178,7 +178,7 @@ def best_subset(lengths: Sequence[int], room: int) -> list[int]:
     """Return the indices whose lengths have the largest sum up to `room`. Index 0 is included if it fits.
 
     Among equally good subsets, prefer earlier items. The algorithm is subset sum over bit sets: bit s of reach[k] is 1
-    if a choice among the first k lengths adds up to s.
+    if some of the first k lengths add up to s.
     """
     mask = (1 << (room + 1)) - 1
     reach = [1]
@@ -264,9 +264,9 @@ def _sidecar(placed: Sequence[tuple[int, Piece]], num_tokens: int) -> dict[str, 
 
 
 def reachable_image_fraction(assembler: Assembler) -> float:
-    """Return the largest data.image_fraction that can be met: images' share of tokens if every document were a pair.
+    """Return the largest data.image_fraction that the store allows: the fraction if every document were a pair.
 
-    The share counts markers.
+    Markers count as tokens.
     """
     pairs = np.flatnonzero(assembler.store.has_image)
     if not len(pairs):
