@@ -47,7 +47,7 @@ class Instruction(Strict):
         if (self.options is None) != (self.correct is None):
             raise ValueError("options and correct belong together")
         if self.options is not None and self.correct is not None and self.correct >= len(self.options):
-            raise ValueError(f"correct={self.correct} is none of the {len(self.options)} options")
+            raise ValueError(f"correct={self.correct} is not an index into the {len(self.options)} options")
         return self
 
 
