@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_dist.config.recipe import DenseFFN, ModelConfig
 from moe_dist.core.errors import UserError
+from moe_dist.core.expert_rows import row_name
 from moe_dist.core.tensor_files import LazyTensor
 
 Shape = tuple[int, ...]
@@ -80,14 +81,14 @@ def _experts(D: int, F: int, E: int, ours: str, theirs: str) -> Iterator[TensorM
         of_expert = f"{theirs}.experts.{expert}"
         gate_up: dict[str, Shape] = {f"{of_expert}.{key}.weight": (F, D) for key in ("w1", "w3")}
         yield TensorMapping(
-            f"{ours}.experts.gate_up[{expert}]",
+            row_name(f"{ours}.experts.gate_up", expert),
             (D, 2 * F),
             gate_up,
             lambda *two: torch.cat(two).T,
             lambda both: both.T.chunk(2),
         )
         yield TensorMapping(
-            f"{ours}.experts.down[{expert}]",
+            row_name(f"{ours}.experts.down", expert),
             (F, D),
             {f"{of_expert}.w2.weight": (D, F)},
             lambda down: down.T,

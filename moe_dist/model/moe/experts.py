@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.core.errors import UserError
+from moe_dist.core.expert_rows import set_expert_ids
 from moe_dist.core.fused import fused
 from moe_dist.core.seeding import seeded_normal_
 from moe_dist.model.moe.swiglu import gated
@@ -37,8 +38,8 @@ class Experts(Protocol):
 class GroupedExperts(nn.Module):
     """SwiGLU experts, y = w * (silu(x W_gate) * (x W_up)) W_down, as two grouped matrix products over stacked weights.
 
-    No biases. Each parameter carries `expert_ids`, the global expert of each of its rows. An expert of hidden size F is
-    the sum of experts whose hidden sizes add up to F: its slices (Placement), which are experts to this class.
+    No biases. The parameters are stacked, one row an expert (core/expert_rows.py). An expert of hidden size F is the
+    sum of experts whose hidden sizes add up to F: its slices (Placement), which are experts to this class.
     """
 
     experts_per_token = None
@@ -64,7 +65,7 @@ class GroupedExperts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(len(expert_ids), hidden_size, 2 * expert_size))
         self.down = nn.Parameter(torch.empty(len(expert_ids), expert_size, hidden_size))
         for key, parameter, std in (("gate_up", self.gate_up, init_std), ("down", self.down, output_std)):
-            parameter.expert_ids = self.expert_ids  # type: ignore[attr-defined]
+            set_expert_ids(parameter, expert_ids)
             seeded_normal_(parameter, seed=seed, name=f"{name}.{key}", std=std)
 
     def forward(

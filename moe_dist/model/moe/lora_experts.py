@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.core.expert_rows import set_expert_ids
 from moe_dist.core.seeding import dropout, fold_key, seeded_normal_
 from moe_dist.model.moe.experts import matmul_by_expert
 from moe_dist.model.moe.swiglu import SwiGLU
@@ -46,7 +47,8 @@ class LowRank(nn.Module):
         self.a = nn.Parameter(torch.empty(*stack, input_size, rank))
         self.b = nn.Parameter(torch.zeros(*stack, rank, output_size))
         if expert_ids is not None:
-            self.a.expert_ids = self.b.expert_ids = tuple(expert_ids)  # type: ignore[attr-defined]
+            set_expert_ids(self.a, expert_ids)
+            set_expert_ids(self.b, expert_ids)
         seeded_normal_(self.a, seed=seed, name=f"{name}.a", std=1 / math.sqrt(3 * input_size))
 
     def drop(self, x_RD: Tensor, token_id_R: Tensor | None) -> Tensor:
