@@ -24,6 +24,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 
@@ -31,7 +32,7 @@ from moe_dist.config.recipe import Config, load_config
 from moe_dist.core.batch import IMAGE, TEXT, Batch, TokenInfo
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
-from moe_dist.metrics.flops import model_flops, work
+from moe_dist.metrics.flops import model_flops, work_of
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.training.deepspeed import Engine, init_distributed, make_engine
@@ -107,12 +108,8 @@ class Contestant:
     @property
     def flops_per_token(self) -> float:
         info = self.batches[-1].info
-        flops = model_flops(
-            self.config.model,
-            vocab_size=self.vocabulary,
-            document_lengths=info.document_lengths,
-            **work(self.result.records, self.result.depths),
-        )
+        work = work_of(info.document_lengths, self.result.records, self.result.depths)
+        flops = model_flops(cast(Transformer, self.engine.module), work)
         return flops / info.num_tokens
 
 

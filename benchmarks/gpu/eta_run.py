@@ -23,7 +23,7 @@ from moe_dist.core.batch import Batch
 from moe_dist.evaluate.perplexity import evaluate
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
-from moe_dist.metrics.flops import model_flops, num_parameters, work
+from moe_dist.metrics.flops import model_flops, work_of
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import make_layout
 from moe_dist.training.deepspeed import StepResult, init_distributed, make_engine
@@ -112,7 +112,7 @@ class Training:
         self.curve = Curve(job, self._about(held_out, sum(p.numel() for p in model.parameters())))
 
     def _about(self, held_out: Packed, parameters: int) -> dict[str, Any]:
-        once = num_parameters(self.config.model, vocab_size=self.vocabulary)
+        once = self.engine.module.num_parameters(experts=1)
         return {
             "machine": machine(self.layout.device),
             "date": str(date.today()),
@@ -147,12 +147,8 @@ class Training:
         lr = learning_rate(step, config=self.config.schedule, peak=self.job.rate, steps=self.job.steps)
         context = Context(layout=self.layout, group_sequences=self.config.data.group_sequences)
         result = self.engine.train_step([batch], make_objective({}, context, step), lr)
-        self.flops += model_flops(
-            self.config.model,
-            vocab_size=self.vocabulary,
-            document_lengths=batch.info.document_lengths,
-            **work(result.records, result.depths),
-        )
+        work = work_of(batch.info.document_lengths, result.records, result.depths)
+        self.flops += model_flops(self.engine.module, work)
         self.tokens += result.counts["loss"]
         self.curve.add("train", self._place() | means(result) | {"seconds": time.monotonic() - started})
 

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gpu.check import Check
 from gpu.steps import Steps
-from moe_dist.metrics.flops import model_flops, work
+from moe_dist.metrics.flops import model_flops, work_of
 
 ONE = ["parallel.expert=1", "train.global_batch_groups=1", "train.micro_batch_groups=1"]
 TINY = [
@@ -63,12 +63,8 @@ def measured(check: Check, name: str) -> tuple[str, dict]:
         result = steps.take()  # ends with reads of the device
         taken.append(time.perf_counter() - started)
     seconds, info = statistics.median(taken), steps.batches[0].info
-    flops = model_flops(
-        steps.config.model,
-        vocab_size=vocabulary,
-        document_lengths=info.document_lengths,
-        **work(result.records, result.depths),
-    )
+    work = work_of(info.document_lengths, result.records, result.depths)
+    flops = model_flops(steps.engine.module, work)
     numbers = {
         "ms": round(1e3 * seconds, 1),
         "tokens_s": round(info.num_tokens / seconds),

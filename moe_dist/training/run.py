@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -31,7 +30,7 @@ from moe_dist.health.stragglers import Stragglers
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.metrics.curves import report_or_explain
-from moe_dist.metrics.flops import flops_saved, model_flops, work
+from moe_dist.metrics.flops import flops_saved, model_flops, work_of
 from moe_dist.metrics.progress import Progress
 from moe_dist.metrics.router_agreement import decision_metrics
 from moe_dist.metrics.routing_metrics import routing_counts, routing_metrics
@@ -154,10 +153,9 @@ class Run:
             stop=stop,
         )
 
-    @cached_property
-    def trained_parameters(self) -> frozenset[str]:
-        """Names of the parameters that are."""
-        return frozenset(name for name, value in self.engine.module.named_parameters() if value.requires_grad)
+    @property
+    def model(self) -> Transformer:
+        return cast(Transformer, self.engine.module)
 
     def loop(self) -> None:
         """Train, evaluate and save until the last step, or the step at which a signal is noted."""
@@ -271,13 +269,7 @@ class Run:
         return (
             self.engine.accumulation
             * self.layout.world
-            * model_flops(
-                self.config.model,
-                vocab_size=self.vocabulary.size,
-                document_lengths=batch.info.document_lengths,
-                trained=self.trained_parameters,
-                **work(result.records, result.depths),
-            )
+            * model_flops(self.model, work_of(batch.info.document_lengths, result.records, result.depths))
         )
 
     def _routing(self, batch: Batch, result: StepResult) -> dict[str, Any]:
@@ -296,8 +288,7 @@ class Run:
         )
         if router.reference_top_k is not None:
             metrics["moe/flops_saved"] = flops_saved(
-                self.config.model,
-                vocab_size=self.vocabulary.size,
+                self.model,
                 document_lengths=batch.info.document_lengths,
                 tokens=int(batch.info.valid_T.sum()),
                 experts=metrics["moe/experts_per_token"],
