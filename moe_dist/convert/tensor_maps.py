@@ -15,6 +15,7 @@ from moe_dist.config.recipe import DenseFFN, ModelConfig
 from moe_dist.core.errors import UserError
 from moe_dist.core.expert_rows import row_name
 from moe_dist.core.tensor_files import LazyTensor
+from moe_dist.model.site import block_name
 
 Shape = tuple[int, ...]
 
@@ -36,7 +37,7 @@ def tensor_mappings(model: ModelConfig, vocab_size: int) -> Iterator[TensorMappi
     matrix, vector = (vocab_size, D), (D,)
     yield TensorMapping("embedding.weight", matrix, {"model.embed_tokens.weight": matrix})
     for layer in range(model.num_layers):
-        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
+        ours, theirs = block_name(layer), f"model.layers.{layer}"
         yield from _attention(model, f"{ours}.attention.core", f"{theirs}.self_attn")
         yield TensorMapping(f"{ours}.attention_norm.weight", vector, {f"{theirs}.input_layernorm.weight": vector})
         if isinstance(model.ffn, DenseFFN):
