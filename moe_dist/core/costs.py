@@ -12,8 +12,6 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from moe_dist.core.routing_plan import Routing
-
 
 class Product(NamedTuple):
     """Matrix products of one kind in a forward pass."""
@@ -45,8 +43,8 @@ class LayerWork:
     tokens: int  # that the layer works on
     pairs: int  # (query, earlier or same key) within a document: L (L + 1) / 2 for a length L
     rows: int  # (token, expert) assignments, whichever rank computes them; of a dense feed-forward part, the tokens
-    routings: Sequence[Routing] = ()  # of the expert layer's router; without them the router does not count
-    depth: Routing | None = None  # of the layer's mixture-of-depths; without it its router does not count
+    scored: Sequence[int] = ()  # tokens that each part of the expert layer's router scored; (): it does not count
+    depth_scored: Sequence[int] = ()  # likewise, of the router of the layer's mixture-of-depths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +55,8 @@ class Work:
     rows: Sequence[int] | None = None  # LayerWork.rows of each layer; None: a dense model
     admitted: Mapping[int, Sequence[int]] = field(default_factory=dict)  # tokens of each document that a layer with
     # mixture-of-depths works on
-    routings: Mapping[int, Sequence[Routing]] = field(default_factory=dict)
-    depths: Mapping[int, Routing] = field(default_factory=dict)
+    scored: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    depth_scored: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -71,8 +69,8 @@ class Work:
             tokens=tokens,
             pairs=sum(length * (length + 1) // 2 for length in lengths),
             rows=tokens if self.rows is None else self.rows[layer],
-            routings=self.routings.get(layer, ()),
-            depth=self.depths.get(layer),
+            scored=self.scored.get(layer, ()),
+            depth_scored=self.depth_scored.get(layer, ()),
         )
 
 

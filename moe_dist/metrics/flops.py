@@ -32,8 +32,8 @@ def work_of(
         document_lengths=document_lengths,
         rows=[sum(next(of_parts) for _ in record.routings) for record in records] or None,
         admitted={depth.layer: depth.document_lengths for depth in depths},
-        routings={record.layer: record.routings for record in records},
-        depths={depth.layer: depth.routing for depth in depths},
+        scored={record.layer: [len(part.token_V) for part in record.routings] for record in records},
+        depth_scored={depth.layer: [len(depth.routing.token_V)] for depth in depths},
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe_dist.config.recipe import DepthConfig
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.costs import LayerWork, Product
-from moe_dist.core.routing_plan import DepthRecord, Routing, RoutingRecord
+from moe_dist.core.routing_plan import DepthRecord, RoutingRecord
 from moe_dist.model.attention import Documents
 from moe_dist.model.block import Block
 from moe_dist.model.moe.depth_router import DepthRouter
@@ -57,18 +57,14 @@ class MixtureOfDepths(nn.Module):
         return x_TD, None if record is None else record.renumbered(token_K), depth
 
     def products(self, work: LayerWork) -> list[Product]:
-        gates = router_products(self.router, _routings(work))
+        gates = router_products(self.router, work.depth_scored)
         return [*self.block.products(work), *(product for gate in gates for product in gate)]
 
     def detached_products(self, work: LayerWork) -> list[list[Product]]:
         return [
             *self.block.detached_products(work),
-            *router_products(self.router, _routings(work), detached=True),
+            *router_products(self.router, work.depth_scored, detached=True),
         ]
 
     def num_parameters(self, experts: float | None) -> float:
         return self.block.num_parameters(experts) + router_parameters(self.router)
-
-
-def _routings(work: LayerWork) -> tuple[Routing, ...]:
-    return () if work.depth is None else (work.depth,)

@@ -36,11 +36,11 @@ class MoELayer(nn.Module):
         return self.dispatcher.combine(y_RD, receipt), record
 
     def products(self, work: LayerWork) -> list[Product]:
-        gates = router_products(self.get_submodule("router"), work.routings)
+        gates = router_products(self.get_submodule("router"), work.scored)
         return self.experts.products(work.rows, [product for gate in gates for product in gate])
 
     def detached_products(self, work: LayerWork) -> list[list[Product]]:
-        return router_products(self.get_submodule("router"), work.routings, detached=True)
+        return router_products(self.get_submodule("router"), work.scored, detached=True)
 
     def num_parameters(self, experts: float | None = None) -> float:
         """Parameters over all ranks. experts: how many experts to count; all by default."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.costs import Product
-from moe_dist.core.routing_plan import Routing, RoutingPlan, RoutingRecord
+from moe_dist.core.routing_plan import RoutingPlan, RoutingRecord
 from moe_dist.core.seeding import hash_ids
 from moe_dist.core.strict import Strict
 from moe_dist.model.site import Site
@@ -88,11 +88,14 @@ class Gate(RouterPart):
         return self.columns * (self.width + (self.bias is not None))
 
 
-def router_products(router: nn.Module, routings: Sequence[Routing], *, detached: bool = False) -> list[list[Product]]:
-    """Products of each part of a router that is detached or not, for a record's routings; none without them."""
-    planners = zip(_planners(router), routings, strict=True) if routings else ()
-    parts = [(part, routing) for planner, routing in planners for part in _parts_of(planner)]
-    return [part.products(len(routing.token_V)) for part, routing in parts if part.detached == detached]
+def router_products(router: nn.Module, scored: Sequence[int], *, detached: bool = False) -> list[list[Product]]:
+    """Return the products of each part of a router that is detached, or of each that is not.
+
+    scored: how many tokens each routing of its record is about; without them there are no products.
+    """
+    planners = zip(_planners(router), scored, strict=True) if scored else ()
+    parts = [(part, tokens) for planner, tokens in planners for part in _parts_of(planner)]
+    return [part.products(tokens) for part, tokens in parts if part.detached == detached]
 
 
 def router_parameters(router: nn.Module) -> int:
