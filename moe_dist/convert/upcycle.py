@@ -23,8 +23,8 @@ from moe_dist.convert.output import write_model
 from moe_dist.core.batch import MODALITIES
 from moe_dist.core.errors import UserError
 from moe_dist.core.expert_rows import row_name, split_row_name
-from moe_dist.core.tensor_files import LazyTensor
 from moe_dist.core.strict import apply_override, validate
+from moe_dist.core.tensor_files import LazyTensor
 from moe_dist.model.moe.auxiliary_router import AuxiliaryRouter
 from moe_dist.model.moe.moe_layer import MoELayer
 from moe_dist.model.moe.placement import slice_id
