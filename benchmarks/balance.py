@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 
 from moe_dist.config.recipe import load_config
 from moe_dist.core.batch import IMAGE, Batch
+from moe_dist.core.costs import Work, num_weights
 from moe_dist.core.step import ModelOutput
 from moe_dist.metrics.flops import model_flops
 from moe_dist.metrics.run_folder import RunFolder
@@ -151,13 +152,9 @@ def check(run: Run, batch: Batch, output: ModelOutput, counted: dict[str, np.nda
     """Assert that the counts give the FLOPs of metrics/flops.py and the rows that the experts really received."""
     admitted = {depth.layer: depth.document_lengths for depth in output.depths}
     rows_LE = counted["rows"].sum(1)
-    expected = model_flops(
-        run.config.model,
-        vocab_size=0,
-        document_lengths=batch.info.document_lengths,
-        admitted=admitted,
-        ffn_rows=[int(rows) for rows in rows_LE.sum(1)],
-    )
+    rows_L = [int(rows) for rows in rows_LE.sum(1)]
+    work = Work(document_lengths=batch.info.document_lengths, admitted=admitted, rows=rows_L)
+    expected = model_flops(run.model, work) - 6 * num_weights(run.model.output) * work.tokens
     attention_LG, expert = flops(counted["tokens"], counted["pairs"])
     assert attention_LG.sum() + expert * rows_LE.sum() == expected
     everyones_LE = sum(gather_objects(rows_LE))

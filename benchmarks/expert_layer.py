@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from moe_dist.config.recipe import MoEFFN
 from moe_dist.core.batch import TokenInfo
 from moe_dist.model.moe.moe_layer import build_moe_layer
+from moe_dist.model.site import Site
 from moe_dist.parallel.layout import Layout
 
 TOKENS, WIDTH = 2048, 512
@@ -43,9 +44,8 @@ CASES = {  # name: (expert width, router, rows per token)
 
 def layer_step(expert_width: int, router: dict, dtype: torch.dtype, device: torch.device) -> Callable[[], None]:
     ffn = MoEFFN(type="moe", hidden_size=expert_width, router=router)
-    layer = build_moe_layer(
-        ffn, hidden_size=WIDTH, layer=0, seed=0, layout=Layout(device=device), init_std=0.02, output_std=0.02
-    ).to(device, dtype)
+    site = Site(hidden_size=WIDTH, layer=0, seed=0, init_std=0.02, name="layers.0.ffn")
+    layer = build_moe_layer(ffn, site, Layout(device=device)).to(device, dtype)
     info = TokenInfo.build(
         modality_T=torch.arange(TOKENS) % 2,
         valid_T=torch.ones(TOKENS, dtype=torch.bool),

@@ -24,6 +24,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 
@@ -115,7 +116,7 @@ class Contestant:
             lambda batch, output: StepCounts.of(batch, output, self.layout),
         )
         assert result.counted is not None
-        flops = result.counted.flops(self.config.model, vocab_size=self.vocabulary)
+        flops = result.counted.flops(cast(Transformer, self.engine.module))
         return flops / sum(batch.info.num_tokens for batch in self.batches)
 
 

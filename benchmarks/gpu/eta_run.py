@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -23,7 +23,6 @@ from moe_dist.core.batch import Batch
 from moe_dist.evaluate.perplexity import evaluate
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
-from moe_dist.metrics.flops import num_parameters
 from moe_dist.metrics.step_counts import StepCounts
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import make_layout
@@ -114,7 +113,7 @@ class Training:
         self.curve = Curve(job, self._about(held_out, sum(p.numel() for p in model.parameters())))
 
     def _about(self, held_out: Packed, parameters: int) -> dict[str, Any]:
-        once = num_parameters(self.config.model, vocab_size=self.vocabulary)
+        once = self.engine.module.num_parameters(experts=1)
         return {
             "machine": machine(self.layout.device),
             "date": str(date.today()),
@@ -153,7 +152,7 @@ class Training:
             [batch], objective, lr, lambda batch, output: StepCounts.of(batch, output, self.layout)
         )
         assert result.counted is not None
-        self.flops += result.counted.flops(self.config.model, vocab_size=self.vocabulary)
+        self.flops += result.counted.flops(cast(Transformer, self.engine.module))
         self.tokens += result.counts["loss"]
         self.curve.add("train", self._place() | means(result) | {"seconds": time.monotonic() - started})
 

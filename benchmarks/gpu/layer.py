@@ -18,6 +18,7 @@ from gpu.check import Check
 from moe_dist.config.recipe import MoEFFN
 from moe_dist.core.batch import TokenInfo
 from moe_dist.model.moe.moe_layer import build_moe_layer
+from moe_dist.model.site import Site
 
 
 class Size(NamedTuple):
@@ -84,11 +85,10 @@ def draw(check: Check, *size: int, scale: float = 1.0) -> Tensor:
 
 def ours(check: Check, size: Size) -> tuple[nn.Module, TokenInfo]:
     ffn = MoEFFN(type="moe", hidden_size=size.hidden, router=size.router)
+    site = Site(hidden_size=size.width, layer=0, seed=0, init_std=0.02, name="layers.0.ffn")
     # A run draws weights on the host, keyed by name; here the card draws them, which is faster.
     with torch.device("meta"):
-        layer = build_moe_layer(
-            ffn, hidden_size=size.width, layer=0, seed=0, layout=check.layout, init_std=0.02, output_std=0.02
-        )
+        layer = build_moe_layer(ffn, site, check.layout)
     layer = layer.to_empty(device=check.device).to(DTYPE)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.02)

@@ -6,13 +6,14 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gpu.check import Check
 from gpu.steps import Steps
+from moe_dist.model.transformer import Transformer
 
 ONE = ["parallel.expert=1", "train.global_batch_groups=1", "train.micro_batch_groups=1"]
 TINY = [
@@ -63,7 +64,7 @@ def measured(check: Check, name: str) -> tuple[str, dict]:
         taken.append(time.perf_counter() - started)
     seconds, info = statistics.median(taken), steps.batches[0].info
     assert result.counted is not None
-    flops = result.counted.flops(steps.config.model, vocab_size=vocabulary)
+    flops = result.counted.flops(cast(Transformer, steps.engine.module))
     numbers = {
         "ms": round(1e3 * seconds, 1),
         "tokens_s": round(info.num_tokens / seconds),

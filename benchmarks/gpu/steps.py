@@ -11,6 +11,7 @@ from gpu.check import Check
 from gpu.findings import ROOT
 from moe_dist.config.recipe import Config, load_config
 from moe_dist.core.batch import Batch, TokenInfo
+from moe_dist.core.expert_rows import set_expert_ids
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.metrics.step_counts import StepCounts
@@ -60,7 +61,7 @@ def fill(model: Transformer) -> None:
         for parameter in module.parameters(recurse=False):
             _ = parameter.data.normal_(std=0.02) if parameter.dim() > 1 else parameter.data.fill_(1.0)
             if hasattr(module, "expert_ids"):
-                parameter.expert_ids = module.expert_ids  # type: ignore[attr-defined]
+                set_expert_ids(parameter, module.expert_ids)
 
 
 def make_batch(config: Config, vocabulary: int, number: int) -> Batch:

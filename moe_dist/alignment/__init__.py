@@ -1,1 +1,1 @@
-"""RoMA's neighbours: embeddings of questions and the nearest of them. Imports core and data."""
+"""Neighbours for RoMA: embeds questions and finds the nearest ones. Imports core and data."""

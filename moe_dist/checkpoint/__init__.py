@@ -1,3 +1,3 @@
-"""Sharded checkpoints that do not depend on the layout: formats, the manifest, saving in the background, starting a
-stage from another. Imports core, config and parallel.
+"""Sharded checkpoints that are independent of the parallel layout: file formats, the manifest, loading, saving in the
+background, and starting a stage from another stage's checkpoint. Imports core, config and parallel.
 """

@@ -1,12 +1,12 @@
-"""Sharded checkpoints that do not depend on the parallel layout, committed atomically and verified when read.
+"""Sharded checkpoints that are independent of the parallel layout, committed atomically and verified when read.
 
 RUN/checkpoints/step_XXXXXXXX/
     rank_RRRRR.safetensors   fragments of logical tensors (see fragments.py), each written by one rank
-    index.json               logical tensors: dtype, shape, and which piece lies in which file
-    state.json               the trainer's state, the optimizer's and the engine's counters, and who wrote it
+    index.json               logical tensors: dtype, shape, and the file of each piece
+    state.json               state of the run, counters of the optimizer and the engine, layout of the writing run
     manifest.json            size and SHA-256 of the files above, written last
 
-A checkpoint is written to step_XXXXXXXX.tmp and renamed once every rank's file is on the disk. Nothing is pickled.
+A checkpoint is written to step_XXXXXXXX.tmp and renamed once all ranks' files are on disk. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -75,16 +75,17 @@ __all__ = [
 
 
 def save(path: str | Path, engine: ShardedModel, layout: Layout, *, state: dict[str, Any]) -> None:
-    """Write a checkpoint between two optimizer steps, and wait for the disk. Collective. (A run saves by saver.py.)
+    """Write a checkpoint between two optimizer steps, and wait for the disk. Collective. (A run uses saver.py instead.)
 
-    `state` is JSON-able; mappings in it (the loader's lanes) are united over the ranks, all else must be equal on them.
-    A problem on any rank (disk full, read-only) is the same UserError on every rank; earlier checkpoints stay whole.
+    `state` must be JSON-serializable. Mappings in it (the loader's lanes) are merged over the ranks; all other values
+    must be equal on all ranks. An error on any rank (disk full, read-only) raises the same UserError on every rank.
+    Earlier checkpoints stay intact.
     """
     write(path, fragments(engine), describe(engine, layout, state), layout)
 
 
 def describe(engine: ShardedModel, layout: Layout, state: dict[str, Any]) -> dict[str, Any]:
-    """The content of state.json at this moment, with this rank's state alone; nothing in it changes later."""
+    """Return the current content of state.json, before ranks' states are merged. Later steps do not change it."""
     return {
         "format": CHECKPOINT_FORMAT,
         "state": state,
@@ -109,7 +110,7 @@ def write(
 ) -> None:
     """Write this rank's fragments and commit, as `save` does. Collective over `group`, a group of all ranks.
 
-    It touches nothing of the engine's: a background thread may run it, in a group that nobody else uses.
+    It does not use the engine, so a background thread may run it. The thread needs its own process group.
     """
     path = Path(path)
     partial = partial_path(path)
@@ -133,10 +134,11 @@ def write(
 
 
 def load(path: str | Path, engine: ShardedModel, layout: Layout) -> dict[str, Any]:
-    """Verify a checkpoint, read it into the engine at the engine's own layout, and return the state. Collective.
+    """Verify a checkpoint, load it into the engine at the engine's layout, and return the state. Collective.
 
-    Masters, moments, the optimizer's step, frozen parameters and buffers become exactly the stored ones, the working
-    parameters follow from the masters. A damaged file or another model's checkpoint is a UserError on every rank.
+    Master weights, moments, the optimizer's step, frozen parameters and buffers become exactly the stored ones. The
+    working parameters are recomputed from the master weights. A damaged file or a checkpoint of another model raises
+    UserError on every rank.
     """
     path = Path(path)
     metadata = open_index(path, layout)
@@ -157,14 +159,17 @@ def load(path: str | Path, engine: ShardedModel, layout: Layout) -> dict[str, An
 
 
 def open_index(path: Path, layout: Layout) -> Metadata:
-    """Verify a checkpoint, each rank a share of its files, and read its index. Collective, before anything is read."""
+    """Verify a checkpoint and read its index. Each rank verifies a share of the files. Collective.
+
+    Call this before reading anything else. Raises UserError on every rank if a file is damaged.
+    """
     with raise_on_all_ranks():
         verified = verify_checkpoint(path, share=layout.rank, shares=layout.world)
-    return read_index(path, verified)  # not before every rank has found its share undamaged
+    return read_index(path, verified)  # only after every rank has found its share undamaged
 
 
 def read_fragments(path: Path, metadata: Metadata, wanted: list[Fragment]) -> None:
-    """Fill fragments (whose names are the checkpoint's) from the stored pieces, cast to their own dtype. Collective."""
+    """Fill the `wanted` fragments from the checkpoint by name. Values are cast to each fragment's dtype. Collective."""
     with _dcp(f"cannot read the checkpoint {path}"):
         dcp.load({}, storage_reader=ShardReader(path, metadata), planner=FragmentLoadPlanner(wanted))
 
@@ -173,7 +178,7 @@ def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[
     """Write state and manifest, then make the checkpoint visible by one rename."""
     seal(partial, files, header)
     replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
-    if path.exists():  # the same step saved again, which no run does
+    if path.exists():  # this step was saved before, which does not happen in a run
         path.rename(replaced)
     put_in_place(partial, path)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -185,7 +190,7 @@ def seal(partial: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> 
 
 
 def _check_same_model(path: Path, wanted: list[Fragment], metadata: Metadata) -> None:
-    """Raise UserError where the model's logical tensors (over all ranks) are not the checkpoint's. Collective."""
+    """Raise UserError if the model's logical tensors (over all ranks) differ from the checkpoint's. Collective."""
     mine = {f.name: (f.shape, f.tensor.dtype) for f in wanted if kind_of(f.name) in MODEL_KINDS}
     model = {name: form for of_rank in gather_objects(mine) for name, form in of_rank.items()}
     stored = {
@@ -216,7 +221,7 @@ def _show(form: tuple[tuple[int, ...], torch.dtype]) -> str:
 
 @contextmanager
 def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """A rank-local step that touches the disk: an OSError becomes a UserError on every rank. Collective at its end."""
+    """Run a rank-local step that uses the disk. An OSError becomes a UserError on every rank. Collective at its end."""
     with raise_on_all_ranks(group=group):
         try:
             yield
@@ -226,7 +231,7 @@ def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
 
 @contextmanager
 def _dcp(what: str) -> Iterator[None]:
-    """DCP tells every rank what failed on which; make it a UserError where the disk is to blame."""
+    """Convert a DCP error, which every rank receives, to UserError if the disk caused it, otherwise to RuntimeError."""
     try:
         yield
     except CheckpointException as error:

@@ -10,7 +10,6 @@ parameter into equal pieces (stage 3); both end in padding, which belongs to no 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_dist.checkpoint.storage import Fragment
+from moe_dist.core.expert_rows import expert_ids, row_name, rows_between
 from moe_dist.core.step import ShardedModel
 
 MASTER, FROZEN, BUFFER = MODEL_KINDS = "master", "frozen", "buffer"  # all other kinds are moments
@@ -163,16 +163,13 @@ def _frozen_values(param: Any) -> tuple[int, Tensor]:
 def _logical(name: str, owner: Any, start: int, values: Tensor) -> Iterator[Fragment]:
     """Elements [start, start + n) of a rank's flattened tensor; a stacked expert tensor is cut into its rows."""
     shape, stop = tuple(getattr(owner, "ds_shape", owner.shape)), start + values.numel()
-    expert_ids = getattr(owner, "expert_ids", None)
-    if expert_ids is None:
+    ids = expert_ids(owner)
+    if ids is None:
         if values.numel():
             yield Fragment(name, shape, start, values)
         return
-    size = math.prod(shape[1:])
-    for row, expert in enumerate(expert_ids):
-        first, last = max(start, row * size), min(stop, (row + 1) * size)
-        if first < last:
-            yield Fragment(f"{name}[{expert}]", shape[1:], first - row * size, values[first - start : last - start])
+    for expert, first, part in rows_between(ids, shape, start, stop):
+        yield Fragment(row_name(name, expert), shape[1:], first, values[part])
 
 
 def _base(engine: ShardedModel) -> Any:

@@ -9,7 +9,6 @@ loaded in part without being told.
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -24,12 +23,11 @@ from moe_dist.checkpoint.fragments import MODEL_KINDS, fragments, kind_of, refre
 from moe_dist.checkpoint.manifest import read_state
 from moe_dist.config.recipe import InitFrom
 from moe_dist.core.errors import UserError
+from moe_dist.core.expert_rows import split_row_name
 from moe_dist.core.name_patterns import carried_over, compiled, matching
 from moe_dist.core.step import ShardedModel
 from moe_dist.parallel.agreement import gather_objects
 from moe_dist.parallel.layout import Layout
-
-_EXPERT = re.compile(r"(.*)\[(\d+)\]")  # how a checkpoint names one expert's row of a stacked parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +209,7 @@ def _forms(logical: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[s
 
 def _split(logical: str) -> tuple[str, int | None]:
     """Name and global expert of `kind/name[expert]`."""
-    name = logical.split("/", 1)[1]
-    found = _EXPERT.fullmatch(name)
-    return (found[1], int(found[2])) if found else (name, None)
+    return split_row_name(logical.split("/", 1)[1])
 
 
 def _listed(entries: Iterable[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Page-locked host memory of the size that is asked for.
+"""Page-locked host memory of exactly the requested size.
 
-torch's own pinned memory comes in powers of two: a snapshot of 17.8 GB would take 32. Here plain memory is registered
-with CUDA instead, whole pages that it shares with nothing else.
+torch rounds pinned memory up to a power of two, so a snapshot of 17.8 GB would take 32. Here ordinary memory is
+registered with CUDA instead, in whole pages that hold nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 def empty_pinned(numel: int, dtype: torch.dtype) -> Tensor:
     """Return uninitialised page-locked host memory, which is released with the tensor.
 
-    If CUDA cannot page-lock it, warn and return it as it is: copies from a GPU are slower then, and just as right.
+    If CUDA cannot page-lock it, warn and return ordinary memory. Copies from a GPU are then slower, but still correct.
     Raises RuntimeError if there is not enough memory.
     """
     size, page = numel * dtype.itemsize, mmap.PAGESIZE
@@ -38,13 +38,13 @@ def empty_pinned(numel: int, dtype: torch.dtype) -> Tensor:
             stacklevel=2,
         )
     else:
-        # Before the memory is freed; the end of the process needs no call.
+        # Unregister before the memory is freed. At process exit that is not needed.
         weakref.finalize(tensor, _unregister, address).atexit = False
     return tensor
 
 
 def register(address: int, size: int) -> int:
-    """Page-lock memory. Returns CUDA's error code, 0 if it has."""
+    """Page-lock memory. Return CUDA's error code, 0 on success."""
     if error := int(torch.cuda.cudart().cudaHostRegister(address, size, PORTABLE)):
         _forget_error()
     return error
@@ -56,6 +56,6 @@ def _unregister(address: int) -> None:
 
 
 def _forget_error() -> None:
-    """Launch a kernel to take the error that a failed call of the runtime leaves for the next launch to raise."""
+    """Clear the error of a failed CUDA runtime call by launching a kernel. Otherwise the next launch would raise it."""
     with suppress(RuntimeError):
         torch.ones(1, device="cuda")

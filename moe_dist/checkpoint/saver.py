@@ -1,13 +1,14 @@
-"""Saves a run: at once, or from a background thread while training goes on (checkpoint.asynchronous).
+"""Synchronous saves of a run, and asynchronous saves by a background thread during training (checkpoint.asynchronous).
 
-An asynchronous save copies what this rank holds into host memory, which is all that training waits for; a thread then
-plans, hashes, writes, fsyncs and commits as a synchronous save does, in a gloo process group of its own: its
-collectives never get between those of training, whatever backend that uses.
+An asynchronous save copies this rank's fragments into host memory, which is all that training waits for. A thread then
+plans, hashes, writes, fsyncs and commits as a synchronous save does. It uses its own gloo process group, so its
+collectives never interleave with those of training, whatever backend training uses.
 
-Why a thread and not a process: hashing, writing and fsync, nearly all of its time, release Python's lock, and with few
-cores a process would compete for them just the same. A process would need an interpreter with torch (several hundred
-MiB a rank), could take no page-locked buffers from its parent, and could outlive a killed rank and go on writing. The
-thread ends with its rank, and the next run finds what any kill leaves: a .tmp folder that is never read.
+A thread is used instead of a process because hashing, writing and fsync, which take nearly all of its time, release
+Python's lock. With few cores, a process would compete for them just the same. A process would also need its own
+interpreter with torch (several hundred MiB per rank), could not use its parent's page-locked buffers, and could outlive
+a killed rank and continue writing. The thread ends with its rank and leaves what any kill leaves: a .tmp folder that is
+never read.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ from moe_dist.parallel.layout import Layout
 
 
 class Saver:
-    """Writes a run's checkpoints one after another and prunes the old ones. All methods are collective.
+    """Writer of a run's checkpoints, one at a time, that also prunes old ones. All methods are collective.
 
-    Used as `with saver:` around training: its end waits for the last write, also after an error, which goes on then.
+    Use `with saver:` around training. On exit it waits for the last write, also if an exception is propagating.
     """
 
     def __init__(self, run_dir: str | Path, engine: ShardedModel, layout: Layout, settings: CheckpointConfig) -> None:
@@ -52,8 +53,10 @@ class Saver:
         self._stalls: list[float] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Save this moment, between two optimizer steps. Raises UserError on every rank where the disk refuses this
-        checkpoint or, if the save is asynchronous, the one before."""
+        """Save the current state, between two optimizer steps. Collective.
+
+        Raises UserError on every rank if this checkpoint, or the previous asynchronous one, cannot be written.
+        """
         started = time.perf_counter()
         self.wait()
         path, header = checkpoint_path(self.run_dir, step), describe(self.engine, self.layout, state)
@@ -67,13 +70,13 @@ class Saver:
         self._stalls.append(time.perf_counter() - started)
 
     def wait(self) -> None:
-        """Return when nothing is being written any more; raises the error of the last write, the same on every rank."""
+        """Wait until no write is pending. Raises the error of the last write, the same on every rank."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def metrics(self) -> dict[str, float]:
-        """How long training stood still for the saves since the last call; nothing if there were none."""
+        """Return the time that training waited for saves since the last call, or no metrics if there were no saves."""
         stalls, self._stalls = self._stalls, []
         return {"checkpoint_stall_seconds": sum(stalls)} if stalls else {}
 
@@ -85,7 +88,9 @@ class Saver:
             self.wait()
             dist.destroy_process_group(self._group)
         elif self._writing is not None:
-            wait([self._writing])  # a whole checkpoint more to go on from; of its own error nobody needs to hear now
+            # Let the pending write finish (one more checkpoint to resume from). Ignore its error: another is already
+            # propagating.
+            wait([self._writing])
 
     def _write(self, path: Path, held: list[Fragment], header: dict[str, Any]) -> None:
         write(path, held, header, self.layout, self._group)
@@ -94,7 +99,7 @@ class Saver:
 
 
 class HostBuffers:
-    """Host memory for one snapshot of a rank, kept from save to save. pinned: page-locked, for copies from a GPU."""
+    """Host memory for one snapshot of a rank, reused by every save. pinned: page-locked, for copies from a GPU."""
 
     def __init__(self, *, pinned: bool) -> None:
         self.pinned = pinned
@@ -102,14 +107,17 @@ class HostBuffers:
 
     @property
     def nbytes(self) -> int:
-        """4 bytes for every trained parameter of this rank's ZeRO partition and each of its moments (Adam: 12 in all),
-        and the model's buffers."""
+        """Size of the snapshot in bytes.
+
+        It has 4 bytes for each trained parameter in this rank's ZeRO partition and 4 for each of its moments (12 with
+        Adam), plus the model's buffers.
+        """
         return sum(buffer.nbytes for buffer in self._of.values())
 
     def copy(self, held: Sequence[Fragment]) -> list[Fragment]:
-        """The fragments with their values of now, whatever becomes of the live ones; frozen parameters stay live ones.
+        """Copy the fragments' current values, overwriting the previous snapshot. Frozen parameters are not copied.
 
-        Overwrites the snapshot before. Raises UserError where there is not enough memory.
+        Raises UserError if there is not enough memory.
         """
         sizes = Counter[torch.dtype]()
         for fragment in held:
@@ -127,25 +135,25 @@ class HostBuffers:
         return copies
 
     def _buffer(self, dtype: torch.dtype, numel: int) -> Tensor:
-        if dtype not in self._of or self._of[dtype].numel() != numel:  # the moments come with the first step
+        if dtype not in self._of or self._of[dtype].numel() != numel:  # grows once: the first step creates the moments
             self._of.pop(dtype, None)
             try:
                 self._of[dtype] = empty_pinned(numel, dtype) if self.pinned else torch.empty(numel, dtype=dtype)
             except RuntimeError as error:
                 gib = numel * dtype.itemsize / 2**30
                 raise UserError(
-                    f"no memory for a snapshot of {gib:.1f} GiB a rank (checkpoint.asynchronous=false needs none)"
+                    f"no memory for a snapshot of {gib:.1f} GiB per rank (checkpoint.asynchronous=false needs none)"
                 ) from error
         return self._of[dtype]
 
 
 def _size(fragment: Fragment) -> int:
-    """Elements to copy: frozen parameters stay as they are, whatever training does."""
+    """Return the number of elements to copy: none for frozen parameters, which training does not change."""
     return 0 if kind_of(fragment.name) == FROZEN else fragment.tensor.numel()
 
 
 def _in_background(work: Callable[[], None]) -> Future[None]:
-    """Run it in a daemon thread: a rank that must end does not wait for it."""
+    """Run `work` in a daemon thread, so that a rank that must exit does not wait for it."""
     future: Future[None] = Future()
 
     def run() -> None:

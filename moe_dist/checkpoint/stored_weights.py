@@ -21,6 +21,7 @@ from moe_dist.checkpoint.fragments import FROZEN, MASTER, MODEL_KINDS
 from moe_dist.checkpoint.manifest import CHECKPOINT_FORMAT
 from moe_dist.checkpoint.storage import FRAGMENT_INDEX, read_index
 from moe_dist.core.errors import UserError
+from moe_dist.core.expert_rows import named_rows, split_row_name
 from moe_dist.core.files import new_folder, write_json
 from moe_dist.core.tensor_files import LazyTensor, open_safetensors, write_safetensors
 from moe_dist.parallel.agreement import raise_on_all_ranks
@@ -49,13 +50,11 @@ def fill_model(model: nn.Module, path: str | Path, layout: Layout) -> None:
     stored = _stored(path, open_index(path, layout), MODEL_KINDS)
     with raise_on_all_ranks():
         names = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
-        surplus = [name for name in stored if name not in names and name.rpartition("[")[0] not in names]
+        surplus = [name for name in stored if split_row_name(name)[0] not in names]
         if surplus:
             raise UserError(f"{path} is a checkpoint of another model: the model has no '{surplus[0]}'")
         for name, parameter in model.named_parameters():
-            experts = getattr(parameter, "expert_ids", None)
-            own = {name: parameter} if experts is None else {f"{name}[{e}]": row for e, row in zip(experts, parameter)}
-            for key, target in own.items():
+            for key, target in named_rows(name, parameter).items():
                 target.copy_(_fitting(path, stored, key, target).read())
         persistent = model.state_dict(keep_vars=True).keys()
         for name, buffer in model.named_buffers():

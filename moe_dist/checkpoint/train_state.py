@@ -1,8 +1,8 @@
-"""The part of a checkpoint that is plain JSON: what the trainer must know to go on, and what may differ when it does.
+"""The state of a run in a checkpoint, which is plain JSON, and the recipe keys that may change on resume.
 
-MAY_CHANGE is the whole list of configuration keys that a resumed run may set anew, and `train.steps` may grow where the
-learning rate does not depend on it; any other change is an error, since it would turn the run into another one. Paths
-of data and tokenizers are compared as written.
+MAY_CHANGE lists all recipe keys that a resumed run may change. `train.steps` may also grow if the learning rate does
+not depend on it. Any other change is an error, since it would make this a different run. Paths of data and tokenizers
+are compared as written.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MAY_CHANGE = (
     "health",
     "parallel",  # the stored tensors do not depend on it
     "train.stop_after",
-    "train.micro_batch_groups",  # selection groups do not depend on how many share a forward pass
+    "train.micro_batch_groups",  # selection groups do not depend on how many of them share a forward pass
     "train.non_finite",
     "train.max_skipped",
     "train.deterministic",
     "model.recompute",
     "data.validation_shards",
     "data.max_bad_fraction",
-    "data.neighbours",  # the loader's state knows the store by its content
+    "data.neighbours",  # the loader's state identifies the store by its content
     "deepspeed.zero_optimization",
     "deepspeed.wall_clock_breakdown",
     "deepspeed.memory_breakdown",
@@ -41,27 +41,27 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainState:
-    """Where a run stands. Rank-dependent only in `loader`, whose parts of all ranks are united in a checkpoint."""
+    """State of a run between two steps. Only `loader` differs between ranks; a checkpoint merges all ranks' parts."""
 
-    step: int  # optimizer steps done: the schedule's position
-    tokens: int  # trained on so far, over all ranks
+    step: int  # optimizer steps done, which is the schedule's position
+    tokens: int  # number of tokens trained on so far, over all ranks
     loader: dict[str, Any]
-    config: dict[str, Any]  # the resolved recipe, seed included
-    vocabulary: str  # fingerprint
+    config: dict[str, Any]  # the resolved recipe, including the seed
+    vocabulary: str  # fingerprint of the vocabulary
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TrainState:
-        """Raises UserError for the state of a checkpoint that no run has written."""
+        """Build the state from a checkpoint's JSON. Raises UserError if the checkpoint holds no run's state."""
         if data.keys() != {field.name for field in fields(cls)}:
-            raise UserError("the checkpoint holds weights alone, not a run that could be resumed: use init_from")
+            raise UserError("the checkpoint holds only weights, so no run can be resumed from it: use init_from")
         return cls(**data)
 
 
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Unite the ranks' states: mappings key by key; anything else must be equal (RuntimeError names the key)."""
+    """Merge the ranks' states key by key. Values other than mappings must be equal, or RuntimeError names the key."""
     merged: dict[str, Any] = {}
     for state in states:
         _merge_into(merged, json.loads(json.dumps(state)), "")
@@ -69,7 +69,7 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_resumable(old_config: dict[str, Any], new_config: Config) -> None:
-    """Raise UserError, naming keys and values, where a key outside MAY_CHANGE differs from the checkpoint's recipe."""
+    """Raise UserError, naming keys and values, if a key outside MAY_CHANGE differs from the checkpoint's recipe."""
     old = _leaves(validate(Config, old_config, "the checkpoint's configuration").model_dump(mode="json"))
     new = _leaves(new_config.model_dump(mode="json"))
     allowed = (*MAY_CHANGE, "train.steps") if _only_longer(old, new) else MAY_CHANGE
@@ -85,7 +85,10 @@ def _is_of(key: str, sections: Iterable[str]) -> bool:
 
 
 def _only_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Is the new run a longer one at a constant rate (after warm-up), so that its steps so far would be the same?"""
+    """Return whether the new run is longer but its steps so far would be the same.
+
+    This holds if the learning rate is constant after warm-up.
+    """
     constant = new["schedule.end_lr"] == new.get("deepspeed.optimizer.params.lr")
     return constant and new["train.steps"] >= old["train.steps"]
 

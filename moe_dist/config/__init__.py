@@ -1,1 +1,1 @@
-"""The recipe: one YAML file and overrides, read into one typed tree. Imports core."""
+"""The recipe: a YAML file with overrides, parsed into one typed tree. Imports core."""

@@ -1,3 +1,3 @@
-"""Weights in and out: Hugging Face folders, packaged models, upcycling. Imports core, config, parallel, data, corpora,
-model and checkpoint.
+"""Import and export of weights: Hugging Face folders, packaged models, upcycling of dense models. Imports core, config,
+parallel, data, corpora, model and checkpoint.
 """

@@ -11,6 +11,7 @@ import yaml
 
 from moe_dist.checkpoint.stored_weights import write_tensors
 from moe_dist.config.recipe import ModelConfig
+from moe_dist.core.expert_rows import named_rows
 from moe_dist.core.tensor_files import LazyTensor
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
@@ -50,7 +51,5 @@ def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int
         built = Transformer(model, vocab_size, Layout(), seed=0)
     shapes: dict[str, tuple[int, ...]] = {}
     for name, parameter in built.named_parameters():
-        experts = getattr(parameter, "expert_ids", None)
-        own = {name: parameter} if experts is None else {f"{name}[{e}]": row for e, row in zip(experts, parameter)}
-        shapes |= {key: tuple(value.shape) for key, value in own.items()}
+        shapes |= {key: tuple(value.shape) for key, value in named_rows(name, parameter).items()}
     return shapes

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from moe_dist.config.recipe import DenseFFN, ModelConfig
 from moe_dist.core.errors import UserError
+from moe_dist.core.expert_rows import row_name
 from moe_dist.core.tensor_files import LazyTensor
+from moe_dist.model.site import block_name
 
 Shape = tuple[int, ...]
 
@@ -35,7 +37,7 @@ def tensor_mappings(model: ModelConfig, vocab_size: int) -> Iterator[TensorMappi
     matrix, vector = (vocab_size, D), (D,)
     yield TensorMapping("embedding.weight", matrix, {"model.embed_tokens.weight": matrix})
     for layer in range(model.num_layers):
-        ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
+        ours, theirs = block_name(layer), f"model.layers.{layer}"
         yield from _attention(model, f"{ours}.attention.core", f"{theirs}.self_attn")
         yield TensorMapping(f"{ours}.attention_norm.weight", vector, {f"{theirs}.input_layernorm.weight": vector})
         if isinstance(model.ffn, DenseFFN):
@@ -80,14 +82,14 @@ def _experts(D: int, F: int, E: int, ours: str, theirs: str) -> Iterator[TensorM
         of_expert = f"{theirs}.experts.{expert}"
         gate_up: dict[str, Shape] = {f"{of_expert}.{key}.weight": (F, D) for key in ("w1", "w3")}
         yield TensorMapping(
-            f"{ours}.experts.gate_up[{expert}]",
+            row_name(f"{ours}.experts.gate_up", expert),
             (D, 2 * F),
             gate_up,
             lambda *two: torch.cat(two).T,
             lambda both: both.T.chunk(2),
         )
         yield TensorMapping(
-            f"{ours}.experts.down[{expert}]",
+            row_name(f"{ours}.experts.down", expert),
             (F, D),
             {f"{of_expert}.w2.weight": (D, F)},
             lambda down: down.T,

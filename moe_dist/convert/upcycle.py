@@ -8,9 +8,13 @@ expert choice it does not, for a token gets none to all of the experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
+from torch import nn
 
 from moe_dist.checkpoint.manifest import newest_complete, read_state
 from moe_dist.checkpoint.stored_weights import read_tensors
@@ -18,16 +22,21 @@ from moe_dist.config.recipe import DenseFFN, ModelConfig, MoEFFN, SwiGLUExpertsC
 from moe_dist.convert.output import write_model
 from moe_dist.core.batch import MODALITIES
 from moe_dist.core.errors import UserError
+from moe_dist.core.expert_rows import row_name, split_row_name
 from moe_dist.core.strict import apply_override, validate
 from moe_dist.core.tensor_files import LazyTensor
-from moe_dist.model.moe.router import Router, Site
+from moe_dist.model.moe.auxiliary_router import AuxiliaryRouter
+from moe_dist.model.moe.moe_layer import MoELayer
+from moe_dist.model.moe.placement import slice_id
+from moe_dist.model.moe.router import Router
 from moe_dist.model.moe.router_registry import build_router
+from moe_dist.model.moe.swiglu import SwiGLU
+from moe_dist.model.site import block_site
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.layout import Layout
 
 ROUTER_SECTION = "model.ffn.router"
 KEPT = ("loader", "vocabulary")  # of the seed's state: where it stood in its data, and with which tokenizers
-_DENSE = re.compile(r"layers\.\d+\.ffn\.(gate_up|down)\.weight")
-_EXPERT = re.compile(r"(layers\.\d+\.ffn\.experts\.(?:gate_up|down))\[(\d+)\]")
-_NOT_COPIED = re.compile(r"layers\.\d+\.ffn\.router\..*|depth\.\d+\.router\.auxiliary\..*")
 
 Gates = Literal["fresh", "copied"]
 
@@ -51,24 +60,27 @@ def upcycle(
     state = read_state(path)
     old = validate(ModelConfig, state["config"]["model"], str(path), "model")
     model = _sparse(old, _router_section(old, experts, path), overrides)
-    routers = _routers(model, seed)
-    if not isinstance(old.ffn, DenseFFN) and len(routers[0].expert_groups) != len(MODALITIES):
+    stored = read_tensors(path)
+    vocab_size = stored["embedding.weight"].shape[0]
+    before, after = _on_meta(old, vocab_size), _on_meta(model, vocab_size)
+    routers = _routers(model, after, seed)
+    groups = next(iter(routers.values())).expert_groups
+    if not isinstance(old.ffn, DenseFFN) and len(groups) != len(MODALITIES):
         raise UserError(f"{path} has experts for each modality, and model.ffn.router.type would not")
     if gates == "copied" and isinstance(old.ffn, DenseFFN):
         raise UserError(f"{path} holds a dense model, which has no gates to copy: use fresh ones")
     tensors: dict[str, LazyTensor] = {}
-    stored = read_tensors(path)
+    left_out, stacked = _not_copied(before), _stacked(before, after)
     for name, tensor in stored.items():
-        if not _NOT_COPIED.fullmatch(name):
-            tensors |= _copies(name, tensor, routers[0].expert_groups)
-    for layer, router in enumerate(routers):
+        if name not in left_out:
+            tensors |= _copies(name, tensor, stacked, groups)
+    for prefix, router in routers.items():
         for key, parameter in router.named_parameters():  # type: ignore[attr-defined]
-            name = f"layers.{layer}.ffn.router.{key}"
+            name = f"{prefix}.{key}"
             fresh = LazyTensor.of(parameter.detach())
             tensors[name] = _repeated(stored[name], fresh) if gates == "copied" and name in stored else fresh
     tokenizer = path / "tokenizer"
     files = {f"tokenizer/{file.name}": file.read_bytes() for file in sorted(tokenizer.glob("*"))}
-    vocab_size = stored["embedding.weight"].shape[0]
     kept = {key: state[key] for key in KEPT if key in state}
     write_model(out, model, vocab_size, tensors, source=f"upcycled from {path}", files=files, state=kept)
 
@@ -112,39 +124,65 @@ def _sparse(old: ModelConfig, router: dict[str, Any], overrides: Sequence[str]) 
     return validate(ModelConfig, section, "upcycle", "model")
 
 
-def _routers(model: ModelConfig, seed: int) -> list[Router]:
-    """Of every layer, as a new model of this seed would draw them."""
+def _on_meta(model: ModelConfig, vocab_size: int) -> Transformer:
+    """Build the model without memory, to ask it for names."""
+    with torch.device("meta"):
+        return Transformer(model, vocab_size, Layout(), seed=0)
+
+
+def _name(model: Transformer, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
+
+
+def _moe_layers(model: Transformer) -> list[MoELayer]:
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+def _routers(model: ModelConfig, built: Transformer, seed: int) -> dict[str, Router]:
+    """Draw the router of every layer as a new model of this seed does; by name."""
     assert isinstance(model.ffn, MoEFFN)
-    return [
-        build_router(
-            model.ffn.router,
-            Site(
-                hidden_size=model.hidden_size,
-                layer=layer,
-                seed=seed,
-                init_std=model.init_std,
-                name=f"layers.{layer}.ffn.router",
-            ),
-        )
-        for layer in range(model.num_layers)
-    ]
+    names = [_name(built, layer.get_submodule("router")) for layer in _moe_layers(built)]
+    sites = [replace(block_site(model, layer, seed), name=name) for layer, name in enumerate(names)]
+    return {site.name: build_router(model.ffn.router, site) for site in sites}
 
 
-def _copies(name: str, tensor: LazyTensor, groups: Sequence[Sequence[int]]) -> dict[str, LazyTensor]:
-    """What a tensor of the seed becomes: an FFN the experts of its group (of a dense model, of all), slice by slice
-    (model/moe/placement.py) where it has them; others themselves.
+def _not_copied(before: Transformer) -> set[str]:
+    """Name the seed's parameters that know its choices only: those of its routers and all auxiliary ones."""
+    parts = [layer.get_submodule("router") for layer in _moe_layers(before)]
+    parts += [module for module in before.modules() if isinstance(module, AuxiliaryRouter)]
+    return {f"{_name(before, part)}.{key}" for part in parts for key, _ in part.named_parameters()}
+
+
+def _stacked(before: Transformer, after: Transformer) -> dict[str, str]:
+    """Map the names of the seed's feed-forward weights to the stacked parameters that hold their copies."""
+    found: dict[str, str] = {}
+    experts = [layer.get_submodule("experts") for layer in _moe_layers(after)]
+    sources = [layer.get_submodule("experts") for layer in _moe_layers(before)]
+    sources = sources or [module for module in before.modules() if isinstance(module, SwiGLU)]
+    for source, target in zip(sources, experts, strict=True):
+        old, new = _name(before, source), _name(after, target)
+        found |= {f"{old}.{key}": f"{new}.{key.removesuffix('.weight')}" for key, _ in source.named_parameters()}
+    return found
+
+
+def _copies(
+    name: str, tensor: LazyTensor, stacked: Mapping[str, str], groups: Sequence[Sequence[int]]
+) -> dict[str, LazyTensor]:
+    """Return what a tensor of the seed becomes: an FFN the experts of its group (of a dense model, of all), slice by
+    slice (model/moe/placement.py) where it has them; others themselves.
 
     A linear layer's weight is [out, in], an expert's row of a stacked one [in, out].
     """
-    if _DENSE.fullmatch(name):
-        prefix, key = name.removesuffix(".weight").rsplit(".", 1)
+    parameter, expert = split_row_name(name)
+    if parameter not in stacked:
+        return {name: tensor}
+    every = [number for group in groups for number in group]
+    if expert is None:
         transposed = LazyTensor(tensor.shape[::-1], tensor.dtype, lambda: tensor.read().T)
-        return {f"{prefix}.experts.{key}[{expert}]": transposed for group in groups for expert in group}
-    if found := _EXPERT.fullmatch(name):
-        number, modality = divmod(int(found[2]), len(groups))
-        first = number * sum(map(len, groups))
-        return {f"{found[1]}[{first + expert}]": tensor for expert in groups[modality]}
-    return {name: tensor}
+        return {row_name(stacked[name], number): transposed for number in every}
+    number, modality = divmod(expert, len(groups))
+    copies = [slice_id(number, copy, len(every)) for copy in groups[modality]]
+    return {row_name(stacked[parameter], copy): tensor for copy in copies}
 
 
 def _repeated(gate: LazyTensor, like: LazyTensor) -> LazyTensor:

@@ -13,6 +13,7 @@ import hashlib
 import torch
 from torch import Tensor
 
+from moe_dist.core.expert_rows import expert_ids
 from moe_dist.core.fused import fused
 
 _MASK = (1 << 64) - 1
@@ -90,12 +91,12 @@ def _signed(value: int) -> int:
 def seeded_normal_(parameter: Tensor, *, seed: int, name: str, std: float) -> None:
     """Fill with N(0, std^2) drawn from a generator of its own, seeded by (seed, name).
 
-    A stacked expert parameter (attribute `expert_ids`: the global expert of each row) draws each row by (seed, name,
-    expert), so the weights do not depend on how the experts are spread over ranks. A meta tensor is left alone.
+    A stacked expert parameter (core/expert_rows.py) draws each row by (seed, name, expert), so the weights do not
+    depend on how the experts are spread over ranks. A meta tensor is left alone.
     """
     if parameter.is_meta:
         return
-    experts = getattr(parameter, "expert_ids", None)
+    experts = expert_ids(parameter)
     pieces = [((), parameter)] if experts is None else [((expert,), row) for expert, row in zip(experts, parameter)]
     for expert, piece in pieces:
         generator = torch.Generator(device="cpu").manual_seed(fold_key(seed, name, *expert))

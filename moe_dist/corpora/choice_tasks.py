@@ -1,13 +1,13 @@
-"""The multiple-choice questions that WordNet and emojibase give, without their options: six tasks.
+"""Multiple-choice questions from WordNet and emojibase, without their options, in six tasks:
 
-  definition  which word has this definition        nouns and verbs in their commonest sense
-  category    what kind of thing is it              nouns all of whose senses are of one kind
+  definition  which word has this definition        nouns and verbs in their most common sense
+  category    what kind of thing is it              nouns whose senses are all of one kind
   hypernym    what is the more general word         nouns
   synonym     which word means the same
   antonym     which word is the opposite
   emoji       which emoji has these keywords
 
-Words that give the answer away are left out of a question, or the whole question is where nothing would remain.
+Words that give the answer away are removed from a question. If too little remains, the question is left out.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from moe_dist.corpora.emoji import base_concept
 from moe_dist.corpora.wordnet import NOUN_FIELDS, Synset, WordNet, is_plain
 from moe_dist.data.shards.tars import Split, split_of
 
-BLANK = "___"  # in place of a word that gives the answer away
-FEWEST_WORDS = 3  # of a definition besides blanks and words of up to 3 letters
+BLANK = "___"  # replaces a word that gives the answer away
+FEWEST_WORDS = 3  # least number of words in a definition, not counting blanks and words of up to 3 letters
 FEWEST_KEYWORDS = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     task: str
-    id: str  # of the synset or emoji
-    concept: str  # the emoji without its variants, or the synset with its opposites: decides the split, in all tasks
+    id: str  # id of the synset or code of the emoji
+    concept: str  # base emoji without variants, or the synset's set of opposites; determines the split in all tasks
     text: str
     answer: str
-    categories: tuple[str, str]  # a narrow and a wide one: where wrong options come from
-    excluded: frozenset[str]  # what would be right as well, or nearly
+    categories: tuple[str, str]  # a narrow and a wide category, from which wrong options are drawn
+    excluded: frozenset[str]  # options that would also be correct, or nearly so
 
     @property
     def key(self) -> str:
@@ -46,7 +46,7 @@ class Question:
 
 
 def related(one: str, other: str) -> bool:
-    """Whether two words look like forms of each other: happy and unhappy, decide and decision, cat and cats."""
+    """Return whether two words look like forms of one word: happy and unhappy, decide and decision, cat and cats."""
     short, long = sorted((one.lower(), other.lower()), key=len)
     if len(short) <= 3:
         return long.startswith(short) and len(long) - len(short) <= 3
@@ -55,12 +55,12 @@ def related(one: str, other: str) -> bool:
 
 
 def gives_away(text: str, answer: str) -> bool:
-    """Whether a word of the text is related to a word of the answer."""
+    """Return whether any word of the text is related to a word of the answer."""
     return any(related(word, part) for word in _words(text) for part in _words(answer))
 
 
 def opposites(wordnet: WordNet) -> dict[str, str]:
-    """Id of every synset -> the smallest id among it, its opposites, their opposites and so on."""
+    """Map each synset's id to the smallest id in its set of opposites: itself, its opposites, theirs, and so on."""
     concept: dict[str, str] = {}
     for first in sorted(wordnet.synsets):
         reached = [first]
@@ -72,7 +72,7 @@ def opposites(wordnet: WordNet) -> dict[str, str]:
 
 
 def wordnet_questions(wordnet: WordNet) -> Iterator[Question]:
-    """Of all tasks but emoji, in the order of the synsets."""
+    """Yield the questions of all tasks except emoji, in the order of the synsets."""
     concepts = opposites(wordnet)
     for synset in wordnet.synsets.values():
         word = wordnet.headword(synset)
@@ -92,7 +92,10 @@ def wordnet_questions(wordnet: WordNet) -> Iterator[Question]:
 
 
 def emoji_questions(emoji: Mapping[str, Mapping[str, Any]]) -> Iterator[Question]:
-    """emoji: code -> label, keywords, group. Of each concept its shortest code asks."""
+    """Yield the questions of the emoji task, one per concept, about the emoji with the concept's shortest code.
+
+    emoji: code -> label, keywords, group.
+    """
     first: dict[str, str] = {}
     for code in sorted(emoji, key=lambda code: (len(code), code)):
         first.setdefault(base_concept(code), code)

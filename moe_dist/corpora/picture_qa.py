@@ -1,7 +1,7 @@
-"""Questions about the pictures of another corpus, as instruction samples: what is in it, and which group it belongs to.
+"""Questions about the images of other corpora, as instruction samples: what an image shows, and which group it is in.
 
-Two corpora that look and speak differently: emoji_qa (domain "emoji") and clipart_qa (domain "clipart"). A picture has
-the split that it has in the corpus of captions, by its base concept.
+There are two corpora with different images and words: emoji_qa (domain "emoji") and clipart_qa (domain "clipart"). An
+image is in the same split as in the corpus of captions, which its base concept determines.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from moe_dist.corpora import clipart, emoji
 from moe_dist.data.shards.tars import Sample
 
 QUESTIONS = {"name": "What is in the picture?", "group": "Which group does the picture belong to?"}
-NO_GROUPS = {"special", "unsorted"}  # folders of clip art that say nothing
+NO_GROUPS = {"special", "unsorted"}  # clip art folders whose name is not a group
 
 
 class EmojiQA(Strict):
-    """size: pixels of a side; base: leave the skin-tone variants out."""
+    """Corpus of questions about emoji. size: side of the images in pixels. base: leave out skin-tone variants."""
 
     licence: ClassVar[str] = emoji.Emoji.licence
 
@@ -41,7 +41,7 @@ class EmojiQA(Strict):
 
 
 class ClipArtQA(Strict):
-    """size: pixels of a side."""
+    """Corpus of questions about clip art. size: side of the images in pixels."""
 
     licence: ClassVar[str] = clipart.ClipArt.licence
 
@@ -64,7 +64,7 @@ class ClipArtQA(Strict):
 
 
 def _ask(pair: Sample, kind: str, answers: Mapping[str, str], domain: str) -> Sample:
-    """The pair's picture with a question instead of its caption."""
+    """Return the pair's image with a question and answer instead of its caption."""
     meta: dict[str, Any] = {
         "prompt": f"{QUESTIONS[kind]}\nAnswer:",
         "answer": f" {answers[kind]}",

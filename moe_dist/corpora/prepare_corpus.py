@@ -1,4 +1,4 @@
-"""Preparing a corpus: fetch, encode, write the shards. A finished folder appears all at once, with its corpus.json."""
+"""Preparation of a corpus: download, encode, write shards. The finished folder is renamed into place."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from moe_dist.corpora import BUILDERS, Corpus
 from moe_dist.data.shards.tars import Sample, write_shards
 
 RECORD = "corpus.json"
-CORPUS_FORMAT = 1  # raise it when a builder changes what it writes
+CORPUS_FORMAT = 1  # increase it when a builder's output changes
 
 
 def prepare(name: str, settings: dict[str, Any], out: Path) -> dict[str, Any] | None:
-    """Write corpus `name` as out/{train,validation,test}/*.tar; downloads stay in out's neighbour downloads/.
+    """Write corpus `name` as out/{train,validation,test}/*.tar. Downloads are kept in `downloads` next to `out`.
 
-    Returns the record that lies in out/corpus.json, or None if it was there already with the same settings.
+    Return the record written to out/corpus.json, or None if `out` was prepared before with the same settings. Raises
+    UserError.
     """
     if name not in BUILDERS:
         raise UserError(f"there is no corpus '{name}': it is one of {', '.join(BUILDERS)}")
@@ -39,7 +40,7 @@ def prepare(name: str, settings: dict[str, Any], out: Path) -> dict[str, Any] | 
             record = identity | {
                 "licence": corpus.licence,
                 "samples": write_shards(samples, partial),
-                "domains": dict(sorted(domains.items())),  # of instructions
+                "domains": dict(sorted(domains.items())),  # only instructions have domains
             }
             write_json(partial / RECORD, record)
     except OSError as error:
@@ -55,7 +56,7 @@ def _is_prepared(out: Path, identity: dict[str, Any]) -> bool:
     found = read_json(out / RECORD)
     if any(found.get(key) != value for key, value in identity.items()):
         was = {key: found.get(key) for key in identity}
-        raise UserError(f"{out} was prepared otherwise ({json.dumps(was)}): choose another out= or remove it")
+        raise UserError(f"{out} was prepared with other settings ({json.dumps(was)}): choose another out= or remove it")
     return True
 
 

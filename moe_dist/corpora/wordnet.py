@@ -1,4 +1,4 @@
-"""WordNet 3.0 (Princeton), read out of Debian's wordnet-base: synsets, and the senses of a word from the commonest."""
+"""WordNet 3.0 (Princeton), read from Debian's wordnet-base: synsets, and the senses of each word, most common first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_dist.corpora.packages import read_debian
 WORDNET_PACKAGE = "wordnet-base"
 FOLDER = "usr/share/wordnet"
 PARTS = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}  # file suffix -> part of speech
-NOUN_FIELDS = (  # of lexicographer files 3 to 28, lexnames(5WN)
+NOUN_FIELDS = (  # names of lexicographer files 3 to 28, see lexnames(5WN)
     "unique beginner",
     "act",
     "animal",
@@ -46,7 +46,7 @@ FIRST_NOUN_FIELD = 3
 @dataclass(frozen=True, slots=True)
 class Synset:
     id: str  # part of speech and offset, e.g. n02084071: the same in every copy of WordNet 3.0
-    field: int  # number of its lexicographer file: nouns and verbs by topic, adjectives and adverbs hardly
+    field: int  # number of its lexicographer file, which is a topic for nouns and verbs only
     words: tuple[str, ...]
     definition: str
     hypernyms: tuple[str, ...]  # ids
@@ -60,7 +60,7 @@ class Synset:
 @dataclass(frozen=True, slots=True)
 class WordNet:
     synsets: dict[str, Synset]
-    senses: dict[tuple[str, str], tuple[str, ...]]  # (part of speech, word) -> ids of its synsets, the commonest first
+    senses: dict[tuple[str, str], tuple[str, ...]]  # (part of speech, word) -> ids of its synsets, most common first
 
     @classmethod
     def read(cls, downloads: Path) -> WordNet:
@@ -79,32 +79,35 @@ class WordNet:
         return cls({id: _synset(id, head.split(), gloss, words) for id, (head, _, gloss) in rows.items()}, senses)
 
     def synsets_of(self, pos: str, word: str) -> list[Synset]:
-        """Of all senses of a word."""
+        """Return the synsets of all senses of a word, most common first."""
         return [self.synsets[id] for id in self.senses.get((pos, word.lower()), ())]
 
     def headword(self, synset: Synset) -> str | None:
-        """Its first word, if that is one plain word, and the synset its commonest sense."""
+        """Return the synset's first word if it is plain and the synset is its most common sense, otherwise None."""
         word = synset.words[0]
         return word if is_plain(word) and self.senses[synset.id[0], word][0] == synset.id else None
 
     def ancestors(self, synset: Synset) -> Iterator[Synset]:
-        """Everything that the synset is a kind of."""
+        """Yield all synsets that the synset is a kind of, directly or indirectly."""
         for id in synset.hypernyms:
             yield self.synsets[id]
             yield from self.ancestors(self.synsets[id])
 
 
 def is_plain(word: str) -> bool:
-    """One word of lower-case letters: no name, no phrase."""
+    """Return whether `word` is one word of lower-case letters, not a name or a phrase."""
     return re.fullmatch(r"[a-z]+", word) is not None
 
 
 def _lines(content: str) -> Iterator[str]:
-    return (line for line in content.splitlines() if not line.startswith("  "))  # the licence at the head
+    return (line for line in content.splitlines() if not line.startswith("  "))  # skip the licence at the top
 
 
 def _words(fields: list[str]) -> tuple[str, ...]:
-    """fields: of a data file's line before the gloss, wndb(5WN). An adjective's place is cut off: `galore(ip)`."""
+    """Return the words in a line of a data file. The position marker of an adjective is removed: `galore(ip)`.
+
+    fields: the line's fields before the gloss, see wndb(5WN).
+    """
     words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
     return tuple(word.partition("(")[0].replace("_", " ") for word in words)
 

@@ -1,3 +1,3 @@
-"""From shards to batches, in five rooms: tokenizers, shards (raw tars in), cache (tokens on disk), stream (batches out)
-and tasks (instructions, multiple choice). Imports core and config.
+"""Data, from raw shards to batches, in five packages: tokenizers, shards (raw tars), cache (tokens on disk), stream
+(batches) and tasks (instructions, multiple choice). Imports core and config.
 """

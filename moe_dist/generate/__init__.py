@@ -1,3 +1,3 @@
-"""Pictures and texts from a causal model: prompts, sampling, decoding with a cache. Imports core, parallel, data and
-model.
+"""Generation of images and texts with a causal model: prompts, sampling, decoding with a key-value cache. Imports core,
+parallel, data and model.
 """

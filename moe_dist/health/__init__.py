@@ -1,3 +1,3 @@
-"""Whether a run is well: checks before training, hangs, slow ranks, and what a scheduler should do with a job that
-ended. Imports core, config, parallel and metrics.
+"""The health of a run: checks before training, detection of hangs and slow ranks, and the decision whether a scheduler
+restarts a job. Imports core, config, parallel and metrics.
 """

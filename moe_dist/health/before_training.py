@@ -1,7 +1,7 @@
-"""Before training: do all ranks run the same thing, and does what one sends reach the others, how fast?
+"""Checks before training: all ranks run the same software and recipe, and data sent between them arrives unchanged.
 
-A rank that differs in a package, in the code, in the recipe or in its number of devices trains something else, or hangs
-in the first collective: so that is found out first, and the host is named.
+A rank that differs in a package, in the code, in the recipe or in its number of devices trains something else or hangs
+in the first collective. These checks find it first and name its host. They also measure the network's speed.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from moe_dist.parallel.discovery import host_name
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "webdataset", "sentencepiece", "numpy")
 SOURCE = Path(__file__).parents[1]
-SENT_BYTES = 2**22  # by each rank, to all ranks together
+SENT_BYTES = 2**22  # bytes that each rank sends in a round, over all receivers
 ROUNDS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
-    """What one rank says of itself. All but host and device must be the same on every rank."""
+    """One rank's host, hardware and software. All fields but host and device must be the same on every rank."""
 
-    host: str  # by Slurm's name for it, where there is one
+    host: str  # Slurm's name for it, if there is one
     device: str
-    devices: int  # that it sees
+    devices: int  # number of devices that the rank sees
     versions: dict[str, str]
     code: str  # digest of the package's source
     config: str  # digest of the resolved recipe
@@ -48,7 +48,7 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """What the check has found: every rank's report, and the bytes a second that it sent to the others."""
+    """Result of the checks: every rank's report, and its sending rate in the all-to-all."""
 
     ranks: tuple[RankReport, ...]
     bytes_per_second: tuple[float, ...]  # by rank; empty for a single rank
@@ -57,7 +57,7 @@ class Health:
         return asdict(self)
 
     def summary(self) -> str:
-        """A line for each host, and one for what all have in common."""
+        """Return one line for each host, and a last line for what all ranks have in common."""
         lines = []
         for host, group in groupby(enumerate(self.ranks), lambda item: item[1].host):
             ranks, reports = zip(*group)
@@ -69,12 +69,12 @@ class Health:
         if self.bytes_per_second:
             slowest = min(range(len(self.ranks)), key=self.bytes_per_second.__getitem__)
             rate, host = self.bytes_per_second[slowest] / 1e9, self.ranks[slowest].host
-            common += f"; all-to-all right, {rate:.2f} GB/s on the slowest rank ({slowest} on {host})"
+            common += f"; all-to-all correct, {rate:.2f} GB/s on the slowest rank ({slowest} on {host})"
         return "\n".join([*lines, f"{common}; code {first.code}"])
 
 
 def check_health(config: Config, device: torch.device) -> Health:
-    """Compare the ranks and try an all-to-all. Collective, on the default group. Raises UserError naming the host."""
+    """Compare the ranks and test an all-to-all. Collective on the default group. Raises UserError naming the host."""
     ranks = tuple(gather_objects(report(config, device)))
     differences = compare(ranks)
     if differences:
@@ -83,7 +83,7 @@ def check_health(config: Config, device: torch.device) -> Health:
         return Health(ranks=ranks, bytes_per_second=())
     answers = gather_objects(exchange(device))
     broken = [
-        f"rank {rank} on {ranks[rank].host} got other values than rank {sender} on {ranks[sender].host} had sent"
+        f"rank {rank} on {ranks[rank].host} received other values than rank {sender} on {ranks[sender].host} sent"
         for rank, (_, senders) in enumerate(answers)
         for sender in senders
     ]
@@ -93,7 +93,7 @@ def check_health(config: Config, device: torch.device) -> Health:
 
 
 def report(config: Config, device: torch.device) -> RankReport:
-    """Of this rank."""
+    """Collect this rank's report."""
     is_cuda = device.type == "cuda"
     name = f" {torch.cuda.get_device_name(device)}" if is_cuda else ""
     versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
@@ -110,7 +110,7 @@ def report(config: Config, device: torch.device) -> RankReport:
 
 
 def compare(ranks: tuple[RankReport, ...]) -> list[str]:
-    """One phrase for everything in which a rank differs from most of the others (of two, from rank 0)."""
+    """Return a phrase for each value in which a rank differs from the majority (with two ranks, from rank 0)."""
     differences = []
     for name in ranks[0].comparable():
         values = [rank.comparable().get(name) for rank in ranks]
@@ -125,9 +125,10 @@ def compare(ranks: tuple[RankReport, ...]) -> list[str]:
 
 
 def exchange(device: torch.device) -> tuple[float, list[int]]:
-    """Send every rank a block of numbers that it knows: (bytes a second sent to others, ranks whose block was wrong).
+    """Send every rank a block of numbers that it expects, and check the received blocks. Collective.
 
-    Collective. The best of a few rounds, since the first one opens the connections.
+    Return the bytes per second sent to other ranks, and the ranks whose blocks arrived wrong. The rate is the best of
+    several rounds, since the first round also opens the connections.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     numbers = torch.arange(max(SENT_BYTES // 8 // world, 1), device=device)
@@ -148,7 +149,7 @@ def exchange(device: torch.device) -> tuple[float, list[int]]:
 
 def _version(package: str) -> str:
     if package == "torch":
-        return str(torch.__version__)  # with its build (+cu130), which a package's metadata may leave out
+        return str(torch.__version__)  # includes the build (+cu130), which the package's metadata may omit
     try:
         return version(package)
     except PackageNotFoundError:

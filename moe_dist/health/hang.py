@@ -1,4 +1,4 @@
-"""A run that no longer moves ends by itself, and leaves behind where every rank was stuck."""
+"""Hang detection: a run that stops making progress writes every rank's stacks to a file and exits."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-GRACE = 5.0  # seconds in which all ranks write their stacks, before the end of one cuts off the others
+GRACE = 5.0  # seconds for all ranks to write their stacks, before the first exit makes the launcher kill the others
 
 
 class HangWatch:
-    """Context manager around a training loop: `beat` after every step, evaluation and checkpoint.
+    """Context manager around a training loop that ends a hanging run. Call `beat` after each step, evaluation and save.
 
-    Where none comes for `seconds` (0: for ever), the stacks of all threads are added to FOLDER/rank-RANK.txt, by a
-    thread of C, which needs no interpreter lock; then `tell` is called and the process ends with status 1, so that a
-    scheduler starts the run again. Every rank watches itself; all wait for one that hangs, so all write their stacks.
-    tell: for rank 0, to say in the run folder why the run has ended, with one sentence.
-    Raises OSError where FOLDER cannot be written.
+    If no beat comes for `seconds` (0 turns the watch off), the stacks of all threads are appended to
+    FOLDER/rank-RANK.txt. A C thread writes them, so a held interpreter lock does not matter. The process then exits
+    with status 1, so that a scheduler starts the run again. Every rank watches itself. If one hangs, the others wait
+    for it, so all of them write their stacks.
+    tell: called on rank 0 before the exit, with one sentence that says why the run ended.
+    Raises OSError if FOLDER cannot be written.
     """
 
     def __init__(self, folder: Path, rank: int, seconds: float, tell: Callable[[str], None]) -> None:
         self.folder, self.rank, self.seconds, self.tell = folder, rank, seconds, tell
         self._closed = threading.Event()
-        if seconds:  # here, not when it is needed: the disk may be what hangs then
+        if seconds:  # open the file now: later the disk may be what hangs
             folder.mkdir(parents=True, exist_ok=True)
             self._file = (folder / f"rank-{rank}.txt").open("a")
 
@@ -38,7 +39,7 @@ class HangWatch:
         return self
 
     def beat(self) -> None:
-        """Something was finished: start counting anew."""
+        """Report progress, which restarts the timeout."""
         if self.seconds:
             self._deadline = time.monotonic() + self.seconds
             faulthandler.dump_traceback_later(self.seconds, file=self._file)
@@ -54,12 +55,13 @@ class HangWatch:
                 os.unlink(self._file.name)
 
     def _watch(self) -> None:
-        # Rank 0 ends first: the end of another would make it raise, and tell of that instead.
+        # Rank 0 must exit first. If another rank exits first, rank 0's collective raises, and that error is recorded
+        # instead of the hang.
         grace = GRACE if self.rank == 0 else 2 * GRACE
         while (left := self._deadline + grace - time.monotonic()) > 0:
             if self._closed.wait(left):
                 return
-        sentence = f"nothing was finished for {self.seconds:g} seconds (health.hang_seconds): stacks in {self.folder}"
+        sentence = f"no progress for {self.seconds:g} seconds (health.hang_seconds); the stacks are in {self.folder}"
         if self.rank == 0:
             self.tell(sentence)
         print(f"error: rank {self.rank}: {sentence}", file=sys.stderr, flush=True)

@@ -1,8 +1,10 @@
-"""Whether a scheduler shall run a job again: RUN/status.json tells how an attempt ended, RUN/job.json what came before.
+"""The decision whether a scheduler runs a job again, based on RUN/status.json (how the attempt ended) and RUN/job.json
+(its start and earlier failures).
 
-A job is attempted until its run is done. An attempt that fails starts again from the last checkpoint, but not where a
-person must act first, nor after `max_failures` failures in a row without a newer checkpoint. An attempt whose node died
-never comes to say how it ended: the next one finds that out. Imports no torch: it runs before and after the ranks.
+A job is attempted until its run is done. A failed attempt is followed by another from the last checkpoint. The
+exceptions are an error that a person must fix, and `max_failures` failures in a row without a newer checkpoint. If an
+attempt's node dies, the attempt cannot record how it ended, so the next attempt works it out. This module does not
+import torch, since it runs before and after the ranks.
 """
 
 from __future__ import annotations
@@ -25,19 +27,19 @@ Verdict = Literal["done", "stopped", "again", "wrong", "given up"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One start of a job, as RUN/job.json keeps it."""
+    """One start of a job, as stored in RUN/job.json."""
 
     job: str
-    step: int  # of the newest checkpoint when it started
-    found: dict[str, int]  # checkpoints that were there at the job's first start, and when written, ns
-    failures: int  # of this job, up to this attempt, without a newer checkpoint
-    status: int  # when status.json was written last before this attempt, ns; 0: never
-    open: bool = True  # how it ended has not been settled yet
+    step: int  # step of the newest checkpoint when the attempt started
+    found: dict[str, int]  # checkpoints that existed at the job's first start, and their times of writing, ns
+    failures: int  # failed attempts of this job in a row without a newer checkpoint
+    status: int  # time at which status.json was last written before this attempt, ns; 0 if it did not exist
+    open: bool = True  # its ending has not been judged yet
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an attempt does: it goes on after `step` steps, with these overrides added to the recipe's."""
+    """The start of an attempt: the step to resume after, and overrides to add to the recipe's."""
 
     step: int
     overrides: list[str]
@@ -51,9 +53,9 @@ class Ending:
 
 
 def begin(config: Config, job: str, restarts: int, max_failures: int) -> Plan | None:
-    """Open the next attempt of `job`; None where its run is done.
+    """Open the next attempt of `job`. Returns None if its run is done. Raises UserError if the job must not start.
 
-    restarts: how often Slurm has started this job before. Raises UserError where it shall not start.
+    restarts: number of times that Slurm has restarted this job.
     """
     folder = RunFolder(Path(config.run.dir))
     before = _read(folder)
@@ -63,7 +65,7 @@ def begin(config: Config, job: str, restarts: int, max_failures: int) -> Plan | 
             raise UserError(f"run.dir={folder.path} is being trained by job {before.job}")
         before = None
     if restarts == 0:
-        before = None  # a person has submitted it: failures of an earlier cluster's job of that number do not count
+        before = None  # newly submitted: job.json is from another job with this number, whose failures do not count
     again = before is not None or config.run.resume == "auto"
     if status.get("state") == "done" and again:
         return None
@@ -78,13 +80,13 @@ def begin(config: Config, job: str, restarts: int, max_failures: int) -> Plan | 
     _write(folder, Attempt(job=job, step=step, found=found, failures=failures, status=_written(folder)))
     if config.run.resume == "auto":
         return Plan(step, [])
-    # A recipe that starts afresh, or from another run's checkpoint, does so once, not after every interruption.
+    # If the recipe starts from scratch, or from another run's checkpoint, do so once, not after every interruption.
     own = checkpoints.items() - found.items()
     return Plan(step, ["run.resume=auto"]) if own else Plan(0, [])
 
 
 def end(run: Path, code: int, max_failures: int) -> Ending:
-    """How the attempt that has just ended with exit status `code` ended, and whether the job shall run again."""
+    """Judge and close the attempt that has just exited with status `code`. Raises UserError if job.json is damaged."""
     folder = RunFolder(run)
     attempt = _read(folder)
     if attempt is None:
@@ -95,8 +97,8 @@ def end(run: Path, code: int, max_failures: int) -> Ending:
 
 
 def settle(folder: RunFolder, attempt: Attempt, code: int | None, max_failures: int) -> Ending:
-    """Judge an attempt by what it has left behind. code: the launcher's exit status, None where nobody saw it."""
-    status = _status(folder) if _written(folder) != attempt.status else {}  # else that of an earlier attempt
+    """Judge an attempt by its status file and checkpoints. code: the launcher's exit status; None if it is unknown."""
+    status = _status(folder) if _written(folder) != attempt.status else {}  # if unchanged, it is an earlier attempt's
     state, reason = status.get("state"), status.get("reason")
     where = f"after {status.get('step', attempt.step)} steps"
     if state == "done":
@@ -104,8 +106,8 @@ def settle(folder: RunFolder, attempt: Attempt, code: int | None, max_failures: 
     if state == "stopped":
         return Ending("again" if status["restart"] else "stopped", f"stopped {where}: {reason}")
     if (state == "failed" and not status["restart"]) or (not status and code == 2):
-        return Ending("wrong", f"failed {where}, and starting again cannot help: {reason or 'see above'}")
-    failed = f"failed {where}: {reason or f'its ranks ended without a word (exit status {code})'}"
+        return Ending("wrong", f"failed {where}, and restarting cannot help: {reason or 'see above'}")
+    failed = f"failed {where}: {reason or f'its ranks exited without writing a status (exit status {code})'}"
     if _newest(_checkpoints(folder)) > attempt.step:
         return Ending("again", failed)
     failures = attempt.failures + 1
@@ -143,7 +145,7 @@ def _written(folder: RunFolder) -> int:
 
 
 def _checkpoints(folder: RunFolder) -> dict[str, int]:
-    """The finished ones, which are renamed last (checkpoint/manifest.py), and when that was, ns."""
+    """Return the finished checkpoints with their times of writing, ns. A folder gets its final name once complete."""
     found = sorted(path for path in folder.checkpoints.glob("step_*") if path.name[5:].isdecimal())
     return {path.name: path.stat().st_mtime_ns for path in found}
 

@@ -1,7 +1,7 @@
-"""Which rank do the others wait for? A step takes all ranks equally long: what differs is the time spent in own work.
+"""Detection of slow ranks. A step takes equally long on all ranks, so their own work is compared.
 
-Own seconds of a step are its seconds without those in which the rank waited inside collectives. They are measured where
-the host waits (gloo); on GPUs the stream waits instead, all ranks look alike, and nothing is reported.
+A rank's own seconds in a step are the step's seconds minus those spent waiting inside collectives. They can be measured
+only if the host waits (gloo). On GPUs the stream waits instead, so all ranks look equal and nothing is reported.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from moe_dist.parallel.discovery import host_name
 
 
 class Stragglers:
-    """Context manager around each step, on every rank. Every `straggler_every` steps rank 0 tells of the slowest rank,
-    if it takes `straggler_factor` times as long as the others do at the median: in its output, and as a line of
-    RUN/stragglers.jsonl. That exchange is collective.
+    """Context manager around each step, on every rank, that reports a slow rank.
+
+    Every `straggler_every` steps the ranks exchange their own seconds, which is collective. If the slowest rank takes
+    at least `straggler_factor` times the median of the others, rank 0 prints that and appends it to
+    RUN/stragglers.jsonl.
     """
 
     def __init__(self, settings: HealthConfig, folder: RunFolder, *, rank: int, step: int = 0) -> None:
@@ -39,10 +41,10 @@ class Stragglers:
             try:
                 return wait(work, *arguments, **named)
             finally:
-                if threading.get_ident() == thread:  # not the writer of a checkpoint
+                if threading.get_ident() == thread:  # exclude the thread that writes checkpoints
                     self._waited += time.perf_counter() - started
 
-        # All collectives end here, DeepSpeed's as well, so it is the one place that knows of every wait.
+        # Every collective ends in Work.wait, including DeepSpeed's, so patching it measures every wait.
         self._wait, dist.Work.wait = wait, timed  # type: ignore[method-assign, assignment]
         self._started = time.perf_counter()
         return self
@@ -64,14 +66,17 @@ class Stragglers:
         with suppress(OSError), (self.folder.path / "stragglers.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         print(
-            f"straggler: rank {slow['rank']} on {slow['host']} works {slow['own_seconds']:.3f} s in a step, the others "
+            f"straggler: rank {slow['rank']} on {slow['host']} works {slow['own_seconds']:.3f} s per step, the others "
             f"{slow['others_seconds']:.3f} s (median of {steps} steps up to {self.step})",
             flush=True,
         )
 
 
 def find(everyone: list[tuple[float, str]], factor: float) -> dict[str, Any] | None:
-    """The slowest of (own seconds, host) by rank, if it is `factor` times as slow as the others at the median."""
+    """Return the slowest rank if its own seconds are at least `factor` times the others' median, otherwise None.
+
+    everyone: (own seconds, host) of each rank.
+    """
     if len(everyone) < 2:
         return None
     rank = max(range(len(everyone)), key=lambda rank: everyone[rank][0])

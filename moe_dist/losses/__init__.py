@@ -1,1 +1,1 @@
-"""The terms of the objective, one file a family, and their registry. Imports core and parallel."""
+"""The terms of the training objective, one file per family, and their registry. Imports core and parallel."""

@@ -1,7 +1,7 @@
-"""Losses over routing: load balance, LLaVA-MoLE's pooled balance, and the router z-loss. Padding never counts.
+"""Routing losses: load balance, LLaVA-MoLE's pooled balance, and the router z-loss. Padding never counts.
 
-Every one is a mean over layers, so its weight does not depend on the depth. A composite router's parts (the modalities
-of MoMa) are balanced each by itself, and added.
+Each loss is a mean over layers, so its weight does not depend on the model's depth. In a composite router, each part (a
+modality of MoMa) has its own loss, and the losses are added.
 
 Shape suffixes: V routed tokens, E experts, C columns of a router (experts, then null experts), B balanced sets of
 tokens (groups, sequences or documents).
@@ -22,15 +22,19 @@ from moe_dist.losses.term import Context, TermSettings
 
 
 class LoadBalance:
-    """C * sum_c f_c P_c (Fedus et al., arXiv 2101.03961, eq. 4; with null experts AdaMoE, arXiv 2406.13233, eq. 6).
+    """Load-balancing loss C * sum_c f_c P_c.
 
-    Over a set of tokens, f_c is the share of them that chose column c (sum f = k), P_c the mean of their gate values
-    (scaled to sum to 1 where they do not, as with sigmoid gates). All null experts share one f, their mean: they are
-    balanced as one pool. The value is k at balance. Choices count before any expert was full.
+    Source: Fedus et al., arXiv 2101.03961, eq. 4; with null experts AdaMoE, arXiv 2406.13233, eq. 6.
 
-    scope: the tokens that are balanced with each other. group: a selection group; sequence: a packed sequence; both
-    give the mean over these sets. global: the global batch, f over all data-parallel ranks, exactly; over accumulation
-    steps f is a running mean of the micro-batches so far, as later ones are not known yet.
+    Over a set of tokens, f_c is the fraction of tokens that chose column c (sum f = k), and P_c the mean of their gate
+    values, normalized to sum to 1 per token (sigmoid gates do not by themselves). Null experts are balanced as one
+    pool: each gets the mean f of all of them. The value at balance is k. Choices are counted before experts drop
+    tokens.
+
+    scope: the set of tokens over which the load is balanced. "group" is a selection group and "sequence" a packed
+    sequence; the loss is the mean over these sets. "global" is the global batch: f is exact over all data-parallel
+    ranks, but over accumulation steps it is a running mean of the micro-batches so far, as later ones are not known
+    yet.
     """
 
     class Settings(TermSettings):
@@ -38,7 +42,7 @@ class LoadBalance:
 
     def __init__(self, settings: Settings, context: Context):
         self.scope, self.context = settings.scope, context
-        self.seen: list[Tensor] = []  # with scope global: choices and tokens of the step's micro-batches so far
+        self.seen: list[Tensor] = []  # for scope "global": choices and tokens of the step's micro-batches so far
 
     names = ("loss/load_balance",)
 
@@ -61,7 +65,7 @@ class LoadBalance:
         return batch.info.num_groups * (self.context.group_sequences if self.scope == "sequence" else 1)
 
     def _of_sets(self, part: Routing, batch: Batch, sets: int) -> Tensor:
-        """Summed over the sets of a micro-batch."""
+        """Return the sum of the losses of a micro-batch's sets."""
         set_V = part.token_V // (batch.info.num_tokens // sets)
         tokens_B1 = _by_set(torch.ones_like(part.probs_VC[:, :1]), set_V, sets).clamp(min=1.0)
         f_BC = _by_set(part.chosen_VC.to(part.probs_VC.dtype), set_V, sets) / tokens_B1
@@ -69,15 +73,15 @@ class LoadBalance:
         return _balance(p_BC, _pool_nulls(f_BC, part.num_experts))
 
     def _global_shares(self, parts: list[Routing], batch: Batch) -> list[Tensor]:
-        """f of each part over all ranks and the micro-batches so far. Collective: one all-reduce.
+        """Return f of each part over all ranks and the micro-batches so far. Collective: one all-reduce.
 
-        Times all tokens over those of the part: divided by the count of all tokens, the part's loss is then the mean
-        over its own, which only the device knows.
+        Each f is scaled by (all tokens / the part's tokens). The objective divides by the number of all tokens, so the
+        scale makes a part's loss a mean over the part's own tokens, whose number only the device knows.
         """
         columns = [part.chosen_VC.shape[1] for part in parts]
         choices = torch.cat([part.chosen_VC.sum(0) for part in parts])
         sizes = [len(part.token_V) for part in parts] + [_valid_tokens(batch)]
-        # new_full, not new_tensor: that would copy from the host and wait.
+        # new_tensor would copy from the host and wait for the device; new_full does not.
         total = torch.cat([choices, *(choices.new_full((1,), size) for size in sizes)])
         if self.context.layout.dp_group is not None:
             dist.all_reduce(total, group=self.context.layout.dp_group)
@@ -88,10 +92,10 @@ class LoadBalance:
 
 
 class PooledBalance:
-    """sum_c f_c P_c of each document, its tokens of all layers pooled; the mean over documents.
+    """Balance loss sum_c f_c P_c of each document, with its tokens pooled over all layers; averaged over documents.
 
-    The balance loss of LLaVA-MoLE's code (arXiv 2401.16160): no factor for the number of experts, so the value at
-    balance is k / C. f_c is the share of (token, layer) pairs that chose column c, P_c their mean gate value.
+    This is the loss in LLaVA-MoLE's code (arXiv 2401.16160). It has no factor for the number of experts, so its value
+    at balance is k / C. f_c is the fraction of (token, layer) pairs that chose column c, P_c their mean gate value.
     """
 
     class Settings(TermSettings):
@@ -121,7 +125,10 @@ class PooledBalance:
 
 
 class RouterZ:
-    """Mean over tokens of logsumexp(logits)^2, which keeps logits small (Zoph et al., arXiv 2202.08906, eq. 5)."""
+    """Router z-loss: mean over tokens of logsumexp(logits)^2 (Zoph et al., arXiv 2202.08906, eq. 5).
+
+    It keeps logits small.
+    """
 
     class Settings(TermSettings):
         pass
@@ -153,7 +160,7 @@ def _normalized(probs_VC: Tensor) -> Tensor:
 
 
 def _pool_nulls(f_C: Tensor, num_experts: int) -> Tensor:
-    """Every null expert's f becomes their mean."""
+    """Replace the f of every null expert by the mean over null experts."""
     true, null = f_C[..., :num_experts], f_C[..., num_experts:]
     return torch.cat([true, null.mean(dim=-1, keepdim=True).expand_as(null)], dim=-1)
 

@@ -1,4 +1,5 @@
-"""What trains auxiliary routers: to say of every token alone what the routers beside them choose among many.
+"""Loss for auxiliary routers: predict, from one token alone, the choice the main router made with the whole group in
+view.
 
 Shape suffixes: V tokens that a router saw, C columns of a router.
 """
@@ -19,9 +20,10 @@ from moe_dist.losses.term import Context, TermSettings
 class CausalRouters:
     """Binary cross-entropy of aux(x) against the main router's choice (MoMa, arXiv 2407.21770, on eq. 3-4).
 
-    Of experts and of depth alike: the mean over a router's columns, over the valid tokens of a micro-batch, and over
-    the layers with such routers. A token that mixture-of-depths did not admit adds nothing for the experts behind it.
-    The inputs of auxiliary routers are detached: whatever a recipe trains beside them does not follow this loss.
+    It covers the auxiliary routers of experts and of mixture-of-depths. The value is the mean over a router's columns,
+    over the valid tokens of a micro-batch, and over the layers with auxiliary routers. A token that mixture-of-depths
+    did not admit contributes 0 for the experts in that layer. The inputs of auxiliary routers are detached, so the loss
+    has no gradient for other parameters.
     """
 
     class Settings(TermSettings):
@@ -40,12 +42,14 @@ class CausalRouters:
         with_router = [[part for part in parts if part.auxiliary_VC is not None] for parts in layers]
         trained = [parts for parts in with_router if parts]
         if not trained:
-            raise UserError("losses.causal_routers: the model has no auxiliary router; set auxiliary: true beside each")
+            raise UserError(
+                "losses.causal_routers: the model has no auxiliary router; set auxiliary: true at each router"
+            )
         return (torch.stack([_cross_entropy(part) for parts in trained for part in parts]).sum() / len(trained),)
 
 
 def _cross_entropy(part: Routing) -> Tensor:
-    """Summed over the tokens."""
+    """Return the sum over tokens of the mean cross-entropy over columns."""
     assert part.auxiliary_VC is not None
     target_VC = part.chosen_VC.to(part.auxiliary_VC.dtype)
     loss_VC = F.binary_cross_entropy_with_logits(part.auxiliary_VC, target_VC, reduction="none")

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy as sums, so that ranks and accumulation steps can be divided by their common token count.
+"""Next-token cross-entropy as a sum, to be divided by the token count over all ranks and accumulation steps.
 
 Shape suffixes: T tokens, V vocabulary, M modalities.
 """
@@ -16,19 +16,19 @@ from moe_dist.core.batch import MODALITIES, Batch
 from moe_dist.core.fused import fused, is_compiled_for
 from moe_dist.core.step import ModelOutput
 
-_CHUNK = 2**26  # half-precision logits that are copied to float32 at a time: 1,024 tokens of 65,536 ids
+_CHUNK = 2**26  # number of half-precision logits copied to float32 at a time: 1,024 tokens of 65,536 ids
 _IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
-    total: Tensor  # 0-d float32: nats, summed over the predictions that count
+    total: Tensor  # 0-d float32: nats, summed over the predictions in the loss mask
     by_modality_M: Tensor  # the same by the target's modality, detached
     counts_M: Tensor  # int64 number of predictions of each modality
 
 
 class LanguageLoss:
-    """Next-token cross-entropy, a mean over all predictions that count; reported per modality of the target as well."""
+    """Mean next-token cross-entropy over all predictions in the loss mask, also reported by the target's modality."""
 
     names = ("loss", *(f"loss/{name}" for name in MODALITIES))
 
@@ -42,7 +42,7 @@ class LanguageLoss:
 
 
 def language_loss(logits_TV: Tensor, batch: Batch) -> LossTerms:
-    """Sum of -log p(target) over the positions of batch.loss_mask_T, in float32 (float64 for float64 logits)."""
+    """Sum -log p(target) over the positions in batch.loss_mask_T, in float32 (float64 for float64 logits)."""
     targets_T = batch.targets_T.masked_fill(~batch.loss_mask_T, _IGNORED)
     loss_T = token_losses(logits_TV, targets_T)
     of_modality_MT = torch.stack([batch.loss_mask_T & (batch.target_modality_T == m) for m in range(len(MODALITIES))])
@@ -54,10 +54,10 @@ def language_loss(logits_TV: Tensor, batch: Batch) -> LossTerms:
 
 
 def token_losses(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """-log p(target) of each token, 0 where the target is -100.
+    """Return -log p(target) of each token, 0 where the target is -100.
 
-    Half-precision logits are never copied to float32 as a whole (1 GiB for 4,096 tokens of 65,536 ids): a chunk at a
-    time is, and again in the backward pass. Compiled for a GPU, the function makes no copy.
+    A float32 copy of all half-precision logits would take 1 GiB for 4,096 tokens of 65,536 ids. So they are copied one
+    chunk at a time, and again in the backward pass. Compiled for a GPU, the function makes no copy.
     """
     if logits_TV.dtype in (torch.float32, torch.float64) or is_compiled_for(logits_TV):
         return _cross_entropy(logits_TV, targets_T)

@@ -1,4 +1,4 @@
-"""The terms that a recipe may add to the language loss: `losses.NAME`. A new one is one class and one line here."""
+"""Registry of the loss terms that a recipe may add as `losses.NAME`. A new term is one class and one line here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""RoMA's manifold term: samples with similar questions shall be routed as the model routes the ones it gets right.
+"""RoMA's manifold term: route a sample like its nearest neighbours among the samples the model answers correctly.
 
 Shape suffixes: T tokens, V tokens that a router saw, C columns of a router, S samples of a micro-batch, K neighbours of
-a sample, R routing values of a sample (the columns of all its layers, end to end).
+a sample, R routing values of a sample (the columns of all its layers, concatenated).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from moe_dist.losses.term import Context, TermSettings
 
 
 class Manifold:
-    """mean_i sum_j W_ij ||r_i - r_j||^2 (Routing Manifold Alignment, 2025, its equation of L_manifold).
+    """RoMA's loss mean_i sum_j W_ij ||r_i - r_j||^2 (Routing Manifold Alignment, 2025, its equation of L_manifold).
 
-    r_i is the routing of sample i's last prompt token in the last `last_layers` expert layers; the neighbours' r_j and
+    r_i is the routing of sample i's last prompt token in the last `last_layers` expert layers. The neighbours' r_j and
     W_ij are constants that data.neighbours adds to the batch (data/stream/neighbour_store.py). A sample without
-    neighbours (its weights are all 0) is left out of the mean; manifold/coverage is the share of samples with some.
+    neighbours (its weights are 0) is left out of the mean. manifold/coverage is the fraction of samples that have some.
     """
 
     class Settings(TermSettings):
-        last_layers: Positive = 5  # the paper's best: five layers 76.2, all sixteen 75.1 (OLMoE, mean accuracy)
+        last_layers: Positive = 5  # best in the paper: 76.2 with five layers, 75.1 with all 16 (OLMoE, mean accuracy)
 
     names = ("loss/manifold", "manifold/coverage")
 
@@ -60,10 +60,10 @@ class Manifold:
 
 
 def sample_routing(records: Sequence[RoutingRecord], token_S: Tensor, num_tokens: int) -> Tensor:
-    """[S, R] softmax over all columns of each layer's router at the tokens token_S (indices into the T tokens).
+    """Return the softmax [S, R] over the columns of each layer's router at the tokens token_S (indices into T tokens).
 
-    The softmax before top-k, whatever the router makes of its logits. In a composite router the columns of a part that
-    does not see the token are 0.
+    It is taken of the raw logits, before top-k, whichever gate function the router uses. In a composite router, the
+    columns of a part that does not see the token are 0.
     """
     parts = [part for record in records for part in record.routings]
     return torch.cat([_part_routing(part, token_S, num_tokens) for part in parts], dim=1)
@@ -73,7 +73,7 @@ def _part_routing(part: Routing, token_S: Tensor, num_tokens: int) -> Tensor:
     row_V = torch.arange(len(part.token_V), device=token_S.device)
     row_T = row_V.new_full((num_tokens,), len(part.token_V)).index_copy(0, part.token_V, row_V)
     row_S = row_T.index_select(0, token_S)
-    logits_VC = F.pad(part.logits_VC, (0, 0, 0, 1))  # one row more: for tokens that this router does not see
+    logits_VC = F.pad(part.logits_VC, (0, 0, 0, 1))  # an extra row for tokens that this router does not see
     probs_SC = logits_VC.index_select(0, row_S).softmax(dim=1)
     return probs_SC * (row_S < len(part.token_V))[:, None]
 

@@ -1,3 +1,3 @@
-"""What a run measures and where it goes: keys, routing, FLOPs, sinks, progress, the run folder and reports. Imports
-core, config and parallel.
+"""Metrics of a run and where they are written: their keys, routing metrics, FLOPs, sinks, progress lines, the run
+folder and reports. Imports core, config and parallel.
 """

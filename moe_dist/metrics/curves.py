@@ -1,7 +1,7 @@
-"""Pictures of runs from their metrics.jsonl: losses (of one run or several, overlaid), routing over time, and the
-experts that each domain goes to.
+"""Plots of runs from their metrics.jsonl: losses (of one run, or of several overlaid), routing over time, and the
+experts that receive each domain's tokens.
 
-Losses are in nats per predicted token, labelled non-causal where routing looks at later tokens (expert choice).
+Losses are in nats per predicted token. They are labelled non-causal if routing sees later tokens (expert choice).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0b6fa4", "#d1495b", "#3d8b5f", "#8a5fa8", "#c98a1b", "#5b6770")
 MODALITY_COLOURS = dict(zip(MODALITIES, COLOURS, strict=False))
-MAX_COLUMNS = 300  # of the heat map: longer runs are averaged down to this many moments
+MAX_COLUMNS = 300  # largest number of heat map columns; longer runs are averaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +45,14 @@ class RunMetrics:
         return list(dict.fromkeys(key for line in self.lines for key in line))
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens, values) of the lines that hold a number for this key; a list gives one row a line."""
+        """Return (tokens, values) of the lines that have this key. If its values are lists, each line gives a row."""
         pairs = [(line["tokens"], line[key]) for line in self.lines if line.get(key) is not None]
         tokens, values = zip(*pairs) if pairs else ((), ())
         return np.array(tokens, dtype=float), np.array(values, dtype=float)
 
 
 def read_run(path: str | Path) -> RunMetrics:
-    """Read a run folder. Raises UserError where metrics.jsonl is missing, empty, damaged or holds no loss."""
+    """Read a run folder. Raises UserError if metrics.jsonl is missing, empty or damaged, or has no loss."""
     folder = RunFolder(Path(path))
     if not folder.metrics.is_file():
         raise UserError(f"{path} is not a run folder: there is no {folder.metrics}")
@@ -64,7 +64,7 @@ def read_run(path: str | Path) -> RunMetrics:
         except (ValueError, TypeError, KeyError):
             if text.endswith("\n"):
                 raise UserError(f"{folder.metrics} line {number} is not a line of metrics with a token count") from None
-            continue  # a run that is being written right now
+            continue  # an unfinished last line: the run is writing it now
         lines.append(line)
     if not any(line.get("loss") is not None for line in lines):
         raise UserError(f"{folder.metrics} holds no loss yet: the run has not finished a step")
@@ -72,7 +72,7 @@ def read_run(path: str | Path) -> RunMetrics:
 
 
 def read_baseline(path: str | Path) -> dict[str, float]:
-    """Losses of a baseline from a JSON file such as {"text": 4.1, "image": 5.8}. Raises UserError."""
+    """Read a baseline's losses from a JSON file such as {"text": 4.1, "image": 5.8}. Raises UserError."""
     try:
         baseline = json.loads(Path(path).read_text())
         return {modality: float(baseline[modality]) for modality in MODALITIES if modality in baseline}
@@ -81,8 +81,10 @@ def read_baseline(path: str | Path) -> dict[str, float]:
 
 
 def write_report(path: str | Path, baseline: Mapping[str, float] | None = None) -> list[Path]:
-    """Draw RUN/loss.png and, for a model with experts, RUN/routing.png and (where the data have domains)
-    RUN/domains.png; returns the files. Raises UserError."""
+    """Plot RUN/loss.png and, if the run has experts, RUN/routing.png. If its data have domains, plot RUN/domains.png.
+
+    Return the files. Raises UserError.
+    """
     run = read_run(path)
     figures = {"loss.png": loss_figure([run], baseline or {})}
     if any(key.endswith("/utilization") for key in run.keys):
@@ -118,7 +120,10 @@ def _make_figure(width: float, height: float) -> Figure:
 
 
 def loss_figure(runs: Sequence[RunMetrics], baseline: Mapping[str, float]) -> Figure:
-    """One panel a loss (all tokens, text, image): training raw and smoothed, held-out points, bigram lines."""
+    """Plot each loss (all tokens, text, image) in its own panel.
+
+    A panel shows the training loss raw and smoothed, held-out losses as points and the bigram baseline as a line.
+    """
     parts = [part for part in ("", *MODALITIES) if any(run.series(_key("loss", part))[0].size for run in runs)]
     figure = _make_figure(1.2 + 4.4 * len(parts), 4.6)
     axes = figure.subplots(1, len(parts), squeeze=False)[0]
@@ -140,9 +145,9 @@ def loss_figure(runs: Sequence[RunMetrics], baseline: Mapping[str, float]) -> Fi
 
 
 def routing_figure(run: RunMetrics) -> Figure:
-    """Heat map of expert utilization, layer by layer over time; below it unrouted tokens and rank imbalance.
+    """Plot expert utilization as a heat map (experts of each layer over time), unrouted tokens and rank imbalance.
 
-    Where every expert always has its fair share (expert choice) a sentence says so in place of the map.
+    If every expert always has its fair share (expert choice), the title says so and the heat map is left out.
     """
     loads = {key.split("/")[1]: run.series(key) for key in run.keys if key.endswith("/utilization")}
     even = all(np.nanmax(np.abs(load - 1), initial=0) < 0.01 for _, load in loads.values())
@@ -164,8 +169,10 @@ def routing_figure(run: RunMetrics) -> Figure:
 
 
 def domain_figure(run: RunMetrics) -> Figure:
-    """A heat map a layer, one row a domain and one column an expert: the share of the domain's assignments that the
-    expert takes, over the last tenth of the run."""
+    """Plot one heat map per layer, with domains as rows and experts as columns.
+
+    Each cell is the share of the domain's assignments that the expert receives, over the last tenth of the run.
+    """
     keys = [key for key in run.keys if "/domain_share/" in key]
     layers = sorted({int(key.split("/", 3)[1]) for key in keys})
     domains = sorted({key.split("/", 3)[3] for key in keys})
@@ -188,7 +195,7 @@ def domain_figure(run: RunMetrics) -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel("expert")
     figure.colorbar(image, ax=axes, pad=0.01)
-    title = f"{run.name}: share of each domain's assignments that an expert takes (even: {1 / experts:.2g})"
+    title = f"{run.name}: share of each domain's assignments per expert (even: {1 / experts:.2g})"
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -251,7 +258,7 @@ def _draw_utilization(figure: Figure, axis: Axes, loads: Mapping[str, tuple[np.n
         extent=(0, tokens[-1], row, 0),
     )
     axis.hlines(edges[:-1], 0, tokens[-1], color="black", linewidth=0.6)
-    _style(axis, "expert utilization: load over fair share, one row an expert", legend=False)
+    _style(axis, "expert utilization: load over fair share, one row per expert", legend=False)
     axis.grid(False)
     every = -(-len(ticks) // 16)
     axis.set_yticks(ticks[::every], names[::every])
@@ -277,12 +284,12 @@ def _key(name: str, part: str) -> str:
 
 
 def _mean(rows: np.ndarray) -> np.ndarray:
-    """Mean over moments, of the moments where there is a number; nan where there is none."""
+    """Return the mean over rows, ignoring nan entries. A column that is all nan gives nan."""
     known = ~np.isnan(rows)
     return np.where(known, rows, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred moving average over about 4 % of the run (shorter at its ends), so that it does not lag behind."""
+    """Return a moving average over about 4 % of the run (less at its ends). It is centred, so it does not lag."""
     window = np.hanning(max(1, len(values) // 25) + 2)[1:-1]
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")

@@ -1,4 +1,6 @@
-"""The live line on rank 0: step, losses, tokens a second, time left. In a log file: a plain line now and then."""
+"""The progress display of rank 0: step, losses, tokens per second, time left. A log file gets a plain line at intervals
+instead of the live display.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,15 @@ from rich.table import Table
 from moe_dist.core.batch import MODALITIES
 from moe_dist.metrics.sinks import Metrics
 
-PLAIN_SECONDS = 10.0  # between two lines of a log file
-WINDOW = 50  # updates over which the speed is averaged
+PLAIN_SECONDS = 10.0  # least time between two lines in a log file
+WINDOW = 50  # number of updates over which the speed is averaged
 
 
 class Progress:
-    """Context manager around a training loop that starts after `step` of `total` steps; silent where not is_main.
+    """Context manager around a training loop that shows its progress. It is silent unless `is_main`.
 
-    causal: `Transformer.causal_routing`; False labels the losses "non-causal".
+    The loop starts after `step` of `total` steps. causal: `Transformer.causal_routing`; False labels the losses
+    "non-causal".
     """
 
     def __init__(
@@ -53,7 +56,7 @@ class Progress:
             self.live.stop()
 
     def update(self, step: int, metrics: Metrics) -> None:
-        """Show the newest metrics; those with a held-out loss and those of the last step always reach a log file."""
+        """Show the newest metrics. A log file always gets those of the last step and those with a held-out loss."""
         if not self.is_main:
             return
         now = self.clock()

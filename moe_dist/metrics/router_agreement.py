@@ -1,4 +1,4 @@
-"""What mixture-of-depths admits, and how far auxiliary routers decide as the routers beside which they stand.
+"""Mixture-of-depths admission rates, and how often auxiliary routers agree with their main routers.
 
 Shape suffixes: T tokens, V tokens that a router saw, C columns of a router.
 """
@@ -50,13 +50,16 @@ def _ratios(records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], inf
 
 
 def _members(part: Routing, info: TokenInfo) -> dict[str, Tensor]:
-    """bool [V]: which tokens have each modality."""
+    """Return a mask, bool [V], of the tokens of each modality."""
     modality_V = info.modality_T.index_select(0, part.token_V)
     return {name: modality_V == index for index, name in enumerate(MODALITIES)}
 
 
 def _agreement(part: Routing, member_V: Tensor, prefix: str, suffix: str = "") -> Iterator[Ratio]:
-    """Of the auxiliary router's decisions about these tokens; a decision is a token and a column."""
+    """Yield accuracy, precision and recall of the auxiliary router on these tokens.
+
+    Each pair of token and column is one decision.
+    """
     if part.auxiliary_VC is None:
         return
     said_VC, true_VC = (part.auxiliary_VC > 0) & member_V[:, None], part.chosen_VC & member_V[:, None]

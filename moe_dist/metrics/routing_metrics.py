@@ -1,12 +1,12 @@
-"""How evenly routing uses experts and ranks, how many experts a token of each modality reaches, and which experts the
-tokens of each domain go to.
+"""Routing metrics: how evenly experts and ranks are used, how many experts process a token of each modality, and which
+experts receive the tokens of each domain.
 
 Shape suffixes: L MoE layers, G expert-parallel groups (edp of them), R ranks of one group, E experts, M modalities,
 D domains, T tokens of a micro-batch.
 
 Utilization of an expert = its assignments / fair share; fair share = the assignments that all experts of its group
-(`Router.expert_groups`: the experts of one modality, or all of them) received, divided by their number. 1 is even,
-0 unused; expert choice has 1 everywhere by construction, so look at its unrouted_fraction instead.
+(`Router.expert_groups`: the experts of one modality, or all experts) received, divided by the number of experts in the
+group. 1 is even, 0 is unused. Under expert choice it is 1 by construction, so look at unrouted_fraction instead.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from moe_dist.parallel.layout import Layout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingCounts:
-    """What one rank counted, on its device. Counts of several micro-batches add up."""
+    """Counts of one rank, on its device. Counts of several micro-batches can be added."""
 
     layers: tuple[int, ...]
     load_LGE: Tensor  # int64 assignments; a rank fills the row of its own expert-parallel group
-    dropped_LE: Tensor  # int64 assignments that found their expert full
+    dropped_LE: Tensor  # int64 assignments dropped because their expert was full
     assigned_LM: Tensor  # int64 assignments of valid tokens
     unrouted_LM: Tensor  # int64 valid tokens without an expert
     valid_M: Tensor  # int64 valid tokens
@@ -63,9 +63,9 @@ def routing_counts(
     domain_T: Tensor | None = None,
     num_domains: int = 0,
 ) -> RoutingCounts:
-    """Count the assignments of one micro-batch of this rank. Neither communicates nor synchronises the device.
+    """Count the assignments of one micro-batch of this rank, without communication or device synchronisation.
 
-    domain_T: int64 index of each token's domain, -1 for none (Batch.sidecar), where the data have domains.
+    domain_T: int64 index of each token's domain, -1 for no domain (Batch.sidecar). None if the data have no domains.
     """
     device = records[0].plan.counts_E.device
     hits_LT = torch.stack([record.experts_of_T(info.num_tokens) for record in records])
@@ -87,12 +87,12 @@ def routing_counts(
 
 def _dropped(records: Sequence[RoutingRecord], load_LE: Tensor) -> Tensor:
     if all(part.chosen_VC is part.kept_VE for record in records for part in record.routings):
-        return torch.zeros_like(load_LE)  # expert choice: an expert chooses no more than it takes
+        return torch.zeros_like(load_LE)  # expert choice: an expert never chooses more tokens than its capacity
     return torch.stack([record.dropped_E for record in records])
 
 
 def _by_domain(record: RoutingRecord, domain_T: Tensor | None, num_domains: int) -> Tensor:
-    """[D, E] assignments. A row after the last takes the tokens without a domain, and is left out."""
+    """Count the assignments per domain and expert, [D, E]. Tokens without a domain are not counted."""
     if domain_T is None:
         return record.plan.counts_E.new_zeros(0, record.plan.counts_E.numel())
     row_T = torch.where(domain_T < 0, num_domains, domain_T)
@@ -112,9 +112,10 @@ def routing_metrics(
 ) -> dict[str, float | list[float]]:
     """Compute the moe/ keys of metric_keys.py from counts that are summed over all ranks, on the host.
 
-    local_experts: what each expert-parallel rank holds, experts or slices of them (Placement.local_experts). domains:
-    names by index. A modality without valid tokens has no keys, nor has a domain without assignments; a ratio whose
-    denominator is 0 is nan.
+    A modality without valid tokens has no keys, and neither has a
+    domain without assignments. A ratio whose denominator is 0 is nan.
+    local_experts: the experts, or slices of experts, on each expert-parallel rank (Placement.local_experts).
+    domains: names by index.
     """
     load_LE = total.load_LGE.sum(1).double()
     fair_LE = torch.zeros_like(load_LE)
@@ -141,7 +142,7 @@ def routing_metrics(
 
 
 def _rank_imbalance(load_LGE: Tensor, local_experts: Sequence[Sequence[int]]) -> float:
-    """Of the rows of experts; of one in slices (Placement), every slice has them all."""
+    """Return the largest ratio of a rank's rows to its group's mean. Each slice of an expert gets all of its rows."""
     held = [[number % load_LGE.shape[-1] for number in numbers] for numbers in local_experts]
     rows_LGR = torch.stack([load_LGE[..., experts].sum(-1) for experts in held], dim=-1).double()
     ratio_LG = rows_LGR.amax(-1) / rows_LGR.mean(-1)

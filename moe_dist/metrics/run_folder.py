@@ -1,16 +1,16 @@
 """The folder of a run: config.yaml, init_from.json, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/;
 health.json and stacks/ from the checks of the ranks; job.json and logs/ from a scheduler (docs/slurm.md).
 
-Only rank 0 writes. Whatever is rewritten is replaced atomically, so a reader never sees half a file.
+Only rank 0 writes. Rewritten files are replaced atomically, so a reader never sees half a file.
 
-status.json is the truth about how a run ended, since launchers may exit with 0 after a signal or a failure:
+status.json is the authority on how a run ended, since launchers may exit with 0 after a signal or a failure:
     state     running | done | stopped (there is more to train) | failed
     step      optimizer steps done
     reason    why it stopped (a signal's name, or the recipe's train.stop_after) or failed; else null
-    restart   whether starting again, with nothing changed, can help: what a scheduler needs to know
-    updated   when this was written, UTC
-A run that was killed says `running` for ever. Who reads that after its launcher has returned knows it was killed, and
-`restart` is true; anybody else looks at `updated`, which a run that trains renews with its logged steps (`beat`).
+    restart   for schedulers: whether starting the run again without changes can help
+    updated   time of writing, UTC
+If a run is killed, `state` stays running and `restart` stays true. If the launcher has returned, `running` thus means
+that the run was killed. Otherwise look at `updated`, which a training run renews with its logged steps (`beat`).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from moe_dist.core.errors import UserError, as_user_error
 from moe_dist.core.files import json_text, new_file, read_json, write_file
 from moe_dist.parallel.signals import Stopped
 
-BEAT_SECONDS = 10.0  # status.json of a run that trains is renewed no more often than this
+BEAT_SECONDS = 10.0  # least time between two renewals of status.json during training
 
 State = Literal["running", "done", "stopped", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Where the parts of a run lie. Every rank may hold one; `open` and `write_status` are for rank 0."""
+    """Paths and writers of a run's files. Every rank may hold one, but only rank 0 writes."""
 
     path: Path
 
@@ -73,10 +73,10 @@ class RunFolder:
         return self.path / "stacks"
 
     def open(self, config: Config, *, step: int = 0) -> None:
-        """Make the folder ready for a run that starts after `step` steps. Raises UserError where it cannot be written.
+        """Prepare the folder for a run that starts after `step` steps. Raises UserError if it cannot be written.
 
-        metrics.jsonl keeps its lines up to `step`, so that a resumed curve has no step twice; a fresh start (step 0)
-        keeps the file of the run before as metrics.previous.jsonl.
+        Lines of metrics.jsonl after `step` are removed, so that a resumed curve has no step twice. A fresh start
+        (step 0) renames the previous run's file to metrics.previous.jsonl.
         """
         with self._writing():
             for folder in (self.checkpoints, self.tensorboard, self.samples):
@@ -91,24 +91,27 @@ class RunFolder:
         self.write_status("running", step, restart=True)
 
     def write_health(self, health: dict[str, Any]) -> None:
-        """Keep what the ranks said of themselves before training. Raises UserError."""
+        """Write the result of the checks before training to health.json. Raises UserError."""
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             write_file(self.path / "health.json", json_text(health))
 
     def write_initial(self, account: dict[str, Any]) -> None:
-        """Keep what a run started from (init_from). Raises UserError."""
+        """Write init_from.json, the account of what the run started from. Raises UserError."""
         with self._writing():
             write_file(self.initial, json_text(account))
 
     def evaluation_config(self, overrides: Sequence[str]) -> Config:
-        """The run's recipe, to look at its newest checkpoint: on one process unless overridden, by any name of the
-        folder, without what only training reads. Raises UserError."""
+        """Return the run's recipe, changed so that one process can open its newest checkpoint. Raises UserError.
+
+        `run.dir` becomes this folder, which may have been moved, and training-only data are left out. `overrides` come
+        last.
+        """
         fixed = ["parallel.expert=1", "run.resume=auto", f"run.dir={self.path}", "data.neighbours=null"]
         return load_config(self.config, [*fixed, *overrides])
 
     def write_status(self, state: State, step: int, reason: str | None = None, *, restart: bool) -> None:
-        """Say how the run stands, see the top of this file. Raises UserError."""
+        """Write status.json (fields: top of this file). Raises UserError."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         status = {"state": state, "step": step, "reason": reason, "restart": restart, "updated": now}
         with self._writing():
@@ -116,24 +119,27 @@ class RunFolder:
             write_file(self.status, json.dumps(status) + "\n")
 
     def beat(self, step: int) -> None:
-        """Show that the run lives, now and then. Raises UserError."""
+        """Renew status.json if it is older than BEAT_SECONDS, to show that the run is alive. Raises UserError."""
         with self._writing():
             if time.time() - self.status.stat().st_mtime >= BEAT_SECONDS:
                 self.write_status("running", step, restart=True)
 
     def write_end(self, step: int, steps: int, signal: str | None) -> str:
-        """Say that a run is done, or stopped by a signal or else by its recipe; the line to print. Raises UserError."""
+        """Write that the run is done or was stopped, and return the line to print. Raises UserError.
+
+        signal: name of the signal that stopped the run. If it is None, the recipe's train.stop_after did.
+        """
         done = step >= steps
         reason = None if done else signal or "train.stop_after"
         self.write_status("done" if done else "stopped", step, reason, restart=not done and signal is not None)
         return f"{'done' if done else f'stopped ({reason})'} after {step} of {steps} steps: {self.path}"
 
     def write_failure(self, error: BaseException, step: int | None) -> None:
-        """Say what has ended a run before its last step. step None: while it was set up, before `open`.
+        """Write which error ended the run. step: the steps done, or None for an error during set-up, before `open`.
 
-        A UserError needs a person first; after anything else (a lost rank, a defect, a signal in the set-up) starting
-        again can help. The set-up has changed nothing of an earlier run in the folder: that one's step stays, and a run
-        that was done still is. Best effort, since what has ended the run may be the disk.
+        After a UserError, a person must act first. After any other error (a lost rank, a bug, a signal during set-up),
+        starting again can help. Set-up changes nothing of an earlier run in the folder, so that run's step is kept, and
+        if it was done it stays done. If status.json cannot be written, do nothing: the disk may be the cause.
         """
         before: dict[str, Any] = {}
         if step is None:
@@ -157,7 +163,7 @@ class RunFolder:
 
 
 def read_status(path: str | Path) -> dict[str, Any]:
-    """The content of RUN/status.json. Raises UserError where there is none."""
+    """Return the content of RUN/status.json. Raises UserError if the file is missing or damaged."""
     return read_json(RunFolder(Path(path)).status)
 
 
@@ -166,7 +172,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _step(line: str) -> float:
-    """Step of a metrics line; infinite for what a crash left of one, so that it is cut away."""
+    """Return the step of a metrics line, or infinity for a line cut off by a crash, so that it is removed."""
     try:
         return json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):

@@ -1,7 +1,8 @@
-"""Where metrics go: metrics.jsonl always, TensorBoard events and W&B as the recipe says. Names: metrics/metric_keys.py.
+"""Metric sinks: metrics.jsonl always, TensorBoard and W&B if the recipe asks for them. metrics/metric_keys.py has the
+keys.
 
-metrics.jsonl is the record of a run, so failing to write it ends the run. TensorBoard and W&B are conveniences: one
-that fails is reported once and left out from then on.
+metrics.jsonl is the record of a run, so the run ends if it cannot be written. TensorBoard and W&B are conveniences: if
+one fails, a warning is printed and the sink is removed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from moe_dist.core.errors import UserError
 from moe_dist.core.extras import require_extra
 from moe_dist.metrics.run_folder import RunFolder
 
-Metrics = Mapping[str, Any]  # key -> number, or a list of numbers with one entry an expert
+Metrics = Mapping[str, Any]  # key -> number, or list of numbers with one entry per expert
 
 
 class Sink(Protocol):
@@ -28,7 +29,7 @@ class Sink(Protocol):
 
 
 class JSONLines:
-    """One JSON object a line, flushed at once. A value that is not finite is null."""
+    """The metrics.jsonl file: one JSON object per line, flushed after each line. Non-finite values become null."""
 
     def __init__(self, folder: RunFolder, *, causal: bool):
         self.path, self.causal = folder.metrics, causal
@@ -49,13 +50,13 @@ class JSONLines:
 
 
 class TensorBoard:
-    """Event files. The name of their folder is what TensorBoard shows beside every curve, so it carries the label."""
+    """TensorBoard event files. Those of a non-causal run go to a folder `non-causal`, which TensorBoard shows."""
 
     def __init__(self, folder: RunFolder, *, causal: bool, step: int):
-        from torch.utils.tensorboard import SummaryWriter  # seconds to import: only where it is wanted
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
         directory = folder.tensorboard if causal else folder.tensorboard / "non-causal"
-        self.writer = SummaryWriter(str(directory), purge_step=step + 1)  # hides what a run before wrote after `step`
+        self.writer = SummaryWriter(str(directory), purge_step=step + 1)  # hide an earlier run's steps
 
     def log(self, step: int, metrics: Metrics) -> None:
         for key, value in _scalars(metrics).items():
@@ -67,7 +68,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases. The id of its run lies in RUN/wandb_id, so that a resumed run goes on in the same place."""
+    """Weights & Biases. Its run id is stored in RUN/wandb_id, so that a resumed run continues the same W&B run."""
 
     def __init__(self, folder: RunFolder, config: Config, *, causal: bool, step: int):
         import wandb
@@ -93,10 +94,10 @@ class WandB:
 
 
 class Sinks:
-    """Everything `config.telemetry` asks for, on the main rank; on the other ranks nothing.
+    """All sinks that `config.telemetry` asks for on the main rank; no sinks on other ranks.
 
-    step: the steps done when the run starts. causal: `Transformer.causal_routing`. Raises UserError on every rank where
-    a configured package is missing. Open the run folder first.
+    step: the steps done when the run starts. causal: `Transformer.causal_routing`. Raises UserError on every rank if a
+    configured package is missing. Open the run folder first.
     """
 
     def __init__(self, folder: RunFolder, config: Config, *, is_main: bool, causal: bool, step: int = 0):
@@ -112,7 +113,7 @@ class Sinks:
             self._add("W&B", lambda: WandB(folder, config, causal=causal, step=step))
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """metrics: any keys of metrics/metric_keys.py except step and causal, which are added here."""
+        """Write metrics to every sink. `step` and `causal` are added; other keys are in metrics/metric_keys.py."""
         for sink in list(self.sinks):
             self._call(sink, lambda sink=sink: sink.log(step, metrics))
 
@@ -123,7 +124,7 @@ class Sinks:
     def _add(self, name: str, build) -> None:
         try:
             self.sinks.append(build())
-        except Exception as error:  # of a library of others: whatever it is, training goes on
+        except Exception as error:  # a third-party library may raise anything; training continues
             _warn(name, error)
 
     def _call(self, sink: Sink, action) -> None:
@@ -137,7 +138,7 @@ class Sinks:
 
 
 def _warn(name: str, error: Exception) -> None:
-    print(f"warning: {name} failed and is left out from here on: {error}", file=sys.stderr, flush=True)
+    print(f"warning: {name} failed and is disabled from now on: {error}", file=sys.stderr, flush=True)
 
 
 def _finite(value: Any) -> Any:
@@ -147,7 +148,7 @@ def _finite(value: Any) -> Any:
 
 
 def _scalars(metrics: Metrics) -> dict[str, float]:
-    """Lists become one scalar an entry: moe/0/utilization/3."""
+    """Split each list into one scalar per entry, such as moe/0/utilization/3."""
     flat: dict[str, float] = {}
     for key, value in metrics.items():
         if isinstance(value, list | tuple):

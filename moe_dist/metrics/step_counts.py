@@ -6,14 +6,13 @@ Shape suffixes: L expert layers, V tokens that a router saw, C columns of a rout
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from moe_dist.config.recipe import ModelConfig
 from moe_dist.core.batch import Batch
-from moe_dist.core.routing_plan import Routing
+from moe_dist.core.costs import Costed, Work
 from moe_dist.core.step import ModelOutput
 from moe_dist.metrics.flops import flops_saved, model_flops
 from moe_dist.metrics.router_agreement import decision_counts
@@ -38,7 +37,8 @@ class StepCounts:
     tokens: int  # without padding
     document_lengths: tuple[int, ...]
     admitted: Mapping[int, tuple[int, ...]]  # by layer with mixture-of-depths: the length of each document there
-    scored: Mapping[str, tuple[Routing, ...]]  # by prefix of a router's weights: on the meta device, for their shapes
+    scored: Mapping[int, tuple[int, ...]]  # by layer: tokens that each part of its router scored
+    depth_scored: Mapping[int, tuple[int, ...]]  # likewise, of the router of the layer's mixture-of-depths
     routing: RoutingCounts | None  # None: a dense model
     decisions: Mapping[str, Tensor]  # by metric name: numerator and denominator
 
@@ -48,8 +48,6 @@ class StepCounts:
 
         num_domains: number of domains that the data name.
         """
-        scored = {f"layers.{record.layer}.ffn.router": record.routings for record in output.records}
-        scored |= {f"depth.{depth.layer}.router": (depth.routing,) for depth in output.depths}
         domain_T = batch.sidecar.get("domain_T") if num_domains else None
         routing = None
         if output.records:
@@ -58,7 +56,8 @@ class StepCounts:
             tokens=sum(batch.info.sequence_counts),
             document_lengths=batch.info.document_lengths,
             admitted={depth.layer: depth.document_lengths for depth in output.depths},
-            scored={prefix: tuple(map(_shapes, parts)) for prefix, parts in scored.items()},
+            scored={record.layer: tuple(len(part.token_V) for part in record.routings) for record in output.records},
+            depth_scored={depth.layer: (len(depth.routing.token_V),) for depth in output.depths},
             routing=routing,
             decisions=decision_counts(output.records, output.depths, batch.info),
         )
@@ -68,29 +67,27 @@ class StepCounts:
             tokens=self.tokens + other.tokens,
             document_lengths=self.document_lengths + other.document_lengths,
             admitted={layer: lengths + other.admitted[layer] for layer, lengths in self.admitted.items()},
-            scored={prefix: parts + other.scored[prefix] for prefix, parts in self.scored.items()},
+            scored=_sums(self.scored, other.scored),
+            depth_scored=_sums(self.depth_scored, other.depth_scored),
             routing=None if self.routing is None or other.routing is None else self.routing + other.routing,
             decisions={name: count + other.decisions[name] for name, count in self.decisions.items()},
         )
 
-    def flops(self, model: ModelConfig, *, vocab_size: int, trained: frozenset[str] | None = None) -> int:
+    def flops(self, model: Costed) -> int:
         """FLOPs of the forward and backward passes of this rank's tokens (metrics/flops.py). Reads the device once."""
-        rows = None if self.routing is None else self.routing.load_LGE.sum((1, 2)).tolist()
-        return model_flops(
-            model,
-            vocab_size=vocab_size,
+        work = Work(
             document_lengths=self.document_lengths,
-            ffn_rows=rows,
+            rows=None if self.routing is None else self.routing.load_LGE.sum((1, 2)).tolist(),
             admitted=self.admitted,
-            routings=self.scored,
-            trained=trained,
+            scored=self.scored,
+            depth_scored=self.depth_scored,
         )
+        return model_flops(model, work)
 
-    def flops_saved(self, model: ModelConfig, *, vocab_size: int, experts: float, top_k: int) -> float:
+    def flops_saved(self, model: Costed, *, experts: float, top_k: int) -> float:
         """Fraction of this rank's FLOPs saved (metrics/flops.py) where a token reaches `experts` experts on average."""
         return flops_saved(
             model,
-            vocab_size=vocab_size,
             document_lengths=self.document_lengths,
             tokens=self.tokens,
             experts=experts,
@@ -112,7 +109,5 @@ class StepCounts:
         )
 
 
-def _shapes(part: Routing) -> Routing:
-    """The same with tensors that have a shape and no content."""
-    found = {f.name: getattr(part, f.name) for f in fields(part)}
-    return replace(part, **{k: torch.empty_like(v, device="meta") for k, v in found.items() if isinstance(v, Tensor)})
+def _sums(mine: Mapping[int, tuple[int, ...]], other: Mapping[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
+    return {layer: tuple(a + b for a, b in zip(parts, other[layer], strict=True)) for layer, parts in mine.items()}

@@ -1,3 +1,3 @@
-"""The decoder: attention over packed documents, blocks, mixture-of-depths, LoRA, the key-value cache. mcore.py is the
-only file that imports megatron. Imports core, config and parallel.
+"""The decoder: attention over packed documents, blocks, mixture-of-depths, LoRA, the key-value cache. Imports core,
+config and parallel. mcore.py is the only file that imports megatron.
 """

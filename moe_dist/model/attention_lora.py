@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from moe_dist.config.recipe import LoRAConfig
+from moe_dist.core.costs import Product, linear_product
 from moe_dist.model.attention import Attending
 from moe_dist.model.moe.lora_experts import LowRank
+from moe_dist.model.site import Site
 
 
 class LoRALinear(nn.Linear):
@@ -32,16 +34,15 @@ class LoRALinear(nn.Linear):
         parts: Mapping[str, int],
         groups: int,
         lora: LoRAConfig,
-        seed: int,
-        name: str,
+        site: Site,
     ):
-        """parts: the output width of each; `name` is the global prefix of the parameters."""
+        """parts: the output width of each."""
         super().__init__(input_size, output_size, bias=False)
         self.weight.requires_grad_(False)
         self.groups, self.dropout = groups, lora.dropout
         self.lora = nn.ModuleDict()
         for part, width in parts.items():
-            self.lora[part] = LowRank(input_size, width, **lora.model_dump(), seed=seed, name=f"{name}.lora.{part}")
+            self.lora[part] = LowRank(input_size, width, lora, site.child("lora").child(part))
 
     def with_dropout(self, x_TI: Tensor, token_id_T: Tensor) -> Tensor:
         """x_TI followed by a copy with dropout for each part, [T, I * (1 + parts)]; x_TI alone where dropout is off.
@@ -58,6 +59,10 @@ class LoRALinear(nn.Linear):
         inputs = dropped or [x] * len(self.lora)
         deltas = [lora(piece).unflatten(-1, (self.groups, -1)) for lora, piece in zip(self._deltas(), inputs)]
         return super().forward(x) + torch.cat(deltas, dim=-1).flatten(-2)
+
+    def products(self, rows: int) -> list[Product]:
+        deltas = sum(lora.num_weights for lora in self._deltas())
+        return [linear_product(self, rows, beside_lora=True), Product(deltas * rows, tuple(self.lora.parameters()))]
 
     def _deltas(self) -> Iterable[LowRank]:
         return cast(Iterable[LowRank], self.lora.values())

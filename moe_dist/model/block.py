@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from moe_dist.config.recipe import DenseFFN, ModelConfig
 from moe_dist.core.batch import TokenInfo
+from moe_dist.core.costs import LayerWork, Product, no_products
 from moe_dist.core.routing_plan import RoutingRecord
 from moe_dist.model.attention import Documents
-from moe_dist.model.mcore import Attention, output_std
-from moe_dist.model.moe.moe_layer import build_moe_layer
+from moe_dist.model.mcore import Attention
+from moe_dist.model.moe.moe_layer import MoELayer, build_moe_layer
 from moe_dist.model.moe.swiglu import SwiGLU
+from moe_dist.model.site import Site
 from moe_dist.parallel.layout import Layout
 
 
@@ -21,12 +23,14 @@ class Block(nn.Module):
     """Residual block. swin: h = x + norm(attn(x)), out = h + norm(ffn(h)) (Chameleon, arXiv 2405.09818; MoMa).
     pre: h = x + attn(norm(x)), out = h + ffn(norm(h))."""
 
-    def __init__(self, config: ModelConfig, *, layer: int, seed: int, layout: Layout):
+    ffn: SwiGLU | MoELayer
+
+    def __init__(self, config: ModelConfig, site: Site, layout: Layout):
         super().__init__()
         self.norm_first = config.norm == "pre"
-        self.attention = Attention(config, layer=layer, seed=seed)
+        self.attention = Attention(config, site.child("attention"))
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.ffn = build_ffn(config, layer=layer, seed=seed, layout=layout)
+        self.ffn = build_ffn(config, site.child("ffn"), layout)
         self.ffn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
 
     def forward(
@@ -40,11 +44,26 @@ class Block(nn.Module):
         y_TD, record = self.ffn(x_TD, info)
         return x_TD + self.ffn_norm(y_TD), record
 
+    def products(self, work: LayerWork) -> list[Product]:
+        return [
+            *self.attention.products(work),
+            no_products(self.attention_norm),
+            *self.ffn.products(work),
+            no_products(self.ffn_norm),
+        ]
 
-def build_ffn(config: ModelConfig, *, layer: int, seed: int, layout: Layout) -> nn.Module:
-    """The feed-forward part of block number `layer`. Called as (x_TD, info) -> (y_TD, RoutingRecord or None)."""
-    stds = {"init_std": config.init_std, "output_std": output_std(config)}
+    def detached_products(self, work: LayerWork) -> list[list[Product]]:
+        """Chains of products whose input is detached: those of auxiliary routers."""
+        return self.ffn.detached_products(work) if isinstance(self.ffn, MoELayer) else []
+
+    def num_parameters(self, experts: float | None) -> float:
+        """experts: see MoELayer.num_parameters."""
+        norms = 2 * self.attention_norm.normalized_shape[0]
+        return self.attention.num_parameters() + norms + self.ffn.num_parameters(experts)
+
+
+def build_ffn(config: ModelConfig, site: Site, layout: Layout) -> SwiGLU | MoELayer:
+    """Build the feed-forward part of a block, to be called as (x_TD, info) -> (y_TD, RoutingRecord or None)."""
     if isinstance(config.ffn, DenseFFN):
-        name = f"layers.{layer}.ffn"
-        return SwiGLU(config.hidden_size, config.ffn.hidden_size, seed=seed, name=name, **stds)
-    return build_moe_layer(config.ffn, hidden_size=config.hidden_size, layer=layer, seed=seed, layout=layout, **stds)
+        return SwiGLU(config.ffn.hidden_size, site)
+    return build_moe_layer(config.ffn, site, layout)

@@ -10,7 +10,6 @@ Shape suffixes: T tokens, D model width, H heads, G query groups, d size per hea
 
 from __future__ import annotations
 
-import math
 import warnings
 from functools import partial
 from typing import Any
@@ -19,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.config.recipe import ModelConfig
+from moe_dist.core.costs import LayerWork, Product, linear_product, no_products
 from moe_dist.core.fused import fused
-from moe_dist.core.seeding import seeded_normal_
 from moe_dist.model.attention import Attending, Documents, RotatedDocuments, locate_documents
 from moe_dist.model.attention_lora import DroppedDocuments, LoRALinear
+from moe_dist.model.site import Site
 
 with warnings.catch_warnings():  # four times, about packages that nothing here uses
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
@@ -51,6 +51,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return super().forward(x), None
+
+    def products(self, rows: int) -> list[Product]:
+        return [linear_product(self, rows)]
 
 
 class AdaptedLinear(LoRALinear):
@@ -99,17 +102,17 @@ class Attention(nn.Module):
     """Causal self-attention within documents, with RoPE, grouped queries (Ainslie et al., arXiv 2305.13245), optional
     query and key norms and optional LoRA."""
 
-    def __init__(self, config: ModelConfig, *, layer: int, seed: int):
+    def __init__(self, config: ModelConfig, site: Site):
         super().__init__()
+        core = site.child("core")
         self.core = build_module(
-            attention_spec(config, layer=layer, seed=seed),
+            attention_spec(config, core),
             config=megatron_config(config),
-            layer_number=layer + 1,
+            layer_number=site.layer + 1,
             pg_collection=ProcessGroupCollection(tp=OneRankGroup(), cp=OneRankGroup()),
         )
-        for key, std in (("linear_qkv", config.init_std), ("linear_proj", output_std(config))):
-            name = f"{_name(layer, key)}.weight"
-            seeded_normal_(getattr(self.core, key).weight, seed=seed, name=name, std=std)
+        core.draw(self.core.linear_qkv.weight, "linear_qkv.weight")
+        core.draw(self.core.linear_proj.weight, "linear_proj.weight", onto_residual=True)
 
     def forward(self, x_TD: Tensor, token_id_T: Tensor, documents: Documents, turn_2T1d: Tensor) -> Tensor:
         """Return y_TD. turn_2T1d: what `rotation` returns. The global token ids key LoRA's dropout. T may be 0."""
@@ -123,22 +126,34 @@ class Attention(nn.Module):
         output_T1D, _ = self.core(x_TD.unsqueeze(1), attention_mask=attending)
         return output_T1D.squeeze(1)
 
+    def products(self, work: LayerWork) -> list[Product]:
+        return [
+            *self.core.linear_qkv.products(work.tokens),
+            no_products(*self._head_norms()),
+            Product(2 * self.core.linear_proj.in_features * work.pairs, None),
+            *self.core.linear_proj.products(work.tokens),
+        ]
 
-def output_std(config: ModelConfig) -> float:
-    """Initial standard deviation of projections onto the residual stream: of 2 * num_layers such branches (GPT-2)."""
-    return config.init_std / math.sqrt(2 * config.num_layers)
+    def num_parameters(self) -> int:
+        """The projections' weights multiply a token once each; head norms have biases."""
+        matrices = self.products(LayerWork(tokens=1, pairs=0, rows=0))
+        norms = sum(2 * norm.normalized_shape[0] for norm in self._head_norms())
+        return sum(product.multiply_adds for product in matrices) + norms
+
+    def _head_norms(self) -> list[HeadNorm]:
+        return [module for module in self.core.children() if isinstance(module, HeadNorm)]
 
 
-def attention_spec(config: ModelConfig, *, layer: int, seed: int) -> ModuleSpec:
+def attention_spec(config: ModelConfig, site: Site) -> ModuleSpec:
     norm = HeadNorm if config.qk_norm else None
     qkv: Any = Linear
     projection: Any = Linear
     if config.attention_lora is not None:
         query, key = config.num_heads * config.size_per_head, config.query_groups * config.size_per_head
         parts = {"q": query, "k": key, "v": key}
-        lora = {"lora": config.attention_lora, "seed": seed}
-        of_qkv = {"parts": parts, "groups": config.query_groups, "name": _name(layer, "linear_qkv")}
-        of_proj = {"parts": {"o": config.hidden_size}, "groups": 1, "name": _name(layer, "linear_proj")}
+        of_qkv = {"parts": parts, "groups": config.query_groups, "site": site.child("linear_qkv")}
+        of_proj = {"parts": {"o": config.hidden_size}, "groups": 1, "site": site.child("linear_proj")}
+        lora = {"lora": config.attention_lora}
         qkv = partial(AdaptedLinear, adapters=of_qkv | lora)
         projection = ModuleSpec(module=AdaptedLinear, params={"adapters": of_proj | lora})
     return ModuleSpec(
@@ -152,11 +167,6 @@ def attention_spec(config: ModelConfig, *, layer: int, seed: int) -> ModuleSpec:
             k_layernorm=norm,
         ),
     )
-
-
-def _name(layer: int, projection: str) -> str:
-    """Global parameter prefix of an attention projection."""
-    return f"layers.{layer}.attention.core.{projection}"
 
 
 def megatron_config(config: ModelConfig) -> TransformerConfig:

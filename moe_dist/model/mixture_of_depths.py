@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe_dist.config.recipe import ModelConfig
+from moe_dist.config.recipe import DepthConfig
 from moe_dist.core.batch import TokenInfo
+from moe_dist.core.costs import LayerWork, Product
 from moe_dist.core.routing_plan import DepthRecord, RoutingRecord
 from moe_dist.model.attention import Documents
+from moe_dist.model.block import Block
 from moe_dist.model.moe.depth_router import DepthRouter
 from moe_dist.model.moe.dispatch import SplitSizes, split_sizes
-from moe_dist.model.moe.router import Site
+from moe_dist.model.moe.router import router_parameters, router_products
+from moe_dist.model.site import Site
 
 
 class MixtureOfDepths(nn.Module):
@@ -23,34 +26,45 @@ class MixtureOfDepths(nn.Module):
     2407.21770) takes s from a sigmoid and does not say more. The block sees nothing but the admitted tokens: attention
     goes to earlier admitted tokens of the same document, at their own positions; experts choose among them.
 
-    The block belongs to the model, not to this module, and keeps its parameters' names. How many tokens of each
-    document, sequence and modality are admitted is read on the host through `split_sizes`: one device-to-host
-    synchronisation, beside that of the expert layer.
+    It is called as its block is, and owns it but for the names: the block is registered among the model's layers, so a
+    stage with mixture-of-depths starts from a checkpoint without it. How many tokens of each document, sequence and
+    modality are admitted is read on the host through `split_sizes`: one device-to-host synchronisation, beside that of
+    the expert layer.
     """
 
-    def __init__(self, config: ModelConfig, *, layer: int, seed: int, split_sizes: SplitSizes = split_sizes):
+    def __init__(self, block: Block, settings: DepthConfig, site: Site, split_sizes: SplitSizes = split_sizes):
         super().__init__()
-        assert config.depth is not None
-        self.layer, self.split_sizes = layer, split_sizes
-        site = Site(
-            hidden_size=config.hidden_size,
-            layer=layer,
-            seed=seed,
-            init_std=config.init_std,
-            name=f"depth.{layer}.router",
-        )
-        self.router = DepthRouter(config.depth, site)
+        self._unregistered = (block,)  # in a tuple torch does not see a module
+        self.layer, self.split_sizes = site.layer, split_sizes
+        self.router = DepthRouter(settings, site.child("router"))
+
+    @property
+    def block(self) -> Block:
+        return self._unregistered[0]
 
     def forward(
-        self, block: nn.Module, x_TD: Tensor, info: TokenInfo, documents: Documents, turn_2T1d: Tensor
+        self, x_TD: Tensor, info: TokenInfo, documents: Documents, turn_2T1d: Tensor
     ) -> tuple[Tensor, RoutingRecord | None, DepthRecord]:
-        """What the block returns, over all T tokens and with token numbers among them; and what was admitted."""
+        """Return what the block returns, over all T tokens and with token numbers among them; and who was admitted."""
         admitted_T, routing = self.router(x_TD, info)
         token_K, inner = info.select(admitted_T, self.split_sizes)
         x_KD = x_TD.index_select(0, token_K)
-        y_KD, record = block(x_KD, inner, documents.select(inner), turn_2T1d.index_select(1, token_K))
+        y_KD, record = self.block(x_KD, inner, documents.select(inner), turn_2T1d.index_select(1, token_K))
         gate_T1 = routing.probs_VC.new_zeros(info.num_tokens, 1).index_copy(0, routing.token_V, routing.probs_VC)
         gate_K1 = gate_T1.index_select(0, token_K).to(x_TD.dtype)
         x_TD = x_TD.index_add(0, token_K, gate_K1 * (y_KD - x_KD))
         depth = DepthRecord(layer=self.layer, routing=routing, document_lengths=inner.document_lengths)
         return x_TD, None if record is None else record.renumbered(token_K), depth
+
+    def products(self, work: LayerWork) -> list[Product]:
+        gates = router_products(self.router, work.depth_scored)
+        return [*self.block.products(work), *(product for gate in gates for product in gate)]
+
+    def detached_products(self, work: LayerWork) -> list[list[Product]]:
+        return [
+            *self.block.detached_products(work),
+            *router_products(self.router, work.depth_scored, detached=True),
+        ]
+
+    def num_parameters(self, experts: float | None) -> float:
+        return self.block.num_parameters(experts) + router_parameters(self.router)

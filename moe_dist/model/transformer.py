@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_dist.config.recipe import ModelConfig
 from moe_dist.core.batch import TokenInfo
+from moe_dist.core.costs import Product, Work, linear_product, no_products, num_weights
 from moe_dist.core.seeding import seeded_normal_
 from moe_dist.core.step import ModelOutput
 from moe_dist.model.attention import Documents, locate_documents, rotary_angles, rotation
@@ -21,6 +22,7 @@ from moe_dist.model.block import Block
 from moe_dist.model.kv_cache import Decoding
 from moe_dist.model.mixture_of_depths import MixtureOfDepths
 from moe_dist.model.moe.moe_layer import MoELayer
+from moe_dist.model.site import block_site, depth_site
 from moe_dist.parallel.layout import Layout
 
 
@@ -37,11 +39,13 @@ class Transformer(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, layer=layer, seed=seed, layout=layout) for layer in range(config.num_layers)
+            Block(config, block_site(config, layer, seed), layout) for layer in range(config.num_layers)
         )
-        self.depth = nn.ModuleDict(
-            {str(layer): MixtureOfDepths(config, layer=layer, seed=seed) for layer in config.depth_layers}
-        )
+        self.depth = nn.ModuleDict()
+        if config.depth is not None:
+            for layer in config.depth_layers:
+                site = depth_site(config, layer, seed)
+                self.depth[str(layer)] = MixtureOfDepths(self._block(layer), config.depth, site)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.output = nn.Linear(config.hidden_size, vocab_size, bias=False)
         if config.tie_embeddings:
@@ -60,10 +64,40 @@ class Transformer(nn.Module):
         """True where every router decides causally with TokenInfo.causal: by itself, or through an auxiliary router."""
         return all(router.causal or router.has_auxiliary for router in self._routers())
 
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def products(self, work: Work) -> Iterator[list[Product]]:
+        """The chain from the embedding to the logits, then those of auxiliary routers, whose input is detached."""
+        of_layers = [(block, work.of_layer(layer)) for layer, block in enumerate(self._blocks())]
+        products = (product for block, of_layer in of_layers for product in block.products(of_layer))
+        output = linear_product(self.output, work.tokens)
+        yield [no_products(self.embedding), *products, no_products(self.norm), output]
+        for block, of_layer in of_layers:
+            yield from block.detached_products(of_layer)
+
+    def num_parameters(self, experts: float | None = None) -> float:
+        """Return the number of parameters over all ranks. experts: how many of each layer to count; all by default.
+
+        With the average number of experts a token gets, these are the active parameters of a token.
+        """
+        vocabulary = num_weights(self.output) * (1 if self.config.tie_embeddings else 2)
+        return sum(block.num_parameters(experts) for block in self._blocks()) + self.config.hidden_size + vocabulary
+
+    def _block(self, layer: int) -> Block:
+        return cast(Block, self.layers[layer])
+
+    def _blocks(self) -> Iterator[Block | MixtureOfDepths]:
+        """The blocks in order, each with its mixture-of-depths around it."""
+        for layer in range(self.num_layers):
+            key = str(layer)
+            yield cast(MixtureOfDepths, self.depth[key]) if key in self.depth else self._block(layer)
+
     def _routers(self) -> Iterator[Any]:
-        """Of the expert layers, and of the layers with mixture-of-depths."""
+        """The routers of the expert layers, and of mixture-of-depths."""
         yield from (block.ffn.router for block in self.layers if isinstance(block.ffn, MoELayer))
-        yield from (self.depth[str(layer)].router for layer in self.config.depth_layers)
+        yield from (depth.router for depth in self.depth.values())
 
     def forward(self, tokens_T: Tensor, info: TokenInfo, decoding: Decoding | None = None) -> ModelOutput:
         """Logits of the next token at each of the T tokens, and the routers' records.
@@ -83,8 +117,8 @@ class Transformer(nn.Module):
         angles_T11d = rotary_angles(info.position_T, head_size=config.size_per_head, base=config.rope_base)
         turn_2T1d = rotation(angles_T11d, x_TD.dtype)
         records, depths = [], []
-        for layer, (block, documents) in enumerate(zip(self.layers, of_layers)):
-            run: Any = partial(self.depth[str(layer)], block) if layer in config.depth_layers else block
+        for block, documents in zip(self._blocks(), of_layers):
+            run: Any = block
             if config.recompute and self.training:
                 # Not the reentrant kind, which would drop the gradient of what the records hold.
                 run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)

@@ -1,3 +1,3 @@
-"""Ranks: who they are (discovery), how they are grouped (layout), collectives with gradients, agreement on errors and
-signals, and one GPU for each. Imports core.
+"""Ranks and their communication: rank discovery, the parallel layout, differentiable collectives, agreement on errors,
+stop signals, aligned garbage collection, and a check that each rank has its own GPU. Imports core.
 """

@@ -1,4 +1,4 @@
-"""What one rank runs into, every rank hears of: an error on one becomes the same error on all, without a hang."""
+"""Agreement between ranks: raising one rank's error on every rank, so that none hangs, and gathering values."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ PATIENCE = timedelta(days=2)
 
 @contextmanager
 def raise_on_all_ranks(*, patient: bool = False, group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Run a rank-local step of the set-up; when it fails on any rank, raise that rank's UserError on every rank.
+    """Run a rank-local step of the set-up. If it fails on any rank, raise that rank's UserError on every rank.
 
-    A defect of ours keeps its type on the rank that met it and is a PeerError on the others.
+    Any other exception is a bug in moe_dist. It keeps its type on the rank that raised it; the others raise PeerError.
 
-    Collective at its end: every rank must pass through it, and the body must not communicate. patient: ranks that are
-    done wait for the others for PATIENCE, not just the minutes after which other collectives give up (collective at its
-    beginning, too). group: another one of all ranks, for a thread that must not get between the default group's.
+    Collective when the block ends: every rank must reach the end, and the body must not communicate.
+    patient: ranks that finish early wait up to PATIENCE for the others, instead of the usual timeout of a few minutes.
+    The beginning of the block is then collective, too.
+    group: a group of all ranks to use instead of the default group, for a thread that runs beside the main thread's
+    collectives.
     """
     alone = not dist.is_initialized() or dist.get_world_size() == 1
     own = dist.new_group(backend="gloo", timeout=PATIENCE) if patient and not alone else None
@@ -44,7 +46,7 @@ def raise_on_all_ranks(*, patient: bool = False, group: dist.ProcessGroup | None
     if own is not None:
         dist.destroy_process_group(own)
     if problem is not None and not isinstance(problem, UserError):
-        raise problem  # a defect of ours: its traceback is worth more than the sentence
+        raise problem  # a bug in moe_dist: its traceback is worth more than the sentence
     first = next(((rank, met) for rank, met in enumerate(problems) if met is not None), None)
     if first is not None:
         rank, (kind, text) = first
@@ -52,7 +54,7 @@ def raise_on_all_ranks(*, patient: bool = False, group: dist.ProcessGroup | None
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's picklable value, by rank. Collective, over `group` of all ranks where one is given."""
+    """Gather a picklable value from every rank, ordered by rank. Collective over `group` or the default group."""
     if not dist.is_initialized():
         return [value]
     gathered = [None] * dist.get_world_size()
@@ -61,7 +63,7 @@ def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[A
 
 
 def largest(value: int, device: torch.device) -> int:
-    """The largest of every rank's values. Collective."""
+    """Return the largest value over all ranks. Collective."""
     if not dist.is_initialized():
         return value
     everyones = torch.tensor(value, device=device)

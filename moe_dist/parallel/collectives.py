@@ -1,6 +1,6 @@
 """Rows exchanged between ranks, with their gradients; and sums over ranks.
 
-Shape suffixes: S rows sent, R rows received; any further dimensions.
+Shape suffixes: S rows sent, R rows received. Both may have further dimensions.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor
 def all_to_all_rows(
     x_S: Tensor, send_splits: Sequence[int], recv_splits: Sequence[int], group: dist.ProcessGroup
 ) -> Tensor:
-    """Send the first send_splits[0] rows of x_S to rank 0 of the group, the next to rank 1, ...; return what comes.
+    """Send the first send_splits[0] rows of x_S to rank 0 of the group, the next send_splits[1] to rank 1, and so on.
 
-    Collective, also for ranks that send and receive nothing. The gradient takes the way back.
+    Return the received rows, ordered by sender. Collective, also for ranks that send and receive nothing. The backward
+    pass sends each row's gradient back to the rank that the row came from.
     """
     return _AllToAllRows.apply(x_S, list(send_splits), list(recv_splits), group)
 

@@ -1,7 +1,7 @@
-"""Who am I? Finds rank and world under the DeepSpeed launcher, torchrun, srun, mpiexec, or alone.
+"""Discovery of rank and world size under the DeepSpeed launcher, torchrun, srun and mpiexec, or in a single process.
 
-The first that matches: RANK and WORLD_SIZE in the environment (DeepSpeed's launcher, torchrun); Slurm's own variables
-(srun); an MPI launcher's variables, then mpi4py (mpiexec, mpirun); a single process.
+Sources in order of precedence: RANK and WORLD_SIZE in the environment (DeepSpeed's launcher, torchrun); Slurm's own
+variables (srun); mpi4py, if an MPI launcher's variables are set (mpiexec, mpirun); otherwise a single process.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch.distributed as dist
 
 from moe_dist.core.errors import PeerError, UserError, as_user_error
 
-# (rank, world) as MPI launchers tell their processes: MPICH and its kin, Open MPI, PMIx.
+# Variables in which MPI launchers pass (rank, world size): MPICH and its derivatives, Open MPI, PMIx.
 _MPI_VARIABLES = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMIX_RANK", ""))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a process stands among its peers, and where they meet."""
+    """A process's rank, the world size, and the address at which all processes connect."""
 
     rank: int
     world: int
@@ -48,7 +48,7 @@ class Place:
 
 
 def discover(environment: Mapping[str, str] = os.environ) -> Place:
-    """Find this process's place. Collective under MPI. Raises UserError where the environment is incomplete."""
+    """Find this process's rank and world size. Collective under MPI. Raises UserError if variables are missing."""
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _from_environment(environment)
     if _started_by_srun(environment):
@@ -66,29 +66,30 @@ def discover(environment: Mapping[str, str] = os.environ) -> Place:
 
 
 def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is rank 0, as far as a launcher's variables tell: to print what every rank knows only once.
+    """Return whether this process is rank 0 according to the launcher's variables. Rank 0 prints for all ranks.
 
-    A rank whose own number is no number speaks for itself.
+    If the rank variable is not a number, treat this process as rank 0 so that its error is printed.
     """
     names = ("RANK", *(rank for rank, _ in _MPI_VARIABLES), "SLURM_PROCID")
     rank = next((environment[name] for name in names if name in environment), "0")
     return not rank.isdecimal() or int(rank) == 0
 
 
-# Seconds that the other ranks give rank 0 to say what all met before they could speak to each other: at the first exit
-# a launcher ends the rest.
+# Seconds that other ranks wait before they exit if the error came before torch.distributed was initialised. Rank 0
+# needs them to print the error: at the first exit the launcher kills all other ranks.
 LAST_WORD = 1.0
 
 
 def run_rank(main: Callable[[], None]) -> NoReturn:
-    """Run a command line, on one rank or many, and exit: 0, 2 after a UserError (rank 0 says it), 1 after our defect.
+    """Run a command line's `main` on this rank, then exit the process.
 
-    (docs/resuming.md, "Stopping and starting again", has the exit statuses beside what RUN/status.json then says.)
+    The exit status is 0 after success, 2 after a UserError (printed by rank 0) and 1 after a bug in moe_dist.
+    docs/resuming.md, "Stopping and starting again", lists them with the contents of RUN/status.json.
 
-    After an error other ranks may still wait in a collective. Python's clean-up would wait for them too, so it is
-    left out: the launcher sees this rank's exit at once and ends the others.
+    After an error, other ranks may still wait in a collective, and Python's clean-up would wait with them. Skip it, so
+    that the launcher sees this exit at once and ends the other ranks.
     """
-    gc.freeze()  # what was imported stays: or Python looks through it again in the run and, for two seconds, at its end
+    gc.freeze()  # imported objects stay: do not scan them during the run and, for two seconds, at exit
     code = 0
     try:
         main()
@@ -99,7 +100,7 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
         code = 1 if sentence is None else 2
         if sentence is None and not isinstance(error, PeerError):
             traceback.print_exc()
-        elif is_main_process():  # the others have the same sentence to tell
+        elif is_main_process():  # every rank has the same sentence: print it once
             print(f"error: {sentence or error}", file=sys.stderr, flush=True)
         elif not dist.is_initialized():
             time.sleep(LAST_WORD)
@@ -111,14 +112,14 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
 
 
 def free_port() -> int:
-    """A TCP port that is free on this machine now."""
+    """Return a TCP port that is free on this machine now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
 
 
 def first_host(nodelist: str) -> str:
-    """The first name of a Slurm node list: `n[07-09,12],m3` -> `n07`."""
+    """Return the first host of a Slurm node list: `n[07-09,12],m3` -> `n07`."""
     first = re.split(r",(?![^\[]*\])", nodelist, maxsplit=1)[0]
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
@@ -141,15 +142,18 @@ def _from_environment(environment: Mapping[str, str]) -> Place:
 
 
 def _integer(environment: Mapping[str, str], name: str, default: int = 0) -> int:
-    """A variable that counts something; the default where it is not set or empty."""
+    """Read a non-negative integer variable; return the default if it is unset or empty. Raises UserError."""
     text = environment.get(name) or str(default)
     if not text.isdecimal():
-        raise UserError(f"the environment sets {name}={text}, which is not a whole number from 0 on")
+        raise UserError(f"the environment sets {name}={text}, which is not a non-negative integer")
     return int(text)
 
 
 def _started_by_srun(environment: Mapping[str, str]) -> bool:
-    """Were Slurm's variables meant for this process? Below mpiexec they may be inherited: MPI's own then differ."""
+    """Return whether Slurm's variables describe this process.
+
+    Under mpiexec they may be inherited from the surrounding job step. They then differ from MPI's, which are used.
+    """
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NUM_TASKS" not in environment:
         return False
     for rank, world in _MPI_VARIABLES:
@@ -162,7 +166,7 @@ def _started_by_srun(environment: Mapping[str, str]) -> bool:
 
 def _from_slurm(environment: Mapping[str, str]) -> Place:
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "localhost")
-    # Every task must name the same port without talking to the others: one that is the step's own.
+    # Every task must choose the same port without communication, so derive it from the numbers of the job and step.
     step = 1009 * _integer(environment, "SLURM_JOB_ID") + _integer(environment, "SLURM_STEP_ID")
     return Place(
         rank=_integer(environment, "SLURM_PROCID"),
@@ -176,8 +180,8 @@ def _from_slurm(environment: Mapping[str, str]) -> Place:
 
 def _from_mpi(environment: Mapping[str, str]) -> Place:
     try:
-        from mpi4py import MPI  # starts MPI: only where an MPI launcher is seen
-    except (ImportError, RuntimeError):  # RuntimeError: the package is here, but no MPI library
+        from mpi4py import MPI  # initialises MPI: only under an MPI launcher
+    except (ImportError, RuntimeError):  # RuntimeError: mpi4py is installed, an MPI library is not
         raise UserError(
             "mpi4py finds no MPI library: pip install 'moe_dist[mpi]' for MPICH, or load the MPI that mpiexec is from"
         ) from None
@@ -201,5 +205,5 @@ def _from_mpi(environment: Mapping[str, str]) -> Place:
 
 
 def host_name() -> str:
-    """Name this machine as an operator would who drains it."""
+    """Return Slurm's name for this node, which an operator needs to drain it, or else the host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

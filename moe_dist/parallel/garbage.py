@@ -1,19 +1,20 @@
 """Garbage collection at the same step on every rank.
 
-Python collects by itself when enough objects have been made, at another moment on each rank, and every other rank then
-waits for that one in the next collective: in a large job some rank is nearly always the one. torchtitan does the same.
+Python collects automatically once enough objects have been allocated, which happens at a different moment on each rank.
+All other ranks then wait for the collecting rank in the next collective. In a large job some rank is nearly always
+collecting. torchtitan aligns the collections, too.
 """
 
 from __future__ import annotations
 
 import gc
 
-EVERY = 50  # steps between two collections of the young objects, which take milliseconds
-FULL = 1000  # steps between two collections of all objects: cycles that were in use during a collection of the young
+EVERY = 50  # steps between two collections of the young generations, which take milliseconds
+FULL = 1000  # steps between two collections of all generations: cycles can outlive a collection of the young ones
 
 
 class AlignedCollection:
-    """Context manager around a training loop: `after` every step. Inside it Python does not collect by itself."""
+    """Context manager around a training loop that turns off automatic collection. Call `after` after every step."""
 
     def __enter__(self) -> AlignedCollection:
         self._automatic = gc.isenabled()
@@ -22,7 +23,7 @@ class AlignedCollection:
         return self
 
     def after(self, step: int) -> None:
-        """Collect if this step, which all ranks have finished, is due. step: its number in the run."""
+        """Collect garbage if it is due after this step, which all ranks have finished. step: its number in the run."""
         if step % FULL == 0:
             gc.collect()
         elif step % EVERY == 0:

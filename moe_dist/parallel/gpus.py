@@ -1,4 +1,4 @@
-"""One GPU for each rank: ranks that share one are reported in one sentence, before NCCL refuses them."""
+"""A check that every rank has its own GPU. It reports shared GPUs in one sentence, before NCCL fails on them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from moe_dist.parallel.discovery import Place, host_name
 
 
 def check_gpus(place: Place, device: torch.device) -> dist.Store | None:
-    """Raise UserError on every rank if two of them are on one GPU. Collective, after Place.export.
+    """Raise UserError on every rank if two ranks share a GPU. Collective: every rank calls it after Place.export.
 
-    Ranks may share a GPU on purpose if each of them sets its own NCCL_HOSTID, by which NCCL tells hosts apart.
+    Ranks may share a GPU on purpose if each sets its own NCCL_HOSTID, by which NCCL distinguishes hosts.
 
-    NCCL meets the ranks while torch.distributed is initialised, so they meet here before that, in the store of the same
-    address and port. Keep the store that is returned until the initialisation is done: it is used again.
+    NCCL connects the ranks when torch.distributed is initialised, so this check must come before that. It communicates
+    through the store at the same address and port. Keep the returned store until torch.distributed is initialised,
+    which reuses it. Returns None if there is no GPU or only one rank.
     """
     gpu = gpu_of(device)
     if gpu is None or place.world == 1:
@@ -31,16 +32,16 @@ def check_gpus(place: Place, device: torch.device) -> dist.Store | None:
     problem = shared_gpu([tuple(json.loads(seat)) for seat in mine.multi_get(ranks)])
     if problem is not None:
         mine.set(f"{place.rank} knows", "")
-        if place.rank == 0:  # it holds the store: the others must have read it
+        if place.rank == 0:  # it hosts the store, so it must not exit before the others have read it
             mine.wait([f"{rank} knows" for rank in ranks])
         raise UserError(problem)
     return store
 
 
 def shared_gpu(seats: list[tuple[str, str, str]]) -> str | None:
-    """Return a sentence if two ranks are on one GPU. seats: host, GPU and NCCL_HOSTID of each rank.
+    """Return an error sentence if two ranks share a GPU, otherwise None. seats: (host, GPU, NCCL_HOSTID) of each rank.
 
-    NCCL takes ranks for ranks of one host if their NCCL_HOSTID is the same, or, without it, their host name.
+    NCCL considers two ranks to be on one host if their NCCL_HOSTIDs are equal. If it is not set, the host name is used.
     """
     taken = Counter((gpu, hostid or host) for host, gpu, hostid in seats)
     host = next((host for host, gpu, hostid in seats if taken[gpu, hostid or host] > 1), None)
@@ -56,5 +57,5 @@ def shared_gpu(seats: list[tuple[str, str, str]]) -> str | None:
 
 
 def gpu_of(device: torch.device) -> str | None:
-    """Return the UUID of a CUDA device; None for another device."""
+    """Return the UUID of a CUDA device, or None for any other device."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None

@@ -1,8 +1,7 @@
-"""Who works with whom: data parallel, expert parallel, expert-data parallel ranks.
+"""The parallel layout: process groups for data, expert and expert-data parallelism.
 
-world: all ranks. dp: ranks that read data of their own; today that is every rank. ep ranks together hold all experts;
-edp = dp / ep ranks share an expert.
-EP groups are runs of neighbouring ranks (0..ep-1, ep..2ep-1, ...), as in Megatron.
+world: all ranks. dp: ranks that read their own data, which today is every rank. ep ranks together hold all experts.
+edp = dp / ep ranks hold the same experts. EP groups are consecutive ranks (0..ep-1, ep..2ep-1, ...), as in Megatron.
 """
 
 from __future__ import annotations
@@ -53,13 +52,16 @@ class Layout:
 
 
 def check_layout(*, world: int, expert: int) -> None:
-    """Raise UserError where `parallel.expert` does not fit the ranks."""
+    """Raise UserError if `parallel.expert` does not divide the number of ranks."""
     if expert < 1 or world % expert:
         raise UserError(f"parallel.expert={expert} does not divide the {world} ranks of this run")
 
 
 def make_layout(*, expert: int, device: torch.device) -> Layout:
-    """Create the process groups. Collective: every rank calls it after torch.distributed is initialised (if it is)."""
+    """Create the process groups. Collective: every rank calls it. Raises UserError if `expert` does not fit the ranks.
+
+    If torch.distributed is not initialised, return the layout of a single process.
+    """
     if not dist.is_initialized():
         check_layout(world=1, expert=expert)
         return Layout(device=device)

@@ -1,7 +1,7 @@
-"""Told to stop: a signal sets a flag on the rank that gets it, and between two steps the ranks agree whether one did.
+"""Stop requests by signal. A signal sets a flag on the rank that receives it; between steps the ranks share the flags.
 
-Needs the standard library alone until the ranks have met: the handlers are in place before torch is imported, which
-takes seconds that a signal would otherwise end.
+The handlers are installed before torch is imported: the import takes seconds in which a signal would kill the process.
+Therefore this module imports only the standard library at its top.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """Every rank was told to stop while the run was set up: nothing to save. The message is the signal's name."""
+    """Raised on every rank after a signal during set-up, when there is nothing to save. Its text names the signal."""
 
 
 class StopSignals:
-    """Context manager: inside it SIGTERM, SIGUSR1, SIGUSR2 and SIGINT (Ctrl-C) are requests to stop at the next step.
+    """Context manager that turns SIGTERM, SIGUSR1, SIGUSR2 and SIGINT (Ctrl-C) into requests to stop at the next step.
 
-    A handler only sets a flag, so nothing is cut short, no collective and no write; more signals change nothing, but
-    for a second Ctrl-C, which ends the process at once, as if killed. SIGINT stays ignored where a shell has it so
-    (jobs in the background). The earlier handlers are put back at the end, unless the process is on its way out: then
-    the signals are ignored, since a launcher's late SIGTERM must not turn exit status 0 into another.
-    One that is not entered has never anything to tell. For the main thread.
+    The handler only sets a flag, so it interrupts no collective and no write. Further signals change nothing, except
+    that a second Ctrl-C kills the process at once. If SIGINT is ignored already, as in background jobs of a shell, it
+    stays ignored. On exit the earlier handlers are restored. If the process itself is exiting, the signals are ignored
+    instead, since a launcher's late SIGTERM must not change exit status 0.
+    If the context manager was never entered, no signal is ever reported. It must be entered in the main thread.
     """
 
     def __init__(self) -> None:
-        self.received = 0  # number of the first signal; 0: none
+        self.received = 0  # number of the first signal received; 0 if there was none
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignals:
@@ -39,7 +39,7 @@ class StopSignals:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
-            # None stands for a handler that was not set from Python, which Python cannot put back.
+            # None stands for a handler that was not set from Python, which Python cannot restore.
             signal.signal(number, signal.SIG_IGN if kind is SystemExit else handler or signal.SIG_DFL)
 
     def _note(self, number: int, frame: object) -> None:
@@ -49,18 +49,18 @@ class StopSignals:
             os.write(2, b"\nstopping at the next step; Ctrl-C again ends at once, without a checkpoint\n")
 
     def pending(self) -> bool:
-        """Whether this rank has been told to stop."""
+        """Return whether this rank has received a signal."""
         return bool(self.received)
 
     def agreed(self, device: Any) -> str | None:
-        """The name of a signal that any rank has got, the same on every rank; None if none has. Collective."""
+        """Return the name of a signal that any rank has received, or None; the same on all ranks. Collective."""
         from moe_dist.parallel.agreement import largest  # imports torch
 
         number = largest(self.received, device)
         return signal.Signals(number).name if number else None
 
     def check(self, device: Any) -> None:
-        """Raise Stopped on every rank where any rank has been told to stop. Collective."""
+        """Raise Stopped on every rank if any rank has received a signal. Collective."""
         name = self.agreed(device)
         if name is not None:
             raise Stopped(name)

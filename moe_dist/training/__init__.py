@@ -1,3 +1,4 @@
-"""The loop and what one step needs: the run, its set-up, the schedule, trainable parameters, and DeepSpeed behind
-deepspeed.py, the only file that imports it. Sees every room above.
+"""Training: the run and its loop, the set-up, the learning-rate schedule, trainable parameters, and the DeepSpeed
+engine. deepspeed.py is the only file that imports deepspeed. Imports core, config, parallel, data, model, losses,
+checkpoint, metrics, health and evaluate.
 """

@@ -22,6 +22,7 @@ from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 
 from moe_dist.config.recipe import Config
+from moe_dist.core.expert_rows import is_stacked
 from moe_dist.parallel.discovery import discover
 from moe_dist.parallel.gpus import check_gpus
 from moe_dist.parallel.layout import Layout
@@ -88,7 +89,7 @@ class _ZeroEngine(DeepSpeedEngine):
         super()._configure_distributed_model(model)
         # Stages 1 and 2 insist on a group of experts in the optimizer; stage 3 must place frozen experts as well.
         self.has_moe_layers = any(
-            hasattr(parameter, "expert_ids") and (parameter.requires_grad or self.zero_optimization_partition_weights())
+            is_stacked(parameter) and (parameter.requires_grad or self.zero_optimization_partition_weights())
             for parameter in model.parameters()
         )
 
@@ -125,7 +126,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     no_decay: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            is_vector = parameter.dim() - hasattr(parameter, "expert_ids") < 2
+            is_vector = parameter.dim() - is_stacked(parameter) < 2
             (no_decay if is_vector else decay).append(parameter)
     named = [{"name": "decay", "params": decay}, {"name": "no_decay", "params": no_decay, "weight_decay": 0.0}]
     split = split_params_into_different_moe_groups_for_optimizer(named)
@@ -147,7 +148,7 @@ def _mark_experts(model: nn.Module, layout: Layout) -> None:
     marks = {"allreduce": False, "group_name": name}
     marks |= {"ds_zero_placement_family": "autoep_expert", "ds_zero_partition_group_name": name}  # stage 3
     for parameter in model.parameters():
-        if hasattr(parameter, "expert_ids"):
+        if is_stacked(parameter):
             for key, value in marks.items():
                 setattr(parameter, key, value)
     for table, ranks, group in (

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -131,16 +131,14 @@ class Run:
             stop=stop,
         )
 
+    @property
+    def model(self) -> Transformer:
+        return cast(Transformer, self.engine.module)
+
     @cached_property
     def meter(self) -> StepMeter:
         """The meter of this run's steps."""
-        return StepMeter.of(
-            self.engine.module,
-            self.config,
-            self.layout,
-            vocab_size=self.vocabulary.size,
-            domains=self.documents.domains,
-        )
+        return StepMeter.of(self.model, self.config, self.layout, self.documents.domains)
 
     @property
     def last(self) -> int:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
-from moe_dist.config.recipe import Config, ModelConfig, MoEFFN
+from moe_dist.config.recipe import Config, MoEFFN
 from moe_dist.core.batch import Batch
+from moe_dist.core.costs import Costed
 from moe_dist.core.step import ModelOutput
 from moe_dist.metrics.router_agreement import decision_metrics
 from moe_dist.metrics.routing_metrics import RoutingCounts, routing_metrics
@@ -16,6 +15,7 @@ from moe_dist.metrics.step_counts import StepCounts
 from moe_dist.model.moe.moe_layer import routers
 from moe_dist.model.moe.placement import Placement, make_placement
 from moe_dist.model.moe.router import Router
+from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 
 StepMetrics = dict[str, float | list[float]]
@@ -25,27 +25,23 @@ StepMetrics = dict[str, float | list[float]]
 class StepMeter:
     """Counts micro-batches, and makes metrics of the counts."""
 
-    model: ModelConfig
+    model: Costed
     layout: Layout
-    vocab_size: int
     domains: Sequence[str]
-    trained: frozenset[str]  # names of the trained parameters
     router: Router | None  # of the first expert layer; all layers have the same kind
     placement: Placement | None
 
     @classmethod
-    def of(cls, module: nn.Module, config: Config, layout: Layout, *, vocab_size: int, domains: Sequence[str]):
+    def of(cls, model: Transformer, config: Config, layout: Layout, domains: Sequence[str]) -> StepMeter:
         """Make the meter of a model that an engine holds."""
-        router = next(iter(routers(module)), None)
+        router = next(iter(routers(model)), None)
         placement = None
         if router is not None and isinstance(config.model.ffn, MoEFFN):
             placement = make_placement(router.expert_groups, layout.expert, config.model.ffn.slices)
         return cls(
-            model=config.model,
+            model=model,
             layout=layout,
-            vocab_size=vocab_size,
             domains=domains,
-            trained=frozenset(name for name, value in module.named_parameters() if value.requires_grad),
             router=router,
             placement=placement,
         )
@@ -56,7 +52,7 @@ class StepMeter:
 
     def metrics(self, counted: StepCounts, seconds: float) -> StepMetrics:
         """Make the metrics of a step that took `seconds`, equal on every rank but for moe/flops_saved. Collective."""
-        flops = counted.flops(self.model, vocab_size=self.vocab_size, trained=self.trained)
+        flops = counted.flops(self.model)
         totals = counted.over_ranks(flops, self.layout)
         found: StepMetrics = {"model_flops": totals.flops, "model_flops_per_second": totals.flops / seconds}
         if totals.routing is not None:
@@ -73,7 +69,5 @@ class StepMeter:
         )
         top_k, experts = self.router.reference_top_k, found["moe/experts_per_token"]
         if top_k is not None and isinstance(experts, float):
-            found["moe/flops_saved"] = counted.flops_saved(
-                self.model, vocab_size=self.vocab_size, experts=experts, top_k=top_k
-            )
+            found["moe/flops_saved"] = counted.flops_saved(self.model, experts=experts, top_k=top_k)
         return found

@@ -103,6 +103,6 @@ def test_memory_that_cannot_be_page_locked_is_used_as_it_is(runtime):
 
 def test_no_memory_for_a_pinned_snapshot(runtime):
     huge = Fragment("master/x", (2**45,), 0, torch.zeros(1).expand(2**45))
-    with pytest.raises(UserError, match=r"no memory for a snapshot of 131072\.0 GiB a rank"):
+    with pytest.raises(UserError, match=r"no memory for a snapshot of 131072\.0 GiB per rank"):
         HostBuffers(pinned=True).copy([huge])
     assert runtime.calls == 0

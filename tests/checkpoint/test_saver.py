@@ -156,7 +156,7 @@ def test_the_memory_of_a_snapshot(expert, stage, trainable, tmp_path):
 
 def test_no_memory_for_a_snapshot():
     huge = Fragment("master/x", (2**45,), 0, torch.zeros(1).expand(2**45))
-    with pytest.raises(UserError, match=r"no memory for a snapshot of 131072\.0 GiB a rank \(checkpoint.asynchronous"):
+    with pytest.raises(UserError, match=r"no memory for a snapshot of 131072\.0 GiB per rank \(checkpoint.asynch"):
         HostBuffers(pinned=False).copy([huge])
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_dist.config.recipe import load_config
+from moe_dist.core.costs import Work
 from moe_dist.metrics.flops import model_flops
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
@@ -82,8 +83,9 @@ def flops_per_token(model, documents=(128,) * 8) -> float:
     share = model.depth.capacity if model.depth else 1.0
     admitted = {layer: [round(share * length) for length in documents] for layer in model.depth_layers}
     rows = [sum(admitted.get(layer, documents)) for layer in range(model.num_layers)]
-    flops = model_flops(model, vocab_size=1536, document_lengths=documents, ffn_rows=rows, admitted=admitted)
-    return flops / sum(documents)
+    with torch.device("meta"):
+        built = Transformer(model, 1536, Layout(), seed=0)
+    return model_flops(built, Work(document_lengths=documents, rows=rows, admitted=admitted)) / sum(documents)
 
 
 def test_mixture_of_depths_has_the_flops_of_the_recipe_without_it_by_more_layers():
@@ -118,7 +120,7 @@ def test_the_adamoe_recipes_differ_in_the_router_and_train_with_equal_flops():
     at_balance = router["top_k"] * router["num_experts"] / (router["num_experts"] + router["num_null_experts"])
     for config, experts in ((null, at_balance), (top_2, top_2.model.ffn.router["top_k"])):
         rows = [round(experts * 512)] * config.model.num_layers
-        of_a_step = model_flops(config.model, vocab_size=2048, document_lengths=[512], ffn_rows=rows)
+        of_a_step = model_flops(build(config, 2048), Work(document_lengths=[512], rows=rows))
         flops.append(of_a_step * config.train.steps)
     assert flops[0] == pytest.approx(flops[1], rel=0.02)
 

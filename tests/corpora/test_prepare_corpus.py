@@ -186,7 +186,7 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_finished(out, monk
 def test_another_folder_is_never_overwritten(out):
     prepare("emoji", {}, out)
     before = digests(out)
-    with pytest.raises(UserError, match="prepared otherwise"):
+    with pytest.raises(UserError, match="prepared with other settings"):
         prepare("emoji", {"size": 32}, out)
     (out / RECORD).write_text('{"corpus": "emo')
     with pytest.raises(UserError, match=r"corpus.json is missing or is not JSON"):

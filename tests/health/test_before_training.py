@@ -54,7 +54,7 @@ def test_healthy_ranks_say_where_they_are():
     hosts = ["n1", "n1", "n2", "n2"]
     summary, found = run_ranks(_check, 4, hosts, None)[0]
     assert "n1: ranks 0-1 on cpu\nn2: ranks 2-3 on cpu\n" in summary
-    assert f"torch {torch.__version__}" in summary and "all-to-all right" in summary
+    assert f"torch {torch.__version__}" in summary and "all-to-all correct" in summary
     assert [rank["host"] for rank in found["ranks"]] == hosts
     assert len(found["bytes_per_second"]) == 4 and min(found["bytes_per_second"]) > 0
 
@@ -72,7 +72,7 @@ def test_the_version_of_torch_names_its_build(monkeypatch):
         ("code", "code revision is other on n2 (rank 1), but "),
         ("config", "resolved recipe is "),
         ("devices", "number of devices is 5 on n2 (rank 1), but "),
-        ("network", "rank 1 on n2 got other values than rank 0 on n1 had sent"),
+        ("network", "rank 1 on n2 received other values than rank 0 on n1 sent"),
     ],
 )
 def test_what_does_not_match_stops_every_rank(spoil, sentence):

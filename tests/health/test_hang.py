@@ -38,7 +38,7 @@ def test_a_hang_is_told_by_rank_0_and_shows_its_stack(tmp_path):
     for rank in (0, 1):
         done = run(tmp_path, rank, 1.0, 1, "stuck")
         assert done.returncode == 1
-        assert "nothing was finished for 1 seconds" in done.stderr
+        assert "no progress for 1 seconds" in done.stderr
         assert "in stuck_in_the_mud" in (tmp_path / "stacks" / f"rank-{rank}.txt").read_text()
         assert ((tmp_path / "told").exists(), rank) in ((True, 0), (False, 1))
         (tmp_path / "told").unlink(missing_ok=True)

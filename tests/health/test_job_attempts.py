@@ -50,7 +50,7 @@ def test_how_it_ended(state, reason, restart, verdict, folder):
     folder.write_status(state, 3, reason, restart=restart)
     ending = end(folder.path, 1, 2)
     assert ending.verdict == verdict
-    assert (reason or "ended without a word") in ending.sentence
+    assert (reason or "exited without writing a status") in ending.sentence
 
 
 @pytest.mark.parametrize(("code", "verdict"), [(2, "wrong"), (1, "again"), (0, "again"), (137, "again")])

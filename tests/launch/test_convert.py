@@ -182,7 +182,7 @@ def test_a_run_starts_from_imported_weights_dense_and_upcycled(emoji_samples, tm
 
     _, said, status = train(start_from(dense), out=tmp_path / "resumed", resume=str(dense))
     assert status != 0
-    assert "error: the checkpoint holds weights alone, not a run that could be resumed: use init_from" in said
+    assert "error: the checkpoint holds only weights, so no run can be resumed from it: use init_from" in said
 
 
 @pytest.mark.slow

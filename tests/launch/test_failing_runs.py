@@ -110,7 +110,7 @@ def test_a_recipe_that_is_not_utf8(tmp_path):
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
 def test_an_environment_that_is_no_number(name, tmp_path):
     outcomes = bare_ranks([f"run.dir={tmp_path}"], world=1, variables={name: "one"})
-    all_failed_with(outcomes, f"the environment sets {name}=one, which is not a whole number from 0 on")
+    all_failed_with(outcomes, f"the environment sets {name}=one, which is not a non-negative integer")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_dist.config.recipe import load_config
-from moe_dist.metrics.flops import flops_saved, model_flops, num_parameters, work
+from moe_dist.metrics.flops import flops_saved, model_flops, work_of
 from moe_dist.model import attention
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
@@ -68,15 +68,17 @@ def counted_and_formula(config, trainable=("*",), *, twin=None, lengths=LENGTHS)
     real.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     with torch.no_grad():
         counts = read_counts(real, batch.tokens_T, batch.info)
-    with torch.device("meta"):
-        model = Transformer(config, VOCAB, Layout(), seed=0)
+    model = on_meta(config)
     freeze_others(model, trainable)
     inject(model, counts)
     with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
         step(model, batch.to("meta"))
-    trained = frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
-    told = {"vocab_size": VOCAB, "document_lengths": lengths, **work(outputs[0].records, outputs[0].depths)}
-    return counter.get_total_flops(), model_flops(config, **told, trained=trained)
+    return counter.get_total_flops(), model_flops(model, work_of(lengths, outputs[0].records, outputs[0].depths))
+
+
+def on_meta(config, vocab_size=VOCAB):
+    with torch.device("meta"):
+        return Transformer(config, vocab_size, Layout(), seed=0)
 
 
 def step(model, batch):
@@ -134,6 +136,7 @@ STAGES = {
     "lora_of_experts": (LORA_EXPERTS, {}, ("*.router.*", "*.lora.*")),
     "experts": (MOMA, {}, ("*.experts.*",)),
     "norms": (DENSE, {}, ("layers.1.attention_norm.weight",)),
+    "last_norm": (DENSE, {}, ("norm.weight",)),
 }
 
 
@@ -170,22 +173,31 @@ def test_recomputed_activations_are_a_second_forward_pass_that_does_not_count(ch
     assert recomputed[0] - plain[0] == pytest.approx((plain[0] - output) / 3, rel=0.01)
 
 
-@pytest.mark.parametrize("ffn", FFNS.values(), ids=FFNS)
+@pytest.mark.parametrize("ffn", MORE_FFNS.values(), ids=MORE_FFNS)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"qk_norm": False}, LLAMA, TIED_LLAMA, {**TIED_LLAMA, "attention_lora": LORA}, {"depth": {}}],
+    [{}, {"qk_norm": False}, LLAMA, TIED_LLAMA, {**TIED_LLAMA, "attention_lora": LORA}, {"depth": {"auxiliary": True}}],
     ids=["plain", "no-qk-norm", "llama", "tied", "lora", "depth"],
 )
 def test_parameter_formula_is_exact(ffn, changes):
     config = model_config(ffn, **changes)
-    with torch.device("meta"):
-        model = Transformer(config, VOCAB, Layout(), seed=0)
+    model = on_meta(config)
     experts = 1 if ffn is DENSE else model.layers[0].ffn.router.num_experts
     total = sum(parameter.numel() for parameter in model.parameters())
-    assert num_parameters(config, vocab_size=VOCAB, num_experts=experts) == total
-    active = num_parameters(config, vocab_size=VOCAB, num_experts=experts, counted=1)
+    assert model.num_parameters() == total
     one = 3 * 8 * (32 + 48) if ffn is LORA_EXPERTS else 3 * 32 * 48
-    assert total - active == config.num_layers * (experts - 1) * one
+    for active in (1, 1.5) if experts > 1 else ():
+        assert total - model.num_parameters(experts=active) == config.num_layers * (experts - active) * one
+
+
+def test_parameters_are_those_of_all_ranks():
+    """A rank that holds half of the experts, and one in slices."""
+    for ffn in (TOP_K, MORE_FFNS["moma_7t1i_in_slices"]):
+        config = model_config(ffn)
+        with torch.device("meta"):
+            of_a_rank = Transformer(config, VOCAB, Layout(rank=1, world=2, expert=2, ep_group=object()), seed=0)
+        assert sum(parameter.numel() for parameter in of_a_rank.parameters()) < of_a_rank.num_parameters()
+        assert of_a_rank.num_parameters() == on_meta(config).num_parameters()
 
 
 @pytest.mark.parametrize(
@@ -196,6 +208,6 @@ def test_flops_saved_are_those_of_adamoes_table(experts, percent):
     mixtral = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_query_groups": 8}
     router = {"type": "null_experts", "num_experts": 8, "num_null_experts": 8, "top_k": 3}
     config = model_config({"type": "moe", "hidden_size": 14336, "router": router}, **mixtral)
-    sizes = {"vocab_size": 32_000, "document_lengths": [200], "tokens": 200}
-    assert 100 * flops_saved(config, **sizes, experts=experts, top_k=2) == pytest.approx(percent, abs=0.2)
-    assert flops_saved(config, **sizes, experts=2.0, top_k=2) == 0
+    model, sizes = on_meta(config, vocab_size=32_000), {"document_lengths": [200], "tokens": 200}
+    assert 100 * flops_saved(model, **sizes, experts=experts, top_k=2) == pytest.approx(percent, abs=0.2)
+    assert flops_saved(model, **sizes, experts=2.0, top_k=2) == 0

@@ -7,6 +7,7 @@ from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_
 from moe_dist.model import attention
 from moe_dist.model.attention import BucketedDocuments, VarlenDocuments, locate_documents, rotary_angles, rotation
 from moe_dist.model.mcore import Attention
+from moe_dist.model.site import block_site
 from tests.support import reference_model
 from tests.support import routing_reference as reference
 from tests.support.model_batches import model_config
@@ -26,7 +27,7 @@ def test_attention_equals_the_naive_formula_in_float64(lengths, qk_norm, groups,
     """Also with keys and values shared by 2 or all of the 4 heads, and heads narrower than their share of the width."""
     torch.manual_seed(0)
     config = model_config(qk_norm=qk_norm, rope_base=100.0, num_query_groups=groups, head_size=size)
-    module = Attention(config, layer=0, seed=3).double()
+    module = Attention(config, block_site(config, 0, seed=3).child("attention")).double()
     for parameter in module.parameters():  # norms too must matter
         torch.nn.init.normal_(parameter, std=0.5)
     x = torch.randn(sum(lengths), config.hidden_size, dtype=torch.float64, requires_grad=True)
@@ -55,7 +56,7 @@ def test_lora_on_attention_equals_the_naive_formula_in_float64(qk_norm, groups, 
     config = model_config(
         qk_norm=qk_norm, rope_base=100.0, num_query_groups=groups, head_size=size, attention_lora=lora
     )
-    module = Attention(config, layer=0, seed=3).double()
+    module = Attention(config, block_site(config, 0, seed=3).child("attention")).double()
     torch.manual_seed(0)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)

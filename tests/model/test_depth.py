@@ -123,6 +123,16 @@ def test_everything_admitted_with_open_gates_is_the_model_without_it():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_a_block_keeps_its_names_and_initial_values_within_mixture_of_depths():
+    """So a stage with it starts from a checkpoint without it, and older checkpoints of it are read."""
+    plain = Transformer(model_config(MOMA), VOCAB, Layout(), seed=1).double()
+    with_depth = dict(build(MOMA).named_parameters())
+    gates = {f"depth.{layer}.router.gate.weight" for layer in (0, 2)}
+    assert set(with_depth) == gates | set(dict(plain.named_parameters()))
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, with_depth[name]), name
+
+
 def test_records_number_tokens_as_the_batch_does():
     """What losses and telemetry read: every token that an expert has is one that the layer admitted."""
     batch = batch_of("mixed")

@@ -6,14 +6,27 @@ import pytest
 import torch
 
 from moe_dist.core.routing_plan import RoutingRecord
-from moe_dist.core.seeding import seeded_normal_
+from moe_dist.core.seeding import fold_key, seeded_normal_
 from moe_dist.losses.language import language_loss
 from moe_dist.model import transformer
+from moe_dist.model.moe.depth_router import DepthRouter
+from moe_dist.model.moe.lora_experts import LowRank
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 from tests.support import reference_model
 from tests.support import routing_reference as reference
-from tests.support.model_batches import DENSE, EXPERT_CHOICE, LLAMA, MOMA, TOP_K, VOCAB, make_batch, model_config
+from tests.support.model_batches import (
+    DENSE,
+    EXPERT_CHOICE,
+    LLAMA,
+    LORA,
+    LORA_EXPERTS,
+    MOMA,
+    TOP_K,
+    VOCAB,
+    make_batch,
+    model_config,
+)
 
 FFNS = pytest.mark.parametrize("ffn", [DENSE, TOP_K, EXPERT_CHOICE, MOMA], ids=["dense", "top_k", "moe_8x", "moma"])
 
@@ -151,6 +164,21 @@ def test_initialisation_follows_from_seed_and_name(ffn, embedding):
         std = embedding.get("embedding_init_std", std) if name == "embedding.weight" else std
         seeded_normal_(expected, seed=1, name=name, std=std)
         assert torch.equal(parameter, expected), name
+
+
+@pytest.mark.parametrize("ffn", [MOMA, TOP_K, LORA_EXPERTS], ids=["moma", "top_k", "lora"])
+def test_a_module_draws_with_its_name_in_the_module_tree(ffn):
+    """Ties and dropout are keyed, and all parameters drawn, by the names that the module tree has."""
+    model = build(ffn, depth={"auxiliary": True}, attention_lora=LORA)
+    keyed = {name: module for name, module in model.named_modules() if hasattr(module, "key")}
+    assert {type(module) for module in keyed.values()} >= {DepthRouter, LowRank}
+    for name, module in keyed.items():
+        assert module.key == fold_key(1, name, "dropout" if isinstance(module, LowRank) else "ties"), name
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in (".router.", ".auxiliary.")):
+            expected = torch.empty_like(parameter)
+            seeded_normal_(expected, seed=1, name=name, std=model.config.init_std)
+            assert torch.equal(parameter, expected), name
 
 
 @FFNS

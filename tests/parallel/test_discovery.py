@@ -112,12 +112,12 @@ def test_an_incomplete_environment_is_named(missing):
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
-        ({"RANK": "one"}, "RANK=one, which is not a whole number"),
-        ({"RANK": "-1"}, "RANK=-1, which is not a whole number"),
+        ({"RANK": "one"}, "RANK=one, which is not a non-negative integer"),
+        ({"RANK": "-1"}, "RANK=-1, which is not a non-negative integer"),
         ({"RANK": "2"}, "RANK=2, but WORLD_SIZE=2 ranks are numbered from 0"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two, which is not a whole number"),
-        ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK=1.5, which is not a whole number"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT=http, which is not a whole number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two, which is not a non-negative integer"),
+        ({"LOCAL_RANK": "1.5"}, "LOCAL_RANK=1.5, which is not a non-negative integer"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http, which is not a non-negative integer"),
     ],
 )
 def test_an_environment_that_makes_no_sense_is_named(environment, sentence):
@@ -127,7 +127,7 @@ def test_an_environment_that_makes_no_sense_is_named(environment, sentence):
 
 
 def test_a_slurm_variable_that_makes_no_sense_is_named():
-    with pytest.raises(UserError, match="SLURM_PROCID=x, which is not a whole number"):
+    with pytest.raises(UserError, match="SLURM_PROCID=x, which is not a non-negative integer"):
         discover(SRUN | {"SLURM_PROCID": "x"})
 
 

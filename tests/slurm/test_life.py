@@ -120,7 +120,7 @@ def test_a_hang_ends_and_the_run_goes_on(slurm, tiny, planted, undisturbed, tmp_
     job = slurm.sbatch("pretrain_moma.sh", *tiny, "health.hang_seconds=8", **planted("hang once"))
     slurm.ended(job)
     log = slurm.log(job)
-    assert "failed after 2 steps: nothing was finished for 8 seconds (health.hang_seconds): stacks in " in log
+    assert "failed after 2 steps: no progress for 8 seconds (health.hang_seconds); the stacks are in " in log
     stacks = [(run / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
     assert "in planted_hang" in stacks[1] and "in planted_hang" not in stacks[0]
     assert "distributed_c10d.py" in stacks[0], "it waits for the other"

@@ -23,7 +23,7 @@ def test_the_shipped_script_trains(undisturbed):
     assert (shown["JobName"], shown["Partition"], shown["NodeList"]) == ("moma", "urgent", "127.0.1.[1-2]")
     for part in (
         f"127.0.1.1: rank 0 on cpu\n127.0.1.2: rank 1 on cpu\npython {sys.version.split()[0]}, torch ",
-        "all-to-all right",
+        "all-to-all correct",
         "step 20/20 | non-causal loss",  # rank 0's progress
         f"done after 20 of 20 steps: {run}",
         f"logs of all ranks: {run}/logs/{undisturbed.job}.0",
@@ -70,7 +70,7 @@ def test_what_only_the_ranks_find_wrong_is_not_started_again_either(slurm, tiny,
     assert (shown["ExitCode"], shown["Restarts"]) == ("2:0", "0")
     log = slurm.log(job)
     assert log.count("error: parallel.expert=3 does not divide the 2 ranks of this run") == 1, log
-    assert "starting again cannot help" in log and "Traceback" not in log
+    assert "restarting cannot help" in log and "Traceback" not in log
 
 
 def test_a_node_with_another_torch_is_named(slurm, tiny, planted):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe_dist.config.recipe import MoEFFN
 from moe_dist.core.batch import IMAGE, TEXT, TokenInfo
 from moe_dist.model.moe.moe_layer import MoELayer, build_moe_layer
+from moe_dist.model.site import Site
 from moe_dist.parallel.layout import Layout
 from tests.support import routing_reference as reference
 
@@ -124,9 +125,8 @@ def make_batch(kind: str, rank: int) -> tuple[Tensor, TokenInfo, Tensor]:
 def make_layer(router: str, kind: str = "mixed", layout: Layout | None = None, slices: int = 1) -> MoELayer:
     """Build a float64 layer. If `kind` is "skewed", every gate sends positive inputs to its expert 0."""
     ffn = MoEFFN(type="moe", hidden_size=EXPERT_WIDTH * slices, slices=slices, router=ROUTERS[router])
-    layer = build_moe_layer(
-        ffn, hidden_size=WIDTH, layer=3, seed=5, layout=layout or Layout(), init_std=0.3, output_std=0.2
-    ).double()
+    site = Site(hidden_size=WIDTH, layer=3, seed=5, init_std=0.3, output_std=0.2, name="layers.3.ffn")
+    layer = build_moe_layer(ffn, site, layout or Layout()).double()
     for name, parameter in layer.router.named_parameters():
         if name.endswith("bias"):  # biases start at zero, where an error would not be noticed
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(2))

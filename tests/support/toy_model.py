@@ -13,6 +13,7 @@ from moe_dist.core.batch import MODALITIES, Batch, TokenInfo
 from moe_dist.core.step import ModelOutput, ObjectiveOutput
 from moe_dist.core.strict import validate
 from moe_dist.model.moe.moe_layer import build_moe_layer
+from moe_dist.model.site import Site
 from moe_dist.parallel.layout import Layout
 
 VOCABULARY, WIDTH, EXPERTS = 50, 16, 4  # ids from 40 on are image codes
@@ -33,9 +34,8 @@ class ToyModel(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         self.norm = nn.RMSNorm(WIDTH)
         ffn = MoEFFN(type="moe", hidden_size=16, router=router)
-        self.ffn = build_moe_layer(
-            ffn, hidden_size=WIDTH, layer=0, seed=seed, layout=layout, init_std=INIT_STD, output_std=INIT_STD
-        )
+        site = Site(hidden_size=WIDTH, layer=0, seed=seed, init_std=INIT_STD, name="layers.0.ffn")
+        self.ffn = build_moe_layer(ffn, site, layout)
         self.output = nn.Linear(WIDTH, VOCABULARY)
         for parameter in (self.embedding.weight, self.output.weight):
             nn.init.normal_(parameter, std=INIT_STD, generator=generator)

@@ -31,7 +31,7 @@ def metrics_of(
     """Metrics of one step, without those of time."""
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
     engine = make_engine(Transformer(config.model, VOCABULARY, layout, seed=3), config, layout)
-    meter = StepMeter.of(engine.module, config, layout, vocab_size=VOCABULARY, domains=())
+    meter = StepMeter.of(engine.module, config, layout, domains=())
     with watching(follow) as watch, pytest.MonkeyPatch.context() as patch:
         if only_the_last:
             patch.setattr(StepCounts, "__add__", lambda _, other: other)

@@ -1,1 +1,3 @@
-"""Raw WebDataset tars: finding, checking, reading and writing them; decoded samples."""
+"""Raw WebDataset tars: finding, checking, reading and writing them, and decoding their samples. Imports core and
+data/tasks.
+"""

@@ -1,1 +1,3 @@
-"""From cached tokens to batches: packing, lanes, the training loader, held-out batches, RoMA's neighbours."""
+"""Batches from cached tokens: packing, lanes, the training loader, held-out batches and RoMA's neighbour store. Imports
+core, config, data/tasks and data/tokenizers.
+"""

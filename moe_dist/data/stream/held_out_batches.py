@@ -1,8 +1,8 @@
-"""Held-out batches: finite, the same for every run and every parallel layout.
+"""Held-out batches: a finite sequence, the same for every run and every parallel layout.
 
-One pass over the held-out store in one fixed order, packed as in training but without caption dropout; neither seed
-nor ranks change it. Rank r takes the groups j with j mod dp == r; ranks that run short get a group of padding, so that
-all run the same number of forward passes and the sums over ranks count every token once.
+They are one pass over the held-out store in a fixed order, independent of the seed and the number of ranks, packed as
+in training but without caption dropout. Rank r takes the groups j with j mod dp == r. If a rank has one group fewer, it
+gets a group of padding. So all ranks run the same number of forward passes, and sums over ranks count every token once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def held_out_batches(
     dp: int,
     batch_groups: int,
 ) -> Iterator[Batch]:
-    """Yield this rank's micro-batches of the first `groups` held-out groups (fewer where the store ends before)."""
+    """Yield this rank's micro-batches of the first `groups` held-out groups (fewer if the store ends earlier)."""
     assembler = Assembler(
         store=store,
         vocabulary=vocabulary,
@@ -44,7 +44,7 @@ def held_out_batches(
         caption_dropout=0.0,
     )
     if not len(store):
-        raise UserError("the held-out split holds no documents: see data.validation_shards")
+        raise UserError("the held-out split holds no documents: check data.validation_shards")
     plan = list(islice(_pass(assembler, data), groups))
     padding: Group = [[]] * data.group_sequences
     rounds = -(-len(plan) // dp)
@@ -69,10 +69,10 @@ class _Mixed:
 
 
 class ShuffledCaptions:
-    """A store whose pairs have each other's captions: no image keeps its own, nor another copy of the same caption.
+    """A store with captions shuffled among its pairs. No image keeps its own caption or gets an equal one.
 
-    Captions go to a pair whose own one has the same length or nearly so, which keeps the packing alike. A model that
-    uses the caption must find the images of this store harder to predict.
+    A caption moves to a pair whose own caption has about the same length, so the packing hardly changes. A model that
+    uses captions should predict the images of this store worse.
     """
 
     def __init__(self, store: DocumentStore):
@@ -81,8 +81,8 @@ class ShuffledCaptions:
         self.domains, self.part_ends = store.domains, store.part_ends
         pairs = np.flatnonzero(self.has_image)
         captions = {int(i): np.ascontiguousarray(store.document(int(i)).text).tobytes() for i in pairs}
-        # Equal captions lie side by side, those of one length in random order; a shift by the size of the largest set
-        # of equal ones then gives every pair a different caption.
+        # Sort by length, in random order within a length but with equal captions adjacent. A shift by the size of the
+        # largest set of equal captions then gives every pair a different caption.
         order = sorted(captions, key=lambda i: (len(captions[i]), hashlib.sha256(captions[i]).digest(), i))
         shift = max(Counter(captions.values()).values(), default=0)
         if 2 * shift > len(order):

@@ -1,14 +1,14 @@
-"""Lanes: the fixed number of data streams that make the order of the data independent of the number of ranks.
+"""Lanes: a fixed number of data streams that make the order of the data independent of the number of ranks.
 
-The documents of a store are cut into data.lanes contiguous ranges whose sizes differ by one at most; of several corpora
-(data.shards is a list) each is cut for itself, so that every lane has its share of every corpus. A lane is infinite: it
-reads its documents over and over, each epoch in a fresh order, so a lane with fewer documents (or shorter ones) just
-begins its next epoch earlier; no lane waits for another and no document is left out. Everything that depends on order
-happens inside the lane: shuffling, packing, the mix of modalities and of corpora. Selection group j of a run is group
+The documents of a store are split into data.lanes contiguous ranges whose sizes differ by at most one. If data.shards
+lists several corpora, each corpus is split separately, so that every lane has its share of every corpus. A lane is
+infinite: it reads its documents again in every epoch, each time in a new order. A lane with fewer or shorter documents
+begins its next epoch earlier. No lane waits for another, and no document is left out. Everything that depends on order
+happens inside a lane: shuffling, packing, and mixing of modalities and corpora. Selection group j of a run is group
 j // lanes of lane j mod lanes.
 
-State: per stream the epoch, the place in it, and the (epoch, document, start) of the pieces read but not yet packed;
-their tokens are assembled again on resume.
+State: the epoch and position of each stream, and the (epoch, document, start) of the pieces read but not yet packed. On
+resume their tokens are assembled again.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
 from moe_dist.data.stream.packing import Assembler, Group, Piece, fill_sequence, random_bits, reachable_image_fraction
 
-LOOK_AHEAD = 64  # pieces a stream holds for the packer to choose from
+LOOK_AHEAD = 64  # number of pieces that a stream holds for the packer to choose from
 
 
 class Stream:
-    """The pieces of some documents, epoch after epoch; `pending` holds the next ones, oldest first."""
+    """A stream of the pieces of given documents over epochs. `pending` holds the next pieces, oldest first."""
 
     def __init__(self, documents: np.ndarray, assembler: Assembler, *, lane: int, epochs: int | None = None):
         self._documents = documents
         self._assemble = assembler
         self._lane = lane
-        self._epochs = epochs  # None: for ever
+        self._epochs = epochs  # None: infinite
         self._epoch, self._cursor = 0, 0
         self._order = self._permutation()
         self.pending: list[Piece] = []
 
     def refill(self) -> list[Piece]:
-        """Read ahead; returns `pending`, which is empty only when a finite stream has ended."""
+        """Read ahead and return `pending`, which is empty only at the end of a finite stream."""
         while len(self.pending) < LOOK_AHEAD and self._epoch != self._epochs:
             self.pending.append(self._assemble(self._epoch, int(self._order[self._cursor])))
             self._cursor += 1
@@ -69,7 +69,7 @@ class Lane:
         self._data = data
 
     def next_group(self) -> Group:
-        """The pieces of the next group's sequences; all empty when a finite stream has ended."""
+        """Return the pieces of each sequence of the next group. All are empty at the end of a finite stream."""
         length = self._data.sequence_length
         return [fill_sequence(self._stream.refill(), length) for _ in range(self._data.group_sequences)]
 
@@ -81,11 +81,12 @@ class Lane:
 
 
 class SteeredLane:
-    """A stream of selection groups whose image share of the valid tokens keeps to data.image_fraction.
+    """A stream of selection groups in which a fraction data.image_fraction of the valid tokens are image tokens.
 
-    Pairs and texts come from a stream each. After every sequence the group's image tokens are as near to the target as
-    whole images allow; text then fills the sequence as far as the target leaves room for it. So a group misses the
-    target by about half an image at most, and near the limit of what pairs give the price is padding.
+    Pairs and texts come from separate streams. Each sequence first gets the pairs that bring the group's image tokens
+    as near to the target as whole images allow. Text then fills the sequence as far as the target permits. A group thus
+    misses the target by about half an image at most. Near the largest fraction that pairs can reach, sequences are
+    padded.
     """
 
     def __init__(self, pairs: Stream, texts: Stream, data: DataConfig, fraction: float):
@@ -94,7 +95,7 @@ class SteeredLane:
         self._fraction = fraction
 
     def next_group(self) -> Group:
-        """As Lane.next_group."""
+        """Return the pieces of each sequence of the next group, as Lane.next_group does."""
         group: list[list[Piece]] = []
         used = image = 0
         for i in range(self._data.group_sequences):
@@ -111,7 +112,10 @@ class SteeredLane:
         return group
 
     def _take_pairs(self, wanted: float) -> tuple[list[Piece], float]:
-        """Pairs of one sequence whose image tokens come nearest to `wanted`, and half an image's tokens."""
+        """Take pairs for one sequence whose image tokens come nearest to `wanted`.
+
+        Return the pairs and half the number of an image's tokens.
+        """
         taken: list[Piece] = []
         room, half = self._data.sequence_length, 0.0
         while pending := self._pairs.refill():
@@ -139,7 +143,10 @@ Lanes = dict[int, Lane | SteeredLane]
 def make_lanes(
     assembler: Assembler, data: DataConfig, *, numbers: Iterable[int], lanes: int, epochs: int | None = None
 ) -> Lanes:
-    """Lanes `numbers` of the `lanes` into which the store is cut. UserError where the store does not allow it."""
+    """Split the store into `lanes` lanes and return those in `numbers`.
+
+    Raises UserError if the store has too few documents or cannot reach data.image_fraction.
+    """
     has_image = np.asarray(assembler.store.has_image)
     if data.image_fraction is None:
         ranges = _ranges(np.arange(len(assembler.store)), assembler.store.part_ends, lanes, "documents")
@@ -159,11 +166,11 @@ def make_lanes(
 
 
 def _ranges(documents: np.ndarray, part_ends: np.ndarray, lanes: int, kind: str) -> list[np.ndarray]:
-    """The documents (ascending) of each lane."""
+    """Return the documents (ascending) of each lane."""
     if len(documents) < lanes:
         raise UserError(f"data.lanes={lanes} needs at least as many {kind}, the shards hold {len(documents)}")
     ranges: list[list[np.ndarray]] = [[] for _ in range(lanes)]
-    first = 0  # the lane that is next to get one more than others
+    first = 0  # the next lane to get one document more than the others
     for part in np.split(documents, np.searchsorted(documents, part_ends[:-1])):
         for number, share in enumerate(np.array_split(part, lanes)):
             ranges[(first + number) % lanes].append(share)
@@ -174,7 +181,7 @@ def _ranges(documents: np.ndarray, part_ends: np.ndarray, lanes: int, kind: str)
 def _check_fraction(assembler: Assembler, fraction: float) -> None:
     most = reachable_image_fraction(assembler)
     if np.asarray(assembler.store.has_image).all():
-        reason = f"without text-only documents the shards give {most:.3f} and nothing to mix in"
+        reason = f"without text-only documents to mix in, these shards give {most:.3f}"
     elif fraction > most:
         reason = f"with these shards it can be 0 to {most:.3f}"
     else:

@@ -1,13 +1,14 @@
-"""The neighbour store of RoMA (docs/roma.md): how a model routes each training sample, and whom it shall resemble.
+"""The neighbour store of RoMA (docs/roma.md): each training sample's routing, and the neighbours it should imitate.
 
-A folder:
+The store is a folder of three files:
   store.json             format, the model's identity, and how the neighbours were found (embedder, k, sigma)
-  samples.safetensors    sample_N int64 hashes in ascending order, right_N bool: the model answers it rightly,
-                         routing_NR float32: the routers' softmax at the last prompt token, all expert layers end to end
-  neighbours.safetensors neighbour_NK int64 rows of samples.safetensors, weight_NK float32: rows sum to 1; a sample
-                         without neighbours has 0 everywhere
+  samples.safetensors    sample_N int64 hashes in ascending order; right_N bool, true if the model answers correctly;
+                         routing_NR float32, the routers' softmax at the last prompt token, concatenated over all expert
+                         layers
+  neighbours.safetensors neighbour_NK int64 rows of samples.safetensors; weight_NK float32, whose rows sum to 1, or are
+                         all 0 for a sample without neighbours
 
-It is written in two steps, collecting and finding neighbours; training opens it when both are done.
+It is written in two steps: collecting samples, then finding neighbours. Training needs both.
 
 Shape suffixes: N samples of the store, S samples of a micro-batch, K neighbours, R routing values of a sample.
 """
@@ -35,7 +36,7 @@ ABOUT, SAMPLES, NEIGHBOURS = "store.json", "samples.safetensors", "neighbours.sa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """The first half of a store."""
+    """Content of samples.safetensors."""
 
     sample_N: Tensor
     right_N: Tensor
@@ -44,20 +45,22 @@ class Samples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Neighbours:
-    """The second half."""
+    """Content of neighbours.safetensors."""
 
     neighbour_NK: Tensor
     weight_NK: Tensor
 
 
 def write_samples(folder: Path, samples: Samples, about: Mapping[str, Any]) -> None:
-    """Begin a store; the neighbours of an earlier one go. about: `model`, and whatever else says where it is from.
+    """Begin a store, deleting the neighbours of an earlier one. about: `model` and other provenance for store.json.
 
-    Raises UserError if no sample was answered rightly.
+    Raises UserError if no sample was answered correctly.
     """
     right = int(samples.right_N.sum())
     if not right:
-        raise UserError(f"the success set is empty: the model answers none of {len(samples.sample_N)} samples rightly")
+        raise UserError(
+            f"the success set is empty: the model answers none of {len(samples.sample_N)} samples correctly"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     for name in (ABOUT, NEIGHBOURS):
         (folder / name).unlink(missing_ok=True)
@@ -67,7 +70,7 @@ def write_samples(folder: Path, samples: Samples, about: Mapping[str, Any]) -> N
 
 
 def read_samples(folder: Path) -> tuple[Samples, dict[str, Any]]:
-    """The first half and store.json. Raises UserError where they are missing or damaged."""
+    """Read the samples and store.json. Raises UserError if they are missing or damaged."""
     about = read_json(folder / ABOUT)
     if about.get("format") != NEIGHBOURS_FORMAT:
         raise UserError(
@@ -77,19 +80,19 @@ def read_samples(folder: Path) -> tuple[Samples, dict[str, Any]]:
 
 
 def write_neighbours(folder: Path, neighbours: Neighbours, about: Mapping[str, Any]) -> None:
-    """Complete a store. about: how they were found; it joins store.json as `neighbours`."""
+    """Complete a store. about: how the neighbours were found, added to store.json under `neighbours`."""
     stored = read_json(folder / ABOUT)
     _write_tensors(folder / NEIGHBOURS, neighbours)
     write_file(folder / ABOUT, json_text({**stored, "neighbours": dict(about)}))
 
 
 class NeighbourStore:
-    """A complete store, read for training."""
+    """A complete neighbour store, opened for training."""
 
     def __init__(self, folder: str | Path, *, model: str | None):
-        """model: identity of the checkpoint that training starts from; None, where it resumes, is not compared.
+        """Open a store. Raises UserError unless it is complete and was collected with `model`.
 
-        Raises UserError unless the store is complete and of that model.
+        model: identity of the checkpoint that training starts from. None, on resume, skips the comparison.
         """
         self.folder = Path(folder)
         self._samples, about = read_samples(self.folder)
@@ -104,7 +107,7 @@ class NeighbourStore:
 
     @property
     def identity(self) -> str:
-        """A digest of the store: equal exactly if every sample has the same neighbours."""
+        """A digest of the store's samples and neighbours. Two stores have the same digest only if these are equal."""
         digest = hashlib.sha256()
         for name in (SAMPLES, NEIGHBOURS):
             with (self.folder / name).open("rb") as stream:
@@ -112,12 +115,12 @@ class NeighbourStore:
         return digest.hexdigest()
 
     def join(self, batch: Batch) -> Batch:
-        """The batch, its sidecar with neighbour_routing_SKR and neighbour_weights_SK. Raises UserError.
+        """Add neighbour_routing_SKR and neighbour_weights_SK to the batch's sidecar.
 
-        Every instruction sample of the batch must be in the store.
+        Raises UserError unless the store has every instruction sample of the batch.
         """
         if "sample_S" not in batch.sidecar:
-            raise UserError(f"data.neighbours={self.folder} is of instructions, and data.shards holds none")
+            raise UserError(f"data.neighbours={self.folder} needs instructions, but data.shards holds none")
         sample_S = batch.sidecar["sample_S"]
         row_S = torch.searchsorted(self._samples.sample_N, sample_S).clamp(max=len(self._samples.sample_N) - 1)
         missing_S = self._samples.sample_N[row_S] != sample_S

@@ -1,18 +1,19 @@
-"""Documents become token pieces, pieces fill sequences, sequences become a Batch.
+"""Packing: documents become token pieces, pieces fill sequences, and sequences become a Batch.
 
-Assembly (one image-text pair or one text is a document):
+Assembly (a document is an image-text pair, a text or an instruction):
   pair       BOS BOI codes EOI caption EOS   or   BOS caption BOI codes EOI EOS   (data.image_first)
   pair whose caption is dropped (data.caption_dropout)   BOS BOI codes EOI EOS
   text only  BOS text EOS
   instruction   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
-Order and dropout are functions of (seed, epoch, document number): the same at every parallel layout and after a resume.
+Order and dropout depend only on (seed, epoch, document number), so they are the same at every parallel layout and after
+a resume.
 
-Lengths: an image is never cut nor split over two sequences. A pair that is longer than a sequence loses the end of its
-caption. A text may be cut anywhere and goes on in a later sequence; each piece is a document of its own for attention
-and positions, only the first one begins with BOS and only the last one ends with EOS. An instruction is never cut: one
-that does not fit what is left of a sequence goes into a later one.
+Lengths: an image is never split over two sequences. If a pair is longer than a sequence, the end of its caption is
+removed. A text may be cut anywhere and continue in a later sequence. Each piece is then a separate document for
+attention and positions; only the first piece begins with BOS and only the last ends with EOS. An instruction is never
+cut: if it does not fit into the rest of a sequence, it goes into a later one.
 
-Every token is predicted from those before it, but of an instruction only the answer and EOS.
+Every token is predicted from the tokens before it, except that in an instruction only the answer and EOS are predicted.
 
 Shape suffixes: T tokens of one micro-batch, S its instructions.
 """
@@ -31,7 +32,7 @@ from moe_dist.core.errors import UserError
 from moe_dist.data.tasks.instructions import InstructionPrompt
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
-NO_DOMAIN = -1  # of padding, and of all that is no instruction
+NO_DOMAIN = -1  # domain of padding and of all documents that are not instructions
 SHORTEST_PIECE = 8  # tokens: a text is not cut to fill less room than this
 
 
@@ -39,22 +40,22 @@ class Document(Protocol):
     """One sample as vocabulary ids, without markers."""
 
     @property
-    def text(self) -> np.ndarray: ...  # ids of the caption or text, possibly none; or of a prompt, then the answer
+    def text(self) -> np.ndarray: ...  # ids of the caption or text (may be empty), or of a prompt and its answer
 
     @property
     def image(self) -> np.ndarray | None: ...  # ids of the image codes
 
     @property
-    def prompt(self) -> InstructionPrompt | None: ...  # of an instruction, which with its markers fits a sequence
+    def prompt(self) -> InstructionPrompt | None: ...  # set for an instruction, which fits a sequence with its markers
 
 
 class DocumentStore(Protocol):
-    """Tokenised documents with random access (data/cache/token_cache.py writes the real one)."""
+    """Tokenised documents with random access. data/cache/token_cache.py implements it."""
 
     has_image: np.ndarray  # bool per document
     lengths: np.ndarray  # text and image tokens per document, without markers
-    domains: tuple[str, ...]  # sorted names of the instructions' domains; none without instructions
-    part_ends: np.ndarray  # int64: the documents of several corpora lie one after another, and end here
+    domains: tuple[str, ...]  # sorted names of the instructions' domains; empty without instructions
+    part_ends: np.ndarray  # int64: end of each corpus in the concatenated documents
 
     def __len__(self) -> int: ...
 
@@ -62,7 +63,7 @@ class DocumentStore(Protocol):
 
 
 def random_bits(seed: int, counter: tuple[int, int, int], count: int) -> np.ndarray:
-    """`count` uint64 from Philox, a counter-based generator: a pure function of its arguments."""
+    """Draw `count` uint64 numbers from Philox, a counter-based generator. They depend on the arguments alone."""
     mask = (1 << 64) - 1
     key = np.array([seed & mask, 0], dtype=np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, *counter], dtype=np.uint64)).random_raw(count)
@@ -70,14 +71,14 @@ def random_bits(seed: int, counter: tuple[int, int, int], count: int) -> np.ndar
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """An assembled document from token `start` on, or a slice of it."""
+    """An assembled document, or a slice of one that begins at its token `start`."""
 
     epoch: int
     document: int
     start: int
     tokens: np.ndarray  # int64 ids
     image_tokens: int
-    prompt_tokens: int = 0  # of an instruction: how many tokens come before the answer
+    prompt_tokens: int = 0  # number of tokens before an instruction's answer
     domain: int = NO_DOMAIN  # index into the store's domains
     sample: int = 0  # InstructionPrompt.sample
 
@@ -86,7 +87,7 @@ class Piece:
 
     @property
     def whole(self) -> bool:
-        """Never cut: there is an image in it, or it is an instruction."""
+        """True if the piece must not be cut, because it contains an image or is an instruction."""
         return bool(self.image_tokens or self.prompt_tokens)
 
     def split(self, at: int) -> tuple[Piece, Piece]:
@@ -98,7 +99,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembler:
-    """Turns documents of a store into pieces."""
+    """Function that turns documents of a store into pieces."""
 
     store: DocumentStore
     vocabulary: Vocabulary
@@ -108,7 +109,10 @@ class Assembler:
     caption_dropout: float
 
     def __call__(self, epoch: int, index: int, start: int = 0) -> Piece:
-        """The document's tokens in this epoch, from token `start` on. UserError if its image cannot fit a sequence."""
+        """Assemble the document's tokens for this epoch, beginning at token `start`.
+
+        Raises UserError if its image does not fit into a sequence.
+        """
         document = self.store.document(index)
         v, text, image = self.vocabulary, document.text, document.image
         if document.prompt is not None:
@@ -139,9 +143,9 @@ class Assembler:
 
 
 def fill_sequence(pending: list[Piece], room: int) -> list[Piece]:
-    """Take out of `pending` (oldest first) the pieces that fill `room` tokens best, cutting a text where that helps.
+    """Remove from `pending` (oldest first) the pieces that best fill `room` tokens. Cut a text if that fills more.
 
-    The oldest piece goes in whenever it can, so none waits for ever. What is left of a cut text keeps its place.
+    The oldest piece is taken whenever it fits, so no piece waits forever. The rest of a cut text keeps its place.
     """
     if not pending:
         return []
@@ -165,16 +169,16 @@ def _must_cut(piece: Piece, room: int) -> bool:
 
 
 def _cut(pending: list[Piece], i: int, room: int) -> Piece:
-    """Take the first `room` tokens of a text, or one less where a single token (nothing to predict) would be left."""
+    """Take the first `room` tokens of a text. If a single token (nothing to predict) would remain, take one less."""
     piece, pending[i] = pending[i].split(min(room, len(pending[i]) - 2))
     return piece
 
 
 def best_subset(lengths: Sequence[int], room: int) -> list[int]:
-    """Indices whose lengths add up to `room` or as little less as possible; 0 is among them if it fits.
+    """Return the indices whose lengths have the largest sum up to `room`. Index 0 is included if it fits.
 
-    Of equally good subsets, one that does without the later items. Subset sum over bit sets: bit s of reach[k] says
-    that some choice among the first k lengths adds up to s.
+    Among equally good subsets, prefer earlier items. The algorithm is subset sum over bit sets: bit s of reach[k] is 1
+    if some of the first k lengths add up to s.
     """
     mask = (1 << (room + 1)) - 1
     reach = [1]
@@ -196,13 +200,14 @@ Group = Sequence[Sequence[Piece]]  # the pieces of each packed sequence of a sel
 def collate(
     groups: Sequence[tuple[int, Group]], vocabulary: Vocabulary, sequence_length: int, *, instructions: bool
 ) -> Batch:
-    """Lay (global group number, group) end to end as one micro-batch on the CPU.
+    """Concatenate groups, given as (global group number, group), into one micro-batch on the CPU.
 
-    The target of a token is the next token of its piece; the last token of a piece and padding have none, nor has a
-    prompt before its last token. Every run of padding is a document of its own, so the document lengths add up to T.
+    The target of a token is the next token of its piece. Padding, the last token of a piece, and prompt tokens before
+    the last one have no target. Every run of padding is a document of its own, so the document lengths add up to T.
 
-    instructions: there are some among the data, so the sidecar holds, of those in this micro-batch, domain_T (index
-    into the store's domains, -1 outside), prompt_end_S (index of the last prompt token) and sample_S (sample_hash).
+    instructions: true if the data contain instructions. The sidecar then describes those in this micro-batch: domain_T
+    (index into the store's domains, -1 elsewhere), prompt_end_S (index of the last prompt token) and sample_S
+    (sample_hash).
     """
     group_tokens = len(groups[0][1]) * sequence_length
     num_tokens = len(groups) * group_tokens
@@ -259,7 +264,10 @@ def _sidecar(placed: Sequence[tuple[int, Piece]], num_tokens: int) -> dict[str, 
 
 
 def reachable_image_fraction(assembler: Assembler) -> float:
-    """Image share of all tokens, markers included, if every document were a pair: the most that steering can reach."""
+    """Return the largest data.image_fraction that the store allows: the fraction if every document were a pair.
+
+    Markers count as tokens.
+    """
     pairs = np.flatnonzero(assembler.store.has_image)
     if not len(pairs):
         return 0.0

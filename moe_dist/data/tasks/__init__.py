@@ -1,1 +1,3 @@
-"""Samples with a task: instructions and multiple-choice items."""
+"""Samples with a prompt and an answer: instructions and multiple-choice items. Imports core, config, data/shards and
+data/tokenizers.
+"""

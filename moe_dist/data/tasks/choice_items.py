@@ -1,4 +1,4 @@
-"""The multiple-choice items among the instruction samples of a split, as their shards hold them."""
+"""Multiple-choice items, read from the instruction samples in a split's shards."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An item as a model sees it: which token each option begins with, where the prompt ends."""
+    """The first token of each option of a multiple-choice item, and the correct option."""
 
     tokens: tuple[int, ...]
     correct: int  # index into tokens
 
 
 def read_instructions(data: DataConfig, split: Split) -> dict[int, Instruction]:
-    """The instruction samples of a split's shards by their hash, which the batch's sidecar calls sample_S."""
+    """Read the instruction samples of a split by sample hash, which is sample_S in the batch's sidecar."""
     return {
         sample.hash: sample.instruction
         for shard in resolve_shards(data.shards, split, data.validation_shards)
@@ -33,23 +33,28 @@ def read_instructions(data: DataConfig, split: Split) -> dict[int, Instruction]:
 
 
 def read_choices(data: DataConfig, split: Split, tokenizer: TextTokenizer) -> Mapping[int, Choice]:
-    """The items by sample hash. Raises UserError for a sample that is none, or if they have unequally many options."""
+    """Read a split's multiple-choice items by sample hash.
+
+    Raises UserError if a sample is not a multiple-choice item, or if items differ in their number of options.
+    """
     instructions = read_instructions(data, split)
     choices = {sample: _choice(instruction, tokenizer) for sample, instruction in instructions.items()}
     counts = sorted({len(choice.tokens) for choice in choices.values()})
     if len(counts) > 1:
-        raise UserError(f"the multiple-choice items have {' or '.join(map(str, counts))} options, not equally many")
+        raise UserError(
+            f"the multiple-choice items have {' or '.join(map(str, counts))} options, but all must have the same number"
+        )
     return choices
 
 
 def _choice(instruction: Instruction, tokenizer: TextTokenizer) -> Choice:
-    """The options are named by letter or by their own text: the way the answer is."""
+    """Tokenize the options as the answer is written: by letter or by their text. Raises UserError."""
     options, correct = instruction.options, instruction.correct
     for names in (LETTERS, options or ()):
         if options is not None and correct is not None and instruction.answer == f" {names[correct]}":
             tokens = [tokenizer.encode_continuation(f" {name}")[0] for name, _ in zip(names, options)]
             return Choice(tuple(tokens), correct)
     raise UserError(
-        f"the sample '{instruction.prompt[:60]}...' is no multiple-choice item: its answer '{instruction.answer}' is "
-        "neither the letter nor the text of its right option"
+        f"the sample '{instruction.prompt[:60]}...' is not a multiple-choice item: its answer '{instruction.answer}' "
+        "is neither the letter nor the text of its correct option"
     )

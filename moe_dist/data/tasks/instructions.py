@@ -1,12 +1,12 @@
-"""Instruction samples: a prompt, with or without an image beside it, and the answer that is to be learnt.
+"""Instruction samples: a prompt, optionally with an image, and the answer to learn.
 
-The .json member of such a sample holds `prompt`, `answer` and `domain`; a multiple-choice item also `question`,
-`options` and `correct`. Other fields are ignored. Training and evaluation lay one out alike:
+The .json member of such a sample has `prompt`, `answer` and `domain`. A multiple-choice item also has `question`,
+`options` and `correct`. Other fields are ignored. Training and evaluation use the same layout:
 
   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
 
-Prompt and answer are tokenised apart, so a prompt has the same ids whatever answer follows. The loss falls on the
-answer and EOS only.
+Prompt and answer are tokenised separately, so a prompt's ids do not depend on the answer. Only the answer and EOS
+contribute to the loss.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Instruction(Strict):
     model_config = ConfigDict(extra="ignore")
 
     prompt: Filled
-    answer: Filled  # goes on where the prompt ends: begins with a blank if one belongs there
-    domain: Filled  # what the sample is about: routing is reported by it
+    answer: Filled  # appended to the prompt as it is, so it begins with a space if one is needed
+    domain: Filled  # the sample's topic; metrics are reported per domain
     question: Filled | None = None
     options: Annotated[tuple[Filled, ...], Field(min_length=2)] | None = None
     correct: Count | None = None  # index into options
@@ -47,34 +47,34 @@ class Instruction(Strict):
         if (self.options is None) != (self.correct is None):
             raise ValueError("options and correct belong together")
         if self.options is not None and self.correct is not None and self.correct >= len(self.options):
-            raise ValueError(f"correct={self.correct} is none of the {len(self.options)} options")
+            raise ValueError(f"correct={self.correct} is not an index into the {len(self.options)} options")
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class InstructionPrompt:
-    """What makes a tokenised document an instruction: its text is a prompt, then the answer."""
+    """The prompt of a tokenised instruction, whose text is the prompt followed by the answer."""
 
-    length: int  # ids of the text that are the prompt
+    length: int  # number of prompt ids at the beginning of the text
     domain: str
     sample: int  # sample_hash
 
 
 def is_instruction(record: dict[str, Any]) -> bool:
-    """Whether a .json member without a caption is meant as one."""
+    """Return whether a .json member without a caption is meant as an instruction."""
     return "prompt" in record or "answer" in record
 
 
 def read_instruction(record: dict[str, Any], where: str) -> Instruction:
-    """Check a .json member. Raises UserError, one sentence that begins with `where` and names the key."""
+    """Validate a .json member. Raises UserError with a sentence that begins with `where` and names the key."""
     return validate(Instruction, record, where)
 
 
 def instruction_ids(tokenizer: TextTokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Ids of the prompt and of the answer, which together decode to prompt + answer."""
+    """Return the ids of the prompt and of the answer, which together decode to prompt + answer."""
     return tokenizer.encode(prompt), tokenizer.encode_continuation(answer)
 
 
 def sample_hash(prompt: str, image: bytes = b"") -> int:
-    """63 bits that identify a sample by its prompt's text and, where one is beside it, the image file's content."""
+    """Return a 63-bit hash that identifies a sample by its prompt and, if it has an image, the image file's content."""
     return int.from_bytes(hashlib.sha256(prompt.encode() + image).digest()[:8]) >> 1

@@ -1,1 +1,1 @@
-"""Text and image tokenizers, their training, and the vocabulary that joins them."""
+"""Text and image tokenizers, their training, and the vocabulary that joins them. Imports core and data/shards."""

@@ -14,26 +14,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.core.costs import Product
 from moe_dist.core.errors import UserError
-from moe_dist.core.seeding import seeded_normal_
-from moe_dist.model.moe.router import Site, precise_linear
+from moe_dist.model.moe.router import RouterPart, precise_linear
+from moe_dist.model.site import Site
 
 
-class AuxiliaryRouter(nn.Module):
+class AuxiliaryRouter(RouterPart):
     """aux(x) = sigmoid(SiLU(x W1) W2), one output for each column of the main router, in float32."""
 
+    detached = True
+
     def __init__(self, columns: int, site: Site):
+        """site: the main router's, which has it as `auxiliary`."""
         super().__init__()
         width, hidden = site.hidden_size, site.hidden_size // 2
+        self.width, self.hidden, self.columns = width, hidden, columns
         self.w1 = nn.Parameter(torch.empty(hidden, width, dtype=torch.float32))
         self.w2 = nn.Parameter(torch.empty(columns, hidden, dtype=torch.float32))
         for name in ("w1", "w2"):
-            full_name = f"{site.name}.auxiliary.{name}"
-            seeded_normal_(getattr(self, name), seed=site.seed, name=full_name, std=site.init_std)
+            site.draw(getattr(self, name), f"auxiliary.{name}")
 
     def forward(self, x_VD: Tensor) -> Tensor:
         """[V, C] before the sigmoid."""
         return precise_linear(F.silu(precise_linear(x_VD.detach(), self.w1)), self.w2)
+
+    def products(self, tokens: int) -> list[Product]:
+        first, second = self.width * self.hidden, self.hidden * self.columns
+        return [Product(first * tokens, (self.w1,)), Product(second * tokens, (self.w2,))]
+
+    def num_parameters(self) -> int:
+        return self.hidden * (self.width + self.columns)
 
 
 def decide_alone(auxiliary_VC: Tensor | None, layer: int) -> Tensor:

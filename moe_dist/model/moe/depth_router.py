@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from moe_dist.config.recipe import DepthConfig
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.routing_plan import Routing
-from moe_dist.core.seeding import fold_key
 from moe_dist.model.moe.auxiliary_router import AuxiliaryRouter, decide_alone
 from moe_dist.model.moe.capacity import expert_capacity, keep_within_capacity
-from moe_dist.model.moe.router import Gate, Site, selection_keys
+from moe_dist.model.moe.router import Gate, selection_keys
+from moe_dist.model.site import Site
 
 
 class DepthRouter(nn.Module):
@@ -32,7 +32,7 @@ class DepthRouter(nn.Module):
         super().__init__()
         self.settings, self.layer = settings, site.layer
         self.has_auxiliary = settings.auxiliary
-        self.key = fold_key(site.seed, site.name, "ties")
+        self.key = site.key("ties")
         self.gate = Gate(1, site)
         self.auxiliary = AuxiliaryRouter(1, site) if settings.auxiliary else None
 

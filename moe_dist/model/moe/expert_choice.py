@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from moe_dist.core.batch import MODALITIES, TokenInfo
 from moe_dist.core.routing_plan import Routing, RoutingPlan, RoutingRecord
-from moe_dist.core.seeding import fold_key, logistic
+from moe_dist.core.seeding import logistic
 from moe_dist.core.strict import Positive
 from moe_dist.model.moe.auxiliary_router import AuxiliaryRouter, decide_alone
 from moe_dist.model.moe.capacity import expert_capacity, join_plans, plan_assignments
-from moe_dist.model.moe.router import Gate, RouterSettings, Site, selection_keys
+from moe_dist.model.moe.router import Gate, RouterSettings, selection_keys
+from moe_dist.model.site import Site
 
 
 class ExpertChoiceRouter(nn.Module):
@@ -49,8 +50,8 @@ class ExpertChoiceRouter(nn.Module):
         self.num_experts = settings.num_experts
         self.expert_groups = (tuple(range(settings.num_experts)),)
         self.settings, self.layer = settings, site.layer
-        self.key = fold_key(site.seed, site.name, "ties")
-        self.noise_key = fold_key(site.seed, site.name, "gumbel")
+        self.key = site.key("ties")
+        self.noise_key = site.key("gumbel")
         self.gate = Gate(settings.num_experts, site)
         self.auxiliary = AuxiliaryRouter(settings.num_experts, site) if settings.auxiliary else None
         self.has_auxiliary = settings.auxiliary

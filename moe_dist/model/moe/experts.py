@@ -6,20 +6,35 @@ Shape suffixes: R rows (sorted by expert), D model width, F expert width, e loca
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.config.recipe import SwiGLUExpertsConfig
+from moe_dist.core.costs import Product
 from moe_dist.core.errors import UserError
+from moe_dist.core.expert_rows import set_expert_ids
 from moe_dist.core.fused import fused
-from moe_dist.core.seeding import seeded_normal_
 from moe_dist.model.moe.swiglu import gated
+from moe_dist.model.site import Site
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldExperts:
+    """The experts that a rank holds: everything an Experts class needs besides its settings."""
+
+    expert_ids: tuple[int, ...]  # global ids, of slices where experts are in slices (Placement)
+    size: int  # hidden size of each; with LoRA experts, of the dense feed-forward part that they share
+    slices: int = 1  # of every expert
+    site: Site
 
 
 class Experts(Protocol):
-    """An nn.Module over rows sorted by local expert: counts_e (host) rows for each, with combine weights weights_R.
+    """An nn.Module, built from (settings, HeldExperts). Its rows are sorted by local expert: counts_e (host) for each,
+    with combine weights weights_R.
 
     Every trainable parameter gets a gradient (zero, not None) also when its expert, or the whole rank, has no row.
     """
@@ -33,39 +48,38 @@ class Experts(Protocol):
         self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
     ) -> Tensor: ...
 
+    def products(self, rows: int, gates: list[Product]) -> list[Product]:
+        """Products for this number of (token, expert) assignments, those of the router's gates among them: behind what
+        the gradient of the combine weights does not need."""
+        ...
+
+    def num_parameters(self, experts: float) -> float:
+        """Parameters of this number of whole experts, with what they share."""
+        ...
+
 
 class GroupedExperts(nn.Module):
     """SwiGLU experts, y = w * (silu(x W_gate) * (x W_up)) W_down, as two grouped matrix products over stacked weights.
 
-    No biases. Each parameter carries `expert_ids`, the global expert of each of its rows. An expert of hidden size F is
-    the sum of experts whose hidden sizes add up to F: its slices (Placement), which are experts to this class.
+    No biases. The parameters are stacked, one row an expert (core/expert_rows.py). An expert of hidden size F is the
+    sum of experts whose hidden sizes add up to F: its slices (Placement), which are experts to this class.
     """
 
     experts_per_token = None
     needs_token_ids = False
 
-    def __init__(
-        self,
-        expert_ids: Sequence[int],
-        *,
-        hidden_size: int,
-        expert_size: int,
-        seed: int,
-        name: str,
-        init_std: float,
-        output_std: float,
-    ):
-        """`name` is the global prefix of the parameters; `output_std` the standard deviation of W_down."""
+    def __init__(self, settings: SwiGLUExpertsConfig, held: HeldExperts):
         super().__init__()
-        for key, size in (("model.hidden_size", hidden_size), ("model.ffn.hidden_size", expert_size)):
-            if size % 8:
-                raise UserError(f"{key}={size} is not a multiple of 8, which grouped matrix products need")
-        self.expert_ids = tuple(expert_ids)
-        self.gate_up = nn.Parameter(torch.empty(len(expert_ids), hidden_size, 2 * expert_size))
-        self.down = nn.Parameter(torch.empty(len(expert_ids), expert_size, hidden_size))
-        for key, parameter, std in (("gate_up", self.gate_up, init_std), ("down", self.down, output_std)):
-            parameter.expert_ids = self.expert_ids  # type: ignore[attr-defined]
-            seeded_normal_(parameter, seed=seed, name=f"{name}.{key}", std=std)
+        width, size, count = held.site.hidden_size, held.size, len(held.expert_ids)
+        for key, value in (("model.hidden_size", width), ("model.ffn.hidden_size", size)):
+            if value % 8:
+                raise UserError(f"{key}={value} is not a multiple of 8, which grouped matrix products need")
+        self.held, self.expert_ids = held, held.expert_ids
+        self.gate_up = nn.Parameter(torch.empty(count, width, 2 * size))
+        self.down = nn.Parameter(torch.empty(count, size, width))
+        for key, parameter in (("gate_up", self.gate_up), ("down", self.down)):
+            set_expert_ids(parameter, held.expert_ids)
+            held.site.draw(parameter, key, onto_residual=key == "down")
 
     def forward(
         self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
@@ -73,6 +87,18 @@ class GroupedExperts(nn.Module):
         """y_RD in the dtype of the rows, to which the (float32) weights are rounded before they multiply."""
         h_RF = gated(matmul_by_expert(rows_RD, self.gate_up, counts_e))
         return weighted(matmul_by_expert(h_RF, self.down, counts_e), weights_R)
+
+    def products(self, rows: int, gates: list[Product]) -> list[Product]:
+        matrix = self._matrix
+        return [Product(2 * matrix * rows, (self.gate_up,)), Product(matrix * rows, (self.down,)), *gates]
+
+    def num_parameters(self, experts: float) -> float:
+        return 3 * self._matrix * experts
+
+    @property
+    def _matrix(self) -> int:
+        """Number of weights of one of a whole expert's three matrices."""
+        return self.held.site.hidden_size * self.held.size * self.held.slices
 
 
 @fused

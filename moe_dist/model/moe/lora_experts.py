@@ -14,9 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.core.seeding import dropout, fold_key, seeded_normal_
-from moe_dist.model.moe.experts import matmul_by_expert
+from moe_dist.config.recipe import LoRAConfig, LoRAExpertsConfig
+from moe_dist.core.costs import Product, linear_product
+from moe_dist.core.expert_rows import set_expert_ids
+from moe_dist.core.seeding import dropout
+from moe_dist.model.moe.experts import HeldExperts, matmul_by_expert
 from moe_dist.model.moe.swiglu import SwiGLU
+from moe_dist.model.site import Site
 
 
 class LowRank(nn.Module):
@@ -30,24 +34,22 @@ class LowRank(nn.Module):
         self,
         input_size: int,
         output_size: int,
-        *,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        seed: int,
-        name: str,
+        lora: LoRAConfig,
+        site: Site,
         expert_ids: Sequence[int] | None = None,
     ):
-        """`name`: global prefix of the parameters. With `expert_ids` they are stacked: [e, D, r] and [e, r, F]."""
+        """With `expert_ids` the parameters are stacked: [e, D, r] and [e, r, F]."""
         super().__init__()
-        self.scale, self.rate = alpha / rank, dropout
-        self.key = fold_key(seed, name, "dropout")
+        self.scale, self.rate, rank = lora.alpha / lora.rank, lora.dropout, lora.rank
+        self.key = site.key("dropout")
+        self.num_weights = rank * (input_size + output_size)  # of one expert
         stack = () if expert_ids is None else (len(expert_ids),)
         self.a = nn.Parameter(torch.empty(*stack, input_size, rank))
         self.b = nn.Parameter(torch.zeros(*stack, rank, output_size))
         if expert_ids is not None:
-            self.a.expert_ids = self.b.expert_ids = tuple(expert_ids)  # type: ignore[attr-defined]
-        seeded_normal_(self.a, seed=seed, name=f"{name}.a", std=1 / math.sqrt(3 * input_size))
+            set_expert_ids(self.a, expert_ids)
+            set_expert_ids(self.b, expert_ids)
+        site.draw(self.a, "a", std=1 / math.sqrt(3 * input_size))
 
     def drop(self, x_RD: Tensor, token_id_R: Tensor | None) -> Tensor:
         """The input with dropout, by the rows' global token ids; as it is without ids."""
@@ -74,39 +76,14 @@ class LoRAExperts(nn.Module):
 
     experts_per_token = 1
 
-    def __init__(
-        self,
-        expert_ids: Sequence[int],
-        *,
-        rank: int,
-        alpha: float,
-        dropout: float,
-        hidden_size: int,
-        expert_size: int,
-        seed: int,
-        name: str,
-        init_std: float,
-        output_std: float,
-    ):
-        """`name` is the global prefix of the parameters; `expert_size` the width of the base."""
+    def __init__(self, settings: LoRAExpertsConfig, held: HeldExperts):
         super().__init__()
-        self.expert_ids, self.dropout = tuple(expert_ids), dropout
-        self.base = SwiGLU(
-            hidden_size, expert_size, seed=seed, name=f"{name}.base", init_std=init_std, output_std=output_std
-        ).requires_grad_(False)
-
+        self.held, self.expert_ids, self.dropout = held, held.expert_ids, settings.dropout
+        self.base = SwiGLU(held.size, held.site.child("base")).requires_grad_(False)
         self.lora = nn.ModuleDict()
-        up, down = (hidden_size, expert_size), (expert_size, hidden_size)
+        up, down = (held.site.hidden_size, held.size), (held.size, held.site.hidden_size)
         for key, sizes in {"gate": up, "up": up, "down": down}.items():
-            self.lora[key] = LowRank(
-                *sizes,
-                rank=rank,
-                alpha=alpha,
-                dropout=dropout,
-                seed=seed,
-                name=f"{name}.lora.{key}",
-                expert_ids=expert_ids,
-            )
+            self.lora[key] = LowRank(*sizes, settings, held.site.child("lora").child(key), held.expert_ids)
 
     @property
     def needs_token_ids(self) -> bool:
@@ -128,3 +105,19 @@ class LoRAExperts(nn.Module):
         h_RF = F.silu(gate_RF + delta("gate", rows_RD)) * (up_RF + delta("up", rows_RD))
         y_RD: Tensor = self.base.down(h_RF) + delta("down", h_RF)
         return y_RD
+
+    def products(self, rows: int, gates: list[Product]) -> list[Product]:
+        """Combine weights scale the deltas, so the base's first products do not need the gates' gradient."""
+        return [
+            linear_product(self.base.gate_up, rows, beside_lora=True),
+            *gates,
+            Product(self._num_weights() * rows, tuple(self.lora.parameters())),
+            linear_product(self.base.down, rows, beside_lora=True),
+        ]
+
+    def num_parameters(self, experts: float) -> float:
+        return self.base.num_parameters() + self._num_weights() * experts
+
+    def _num_weights(self) -> int:
+        """Return the number of weights of one expert's deltas."""
+        return sum(cast(LowRank, delta).num_weights for delta in self.lora.values())

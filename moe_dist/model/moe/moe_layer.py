@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from moe_dist.config.recipe import MoEFFN
 from moe_dist.core.batch import TokenInfo
+from moe_dist.core.costs import LayerWork, Product
 from moe_dist.core.routing_plan import RoutingRecord
 from moe_dist.model.moe.dispatch import Dispatcher, make_dispatcher
 from moe_dist.model.moe.experts import Experts
 from moe_dist.model.moe.placement import make_placement
-from moe_dist.model.moe.router import Router, Site
+from moe_dist.model.moe.router import Router, router_parameters, router_products
 from moe_dist.model.moe.router_registry import build_experts, build_router
+from moe_dist.model.site import Site
 from moe_dist.parallel.layout import Layout
 
 
@@ -33,31 +35,27 @@ class MoELayer(nn.Module):
         y_RD = self.experts(rows_RD, receipt.counts_e, receipt.weights_R, receipt.token_id_R)
         return self.dispatcher.combine(y_RD, receipt), record
 
+    def products(self, work: LayerWork) -> list[Product]:
+        gates = router_products(self.get_submodule("router"), work.scored)
+        return self.experts.products(work.rows, [product for gate in gates for product in gate])
 
-def build_moe_layer(
-    ffn: MoEFFN, *, hidden_size: int, layer: int, seed: int, layout: Layout, init_std: float, output_std: float
-) -> MoELayer:
-    """The expert layer number `layer` of a model, with the experts that live on this rank, initialised by name.
+    def detached_products(self, work: LayerWork) -> list[list[Product]]:
+        return router_products(self.get_submodule("router"), work.scored, detached=True)
 
-    `output_std`: standard deviation of the experts' output projections. Raises UserError where recipe and ranks do
-    not fit.
+    def num_parameters(self, experts: float | None = None) -> float:
+        """Parameters over all ranks. experts: how many experts to count; all by default."""
+        counted = self.router.num_experts if experts is None else experts
+        return router_parameters(self.get_submodule("router")) + self.experts.num_parameters(counted)
+
+
+def build_moe_layer(ffn: MoEFFN, site: Site, layout: Layout) -> MoELayer:
+    """Build an expert layer with the experts that live on this rank, initialised by name.
+
+    Raises UserError where recipe and ranks do not fit.
     """
-    name = f"layers.{layer}.ffn"
-    router = build_router(
-        ffn.router,
-        Site(hidden_size=hidden_size, layer=layer, seed=seed, init_std=init_std, name=f"{name}.router"),
-    )
+    router = build_router(ffn.router, site.child("router"))
     placement = make_placement(router.expert_groups, layout.expert, ffn.slices)
-    experts = build_experts(
-        ffn,
-        router,
-        expert_ids=placement.local_experts[layout.ep_rank],
-        hidden_size=hidden_size,
-        seed=seed,
-        name=f"{name}.experts",
-        init_std=init_std,
-        output_std=output_std,
-    )
+    experts = build_experts(ffn, router, placement.local_experts[layout.ep_rank], site.child("experts"))
     return MoELayer(router, make_dispatcher(placement, layout), experts)
 
 

@@ -28,6 +28,11 @@ class Placement:
         return tuple(expert for rank in self.local_experts for expert in rank)
 
 
+def slice_id(number: int, expert: int, num_experts: int) -> int:
+    """Return the global id of slice `number` of an expert."""
+    return number * num_experts + expert
+
+
 def make_placement(expert_groups: Sequence[Sequence[int]], ep: int, slices: int = 1) -> Placement:
     """Give each rank the same number of experts, and of every group (modality) the same number, or one more or less.
 
@@ -44,7 +49,7 @@ def make_placement(expert_groups: Sequence[Sequence[int]], ep: int, slices: int 
     for group in expert_groups:
         share, left = divmod(len(group) * slices, ep)
         lucky = sorted(range(ep), key=lambda rank: len(held[rank]))[:left]
-        remaining = iter([number * num_experts + expert for number in range(slices) for expert in group])
+        remaining = iter([slice_id(number, expert, num_experts) for number in range(slices) for expert in group])
         for rank in range(ep):
             held[rank] += [next(remaining) for _ in range(share + (rank in lucky))]
     return Placement(tuple(tuple(sorted(experts)) for experts in held), slices)

@@ -5,8 +5,8 @@ Shape suffixes: T tokens, D model width, V routed (valid) tokens, C columns of t
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.core.batch import TokenInfo
+from moe_dist.core.costs import Product
 from moe_dist.core.routing_plan import RoutingPlan, RoutingRecord
-from moe_dist.core.seeding import hash_ids, seeded_normal_
+from moe_dist.core.seeding import hash_ids
 from moe_dist.core.strict import Strict
+from moe_dist.model.site import Site
 
 # Selection compares logits on a grid of 2^-14, so that tokens that are identical but for rounding tie at every layout.
 # A key packs the position on the grid (logits beyond +-256 tie) above 40 bits of hash, which break the ties. The last
@@ -63,34 +65,66 @@ class RouterSettings(Strict):
         return {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """Where a router sits: everything it needs besides its settings."""
+class RouterPart(nn.Module):
+    """A part of a router that has its parameters, and states what they cost."""
 
-    hidden_size: int
-    layer: int
-    seed: int
-    init_std: float
-    name: str  # global parameter prefix; randomness is keyed by it
+    detached = False  # its input is: no gradient goes further back
 
-    def child(self, name: str) -> Site:
-        return replace(self, name=f"{self.name}.{name}")
+    def products(self, tokens: int) -> list[Product]:
+        """Products for this number of routed tokens."""
+        raise NotImplementedError
+
+    def num_parameters(self) -> int:
+        raise NotImplementedError
 
 
-class Gate(nn.Module):
+class Gate(RouterPart):
     """logits = x W^T (+ b), in float32 (float64 for float64 input) whatever the dtype of x, the weights or autocast.
 
     A module of its own that returns a tensor: ZeRO-3 gathers parameters with hooks on modules that return tensors.
     """
 
     def __init__(self, columns: int, site: Site, *, bias: bool = False):
+        """site: the router's, which has it as `gate`."""
         super().__init__()
+        self.width, self.columns = site.hidden_size, columns
         self.weight = nn.Parameter(torch.empty(columns, site.hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(columns, dtype=torch.float32)) if bias else None
-        seeded_normal_(self.weight, seed=site.seed, name=f"{site.name}.gate.weight", std=site.init_std)
+        site.draw(self.weight, "gate.weight")
 
     def forward(self, x_VD: Tensor) -> Tensor:
         return precise_linear(x_VD, self.weight, self.bias)
+
+    def products(self, tokens: int) -> list[Product]:
+        return [Product(self.width * self.columns * tokens, tuple(self.parameters()))]
+
+    def num_parameters(self) -> int:
+        return self.columns * (self.width + (self.bias is not None))
+
+
+def router_products(router: nn.Module, scored: Sequence[int], *, detached: bool = False) -> list[list[Product]]:
+    """Return the products of each part of a router that is detached, or of each that is not.
+
+    scored: how many tokens each routing of its record is about; without them there are no products.
+    """
+    planners = zip(_planners(router), scored, strict=True) if scored else ()
+    parts = [(part, tokens) for planner, tokens in planners for part in _parts_of(planner)]
+    return [part.products(tokens) for part, tokens in parts if part.detached == detached]
+
+
+def router_parameters(router: nn.Module) -> int:
+    """Return the number of parameters of a router, children included."""
+    return sum(part.num_parameters() for part in _parts_of(router))
+
+
+def _planners(router: nn.Module) -> list[nn.Module]:
+    """Return the routers that make a record's routings, in order: a composite's children, or the router itself."""
+    children = [child for child in router.children() if hasattr(child, "expert_groups")]
+    return [planner for child in children for planner in _planners(child)] or [router]
+
+
+def _parts_of(router: nn.Module) -> Iterator[RouterPart]:
+    return (module for module in router.modules() if isinstance(module, RouterPart))
 
 
 def precise_linear(x_VD: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:

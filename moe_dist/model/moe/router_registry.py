@@ -12,10 +12,11 @@ from moe_dist.core.errors import UserError, did_you_mean
 from moe_dist.core.strict import validate
 from moe_dist.model.moe.deepseek_router import DeepSeekV3Router
 from moe_dist.model.moe.expert_choice import ExpertChoiceRouter, ModalityRouter
-from moe_dist.model.moe.experts import Experts, GroupedExperts
+from moe_dist.model.moe.experts import Experts, GroupedExperts, HeldExperts
 from moe_dist.model.moe.lora_experts import LoRAExperts
-from moe_dist.model.moe.router import Router, RouterSettings, Site
+from moe_dist.model.moe.router import Router, RouterSettings
 from moe_dist.model.moe.token_choice import NullExpertRouter, TopKRouter
+from moe_dist.model.site import Site
 
 ROUTERS: dict[str, Any] = {
     "top_k": TopKRouter,
@@ -51,8 +52,8 @@ def build_router(raw: dict[str, Any], site: Site) -> Router:
     return router
 
 
-def build_experts(ffn: MoEFFN, router: Router, **site: Any) -> Experts:
-    """The experts of one rank, as `model.ffn.experts` describes them; site: the other arguments of their class.
+def build_experts(ffn: MoEFFN, router: Router, expert_ids: tuple[int, ...], site: Site) -> Experts:
+    """Build the experts that a rank holds, as `model.ffn.experts` describes them.
 
     Raises UserError where the router does not give every token as many experts as they need.
     """
@@ -62,6 +63,7 @@ def build_experts(ffn: MoEFFN, router: Router, **site: Any) -> Experts:
             f"model.ffn.experts.type={ffn.experts.type} needs exactly {needed} expert for every token: "
             f"model.ffn.router must be of type top_k, with top_k={needed} and no capacity_factor"
         )
-    settings = ffn.experts.model_dump(exclude={"type"})
-    experts: Experts = EXPERTS[ffn.experts.type](expert_size=ffn.hidden_size // ffn.slices, **settings, **site)
+    size, slices = ffn.hidden_size // ffn.slices, ffn.slices
+    held = HeldExperts(expert_ids=expert_ids, size=size, slices=slices, site=site)
+    experts: Experts = EXPERTS[ffn.experts.type](ffn.experts, held)
     return experts

@@ -9,24 +9,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_dist.core.batch import TokenInfo
+from moe_dist.core.costs import LayerWork, Product, linear_product, num_weights
 from moe_dist.core.fused import fused
-from moe_dist.core.seeding import seeded_normal_
+from moe_dist.model.site import Site
 
 
 class SwiGLU(nn.Module):
     """y = (silu(x W_gate) * (x W_up)) W_down, without biases (Shazeer, arXiv 2002.05202, eq. 6)."""
 
-    def __init__(self, hidden_size: int, ffn_size: int, *, seed: int, name: str, init_std: float, output_std: float):
-        """`name` is the global prefix of the parameters."""
+    def __init__(self, ffn_size: int, site: Site):
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * ffn_size, bias=False)
-        self.down = nn.Linear(ffn_size, hidden_size, bias=False)
-        seeded_normal_(self.gate_up.weight, seed=seed, name=f"{name}.gate_up.weight", std=init_std)
-        seeded_normal_(self.down.weight, seed=seed, name=f"{name}.down.weight", std=output_std)
+        self.gate_up = nn.Linear(site.hidden_size, 2 * ffn_size, bias=False)
+        self.down = nn.Linear(ffn_size, site.hidden_size, bias=False)
+        site.draw(self.gate_up.weight, "gate_up.weight")
+        site.draw(self.down.weight, "down.weight", onto_residual=True)
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, None]:
         """y_TD, and no routing record: the same call as MoELayer's. Every token is treated alike."""
         return self.down(gated(self.gate_up(x_TD))), None
+
+    def products(self, work: LayerWork) -> list[Product]:
+        return [linear_product(self.gate_up, work.rows), linear_product(self.down, work.rows)]
+
+    def num_parameters(self, experts: float | None = None) -> int:
+        """experts: see MoELayer.num_parameters; here there are none."""
+        return num_weights(self.gate_up) + num_weights(self.down)
 
 
 @fused

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.routing_plan import Routing, RoutingPlan, RoutingRecord
-from moe_dist.core.seeding import fold_key
 from moe_dist.core.strict import Count, Positive
 from moe_dist.model.moe.capacity import expert_capacity, keep_within_capacity, plan_assignments
-from moe_dist.model.moe.router import Gate, RouterSettings, Site, selection_keys
+from moe_dist.model.moe.router import Gate, RouterSettings, selection_keys
+from moe_dist.model.site import Site
 
 
 class TokenChoiceSettings(RouterSettings):
@@ -61,7 +61,7 @@ class TokenChoiceRouter(nn.Module):
         self.expert_groups = (tuple(range(settings.num_experts)),)
         # Which tokens have the highest gates can only be said when all of the group are known.
         self.causal = settings.capacity_factor is None or settings.drop_policy == "position"
-        self.key = fold_key(site.seed, site.name, "ties")
+        self.key = site.key("ties")
         self.gate = Gate(settings.columns, site, bias=settings.bias)
 
     def probabilities(self, logits_VC: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def test_an_instruction_longer_than_a_sequence_is_left_out_and_counted(recipe, t
         ({"domain": ...}, r"key 'domain' is missing"),
         ({"answer": ...}, r"key 'answer' is missing"),
         ({"prompt": ...}, r"key 'prompt' is missing"),
-        ({"correct": 2}, r"correct=2 is none of the 2 options"),
+        ({"correct": 2}, r"correct=2 is not an index into the 2 options"),
         ({"correct": ...}, r"options and correct belong together"),
         ({"options": "ab"}, r"key 'options': "),
         ({"options": ["a"]}, r"key 'options': "),

@@ -55,7 +55,7 @@ def test_a_sample_that_is_not_there_is_said(store):
         message = rf"lacks {len(missing)} of a batch's {len(strangers)} samples, such as {missing[0]}"
         with pytest.raises(UserError, match=message):
             opened.join(batch_of(strangers))
-    with pytest.raises(UserError, match=r"data\.neighbours=.*store is of instructions, and data\.shards holds none"):
+    with pytest.raises(UserError, match=r"data\.neighbours=.*store needs instructions, but data\.shards holds none"):
         opened.join(make_batch([9, 9]))
 
 
@@ -78,7 +78,7 @@ def test_an_unfinished_or_damaged_store_is_refused(store):
 
 def test_an_empty_success_set_is_refused(tmp_path):
     nothing = replace(SAMPLES, right_N=torch.zeros(3, dtype=torch.bool))
-    with pytest.raises(UserError, match="the success set is empty: the model answers none of 3 samples rightly"):
+    with pytest.raises(UserError, match="the success set is empty: the model answers none of 3 samples correctly"):
         write_samples(tmp_path, nothing, ABOUT)
 
 

@@ -45,9 +45,9 @@ def test_options_are_named_as_the_answer_is(tmp_path, tokenizer):
 def test_what_is_no_item_is_named(tmp_path, tokenizer):
     for number, (meta, message) in enumerate(
         (
-            ({**TEXT, "answer": " sky"}, "its answer ' sky' is neither the letter nor the text of its right option"),
-            ({"prompt": "Say so.", "answer": " B", "domain": "d"}, "the sample 'Say so....' is no multiple-choice"),
-            ({**TEXT, "prompt": "?", "options": ["sky", "rose"]}, "have 2 or 4 options, not equally many"),
+            ({**TEXT, "answer": " sky"}, "its answer ' sky' is neither the letter nor the text of its correct option"),
+            ({"prompt": "Say so.", "answer": " B", "domain": "d"}, "the sample 'Say so....' is not a multiple-choice"),
+            ({**TEXT, "prompt": "?", "options": ["sky", "rose"]}, "have 2 or 4 options, but all must have"),
         )
     ):
         data = shards(tmp_path / str(number), LETTER, meta)

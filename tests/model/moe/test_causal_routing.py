@@ -7,8 +7,8 @@ import torch
 
 from moe_dist.config.recipe import DepthConfig
 from moe_dist.model.moe.depth_router import DepthRouter
-from moe_dist.model.moe.router import Site
 from moe_dist.model.moe.router_registry import build_router
+from moe_dist.model.site import Site
 from tests.model.moe.test_routers import dense
 from tests.support.moe_cases import BATCHES, TOKENS, WIDTH, close, make_batch
 

@@ -5,18 +5,19 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moe_dist.config.recipe import SwiGLUExpertsConfig
 from moe_dist.core.errors import UserError
-from moe_dist.model.moe.experts import GroupedExperts, grouped_matmul, looped_matmul, matmul_by_expert
+from moe_dist.model.moe.experts import GroupedExperts, HeldExperts, grouped_matmul, looped_matmul, matmul_by_expert
+from moe_dist.model.site import Site
 from tests.support import routing_reference as reference
 from tests.support.moe_cases import close
 
 COUNTS = [(3, 0, 5, 1), (0, 0, 9, 0), (1, 1, 1, 1), (0, 0, 0, 0), (40, 0, 0, 7)]
 
 
-def make_experts(expert_ids=(0, 1, 2, 3)):
-    return GroupedExperts(
-        expert_ids, hidden_size=16, expert_size=24, seed=3, name="experts", init_std=0.3, output_std=0.2
-    )
+def make_experts(expert_ids=(0, 1, 2, 3), size=24):
+    site = Site(hidden_size=16, layer=0, seed=3, init_std=0.3, output_std=0.2, name="experts")
+    return GroupedExperts(SwiGLUExpertsConfig(), HeldExperts(expert_ids=expert_ids, size=size, site=site))
 
 
 def run(experts, rows_RD, counts, weights_R):
@@ -125,4 +126,4 @@ def test_an_experts_weights_depend_on_its_name_alone():
 
 def test_sizes_that_grouped_products_cannot_take_are_refused():
     with pytest.raises(UserError, match=r"model\.ffn\.hidden_size=20 is not a multiple of 8"):
-        GroupedExperts((0,), hidden_size=16, expert_size=20, seed=0, name="x", init_std=1, output_std=1)
+        make_experts((0,), size=20)

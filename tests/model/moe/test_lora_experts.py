@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from moe_dist.config.recipe import MoEFFN
+from moe_dist.config.recipe import LoRAExpertsConfig, MoEFFN
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
+from moe_dist.model.moe.experts import HeldExperts
 from moe_dist.model.moe.lora_experts import LoRAExperts, LowRank
 from moe_dist.model.moe.moe_layer import build_moe_layer
-from moe_dist.model.moe.router import Site
 from moe_dist.model.moe.router_registry import build_router
+from moe_dist.model.site import Site
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout
 from tests.support import routing_reference as reference
@@ -43,9 +44,8 @@ def make_layer(router, dropout=0.0, kind="mixed", layout=None, rank=5):
         },
         "test",
     )
-    layer = build_moe_layer(
-        ffn, hidden_size=WIDTH, layer=3, seed=5, layout=layout or Layout(), init_std=0.3, output_std=0.2
-    ).double()
+    site = Site(hidden_size=WIDTH, layer=3, seed=5, init_std=0.3, output_std=0.2, name="layers.3.ffn")
+    layer = build_moe_layer(ffn, site, layout or Layout()).double()
     for number, (name, parameter) in enumerate(layer.named_parameters()):
         if name.endswith("bias") or name.endswith(".b"):
             generator = torch.Generator().manual_seed(number)
@@ -161,19 +161,14 @@ def test_dropout_is_off_in_evaluation_and_its_ids_stay_at_home():
     assert given[0] is given[1] is info.token_id_T and given[2] is None
 
 
+def make_experts(number, hidden_size, size, **lora):
+    site = Site(hidden_size=hidden_size, layer=0, seed=1, init_std=0.3, output_std=0.2, name="experts")
+    settings = LoRAExpertsConfig(type="lora", alpha=8.0, **lora)
+    return LoRAExperts(settings, HeldExperts(expert_ids=tuple(range(number)), size=size, site=site))
+
+
 def run_grouped(rank, dtype):
-    experts = LoRAExperts(
-        (0, 1, 2),
-        rank=rank,
-        alpha=8.0,
-        dropout=0.25,
-        hidden_size=16,
-        expert_size=24,
-        seed=1,
-        name="experts",
-        init_std=0.3,
-        output_std=0.2,
-    )
+    experts = make_experts(3, 16, 24, rank=rank, dropout=0.25)
     generator = torch.Generator().manual_seed(0)
     for delta in experts.lora.values():
         delta.b.data.copy_(torch.randn(delta.b.shape, generator=generator) * 0.3)
@@ -194,18 +189,7 @@ def test_grouped_products_take_every_rank(rank, dtype, tolerance):
 
 
 def test_a_starts_as_kaiming_scales_it_and_b_at_zero():
-    experts = LoRAExperts(
-        (0, 1),
-        rank=32,
-        alpha=8.0,
-        dropout=0.0,
-        hidden_size=192,
-        expert_size=256,
-        seed=1,
-        name="experts",
-        init_std=0.3,
-        output_std=0.2,
-    )
+    experts = make_experts(2, 192, 256, rank=32)
     linear = nn.Linear(192, 4096)  # torch draws its weights by kaiming_uniform_(a=sqrt(5)), as LoRA's code draws A
     assert experts.lora["gate"].a.std().item() == pytest.approx(linear.weight.std().item(), rel=0.03)
     assert experts.lora["down"].a.std().item() == pytest.approx((3 * 256) ** -0.5, rel=0.03)
@@ -228,7 +212,7 @@ def test_other_numbers_of_experts_a_token_are_refused(router):
     ffn = MoEFFN(type="moe", hidden_size=8, router=router, experts={"type": "lora", "rank": 2, "alpha": 2.0})
     sentence = r"model\.ffn\.experts\.type=lora needs exactly 1 expert for every token: model\.ffn\.router must"
     with pytest.raises(UserError, match=sentence):
-        build_moe_layer(ffn, hidden_size=16, layer=0, seed=0, layout=Layout(), init_std=1, output_std=1)
+        build_moe_layer(ffn, Site(hidden_size=16, layer=0, seed=0, init_std=1, name="ffn"), Layout())
 
 
 def test_routers_say_how_many_experts_a_token_gets():

@@ -8,8 +8,9 @@ import torch
 from moe_dist.core.batch import TEXT
 from moe_dist.core.errors import UserError
 from moe_dist.model.moe.capacity import expert_capacity
-from moe_dist.model.moe.router import Site, selection_keys, selection_margins
+from moe_dist.model.moe.router import selection_keys, selection_margins
 from moe_dist.model.moe.router_registry import build_router, router_settings
+from moe_dist.model.site import Site
 from tests.support import routing_reference as reference
 from tests.support.moe_cases import BATCHES, ROUTERS, TOKENS, WIDTH, close, make_batch, make_info, make_layer
 
