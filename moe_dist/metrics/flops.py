@@ -11,30 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import torch
-
 from moe_dist.core.costs import Costed, Product, Work
-from moe_dist.core.routing_plan import DepthRecord, RoutingRecord
 
 
 def model_flops(model: Costed, work: Work) -> int:
     """Return the FLOPs of the forward and backward pass of one micro-batch, as the model is trained."""
     return _flops(model, work, _is_trained)
-
-
-def work_of(
-    document_lengths: Sequence[int], records: Sequence[RoutingRecord] = (), depths: Sequence[DepthRecord] = ()
-) -> Work:
-    """Return the work of a micro-batch, from its records. Reads the device once for all layers."""
-    rows = [part.kept_VE.sum() for record in records for part in record.routings]
-    of_parts = iter(torch.stack(rows).tolist() if rows else [])
-    return Work(
-        document_lengths=document_lengths,
-        rows=[sum(next(of_parts) for _ in record.routings) for record in records] or None,
-        admitted={depth.layer: depth.document_lengths for depth in depths},
-        scored={record.layer: [len(part.token_V) for part in record.routings] for record in records},
-        depth_scored={depth.layer: [len(depth.routing.token_V)] for depth in depths},
-    )
 
 
 def flops_saved(

@@ -14,7 +14,7 @@ from moe_dist.checkpoint.checkpoint import checkpoint_path, newest_complete
 from moe_dist.checkpoint.saver import HostBuffers, Saver
 from moe_dist.checkpoint.storage import Fragment
 from moe_dist.config.recipe import CheckpointConfig
-from moe_dist.core import files
+from moe_dist.core import tensor_files
 from moe_dist.core.errors import UserError
 from tests.support.checkpoint_jobs import Job, build
 from tests.support.distributed import run_ranks
@@ -26,19 +26,19 @@ FROZEN_EXPERTS = ("ffn.router.*", "gain")
 @contextmanager
 def held_back():
     """The background writer of this process gets no tensor to write before the event is set."""
-    event, original = threading.Event(), files._bytes_of
+    event, original = threading.Event(), tensor_files._bytes_of
 
     def bytes_of(tensor):
         if threading.current_thread() is not threading.main_thread():
             event.wait()
         return original(tensor)
 
-    files._bytes_of = bytes_of
+    tensor_files._bytes_of = bytes_of
     try:
         yield event
     finally:
         event.set()
-        files._bytes_of = original
+        tensor_files._bytes_of = original
 
 
 def make_saver(job, folder, **settings):

@@ -12,7 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_dist.config.recipe import load_config
-from moe_dist.metrics.flops import flops_saved, model_flops, work_of
+from moe_dist.metrics.flops import flops_saved
+from moe_dist.metrics.step_counts import StepCounts
 from moe_dist.model import attention
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
@@ -73,7 +74,7 @@ def counted_and_formula(config, trainable=("*",), *, twin=None, lengths=LENGTHS)
     inject(model, counts)
     with FlopCounterMode(display=False, custom_mapping=MAPPING) as counter:
         step(model, batch.to("meta"))
-    return counter.get_total_flops(), model_flops(model, work_of(lengths, outputs[0].records, outputs[0].depths))
+    return counter.get_total_flops(), StepCounts.of(batch, outputs[0], Layout()).flops(model)
 
 
 def on_meta(config, vocab_size=VOCAB):
