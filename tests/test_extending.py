@@ -1,17 +1,16 @@
 """docs/extending.md is true: its router, loss term and Hugging Face family, as printed there, against their oracles."""
 
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from moe_dist.convert.families import FAMILIES
-from moe_dist.convert.hugging_face import import_folder
-from moe_dist.convert.tensor_maps import tensor_mappings
+from moe_dist.config import routers
+from moe_dist.config.recipe import load_config
+from moe_dist.config.routers import RouterSettings
 from moe_dist.core.errors import UserError
-from moe_dist.core.strict import validate
-from moe_dist.losses.term import Context
-from moe_dist.model.moe.router_registry import ROUTERS, router_settings
+from moe_dist.model.moe.router_registry import ROUTERS
 from moe_dist.parallel.layout import make_layout
 from tests.losses.test_balance import Output
 from tests.losses.test_balance import make_batch as make_loss_batch
@@ -26,14 +25,24 @@ PAGE = ROOT / "docs" / "extending.md"
 SETTINGS = {"type": "threshold", "num_experts": 8, "threshold": 0.6}
 
 
-def printed(heading: str) -> tuple[str, dict]:
-    """The first block of code under a heading, and what all its blocks define."""
-    section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    names: dict = {"torch": torch}
+def printed() -> tuple[str, dict]:
+    """The source of the settings (which belong to config/routers.py) and the router, and what the page defines."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names: dict = {"torch": torch} | vars(routers)
     for block in blocks:
         exec(block, names)
-    return blocks[0], names
+    return "".join(blocks[:2]), names
+
+
+@contextmanager
+def printed_router():
+    source, names = printed()
+    ROUTERS[names["ThresholdSettings"]] = names["ThresholdRouter"]
+    CASES["threshold"] = SETTINGS
+    try:
+        yield source, names
+    finally:
+        del ROUTERS[RouterSettings.kinds.pop("threshold")], CASES["threshold"]
 
 
 @pytest.mark.parametrize("heading", ["A router", "A loss term", "A Hugging Face family"])
@@ -42,30 +51,25 @@ def test_it_is_short(heading):
 
 
 @pytest.fixture
-def router(monkeypatch):
-    names = printed("A router")[1]
-    monkeypatch.setitem(ROUTERS, "threshold", names["ThresholdRouter"])
-    return names
+def page():
+    with printed_router() as found:
+        yield found
 
 
 def run_with_the_new_router(rank, world):
-    ROUTERS["threshold"] = printed("A router")[1]["ThresholdRouter"]
-    CASES["threshold"] = SETTINGS
-    try:
+    with printed_router():
         layout = make_layout(expert=world, device=torch.device("cpu"))
         return run_layer(make_layer("threshold", layout=layout), "mixed", rank)
-    finally:
-        del ROUTERS["threshold"], CASES["threshold"]
 
 
 def test_a_router_is_strict(router):
     with pytest.raises(UserError, match=r"'model\.ffn\.router\.threshold'"):
-        router_settings(SETTINGS | {"threshold": 2.0})
+        load_config(ROOT / "configs" / "moma_quickstart.yaml", [f"model.ffn.router={SETTINGS | {'threshold': 2.0}}"])
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_router_equals_its_oracle(router, monkeypatch, world):
-    monkeypatch.setitem(CASES, "threshold", SETTINGS)
+def test_it_equals_its_oracle(page, world):
+    oracle = page[1]["threshold_gates"]
     layer = make_layer("threshold")
     weights = [p.detach().clone().requires_grad_() for p in (layer.router.gate.weight, *layer.experts.parameters())]
     results = run_ranks(run_with_the_new_router, world, world)

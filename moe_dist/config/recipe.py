@@ -1,7 +1,6 @@
-"""The recipe: one YAML file plus overrides, read strictly (strict.py).
+"""The recipe: one YAML file plus overrides, read strictly (core/strict.py) into one typed tree.
 
-Routers bring their own settings models (model/moe/router_registry.py), losses theirs: their sections stay mappings
-here.
+What a recipe alone can get wrong is found here, once. training/ checks what depends on the ranks or the data.
 """
 
 from __future__ import annotations
@@ -13,6 +12,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from moe_dist.config.deepspeed_section import DeepSpeedSection
+from moe_dist.config.losses import LossesSection
+from moe_dist.config.routers import RouterSection
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import Count, Fraction, Positive, Strict, apply_override, parse_yaml, validate
 
@@ -66,7 +68,7 @@ class MoEFFN(Strict):
     experts: Annotated[SwiGLUExpertsConfig | LoRAExpertsConfig, Field(discriminator="type")] = SwiGLUExpertsConfig()
     slices: Positive = 1  # each expert is held as so many slices of its hidden size, which are placed like experts of
     # their own, so that ranks share one expert (docs/moma.md, "Balance over ranks")
-    router: dict[str, Any]  # type: and the settings of that router class
+    router: RouterSection
 
     @model_validator(mode="after")
     def _sliced(self):
@@ -214,9 +216,9 @@ class Config(Strict):
     trainable: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)  # patterns of names; all else is frozen
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
-    losses: dict[str, dict[str, Any]] = Field({})  # terms beside the language loss, see losses/loss_registry.py
+    losses: LossesSection = Field({})  # terms beside the language loss
     schedule: ScheduleConfig = ScheduleConfig()
-    deepspeed: dict[str, Any]  # DeepSpeed's own section; keys are checked by training/deepspeed_config.py
+    deepspeed: DeepSpeedSection
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,11 +20,14 @@ from moe_dist.core.errors import UserError, did_you_mean
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+T = TypeVar("T", bound=BaseModel)
+V = TypeVar("V")
 
 
 class Strict(BaseModel):
     """Base of every settings model: immutable, no coercion, no unknown keys, no infinite numbers."""
 
+    refused: ClassVar[Mapping[str, str]] = {}  # keys that a user may expect here -> why not, after "key 'KEY' "
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -68,27 +72,110 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     data[last] = parse_yaml(text, f"override '{override}'")
 
 
-def validate(model: type[Settings], data: Any, where: str, prefix: str = "") -> Settings:
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing wrong with settings: the path of its key, and a sentence in which {key} stands for the whole key."""
+
+    keys: tuple[str, ...]
+    text: str
+
+    def sentence(self) -> str:
+        key = ".".join(filter(None, self.keys))
+        return self.text.replace("{key}", key) if key else self.text.removeprefix("key '{key}': ")
+
+
+class Faults(ValueError):
+    """The faults of settings that a validator reads by itself; pydantic would join them to one text without keys."""
+
+    def __init__(self, faults: Iterable[Fault]):
+        self.faults = tuple(faults)
+
+    def below(self, key: str) -> tuple[Fault, ...]:
+        return tuple(Fault((key, *fault.keys), fault.text) for fault in self.faults)
+
+
+def validate(model: type[T], data: Any, where: str, prefix: str = "") -> T:
     """Validate plain YAML data; every problem becomes one UserError that names the key under `prefix`."""
+    return within(where, lambda: nested(model, data), prefix)
+
+
+def within(where: str, read: Callable[[], Any], prefix: str = "") -> Any:
+    """Return read(). Its Faults become one UserError that begins with `where` and names the keys under `prefix`."""
     try:
-        return model.model_validate_json(json.dumps(data))  # JSON mode: a YAML list may fill a tuple
+        return read()
     except TypeError as error:  # YAML knows values that JSON does not, such as dates
         raise UserError(f"{where}: {error}") from None
+    except Faults as faults:
+        raise UserError(f"{where}: " + "; ".join(fault.sentence() for fault in faults.below(prefix))) from None
+
+
+def nested(model: type[T], data: Any) -> T:
+    """Validate plain YAML data inside a validator of the settings around them. Raises Faults."""
+    try:
+        return model.model_validate_json(json.dumps(data))  # JSON mode: a YAML list may fill a tuple
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(model, item, prefix) for item in error.errors())) from None
+        raise Faults(fault for item in error.errors() for fault in _faults(model, item)) from None
 
 
-def _explain(model: type[BaseModel], item: Any, prefix: str) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(filter(None, [prefix, *_walk(model, location)[0]]))
-    if item["type"] == "extra_forbidden":
-        _, section = _walk(model, location[:-1])
-        return f"unknown key '{key}'{did_you_mean(location[-1], getattr(section, 'model_fields', ()))}"
-    if item["type"] == "missing":
-        return f"key '{key}' is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(item["input"], dict | list) else f", got {item['input']!r}"
-    return f"key '{key}': {message[0].lower()}{message[1:]}{shown}" if key else message
+def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict[str, V]:
+    """Read every item of a mapping; raise the Faults of all of them together, each under its own name."""
+    values: dict[str, V] = {}
+    faults: list[Fault] = []
+    for name, item in data.items():
+        try:
+            values[name] = read(name, item)
+        except Faults as found:
+            faults += found.below(name)
+    if faults:
+        raise Faults(faults)
+    return values
+
+
+def pick(kinds: Mapping[str, V], name: Any, key: str, missing: str) -> V:
+    """Return kinds[name]. If there is none, raise Faults of `key`: the sentence `missing` and the closest name."""
+    if name in kinds:
+        return kinds[name]
+    raise Faults([Fault((key,), f"key '{{key}}': {missing}{_alternatives(name, kinds)}")])
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean 'X'?)" for the closest known name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _alternatives(name: Any, known: Iterable[str]) -> str:
+    return did_you_mean(str(name), known) or f": one of {', '.join(known)}"
+
+
+def _faults(model: type[BaseModel], item: Any) -> Iterator[Fault]:
+    """Put one error of pydantic into words."""
+    location, context = [str(part) for part in item["loc"]], item.get("ctx", {})
+    keys = tuple(_walk(model, location)[0])
+    if isinstance(inner := context.get("error"), Faults):
+        yield from (Fault((*keys, *fault.keys), fault.text) for fault in inner.faults)
+    elif item["type"] == "extra_forbidden":
+        yield Fault(keys, _unknown(_walk(model, location[:-1])[1], location[-1]))
+    elif item["type"] == "missing":
+        yield Fault(keys, "key '{key}' is missing")
+    elif item["type"] == "union_tag_not_found":
+        yield Fault((*keys, "type"), "key '{key}' is missing")
+    elif item["type"] == "union_tag_invalid":
+        known = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
+        yield Fault(
+            (*keys, "type"), f"key '{{key}}': there is no '{context['tag']}'{_alternatives(context['tag'], known)}"
+        )
+    else:
+        message = item["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(item["input"], dict | list | BaseModel) else f", got {item['input']!r}"
+        yield Fault(keys, f"key '{{key}}': {message[:1].lower()}{message[1:]}{shown}")
+
+
+def _unknown(section: Any, key: str) -> str:
+    """Say what is wrong with a key that a section does not have."""
+    if reason := getattr(section, "refused", {}).get(key):
+        return f"key '{{key}}' {reason}"
+    return f"unknown key '{{key}}'{did_you_mean(key, getattr(section, 'model_fields', ()))}"
 
 
 def _walk(model: Any, location: list[str]) -> tuple[list[str], Any]:

@@ -28,6 +28,7 @@ from deepspeed.runtime.utils import register_output_backward_hooks
 from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 
+from moe_dist.config.deepspeed_section import DeepSpeedSection
 from moe_dist.config.recipe import Config
 from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
@@ -36,7 +37,7 @@ from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.discovery import discover
 from moe_dist.parallel.gpus import check_gpus
 from moe_dist.parallel.layout import Layout
-from moe_dist.training.deepspeed_config import DeepSpeedSection, accumulation_steps, check_section, to_deepspeed
+from moe_dist.training.deepspeed_config import accumulation_steps, to_deepspeed
 from moe_dist.training.trainable import freeze_others
 
 
@@ -79,7 +80,7 @@ def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
 
     Freezes what config.trainable does not name. Raises UserError for what the recipe gets wrong.
     """
-    section = check_section(config.deepspeed)
+    section = config.deepspeed
     accumulation = accumulation_steps(config.train, layout.world)
     freeze_others(model, config.trainable)
     _mark_experts(model, layout)

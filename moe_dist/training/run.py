@@ -44,7 +44,6 @@ from moe_dist.parallel.garbage import AlignedCollection
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.parallel.signals import Stopped, StopSignals
 from moe_dist.training.deepspeed import Engine, StepResult, init_distributed, make_engine
-from moe_dist.training.deepspeed_config import check_section
 from moe_dist.training.determinism import make_deterministic
 from moe_dist.training.schedule import learning_rate
 from moe_dist.training.setup import check_recipe, open_data, open_neighbours, routers, start_from
@@ -104,7 +103,7 @@ class Run:
 
         Raises Stopped on every rank where `stop` has noted a signal on any.
         """
-        stop, section = stop or StopSignals(), check_section(config.deepspeed)
+        stop = stop or StopSignals()
         resume_from, state = checkpoint.resolve_resume(config), None
         source = resolve_init(config) if resume_from is None else None
         if resume_from is not None:
@@ -147,7 +146,7 @@ class Run:
             held_out=held_out,
             loader_state=loader_state or {},
             initial=initial,
-            peak_lr=section.optimizer.params.lr,
+            peak_lr=config.deepspeed.optimizer.params.lr,
             step=state.step if state else 0,
             tokens=state.tokens if state else 0,
             stop=stop,

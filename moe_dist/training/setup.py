@@ -18,7 +18,6 @@ from moe_dist.data.shards.tars import Split
 from moe_dist.data.stream.loader import check_data
 from moe_dist.data.stream.neighbour_store import NeighbourStore
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
-from moe_dist.losses.loss_registry import loss_settings
 from moe_dist.model.attention import check_head_size
 from moe_dist.model.moe.moe_layer import MoELayer
 from moe_dist.model.moe.placement import make_placement
@@ -28,7 +27,7 @@ from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout, check_layout
 from moe_dist.parallel.signals import StopSignals
 from moe_dist.training.deepspeed import Engine
-from moe_dist.training.deepspeed_config import accumulation_steps, check_section
+from moe_dist.training.deepspeed_config import accumulation_steps
 from moe_dist.training.trainable import freeze_others
 
 TRAINING_SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -40,13 +39,11 @@ def check_recipe(config: Config, layout: Layout) -> None:
 
     The model is built without memory, so that routers, experts and frozen parameters say what they object to.
     """
-    section = check_section(config.deepspeed)
     of_depth = {"causal_routers"} if config.model.depth else set()
     if not isinstance(config.model.ffn, MoEFFN) and (lost := [name for name in config.losses if name not in of_depth]):
         raise UserError(f"the loss '{lost[0]}' needs routers, and the model is dense")
-    loss_settings(config.losses)
     accumulation_steps(config.train, layout.world)
-    dtype = torch.bfloat16 if section.bf16.enabled else torch.float32
+    dtype = torch.bfloat16 if config.deepspeed.bf16.enabled else torch.float32
     check_head_size(config.model.size_per_head, device=layout.device, dtype=dtype)
     check_data(config.data, dp=layout.world)
     if config.data.neighbours is not None and config.init_from is None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_dist.config.recipe import load_config
-from moe_dist.core.costs import Work
+from moe_dist.config.routers import router_settings
 from moe_dist.metrics.flops import model_flops
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
@@ -65,7 +65,7 @@ def test_training_settings_of_the_table(name):
     *_, tokens, steps = TABLE[name]
     assert config.train.global_batch_groups * config.data.group_sequences * config.data.sequence_length == tokens
     assert (config.train.steps, config.schedule.type, config.schedule.warmup_steps) == (steps, "linear", 4000)
-    assert (config.deepspeed["optimizer"]["params"]["lr"], config.schedule.end_lr) == (1e-4, 1e-6)
+    assert (config.deepspeed.optimizer.params.lr, config.schedule.end_lr) == (1e-4, 1e-6)
 
 
 def test_the_quickstarts_differ_in_one_line_of_the_model():
@@ -107,7 +107,7 @@ def test_the_causal_stage_trains_auxiliary_routers_of_the_quickstart_and_nothing
     assert causal.trainable == causal.init_from.new == ("*.auxiliary.*",)
     assert causal.init_from.checkpoint == plain.run.dir and causal.data == plain.data
     text = {"type": "expert_choice", "num_experts": 4, "auxiliary": True}
-    assert causal.model.ffn.router == {"type": "modality", "text": text, "image": text}
+    assert causal.model.ffn.router == router_settings({"type": "modality", "text": text, "image": text})
 
 
 def test_the_adamoe_recipes_differ_in_the_router_and_train_with_equal_flops():
@@ -117,8 +117,8 @@ def test_the_adamoe_recipes_differ_in_the_router_and_train_with_equal_flops():
     ffn = {"ffn": {"router"}}
     assert null.model.model_dump(exclude=ffn) == top_2.model.model_dump(exclude=ffn)
     router, flops = null.model.ffn.router, []
-    at_balance = router["top_k"] * router["num_experts"] / (router["num_experts"] + router["num_null_experts"])
-    for config, experts in ((null, at_balance), (top_2, top_2.model.ffn.router["top_k"])):
+    at_balance = router.top_k * router.num_experts / (router.num_experts + router.num_null_experts)
+    for config, experts in ((null, at_balance), (top_2, top_2.model.ffn.router.top_k)):
         rows = [round(experts * 512)] * config.model.num_layers
         of_a_step = model_flops(build(config, 2048), Work(document_lengths=[512], rows=rows))
         flops.append(of_a_step * config.train.steps)
@@ -131,7 +131,7 @@ def test_the_llava_recipes_differ_in_the_experts_and_adapt_with_as_many_paramete
     assert mole.model_dump(exclude=own) == lora.model_dump(exclude=own)
     ffn = {"ffn": {"experts", "router"}}
     assert mole.model.model_dump(exclude=ffn) == lora.model.model_dump(exclude=ffn)
-    (four, of_four), (one, of_one) = ((c.model.ffn.router["num_experts"], c.model.ffn.experts) for c in (mole, lora))
+    (four, of_four), (one, of_one) = ((c.model.ffn.router.num_experts, c.model.ffn.experts) for c in (mole, lora))
     assert four * of_four.rank == one * of_one.rank
     assert (of_four.alpha / of_four.rank, of_four.dropout) == (of_one.alpha / of_one.rank, of_one.dropout)
 

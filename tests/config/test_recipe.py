@@ -7,6 +7,7 @@ from moe_dist.core.errors import UserError
 from tests.support.permissions import public_folder, unprivileged
 
 RECIPE = "configs/moma_quickstart.yaml"
+TOP_1 = "{type: top_k, num_experts: 4, top_k: 1}"
 
 
 def test_round_trip(tmp_path):
@@ -46,10 +47,12 @@ def test_a_recipe_that_may_not_be_read():
         ("model.num_query_groups=3", "num_query_groups=3 does not divide num_heads=4"),
         ("model.ffn.slices=3", "key 'model.ffn': hidden_size=256 is not a multiple of 8 times slices=3, which grouped"),
         (
-            "model.ffn={type: moe, hidden_size: 64, slices: 2, experts: {type: lora, rank: 4, alpha: 8}, router: {}}",
+            "model.ffn={type: moe, hidden_size: 64, slices: 2, experts: {type: lora, rank: 4, alpha: 8}, router: "
+            + TOP_1
+            + "}",
             "key 'model.ffn': slices=2: LoRA experts share one dense FFN and cannot be sliced",
         ),
-        ("model.ffn.type=sparse", "key 'model.ffn': input tag 'sparse'"),
+        ("model.ffn.type=sparse", "key 'model.ffn.type': there is no 'sparse': one of dense, moe"),
         ("train.steps", "override 'train.steps' is not of the form section.key=value"),
         ("seed.x=1", "override 'seed.x=1': 'seed' is a value, not a section"),
         ("run.dir=[", r"override 'run.dir=\[': not valid YAML"),

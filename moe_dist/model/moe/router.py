@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +17,7 @@ from torch import Tensor, nn
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.costs import Product
 from moe_dist.core.routing_plan import RoutingPlan, RoutingRecord
-from moe_dist.core.seeding import hash_ids
-from moe_dist.core.strict import Strict
-from moe_dist.model.site import Site
+from moe_dist.core.seeding import hash_ids, seeded_normal_
 
 # Selection compares logits on a grid of 2^-14, so that tokens that are identical but for rounding tie at every layout.
 # A key packs the position on the grid (logits beyond +-256 tie) above 40 bits of hash, which break the ties. The last
@@ -44,15 +43,9 @@ class Router(Protocol):
     def __call__(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]: ...
 
 
-class RouterSettings(Strict):
-    """Base of every router's settings. A composite returns its children's raw settings, which are built first."""
-
-    def children(self) -> dict[str, dict[str, Any]]:
-        return {}
-
-
-class RouterPart(nn.Module):
-    """A part of a router that has its parameters, and states what they cost."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where a router sits: everything it needs besides its settings."""
 
     detached = False  # its input is: no gradient goes further back
 
