@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from moe_dist.config.recipe import Config
+from moe_dist.config.recipe import Config, stored_config
 from moe_dist.core.errors import UserError
-from moe_dist.core.strict import validate
 
 MAY_CHANGE = (
     "run",
@@ -69,8 +68,8 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_resumable(old_config: dict[str, Any], new_config: Config) -> None:
-    """Raise UserError, naming keys and values, if a key outside MAY_CHANGE differs from the checkpoint's recipe."""
-    old = _leaves(validate(Config, old_config, "the checkpoint's configuration").model_dump(mode="json"))
+    """Raise UserError, naming keys and values, where a key outside MAY_CHANGE differs from the checkpoint's recipe."""
+    old = _leaves(stored_config(old_config, "the checkpoint's configuration").model_dump(mode="json"))
     new = _leaves(new_config.model_dump(mode="json"))
     allowed = (*MAY_CHANGE, "train.steps") if _only_longer(old, new) else MAY_CHANGE
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and not _is_of(key, allowed)]
@@ -85,11 +84,8 @@ def _is_of(key: str, sections: Iterable[str]) -> bool:
 
 
 def _only_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Return whether the new run is longer but its steps so far would be the same.
-
-    This holds if the learning rate is constant after warm-up.
-    """
-    constant = new["schedule.end_lr"] == new.get("deepspeed.optimizer.params.lr")
+    """Is the new run a longer one at a constant rate (after warm-up), so that its steps so far would be the same?"""
+    constant = new["schedule.end_lr"] == new["schedule.peak_lr"]
     return constant and new["train.steps"] >= old["train.steps"]
 
 

@@ -77,8 +77,7 @@ class BF16Section(Strict):
     enabled: bool = False
 
 
-class AdamParams(Strict):
-    lr: NonNegative  # the schedule's peak
+class AdamParams(Strict):  # the learning rate is schedule.peak_lr
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: NonNegative = 1e-8
     weight_decay: NonNegative = 0.0
@@ -86,7 +85,6 @@ class AdamParams(Strict):
 
 
 class SGDParams(Strict):
-    lr: NonNegative
     momentum: Fraction = 0.0
     dampening: Fraction = 0.0
     nesterov: bool = False
@@ -95,12 +93,12 @@ class SGDParams(Strict):
 
 class AdamSection(Strict):
     type: Literal["Adam", "AdamW"]
-    params: AdamParams
+    params: AdamParams = AdamParams()
 
 
 class SGDSection(Strict):
     type: Literal["SGD"]
-    params: SGDParams
+    params: SGDParams = SGDParams()
 
 
 class DataTypes(Strict):

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from moe_dist.config.deepspeed_section import DeepSpeedSection
 from moe_dist.config.losses import LossesSection
+from moe_dist.config.renamed import check_names, with_new_names
 from moe_dist.config.routers import RouterSection
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import Count, Fraction, Positive, Strict, apply_override, parse_yaml, validate
@@ -176,7 +177,8 @@ class TrainConfig(Strict):
 class ScheduleConfig(Strict):
     type: Literal["linear", "cosine"] = "linear"
     warmup_steps: Count = 0
-    end_lr: Annotated[float, Field(ge=0)] = 1e-6  # at train.steps; the peak is deepspeed.optimizer.params.lr
+    peak_lr: Annotated[float, Field(ge=0)]
+    end_lr: Annotated[float, Field(ge=0)] = 1e-6  # at train.steps
 
 
 class EvalConfig(Strict):
@@ -217,7 +219,7 @@ class Config(Strict):
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
     losses: LossesSection = Field({})  # terms beside the language loss
-    schedule: ScheduleConfig = ScheduleConfig()
+    schedule: ScheduleConfig
     deepspeed: DeepSpeedSection
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -227,7 +229,28 @@ class Config(Strict):
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe and apply `section.key=value` overrides (values are YAML). Raises UserError."""
-    path = Path(path)
+    return _resolve(read_recipe(Path(path)), overrides, str(path))
+
+
+def load_stored_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read what save_config wrote, also in an earlier version whose keys had other names. Raises UserError."""
+    return _resolve(with_new_names(read_recipe(Path(path))), overrides, str(path))
+
+
+def stored_config(data: dict[str, Any], where: str) -> Config:
+    """Return a config that a checkpoint holds, also of an earlier version. Raises UserError."""
+    return validate(Config, with_new_names(data), where)
+
+
+def _resolve(data: dict[str, Any], overrides: Sequence[str], where: str) -> Config:
+    for override in overrides:
+        apply_override(data, override)
+    check_names(data, where)
+    return validate(Config, data, where)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe's file as plain YAML data. Raises UserError."""
     if not path.is_file():
         raise UserError(f"there is no configuration file {path}")
     try:
@@ -239,9 +262,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections")
-    for override in overrides:
-        apply_override(data, override)
-    return validate(Config, data, str(path))
+    return data
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -76,7 +76,7 @@ def init_distributed() -> torch.device:
 
 
 def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
-    """Hand a model to ZeRO. Collective. The peak learning rate is deepspeed.optimizer.params.lr.
+    """Hand a model to ZeRO. Collective. The learning rate is each step's.
 
     Freezes what config.trainable does not name. Raises UserError for what the recipe gets wrong.
     """
@@ -89,7 +89,7 @@ def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
     zero = _ZeroEngine(
         model,
         to_deepspeed(section, accumulation=accumulation, num_parameters=sum(p.numel() for p in trained)),
-        lambda params: make_optimizer(params, section),
+        lambda params: make_optimizer(params, section, config.schedule.peak_lr),
     )
     return Engine(zero, config, layout, accumulation)
 
@@ -283,9 +283,9 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [group for group in split if group["params"]]
 
 
-def make_optimizer(params: list[dict[str, Any]], section: DeepSpeedSection) -> torch.optim.Optimizer:
+def make_optimizer(params: list[dict[str, Any]], section: DeepSpeedSection, lr: float) -> torch.optim.Optimizer:
     """torch's optimizer for ZeRO's flat partitions; the fused Adam runs on CPU (offloading too) and on GPU."""
-    settings = section.optimizer.params.model_dump()
+    settings = section.optimizer.params.model_dump() | {"lr": lr}
     if section.optimizer.type == "SGD":
         return torch.optim.SGD(params, **settings)
     decoupled = settings.pop("adam_w_mode") or section.optimizer.type == "AdamW"

@@ -91,7 +91,6 @@ class Run:
     documents: TokenStore  # of the training split
     held_out: TokenStore
     loader_state: dict[str, Any]
-    peak_lr: float
     initial: Account | None  # what a fresh start took from init_from
     stop: StopSignals = field(default_factory=StopSignals)
     step: int = 0  # optimizer steps done
@@ -146,7 +145,6 @@ class Run:
             held_out=held_out,
             loader_state=loader_state or {},
             initial=initial,
-            peak_lr=config.deepspeed.optimizer.params.lr,
             step=state.step if state else 0,
             tokens=state.tokens if state else 0,
             stop=stop,
@@ -215,7 +213,7 @@ class Run:
         """Take one optimizer step; the metrics of metrics/metric_keys.py. Collective."""
         started = time.perf_counter()
         config, reader = self.config, Reader(self.loader)
-        lr = learning_rate(self.step, config=config.schedule, peak=self.peak_lr, steps=config.train.steps)
+        lr = learning_rate(self.step, config=config.schedule, steps=config.train.steps)
         context = Context(layout=self.layout, group_sequences=config.data.group_sequences)
         objective = make_objective(config.losses, context, self.step)
         result = self.engine.train_step(reader.read(self.engine.accumulation), objective, lr)

@@ -136,7 +136,7 @@ def test_keys_that_may_change(override):
         "train.steps=7777",
         "train.global_batch_groups=77",
         "schedule.end_lr=0.7",
-        "deepspeed.optimizer.params.lr=0.7",
+        "schedule.peak_lr=0.7",
         'trainable=["*.router.*"]',
     ],
 )
@@ -152,7 +152,7 @@ def test_keys_that_may_not(override):
 
 @pytest.mark.parametrize(("old", "new", "may"), [(5, 6, True), (6, 5, False)])
 def test_a_run_at_a_constant_rate_may_become_longer(old, new, may):
-    constant = ["schedule.end_lr=0.1", "deepspeed.optimizer.params.lr=0.1"]
+    constant = ["schedule.end_lr=0.1", "schedule.peak_lr=0.1"]
     before = recipe(f"train.steps={old}", *constant).model_dump(mode="json")
     with nullcontext() if may else pytest.raises(UserError, match=f"train.steps was {old} and is now {new}$"):
         check_resumable(before, recipe(f"train.steps={new}", *constant))

@@ -65,7 +65,7 @@ def test_training_settings_of_the_table(name):
     *_, tokens, steps = TABLE[name]
     assert config.train.global_batch_groups * config.data.group_sequences * config.data.sequence_length == tokens
     assert (config.train.steps, config.schedule.type, config.schedule.warmup_steps) == (steps, "linear", 4000)
-    assert (config.deepspeed.optimizer.params.lr, config.schedule.end_lr) == (1e-4, 1e-6)
+    assert (config.schedule.peak_lr, config.schedule.end_lr) == (1e-4, 1e-6)
 
 
 def test_the_quickstarts_differ_in_one_line_of_the_model():

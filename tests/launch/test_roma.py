@@ -77,7 +77,8 @@ def work(tmp_path_factory) -> Path:
         },
         "parallel": {"expert": 2},
         "train": {"steps": 12, "global_batch_groups": 4},
-        "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}},
+        "schedule": {"peak_lr": 0.01},
+        "deepspeed": {"optimizer": {"type": "AdamW"}},
         "eval": {"every": 0},
         "telemetry": {"tensorboard": False},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -155,6 +156,8 @@ def make_config(
     trainable: tuple[str, ...] = ("*",),
     **train,
 ) -> Config:
+    """deepspeed: the section, whose optimizer brings its learning rate along."""
+    section = copy.deepcopy(sgd() if deepspeed is None else deepspeed)
     raw = {
         "run": {"dir": "unused"},
         "data": {"shards": "unused", "text_tokenizer": "unused"},
@@ -168,7 +171,8 @@ def make_config(
         "parallel": {"expert": expert},
         "trainable": trainable,
         "train": {"steps": 8, "global_batch_groups": groups, "micro_batch_groups": micro} | train,
-        "deepspeed": sgd() if deepspeed is None else deepspeed,
+        "schedule": {"peak_lr": section["optimizer"]["params"].pop("lr")},
+        "deepspeed": section,
     }
     return validate(Config, raw, "test")
 

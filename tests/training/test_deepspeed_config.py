@@ -8,7 +8,7 @@ from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
 from moe_dist.training.deepspeed_config import accumulation_steps, to_deepspeed
 
-ADAM = {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}}
+ADAM = {"type": "AdamW", "params": {"betas": [0.9, 0.95], "weight_decay": 0.1}}
 
 
 def section(**more):
@@ -47,11 +47,11 @@ def check(raw) -> DeepSpeedSection:
         (section(gradient_clipping=-1), r"'deepspeed.gradient_clipping'"),
         (section(gradient_clipping="1.0"), r"'deepspeed.gradient_clipping'"),
         ({}, r"key 'deepspeed.optimizer' is missing"),
-        ({"optimizer": {"type": "AdamW", "params": {}}}, r"lr' is missing"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decy": 0.1}}}, r"weight_decy'"),
-        ({"optimizer": {"type": "SGD", "params": {"lr": 0.1, "betas": [0.9, 0.9]}}}, r"betas'"),
+        ({"optimizer": {"params": {}}}, r"key 'deepspeed.optimizer.type' is missing"),
+        ({"optimizer": {"type": "AdamW", "params": {"weight_decy": 0.1}}}, r"weight_decy'"),
+        ({"optimizer": {"type": "SGD", "params": {"betas": [0.9, 0.9]}}}, r"betas'"),
         (
-            {"optimizer": {"type": "Lamb", "params": {"lr": 0.1}}},
+            {"optimizer": {"type": "Lamb", "params": {}}},
             r"'deepspeed.optimizer.type': there is no 'Lamb'",
         ),
     ],

@@ -31,6 +31,7 @@ def _both(rank, config, lrs):
     freeze_others(model, config.trainable)
     settings = config.deepspeed.optimizer.model_dump()
     settings["params"].pop("adam_w_mode", None)
+    settings["params"]["lr"] = config.schedule.peak_lr
     decay = settings["params"].pop("weight_decay", 0.0)
     groups = [
         {"params": [p], "weight_decay": decay if "norm" not in name and "bias" not in name else 0.0}
@@ -183,7 +184,7 @@ def _tiny_updates(rank, config):
     engine, layout = toy_engine(config)
     before = full_parameters(engine)
     for _ in range(32):
-        engine.train_step(step_inputs(0, layout, config), objective, config.deepspeed.optimizer.params.lr)
+        engine.train_step(step_inputs(0, layout, config), objective, config.schedule.peak_lr)
     after = full_parameters(engine)
     assert all(p.dtype == torch.bfloat16 for p in engine.module.parameters())
     return float((after["output.weight"] - before["output.weight"]).abs().max())
