@@ -102,9 +102,8 @@ def test_overrides_come_last(tmp_path):
 
 @pytest.mark.parametrize("enabled", ["true", "false"])
 def test_a_recipe_that_says_bf16_is_left_as_it_is(enabled, tmp_path):
-    text = (ROOT / "configs" / "moma_quickstart.yaml").read_text()
     recipe = tmp_path / "own.yaml"
-    recipe.write_text(text.replace("deepspeed:\n", f"deepspeed:\n  bf16: {{enabled: {enabled}}}\n"))
+    recipe.write_text(f"extends: {ROOT}/configs/moma_quickstart.yaml\ndeepspeed:\n  bf16: {{enabled: {enabled}}}\n")
     started = train(tmp_path, f"CONFIG={recipe}", gpus=2)
     assert started == f"--num_gpus 2 launch/train.py --config {recipe}"
 

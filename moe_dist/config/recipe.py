@@ -13,11 +13,11 @@ import yaml
 from pydantic import Field, model_validator
 
 from moe_dist.config.deepspeed_section import DeepSpeedSection
+from moe_dist.config.inheritance import read_recipe
 from moe_dist.config.losses import LossesSection
 from moe_dist.config.renamed import check_names, with_new_names
 from moe_dist.config.routers import RouterSection
-from moe_dist.core.errors import UserError
-from moe_dist.core.strict import Count, Fraction, Positive, Strict, apply_override, parse_yaml, validate
+from moe_dist.core.strict import Count, Fraction, Positive, Strict, apply_override, validate
 
 Patterns = Annotated[tuple[str, ...], Field(strict=False)]  # of names; a list will do, also after a validator
 
@@ -247,22 +247,6 @@ def _resolve(data: dict[str, Any], overrides: Sequence[str], where: str) -> Conf
         apply_override(data, override)
     check_names(data, where)
     return validate(Config, data, where)
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe's file as plain YAML data. Raises UserError."""
-    if not path.is_file():
-        raise UserError(f"there is no configuration file {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the configuration file {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"the configuration file {path} is not UTF-8 text (byte {error.start})") from None
-    data = parse_yaml(text, str(path))
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections")
-    return data
 
 
 def save_config(config: Config, path: str | Path) -> None:

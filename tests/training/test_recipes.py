@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from torch import Tensor
 
-from moe_dist.config.recipe import Config, load_config
+from moe_dist.config.recipe import Config, MoEFFN, load_config
 from moe_dist.core.batch import Batch
 from moe_dist.core.seeding import seeded_normal_
 from moe_dist.losses.objective import make_objective
@@ -28,7 +28,7 @@ FOLDER = ROOT / "configs"
 RECIPES = sorted(
     path.stem
     for path in FOLDER.glob("*_quickstart.yaml")
-    if "type: moe" in path.read_text() and load_config(path).data.neighbours is None
+    if isinstance((config := load_config(path)).model.ffn, MoEFFN) and config.data.neighbours is None
 )
 ROMA = [  # six of SmolLM2's thirty layers: the routers of the last five are trained, the lowest one's is not
     "model.num_layers=6",
