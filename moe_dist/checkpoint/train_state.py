@@ -21,6 +21,7 @@ MAY_CHANGE = (
     "telemetry",
     "checkpoint",
     "health",
+    "needs",
     "parallel",  # the stored tensors do not depend on it
     "train.stop_after",
     "train.micro_batch_groups",  # selection groups do not depend on how many of them share a forward pass

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from moe_dist.config.deepspeed_section import DeepSpeedSection
 from moe_dist.config.inheritance import read_recipe
 from moe_dist.config.losses import LossesSection
+from moe_dist.config.needs import Need
 from moe_dist.config.renamed import check_names, with_new_names
 from moe_dist.config.routers import RouterSection
 from moe_dist.core.strict import Count, Fraction, Positive, Strict, apply_override, validate
@@ -225,6 +226,7 @@ class Config(Strict):
     checkpoint: CheckpointConfig = CheckpointConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     health: HealthConfig = HealthConfig()
+    needs: Annotated[tuple[Need, ...], Field(strict=False)] = ()  # what must exist first (config/prerequisites.py)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -46,7 +46,7 @@ from moe_dist.parallel.signals import Stopped, StopSignals
 from moe_dist.training.deepspeed import Engine, StepResult, init_distributed, make_engine
 from moe_dist.training.determinism import make_deterministic
 from moe_dist.training.schedule import learning_rate
-from moe_dist.training.setup import check_recipe, open_data, open_neighbours, routers, start_from
+from moe_dist.training.setup import check_needs, check_recipe, open_data, open_neighbours, routers, start_from
 
 
 def train(config: Config, stop: StopSignals | None = None) -> None:
@@ -104,6 +104,8 @@ class Run:
         """
         stop = stop or StopSignals()
         resume_from, state = checkpoint.resolve_resume(config), None
+        with raise_on_all_ranks():
+            check_needs(config, resumes=resume_from is not None)
         source = resolve_init(config) if resume_from is None else None
         if resume_from is not None:
             with raise_on_all_ranks():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from moe_dist.checkpoint import checkpoint
 from moe_dist.checkpoint.init_from import Account, init_from
 from moe_dist.checkpoint.manifest import identity
+from moe_dist.config.prerequisites import missing
 from moe_dist.config.recipe import Config, DataConfig, InitFrom, MoEFFN
 from moe_dist.core.errors import UserError
 from moe_dist.data.cache.token_cache import TokenStore, build_cache, open_store
@@ -54,6 +55,22 @@ def check_recipe(config: Config, layout: Layout) -> None:
     if isinstance(config.model.ffn, MoEFFN):
         make_placement(routers(model)[0].expert_groups, layout.expert, config.model.ffn.slices)
     freeze_others(model, config.trainable)
+
+
+def check_needs(config: Config, *, resumes: bool) -> None:
+    """Raise UserError, with the command that makes it, if the recipe reads something of its `needs` that is missing.
+
+    What overrides have replaced is not missed, nor is what a new run alone would read, if this one resumes.
+    """
+    data = config.data
+    read = [data.shards, data.validation_shards, data.text_tokenizer, data.image_tokenizer]
+    if not resumes:
+        read += [config.init_from and config.init_from.checkpoint, data.neighbours]
+    paths = {Path(path) for given in read if given for path in ([given] if isinstance(given, str) else given)}
+    gone = [path for path in paths if not path.exists()]
+    for needed in missing(config) if gone else ():
+        if not needed.folder.exists() and any(needed.folder in (path, *path.parents) for path in gone):
+            raise UserError(f"the recipe needs {needed.folder}, which is missing: `{needed.command}` makes it")
 
 
 def open_data(

@@ -1,0 +1,45 @@
+"""The section `needs`: what must exist before a recipe can be trained, and the command that makes each of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moe_dist.core.strict import Positive, Strict
+
+
+class CorpusNeed(Strict):
+    """Shards that launch/prepare_data.py makes."""
+
+    type: Literal["corpus"]
+    corpus: str
+    out: str
+    settings: dict[str, str | int] = Field({})  # the corpus' own
+
+
+class TokenizersNeed(Strict):
+    """Tokenizers that launch/train_tokenizers.py trains."""
+
+    type: Literal["tokenizers"]
+    shards: str
+    out: str
+    vocab_size: Positive
+    images: bool = True  # the shards have some, so there is a tokenizer for them too
+
+
+class RunNeed(Strict):
+    """An earlier stage: another recipe's run, to its last step."""
+
+    type: Literal["run"]
+    recipe: str
+
+
+class FileNeed(Strict):
+    """A file that the Makefile has a rule for."""
+
+    type: Literal["file"]
+    path: str
+
+
+Need = Annotated[CorpusNeed | TokenizersNeed | RunNeed | FileNeed, Field(discriminator="type")]
