@@ -39,16 +39,12 @@ def _read(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
 
 def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Return `base` with what `own` says."""
-    merged = dict(base)
-    for key, value in own.items():
-        below = base.get(key)
-        merged[key] = merge(below, value) if _mergeable(below, value) else value
-    return merged
+    return base | {key: _merged(base.get(key), value) for key, value in own.items()}
 
 
-def _mergeable(base: Any, own: Any) -> bool:
+def _merged(base: Any, own: Any) -> Any:
     both = isinstance(base, dict) and isinstance(own, dict)
-    return both and own.get("type", base.get("type")) == base.get("type")
+    return merge(base, own) if both and own.get("type", base.get("type")) == base.get("type") else own
 
 
 def _text(path: Path) -> str:

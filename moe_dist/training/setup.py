@@ -65,7 +65,7 @@ def check_needs(config: Config, *, resumes: bool) -> None:
     data = config.data
     read = [data.shards, data.validation_shards, data.text_tokenizer, data.image_tokenizer]
     if not resumes:
-        read += [config.init_from and config.init_from.checkpoint, data.neighbours]
+        read += [data.neighbours, config.init_from.checkpoint if config.init_from else None]
     paths = {Path(path) for given in read if given for path in ([given] if isinstance(given, str) else given)}
     gone = [path for path in paths if not path.exists()]
     for needed in missing(config) if gone else ():
