@@ -10,7 +10,8 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -133,7 +134,7 @@ def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict
 
 def pick(kinds: Mapping[str, V], name: Any, key: str, missing: str) -> V:
     """Return kinds[name]. If there is none, raise Faults of `key`: the sentence `missing` and the closest name."""
-    if name in kinds:
+    if isinstance(name, str) and name in kinds:
         return kinds[name]
     raise Faults([Fault((key,), f"key '{{key}}': {missing}{_alternatives(name, kinds)}")])
 
@@ -161,10 +162,8 @@ def _faults(model: type[BaseModel], item: Any) -> Iterator[Fault]:
     elif item["type"] == "union_tag_not_found":
         yield Fault((*keys, "type"), "key '{key}' is missing")
     elif item["type"] == "union_tag_invalid":
-        known = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
-        yield Fault(
-            (*keys, "type"), f"key '{{key}}': there is no '{context['tag']}'{_alternatives(context['tag'], known)}"
-        )
+        tag, known = context["tag"], [known.strip("' ") for known in context["expected_tags"].split(",")]
+        yield Fault((*keys, "type"), f"key '{{key}}': there is no '{tag}'{_alternatives(tag, known)}")
     else:
         message = item["msg"].removeprefix("Value error, ")
         shown = "" if isinstance(item["input"], dict | list | BaseModel) else f", got {item['input']!r}"
@@ -179,19 +178,31 @@ def _unknown(section: Any, key: str) -> str:
 
 
 def _walk(model: Any, location: list[str]) -> tuple[list[str], Any]:
-    """The keys of a path as the user's file has them, and the model at its end, if it is one.
+    """Return the keys of a path as the user's file has them, and the type at its end.
 
-    pydantic puts the tag of a discriminated union into the path; a user's file has no such key.
+    pydantic adds a part for the member of a union that it has tried; a user's file has no such key.
     """
-    keys = []
+    keys, kind = [], _plain(model)
     for part in location:
-        field = getattr(model, "model_fields", {}).get(part)
-        members = [m for m in getattr(model, "__args__", ()) if hasattr(m, "model_fields")]
-        member = next((m for m in members if part in m.model_fields["type"].annotation.__args__), None)
-        if field is None and member is not None:
-            model = member
+        fields, inner = getattr(kind, "model_fields", {}), get_args(kind)
+        if get_origin(kind) in (Union, UnionType):
+            tagged = [member for member in inner if part in _tags(member)]
+            kind = _plain(tagged[0]) if tagged else None
             continue
         keys.append(part)
-        optional = [of for of in getattr(field and field.annotation, "__args__", ()) if of is not type(None)]
-        model = optional[0] if len(optional) == 1 else field and field.annotation
-    return keys, model
+        items = inner[0] if inner and part.isdecimal() else None
+        kind = _plain(fields[part].annotation if part in fields else items)
+    return keys, kind
+
+
+def _plain(annotation: Any) -> Any:
+    """Strip Annotated, and Optional of one type."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    types = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return _plain(types[0]) if get_origin(annotation) in (Union, UnionType) and len(types) == 1 else annotation
+
+
+def _tags(member: Any) -> tuple[str, ...]:
+    field = getattr(member, "model_fields", {}).get("type")
+    return get_args(field.annotation) if field is not None else ()
