@@ -91,8 +91,7 @@ def recipe(job: Job, train: Packed) -> Config:
         f"train.steps={job.steps}",
         f"data.group_sequences={train.batch_tokens // train.facts['sequence_length']}",
         f"data.sequence_length={train.facts['sequence_length']}",
-        f"schedule.peak_lr={job.rate}",
-        f"schedule={{type: linear, warmup_steps: {warm_up}, end_lr: {job.rate / 100}}}",
+        f"schedule={{type: linear, warmup_steps: {warm_up}, peak_lr: {job.rate}, end_lr: {job.rate / 100}}}",
         "run.dir=none",
     ]
     return load_config(ROOT / "configs" / "moma_quickstart.yaml", [*settings, *job.overrides])
