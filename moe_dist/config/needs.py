@@ -1,4 +1,4 @@
-"""The section `needs`: what must exist before a recipe can be trained, and the command that makes each of it."""
+"""Settings of the section `needs`: corpora, tokenizers, runs and files that must exist before a recipe is trained."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class CorpusNeed(Strict):
     type: Literal["corpus"]
     corpus: str
     out: str
-    settings: dict[str, str | int] = Field({})  # the corpus' own
+    settings: dict[str, str | int] = Field({})  # further arguments of launch/prepare_data.py
 
 
 class TokenizersNeed(Strict):
@@ -25,7 +25,7 @@ class TokenizersNeed(Strict):
     shards: str
     out: str
     vocab_size: Positive
-    images: bool = True  # the shards have some, so there is a tokenizer for them too
+    images: bool = True  # false if the shards have none: there is no image tokenizer then
 
 
 class RunNeed(Strict):

@@ -1,8 +1,9 @@
-"""What a recipe needs and is not there yet; `make data` and `make train` make it.
+"""The prerequisites of a recipe (its section `needs`), and the commands that make them.
 
   python -m moe_dist.config.prerequisites configs/NAME.yaml
 
-Prints the commands that make it, one a line and in the recipe's order. What an earlier stage needs is its own matter.
+Prints the command of each missing one, in the recipe's order; `make data` and `make train` run them. An earlier stage
+has prerequisites of its own, which `make train` makes before it trains that stage.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from moe_dist.core.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Prerequisite:
-    folder: Path  # what recipes name
-    last: Path  # the file that is written last: with it the prerequisite is complete
+    folder: Path
+    last: Path  # the file that is written last: once it exists, the prerequisite is complete
     command: str
 
 
 def prerequisite(need: Need) -> Prerequisite:
-    """Raises UserError for a stage whose recipe is faulty."""
+    """Return where a need is found and what makes it. Raises UserError if the recipe of an earlier stage is faulty."""
     if isinstance(need, CorpusNeed):
         more = "".join(f" {key}={value}" for key, value in need.settings.items())
         command = f"python launch/prepare_data.py corpus={need.corpus} out={need.out}{more}"
@@ -41,7 +42,7 @@ def prerequisite(need: Need) -> Prerequisite:
 
 
 def missing(config: Config) -> Iterator[Prerequisite]:
-    """What the recipe needs and is not complete, in its order."""
+    """Yield the prerequisites that are not complete, in the recipe's order. Raises UserError."""
     return (needed for needed in map(prerequisite, config.needs) if not needed.last.exists())
 
 

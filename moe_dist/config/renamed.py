@@ -20,7 +20,7 @@ def check_names(data: dict[str, Any], where: str) -> None:
 
 
 def with_new_names(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe that an earlier version stored (in a checkpoint or a run folder) with today's keys."""
+    """Return a recipe that an earlier version stored (in a checkpoint or a run folder), with the new keys."""
     data = copy.deepcopy(data)
     for old, new in RENAMED.items():
         if (section := _section(data, old)) is not None:

@@ -86,7 +86,7 @@ class Fault:
 
 
 class Faults(ValueError):
-    """The faults of settings that a validator reads by itself; pydantic would join them to one text without keys."""
+    """Faults found in settings that a validator parses itself. pydantic would join them into one text without keys."""
 
     def __init__(self, faults: Iterable[Fault]):
         self.faults = tuple(faults)
@@ -111,7 +111,7 @@ def within(where: str, read: Callable[[], Any], prefix: str = "") -> Any:
 
 
 def nested(model: type[T], data: Any) -> T:
-    """Validate plain YAML data inside a validator of the settings around them. Raises Faults."""
+    """Validate plain YAML data inside a validator of the enclosing settings. Raises Faults."""
     try:
         return model.model_validate_json(json.dumps(data))  # JSON mode: a YAML list may fill a tuple
     except ValidationError as error:
