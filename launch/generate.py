@@ -26,8 +26,7 @@ from moe_dist.generate.sampling import Sampling
 from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.parallel.agreement import gather_objects, raise_on_all_ranks
 from moe_dist.parallel.discovery import run_rank
-from moe_dist.parallel.layout import Layout, make_layout
-from moe_dist.training.deepspeed import init_distributed
+from moe_dist.training.trained_run import TrainedRun
 
 
 def main(argv: list[str]) -> None:
@@ -75,19 +74,6 @@ def generate_samples(arguments: argparse.Namespace) -> None:
             for number, text in ((s.number, part) for s in everything for part in s.parts if isinstance(part, str)):
                 print(f"{number:04d} {text}")
             print(f"{len(everything)} samples of step {step}: {out}", flush=True)
-
-
-def load_model(config: Config, vocabulary: Vocabulary, run: Path, layout: Layout) -> tuple[Transformer, int]:
-    """The model of a run's newest checkpoint in the precision of its recipe, and the step."""
-    path = require_checkpoint(run)
-    state = read_state(path)
-    if state["vocabulary"] != vocabulary.fingerprint():
-        raise UserError(f"{path} was trained with other tokenizers than {vocabulary.describe()}")
-    model = Transformer(config.model, vocabulary.size, layout, config.seed)
-    check_can_generate(model)
-    fill_parameters(model, path)
-    dtype = torch.bfloat16 if config.deepspeed.bf16.enabled else torch.float32
-    return model.to(layout.device, dtype).eval(), state["step"]
 
 
 def start_samples(arguments: argparse.Namespace, form: Format, sampling: Sampling) -> list[GenerationState]:

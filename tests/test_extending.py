@@ -6,10 +6,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from moe_dist.config import routers
+from moe_dist.config import losses, routers
 from moe_dist.config.recipe import load_config
-from moe_dist.config.routers import RouterSettings
+from moe_dist.convert.families import FAMILIES
+from moe_dist.convert.hugging_face import import_folder
+from moe_dist.convert.tensor_maps import tensor_mappings
 from moe_dist.core.errors import UserError
+from moe_dist.losses.term import Context
 from moe_dist.model.moe.router_registry import ROUTERS
 from moe_dist.parallel.layout import make_layout
 from tests.losses.test_balance import Output
@@ -22,27 +25,21 @@ from tests.support.moe_cases import ROUTERS as CASES
 from tests.support.moe_cases import TOKENS, WIDTH, close, make_batch, make_layer, run_layer
 
 PAGE = ROOT / "docs" / "extending.md"
+RECIPE = ROOT / "configs" / "moma_quickstart.yaml"
 SETTINGS = {"type": "threshold", "num_experts": 8, "threshold": 0.6}
 
 
-def printed() -> tuple[str, dict]:
-    """The source of the settings (which belong to config/routers.py) and the router, and what the page defines."""
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    names: dict = {"torch": torch} | vars(routers)
+def printed(heading: str) -> tuple[str, dict]:
+    """The first block of code under a heading, and what all its blocks define.
+
+    Settings are printed as they would stand in config/routers.py and config/losses.py.
+    """
+    section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    names: dict = {"torch": torch} | vars(losses) | vars(routers)
     for block in blocks:
         exec(block, names)
-    return "".join(blocks[:2]), names
-
-
-@contextmanager
-def printed_router():
-    source, names = printed()
-    ROUTERS[names["ThresholdSettings"]] = names["ThresholdRouter"]
-    CASES["threshold"] = SETTINGS
-    try:
-        yield source, names
-    finally:
-        del ROUTERS[RouterSettings.kinds.pop("threshold")], CASES["threshold"]
+    return blocks[0], names
 
 
 @pytest.mark.parametrize("heading", ["A router", "A loss term", "A Hugging Face family"])
@@ -50,10 +47,28 @@ def test_it_is_short(heading):
     assert len(printed(heading)[0].splitlines()) < 50
 
 
+@contextmanager
+def printed_router():
+    names = printed("A router")[1]
+    ROUTERS[names["ThresholdSettings"]] = names["ThresholdRouter"]
+    CASES["threshold"] = SETTINGS
+    try:
+        yield names
+    finally:
+        del ROUTERS[routers.RouterSettings.kinds.pop("threshold")], CASES["threshold"]
+
+
 @pytest.fixture
-def page():
-    with printed_router() as found:
-        yield found
+def router():
+    with printed_router() as names:
+        yield names
+
+
+@pytest.fixture
+def term():
+    """What the page defines of a loss term."""
+    yield printed("A loss term")[1]
+    del losses.TermSettings.kinds["gate_entropy"]
 
 
 def run_with_the_new_router(rank, world):
@@ -64,12 +79,11 @@ def run_with_the_new_router(rank, world):
 
 def test_a_router_is_strict(router):
     with pytest.raises(UserError, match=r"'model\.ffn\.router\.threshold'"):
-        load_config(ROOT / "configs" / "moma_quickstart.yaml", [f"model.ffn.router={SETTINGS | {'threshold': 2.0}}"])
+        load_config(RECIPE, [f"model.ffn.router={SETTINGS | {'threshold': 2.0}}"])
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_it_equals_its_oracle(page, world):
-    oracle = page[1]["threshold_gates"]
+def test_a_router_equals_its_oracle(router, world):
     layer = make_layer("threshold")
     weights = [p.detach().clone().requires_grad_() for p in (layer.router.gate.weight, *layer.experts.parameters())]
     results = run_ranks(run_with_the_new_router, world, world)
@@ -94,8 +108,9 @@ def term_inputs(rank):
 def run_the_new_term(rank, world):
     """This rank's sum and count, and its part of the gate's gradient of the sum."""
     layout = make_layout(expert=1, device=torch.device("cpu"))
-    kind = printed("A loss term")[1]["GateEntropy"]
-    term = kind(validate(kind.Settings, {"weight": 0.01}, "test"), Context(layout=layout, group_sequences=1))
+    names = printed("A loss term")[1]
+    (settings,) = losses.loss_settings({"gate_entropy": {"weight": 0.01}}).values()
+    term = names["GateEntropy"](settings, Context(layout=layout, group_sequences=1))
     layer, (x_TD, batch) = make_layer("top_2_sigmoid"), term_inputs(rank)
     (total,) = term(Output((layer(x_TD, batch.info)[1],)), batch)
     total.backward()
@@ -103,13 +118,13 @@ def run_the_new_term(rank, world):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_loss_term_equals_its_oracle(world):
+def test_a_loss_term_equals_its_oracle(term, world):
     results = run_ranks(run_the_new_term, world, world)
     assert len({count for _, count, _ in results}) == world, "ranks should differ in their number of tokens"
     weight_ED = make_layer("top_2_sigmoid").router.gate.weight.detach().clone().requires_grad_()
     inputs = [term_inputs(rank) for rank in range(world)]
     counts = [int(batch.info.valid_T.sum()) for _, batch in inputs]
-    oracle = printed("A loss term")[1]["gate_entropy"]
+    oracle = term["gate_entropy"]
     values = [oracle(x_TD, weight_ED, batch.info) for x_TD, batch in inputs]
     expected = sum(value * count for value, count in zip(values, counts)) / sum(counts)
     expected.backward()
@@ -118,11 +133,10 @@ def test_a_loss_term_equals_its_oracle(world):
     close(sum(gradient for _, _, gradient in results) / divisor, weight_ED.grad, "gradient of the gate")
 
 
-def test_a_loss_term_is_strict():
-    kind = printed("A loss term")[1]["GateEntropy"]
+def test_a_loss_term_is_strict(term):
     for settings in ({}, {"weight": -1.0}):
         with pytest.raises(UserError, match=r"'losses\.gate_entropy\.weight'"):
-            validate(kind.Settings, settings, "recipe", "losses.gate_entropy")
+            load_config(RECIPE, [f"losses.gate_entropy={settings}"])
 
 
 def test_a_family_gives_the_logits_of_transformers(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
@@ -21,7 +21,6 @@ from moe_dist.core.errors import UserError, did_you_mean
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
-T = TypeVar("T", bound=BaseModel)
 V = TypeVar("V")
 
 
@@ -95,12 +94,12 @@ class Faults(ValueError):
         return tuple(Fault((key, *fault.keys), fault.text) for fault in self.faults)
 
 
-def validate(model: type[T], data: Any, where: str, prefix: str = "") -> T:
+def validate(model: type[Settings], data: Any, where: str, prefix: str = "") -> Settings:
     """Validate plain YAML data; every problem becomes one UserError that names the key under `prefix`."""
     return within(where, lambda: nested(model, data), prefix)
 
 
-def within(where: str, read: Callable[[], Any], prefix: str = "") -> Any:
+def within(where: str, read: Callable[[], V], prefix: str = "") -> V:
     """Return read(). Its Faults become one UserError that begins with `where` and names the keys under `prefix`."""
     try:
         return read()
@@ -110,7 +109,7 @@ def within(where: str, read: Callable[[], Any], prefix: str = "") -> Any:
         raise UserError(f"{where}: " + "; ".join(fault.sentence() for fault in faults.below(prefix))) from None
 
 
-def nested(model: type[T], data: Any) -> T:
+def nested(model: type[Settings], data: Any) -> Settings:
     """Validate plain YAML data inside a validator of the enclosing settings. Raises Faults."""
     try:
         return model.model_validate_json(json.dumps(data))  # JSON mode: a YAML list may fill a tuple
@@ -137,12 +136,6 @@ def pick(kinds: Mapping[str, V], name: Any, key: str, missing: str) -> V:
     if isinstance(name, str) and name in kinds:
         return kinds[name]
     raise Faults([Fault((key,), f"key '{{key}}': {missing}{_alternatives(name, kinds)}")])
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return " (did you mean 'X'?)" for the closest known name, or nothing."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def _alternatives(name: Any, known: Iterable[str]) -> str:

@@ -27,7 +27,7 @@ def prepare(name: str, settings: dict[str, Any], out: Path) -> dict[str, Any] | 
     """
     if name not in BUILDERS:
         raise UserError(f"there is no corpus '{name}': it is one of {', '.join(BUILDERS)}")
-    corpus: Any = validate(BUILDERS[name], settings, f"corpus {name}")
+    corpus = validate(BUILDERS[name], settings, f"corpus {name}")
     identity = {"corpus": name, "format": CORPUS_FORMAT, "settings": corpus.model_dump(mode="json")}
     if _is_prepared(out, identity):
         return None

@@ -39,7 +39,8 @@ EXPERTS: dict[str, Any] = {
 def build_router(settings: RouterSettings, site: Site) -> Router:
     """Build the router of these settings, children first."""
     children = {name: build_router(child, site.child(name)) for name, child in settings.children().items()}
-    return ROUTERS[type(settings)](settings, site, **children)
+    router: Router = ROUTERS[type(settings)](settings, site, **children)
+    return router
 
 
 def build_experts(ffn: MoEFFN, router: Router, expert_ids: tuple[int, ...], site: Site) -> Experts:
