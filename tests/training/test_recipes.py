@@ -21,7 +21,7 @@ from tests.support import ROOT
 from tests.support.distributed import run_ranks
 from tests.support.long import REPEATED
 from tests.support.selections import LOGITS, Selections, deviation, unite, watching
-from tests.support.toy_model import VOCABULARY, sgd
+from tests.support.toy_model import VOCABULARY, make_config, sgd
 from tests.support.trajectory import full_parameters, step_inputs
 
 FOLDER = ROOT / "configs"
@@ -74,7 +74,7 @@ def on_ranks(recipe: str, world: int, overrides: Sequence[str] = ()) -> Config:
     alone = ["parallel.expert=1"] if world == 1 else []
     config = load_config(FOLDER / f"{recipe}.yaml", [*overrides, *alone])
     train = config.train.model_copy(update={"global_batch_groups": 4, "micro_batch_groups": 4 // world})
-    return config.model_copy(update={"train": train, "deepspeed": sgd(clip=CLIP)})
+    return config.model_copy(update={"train": train, "deepspeed": make_config(deepspeed=sgd(clip=CLIP)).deepspeed})
 
 
 def assert_same(results: Sequence[Outcome], alone: Outcome) -> None:
