@@ -69,7 +69,7 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_resumable(old_config: dict[str, Any], new_config: Config) -> None:
-    """Raise UserError, naming keys and values, where a key outside MAY_CHANGE differs from the checkpoint's recipe."""
+    """Raise UserError, naming keys and values, if a key outside MAY_CHANGE differs from the checkpoint's recipe."""
     old = _leaves(stored_config(old_config, "the checkpoint's configuration").model_dump(mode="json"))
     new = _leaves(new_config.model_dump(mode="json"))
     allowed = (*MAY_CHANGE, "train.steps") if _only_longer(old, new) else MAY_CHANGE
@@ -85,7 +85,10 @@ def _is_of(key: str, sections: Iterable[str]) -> bool:
 
 
 def _only_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Is the new run a longer one at a constant rate (after warm-up), so that its steps so far would be the same?"""
+    """Return whether the new run is longer but its steps so far would be the same.
+
+    This holds if the learning rate is constant after warm-up.
+    """
     constant = new["schedule.end_lr"] == new["schedule.peak_lr"]
     return constant and new["train.steps"] >= old["train.steps"]
 

@@ -8,6 +8,7 @@ import torch
 
 from moe_dist.config.recipe import load_config
 from moe_dist.config.routers import router_settings
+from moe_dist.core.costs import Work
 from moe_dist.metrics.flops import model_flops
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from moe_dist.config.routers import ExpertChoiceSettings, ModalitySettings
 from moe_dist.core.batch import MODALITIES, TokenInfo
 from moe_dist.core.routing_plan import Routing, RoutingPlan, RoutingRecord
-from moe_dist.core.seeding import fold_key, logistic
+from moe_dist.core.seeding import logistic
 from moe_dist.model.moe.auxiliary_router import AuxiliaryRouter, decide_alone
 from moe_dist.model.moe.capacity import expert_capacity, join_plans, plan_assignments
-from moe_dist.model.moe.router import Gate, Site, selection_keys
+from moe_dist.model.moe.router import Gate, selection_keys
+from moe_dist.model.site import Site
 
 
 class ExpertChoiceRouter(nn.Module):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.costs import Product
 from moe_dist.core.routing_plan import RoutingPlan, RoutingRecord
-from moe_dist.core.seeding import hash_ids, seeded_normal_
+from moe_dist.core.seeding import hash_ids
+from moe_dist.model.site import Site
 
 # Selection compares logits on a grid of 2^-14, so that tokens that are identical but for rounding tie at every layout.
 # A key packs the position on the grid (logits beyond +-256 tie) above 40 bits of hash, which break the ties. The last
@@ -43,9 +43,8 @@ class Router(Protocol):
     def __call__(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """Where a router sits: everything it needs besides its settings."""
+class RouterPart(nn.Module):
+    """A part of a router that has its parameters, and states what they cost."""
 
     detached = False  # its input is: no gradient goes further back
 

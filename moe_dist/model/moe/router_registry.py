@@ -19,7 +19,7 @@ from moe_dist.core.errors import UserError
 from moe_dist.model.moe.expert_choice import ExpertChoiceRouter, ModalityRouter
 from moe_dist.model.moe.experts import Experts, GroupedExperts, HeldExperts
 from moe_dist.model.moe.lora_experts import LoRAExperts
-from moe_dist.model.moe.router import Router, Site
+from moe_dist.model.moe.router import Router
 from moe_dist.model.moe.token_choice import NullExpertRouter, TopKRouter
 from moe_dist.model.site import Site
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from moe_dist.config.routers import NullExpertSettings, TokenChoiceSettings, TopKSettings
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.routing_plan import Routing, RoutingPlan, RoutingRecord
-from moe_dist.core.seeding import fold_key
 from moe_dist.model.moe.capacity import expert_capacity, keep_within_capacity, plan_assignments
-from moe_dist.model.moe.router import Gate, Site, selection_keys
+from moe_dist.model.moe.router import Gate, selection_keys
+from moe_dist.model.site import Site
 
 
 class TokenChoiceRouter(nn.Module):
