@@ -4,7 +4,6 @@ PYTHON ?= python3.11
 VENV := .venv
 CONFIG ?= configs/moma_quickstart.yaml
 ARGS ?=
-RECIPE := $(notdir $(basename $(CONFIG)))
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4
 .DELETE_ON_ERROR:
@@ -62,54 +61,18 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,report,corpora,mpi,models]'
 	touch $@
 
-# What a recipe's data are; recipes that are not named here read the emoji.
-NEEDS_adamoe_quickstart := data/text_tokenizer/text.model
-NEEDS_adamoe_top2_quickstart := data/text_tokenizer/text.model
-DENSE := runs/dense_quickstart/checkpoints/step_00000320/manifest.json
-NEEDS_llava_mole_quickstart := data/emoji_qa/corpus.json data/clipart_qa/corpus.json $(DENSE)
-NEEDS_llava_lora_quickstart := $(NEEDS_llava_mole_quickstart)
-MOMA := runs/moma_quickstart/checkpoints/step_00000320/manifest.json
-NEEDS_moma_causal_quickstart := data/tokenizers/.done $(MOMA)
-
-data: $(or $(NEEDS_$(RECIPE)),data/tokenizers/.done)  ## corpus and tokenizers of CONFIG
-
-data/emoji/corpus.json: | setup
-	$(BIN)/python launch/prepare_data.py corpus=emoji out=data/emoji
-
-data/tokenizers/.done: | data/emoji/corpus.json
-	$(BIN)/python launch/train_tokenizers.py shards=data/emoji out=data/tokenizers vocab_size=1024
-	touch $@
-
-data/emoji_qa/corpus.json data/clipart_qa/corpus.json: data/%/corpus.json: | setup
-	$(BIN)/python launch/prepare_data.py corpus=$* out=data/$*
-
-$(DENSE):
-	$(MAKE) train CONFIG=configs/dense_quickstart.yaml ARGS=
-
-$(MOMA):
-	$(MAKE) train CONFIG=configs/moma_quickstart.yaml ARGS=
-
-data/text/corpus.json: | setup
-	$(BIN)/python launch/prepare_data.py corpus=text out=data/text
-
-data/text_tokenizer/text.model: | data/text/corpus.json
-	$(BIN)/python launch/train_tokenizers.py shards=data/text out=data/text_tokenizer vocab_size=2048
+data: setup  ## what CONFIG needs first, as it says itself (`needs`): corpora, tokenizers, earlier stages
+	@needs=$$($(BIN)/python -m moe_dist.config.prerequisites $(CONFIG)) && PATH="$(CURDIR)/$(BIN):$$PATH" sh -ecx "$$needs"
 
 # RoMA (docs/roma.md): few questions to train on, so that the pipeline is short, and many to be examined in.
-data/choices/corpus.json: | setup
-	$(BIN)/python launch/prepare_data.py corpus=multiple_choice answer=text per_task=600 out=data/choices
-
-data/choices_held_out/corpus.json: | setup
-	$(BIN)/python launch/prepare_data.py corpus=multiple_choice answer=text per_task=4000 out=data/choices_held_out
-
 data/smollm2/config.json data/minilm/config.json: data/%/config.json: | setup
 	$(BIN)/python launch/prepare_model.py model=$* out=data/$*
 
 data/smollm2_checkpoint/manifest.json: | data/smollm2/config.json
 	$(BIN)/python launch/convert.py import --format hf --from data/smollm2 --to data/smollm2_checkpoint
 
-runs/roma_experts/.done: | data/choices/corpus.json data/choices_held_out/corpus.json data/smollm2_checkpoint/manifest.json
-	$(call FIT,configs/roma_experts.yaml) $(LAUNCH) launch/train.py --config configs/roma_experts.yaml $$overrides
+runs/roma_experts/.done: | setup
+	$(MAKE) train CONFIG=configs/roma_experts.yaml ARGS=
 	touch $@
 
 runs/roma_neighbours/samples.safetensors: | runs/roma_experts/.done
@@ -119,11 +82,11 @@ runs/roma_neighbours/neighbours.safetensors: | runs/roma_neighbours/samples.safe
 	$(BIN)/python launch/align.py neighbours runs/roma_neighbours data/minilm
 
 runs/roma_quickstart/.done: | runs/roma_neighbours/neighbours.safetensors
-	$(call FIT,configs/roma_quickstart.yaml) $(LAUNCH) launch/train.py --config configs/roma_quickstart.yaml $$overrides
+	$(MAKE) train CONFIG=configs/roma_quickstart.yaml ARGS=
 	touch $@
 
 runs/roma_control/.done: | runs/roma_neighbours/neighbours.safetensors
-	$(call FIT,configs/roma_quickstart.yaml) $(LAUNCH) launch/train.py --config configs/roma_quickstart.yaml $$overrides losses.manifold.weight=0 run.dir=runs/roma_control
+	$(MAKE) train CONFIG=configs/roma_quickstart.yaml ARGS="losses.manifold.weight=0 run.dir=runs/roma_control"
 	touch $@
 
 runs/roma_comparison.json: | runs/roma_quickstart/.done runs/roma_control/.done

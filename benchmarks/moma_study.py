@@ -32,7 +32,7 @@ DEEPER = 7  # number of layers with mixture-of-depths, for the FLOPs of 4 layers
 
 def at_constant(rate: float) -> list[str]:
     """Return the settings of a learning rate that stays constant after warm-up."""
-    return [f"schedule={{type: linear, warmup_steps: 40, end_lr: {rate}}}", f"deepspeed.optimizer.params.lr={rate}"]
+    return [f"schedule={{type: linear, warmup_steps: 40, peak_lr: {rate}, end_lr: {rate}}}"]
 
 
 BASE = [

@@ -1,4 +1,4 @@
-# Shared by the sbatch scripts of this folder; docs/slurm.md explains it. A site's settings: slurm/site.sh, never here.
+# Functions of stage.sh, the body of the sbatch scripts; docs/slurm.md explains them. A site's settings: slurm/site.sh, never here.
 # train [section.key=value ...] runs the recipe CONFIG on every rank, and has Slurm run the job again where that helps.
 
 set -euo pipefail

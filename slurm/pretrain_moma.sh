@@ -5,8 +5,6 @@
 #SBATCH --nodes=2 --ntasks-per-node=1
 #SBATCH --output=%x-%j.log --open-mode=append
 #SBATCH --requeue --signal=B:USR1@120
-CONFIG=${CONFIG:-configs/moma_quickstart.yaml}
-command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p;T;q')
-command=${command:-$SLURM_SUBMIT_DIR/slurm/pretrain_moma.sh}  # the controller may be too busy to answer
-source "$(dirname "${command%%.sh*}")/env.sh"
-train "$@"
+recipe=moma_quickstart
+command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p;T;q') folder=${command%%.sh*} folder=${folder%/*}
+source "${folder:-$SLURM_SUBMIT_DIR/slurm}/stage.sh" "$@"

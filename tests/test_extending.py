@@ -1,18 +1,20 @@
 """docs/extending.md is true: its routers, loss term and Hugging Face family, as printed, against their oracles."""
 
 import re
+from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
 import torch
 
+from moe_dist.config import losses, routers
+from moe_dist.config.recipe import load_config
 from moe_dist.convert.families import FAMILIES
 from moe_dist.convert.hugging_face import import_folder
 from moe_dist.convert.tensor_maps import tensor_mappings
 from moe_dist.core.errors import UserError
-from moe_dist.core.strict import validate
 from moe_dist.losses.term import Context
-from moe_dist.model.moe.router_registry import ROUTERS, router_settings
+from moe_dist.model.moe.router_registry import ROUTERS
 from moe_dist.parallel.layout import make_layout
 from tests.losses.test_balance import Output
 from tests.losses.test_balance import make_batch as make_loss_batch
@@ -27,14 +29,18 @@ from tests.support.trajectory import step_inputs, toy_engine
 
 PAGE = ROOT / "docs" / "extending.md"
 RATE = 0.05
+RECIPE = ROOT / "configs" / "moma_quickstart.yaml"
 SETTINGS = {"type": "threshold", "num_experts": 8, "threshold": 0.6}
 
 
 def printed(heading: str, known: dict | None = None) -> tuple[str, dict]:
-    """The first block of code under a heading, and what all its blocks define, beside what is known."""
+    """The first block of code under a heading, and what all its blocks define, beside what is known.
+
+    Settings are printed as they would stand in config/routers.py and config/losses.py.
+    """
     section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    names: dict = {"torch": torch} | (known or {})
+    names: dict = {"torch": torch} | vars(losses) | vars(routers) | (known or {})
     for block in blocks:
         exec(block, names)
     return blocks[0], names
@@ -45,33 +51,52 @@ def test_it_is_short(heading):
     assert len(printed(heading)[0].splitlines()) < 50
 
 
-@pytest.fixture
-def router(monkeypatch):
+@contextmanager
+def printed_router():
     names = printed("A router")[1]
-    monkeypatch.setitem(ROUTERS, "threshold", names["ThresholdRouter"])
-    return names
+    ROUTERS[names["ThresholdSettings"]] = names["ThresholdRouter"]
+    CASES["threshold"] = SETTINGS
+    try:
+        yield names
+    finally:
+        del ROUTERS[routers.RouterSettings.kinds.pop("threshold")], CASES["threshold"]
+
+
+@pytest.fixture
+def router():
+    with printed_router() as names:
+        yield names
+
+
+@pytest.fixture
+def term():
+    """What the page defines of a loss term."""
+    yield printed("A loss term")[1]
+    del losses.TermSettings.kinds["gate_entropy"]
 
 
 def run_with_the_new_router(rank, world):
-    ROUTERS["threshold"] = printed("A router")[1]["ThresholdRouter"]
-    CASES["threshold"] = SETTINGS
-    try:
+    with printed_router():
         layout = make_layout(expert=world, device=torch.device("cpu"))
         return run_layer(make_layer("threshold", layout=layout), "mixed", rank)
+
+
+@contextmanager
+def printed_router_with_state():
+    names = printed("A router with state", printed("A router")[1])[1]
+    ROUTERS[names["BalancedThresholdSettings"]] = names["BalancedThresholdRouter"]
+    try:
+        yield names
     finally:
-        del ROUTERS["threshold"], CASES["threshold"]
-
-
-def printed_with_state() -> dict:
-    return printed("A router with state", printed("A router")[1])[1]
+        del ROUTERS[routers.RouterSettings.kinds.pop("balanced_threshold")], routers.RouterSettings.kinds["threshold"]
 
 
 def steps_of_the_router_with_state(rank):
     """Shifts before each of three steps and after the last, and the load of each on this rank."""
-    ROUTERS["balanced_threshold"] = printed_with_state()["BalancedThresholdRouter"]
     settings = {"type": "balanced_threshold", "num_experts": 8, "threshold": 0.5, "rate": RATE}
-    config = make_config(router=settings, expert=2, groups=8, micro=2)
-    engine, layout = toy_engine(config)
+    with printed_router_with_state():
+        config = make_config(router=settings, expert=2, groups=8, micro=2)
+        engine, layout = toy_engine(config)
     router, shifts, loads = engine.module.ffn.router, [], []
     router.register_forward_hook(lambda _, inputs, output: loads.append(output[1].load_E))
     of_steps = []
@@ -84,23 +109,24 @@ def steps_of_the_router_with_state(rank):
 
 
 def test_a_router_with_state_follows_the_load_of_all_ranks():
+    with printed_router_with_state() as names:
+        shifts_after = names["shifts_after"]
     (shifts, first), (others, second) = run_ranks(steps_of_the_router_with_state, 2)
     assert shifts == others
     for step in range(3):
         load_E = [a + b for a, b in zip(first[step], second[step], strict=True)]
-        expected = printed_with_state()["shifts_after"](shifts[step], load_E, RATE)
+        expected = shifts_after(shifts[step], load_E, RATE)
         assert shifts[step + 1] == pytest.approx(expected, abs=1e-7)
     assert all(before != after for before, after in pairwise(shifts))
 
 
 def test_a_router_is_strict(router):
     with pytest.raises(UserError, match=r"'model\.ffn\.router\.threshold'"):
-        router_settings(SETTINGS | {"threshold": 2.0})
+        load_config(RECIPE, [f"model.ffn.router={SETTINGS | {'threshold': 2.0}}"])
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_router_equals_its_oracle(router, monkeypatch, world):
-    monkeypatch.setitem(CASES, "threshold", SETTINGS)
+def test_a_router_equals_its_oracle(router, world):
     layer = make_layer("threshold")
     weights = [p.detach().clone().requires_grad_() for p in (layer.router.gate.weight, *layer.experts.parameters())]
     results = run_ranks(run_with_the_new_router, world, world)
@@ -125,8 +151,9 @@ def term_inputs(rank):
 def run_the_new_term(rank, world):
     """This rank's sum and count, and its part of the gate's gradient of the sum."""
     layout = make_layout(expert=1, device=torch.device("cpu"))
-    kind = printed("A loss term")[1]["GateEntropy"]
-    term = kind(validate(kind.Settings, {"weight": 0.01}, "test"), Context(layout=layout, group_sequences=1))
+    names = printed("A loss term")[1]
+    (settings,) = losses.loss_settings({"gate_entropy": {"weight": 0.01}}).values()
+    term = names["GateEntropy"](settings, Context(layout=layout, group_sequences=1))
     layer, (x_TD, batch) = make_layer("top_2_sigmoid"), term_inputs(rank)
     (total,) = term(Output((layer(x_TD, batch.info)[1],)), batch)
     total.backward()
@@ -134,13 +161,13 @@ def run_the_new_term(rank, world):
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_loss_term_equals_its_oracle(world):
+def test_a_loss_term_equals_its_oracle(term, world):
     results = run_ranks(run_the_new_term, world, world)
     assert len({count for _, count, _ in results}) == world, "ranks should differ in their number of tokens"
     weight_ED = make_layer("top_2_sigmoid").router.gate.weight.detach().clone().requires_grad_()
     inputs = [term_inputs(rank) for rank in range(world)]
     counts = [int(batch.info.valid_T.sum()) for _, batch in inputs]
-    oracle = printed("A loss term")[1]["gate_entropy"]
+    oracle = term["gate_entropy"]
     values = [oracle(x_TD, weight_ED, batch.info) for x_TD, batch in inputs]
     expected = sum(value * count for value, count in zip(values, counts)) / sum(counts)
     expected.backward()
@@ -149,11 +176,10 @@ def test_a_loss_term_equals_its_oracle(world):
     close(sum(gradient for _, _, gradient in results) / divisor, weight_ED.grad, "gradient of the gate")
 
 
-def test_a_loss_term_is_strict():
-    kind = printed("A loss term")[1]["GateEntropy"]
+def test_a_loss_term_is_strict(term):
     for settings in ({}, {"weight": -1.0}):
         with pytest.raises(UserError, match=r"'losses\.gate_entropy\.weight'"):
-            validate(kind.Settings, settings, "recipe", "losses.gate_entropy")
+            load_config(RECIPE, [f"losses.gate_entropy={settings}"])
 
 
 def test_a_family_gives_the_logits_of_transformers(monkeypatch, tmp_path):

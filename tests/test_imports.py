@@ -14,7 +14,7 @@ ALLOWED = {
     "data": {"core", "config"},
     "corpora": {"core", "data"},
     "model": {"core", "config", "parallel"},
-    "losses": {"core", "parallel"},
+    "losses": {"core", "config", "parallel"},
     "checkpoint": {"core", "config", "parallel"},
     "metrics": {"core", "config", "parallel"},
     "health": {"core", "config", "parallel", "metrics"},

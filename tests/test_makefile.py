@@ -1,6 +1,7 @@
 """`make train` on machines with and without GPUs, and what it and the Slurm scripts set for every rank."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,26 @@ def test_only_visible_gpus_are_used(visible, placement, tmp_path):
     assert train(tmp_path, gpus=8, CUDA_VISIBLE_DEVICES=visible).startswith(f"{placement} launch/train.py")
 
 
+def test_what_is_missing_is_made_first_and_in_order(tmp_path):
+    """The stand-ins of python and make say what they are told, and make nothing."""
+    stage = tmp_path / "stage.yaml"
+    stage.write_text(f"extends: {ROOT}/configs/moma_quickstart.yaml\nrun: {{dir: {tmp_path}/stage}}\n")
+    recipe = tmp_path / "own.yaml"
+    needs = f"{{type: corpus, corpus: emoji, out: {tmp_path}/emoji}}, {{type: run, recipe: {stage}}}"
+    recipe.write_text(f"extends: {ROOT}/configs/dense_quickstart.yaml\nneeds: [{needs}]\n")
+    for name in ("python", "deepspeed"):
+        program(tmp_path, name, f'echo {name} "$@"')
+    program(tmp_path, "nvidia-smi", "exit 9")
+    make = shutil.which("make")
+    program(tmp_path, "make", 'echo make "$@"')
+    command = [make, "--silent", "-o", "setup", "train", f"BIN={BIN}", f"CONFIG={recipe}", "ARGS=seed=3"]
+    assert run(command, tmp_path, {}) == [
+        f"python launch/prepare_data.py corpus=emoji out={tmp_path}/emoji",
+        f"make train CONFIG={stage} ARGS=",
+        f"deepspeed --num_gpus 2 launch/train.py --config {recipe} seed=3",
+    ]
+
+
 def test_overrides_come_last(tmp_path):
     arguments = "seed=1 deepspeed.bf16.enabled=false"
     assert train(tmp_path, f"ARGS={arguments}", gpus=1).endswith(f"parallel.expert=1{BF16} {arguments}")
@@ -102,9 +123,8 @@ def test_overrides_come_last(tmp_path):
 
 @pytest.mark.parametrize("enabled", ["true", "false"])
 def test_a_recipe_that_says_bf16_is_left_as_it_is(enabled, tmp_path):
-    text = (ROOT / "configs" / "moma_quickstart.yaml").read_text()
     recipe = tmp_path / "own.yaml"
-    recipe.write_text(text.replace("deepspeed:\n", f"deepspeed:\n  bf16: {{enabled: {enabled}}}\n"))
+    recipe.write_text(f"extends: {ROOT}/configs/moma_quickstart.yaml\ndeepspeed:\n  bf16: {{enabled: {enabled}}}\n")
     started = train(tmp_path, f"CONFIG={recipe}", gpus=2)
     assert started == f"--num_gpus 2 launch/train.py --config {recipe}"
 

@@ -92,8 +92,7 @@ def recipe(job: Job, train: Packed) -> Config:
         f"train.steps={job.steps}",
         f"data.group_sequences={train.batch_tokens // train.facts['sequence_length']}",
         f"data.sequence_length={train.facts['sequence_length']}",
-        f"deepspeed.optimizer.params.lr={job.rate}",
-        f"schedule={{type: linear, warmup_steps: {warm_up}, end_lr: {job.rate / 100}}}",
+        f"schedule={{type: linear, warmup_steps: {warm_up}, peak_lr: {job.rate}, end_lr: {job.rate / 100}}}",
         "run.dir=none",
     ]
     return load_config(ROOT / "configs" / "moma_quickstart.yaml", [*settings, *job.overrides])
@@ -145,7 +144,7 @@ class Training:
         self.curve.save()
 
     def _step(self, step: int, batch: Batch, started: float) -> None:
-        lr = learning_rate(step, config=self.config.schedule, peak=self.job.rate, steps=self.job.steps)
+        lr = learning_rate(step, config=self.config.schedule, steps=self.job.steps)
         context = Context(layout=self.layout, group_sequences=self.config.data.group_sequences)
         objective = make_objective({}, context, step)
         result = self.engine.train_step(

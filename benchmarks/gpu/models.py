@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gpu.check import Check, relative, right_if, short
+from moe_dist.config.losses import loss_settings
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.model.moe.dispatch import split_sizes
@@ -88,7 +89,7 @@ def within(dtype: torch.dtype, errors: list[float], same_routing: bool) -> bool:
 
 
 def step(model: Transformer, batch: Any, layout: Layout, terms: dict) -> tuple[Any, torch.Tensor]:
-    objective = make_objective(terms, Context(layout=layout, group_sequences=1), 0)
+    objective = make_objective(loss_settings(terms), Context(layout=layout, group_sequences=1), 0)
     counts = dict(zip(objective.names, objective.counts(BATCH)))
     output = model(batch.tokens_T, batch.info)
     loss = objective(output, batch, counts).loss

@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from moe_dist.config.recipe import Config
+from moe_dist.config.recipe import Config, stored_config
 from moe_dist.core.errors import UserError
-from moe_dist.core.strict import validate
 
 MAY_CHANGE = (
     "run",
@@ -22,6 +21,7 @@ MAY_CHANGE = (
     "telemetry",
     "checkpoint",
     "health",
+    "needs",
     "parallel",  # the stored tensors do not depend on it
     "train.stop_after",
     "train.micro_batch_groups",  # selection groups do not depend on how many of them share a forward pass
@@ -70,7 +70,7 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 def check_resumable(old_config: dict[str, Any], new_config: Config) -> None:
     """Raise UserError, naming keys and values, if a key outside MAY_CHANGE differs from the checkpoint's recipe."""
-    old = _leaves(validate(Config, old_config, "the checkpoint's configuration").model_dump(mode="json"))
+    old = _leaves(stored_config(old_config, "the checkpoint's configuration").model_dump(mode="json"))
     new = _leaves(new_config.model_dump(mode="json"))
     allowed = (*MAY_CHANGE, "train.steps") if _only_longer(old, new) else MAY_CHANGE
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and not _is_of(key, allowed)]
@@ -89,7 +89,7 @@ def _only_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
 
     This holds if the learning rate is constant after warm-up.
     """
-    constant = new["schedule.end_lr"] == new.get("deepspeed.optimizer.params.lr")
+    constant = new["schedule.end_lr"] == new["schedule.peak_lr"]
     return constant and new["train.steps"] >= old["train.steps"]
 
 

@@ -1,1 +1,1 @@
-"""The recipe: a YAML file with overrides, parsed into one typed tree. Imports core."""
+"""The recipe: YAML, what it extends and overrides, read into one typed tree; what it needs first. Imports core."""

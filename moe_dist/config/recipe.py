@@ -1,7 +1,6 @@
-"""The recipe: one YAML file plus overrides, read strictly (strict.py).
+"""The recipe: one YAML file plus overrides, read strictly (core/strict.py) into one typed tree.
 
-Routers bring their own settings models (model/moe/router_registry.py), losses theirs: their sections stay mappings
-here.
+What a recipe alone can get wrong is found here, once. training/ checks what depends on the ranks or the data.
 """
 
 from __future__ import annotations
@@ -13,8 +12,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from moe_dist.core.errors import UserError
-from moe_dist.core.strict import Count, Fraction, Positive, Strict, apply_override, parse_yaml, validate
+from moe_dist.config.deepspeed_section import DeepSpeedSection
+from moe_dist.config.inheritance import read_recipe
+from moe_dist.config.losses import LossesSection
+from moe_dist.config.needs import Need
+from moe_dist.config.renamed import check_names, with_new_names
+from moe_dist.config.routers import RouterSection
+from moe_dist.core.strict import Count, Fraction, Positive, Strict, apply_override, validate
 
 Patterns = Annotated[tuple[str, ...], Field(strict=False)]  # of names; a list will do, also after a validator
 
@@ -66,7 +70,7 @@ class MoEFFN(Strict):
     experts: Annotated[SwiGLUExpertsConfig | LoRAExpertsConfig, Field(discriminator="type")] = SwiGLUExpertsConfig()
     slices: Positive = 1  # each expert is held as so many slices of its hidden size, which are placed like experts of
     # their own, so that ranks share one expert (docs/moma.md, "Balance over ranks")
-    router: dict[str, Any]  # type: and the settings of that router class
+    router: RouterSection
 
     @model_validator(mode="after")
     def _sliced(self):
@@ -174,7 +178,8 @@ class TrainConfig(Strict):
 class ScheduleConfig(Strict):
     type: Literal["linear", "cosine"] = "linear"
     warmup_steps: Count = 0
-    end_lr: Annotated[float, Field(ge=0)] = 1e-6  # at train.steps; the peak is deepspeed.optimizer.params.lr
+    peak_lr: Annotated[float, Field(ge=0)]
+    end_lr: Annotated[float, Field(ge=0)] = 1e-6  # at train.steps
 
 
 class EvalConfig(Strict):
@@ -214,32 +219,36 @@ class Config(Strict):
     trainable: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)  # patterns of names; all else is frozen
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
-    losses: dict[str, dict[str, Any]] = Field({})  # terms beside the language loss, see losses/loss_registry.py
-    schedule: ScheduleConfig = ScheduleConfig()
-    deepspeed: dict[str, Any]  # DeepSpeed's own section; keys are checked by training/deepspeed_config.py
+    losses: LossesSection = Field({})  # terms beside the language loss
+    schedule: ScheduleConfig
+    deepspeed: DeepSpeedSection
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     health: HealthConfig = HealthConfig()
+    needs: Annotated[tuple[Need, ...], Field(strict=False)] = ()  # what must exist first (config/prerequisites.py)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe and apply `section.key=value` overrides (values are YAML). Raises UserError."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"there is no configuration file {path}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the configuration file {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"the configuration file {path} is not UTF-8 text (byte {error.start})") from None
-    data = parse_yaml(text, str(path))
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections")
+    return _resolve(read_recipe(Path(path)), overrides, str(path))
+
+
+def load_stored_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read what save_config wrote, also in an earlier version whose keys had other names. Raises UserError."""
+    return _resolve(with_new_names(read_recipe(Path(path))), overrides, str(path))
+
+
+def stored_config(data: dict[str, Any], where: str) -> Config:
+    """Return a config that a checkpoint holds, also of an earlier version. Raises UserError."""
+    return validate(Config, with_new_names(data), where)
+
+
+def _resolve(data: dict[str, Any], overrides: Sequence[str], where: str) -> Config:
     for override in overrides:
         apply_override(data, override)
-    return validate(Config, data, str(path))
+    check_names(data, where)
+    return validate(Config, data, where)
 
 
 def save_config(config: Config, path: str | Path) -> None:

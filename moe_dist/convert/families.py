@@ -10,7 +10,6 @@ from moe_dist.config.recipe import DenseFFN, DepthConfig, LoRAConfig, ModelConfi
 from moe_dist.convert.tensor_maps import TensorMapping, tensor_mappings
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
-from moe_dist.model.moe.router_registry import router_settings
 
 DEFAULTS: dict[str, dict[str, Any]] = {  # by model_type: what a config.json may leave out
     "llama": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0},
@@ -98,7 +97,7 @@ def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> 
     none = f"{where} has no Hugging Face architecture"
     found = {f"model.{key}": (getattr(model, key), value) for key, value in ARCHITECTURE.items()}
     if not isinstance(model.ffn, DenseFFN):
-        router = router_settings(model.ffn.router).model_dump()
+        router = model.ffn.router.model_dump()
         found["model.ffn.experts.type"] = (model.ffn.experts.type, "swiglu")
         found["model.ffn.slices"] = (model.ffn.slices, 1)
         found |= {f"model.ffn.router.{key}": (router.get(key), value) for key, value in ROUTER_SETTINGS.items()}

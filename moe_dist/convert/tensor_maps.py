@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config.recipe import DenseFFN, ModelConfig
+from moe_dist.config.routers import TopKSettings
 from moe_dist.core.errors import UserError
 from moe_dist.core.expert_rows import row_name
 from moe_dist.core.tensor_files import LazyTensor
@@ -43,9 +44,9 @@ def tensor_mappings(model: ModelConfig, vocab_size: int) -> Iterator[TensorMappi
         if isinstance(model.ffn, DenseFFN):
             yield from _dense(D, model.ffn.hidden_size, f"{ours}.ffn", f"{theirs}.mlp")
         else:
-            yield from _experts(
-                D, model.ffn.hidden_size, model.ffn.router["num_experts"], f"{ours}.ffn", f"{theirs}.block_sparse_moe"
-            )
+            assert isinstance(model.ffn.router, TopKSettings)
+            number = model.ffn.router.num_experts
+            yield from _experts(D, model.ffn.hidden_size, number, f"{ours}.ffn", f"{theirs}.block_sparse_moe")
         yield TensorMapping(f"{ours}.ffn_norm.weight", vector, {f"{theirs}.post_attention_layernorm.weight": vector})
     yield TensorMapping("norm.weight", vector, {"model.norm.weight": vector})
     if not model.tie_embeddings:

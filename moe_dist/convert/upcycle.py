@@ -96,8 +96,9 @@ def _router_section(old: ModelConfig, experts: str, path: Path) -> dict[str, Any
             return {"type": "top_k", "num_experts": number, "top_k": min(2, number), "renormalize": True}
         children: dict[str, Any] = {name: {"type": "expert_choice"} for name in MODALITIES}
     else:
-        children = {name: old.ffn.router.get(name, {}) for name in MODALITIES}
-        is_seed = all(child.get("num_experts") == 1 for child in children.values())
+        parts = old.ffn.router.children().items()
+        children = {name: child.model_dump(mode="json", exclude_unset=True) for name, child in parts}
+        is_seed = children and all(child.get("num_experts") == 1 for child in children.values())
         if not is_seed or not isinstance(old.ffn.experts, SwiGLUExpertsConfig):
             raise UserError(
                 f"{path} holds a model that is neither dense nor has exactly one expert a modality (1t1i), of which "

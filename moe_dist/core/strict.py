@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,11 +21,13 @@ from moe_dist.core.errors import UserError, did_you_mean
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+V = TypeVar("V")
 
 
 class Strict(BaseModel):
     """Base of every settings model: immutable, no coercion, no unknown keys, no infinite numbers."""
 
+    refused: ClassVar[Mapping[str, str]] = {}  # keys that a user may expect here -> why not, after "key 'KEY' "
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -68,43 +72,130 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     data[last] = parse_yaml(text, f"override '{override}'")
 
 
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing wrong with settings: the path of its key, and a sentence in which {key} stands for the whole key."""
+
+    keys: tuple[str, ...]
+    text: str
+
+    def sentence(self) -> str:
+        key = ".".join(filter(None, self.keys))
+        return self.text.replace("{key}", key) if key else self.text.removeprefix("key '{key}': ")
+
+
+class Faults(ValueError):
+    """Faults found in settings that a validator parses itself. pydantic would join them into one text without keys."""
+
+    def __init__(self, faults: Iterable[Fault]):
+        self.faults = tuple(faults)
+
+    def below(self, key: str) -> tuple[Fault, ...]:
+        return tuple(Fault((key, *fault.keys), fault.text) for fault in self.faults)
+
+
 def validate(model: type[Settings], data: Any, where: str, prefix: str = "") -> Settings:
     """Validate plain YAML data; every problem becomes one UserError that names the key under `prefix`."""
+    return within(where, lambda: nested(model, data), prefix)
+
+
+def within(where: str, read: Callable[[], V], prefix: str = "") -> V:
+    """Return read(). Its Faults become one UserError that begins with `where` and names the keys under `prefix`."""
     try:
-        return model.model_validate_json(json.dumps(data))  # JSON mode: a YAML list may fill a tuple
+        return read()
     except TypeError as error:  # YAML knows values that JSON does not, such as dates
         raise UserError(f"{where}: {error}") from None
+    except Faults as faults:
+        raise UserError(f"{where}: " + "; ".join(fault.sentence() for fault in faults.below(prefix))) from None
+
+
+def nested(model: type[Settings], data: Any) -> Settings:
+    """Validate plain YAML data inside a validator of the enclosing settings. Raises Faults."""
+    try:
+        return model.model_validate_json(json.dumps(data))  # JSON mode: a YAML list may fill a tuple
     except ValidationError as error:
-        raise UserError(f"{where}: " + "; ".join(_explain(model, item, prefix) for item in error.errors())) from None
+        raise Faults(fault for item in error.errors() for fault in _faults(model, item)) from None
 
 
-def _explain(model: type[BaseModel], item: Any, prefix: str) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(filter(None, [prefix, *_walk(model, location)[0]]))
-    if item["type"] == "extra_forbidden":
-        _, section = _walk(model, location[:-1])
-        return f"unknown key '{key}'{did_you_mean(location[-1], getattr(section, 'model_fields', ()))}"
-    if item["type"] == "missing":
-        return f"key '{key}' is missing"
-    message = item["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(item["input"], dict | list) else f", got {item['input']!r}"
-    return f"key '{key}': {message[0].lower()}{message[1:]}{shown}" if key else message
+def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict[str, V]:
+    """Read every item of a mapping; raise the Faults of all of them together, each under its own name."""
+    values: dict[str, V] = {}
+    faults: list[Fault] = []
+    for name, item in data.items():
+        try:
+            values[name] = read(name, item)
+        except Faults as found:
+            faults += found.below(name)
+    if faults:
+        raise Faults(faults)
+    return values
+
+
+def pick(kinds: Mapping[str, V], name: Any, key: str, missing: str) -> V:
+    """Return kinds[name]. If there is none, raise Faults of `key`: the sentence `missing` and the closest name."""
+    if isinstance(name, str) and name in kinds:
+        return kinds[name]
+    raise Faults([Fault((key,), f"key '{{key}}': {missing}{_alternatives(name, kinds)}")])
+
+
+def _alternatives(name: Any, known: Iterable[str]) -> str:
+    return did_you_mean(str(name), known) or f": one of {', '.join(known)}"
+
+
+def _faults(model: type[BaseModel], item: Any) -> Iterator[Fault]:
+    """Put one error of pydantic into words."""
+    location, context = [str(part) for part in item["loc"]], item.get("ctx", {})
+    keys = tuple(_walk(model, location)[0])
+    if isinstance(inner := context.get("error"), Faults):
+        yield from (Fault((*keys, *fault.keys), fault.text) for fault in inner.faults)
+    elif item["type"] == "extra_forbidden":
+        yield Fault(keys, _unknown(_walk(model, location[:-1])[1], location[-1]))
+    elif item["type"] == "missing":
+        yield Fault(keys, "key '{key}' is missing")
+    elif item["type"] == "union_tag_not_found":
+        yield Fault((*keys, "type"), "key '{key}' is missing")
+    elif item["type"] == "union_tag_invalid":
+        tag, known = context["tag"], [known.strip("' ") for known in context["expected_tags"].split(",")]
+        yield Fault((*keys, "type"), f"key '{{key}}': there is no '{tag}'{_alternatives(tag, known)}")
+    else:
+        message = item["msg"].removeprefix("Value error, ")
+        shown = "" if isinstance(item["input"], dict | list | BaseModel) else f", got {item['input']!r}"
+        yield Fault(keys, f"key '{{key}}': {message[:1].lower()}{message[1:]}{shown}")
+
+
+def _unknown(section: Any, key: str) -> str:
+    """Say what is wrong with a key that a section does not have."""
+    if reason := getattr(section, "refused", {}).get(key):
+        return f"key '{{key}}' {reason}"
+    return f"unknown key '{{key}}'{did_you_mean(key, getattr(section, 'model_fields', ()))}"
 
 
 def _walk(model: Any, location: list[str]) -> tuple[list[str], Any]:
-    """The keys of a path as the user's file has them, and the model at its end, if it is one.
+    """Return the keys of a path as the user's file has them, and the type at its end.
 
-    pydantic puts the tag of a discriminated union into the path; a user's file has no such key.
+    pydantic adds a part for the member of a union that it has tried; a user's file has no such key.
     """
-    keys = []
+    keys, kind = [], _plain(model)
     for part in location:
-        field = getattr(model, "model_fields", {}).get(part)
-        members = [m for m in getattr(model, "__args__", ()) if hasattr(m, "model_fields")]
-        member = next((m for m in members if part in m.model_fields["type"].annotation.__args__), None)
-        if field is None and member is not None:
-            model = member
+        fields, inner = getattr(kind, "model_fields", {}), get_args(kind)
+        if get_origin(kind) in (Union, UnionType):
+            tagged = [member for member in inner if part in _tags(member)]
+            kind = _plain(tagged[0]) if tagged else None
             continue
         keys.append(part)
-        optional = [of for of in getattr(field and field.annotation, "__args__", ()) if of is not type(None)]
-        model = optional[0] if len(optional) == 1 else field and field.annotation
-    return keys, model
+        items = inner[0] if inner and part.isdecimal() else None
+        kind = _plain(fields[part].annotation if part in fields else items)
+    return keys, kind
+
+
+def _plain(annotation: Any) -> Any:
+    """Strip Annotated, and Optional of one type."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    types = [kind for kind in get_args(annotation) if kind is not NoneType]
+    return _plain(types[0]) if get_origin(annotation) in (Union, UnionType) and len(types) == 1 else annotation
+
+
+def _tags(member: Any) -> tuple[str, ...]:
+    field = getattr(member, "model_fields", {}).get("type")
+    return get_args(field.annotation) if field is not None else ()

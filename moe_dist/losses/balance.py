@@ -9,16 +9,15 @@ tokens (groups, sequences or documents).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_dist.config.losses import LoadBalanceSettings, PooledBalanceSettings, RouterZSettings
 from moe_dist.core.batch import Batch
 from moe_dist.core.routing_plan import Routing
 from moe_dist.core.step import ModelOutput
-from moe_dist.losses.term import Context, TermSettings
+from moe_dist.losses.term import Context
 
 
 class LoadBalance:
@@ -37,10 +36,7 @@ class LoadBalance:
     yet.
     """
 
-    class Settings(TermSettings):
-        scope: Literal["group", "sequence", "global"] = "group"
-
-    def __init__(self, settings: Settings, context: Context):
+    def __init__(self, settings: LoadBalanceSettings, context: Context):
         self.scope, self.context = settings.scope, context
         self.seen: list[Tensor] = []  # for scope "global": choices and tokens of the step's micro-batches so far
 
@@ -98,10 +94,7 @@ class PooledBalance:
     at balance is k / C. f_c is the fraction of (token, layer) pairs that chose column c, P_c their mean gate value.
     """
 
-    class Settings(TermSettings):
-        pass
-
-    def __init__(self, settings: Settings, context: Context):
+    def __init__(self, settings: PooledBalanceSettings, context: Context):
         pass
 
     names = ("loss/pooled_balance",)
@@ -130,10 +123,7 @@ class RouterZ:
     It keeps logits small.
     """
 
-    class Settings(TermSettings):
-        pass
-
-    def __init__(self, settings: Settings, context: Context):
+    def __init__(self, settings: RouterZSettings, context: Context):
         pass
 
     names = ("loss/router_z",)

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_dist.config.losses import CausalRoutersSettings
 from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
 from moe_dist.core.routing_plan import Routing
 from moe_dist.core.step import ModelOutput
-from moe_dist.losses.term import Context, TermSettings
+from moe_dist.losses.term import Context
 
 
 class CausalRouters:
@@ -26,12 +27,9 @@ class CausalRouters:
     has no gradient for other parameters.
     """
 
-    class Settings(TermSettings):
-        pass
-
     names = ("loss/causal_routers",)
 
-    def __init__(self, settings: Settings, context: Context):
+    def __init__(self, settings: CausalRoutersSettings, context: Context):
         pass
 
     def counts(self, batch: Batch) -> tuple[int, ...]:

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_dist.config.losses import ManifoldSettings
 from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
 from moe_dist.core.routing_plan import Routing, RoutingRecord
 from moe_dist.core.step import ModelOutput
-from moe_dist.core.strict import Positive
-from moe_dist.losses.term import Context, TermSettings
+from moe_dist.losses.term import Context
 
 
 class Manifold:
@@ -28,12 +28,9 @@ class Manifold:
     neighbours (its weights are 0) is left out of the mean. manifold/coverage is the fraction of samples that have some.
     """
 
-    class Settings(TermSettings):
-        last_layers: Positive = 5  # best in the paper: 76.2 with five layers, 75.1 with all 16 (OLMoE, mean accuracy)
-
     names = ("loss/manifold", "manifold/coverage")
 
-    def __init__(self, settings: Settings, context: Context):
+    def __init__(self, settings: ManifoldSettings, context: Context):
         self.layers = settings.last_layers
 
     def counts(self, batch: Batch) -> tuple[int, ...]:

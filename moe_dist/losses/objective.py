@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe_dist.config.losses import TermSettings
 from moe_dist.core.batch import Batch
 from moe_dist.core.step import ModelOutput, Objective, ObjectiveOutput
 from moe_dist.losses.language import LanguageLoss
-from moe_dist.losses.loss_registry import LOSSES, loss_settings
+from moe_dist.losses.loss_registry import LOSSES
 from moe_dist.losses.term import Context, Term
 
 
@@ -41,9 +42,9 @@ class WeightedTerms:
         return ObjectiveOutput(torch.stack(losses).sum(), sums)
 
 
-def make_objective(losses: Mapping[str, dict], context: Context, step: int) -> Objective:
+def make_objective(losses: Mapping[str, TermSettings], context: Context, step: int) -> Objective:
     """The objective of optimizer step `step` (from 0): the language loss, and the recipe's `losses` beside it."""
     terms: dict[str, tuple[float, Term]] = {"language": (1.0, LanguageLoss())}
-    for name, settings in loss_settings(losses).items():
-        terms[name] = (settings.weight_at(step), LOSSES[name](settings, context))
+    for name, settings in losses.items():
+        terms[name] = (settings.weight_at(step), LOSSES[type(settings)](settings, context))
     return WeightedTerms(terms)

@@ -7,35 +7,13 @@ backward pass. So its scale depends neither on the layout nor on accumulation st
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Annotated, Any, Protocol
+from typing import Protocol
 
-from pydantic import AfterValidator, BeforeValidator, Field
 from torch import Tensor
 
 from moe_dist.core.batch import Batch
 from moe_dist.core.step import ModelOutput
-from moe_dist.core.strict import Count, Strict
 from moe_dist.parallel.layout import Layout
-
-
-def _as_steps(weight: Any) -> Any:
-    if isinstance(weight, list):
-        return tuple(tuple(item) if isinstance(item, list) else item for item in weight)
-    return ((0, weight),)
-
-
-def _in_order(steps: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
-    firsts = [first for first, _ in steps]
-    if any(a >= b for a, b in pairwise(firsts)):
-        raise ValueError(f"the first steps {firsts} do not ascend")
-    return steps
-
-
-Weight = Annotated[float, Field(ge=0)]
-Steps = Annotated[
-    tuple[tuple[Count, Weight], ...], Field(min_length=1), BeforeValidator(_as_steps), AfterValidator(_in_order)
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,15 +22,6 @@ class Context:
 
     layout: Layout
     group_sequences: int  # packed sequences of a selection group
-
-
-class TermSettings(Strict):
-    """Base of every term's settings. `weight`: a number, or a list of [first step, weight], steps ascending from 0."""
-
-    weight: Steps
-
-    def weight_at(self, step: int) -> float:
-        return next((weight for first, weight in reversed(self.weight) if step >= first), 0.0)
 
 
 class Term(Protocol):
@@ -67,6 +36,3 @@ class Term(Protocol):
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
         """The 0-d sum of each metric; the first is minimised, the others are detached."""
         ...
-
-
-TermClass = Any  # a Term with a nested Settings

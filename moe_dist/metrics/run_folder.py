@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_dist.config.recipe import Config, load_config, save_config
+from moe_dist.config.recipe import Config, load_stored_config, save_config
 from moe_dist.core.errors import UserError, as_user_error
 from moe_dist.core.files import json_text, new_file, read_json, write_file
 from moe_dist.parallel.signals import Stopped
@@ -108,7 +108,7 @@ class RunFolder:
         last.
         """
         fixed = ["parallel.expert=1", "run.resume=auto", f"run.dir={self.path}", "data.neighbours=null"]
-        return load_config(self.config, [*fixed, *overrides])
+        return load_stored_config(self.config, [*fixed, *overrides])
 
     def write_status(self, state: State, step: int, reason: str | None = None, *, restart: bool) -> None:
         """Write status.json (fields: top of this file). Raises UserError."""

@@ -21,12 +21,13 @@ from deepspeed.runtime.utils import register_output_backward_hooks
 from deepspeed.utils import groups, logger
 from torch import Tensor, nn
 
+from moe_dist.config.deepspeed_section import DeepSpeedSection
 from moe_dist.config.recipe import Config
 from moe_dist.core.expert_rows import is_stacked
 from moe_dist.parallel.discovery import discover
 from moe_dist.parallel.gpus import check_gpus
 from moe_dist.parallel.layout import Layout
-from moe_dist.training.deepspeed_config import DeepSpeedSection, accumulation_steps, check_section, to_deepspeed
+from moe_dist.training.deepspeed_config import accumulation_steps, to_deepspeed
 from moe_dist.training.engine import Engine
 from moe_dist.training.trainable import freeze_others
 
@@ -54,11 +55,11 @@ def init_distributed() -> torch.device:
 
 
 def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
-    """Hand a model to ZeRO. Collective. The peak learning rate is deepspeed.optimizer.params.lr.
+    """Hand a model to ZeRO. Collective. The learning rate is each step's.
 
     Freezes what config.trainable does not name. Raises UserError for what the recipe gets wrong.
     """
-    section = check_section(config.deepspeed)
+    section = config.deepspeed
     accumulation = accumulation_steps(config.train, layout.dp)
     freeze_others(model, config.trainable)
     _mark_experts(model, layout)
@@ -67,7 +68,7 @@ def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
     zero = _ZeroEngine(
         model,
         to_deepspeed(section, accumulation=accumulation, num_parameters=sum(p.numel() for p in trained)),
-        lambda params: make_optimizer(params, section),
+        lambda params: make_optimizer(params, section, config.schedule.peak_lr),
     )
     return Engine(zero, config.train, layout, accumulation)
 
@@ -133,9 +134,9 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [group for group in split if group["params"]]
 
 
-def make_optimizer(params: list[dict[str, Any]], section: DeepSpeedSection) -> torch.optim.Optimizer:
+def make_optimizer(params: list[dict[str, Any]], section: DeepSpeedSection, lr: float) -> torch.optim.Optimizer:
     """torch's optimizer for ZeRO's flat partitions; the fused Adam runs on CPU (offloading too) and on GPU."""
-    settings = section.optimizer.params.model_dump()
+    settings = section.optimizer.params.model_dump() | {"lr": lr}
     if section.optimizer.type == "SGD":
         return torch.optim.SGD(params, **settings)
     decoupled = settings.pop("adam_w_mode") or section.optimizer.type == "AdamW"

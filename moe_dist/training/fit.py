@@ -36,7 +36,7 @@ def fit(config: Config, *, gpus: int, ranks: int | None = None) -> tuple[int, li
     micro = gcd(config.train.micro_batch_groups, max(groups // ranks, 1))
     if groups % ranks == 0 and micro != config.train.micro_batch_groups:
         overrides.append(f"train.micro_batch_groups={micro}")
-    if gpus and "bf16" not in config.deepspeed:
+    if gpus and "bf16" not in config.deepspeed.model_fields_set:
         overrides.append("deepspeed.bf16.enabled=true")
     return ranks, overrides
 

@@ -39,7 +39,6 @@ from moe_dist.parallel.garbage import AlignedCollection
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.parallel.signals import Stopped, StopSignals
 from moe_dist.training.deepspeed import init_distributed, make_engine
-from moe_dist.training.deepspeed_config import check_section
 from moe_dist.training.determinism import make_deterministic
 from moe_dist.training.engine import Engine
 from moe_dist.training.schedule import learning_rate
@@ -89,7 +88,6 @@ class Run:
     documents: TokenStore  # of the training split
     held_out: TokenStore
     loader_state: dict[str, Any]
-    peak_lr: float
     initial: Account | None  # what a fresh start took from init_from
     stop: StopSignals = field(default_factory=StopSignals)
     step: int = 0  # optimizer steps done
@@ -125,7 +123,6 @@ class Run:
             held_out=held_out,
             loader_state=loader_state,
             initial=initial,
-            peak_lr=check_section(config.deepspeed).optimizer.params.lr,
             step=origin.state.step if origin.state else 0,
             tokens=origin.state.tokens if origin.state else 0,
             stop=stop,
@@ -219,7 +216,7 @@ class Run:
     def train_step(self) -> dict[str, Any]:
         """Take one optimizer step; the metrics of metrics/metric_keys.py. Collective."""
         started, config, read = time.perf_counter(), self.config, list[Loaded]()
-        lr = learning_rate(self.step, config=config.schedule, peak=self.peak_lr, steps=config.train.steps)
+        lr = learning_rate(self.step, config=config.schedule, steps=config.train.steps)
         context = Context(layout=self.layout, group_sequences=config.data.group_sequences)
         objective = make_objective(config.losses, context, self.step)
         count = self.meter.count if self._is_logged(self.step + 1) else None

@@ -14,6 +14,7 @@ from moe_dist.checkpoint import checkpoint
 from moe_dist.checkpoint.init_from import Account, init_from, loader_state
 from moe_dist.checkpoint.manifest import identity, resolve_init
 from moe_dist.checkpoint.train_state import TrainState, check_resumable
+from moe_dist.config.prerequisites import missing
 from moe_dist.config.recipe import Config, DataConfig, InitFrom, MoEFFN
 from moe_dist.core.errors import UserError
 from moe_dist.data.cache.token_cache import TokenStore, build_cache, open_store
@@ -21,7 +22,6 @@ from moe_dist.data.shards.tars import Split
 from moe_dist.data.stream.loader import Loader, check_data, make_loader
 from moe_dist.data.stream.neighbour_store import NeighbourStore
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
-from moe_dist.losses.loss_registry import loss_settings
 from moe_dist.model.attention import check_head_size
 from moe_dist.model.moe.moe_layer import routers
 from moe_dist.model.moe.placement import make_placement
@@ -29,7 +29,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout, check_layout
 from moe_dist.parallel.signals import StopSignals
-from moe_dist.training.deepspeed_config import accumulation_steps, check_section
+from moe_dist.training.deepspeed_config import accumulation_steps
 from moe_dist.training.engine import Engine
 from moe_dist.training.trainable import freeze_others
 
@@ -42,13 +42,11 @@ def check_recipe(config: Config, layout: Layout) -> None:
 
     The model is built without memory, so that routers, experts and frozen parameters say what they object to.
     """
-    section = check_section(config.deepspeed)
     of_depth = {"causal_routers"} if config.model.depth else set()
     if not isinstance(config.model.ffn, MoEFFN) and (lost := [name for name in config.losses if name not in of_depth]):
         raise UserError(f"the loss '{lost[0]}' needs routers, and the model is dense")
-    loss_settings(config.losses)
     accumulation_steps(config.train, layout.dp)
-    dtype = torch.bfloat16 if section.bf16.enabled else torch.float32
+    dtype = torch.bfloat16 if config.deepspeed.bf16.enabled else torch.float32
     check_head_size(config.model.size_per_head, device=layout.device, dtype=dtype)
     check_data(config.data, dp=layout.dp)
     if config.data.neighbours is not None and config.init_from is None:
@@ -59,6 +57,22 @@ def check_recipe(config: Config, layout: Layout) -> None:
     if isinstance(config.model.ffn, MoEFFN):
         make_placement(routers(model)[0].expert_groups, layout.expert, config.model.ffn.slices)
     freeze_others(model, config.trainable)
+
+
+def check_needs(config: Config, *, resumes: bool) -> None:
+    """Raise UserError, with the command that makes it, if the recipe reads something of its `needs` that is missing.
+
+    What overrides have replaced is not missed, nor is what a new run alone would read, if this one resumes.
+    """
+    data = config.data
+    read = [data.shards, data.validation_shards, data.text_tokenizer, data.image_tokenizer]
+    if not resumes:
+        read += [data.neighbours, config.init_from.checkpoint if config.init_from else None]
+    paths = {Path(path) for given in read if given for path in ([given] if isinstance(given, str) else given)}
+    gone = [path for path in paths if not path.exists()]
+    for needed in missing(config) if gone else ():
+        if not needed.folder.exists() and any(needed.folder in (path, *path.parents) for path in gone):
+            raise UserError(f"the recipe needs {needed.folder}, which is missing: `{needed.command}` makes it")
 
 
 def open_data(
@@ -114,6 +128,8 @@ class Origin:
 def find_origin(config: Config) -> Origin:
     """Find out where a run starts. Collective. Raises UserError if its own checkpoint is of another recipe."""
     resume_from = checkpoint.resolve_resume(config)
+    with raise_on_all_ranks():
+        check_needs(config, resumes=resume_from is not None)
     if resume_from is None:
         return Origin(resume_from=None, state=None, source=resolve_init(config))
     with raise_on_all_ranks():

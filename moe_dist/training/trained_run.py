@@ -27,7 +27,6 @@ from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.parallel.signals import StopSignals
 from moe_dist.training.deepspeed import init_distributed
-from moe_dist.training.deepspeed_config import check_section
 from moe_dist.training.setup import open_data
 
 
@@ -55,7 +54,7 @@ class TrainedRun:
         the recipe must also be one with which the run could be resumed.
         """
         config, layout = self.config, make_layout(expert=self.config.parallel.expert, device=self.device)
-        dtype = torch.bfloat16 if check_section(config.deepspeed).bf16.enabled else torch.float32
+        dtype = torch.bfloat16 if config.deepspeed.bf16.enabled else torch.float32
         with raise_on_all_ranks():
             check_head_size(config.model.size_per_head, device=layout.device, dtype=dtype)
             state = TrainState.from_json(checkpoint.read_state(self.checkpoint))

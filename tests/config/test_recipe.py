@@ -7,6 +7,7 @@ from moe_dist.core.errors import UserError
 from tests.support.permissions import public_folder, unprivileged
 
 RECIPE = "configs/moma_quickstart.yaml"
+TOP_1 = "{type: top_k, num_experts: 4, top_k: 1}"
 
 
 def test_round_trip(tmp_path):
@@ -46,10 +47,39 @@ def test_a_recipe_that_may_not_be_read():
         ("model.num_query_groups=3", "num_query_groups=3 does not divide num_heads=4"),
         ("model.ffn.slices=3", "key 'model.ffn': hidden_size=256 is not a multiple of 8 times slices=3, which grouped"),
         (
-            "model.ffn={type: moe, hidden_size: 64, slices: 2, experts: {type: lora, rank: 4, alpha: 8}, router: {}}",
+            "model.ffn={type: moe, hidden_size: 64, slices: 2, experts: {type: lora, rank: 4, alpha: 8}, router: "
+            + TOP_1
+            + "}",
             "key 'model.ffn': slices=2: LoRA experts share one dense FFN and cannot be sliced",
         ),
-        ("model.ffn.type=sparse", "key 'model.ffn': input tag 'sparse'"),
+        ("model.ffn.type=sparse", "key 'model.ffn.type': there is no 'sparse': one of dense, moe"),
+        (
+            "model.ffn={type: dense, hiden_size: 8}",
+            r"unknown key 'model.ffn.hiden_size' \(did you mean 'hidden_size'\?\)",
+        ),
+        ("model.ffn={hidden_size: 8}", "key 'model.ffn.type' is missing"),
+        (
+            "model.ffn.router.text.type=[a]",
+            r"key 'model.ffn.router.text.type': there is no router '\['a'\]': one of top_k, ",
+        ),
+        ("model.ffn.router=3", "key 'model.ffn.router': input should be an object, got 3"),
+        ("losses.router_z=3", "key 'losses.router_z': input should be an object, got 3"),
+        (
+            "losses={router_z: {}, load_balanse: {weight: 1}}",
+            "key 'losses.router_z.weight' is missing; key 'losses.load_balanse': there is no such loss",
+        ),
+        (
+            "data.shards=3",
+            "key 'data.shards': input should be a valid string, got 3; key 'data.shards': input should be a",
+        ),
+        ("data.shards=[a, 3]", "; key 'data.shards.1': input should be a valid string, got 3$"),
+        ("needs=[{type: corpus, corpuss: a, out: b}]", r"unknown key 'needs.0.corpuss' \(did you mean 'corpus'\?\)"),
+        ("needs=[{type: corpus, out: b}]", "key 'needs.0.corpus' is missing$"),
+        ("needs=[{type: corpora}]", r"key 'needs.0.type': there is no 'corpora' \(did you mean 'corpus'\?\)"),
+        (
+            "deepspeed.optimizer.params.weight_decy=1",
+            r"'deepspeed.optimizer.params.weight_decy' \(did you mean 'weight_d",
+        ),
         ("train.steps", "override 'train.steps' is not of the form section.key=value"),
         ("seed.x=1", "override 'seed.x=1': 'seed' is a value, not a section"),
         ("run.dir=[", r"override 'run.dir=\[': not valid YAML"),

@@ -214,7 +214,12 @@ def test_one_expert_a_modality_becomes_any_number(experts, text, gates, one_text
     assert all(torch.equal(tensor, old[name]) for name, tensor in new.items()) and "embedding.weight" in new
     assert not any(".experts." in name or ".router." in name for name in new), "surplus tensors"
     router = read_state(tmp_path / "out")["config"]["model"]["ffn"]["router"]
-    assert router["text"] == {"type": "expert_choice", "num_experts": text, "gumbel_noise": True}
+    assert router["text"] == {
+        "capacity_factor": 1.0,
+        "type": "expert_choice",
+        "num_experts": text,
+        "gumbel_noise": True,
+    }
 
 
 def test_experts_in_slices_are_copied_slice_by_slice(tmp_path):

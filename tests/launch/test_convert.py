@@ -160,7 +160,8 @@ def test_a_run_starts_from_imported_weights_dense_and_upcycled(emoji_samples, tm
             "lanes": 4,
         },
         "train": {"steps": 4, "global_batch_groups": 4},
-        "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}, "zero_optimization": {"stage": 2}},
+        "deepspeed": {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}},
+        "schedule": {"peak_lr": 0.001},
         "eval": {"every": 0},
     }
 

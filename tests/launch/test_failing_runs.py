@@ -66,8 +66,8 @@ def test_a_wrong_key_is_told_before_the_imports_that_take_seconds():
     ],
 )
 def test_a_wrong_recipe(world, override, sentence):
-    config = load_config(MOMA, [override])
     with pytest.raises(UserError) as caught:
+        config = load_config(MOMA, [override])
         check_recipe(config, Layout(world=world, expert=config.parallel.expert))
     assert sentence in str(caught.value)
 
@@ -100,6 +100,14 @@ def test_a_wrong_recipe_shows_before_the_data_are_looked_for(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_a_recipe_needs_and_lacks_is_said_with_its_command(tmp_path):
+    needs = f"needs=[{{type: corpus, corpus: emoji, out: {tmp_path / 'emoji'}}}]"
+    lacking = [f"run.dir={tmp_path / 'run'}", f"data.shards={tmp_path / 'emoji'}", needs]
+    command = f"python launch/prepare_data.py corpus=emoji out={tmp_path / 'emoji'}"
+    sentence = f"the recipe needs {tmp_path / 'emoji'}, which is missing: `{command}` makes it"
+    all_failed_with(bare_ranks(lacking), sentence)
+
+
 def test_a_recipe_that_is_not_utf8(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_bytes("# caf\u00e9\n".encode("latin-1") + (ROOT / MOMA).read_bytes())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from launch import align, multiple_choice
 from moe_dist.checkpoint.checkpoint import newest_complete
 from moe_dist.checkpoint.stored_weights import read_tensors
-from moe_dist.config.recipe import load_config
+from moe_dist.config.recipe import load_config, save_config
 from moe_dist.core.errors import UserError
 from moe_dist.data.shards.tars import Sample, write_shards
 from moe_dist.data.stream.neighbour_store import read_samples
@@ -77,7 +76,8 @@ def work(tmp_path_factory) -> Path:
         },
         "parallel": {"expert": 2},
         "train": {"steps": 12, "global_batch_groups": 4},
-        "deepspeed": {"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}},
+        "schedule": {"peak_lr": 0.01},
+        "deepspeed": {"optimizer": {"type": "AdamW"}},
         "eval": {"every": 0},
         "telemetry": {"tensorboard": False},
     }
@@ -191,7 +191,7 @@ def test_a_store_that_does_not_fit_is_refused(work, tmp_path):
 
 
 def test_a_run_without_a_checkpoint_is_said_before_its_data_are_read(tmp_path):
-    shutil.copy(ROOT / "configs" / "roma_experts.yaml", tmp_path / "config.yaml")
+    save_config(load_config(ROOT / "configs" / "roma_experts.yaml"), tmp_path / "config.yaml")
     with pytest.raises(UserError, match="holds no complete checkpoint"):
         align.collect(RunFolder(tmp_path), tmp_path / "store", ["data.shards=/nowhere"])
 

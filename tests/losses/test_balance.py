@@ -13,11 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_dist.config.losses import (
+    LoadBalanceSettings,
+    PooledBalanceSettings,
+    RouterZSettings,
+    TermSettings,
+    loss_settings,
+)
 from moe_dist.core.batch import MODALITIES, Batch, TokenInfo
 from moe_dist.core.errors import UserError
 from moe_dist.core.routing_plan import Routing, RoutingPlan, RoutingRecord
 from moe_dist.core.strict import validate
-from moe_dist.losses.balance import LoadBalance, PooledBalance, RouterZ
 from moe_dist.losses.loss_registry import LOSSES
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
@@ -137,17 +143,17 @@ def naive_router_z(layers: list[list[Part]], batch: Batch) -> Tensor:
 
 
 TERMS = {
-    "group": (LoadBalance, {"scope": "group"}, naive_load_balance("group")),
-    "sequence": (LoadBalance, {"scope": "sequence"}, naive_load_balance("sequence")),
-    "global": (LoadBalance, {"scope": "global"}, naive_load_balance("global")),
-    "pooled": (PooledBalance, {}, naive_pooled_balance),
-    "z": (RouterZ, {}, naive_router_z),
+    "group": (LoadBalanceSettings, {"scope": "group"}, naive_load_balance("group")),
+    "sequence": (LoadBalanceSettings, {"scope": "sequence"}, naive_load_balance("sequence")),
+    "global": (LoadBalanceSettings, {"scope": "global"}, naive_load_balance("global")),
+    "pooled": (PooledBalanceSettings, {}, naive_pooled_balance),
+    "z": (RouterZSettings, {}, naive_router_z),
 }
 
 
 def make_term(name: str, context: Context = ONE_PROCESS):
     kind, settings, _ = TERMS[name]
-    return kind(validate(kind.Settings, {"weight": 1.0, **settings}, "test"), context)
+    return LOSSES[kind](validate(kind, {"weight": 1.0, **settings}, "test"), context)
 
 
 @pytest.mark.parametrize("router", TOKEN_CHOICE)
@@ -304,7 +310,7 @@ def test_global_balance_is_exact_over_ranks_and_a_running_mean_over_accumulation
 
 def test_a_weight_may_change_at_given_steps():
     raw = {"load_balance": {"weight": [[2, 0.02], [5, 0.0001]]}}
-    weights = [make_objective(raw, ONE_PROCESS, step).terms["load_balance"][0] for step in range(7)]
+    weights = [make_objective(loss_settings(raw), ONE_PROCESS, step).terms["load_balance"][0] for step in range(7)]
     assert weights == [0.0, 0.0, 0.02, 0.02, 0.02, 0.0001, 0.0001]
     assert [a != b for a, b in pairwise(weights)].count(True) == 2
 
@@ -320,11 +326,12 @@ def test_what_is_wrong_with_losses_is_said_by_name():
         ({"router_z": {"weight": []}}, "'losses.router_z.weight'"),
     ):
         with pytest.raises(UserError, match=message):
-            make_objective(raw, ONE_PROCESS, 0)
+            loss_settings(raw)
 
 
 def test_every_registered_loss_has_its_names_documented():
     from moe_dist.metrics.metric_keys import KEYS
 
+    assert set(LOSSES) == set(TermSettings.kinds.values())
     for term in LOSSES.values():
         assert set(term.names) <= set(KEYS)

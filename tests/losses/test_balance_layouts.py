@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_dist.config.losses import loss_settings
 from moe_dist.config.recipe import Config
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
@@ -37,7 +38,7 @@ def train(rank: int, config: Config, losses: dict, follow: Selections | None = N
     engine, layout = toy_engine(config)
     steps, selections = [], {}
     for step in range(STEPS):
-        objective = make_objective(losses, Context(layout=layout, group_sequences=2), step)
+        objective = make_objective(loss_settings(losses), Context(layout=layout, group_sequences=2), step)
         with watching(follow) as watch:
             watch.step = step
             result = engine.train_step(step_inputs(step, layout, config), objective, 0.1)

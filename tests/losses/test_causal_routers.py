@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from moe_dist.config.losses import CausalRoutersSettings, loss_settings
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
 from moe_dist.losses.causal_routers import CausalRouters
-from moe_dist.losses.loss_registry import loss_settings
 from moe_dist.losses.term import Context
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
@@ -19,7 +19,7 @@ CONTEXT = Context(layout=Layout(), group_sequences=1)
 
 
 def term():
-    return CausalRouters(validate(CausalRouters.Settings, {"weight": 1.0}, "test"), CONTEXT)
+    return CausalRouters(validate(CausalRoutersSettings, {"weight": 1.0}, "test"), CONTEXT)
 
 
 def cross_entropy(part):

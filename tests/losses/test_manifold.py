@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_dist.config.losses import ManifoldSettings, loss_settings
 from moe_dist.config.recipe import Config
 from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
@@ -31,7 +32,7 @@ NEIGHBOURS = 3
 
 
 def make_term(last_layers: int) -> Manifold:
-    return Manifold(validate(Manifold.Settings, {"weight": 1.0, "last_layers": last_layers}, "test"), ONE_PROCESS)
+    return Manifold(validate(ManifoldSettings, {"weight": 1.0, "last_layers": last_layers}, "test"), ONE_PROCESS)
 
 
 def with_neighbours(batch: Batch, token_S: Tensor, values: int, uncovered: tuple[int, ...] = ()) -> Batch:
@@ -153,7 +154,7 @@ def train(rank: int, config: Config, losses: dict, follow: Selections | None = N
     engine, layout = toy_engine(config)
     steps, selections = [], {}
     for step in range(STEPS):
-        objective = make_objective(losses, Context(layout=layout, group_sequences=2), step)
+        objective = make_objective(loss_settings(losses), Context(layout=layout, group_sequences=2), step)
         batches = [samples_of(batch) for batch in step_inputs(step, layout, config)]
         with watching(follow) as watch:
             watch.step = step

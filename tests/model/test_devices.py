@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from moe_dist.config.losses import loss_settings
 from moe_dist.losses.objective import make_objective
 from moe_dist.losses.term import Context
 from moe_dist.model.attention import BucketedDocuments
@@ -200,7 +201,7 @@ def test_nor_does_the_objective(name, kind, scope, two_ranks):
         "load_balance": {"weight": 0.01, "scope": scope},
         "manifold": {"weight": 1.0, "last_layers": config.num_layers},
     }
-    objective = make_objective(losses, Context(layout=two_ranks, group_sequences=1), step=0)
+    objective = make_objective(loss_settings(losses), Context(layout=two_ranks, group_sequences=1), step=0)
     counts = dict(zip(objective.names, objective.counts(batch)))
     placed = device.put(batch)
     device.check(lambda: objective(device.model(placed.tokens_T, placed.info), placed, counts).loss)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -144,6 +145,8 @@ def make_config(
     trainable: tuple[str, ...] = ("*",),
     **train,
 ) -> Config:
+    """deepspeed: the section, whose optimizer brings its learning rate along."""
+    section = copy.deepcopy(sgd() if deepspeed is None else deepspeed)
     raw = {
         "run": {"dir": "unused"},
         "data": {"shards": "unused", "text_tokenizer": "unused"},
@@ -157,7 +160,8 @@ def make_config(
         "parallel": {"expert": expert},
         "trainable": trainable,
         "train": {"steps": 8, "global_batch_groups": groups, "micro_batch_groups": micro} | train,
-        "deepspeed": sgd() if deepspeed is None else deepspeed,
+        "schedule": {"peak_lr": section["optimizer"]["params"].pop("lr")},
+        "deepspeed": section,
     }
     return validate(Config, raw, "test")
 

@@ -117,7 +117,7 @@ def _train(
         image_tokens.append(sum(sum(batch.info.modality_counts[IMAGE]) for batch in batches))
         with watching(follow) as watch:
             watch.step = step
-            result = engine.train_step(batches, goal, config.deepspeed["optimizer"]["params"]["lr"])
+            result = engine.train_step(batches, goal, config.schedule.peak_lr)
         selections |= watch.seen
         assert not result.skipped
         losses.append(result.loss_sums["loss"] / result.counts["loss"])

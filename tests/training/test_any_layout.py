@@ -86,7 +86,7 @@ class Record:
 
 def recipe(overrides: list[str], at: At, folder: Path, resume: Path | str = "none") -> Config:
     own = [f"run.dir={folder / str(at)}", f"run.resume={resume}", f"parallel.expert={at.expert}"]
-    own += [f"deepspeed.zero_optimization.stage={at.stage}", "deepspeed.optimizer.params.lr=0.01"]
+    own += [f"deepspeed.zero_optimization.stage={at.stage}", "schedule.peak_lr=0.01"]
     micro = 1 if at.stage == 1 else GROUPS // at.world  # accumulated, or not
     own += [f"train.global_batch_groups={GROUPS}", f"train.micro_batch_groups={micro}"]
     return load_config(MOMA, [EPS, *overrides, *own])
@@ -337,7 +337,7 @@ def test_a_batch_or_lanes_that_cannot_be_kept(overrides, tmp_path):
     run_ranks(save_all, 2, overrides, [at], tmp_path, None)
     path = tmp_path / str(at) / "checkpoints" / f"step_{SAVE_AT:08d}"
     own = [*overrides, f"run.resume={path}", "parallel.expert=2", f"train.global_batch_groups={GROUPS}"]
-    own += ["train.micro_batch_groups=1", "deepspeed.optimizer.params.lr=0.01", EPS]
+    own += ["train.micro_batch_groups=1", "schedule.peak_lr=0.01", EPS]
     for world in sorted({world for world, *_ in REFUSED}):
         cases = [(change, sentence) for ranks, change, sentence in REFUSED if ranks == world]
         for told in run_ranks(refusals, world, own, [change for change, _ in cases]):

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 from torch import Tensor
 
-from moe_dist.config.recipe import Config, load_config
+from moe_dist.config.recipe import Config, MoEFFN, load_config
 from moe_dist.core.batch import Batch
 from moe_dist.core.seeding import seeded_normal_
 from moe_dist.losses.objective import make_objective
@@ -21,14 +21,14 @@ from tests.support import ROOT
 from tests.support.distributed import run_ranks
 from tests.support.long import REPEATED
 from tests.support.selections import LOGITS, Selections, deviation, unite, watching
-from tests.support.toy_model import VOCABULARY, sgd
+from tests.support.toy_model import VOCABULARY, make_config, sgd
 from tests.support.trajectory import full_parameters, step_inputs
 
 FOLDER = ROOT / "configs"
 RECIPES = sorted(
     path.stem
     for path in FOLDER.glob("*_quickstart.yaml")
-    if "type: moe" in path.read_text() and load_config(path).data.neighbours is None
+    if isinstance((config := load_config(path)).model.ffn, MoEFFN) and config.data.neighbours is None
 )
 ROMA = [  # six of SmolLM2's thirty layers: the routers of the last five are trained, the lowest one's is not
     "model.num_layers=6",
@@ -74,7 +74,7 @@ def on_ranks(recipe: str, world: int, overrides: Sequence[str] = ()) -> Config:
     alone = ["parallel.expert=1"] if world == 1 else []
     config = load_config(FOLDER / f"{recipe}.yaml", [*overrides, *alone])
     train = config.train.model_copy(update={"global_batch_groups": 4, "micro_batch_groups": 4 // world})
-    return config.model_copy(update={"train": train, "deepspeed": sgd(clip=CLIP)})
+    return config.model_copy(update={"train": train, "deepspeed": make_config(deepspeed=sgd(clip=CLIP)).deepspeed})
 
 
 def assert_same(results: Sequence[Outcome], alone: Outcome) -> None:

@@ -10,8 +10,8 @@ from moe_dist.training.schedule import learning_rate
 
 
 def curve(steps, peak=1.0, **settings):
-    config = ScheduleConfig(**settings)
-    return [learning_rate(step, config=config, peak=peak, steps=steps) for step in range(steps)]
+    config = ScheduleConfig(peak_lr=peak, **settings)
+    return [learning_rate(step, config=config, steps=steps) for step in range(steps)]
 
 
 def test_warmup_climbs_in_equal_parts_to_the_peak():
@@ -35,8 +35,8 @@ def test_linear_halfway_and_cosine_quarter():
 
 
 def test_beyond_the_horizon_it_stays_at_the_end():
-    config = ScheduleConfig(type="cosine", warmup_steps=2, end_lr=0.1)
-    assert [learning_rate(s, config=config, peak=1.0, steps=10) for s in (9, 10, 1000)] == pytest.approx([0.1] * 3)
+    config = ScheduleConfig(type="cosine", warmup_steps=2, peak_lr=1.0, end_lr=0.1)
+    assert [learning_rate(s, config=config, steps=10) for s in (9, 10, 1000)] == pytest.approx([0.1] * 3)
 
 
 def test_horizons_shorter_than_the_warmup_never_pass_the_peak():

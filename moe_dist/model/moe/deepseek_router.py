@@ -6,18 +6,16 @@ Shape suffixes: V routed (valid) tokens, E experts, G groups of experts, e exper
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from moe_dist.config.routers import DeepSeekV3Settings
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.seeding import fold_key
-from moe_dist.core.strict import Positive
 from moe_dist.model.moe.router import Site, selection_keys
-from moe_dist.model.moe.token_choice import TokenChoiceRouter, TokenChoiceSettings
+from moe_dist.model.moe.token_choice import TokenChoiceRouter
 
 LOWEST, HIGHEST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 
@@ -48,27 +46,9 @@ class DeepSeekV3Router(TokenChoiceRouter):
 
     has_state = True
 
-    class Settings(TokenChoiceSettings):
-        type: Literal["deepseek_v3"]
-        groups: Positive = 1
-        top_groups: Positive = 1
-        scale: Annotated[float, Field(gt=0)] = 1.0  # routed_scaling_factor; 2.5 in DeepSeek-V3
-        bias_rate: Annotated[float, Field(ge=0)] = 1e-3  # gamma; DeepSeek-V3 sets it to 0 at the end of pre-training
+    settings: DeepSeekV3Settings
 
-        @model_validator(mode="after")
-        def _equal_groups(self) -> DeepSeekV3Router.Settings:
-            size, rest = divmod(self.num_experts, self.groups)
-            if rest or (self.groups > 1 and size < 2):
-                raise ValueError(f"{self.num_experts} experts do not form {self.groups} equal groups of two or more")
-            if self.top_groups > self.groups:
-                raise ValueError(f"top_groups={self.top_groups} is more than groups={self.groups}")
-            if self.top_k > self.top_groups * size:
-                raise ValueError(f"top_k={self.top_k} is more than the {self.top_groups * size} experts of top_groups")
-            return self
-
-    settings: Settings
-
-    def __init__(self, settings: Settings, site: Site):
+    def __init__(self, settings: DeepSeekV3Settings, site: Site):
         super().__init__(settings, site)
         self.experts_per_token = settings.top_k if settings.capacity_factor is None else None
         self.group_key = fold_key(site.seed, site.name, "groups")

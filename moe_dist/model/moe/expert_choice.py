@@ -6,19 +6,18 @@ selection groups together.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
+from moe_dist.config.routers import ExpertChoiceSettings, ModalitySettings
 from moe_dist.core.batch import MODALITIES, TokenInfo
 from moe_dist.core.routing_plan import Routing, RoutingPlan, RoutingRecord
 from moe_dist.core.seeding import logistic
-from moe_dist.core.strict import Positive
 from moe_dist.model.moe.auxiliary_router import AuxiliaryRouter, decide_alone
 from moe_dist.model.moe.capacity import expert_capacity, join_plans, plan_assignments
-from moe_dist.model.moe.router import Gate, RouterSettings, selection_keys
+from moe_dist.model.moe.router import Gate, selection_keys
 from moe_dist.model.site import Site
 
 
@@ -38,14 +37,7 @@ class ExpertChoiceRouter(nn.Module):
     experts_per_token = None
     reference_top_k = None
 
-    class Settings(RouterSettings):
-        type: Literal["expert_choice"]
-        num_experts: Positive
-        capacity_factor: Annotated[float, Field(gt=0)] = 1.0
-        auxiliary: bool = False  # a second router beside it, for causal inference
-        gumbel_noise: bool = False  # in training: the gate is sigmoid(x W + G' - G''), for upcycled experts
-
-    def __init__(self, settings: Settings, site: Site):
+    def __init__(self, settings: ExpertChoiceSettings, site: Site):
         super().__init__()
         self.num_experts = settings.num_experts
         self.expert_groups = (tuple(range(settings.num_experts)),)
@@ -113,15 +105,7 @@ class ModalityRouter(nn.Module):
 
     reference_top_k = None
 
-    class Settings(RouterSettings):
-        type: Literal["modality"]
-        text: dict[str, Any]
-        image: dict[str, Any]
-
-        def children(self) -> dict[str, dict[str, Any]]:
-            return {modality: getattr(self, modality) for modality in MODALITIES}
-
-    def __init__(self, settings: Settings, site: Site, **children: Any):
+    def __init__(self, settings: ModalitySettings, site: Site, **children: Any):
         super().__init__()
         self.layer = site.layer
         for name, child in children.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,6 @@ from moe_dist.core.batch import TokenInfo
 from moe_dist.core.costs import Product
 from moe_dist.core.routing_plan import RoutingPlan, RoutingRecord
 from moe_dist.core.seeding import hash_ids
-from moe_dist.core.strict import Strict
 from moe_dist.model.site import Site
 
 # Selection compares logits on a grid of 2^-14, so that tokens that are identical but for rounding tie at every layout.
@@ -56,13 +55,6 @@ class StatefulRouter(Router, Protocol):
         padding left out; on the device.
         """
         ...
-
-
-class RouterSettings(Strict):
-    """Base of every router's settings. A composite returns its children's raw settings, which are built first."""
-
-    def children(self) -> dict[str, dict[str, Any]]:
-        return {}
 
 
 class RouterPart(nn.Module):

@@ -1,6 +1,6 @@
-"""The routers and experts a recipe may name: `model.ffn.router.type`, `model.ffn.experts.type`.
+"""The routers and experts behind a recipe's settings: `model.ffn.router`, `model.ffn.experts`.
 
-A new routing idea is one class and one line here; new experts also need their settings in config.py.
+A new routing idea is its settings (config/routers.py), one class and one line here.
 """
 
 from __future__ import annotations
@@ -8,22 +8,29 @@ from __future__ import annotations
 from typing import Any
 
 from moe_dist.config.recipe import MoEFFN
-from moe_dist.core.errors import UserError, did_you_mean
-from moe_dist.core.strict import validate
+from moe_dist.config.routers import (
+    DeepSeekV3Settings,
+    ExpertChoiceSettings,
+    ModalitySettings,
+    NullExpertSettings,
+    RouterSettings,
+    TopKSettings,
+)
+from moe_dist.core.errors import UserError
 from moe_dist.model.moe.deepseek_router import DeepSeekV3Router
 from moe_dist.model.moe.expert_choice import ExpertChoiceRouter, ModalityRouter
 from moe_dist.model.moe.experts import Experts, GroupedExperts, HeldExperts
 from moe_dist.model.moe.lora_experts import LoRAExperts
-from moe_dist.model.moe.router import Router, RouterSettings
+from moe_dist.model.moe.router import Router
 from moe_dist.model.moe.token_choice import NullExpertRouter, TopKRouter
 from moe_dist.model.site import Site
 
-ROUTERS: dict[str, Any] = {
-    "top_k": TopKRouter,
-    "null_experts": NullExpertRouter,
-    "expert_choice": ExpertChoiceRouter,
-    "modality": ModalityRouter,
-    "deepseek_v3": DeepSeekV3Router,
+ROUTERS: dict[type[RouterSettings], Any] = {  # the Router of each settings class
+    TopKSettings: TopKRouter,
+    NullExpertSettings: NullExpertRouter,
+    ExpertChoiceSettings: ExpertChoiceRouter,
+    ModalitySettings: ModalityRouter,
+    DeepSeekV3Settings: DeepSeekV3Router,
 }
 
 EXPERTS: dict[str, Any] = {
@@ -32,23 +39,10 @@ EXPERTS: dict[str, Any] = {
 }
 
 
-def router_settings(raw: dict[str, Any], prefix: str = "model.ffn.router") -> RouterSettings:
-    """Validate the settings of a router and of its children. Raises UserError naming the key under `prefix`."""
-    kind = raw.get("type")
-    if kind not in ROUTERS:
-        hint = did_you_mean(str(kind), ROUTERS) or f": one of {', '.join(ROUTERS)}"
-        raise UserError(f"key '{prefix}.type': there is no router '{kind}'{hint}")
-    settings: RouterSettings = validate(ROUTERS[kind].Settings, raw, "router", prefix)
-    for name, child in settings.children().items():
-        router_settings(child, f"{prefix}.{name}")
-    return settings
-
-
-def build_router(raw: dict[str, Any], site: Site) -> Router:
-    """Build the router that `raw` describes, children first. Raises UserError for bad settings."""
-    settings = router_settings(raw)
+def build_router(settings: RouterSettings, site: Site) -> Router:
+    """Build the router of these settings, children first."""
     children = {name: build_router(child, site.child(name)) for name, child in settings.children().items()}
-    router: Router = ROUTERS[raw["type"]](settings, site, **children)
+    router: Router = ROUTERS[type(settings)](settings, site, **children)
     return router
 
 

@@ -7,43 +7,17 @@ k columns per token.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from moe_dist.config.routers import NullExpertSettings, TokenChoiceSettings, TopKSettings
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.routing_plan import Routing, RoutingPlan, RoutingRecord
-from moe_dist.core.strict import Count, Positive
 from moe_dist.model.moe.capacity import expert_capacity, keep_within_capacity, plan_assignments
-from moe_dist.model.moe.router import Gate, RouterSettings, selection_keys
+from moe_dist.model.moe.router import Gate, selection_keys
 from moe_dist.model.site import Site
-
-
-class TokenChoiceSettings(RouterSettings):
-    """capacity_factor: an expert takes at most ceil(c * tokens * top_k / columns) valid tokens of a selection group;
-    null: as many as come (dropless)."""
-
-    num_experts: Positive
-    top_k: Positive
-    bias: bool = False  # of the gate
-    capacity_factor: Annotated[float, Field(gt=0)] | None = None
-    drop_policy: Literal["position", "probability"] = "position"  # who stays: the earliest tokens, the highest gates
-    pad_to_capacity: bool = False  # static shapes: every expert gets its full capacity of rows, empty ones of weight 0
-
-    @property
-    def columns(self) -> int:
-        return self.num_experts
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.top_k > self.columns:
-            raise ValueError(f"top_k={self.top_k} is more than the router's {self.columns} columns")
-        if self.pad_to_capacity and self.capacity_factor is None:
-            raise ValueError("pad_to_capacity needs a capacity_factor")
-        return self
 
 
 class TokenChoiceRouter(nn.Module):
@@ -122,21 +96,9 @@ class TopKRouter(TokenChoiceRouter):
     weighting straight_through: 1 in value, with the gradient of the gate value's logarithm (p / stop_gradient(p)).
     """
 
-    class Settings(TokenChoiceSettings):
-        type: Literal["top_k"]
-        score: Literal["softmax", "sigmoid"] = "softmax"
-        renormalize: bool = False
-        weighting: Literal["score", "straight_through"] = "score"
+    settings: TopKSettings
 
-        @model_validator(mode="after")
-        def _one_weighting(self) -> Self:
-            if self.renormalize and self.weighting == "straight_through":
-                raise ValueError("weighting=straight_through leaves nothing to renormalize")
-            return self
-
-    settings: Settings
-
-    def __init__(self, settings: Settings, site: Site):
+    def __init__(self, settings: TopKSettings, site: Site):
         super().__init__(settings, site)
         self.experts_per_token = settings.top_k if settings.capacity_factor is None else None
 
@@ -158,18 +120,9 @@ class NullExpertRouter(TokenChoiceRouter):
     assignments are no rows: they cost neither FLOPs nor bytes.
     """
 
-    class Settings(TokenChoiceSettings):
-        type: Literal["null_experts"]
-        num_null_experts: Count
-        reference_top_k: Positive | None = None  # the vanilla model's k: telemetry compares FLOPs with it
+    settings: NullExpertSettings
 
-        @property
-        def columns(self) -> int:
-            return self.num_experts + self.num_null_experts
-
-    settings: Settings
-
-    def __init__(self, settings: Settings, site: Site):
+    def __init__(self, settings: NullExpertSettings, site: Site):
         super().__init__(settings, site)
         self.reference_top_k = settings.reference_top_k
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moe_dist.config.recipe import DepthConfig
+from moe_dist.config.routers import router_settings
 from moe_dist.model.moe.depth_router import DepthRouter
 from moe_dist.model.moe.router_registry import build_router
 from moe_dist.model.site import Site
@@ -35,7 +36,7 @@ def naive(x, router):
 
 @pytest.mark.parametrize("kind", BATCHES)
 def test_experts_are_those_of_the_auxiliary_router_and_weights_those_of_the_main_one(kind):
-    router = build_router(MOMA, SITE).double()
+    router = build_router(router_settings(MOMA), SITE).double()
     x_TD, info, _ = make_batch(kind, 0)
     plan, record = router(x_TD, info.causally())
     expected = torch.zeros(TOKENS, 7, dtype=torch.float64)
@@ -65,7 +66,7 @@ def test_depth_admits_what_its_auxiliary_router_says_and_keeps_its_own_gate_valu
 
 
 def test_gradients_of_an_auxiliary_router_are_those_of_its_formula():
-    router = build_router(CHILD, SITE).double()
+    router = build_router(router_settings(CHILD), SITE).double()
     x_TD, info, _ = make_batch("mixed", 0)
     (part,) = router(x_TD, info)[1].routings
     scale_VC = torch.randn(part.auxiliary_VC.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from moe_dist.config.recipe import LoRAExpertsConfig, MoEFFN
+from moe_dist.config.routers import router_settings
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
 from moe_dist.model.moe.experts import HeldExperts
@@ -218,7 +219,7 @@ def test_other_numbers_of_experts_a_token_are_refused(router):
 def test_routers_say_how_many_experts_a_token_gets():
     def count(raw):
         site = Site(hidden_size=16, layer=0, seed=0, init_std=1, name="router")
-        return build_router(raw, site).experts_per_token
+        return build_router(router_settings(raw), site).experts_per_token
 
     assert [count(router) for router in ROUTERS.values()] == [1, 1, 1]
     assert count(TOP_1 | {"top_k": 3}) == 3
@@ -230,7 +231,7 @@ def test_routers_say_how_many_experts_a_token_gets():
         ({"rank": 0}, r"key 'ffn\.experts\.rank': input should be greater than 0, got 0"),
         ({"dropout": 1.0}, r"key 'ffn\.experts\.dropout': input should be less than 1, got 1\.0"),
         ({"alhpa": 1.0}, r"unknown key 'ffn\.experts\.alhpa' \(did you mean 'alpha'\?\)"),
-        ({"type": "lroa"}, r"key 'ffn\.experts': input tag 'lroa'"),
+        ({"type": "lroa"}, r"key 'ffn\.experts\.type': there is no 'lroa' \(did you mean 'lora'"),
     ],
 )
 def test_bad_settings_are_named(change, sentence):

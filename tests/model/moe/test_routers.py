@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 
+from moe_dist.config.routers import RouterSettings, router_settings
 from moe_dist.core.batch import TEXT
 from moe_dist.core.errors import UserError
 from moe_dist.model.moe.capacity import expert_capacity
-from moe_dist.model.moe.router import selection_keys, selection_margins
-from moe_dist.model.moe.router_registry import build_router, router_settings
-from moe_dist.model.site import Site
+from moe_dist.model.moe.router import Site, selection_keys, selection_margins
+from moe_dist.model.moe.router_registry import ROUTERS as REGISTRY
+from moe_dist.model.moe.router_registry import build_router
 from tests.support import routing_reference as reference
 from tests.support.moe_cases import BATCHES, ROUTERS, TOKENS, WIDTH, close, make_batch, make_info, make_layer
 
@@ -118,12 +119,15 @@ def test_null_experts_with_copied_columns_tie_and_are_chosen_at_random():
 
 
 def test_dropping_by_probability_is_not_causal():
-    built = {name: build_router(ROUTERS[name], SITE).causal for name in ("by_position", "by_probability", "null")}
+    built = {
+        name: build_router(router_settings(ROUTERS[name]), SITE).causal
+        for name in ("by_position", "by_probability", "null")
+    }
     assert built == {"by_position": True, "by_probability": False, "null": True}
 
 
 def test_what_layouts_and_losses_ask_of_a_router():
-    built = {name: build_router(raw, SITE) for name, raw in ROUTERS.items()}
+    built = {name: build_router(router_settings(raw), SITE) for name, raw in ROUTERS.items()}
     causal = {"top_1", "top_2_sigmoid", "top_8", "biased", "by_position", "padded", "null", "null_in_text"}
     causal |= {"deepseek", "deepseek_ungrouped"}
     assert {name for name, router in built.items() if router.causal} == causal
@@ -158,7 +162,7 @@ def _assignments(plan, info):
 @pytest.mark.parametrize("router", ["moe_8x", "4t4i", "6t2i"])
 def test_identical_tokens_are_chosen_alike_in_every_layout(router):
     """Four groups in one micro-batch, or one by one with another rounding of the inputs: the same choice."""
-    router = build_router(ROUTERS[router], SITE)
+    router = build_router(router_settings(ROUTERS[router]), SITE)
     generator = torch.Generator().manual_seed(1)
     groups, size = 4, 20
     prototypes = torch.randn(3, WIDTH, generator=generator)
@@ -181,14 +185,14 @@ def test_ties_are_broken_differently_by_expert_layer_and_seed():
     x_TD = torch.ones(64, WIDTH)
     choices = []
     for site in (SITE, Site(hidden_size=WIDTH, layer=1, seed=7, init_std=0.3, name="other"), SITE.child("x")):
-        plan, _ = build_router(ROUTERS["moe_8x"], site)(x_TD, info)
+        plan, _ = build_router(router_settings(ROUTERS["moe_8x"]), site)(x_TD, info)
         choices.append([frozenset(tokens.tolist()) for tokens in plan.token_ids_N.split(plan.counts_E.tolist())])
     assert len({choice for layer in choices for choice in layer}) == 3 * 8
     assert len(frozenset.union(*choices[0])) > 32  # not the same eighth for every expert
 
 
 def test_selection_does_not_depend_on_padding_beside_it():
-    router = build_router(ROUTERS["4t4i"], SITE)
+    router = build_router(router_settings(ROUTERS["4t4i"]), SITE)
     x_TD, info, _ = make_batch("mixed", 0)
     x_TD = x_TD.detach().float()
     changed = torch.where(info.valid_T[:, None], x_TD, torch.full_like(x_TD, 1e4))
@@ -203,7 +207,7 @@ def vars_of(plan):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_routing_stays_float32_under_bf16_and_autocast(router):
     """bf16 parameters and inputs, with or without autocast: the plan is the float32 plan of the same values."""
-    router = build_router(ROUTERS[router], SITE).bfloat16()
+    router = build_router(router_settings(ROUTERS[router]), SITE).bfloat16()
     x_TD, info, _ = make_batch("mixed", 0)
     x_TD = x_TD.detach().bfloat16()
     plan, record = router(x_TD, info)
@@ -217,7 +221,7 @@ def test_routing_stays_float32_under_bf16_and_autocast(router):
 
 
 def test_losses_reach_the_gate_through_the_record():
-    router = build_router(ROUTERS["4t4i"], SITE).double()
+    router = build_router(router_settings(ROUTERS["4t4i"]), SITE).double()
     x_TD, info, _ = make_batch("mixed", 0)
     _, record = router(x_TD, info)
     sum(part.probs_VC.sum() for part in record.routings).backward()
@@ -229,11 +233,15 @@ def test_losses_reach_the_gate_through_the_record():
 
 def test_non_finite_inputs_do_not_break_the_plan():
     """The engine decides about a non-finite loss; the ranks must get as far as computing it."""
-    router = build_router(ROUTERS["4t4i"], SITE)
+    router = build_router(router_settings(ROUTERS["4t4i"]), SITE)
     x_TD, info, _ = make_batch("mixed", 0)
     clean, _ = router(x_TD.float(), info)
     broken, _ = router(torch.full_like(x_TD, torch.nan).float(), info)
     assert torch.equal(clean.counts_E, broken.counts_E)
+
+
+def test_every_router_of_a_recipe_is_built_by_a_class():
+    assert set(RouterSettings.kinds.values()) == set(REGISTRY)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +283,7 @@ def test_gumbel_noise_is_for_training_alone():
     x_TD = x_TD.detach().float()
 
     def logits(raw, *, site=SITE, mode=lambda router: None, info=info):
-        router = build_router(raw, site)
+        router = build_router(router_settings(raw), site)
         mode(router)
         return router(x_TD, info)[1].routings[0].logits_VC.detach()
 

@@ -1,0 +1,58 @@
+"""`extends: base.yaml` at the top of a recipe: the base is read first, and the recipe says what differs.
+
+The path is relative to the recipe's folder. Mappings are merged key by key; anything else, and a mapping of another
+`type`, replaces what the base has. A base may extend another.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import parse_yaml
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe with what it extends, as plain YAML data. Raises UserError."""
+    return _read(path, ())
+
+
+def _read(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
+    """before: the recipes that led here, each of which extends the next."""
+    data = parse_yaml(_text(path), str(path))
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections")
+    if "extends" not in data:
+        return data
+    base = data.pop("extends")
+    if not isinstance(base, str):
+        raise UserError(f"{path}: key 'extends': give the path of one recipe, not {base!r}")
+    source, chain = path.parent / base, (*before, path)
+    if source.resolve() in [recipe.resolve() for recipe in chain]:
+        circle = " -> ".join(str(recipe) for recipe in (*chain, source))
+        raise UserError(f"{path}: key 'extends': recipes extend each other in a circle: {circle}")
+    if not source.is_file():
+        raise UserError(f"{path}: key 'extends': there is no recipe {source}")
+    return merge(_read(source, chain), data)
+
+
+def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with what `own` says."""
+    return base | {key: _merged(base.get(key), value) for key, value in own.items()}
+
+
+def _merged(base: Any, own: Any) -> Any:
+    both = isinstance(base, dict) and isinstance(own, dict)
+    return merge(base, own) if both and own.get("type", base.get("type")) == base.get("type") else own
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise UserError(f"there is no configuration file {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the configuration file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"the configuration file {path} is not UTF-8 text (byte {error.start})") from None

@@ -1,0 +1,45 @@
+"""Settings of the section `needs`: corpora, tokenizers, runs and files that must exist before a recipe is trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from moe_dist.core.strict import Positive, Strict
+
+
+class CorpusNeed(Strict):
+    """Shards that launch/prepare_data.py makes."""
+
+    type: Literal["corpus"]
+    corpus: str
+    out: str
+    settings: dict[str, str | int] = Field({})  # further arguments of launch/prepare_data.py
+
+
+class TokenizersNeed(Strict):
+    """Tokenizers that launch/train_tokenizers.py trains."""
+
+    type: Literal["tokenizers"]
+    shards: str
+    out: str
+    vocab_size: Positive
+    images: bool = True  # false if the shards have none: there is no image tokenizer then
+
+
+class RunNeed(Strict):
+    """An earlier stage: another recipe's run, to its last step."""
+
+    type: Literal["run"]
+    recipe: str
+
+
+class FileNeed(Strict):
+    """A file that the Makefile has a rule for."""
+
+    type: Literal["file"]
+    path: str
+
+
+Need = Annotated[CorpusNeed | TokenizersNeed | RunNeed | FileNeed, Field(discriminator="type")]

@@ -1,0 +1,58 @@
+"""The prerequisites of a recipe (its section `needs`), and the commands that make them.
+
+  python -m moe_dist.config.prerequisites configs/NAME.yaml
+
+Prints the command of each missing one, in the recipe's order; `make data` and `make train` run them. An earlier stage
+has prerequisites of its own, which `make train` makes before it trains that stage.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_dist.config.needs import CorpusNeed, Need, RunNeed, TokenizersNeed
+from moe_dist.config.recipe import Config, load_config
+from moe_dist.core.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Prerequisite:
+    folder: Path
+    last: Path  # the file that is written last: once it exists, the prerequisite is complete
+    command: str
+
+
+def prerequisite(need: Need) -> Prerequisite:
+    """Return where a need is found and what makes it. Raises UserError if the recipe of an earlier stage is faulty."""
+    if isinstance(need, CorpusNeed):
+        more = "".join(f" {key}={value}" for key, value in need.settings.items())
+        command = f"python launch/prepare_data.py corpus={need.corpus} out={need.out}{more}"
+        return Prerequisite(Path(need.out), Path(need.out, "corpus.json"), command)
+    if isinstance(need, TokenizersNeed):
+        command = f"python launch/train_tokenizers.py shards={need.shards} out={need.out} vocab_size={need.vocab_size}"
+        return Prerequisite(Path(need.out), Path(need.out, "vq/quality.json" if need.images else "text.model"), command)
+    if isinstance(need, RunNeed):
+        stage = load_config(need.recipe)
+        last = Path(stage.run.dir, "checkpoints", f"step_{stage.train.steps:08d}", "manifest.json")
+        return Prerequisite(Path(stage.run.dir), last, f"make train CONFIG={need.recipe} ARGS=")
+    return Prerequisite(Path(need.path).parent, Path(need.path), f"make {need.path}")
+
+
+def missing(config: Config) -> Iterator[Prerequisite]:
+    """Yield the prerequisites that are not complete, in the recipe's order. Raises UserError."""
+    return (needed for needed in map(prerequisite, config.needs) if not needed.last.exists())
+
+
+def main() -> None:
+    try:
+        for needed in missing(load_config(sys.argv[1])):
+            print(needed.command)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

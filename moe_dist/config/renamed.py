@@ -1,0 +1,41 @@
+"""Keys of a recipe that have another name now. CHANGELOG.md has the same table."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from moe_dist.core.errors import UserError
+
+RENAMED = {
+    "deepspeed.optimizer.params.lr": "schedule.peak_lr",
+}
+
+
+def check_names(data: dict[str, Any], where: str) -> None:
+    """Raise UserError for a recipe that uses old keys; it begins with `where` and gives their new names."""
+    found = [f"key '{old}' is now '{new}'" for old, new in RENAMED.items() if _section(data, old) is not None]
+    if found:
+        raise UserError(f"{where}: {'; '.join(found)}")
+
+
+def with_new_names(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe that an earlier version stored (in a checkpoint or a run folder), with the new keys."""
+    data = copy.deepcopy(data)
+    for old, new in RENAMED.items():
+        if (section := _section(data, old)) is not None:
+            value = section.pop(old.rpartition(".")[2])
+            target = data
+            *parents, last = new.split(".")
+            for parent in parents:
+                target = target.setdefault(parent, {})
+            target.setdefault(last, value)
+    return data
+
+
+def _section(data: Any, key: str) -> dict[str, Any] | None:
+    """Return the mapping that holds `key` (a path), if there is one."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.get(parent) if isinstance(data, dict) else None
+    return data if isinstance(data, dict) and last in data else None

@@ -1,0 +1,127 @@
+"""Settings of the routers: `model.ffn.router`, whose `type` picks one of the classes below.
+
+A class is known to recipes once it is defined; model/moe/router_registry.py maps it to the router that it sets up. No
+torch here: a recipe is checked in milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+
+from moe_dist.core.strict import Count, Positive, Strict, nested, pick, within
+
+
+class RouterSettings(Strict):
+    """Base of every router's settings. A subclass whose `type` is a Literal registers itself under that name."""
+
+    kinds: ClassVar[dict[str, type[RouterSettings]]] = {}
+    type: str
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **arguments: Any) -> None:
+        for name in get_args(cls.model_fields["type"].annotation):
+            RouterSettings.kinds[name] = cls
+
+    def children(self) -> dict[str, RouterSettings]:
+        """Return the settings of the routers inside this one, by name; they are built first."""
+        return {}
+
+
+def _parse(raw: Any) -> Any:
+    if not isinstance(raw, dict):
+        return raw
+    name = raw.get("type")
+    return nested(pick(RouterSettings.kinds, name, "type", f"there is no router '{name}'"), raw)
+
+
+RouterSection = Annotated[SerializeAsAny[RouterSettings], BeforeValidator(_parse)]
+
+
+def router_settings(raw: dict[str, Any]) -> RouterSettings:
+    """Validate a router's section by itself. Raises UserError naming the key."""
+    return within("recipe", lambda: _parse(raw), "model.ffn.router")
+
+
+class TokenChoiceSettings(RouterSettings):
+    """capacity_factor: an expert takes at most ceil(c * tokens * top_k / columns) valid tokens of a selection group;
+    null: as many as come (dropless)."""
+
+    num_experts: Positive
+    top_k: Positive
+    bias: bool = False  # of the gate
+    capacity_factor: Annotated[float, Field(gt=0)] | None = None
+    drop_policy: Literal["position", "probability"] = "position"  # who stays: the earliest tokens, the highest gates
+    pad_to_capacity: bool = False  # static shapes: every expert gets its full capacity of rows, empty ones of weight 0
+
+    @property
+    def columns(self) -> int:
+        return self.num_experts
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.top_k > self.columns:
+            raise ValueError(f"top_k={self.top_k} is more than the router's {self.columns} columns")
+        if self.pad_to_capacity and self.capacity_factor is None:
+            raise ValueError("pad_to_capacity needs a capacity_factor")
+        return self
+
+
+class TopKSettings(TokenChoiceSettings):
+    type: Literal["top_k"]
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = False
+    weighting: Literal["score", "straight_through"] = "score"
+
+    @model_validator(mode="after")
+    def _one_weighting(self):
+        if self.renormalize and self.weighting == "straight_through":
+            raise ValueError("weighting=straight_through leaves nothing to renormalize")
+        return self
+
+
+class NullExpertSettings(TokenChoiceSettings):
+    type: Literal["null_experts"]
+    num_null_experts: Count
+    reference_top_k: Positive | None = None  # the vanilla model's k: telemetry compares FLOPs with it
+
+    @property
+    def columns(self) -> int:
+        return self.num_experts + self.num_null_experts
+
+
+class DeepSeekV3Settings(TokenChoiceSettings):
+    type: Literal["deepseek_v3"]
+    groups: Positive = 1
+    top_groups: Positive = 1
+    scale: Annotated[float, Field(gt=0)] = 1.0  # routed_scaling_factor; 2.5 in DeepSeek-V3
+    bias_rate: Annotated[float, Field(ge=0)] = 1e-3  # gamma; DeepSeek-V3 sets it to 0 at the end of pre-training
+
+    @model_validator(mode="after")
+    def _equal_groups(self) -> DeepSeekV3Settings:
+        size, rest = divmod(self.num_experts, self.groups)
+        if rest or (self.groups > 1 and size < 2):
+            raise ValueError(f"{self.num_experts} experts do not form {self.groups} equal groups of two or more")
+        if self.top_groups > self.groups:
+            raise ValueError(f"top_groups={self.top_groups} is more than groups={self.groups}")
+        if self.top_k > self.top_groups * size:
+            raise ValueError(f"top_k={self.top_k} is more than the {self.top_groups * size} experts of top_groups")
+        return self
+
+
+class ExpertChoiceSettings(RouterSettings):
+    type: Literal["expert_choice"]
+    num_experts: Positive
+    capacity_factor: Annotated[float, Field(gt=0)] = 1.0
+    auxiliary: bool = False  # a second router beside it, for causal inference
+    gumbel_noise: bool = False  # in training: the gate is sigmoid(x W + G' - G''), for upcycled experts
+
+
+class ModalitySettings(RouterSettings):
+    type: Literal["modality"]
+    text: RouterSection
+    image: RouterSection
+
+    def children(self) -> dict[str, RouterSettings]:
+        return {"text": self.text, "image": self.image}
