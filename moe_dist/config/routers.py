@@ -91,6 +91,23 @@ class NullExpertSettings(TokenChoiceSettings):
         return self.num_experts + self.num_null_experts
 
 
+class ExpertChoiceSettings(RouterSettings):
+    type: Literal["expert_choice"]
+    num_experts: Positive
+    capacity_factor: Annotated[float, Field(gt=0)] = 1.0
+    auxiliary: bool = False  # a second router beside it, for causal inference
+    gumbel_noise: bool = False  # in training: the gate is sigmoid(x W + G' - G''), for upcycled experts
+
+
+class ModalitySettings(RouterSettings):
+    type: Literal["modality"]
+    text: RouterSection
+    image: RouterSection
+
+    def children(self) -> dict[str, RouterSettings]:
+        return {"text": self.text, "image": self.image}
+
+
 class DeepSeekV3Settings(TokenChoiceSettings):
     type: Literal["deepseek_v3"]
     groups: Positive = 1
@@ -108,20 +125,3 @@ class DeepSeekV3Settings(TokenChoiceSettings):
         if self.top_k > self.top_groups * size:
             raise ValueError(f"top_k={self.top_k} is more than the {self.top_groups * size} experts of top_groups")
         return self
-
-
-class ExpertChoiceSettings(RouterSettings):
-    type: Literal["expert_choice"]
-    num_experts: Positive
-    capacity_factor: Annotated[float, Field(gt=0)] = 1.0
-    auxiliary: bool = False  # a second router beside it, for causal inference
-    gumbel_noise: bool = False  # in training: the gate is sigmoid(x W + G' - G''), for upcycled experts
-
-
-class ModalitySettings(RouterSettings):
-    type: Literal["modality"]
-    text: RouterSection
-    image: RouterSection
-
-    def children(self) -> dict[str, RouterSettings]:
-        return {"text": self.text, "image": self.image}

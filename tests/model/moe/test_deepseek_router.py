@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moe_dist.config.routers import router_settings
 from moe_dist.core.errors import UserError
 from moe_dist.model.moe.margins import watch_decisions
 from moe_dist.model.moe.router import Site
@@ -26,27 +27,27 @@ TINY = 1e-9
 )
 def test_settings_that_do_not_fit_are_named(change, sentence):
     with pytest.raises(UserError, match=sentence):
-        build_router(ROUTERS["deepseek"] | change, SITE)
+        build_router(router_settings(ROUTERS["deepseek"] | change), SITE)
 
 
 @pytest.mark.parametrize(
     "load", [[4, 4, 4, 4, 4, 4, 4, 4], [0] * 8, [9, 1, 4, 4, 4, 4, 3, 3], [1, 0, 0, 0, 0, 0, 0, 1]]
 )
 def test_a_step_moves_the_bias_towards_balance(load):
-    router = build_router(ROUTERS["deepseek"] | {"bias_rate": 0.25}, SITE)
+    router = build_router(router_settings(ROUTERS["deepseek"] | {"bias_rate": 0.25}), SITE)
     router.after_step(torch.tensor(load))
     assert router.bias.value.tolist() == bias_after([0.0] * 8, load, 0.25)
     assert "bias.value" in router.state_dict() and "bias.value" not in dict(router.named_parameters())
 
 
 def test_casts_leave_the_bias_in_float32():
-    router = build_router(ROUTERS["deepseek"], SITE)
+    router = build_router(router_settings(ROUTERS["deepseek"]), SITE)
     router.bias.value.fill_(0.001)
     for cast in (router.bfloat16, router.double, lambda: router.to(torch.float16)):
         cast()
         assert router.bias.value.dtype == torch.float32 and torch.all(router.bias.value == torch.tensor(0.001))
     with torch.device("meta"):
-        assert build_router(ROUTERS["deepseek"], SITE).bias.value.is_meta
+        assert build_router(router_settings(ROUTERS["deepseek"]), SITE).bias.value.is_meta
 
 
 def decisions(router, x_1D, token):
@@ -64,7 +65,7 @@ def moved(router, expert, distance):
 
 def test_margins_say_how_far_a_score_must_move():
     """A bias raises a score, in float64: just short of the margin nothing changes, just beyond it the decision does."""
-    router = build_router(ROUTERS["deepseek"], SITE).double()
+    router = build_router(router_settings(ROUTERS["deepseek"]), SITE).double()
     router.bias.value = router.bias.value.double()
     generator, tried = torch.Generator().manual_seed(0), {"": 0, ".groups": 0}
     for token in range(12):
