@@ -1,6 +1,7 @@
-"""Who may import whom, read from the source: an import hidden in a function or under TYPE_CHECKING counts as well."""
+"""Who may import whom, read from the source (an import in a function or under TYPE_CHECKING counts as well); sizes."""
 
 import ast
+import statistics
 
 import pytest
 
@@ -99,6 +100,21 @@ def test_every_room_says_what_lives_there():
 def test_no_two_modules_share_a_name():
     names = [path.stem for path in (ROOT / "moe_dist").rglob("*.py") if path.stem != "__init__"]
     assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
+
+
+def test_files_and_functions_stay_short():
+    """At most 300 lines a file and 50 a function, and fewer than 8 in the median one."""
+    files = [path for folder in ("moe_dist", "launch") for path in (ROOT / folder).rglob("*.py")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert not {name: length for name, length in lengths.items() if length > 300}
+    functions = {
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}": node.end_lineno - node.lineno + 1
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert not {name: length for name, length in functions.items() if length > 50}
+    assert statistics.median(functions.values()) < 8
 
 
 @pytest.mark.parametrize(

@@ -211,26 +211,16 @@ def collate(
     """
     group_tokens = len(groups[0][1]) * sequence_length
     num_tokens = len(groups) * group_tokens
+    placed, document_lengths = _place([sequence for _, group in groups for sequence in group], sequence_length)
     tokens = np.full(num_tokens, vocabulary.pad, dtype=np.int64)
     targets = np.full(num_tokens, vocabulary.pad, dtype=np.int64)
     valid, has_target = np.zeros(num_tokens, dtype=bool), np.zeros(num_tokens, dtype=bool)
-    document_lengths: list[int] = []
-    placed: list[tuple[int, Piece]] = []
-    begin = 0
-    for sequence in (sequence for _, group in groups for sequence in group):
-        at, end = begin, begin + sequence_length
-        for piece in sequence:
-            stop = at + len(piece)
-            tokens[at:stop] = piece.tokens
-            targets[at : stop - 1] = piece.tokens[1:]
-            has_target[at + max(piece.prompt_tokens - 1, 0) : stop - 1] = True
-            document_lengths.append(len(piece))
-            placed.append((at, piece))
-            at = stop
-        valid[begin:at] = True
-        if at < end:
-            document_lengths.append(end - at)
-        begin = end
+    for at, piece in placed:
+        stop = at + len(piece)
+        tokens[at:stop] = piece.tokens
+        targets[at : stop - 1] = piece.tokens[1:]
+        valid[at:stop] = True
+        has_target[at + max(piece.prompt_tokens - 1, 0) : stop - 1] = True
     lengths = np.array(document_lengths)
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
     token_ids = np.concatenate([np.arange(group_tokens) + number * group_tokens for number, _ in groups])
@@ -252,6 +242,21 @@ def collate(
         info=info,
         sidecar=_sidecar(placed, num_tokens) if instructions else {},
     )
+
+
+def _place(sequences: Sequence[list[Piece]], sequence_length: int) -> tuple[list[tuple[int, Piece]], list[int]]:
+    """Return each piece with the index of its first token, and the lengths of all documents, runs of padding included."""
+    placed: list[tuple[int, Piece]] = []
+    document_lengths: list[int] = []
+    for number, sequence in enumerate(sequences):
+        at, end = number * sequence_length, (number + 1) * sequence_length
+        for piece in sequence:
+            placed.append((at, piece))
+            document_lengths.append(len(piece))
+            at += len(piece)
+        if at < end:
+            document_lengths.append(end - at)
+    return placed, document_lengths
 
 
 def _sidecar(placed: Sequence[tuple[int, Piece]], num_tokens: int) -> dict[str, torch.Tensor]:
