@@ -75,7 +75,7 @@ class TokenStore:
         self.part_ends = np.searchsorted(self._kept, np.cumsum([sum(map(len, part)) for part in parts]))
 
     def _without_long_instructions(self, lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-        """Return the indices of all documents but the instructions longer than a sequence. lengths: including markers."""
+        """Return the indices of all documents except too long instructions. lengths: including markers."""
         kept = np.ones(len(lengths), dtype=bool)
         for shard, end in zip(self._shards, self._ends, strict=True):
             prompted = shard.prompts[:, 0] + end - len(shard)
@@ -197,7 +197,7 @@ class _Source:
 
     @classmethod
     def of(cls, shard: Shard, vocabulary: Vocabulary, *, content: bool) -> _Source:
-        """Check a shard and determine its folders. content: check the whole tar against its checksum, not only its size."""
+        """Check a shard and find its folders. content: check the whole tar against its checksum, not only its size."""
         path = local_path(shard.url)
         index = verify_shard(path, content=content) if path else None
         identity = index.sha256 if index else shard.url
