@@ -94,7 +94,7 @@ def _one_sample(rank, tokenizers):
 
 @pytest.mark.parametrize("ffn", [EXPERT_CHOICE, MOMA], ids=["moe_8x", "moma"])
 def test_routing_that_looks_ahead_is_refused(ffn):
-    with pytest.raises(UserError, match="looks at later tokens"):
+    with pytest.raises(UserError, match="depends on later tokens"):
         check_can_generate(Transformer(model_config(ffn), 50, Layout(), seed=0))
 
 
