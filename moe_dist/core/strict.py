@@ -1,7 +1,6 @@
-"""Strict settings: frozen pydantic models, YAML and `section.key=value` overrides, and errors that name the key.
+"""Strict settings: frozen pydantic models, YAML, `section.key=value` overrides, and errors that name the key.
 
-An unknown key, a wrong type or a value out of range is a UserError of one sentence. A leaf: imports nothing of ours but
-the error.
+An unknown key, a wrong type or a value out of range raises a UserError of one sentence.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ V = TypeVar("V")
 
 
 class Strict(BaseModel):
-    """Base of every settings model: immutable, no coercion, no unknown keys, no infinite numbers."""
+    """Base class of every settings model: immutable, without type coercion, unknown keys or infinite numbers."""
 
     refused: ClassVar[Mapping[str, str]] = {}  # keys that a user may expect here -> why not, after "key 'KEY' "
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
@@ -35,7 +34,7 @@ Settings = TypeVar("Settings", bound=Strict)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: 1e-4 is a number (YAML 1.1 reads it as a string); a key given twice is an error."""
+    """A YAML loader that reads 1e-4 as a number, as YAML 1.2 does, and rejects a duplicate key."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -52,7 +51,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Raises UserError, which begins with `where`."""
+    """Parse YAML. Raises UserError with a message that begins with `where`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -60,7 +59,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in a nested mapping, in place."""
+    """Apply one `section.key=value` to a nested mapping, in place. Raises UserError."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override '{override}' is not of the form section.key=value")
@@ -95,7 +94,7 @@ class Faults(ValueError):
 
 
 def validate(model: type[Settings], data: Any, where: str, prefix: str = "") -> Settings:
-    """Validate plain YAML data; every problem becomes one UserError that names the key under `prefix`."""
+    """Validate plain YAML data. Raises one UserError for all problems, with each key's name after `prefix`."""
     return within(where, lambda: nested(model, data), prefix)
 
 
@@ -103,7 +102,7 @@ def within(where: str, read: Callable[[], V], prefix: str = "") -> V:
     """Return read(). Its Faults become one UserError that begins with `where` and names the keys under `prefix`."""
     try:
         return read()
-    except TypeError as error:  # YAML knows values that JSON does not, such as dates
+    except TypeError as error:  # YAML has values that JSON lacks, such as dates
         raise UserError(f"{where}: {error}") from None
     except Faults as faults:
         raise UserError(f"{where}: " + "; ".join(fault.sentence() for fault in faults.below(prefix))) from None
@@ -112,7 +111,7 @@ def within(where: str, read: Callable[[], V], prefix: str = "") -> V:
 def nested(model: type[Settings], data: Any) -> Settings:
     """Validate plain YAML data inside a validator of the enclosing settings. Raises Faults."""
     try:
-        return model.model_validate_json(json.dumps(data))  # JSON mode: a YAML list may fill a tuple
+        return model.model_validate_json(json.dumps(data))  # JSON mode accepts a YAML list for a tuple
     except ValidationError as error:
         raise Faults(fault for item in error.errors() for fault in _faults(model, item)) from None
 
@@ -171,9 +170,9 @@ def _unknown(section: Any, key: str) -> str:
 
 
 def _walk(model: Any, location: list[str]) -> tuple[list[str], Any]:
-    """Return the keys of a path as the user's file has them, and the type at its end.
+    """Return the keys of a pydantic error path as in the user's file, and the type at the end of the path.
 
-    pydantic adds a part for the member of a union that it has tried; a user's file has no such key.
+    pydantic inserts a part for the union member that it tried; a user's file has no such key.
     """
     keys, kind = [], _plain(model)
     for part in location:
