@@ -48,7 +48,7 @@ def test_mixture_of_depths_then_causal_routers_then_evaluation(overrides, tmp_pa
     assert {"causal", "non-causal"} <= set(done.stdout.split())  # rows of the table say which they are
     for key in ("eval/loss", "eval/causal/loss", "eval/bigram", "eval/shuffled/loss"):
         assert f"{found[key]:.3f}" in done.stdout, key
-    gains = [line for line in " ".join(done.stdout.split()).split("Before an image") if "nats a code" in line]
+    gains = [line for line in " ".join(done.stdout.split()).split("Before an image") if "nats per code" in line]
     assert len(gains) == 2 and "non-causal" in gains[0] and "non-causal" not in gains[1]
 
     done = launch_tool(ALONE, "evaluate.py", [str(first), "parallel.expert=1"])

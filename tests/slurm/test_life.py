@@ -30,7 +30,7 @@ def ranks_on(node: str, run: Path) -> list[int]:
 
 def starts(log: str) -> list[int]:
     """The steps after which the job went on, by its starts."""
-    return [int(step) for step in re.findall(r"^start \d+ of job \S+: goes on after step (\d+)$", log, re.MULTILINE)]
+    return [int(step) for step in re.findall(r"^start \d+ of job \S+: continues after step (\d+)$", log, re.MULTILINE)]
 
 
 def newest(run: Path) -> int:
