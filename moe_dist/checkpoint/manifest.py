@@ -177,7 +177,7 @@ def _resolve_resume(config: Config) -> Path | None:
 
 
 def _remedy(path: Path) -> str:
-    return f"restore it, or move {path} away to go on from the checkpoint before it"
+    return f"restore it, or move {path} away to continue from the checkpoint before it"
 
 
 def _is_complete(path: Path) -> bool:

@@ -233,7 +233,7 @@ def read_index(folder: Path, verified: Container[str]) -> Metadata:
         metadata.planner_data[name] = shape
         for start, _, file in entry["pieces"]:
             if file not in verified:
-                raise UserError(f"{folder / FRAGMENT_INDEX} names the file {file}, which no manifest vouches for")
+                raise UserError(f"{folder / FRAGMENT_INDEX} names the file {file}, which the manifest does not list")
             metadata.storage_data[MetadataIndex(name, [start])] = file
     return metadata
 

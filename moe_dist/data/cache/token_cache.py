@@ -272,6 +272,6 @@ def _shipped_token_shards(folder: Path, split: Split, vocabulary: Vocabulary) ->
         raise UserError(
             f"the tokens of {split} in {folder} were made with {' or '.join(sorted(made)) or 'nothing'}, but the "
             f"recipe names {vocabulary.describe()} in format {TOKEN_SHARD_FORMAT}, and there are no tars to "
-            "tokenise anew"
+            "tokenise again"
         )
     return [shard.folder for shard in matching]
