@@ -82,7 +82,7 @@ def generate_samples(arguments: argparse.Namespace) -> None:
 def start_samples(arguments: argparse.Namespace, form: Format, sampling: Sampling) -> list[GenerationState]:
     """Create the states of all samples, in the order of the options. Raises UserError.
 
-    Every rank creates all of them, so that all ranks number them equally.
+    Every rank creates all of them, so that their numbers agree.
     """
     for name in ("samples", "batch"):
         if getattr(arguments, name) < 1:

@@ -114,7 +114,7 @@ def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
 
 
 def set_aside_later(run_dir: str | Path, step: int) -> list[Path]:
-    """Rename the checkpoints later than `step`, from which a run starts, and return them. Only one rank calls it.
+    """Rename and return the checkpoints later than `step`, the step at which a run starts. Only one rank calls it.
 
     The run has not written them. Pruning and the next start would otherwise treat them as the run's newest ones.
     """

@@ -1,4 +1,4 @@
-"""MoMa's eta (arXiv 2407.21770, section 4): the factor by which a model needs fewer FLOPs than another for a loss.
+"""MoMa's eta (arXiv 2407.21770, section 4): the ratio of the FLOPs that two models need for the same loss.
 
 Shape suffixes: S steps of a run, W points of its smoothed curve.
 """

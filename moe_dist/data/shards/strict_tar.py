@@ -32,7 +32,7 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def tar_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) of each regular file. Raises one of DAMAGE if the tar is damaged."""
+    """Yield (name, content) of each regular file in a tar. Raises one of DAMAGE if the tar is damaged."""
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
         for member in tar:
             if member.isreg():
