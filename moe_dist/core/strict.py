@@ -26,7 +26,7 @@ V = TypeVar("V")
 class Strict(BaseModel):
     """Base class of every settings model: immutable, without type coercion, unknown keys or infinite numbers."""
 
-    refused: ClassVar[Mapping[str, str]] = {}  # keys that a user may expect here -> why not, after "key 'KEY' "
+    refused: ClassVar[Mapping[str, str]] = {}  # unsupported keys that a user may expect -> reason, after "key 'KEY' "
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -73,7 +73,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing wrong with settings: the path of its key, and a sentence in which {key} stands for the whole key."""
+    """One error in settings: the path of its key, and a sentence in which {key} is a placeholder for the full key."""
 
     keys: tuple[str, ...]
     text: str
@@ -84,7 +84,7 @@ class Fault:
 
 
 class Faults(ValueError):
-    """Faults found in settings that a validator parses itself. pydantic would join them into one text without keys."""
+    """Errors found by a validator that parses settings itself. pydantic would join them into one text without keys."""
 
     def __init__(self, faults: Iterable[Fault]):
         self.faults = tuple(faults)
@@ -99,7 +99,7 @@ def validate(model: type[Settings], data: Any, where: str, prefix: str = "") -> 
 
 
 def within(where: str, read: Callable[[], V], prefix: str = "") -> V:
-    """Return read(). Its Faults become one UserError that begins with `where` and names the keys under `prefix`."""
+    """Return read(). Turn its Faults into one UserError that begins with `where` and names the keys after `prefix`."""
     try:
         return read()
     except TypeError as error:  # YAML has values that JSON lacks, such as dates
@@ -117,7 +117,7 @@ def nested(model: type[Settings], data: Any) -> Settings:
 
 
 def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict[str, V]:
-    """Read every item of a mapping; raise the Faults of all of them together, each under its own name."""
+    """Read every item of a mapping. Raises the Faults of all items together, each with its item's name as a key."""
     values: dict[str, V] = {}
     faults: list[Fault] = []
     for name, item in data.items():
@@ -131,7 +131,7 @@ def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict
 
 
 def pick(kinds: Mapping[str, V], name: Any, key: str, missing: str) -> V:
-    """Return kinds[name]. If there is none, raise Faults of `key`: the sentence `missing` and the closest name."""
+    """Return kinds[name]. If there is none, raise Faults for `key` with the sentence `missing` and the closest name."""
     if isinstance(name, str) and name in kinds:
         return kinds[name]
     raise Faults([Fault((key,), f"key '{{key}}': {missing}{_alternatives(name, kinds)}")])
@@ -142,7 +142,7 @@ def _alternatives(name: Any, known: Iterable[str]) -> str:
 
 
 def _faults(model: type[BaseModel], item: Any) -> Iterator[Fault]:
-    """Put one error of pydantic into words."""
+    """Convert one pydantic error to Faults with sentences of ours."""
     location, context = [str(part) for part in item["loc"]], item.get("ctx", {})
     keys = tuple(_walk(model, location)[0])
     if isinstance(inner := context.get("error"), Faults):
@@ -163,7 +163,7 @@ def _faults(model: type[BaseModel], item: Any) -> Iterator[Fault]:
 
 
 def _unknown(section: Any, key: str) -> str:
-    """Say what is wrong with a key that a section does not have."""
+    """Return the error sentence for a key that a section does not have."""
     if reason := getattr(section, "refused", {}).get(key):
         return f"key '{{key}}' {reason}"
     return f"unknown key '{{key}}'{did_you_mean(key, getattr(section, 'model_fields', ()))}"
@@ -188,7 +188,7 @@ def _walk(model: Any, location: list[str]) -> tuple[list[str], Any]:
 
 
 def _plain(annotation: Any) -> Any:
-    """Strip Annotated, and Optional of one type."""
+    """Strip Annotated, and Optional around one type, from an annotation."""
     if get_origin(annotation) is Annotated:
         return _plain(get_args(annotation)[0])
     types = [kind for kind in get_args(annotation) if kind is not NoneType]
