@@ -1,9 +1,10 @@
-"""Builds RoMA's neighbour store (docs/roma.md), which a recipe names as data.neighbours. Two steps:
+"""Build RoMA's neighbour store (docs/roma.md), which a recipe names as data.neighbours, in two steps:
 
 launch/align.py collect RUN STORE [section.key=value ...]
-    How RUN's newest checkpoint routes and answers each sample of data.shards. One process, or under any launcher.
+    Record how RUN's newest checkpoint routes and answers each sample of data.shards. Runs on one process or under any
+    launcher.
 launch/align.py neighbours STORE EMBEDDER [--k 3] [--sigma S]
-    Whom each sample shall be routed like. One process.
+    Find the neighbours whose routing each sample should imitate. Runs on one process.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def main() -> None:
     step = steps.add_parser("neighbours")
     step.add_argument("store", type=Path)
     step.add_argument("embedder", type=Path, help="folder of a sentence-embedding model")
-    step.add_argument("--k", type=int, default=3, help="neighbours of a sample (3: the paper's best)")
+    step.add_argument("--k", type=int, default=3, help="neighbours of a sample (default: 3, the paper's best)")
     step.add_argument("--sigma", type=float, help="width of the similarity (default: the median distance)")
     step.set_defaults(call=lambda a: find_neighbours(a.store, a.embedder, a.k, a.sigma))
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -44,7 +45,7 @@ def main() -> None:
 
 
 def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
-    """Forward the model over every training sample and keep its routing and whether it is right."""
+    """Run the model on every training sample and write the routing and the correctness of its answers. Collective."""
     found = TrainedRun.find(folder, overrides)
     run, config = found.open("train"), found.config
     answers = answer_all(
@@ -65,18 +66,18 @@ def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
                 "data": config.data.model_dump(mode="json"),
             }
             write_samples(store, samples, about)
-            print(f"{store}: {int(answers.right_N.sum())} of {len(answers.right_N)} samples answered rightly")
+            print(f"{store}: {int(answers.right_N.sum())} of {len(answers.right_N)} samples answered correctly")
 
 
 def find_neighbours(store: Path, embedder: Path, k: int, sigma: float | None) -> None:
-    """Embed the questions of the store's samples and complete it."""
+    """Embed the questions of the store's samples and add their nearest neighbours to the store."""
     samples, about = read_samples(store)
     data = validate(DataConfig, about["data"], str(store))
     instructions = read_instructions(data, "train")
     questions = {sample: each.question or each.prompt for sample, each in instructions.items()}
     missing = [sample for sample in samples.sample_N.tolist() if sample not in questions]
     if missing:
-        raise UserError(f"{len(missing)} samples of {store} are no longer in its shards {data.shards}: collect it anew")
+        raise UserError(f"{len(missing)} samples of {store} are no longer in {data.shards}: collect it again")
     embedding_NE = embed([questions[sample] for sample in samples.sample_N.tolist()], embedder)
     neighbours, sigma = nearest(embedding_NE, samples.right_N, k=k, sigma=sigma)
     write_neighbours(store, neighbours, {"embedder": str(embedder), "k": k, "sigma": sigma})

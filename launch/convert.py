@@ -1,13 +1,14 @@
-"""Weights in and out, and whether a checkpoint is whole:
+"""Import, export, upcycle and verify checkpoints:
 
-    launch/convert.py import --from FOLDER --to OUT       a Hugging Face folder (Llama, Mixtral) becomes a checkpoint
-    launch/convert.py export --from CHECKPOINT --to OUT   its inverse [--dtype bfloat16]
+    launch/convert.py import --from FOLDER --to OUT       convert a Hugging Face folder (Llama, Mixtral) to a checkpoint
+    launch/convert.py export --from CHECKPOINT --to OUT   convert a checkpoint to a Hugging Face folder
     launch/convert.py upcycle --from CHECKPOINT --to OUT --experts N [model.ffn.router.KEY=VALUE ...]
-    launch/convert.py verify FOLDER                       a checkpoint or all of a run, every byte, without a model
+    launch/convert.py verify FOLDER                       check every byte of a checkpoint, or of all those of a run
 
-upcycle: the experts of every layer become copies of a dense checkpoint's FFN, or, of a model with one expert a modality
-(1t1i), of that modality's. A CHECKPOINT may be a run folder (its newest). Beside the checkpoint, import and upcycle
-write OUT/model.yaml, the recipe's `model:` section that fits; a run starts from it by init_from.
+upcycle: every layer's experts become copies of the FFN of a dense checkpoint. If the model has one expert per modality
+(1t1i), they become copies of their modality's expert. CHECKPOINT may be a run folder, which means its newest
+checkpoint. In addition to the checkpoint, import and upcycle write OUT/model.yaml, the matching `model:` section of a
+recipe. A run starts from the checkpoint by init_from. verify needs no model.
 """
 
 import argparse
@@ -49,13 +50,20 @@ def parse(argv: list[str]) -> argparse.Namespace:
     importing, exporting, upcycling = (jobs.add_parser(name) for name in ("import", "export", "upcycle"))
     for job in (importing, exporting, upcycling):
         job.add_argument("--from", dest="source", type=Path, required=True, metavar="FOLDER")
-        job.add_argument("--to", dest="out", type=Path, required=True, metavar="OUT", help="a new folder")
+        job.add_argument("--to", dest="out", type=Path, required=True, metavar="OUT", help="a folder to create")
     for job in (importing, exporting):
-        job.add_argument("--format", choices=["hf"], default="hf", help="hf: Hugging Face, safetensors")
+        job.add_argument("--format", choices=["hf"], default="hf", help="hf: Hugging Face folder (safetensors)")
     exporting.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    upcycling.add_argument("--experts", required=True, help="of each layer: 8, or of each modality: 4t4i")
-    upcycling.add_argument("--gates", choices=get_args(Gates), default="fresh", help="of a 1t1i model: %(default)s")
-    upcycling.add_argument("--seed", type=int, default=0, help="of the gates: %(default)s")
+    upcycling.add_argument(
+        "--experts", required=True, help="experts per layer, such as 8, or per modality, such as 4t4i"
+    )
+    upcycling.add_argument(
+        "--gates",
+        choices=get_args(Gates),
+        default="fresh",
+        help="gates for a 1t1i model's experts (default: %(default)s)",
+    )
+    upcycling.add_argument("--seed", type=int, default=0, help="seed of fresh gates (default: %(default)s)")
     upcycling.add_argument("overrides", nargs="*", metavar="model.ffn.router.KEY=VALUE")
     jobs.add_parser("verify").add_argument("folder", type=Path)
     return parser.parse_args(argv)

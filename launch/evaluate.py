@@ -1,7 +1,10 @@
-"""Held-out loss of a run, beside a bigram model and shuffled captions: launch/evaluate.py RUN [section.key=value ...]
+"""Compare a run's held-out loss with references: launch/evaluate.py RUN [section.key=value ...]
 
-Reads RUN/config.yaml and the newest checkpoint, writes RUN/evaluation.json. Runs on one process, or under any launcher
-with parallel.expert set to fit (a checkpoint does not depend on the layout). eval.groups says how much is looked at.
+The references are a smoothed bigram model and the run's own loss with shuffled captions.
+
+Reads RUN/config.yaml and the newest checkpoint, and writes RUN/evaluation.json. Runs on one process, or under any
+launcher with a suitable parallel.expert (a checkpoint does not depend on the layout). eval.groups sets the number of
+selection groups to evaluate.
 """
 
 import argparse
@@ -30,7 +33,7 @@ def main() -> None:
 
 
 def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
-    """Compare, print a table and write RUN/evaluation.json."""
+    """Evaluate a run, print a table and write RUN/evaluation.json. Collective."""
     run = TrainedRun.find(folder, overrides).open("train", "validation")
     causal = run.model.causal_routing
     results = compare_with_references(
@@ -51,11 +54,11 @@ def evaluate_run(folder: RunFolder, overrides: list[str]) -> None:
 
 
 def table(results: dict[str, float], step: int, causal: bool) -> Table:
-    both = "eval/causal/loss" in results  # where rows differ in their routing, each says which is its own
+    both = "eval/causal/loss" in results  # if the rows differ in routing, each row names its own
     label = "" if causal or both else ", non-causal (expert choice)"
-    note = ", non-causal (routing of training)" if both else ""
+    note = ", non-causal (as in training)" if both else ""
     rows = {f"model{note}": "loss", f"captions shuffled{note}": "shuffled/loss", "bigram model": "bigram"}
-    given = {f"model{note}": ""}  # rows that have losses of one modality given the other: what their keys begin with
+    given = {f"model{note}": ""}  # key prefixes of the rows that have losses of one modality given the other
     if both:
         name = "model, causal (auxiliary routers)"
         rows, given = {name: "causal/loss"} | rows, {name: "causal/"} | given
@@ -72,8 +75,8 @@ def table(results: dict[str, float], step: int, causal: bool) -> Table:
 def worth_of_captions(results: dict[str, float], prefix: str, routing: str) -> str:
     gain, low, high, captions = (results[f"{prefix}caption_gain{end}"] for end in ("", "/low", "/high", "/captions"))
     return (
-        f"Before an image, its own caption is worth {gain:.3f} nats a code against another's "
-        f"(95 % interval {low:.3f} to {high:.3f}, over {captions:.0f} captions; {routing})."
+        f"Before an image, its own caption is worth {gain:.3f} nats per code compared with "
+        f"another's (95 % interval {low:.3f} to {high:.3f}, over {captions:.0f} captions; {routing})."
     )
 
 

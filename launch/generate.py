@@ -1,12 +1,13 @@
-"""Samples of a trained model: launch/generate.py RUN [--caption TEXT ...] [--picture FILE ...] [--mixed PART ...]
+"""Sample from a trained model: launch/generate.py RUN [--caption TEXT ...] [--picture FILE ...] [--mixed PART ...]
 
-  --caption "a red heart" "a dog"      an image for each text
-  --picture cat.png dog.png            a text for each picture
-  --mixed "Two hearts:" @heart.png     goes on with texts and pictures (@FILE); may be given several times
+  --caption "a red heart" "a dog"      generate an image for each text
+  --picture cat.png dog.png            generate a text for each picture
+  --mixed "Two hearts:" @heart.png     continue a prompt of texts and pictures (@FILE); may be given several times
 
-Writes a new folder under RUN/samples/: PNGs, samples.jsonl and a contact sheet, sheet.png. Reads RUN/config.yaml and
-the newest checkpoint, no shards. Runs on one process, or under any launcher with parallel.expert set to fit: the
-samples do not depend on the layout. Overrides of the recipe (section.key=value) come right after RUN.
+Reads RUN/config.yaml and the newest checkpoint, but no shards. Writes PNGs, samples.jsonl and a contact sheet
+(sheet.png) to a new folder under RUN/samples/. Runs on one process, or under any launcher with a suitable
+parallel.expert; the samples do not depend on the layout. Overrides of the recipe (section.key=value) come right after
+RUN.
 """
 
 import argparse
@@ -36,17 +37,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--caption", nargs="+", action="extend", default=[], metavar="TEXT")
     parser.add_argument("--picture", nargs="+", action="extend", default=[], metavar="FILE")
     parser.add_argument("--mixed", nargs="+", action="append", default=[], metavar="PART")
-    parser.add_argument("--samples", type=int, default=1, help="of each prompt: %(default)s")
-    parser.add_argument("--batch", type=int, default=16, help="samples that a rank makes at a time: %(default)s")
+    parser.add_argument("--samples", type=int, default=1, help="samples per prompt (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16, help="samples per rank at once (default: %(default)s)")
     for name, field in Sampling.model_fields.items():
         kind = int if field.annotation is int else float
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help="%(default)s")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=field.default, help="(default: %(default)s)"
+        )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     generate_samples(parser.parse_intermixed_args(argv))
 
 
 def generate_samples(arguments: argparse.Namespace) -> None:
-    """The command line's work. Collective."""
+    """Generate, print and write the samples that the command line requests. Collective."""
     folder = RunFolder(arguments.run)
     found = TrainedRun.find(folder, arguments.overrides)
     with raise_on_all_ranks():
@@ -77,7 +80,10 @@ def generate_samples(arguments: argparse.Namespace) -> None:
 
 
 def start_samples(arguments: argparse.Namespace, form: Format, sampling: Sampling) -> list[GenerationState]:
-    """Of all prompts, in the order of the options. Every rank makes all of them, so that numbers agree."""
+    """Create the states of all samples, in the order of the options. Raises UserError.
+
+    Every rank creates all of them, so that their numbers agree.
+    """
     for name in ("samples", "batch"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
@@ -86,21 +92,21 @@ def start_samples(arguments: argparse.Namespace, form: Format, sampling: Samplin
         if any("\ud800" <= letter <= "\udfff" for letter in text):
             raise UserError(f"{text!a} is not UTF-8 text")
         if re.match(r"[a-z_]+(\.[a-z_]+)+=", text):
-            raise UserError(f"'{text}' stands where a prompt is expected: overrides of the recipe come right after RUN")
+            raise UserError(f"'{text}' looks like an override: overrides of the recipe come right after RUN")
     prompts: list[Prompt] = [form.text_to_image(caption) for caption in arguments.caption]
     prompts += [form.image_to_text(read_picture(file)) for file in arguments.picture]
     for parts in arguments.mixed:
         prompts.append(form.mixed([read_picture(part[1:]) if part.startswith("@") else part for part in parts]))
     if not prompts:
-        raise UserError("there is nothing to go on with: give --caption, --picture or --mixed")
+        raise UserError("there is no prompt: give --caption, --picture or --mixed")
     if sampling.guidance != 1 and len(prompts) > len(arguments.caption):
-        raise UserError("--guidance is for images: it compares with the same prompt without its --caption")
+        raise UserError("--guidance is for images: it compares a prompt with the same prompt without its --caption")
     repeated = [prompt for prompt in prompts for _ in range(arguments.samples)]
     return [form.start(number, prompt, sampling.max_tokens) for number, prompt in enumerate(repeated)]
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """parent/name, or with the first free number behind it: earlier samples stay."""
+    """Return parent/name, or parent/name-N with the first free N, so that earlier samples are kept."""
     number = 1
     while (parent / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
@@ -108,7 +114,7 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 class Bar:
-    """Progress of one round on rank 0: samples that are done, of all ranks, and tokens each has so far."""
+    """A progress bar of one round on rank 0: the number of finished samples over all ranks, and tokens per sample."""
 
     def __init__(self, title: str, total: int, *, is_main: bool):
         columns = (TextColumn(title), BarColumn(), TextColumn("{task.completed} of {task.total} done"))

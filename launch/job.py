@@ -1,9 +1,11 @@
-"""For slurm/env.sh: may a job start, and shall it start again? (docs/slurm.md, "The life of a job")
+"""Decide for slurm/env.sh whether a job may start and whether to start it again (docs/slurm.md, "The life of a job"):
 
 launch/job.py begin --job ID --restarts N --max-failures N --config configs/NAME.yaml [section.key=value ...]
-    Before the ranks. Prints the run folder, then overrides to add. Exit status 10: the run is done already.
+    Called before the ranks start. Prints the run folder, then the overrides to add. Exit status 10: the run is done
+    already.
 launch/job.py end --code STATUS --max-failures N RUN
-    After them. Prints how it went. Exit status 0: done, or stopped on purpose; 75: start it again; 2 and 1: do not.
+    Called after the ranks have ended. Prints the outcome. Exit status 0: done, or stopped on purpose; 75: start it
+    again; 1 and 2: do not start it again.
 """
 
 import argparse
@@ -22,14 +24,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     steps = parser.add_subparsers(dest="step", required=True)
     step = steps.add_parser("begin")
-    step.add_argument("--job", required=True, help="its number, of an array's task with the task's")
-    step.add_argument("--restarts", type=int, required=True, help="how often it was started before")
-    step.add_argument("--max-failures", type=int, required=True, help="failures without a newer checkpoint")
+    step.add_argument("--job", required=True, help="the job's number; for a task of an array, with the task's number")
+    step.add_argument("--restarts", type=int, required=True, help="number of earlier starts of the job")
+    step.add_argument("--max-failures", type=int, required=True, help="limit of failures without a newer checkpoint")
     step.add_argument("--config", required=True, help="the recipe, a YAML file")
     step.add_argument("overrides", nargs="*", metavar="section.key=value")
     step = steps.add_parser("end")
     step.add_argument("--code", type=int, required=True, help="exit status of the launcher")
-    step.add_argument("--max-failures", type=int, required=True, help="failures without a newer checkpoint")
+    step.add_argument("--max-failures", type=int, required=True, help="limit of failures without a newer checkpoint")
     step.add_argument("run", type=Path, help="a run folder")
     arguments = parser.parse_args()
     if arguments.step == "end":
@@ -41,13 +43,13 @@ def main() -> int:
     if plan is None:
         print(f"{config.run.dir} is done: nothing is left to train", file=sys.stderr)
         return DONE
-    print(f"start {arguments.restarts + 1} of job {arguments.job}: goes on after step {plan.step}", file=sys.stderr)
+    print(f"start {arguments.restarts + 1} of job {arguments.job}: continues after step {plan.step}", file=sys.stderr)
     print("\n".join([config.run.dir, *plan.overrides]))
     return 0
 
 
 if __name__ == "__main__":
-    try:  # not parallel.launch.run_rank, which imports torch: a wrong configuration shall show at once
+    try:  # not run_rank, which imports torch: a wrong configuration should be reported at once
         status = main()
     except (UserError, OSError) as problem:
         print(f"error: {as_user_error(problem) or problem}", file=sys.stderr)

@@ -1,10 +1,10 @@
-"""Accuracy of runs on the multiple-choice items of their held-out split, with 95 % intervals, and compared in pairs.
+"""Measure the accuracy of runs on the multiple-choice items of their held-out split, and compare the runs in pairs:
 
   launch/multiple_choice.py RUN [RUN ...] [--out FILE.json] [section.key=value ...]
 
-Answers with each RUN's newest checkpoint, keeps the answers in RUN/multiple_choice.json (a second call does not compute
-them again), prints a table, and compares every later run with every earlier one. Runs on one process, or under any
-launcher. `data.validation_shards=FOLDER` asks the items of another folder.
+Each RUN's newest checkpoint answers the items. The answers are stored in RUN/multiple_choice.json, and a second call
+reuses them. Prints the accuracies and the difference of every later run to every earlier one, with 95 % intervals. Runs
+on one process or under any launcher. `data.validation_shards=FOLDER` uses the items of another folder.
 """
 
 import argparse
@@ -34,10 +34,10 @@ def main() -> None:
 
 
 def run(argv: list[str]) -> None:
-    """The command line's work. Collective."""
+    """Answer the items with every run that the command line names, and compare the runs. Collective."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="+", metavar="RUN or section.key=value")
-    parser.add_argument("--out", type=Path, help="write the comparison as JSON")
+    parser.add_argument("--out", type=Path, help="also write the comparison to this JSON file")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parser.parse_intermixed_args(argv)
     overrides = [argument for argument in arguments.arguments if "=" in argument]
@@ -54,7 +54,7 @@ def run(argv: list[str]) -> None:
 
 
 def result_of(folder: RunFolder, overrides: list[str]) -> Result:
-    """The run's answers: those kept in its folder if they are of this checkpoint and these items, else new ones."""
+    """Return a run's answers: the stored ones if they match its checkpoint and the items, else new ones. Collective."""
     found = TrainedRun.find(folder, overrides)
     config, kept = found.config, folder.path / ANSWERS
     with raise_on_all_ranks():
@@ -80,7 +80,7 @@ def result_of(folder: RunFolder, overrides: list[str]) -> Result:
 
 
 def compare(results: dict[str, Result]) -> dict[str, Any]:
-    """Accuracies of every run, and every later run against every earlier one."""
+    """Return the accuracies of every run, and a comparison of every later run with every earlier one."""
     return {
         "accuracy": {name: result.to_json()["accuracy"] for name, result in results.items()},
         "comparisons": [
@@ -98,7 +98,7 @@ def compare(results: dict[str, Result]) -> dict[str, Any]:
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
-    """Two tables: accuracies in per cent, and differences in points."""
+    """Print two tables: accuracies in per cent, and differences in percentage points."""
     accuracy = summary["accuracy"]
     table = Table("accuracy, % [95 % interval]", "items", *accuracy)
     for task, first in accuracy[next(iter(accuracy))].items():

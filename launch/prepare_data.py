@@ -1,6 +1,6 @@
 """Prepare a corpus as WebDataset shards: python launch/prepare_data.py corpus=emoji out=data/emoji [size=64]
 
-The keys besides corpus and out are the corpus' own settings, see moe_dist/corpora/.
+All other keys are settings of the corpus; see moe_dist/corpora/.
 """
 
 from __future__ import annotations

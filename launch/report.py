@@ -1,6 +1,6 @@
-"""Plots of finished or running runs: `python launch/report.py RUN [RUN ...]`.
+"""Plot the curves of finished or running runs: `python launch/report.py RUN [RUN ...]`.
 
-Writes loss.png and routing.png into every run folder; several runs are also overlaid in one picture (--out).
+Writes loss.png and routing.png to every run folder. With several runs, also writes a plot that overlays them (--out).
 """
 
 from __future__ import annotations
@@ -15,9 +15,15 @@ from moe_dist.parallel.discovery import run_rank
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--baseline", type=Path, metavar="FILE", help='bigram losses: {"text": 4.1, "image": 5.8}')
     parser.add_argument(
-        "--out", type=Path, default=Path("comparison.png"), metavar="PNG", help="overlay of several runs: %(default)s"
+        "--baseline", type=Path, metavar="FILE", help='bigram losses, JSON: {"text": 4.1, "image": 5.8}'
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("comparison.png"),
+        metavar="PNG",
+        help="overlay of the runs (default: %(default)s)",
     )
     arguments = parser.parse_args()
     baseline = read_baseline(arguments.baseline) if arguments.baseline else {}

@@ -1,7 +1,7 @@
 """Train a recipe: launch/train.py --config configs/NAME.yaml [section.key=value ...]
 
-Started by the deepspeed launcher, torchrun, srun or mpiexec (or alone, on one rank). SIGTERM, SIGUSR1, SIGUSR2 or
-Ctrl-C, to one rank or more, stops it with a checkpoint (docs/resuming.md).
+Start it with the deepspeed launcher, torchrun, srun or mpiexec, or directly for one rank. If any rank gets SIGTERM,
+SIGUSR1, SIGUSR2 or Ctrl-C, the run saves a checkpoint and stops (docs/resuming.md).
 """
 
 import argparse
@@ -17,8 +17,8 @@ def main(stop: StopSignals) -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a value of the recipe")
     arguments = parser.parse_args()
-    config = load_config(arguments.config, arguments.overrides)  # what is wrong in a recipe shows at once
-    gc.disable()  # or Python would look through the million objects of the imports again and again, and at the end
+    config = load_config(arguments.config, arguments.overrides)  # before the slow imports
+    gc.disable()  # otherwise the collector scans the imports' million objects repeatedly
     from moe_dist.training.run import train
 
     gc.freeze()

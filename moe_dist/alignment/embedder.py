@@ -1,6 +1,6 @@
-"""Sentence embeddings by a frozen model in Hugging Face's format, mean-pooled and of length 1 (Sentence-BERT).
+"""Sentence embeddings by a frozen model in Hugging Face format, mean-pooled and normalised (Sentence-BERT).
 
-Shape suffixes: N texts, P tokens of the longest of them, E embedding size.
+Shape suffixes: N texts, P tokens of the longest text, E embedding size.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 from moe_dist.core.errors import UserError
 from moe_dist.core.extras import require_extra
 
-MAX_TOKENS = 256  # what all-MiniLM-L6-v2 was trained with
+MAX_TOKENS = 256  # the length all-MiniLM-L6-v2 was trained with
 TEXTS_AT_ONCE = 64
 
 
 @torch.no_grad()
 def embed(texts: Sequence[str], folder: Path) -> Tensor:
-    """float32 [N, E], rows of length 1. Raises UserError where the folder holds no such model."""
+    """Embed texts as unit vectors, float32 [N, E]. Raises UserError if the folder holds no sentence-embedding model."""
     require_extra("transformers", "models", f"the embedding model {folder}")
     from transformers import AutoModel, AutoTokenizer
 
@@ -30,7 +30,7 @@ def embed(texts: Sequence[str], folder: Path) -> Tensor:
         model = AutoModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no sentence-embedding model: {str(error).splitlines()[0]}") from None
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # texts of like length share a batch: less padding
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # batch texts of similar length: less padding
     rows: list[Tensor] = []
     for start in range(0, len(order), TEXTS_AT_ONCE):
         some = [texts[i] for i in order[start : start + TEXTS_AT_ONCE]]

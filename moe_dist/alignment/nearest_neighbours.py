@@ -1,7 +1,7 @@
-"""Whom each sample shall be routed like: the nearest questions among those that the model answers rightly.
+"""The k nearest correctly answered questions of each sample, whose routing the sample should imitate.
 
-RoMA (Routing Manifold Alignment, 2025): sim(i, j) = exp(-||E_i - E_j||^2 / (2 sigma^2)), N(i) the k nearest samples of
-the success set, W_ij = sim(i, j) / sum over N(i).
+RoMA (Routing Manifold Alignment, 2025): sim(i, j) = exp(-||E_i - E_j||^2 / (2 sigma^2)); N(i) are the k nearest samples
+in the success set (the samples answered correctly); W_ij = sim(i, j) / (sum of sim(i, l) over l in N(i)).
 
 Shape suffixes: N samples, C samples in the success set, B samples of a block, E embedding size, K neighbours.
 """
@@ -15,38 +15,38 @@ from torch import Tensor
 from moe_dist.core.errors import UserError
 from moe_dist.data.stream.neighbour_store import Neighbours
 
-BLOCK = 1024  # samples whose distances to the success set are held at a time
+BLOCK = 1024  # samples whose distances to the success set are in memory at once
 
 
 def nearest(embedding_NE: Tensor, right_N: Tensor, *, k: int, sigma: float | None) -> tuple[Neighbours, float]:
-    """The k nearest right samples of every sample, itself never, with their weights; and the sigma that was used.
+    """Find every sample's k nearest neighbours in the success set, without itself. Returns them and the sigma used.
 
-    sigma None: the median of all distances found, so that it follows the embedder and the density of the questions.
-    Where there are fewer than k others, the missing ones weigh 0. Raises UserError if no sample is right, or for a k or
-    sigma that is not positive.
+    right_N: True for the samples in the success set. sigma None: the median distance to the neighbours found, which
+    adapts to the embedder and the density of the questions. If there are fewer than k neighbours, the missing ones have
+    weight 0. Raises UserError if the success set is empty, or if k or sigma is not positive.
     """
     if k < 1:
-        raise UserError(f"k={k}: a sample needs one neighbour at least")
+        raise UserError(f"k={k}: a sample needs at least one neighbour")
     if sigma is not None and not sigma > 0:
         raise UserError(f"sigma={sigma} is not positive")
     candidate_C = right_N.nonzero().squeeze(1)
     if not len(candidate_C):
-        raise UserError(f"the success set is empty: none of {len(right_N)} samples was answered rightly")
+        raise UserError(f"the success set is empty: none of {len(right_N)} samples was answered correctly")
     found = [_nearest_of(block_B, embedding_NE, candidate_C, k) for block_B in torch.arange(len(right_N)).split(BLOCK)]
     neighbour_NK, squared_NK = (torch.cat(parts) for parts in zip(*found, strict=True))
     exists_NK = squared_NK.isfinite()
     if sigma is None:
         squared = squared_NK[exists_NK]
         median = float(squared.median().sqrt()) if len(squared) else 0.0
-        sigma = median or 1.0  # where all questions are alike, any
-    # A softmax is the same ratio, and does not vanish where all neighbours are far away.
+        sigma = median or 1.0  # all questions are equal: any sigma will do
+    # The softmax equals W_ij but does not underflow if all neighbours are far away.
     weight_NK = (-squared_NK / (2 * sigma**2)).softmax(dim=1).where(exists_NK, 0.0)
     return Neighbours(neighbour_NK=neighbour_NK, weight_NK=weight_NK), sigma
 
 
 def _nearest_of(block_B: Tensor, embedding_NE: Tensor, candidate_C: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """[B, K] rows of the nearest candidates and their squared distances; infinite where there is none."""
-    # Exact distances: by way of a product, those of equal questions would not come out as 0.
+    """Return the indices [B, K] of the nearest candidates and their squared distances; inf for missing candidates."""
+    # Exact distances: computed by a matrix product, those of equal questions would not be 0.
     mode = "donot_use_mm_for_euclid_dist"
     distance_BC = torch.cdist(embedding_NE[block_B], embedding_NE[candidate_C], compute_mode=mode)
     distance_BC = distance_BC.masked_fill(block_B[:, None] == candidate_C, torch.inf)

@@ -1,8 +1,8 @@
-"""The checkpoints in a run folder: which are complete, whether they are undamaged, which to resume from or to remove.
+"""Management of a run folder's checkpoints: finding complete ones, verifying them, resuming from and removing them.
 
 A manifest names every file of a checkpoint with its size and SHA-256. It is written last, before the folder is renamed
-from step_XXXXXXXX.tmp to step_XXXXXXXX, so a folder of that name is a complete checkpoint; one that is not has been
-damaged since, and to do without it is for a person to decide.
+from step_XXXXXXXX.tmp to step_XXXXXXXX. A folder named step_XXXXXXXX was therefore a complete checkpoint. If it is
+incomplete, it was damaged later, and the user must decide whether to continue without it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Answer = TypeVar("Answer")
 
 CHECKPOINT_FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
-ASIDE = ".aside"  # one of a later step than a run has started from
+ASIDE = ".aside"  # suffix of a checkpoint later than the step a run has started from
 
 
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
@@ -35,7 +35,7 @@ def checkpoint_path(run_dir: str | Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int:
-    """The optimizer steps done before the checkpoint of this name."""
+    """Return the number of optimizer steps done before a checkpoint, from the name of its folder."""
     return int(path.name.removeprefix("step_"))
 
 
@@ -45,9 +45,10 @@ def write_manifest(folder: Path, files: Iterable[StoredFile]) -> None:
 
 
 def verify_checkpoint(path: str | Path, *, share: int = 0, shares: int = 1) -> dict[str, int]:
-    """Check all files' sizes and the checksums of this share of the files. Raises UserError naming the bad file.
+    """Check the sizes of all files and the checksums of every `shares`-th file, starting with number `share`.
 
-    Returns the bytes of every file. Nothing that they do not hold is ever read: see storage.read_index.
+    Raises UserError naming the bad file. Returns the size of every file in bytes. Only these files may be
+    read later: see storage.read_index.
     """
     path = Path(path)
     files = _manifest(path)
@@ -57,25 +58,28 @@ def verify_checkpoint(path: str | Path, *, share: int = 0, shares: int = 1) -> d
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """The trainer's state alone, verified: to check a recipe against it before anything is built. Raises UserError."""
+    """Read and verify only the trainer's state, to compare a recipe with it before building the model.
+
+    Raises UserError.
+    """
     path = Path(path)
     _verify_checksum(path / STATE, _manifest(path))
     return read_json(path / STATE)["state"]
 
 
 def identity(path: str | Path) -> str:
-    """A digest that no other checkpoint has: of the manifest, which holds the checksum of every file."""
+    """Return a digest that identifies a checkpoint: that of its manifest, which holds the checksum of every file."""
     return hashlib.sha256((Path(path) / MANIFEST).read_bytes()).hexdigest()
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
-    """Those of a run, complete or not, from the oldest."""
+    """Return the checkpoints of a run, complete or not, oldest first."""
     folder = Path(run_dir) / "checkpoints"
     return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)), key=step_of)
 
 
 def newest_complete(run_dir: str | Path) -> Path | None:
-    """The newest checkpoint of a run, whose files are all there; None if there is none. UserError if it is damaged."""
+    """Return a run's newest checkpoint; None if there is none. Raises UserError if files are missing or truncated."""
     path = next(reversed(checkpoints(run_dir)), None)
     if path is not None:
         try:
@@ -86,7 +90,7 @@ def newest_complete(run_dir: str | Path) -> Path | None:
 
 
 def require_checkpoint(run_dir: str | Path) -> Path:
-    """The newest checkpoint of a run that has one. Raises UserError where it has none, or a damaged one."""
+    """Return a run's newest checkpoint. Raises UserError if there is none, or if files are missing or truncated."""
     path = newest_complete(run_dir)
     if path is None:
         raise UserError(f"{run_dir} holds no complete checkpoint")
@@ -94,24 +98,26 @@ def require_checkpoint(run_dir: str | Path) -> Path:
 
 
 def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
-    """Remove the complete checkpoints but for the newest `keep` and those of a step that is a multiple of `keep_every`
-    (0: none), and leftovers of interrupted saves. For one rank to call.
+    """Remove old checkpoints and the leftovers of interrupted saves. Only one rank calls it.
 
-    Best effort: what cannot be removed stays. Damaged checkpoints are left for a person to look at.
+    Keep the newest `keep` complete checkpoints and those whose step is a multiple of `keep_every` (0: none). Damaged
+    checkpoints are kept for inspection. Errors are ignored, so a checkpoint that cannot be removed stays.
     """
     complete = [path for path in checkpoints(run_dir) if _is_complete(path)]
     for path in complete[:-keep]:
         if keep_every and step_of(path) % keep_every == 0:
             continue
         with suppress(OSError):
-            path.rename(partial_path(path))  # at no moment does a half-removed one look complete
+            path.rename(partial_path(path))  # so that a half-removed one never looks complete
     for path in (Path(run_dir) / "checkpoints").glob(f"step_*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside_later(run_dir: str | Path, step: int) -> list[Path]:
-    """Rename the checkpoints of later steps, which a run that starts after `step` steps has not written, and return
-    them: pruning would take them for the newest, and so would the next start. For one rank to call."""
+    """Rename and return the checkpoints later than `step`, the step at which a run starts. Only one rank calls it.
+
+    The run has not written them. Pruning and the next start would otherwise treat them as the run's newest ones.
+    """
     later = [path for path in checkpoints(run_dir) if step_of(path) > step]
     for path in later:
         aside = path.with_name(path.name + ASIDE)
@@ -121,12 +127,18 @@ def set_aside_later(run_dir: str | Path, step: int) -> list[Path]:
 
 
 def resolve_resume(config: Config) -> Path | None:
-    """The checkpoint that `run.resume` (auto | none | a path) means; None: start fresh. Collective, rank 0 decides."""
+    """Return the checkpoint that `run.resume` (auto | none | a path) selects; None: start fresh.
+
+    Collective: rank 0 decides. Raises UserError.
+    """
     return _on_rank_0(lambda: _resolve_resume(config))
 
 
 def resolve_init(config: Config) -> InitFrom | None:
-    """`init_from` with its path made that of a checkpoint (a run's newest). Collective, rank 0 decides."""
+    """Return `init_from` with a run folder replaced by the run's newest checkpoint; None if it is not set.
+
+    Collective: rank 0 decides. Raises UserError.
+    """
     return _on_rank_0(lambda: config.init_from and _resolve_init(config.init_from))
 
 
@@ -165,7 +177,7 @@ def _resolve_resume(config: Config) -> Path | None:
 
 
 def _remedy(path: Path) -> str:
-    return f"restore it, or move {path} away to go on from the checkpoint before it"
+    return f"restore it, or move {path} away to continue from the checkpoint before it"
 
 
 def _is_complete(path: Path) -> bool:
@@ -185,7 +197,7 @@ def _verify_checksum(file: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """The files of a checkpoint, found to exist with the right sizes. Raises UserError naming the one that does not."""
+    """Read a manifest's entries and check that every file exists with its size. Raises UserError naming a bad file."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files, version = manifest["files"], manifest["format"]

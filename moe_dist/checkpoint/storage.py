@@ -1,8 +1,8 @@
-"""Storage and planning for torch.distributed.checkpoint (DCP): one safetensors file a rank and one JSON index.
+"""Storage and planning for torch.distributed.checkpoint (DCP): one safetensors file per rank and one JSON index.
 
-DCP decides who writes what, and which stored pieces fill which piece of a new layout. What lies on the disk is ours:
-DCP's own metadata file is a pickle, and a checkpoint must never be unpickled. A rank's file opens with the safetensors
-library; its keys are `name@offset`, pieces of 1-D tensors.
+DCP decides which rank writes which pieces, and which stored pieces fill the pieces of a new layout. The file format is
+ours, because DCP's metadata file is a pickle and a checkpoint must never be unpickled. A rank's file can be opened with
+the safetensors library; its keys are `name@offset`, for pieces of flattened tensors.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ FRAGMENT_INDEX = "index.json"
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """A contiguous piece of one logical tensor, which is stored flattened. `tensor` is a 1-D view of the live data."""
+    """A contiguous piece of one flattened logical tensor. `tensor` is a 1-D view of the live data."""
 
     name: str
-    shape: tuple[int, ...]  # of the whole logical tensor
-    offset: int  # of the piece within the flattened logical tensor
+    shape: tuple[int, ...]  # shape of the whole logical tensor
+    offset: int  # start of the piece in the flattened logical tensor
     tensor: Tensor
 
     @property
@@ -69,7 +69,10 @@ class Fragment:
 
 
 class FragmentSavePlanner(DefaultSavePlanner):
-    """Offers this rank's fragments. Of a fragment that several ranks offer, DCP lets one write; gaps are its error."""
+    """A planner that offers this rank's fragments to DCP.
+
+    If several ranks offer the same fragment, DCP chooses one to write it. DCP also raises the error for a gap.
+    """
 
     def __init__(self, fragments: Sequence[Fragment]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -101,7 +104,7 @@ class FragmentSavePlanner(DefaultSavePlanner):
 
 
 class FragmentLoadPlanner(DefaultLoadPlanner):
-    """Asks for exactly this rank's fragments, whatever the pieces they are stored in."""
+    """A planner that requests exactly this rank's fragments, however they are divided in the stored files."""
 
     def __init__(self, fragments: Sequence[Fragment]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -124,11 +127,11 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
 
 
 class ShardWriter(StorageWriter):
-    """Writes rank_RRRRR.safetensors on each rank, tensor after tensor, and the index on rank 0; everything fsynced."""
+    """A writer of rank_RRRRR.safetensors on each rank, one tensor at a time, and of the index on rank 0, with fsync."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files: set[StoredFile] = set()  # on rank 0, after finish
+        self.files: set[StoredFile] = set()  # only on rank 0, after finish
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         self.files = set()
@@ -175,7 +178,7 @@ class ShardWriter(StorageWriter):
 
 
 class ShardReader(StorageReader):
-    """Reads the parts of the stored pieces that a plan asks for, through memory maps."""
+    """A reader of the parts of stored pieces that a plan requests. It memory-maps the files."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         self.folder, self.metadata = folder, metadata
@@ -215,9 +218,10 @@ class ShardReader(StorageReader):
 
 
 def read_index(folder: Path, verified: Container[str]) -> Metadata:
-    """The index as DCP's metadata: storage_data names the file of each piece, planner_data the shape of each tensor.
+    """Read the index as DCP's metadata.
 
-    Raises UserError where a piece lies in a file that is not among the verified ones.
+    storage_data holds the file of each piece, planner_data the shape of each tensor. Raises UserError if a piece is in
+    a file that was not verified.
     """
     metadata = Metadata({}, planner_data={}, storage_data={})
     for name, entry in read_json(folder / FRAGMENT_INDEX)["tensors"].items():
@@ -229,7 +233,7 @@ def read_index(folder: Path, verified: Container[str]) -> Metadata:
         metadata.planner_data[name] = shape
         for start, _, file in entry["pieces"]:
             if file not in verified:
-                raise UserError(f"{folder / FRAGMENT_INDEX} names the file {file}, which no manifest vouches for")
+                raise UserError(f"{folder / FRAGMENT_INDEX} names the file {file}, which the manifest does not list")
             metadata.storage_data[MetadataIndex(name, [start])] = file
     return metadata
 

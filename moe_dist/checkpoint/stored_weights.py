@@ -1,7 +1,8 @@
-"""The parameters in a checkpoint without the model or its ranks: read and written one whole tensor at a time.
+"""Reading and writing a checkpoint's parameters one whole tensor at a time, without an optimizer or the ranks' layout.
 
-Names are the model's, with an expert's row of a stacked parameter as `NAME[global expert id]` (see fragments.py). For
-conversions, and for a model that will not be trained; a run that goes on loads its checkpoint by checkpoint.py.
+Names are those of the model's parameters; an expert's row of a stacked parameter is `NAME[global expert id]` (see
+fragments.py). This module is for conversions and for models that will not be trained. A resumed run loads its
+checkpoint with checkpoint.py.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ FILE = "rank_00000.safetensors"
 
 
 def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
-    """The parameters of a checkpoint (the float32 masters, frozen ones in their own dtype), by name.
+    """Return a checkpoint's parameters by name: the float32 masters, and frozen parameters in their own dtype.
 
-    Verifies the files first; the tensors are read when they are asked for. Raises UserError naming a damaged file.
+    The files are verified at once; tensors are read when they are used. Raises UserError naming a damaged file.
     """
     path = Path(path)
     return _stored(path, read_index(path, verify_checkpoint(path)), (MASTER, FROZEN))
@@ -41,10 +42,10 @@ def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
 
 @torch.no_grad()
 def fill_model(model: nn.Module, path: str | Path, layout: Layout) -> None:
-    """Fill a model's parameters and buffers from a checkpoint: of stacked experts, those of this rank. Collective.
+    """Fill a model's parameters and buffers from a checkpoint. Collective. Use it for models that will not be trained.
 
-    For a model that will not be trained: parameters keep their dtype, and buffers get the stored one, as a run has it.
-    Raises UserError if the checkpoint is damaged or of another model.
+    Stacked expert parameters get the experts of this rank. Parameters keep their dtype; buffers get the stored dtype,
+    as in a resumed run. Raises UserError if the checkpoint is damaged or belongs to another model.
     """
     path = Path(path)
     stored = _stored(path, open_index(path, layout), MODEL_KINDS)
@@ -63,7 +64,7 @@ def fill_model(model: nn.Module, path: str | Path, layout: Layout) -> None:
 
 
 def _fitting(path: Path, stored: Mapping[str, LazyTensor], name: str, target: Tensor) -> LazyTensor:
-    """The stored tensor of this name. Raises UserError if it is missing or has another shape than the model's."""
+    """Return the stored tensor of this name. Raises UserError if it is missing or has another shape than `target`."""
     if name not in stored or stored[name].shape != tuple(target.shape):
         found = f"is {list(stored[name].shape)}" if name in stored else "is missing"
         raise UserError(f"{path} is a checkpoint of another model: '{name}' {found}, not {list(target.shape)}")
@@ -71,7 +72,7 @@ def _fitting(path: Path, stored: Mapping[str, LazyTensor], name: str, target: Te
 
 
 def _stored(path: Path, metadata: Metadata, kinds: Collection[str]) -> dict[str, LazyTensor]:
-    """The logical tensors of these kinds in a verified checkpoint, by name without the kind."""
+    """Return the logical tensors of these kinds in a verified checkpoint, by name without the kind."""
     pieces: dict[str, list[tuple[int, str]]] = {}
     for index, file in metadata.storage_data.items():
         pieces.setdefault(index.fqn, []).append((index.offset[0], file))
@@ -88,10 +89,10 @@ def _stored(path: Path, metadata: Metadata, kinds: Collection[str]) -> dict[str,
 def write_tensors(
     path: str | Path, tensors: Mapping[str, LazyTensor], state: dict[str, Any], files: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write parameters (float32) as a checkpoint without an optimizer's state, one tensor in memory at a time.
+    """Write parameters (float32) as a checkpoint without an optimizer's state, with one tensor in memory at a time.
 
-    `state` is JSON-able, what `read_state` returns; `files`: small files to lie beside it, by relative path. The folder
-    appears when it is complete. Raises UserError where it is there already or cannot be written.
+    state: JSON-able, as returned by `read_state`. files: small files to add to the folder, by relative path. The folder
+    is written atomically. Raises UserError if it exists already or cannot be written.
     """
     path = Path(path)
     if path.exists():

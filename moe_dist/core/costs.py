@@ -1,7 +1,7 @@
-"""The arithmetic that modules say they do: values between model/ and metrics/flops.py.
+"""Descriptions of a model's arithmetic, which model/ makes and metrics/flops.py counts.
 
-Conventions: matrix products alone count (not norms, activations nor softmax), in multiply-adds. Recomputed activations
-and the empty rows of pad_to_capacity do not count.
+Only matrix products count, in multiply-adds; norms, activations and softmax do not. Neither do recomputed activations
+and the empty rows of pad_to_capacity.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Product(NamedTuple):
     """Matrix products of one kind in a forward pass."""
 
     multiply_adds: int
-    weights: tuple[Tensor, ...] | None  # the parameters that are a factor; None: both factors are activations
+    weights: tuple[Tensor, ...] | None  # the parameters among the factors; None: both factors are activations
     beside_lora: bool = False  # the module itself keeps these weights frozen
 
 
@@ -27,34 +27,34 @@ def linear_product(linear: nn.Linear, rows: int, *, beside_lora: bool = False) -
 
 
 def num_weights(linear: nn.Linear) -> int:
-    """Return the number of weights of a linear layer, also where ZeRO has partitioned them."""
+    """Return the number of weights of a linear layer, even if ZeRO has partitioned them."""
     return linear.in_features * linear.out_features
 
 
 def no_products(*modules: nn.Module) -> Product:
-    """Return the entry of modules without products (norms): if they are trained, gradients reach up to them."""
+    """Return an empty product with the parameters of modules such as norms: if trained, gradients must reach them."""
     return Product(0, tuple(parameter for module in modules for parameter in module.parameters()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWork:
-    """The work that a micro-batch gives one layer."""
+    """The amount of work in one layer for a micro-batch."""
 
-    tokens: int  # that the layer works on
-    pairs: int  # (query, earlier or same key) within a document: L (L + 1) / 2 for a length L
-    rows: int  # (token, expert) assignments, whichever rank computes them; of a dense feed-forward part, the tokens
-    scored: Sequence[int] = ()  # tokens that each part of the expert layer's router scored; (): it does not count
-    depth_scored: Sequence[int] = ()  # likewise, of the router of the layer's mixture-of-depths
+    tokens: int  # number of tokens that the layer processes
+    pairs: int  # (query, earlier or same key) within documents: L (L + 1) / 2 for a length L
+    rows: int  # (token, expert) assignments, whichever rank computes them; the tokens if the FFN is dense
+    scored: Sequence[int] = ()  # tokens scored by each part of the expert layer's router; (): do not count the router
+    depth_scored: Sequence[int] = ()  # the same for the layer's mixture-of-depths router
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """The work that a micro-batch gives a model. Mappings are by layer number."""
+    """The amount of work in a model for a micro-batch. Mappings are by layer number."""
 
-    document_lengths: Sequence[int]  # of all its tokens
+    document_lengths: Sequence[int]  # of all tokens of the micro-batch
     rows: Sequence[int] | None = None  # LayerWork.rows of each layer; None: a dense model
     admitted: Mapping[int, Sequence[int]] = field(default_factory=dict)  # tokens of each document that a layer with
-    # mixture-of-depths works on
+    # mixture-of-depths processes
     scored: Mapping[int, Sequence[int]] = field(default_factory=dict)
     depth_scored: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
@@ -75,11 +75,11 @@ class Work:
 
 
 class Costed(Protocol):
-    """A model that states its own arithmetic."""
+    """A model that describes its own arithmetic."""
 
     @property
     def num_layers(self) -> int: ...
 
     def products(self, work: Work) -> Iterable[Iterable[Product]]:
-        """Chains of products that follow one another; one begins where no gradient goes further back."""
+        """Return chains of successive products. A chain begins where no gradient flows further back."""
         ...

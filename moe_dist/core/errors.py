@@ -1,4 +1,4 @@
-"""The one exception a user is meant to read, what else amounts to it, and the hint at a misspelt name."""
+"""The exception for errors that a user can fix, its conversion from other errors, and hints for misspelt names."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can put right: one sentence that names the key, file or number at fault.
+    """An error that the user can fix. Its message is one sentence that names the wrong key, file or number.
 
     Command lines print the sentence without a traceback and exit with status 2.
     """
 
 
 class PeerError(Exception):
-    """Another rank has run into a defect of ours: the sentence names it; that rank has printed its traceback."""
+    """A bug in moe_dist that another rank ran into. The message names it; the other rank has printed its traceback."""
 
 
 def as_user_error(error: Exception) -> UserError | None:
-    """The UserError that an exception is or amounts to; None for a defect of ours.
+    """Return an exception as a UserError; None if it is a bug in moe_dist.
 
-    What the operating system says of a file (no permission, no space) is the user's to put right.
+    An operating system's error about a file (no permission, no space) becomes a UserError, since the user can fix it.
     """
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return UserError(f"{error.filename}: {error.strerror}")
@@ -28,11 +28,11 @@ def as_user_error(error: Exception) -> UserError | None:
 
 
 def closest(name: str, names: Iterable[str]) -> str | None:
-    """Return the name that `name` may be a misspelling of; None if none is close."""
+    """Return the known name that is closest to a misspelt one; None if there is no close one."""
     return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return a hint to put behind the error sentence of an unknown name; empty if no known name is close."""
+    """Return a hint to append to the error sentence of an unknown name; empty if there is no close known name."""
     close = closest(name, names)
     return f" (did you mean '{close}'?)" if close else ""

@@ -1,7 +1,7 @@
-"""Stacked expert parameters: which global expert each row belongs to, and the names of single rows.
+"""Stacked expert parameters: the global expert of each row, and the names of single rows.
 
-A rank holds the parameters of its experts stacked, one row an expert. The rows have names that do not depend on the
-layout, NAME[global expert id]. This file alone knows that the ids are an attribute of the parameter.
+A rank stacks the parameters of its experts, one row per expert. A row is named NAME[global expert id], which does not
+depend on the layout. Only this module accesses the attribute that stores the ids of a parameter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ROW = re.compile(r"(.*)\[(\d+)\]")
 
 
 def set_expert_ids(parameter: Tensor, expert_ids: Sequence[int]) -> None:
-    """Declare a parameter stacked: its row i belongs to the global expert expert_ids[i]."""
+    """Mark a parameter as stacked: its row i belongs to the global expert expert_ids[i]."""
     setattr(parameter, _ATTRIBUTE, tuple(expert_ids))
 
 
@@ -27,7 +27,7 @@ def expert_ids(parameter: Tensor) -> tuple[int, ...] | None:
 
 
 def is_stacked(parameter: Tensor) -> bool:
-    """Return whether each row of the parameter belongs to an expert."""
+    """Return True if each row of the parameter belongs to an expert."""
     return expert_ids(parameter) is not None
 
 
@@ -37,13 +37,13 @@ def row_name(name: str, expert: int) -> str:
 
 
 def split_row_name(name: str) -> tuple[str, int | None]:
-    """Invert row_name: the parameter's name and the global expert, None for the name of a whole parameter."""
+    """Split a row's name into the parameter's name and the global expert; None if it names a whole parameter."""
     found = _ROW.fullmatch(name)
     return (found[1], int(found[2])) if found else (name, None)
 
 
 def named_rows(name: str, parameter: Tensor) -> dict[str, Tensor]:
-    """Return the rows of a stacked parameter by their names; of any other the parameter itself."""
+    """Return the rows of a stacked parameter by name; for any other parameter, return it by its own name."""
     ids = expert_ids(parameter)
     return {name: parameter} if ids is None else {row_name(name, e): row for e, row in zip(ids, parameter)}
 
@@ -51,8 +51,8 @@ def named_rows(name: str, parameter: Tensor) -> dict[str, Tensor]:
 def rows_between(ids: Sequence[int], shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, slice]]:
     """Cut elements [start, stop) of a flattened stacked parameter of this shape into its rows.
 
-    Yields for every row touched: its global expert, the first element within the row, and the slice of the elements
-    counted from `start`.
+    Yields for every row in the range: its global expert, the position of its first cut element in the row, and the
+    slice of its elements relative to `start`.
     """
     size = math.prod(shape[1:])
     for row, expert in enumerate(ids):

@@ -1,8 +1,8 @@
-"""Files and folders that appear complete or not at all, and JSON. Imports no torch.
+"""Atomic writing of files and folders, and JSON. Imports no torch.
 
-A file or folder is written beside its place, as NAME.tmp, and renamed once the disk has it: a reader never sees half
-of it, and a crash leaves what was there before. What a killed writer leaves is overwritten by the next one. Where
-several processes may write the same thing at once, each writes to a hidden .NAME.HOST.PID.tmp of its own.
+A file or folder is written as NAME.tmp next to its final path, synced to the disk and renamed. A reader never sees an
+incomplete one, and a crash leaves the previous one. The next writer overwrites what a killed writer left. If several
+processes may write the same file or folder at once, each writes its own hidden .NAME.HOST.PID.tmp.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PARTIAL = ".tmp"
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A written file, its size in bytes and its SHA-256."""
+    """The name, size in bytes and SHA-256 of a written file."""
 
     name: str
     size: int
@@ -33,7 +33,7 @@ class StoredFile:
 
 
 def partial_path(path: Path, *, shared: bool = False) -> Path:
-    """Return where `path` is written before it is complete. shared: other processes may be writing it, too."""
+    """Return the temporary path at which `path` is written. shared: other processes may write it at the same time."""
     if shared:
         return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
     return path.with_name(path.name + PARTIAL)
@@ -41,7 +41,7 @@ def partial_path(path: Path, *, shared: bool = False) -> Path:
 
 @contextmanager
 def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yield the path of a file to write; when the block ends, it replaces `path`. Raises OSError."""
+    """Yield the path of a temporary file to write. When the block ends, it replaces `path`. Raises OSError."""
     partial = partial_path(path, shared=shared)
     try:
         yield partial
@@ -52,16 +52,16 @@ def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: str | bytes, *, shared: bool = False) -> None:
-    """Replace a file by one of this content (text is UTF-8). Raises OSError."""
+    """Write a file atomically, replacing an existing one (text is encoded as UTF-8). Raises OSError."""
     with new_file(path, shared=shared) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def new_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yield an empty folder to fill; when the block ends, it becomes `path`. Raises OSError.
+    """Yield an empty temporary folder to fill. When the block ends, it is renamed to `path`. Raises OSError.
 
-    `path` must not exist by then, or be an empty folder.
+    At that moment, `path` must not exist or must be an empty folder.
     """
     partial = partial_path(path, shared=shared)
     try:
@@ -76,9 +76,9 @@ def new_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Rename a complete file, or a folder whose files are on the disk, and return when the disk has it. Raises OSError.
+    """Rename a complete file or folder to its final path and sync it to the disk. Raises OSError.
 
-    An existing file, or an empty folder, is replaced.
+    A folder's files must be synced already. An existing file or an empty folder is replaced.
     """
     _sync(partial)
     partial.rename(path)
@@ -86,7 +86,7 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read the mapping in a JSON file. Raises UserError naming it."""
+    """Read a JSON file that holds a mapping. Raises UserError naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> StoredFile:
-    """Write and fsync a JSON file of a folder that is not complete yet. Raises OSError."""
+    """Write and fsync a JSON file, not atomically: for a folder that is not complete yet. Raises OSError."""
     data = json_text(value).encode()
     with path.open("wb") as stream:
         stream.write(data)
@@ -109,12 +109,12 @@ def write_json(path: Path, value: Any) -> StoredFile:
 
 
 def json_text(value: Any) -> str:
-    """Format a value as the JSON files of this project are."""
+    """Format a value as the text of a JSON file, in the layout used for all JSON files here."""
     return json.dumps(value, indent=1) + "\n"
 
 
 def _sync(path: Path) -> None:
-    """Wait until the disk has a file's content, or a folder's list of names."""
+    """Sync a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

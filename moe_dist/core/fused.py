@@ -1,9 +1,9 @@
-"""Chains of small tensor operations as one GPU kernel each.
+"""Fusion of chains of small tensor operations into single GPU kernels.
 
-A function decorated with `fused` is compiled by torch.compile when its first tensor is on a GPU. Elsewhere it runs
-operation by operation, which is the oracle of the compiled function. It does so on a GPU too under
-TORCH_COMPILE_DISABLE=1, and under train.deterministic: how a compiled sum is split depends on the sizes that a process
-saw before, so a resumed run could round differently.
+A function decorated with `fused` is compiled by torch.compile if its first tensor is on a GPU. Elsewhere it runs
+uncompiled, which is the reference for the compiled function. TORCH_COMPILE_DISABLE=1 and train.deterministic turn
+compilation off on a GPU too. Deterministic runs need this because the summation order of compiled code depends on the
+sizes that a process saw before, so a resumed run could round differently.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
-_VARIANTS = 32  # with and without gradients, for one size and for any, in each dtype; torch's 8 can be too few
+_VARIANTS = 32  # with and without gradients, static and dynamic sizes, each dtype; torch's 8 can be too few
 
 
 def fused(function: Function) -> Function:
-    """Compile `function` for GPUs: forward and backward become one kernel each where Inductor can fuse them.
+    """Compile `function` for GPUs. Its forward and backward become one kernel each if Inductor can fuse them.
 
-    Its first argument is a tensor. It is compiled on first use, in a few seconds, and once more when a size changes,
-    then for every size. Without or with one row it runs as it is: compilers treat these sizes on their own.
+    The first argument must be a tensor. The function is compiled on first use, in a few seconds, and again when a size
+    first changes, this time for all sizes. With no row or one row it runs uncompiled, because torch.compile would
+    specialise on these sizes.
     """
 
     @cache
@@ -39,5 +40,5 @@ def fused(function: Function) -> Function:
 
 
 def is_compiled_for(x: Tensor) -> bool:
-    """Return whether a fused function of x runs compiled."""
+    """Return True if a fused function with the first argument x runs compiled."""
     return x.is_cuda and not (torch._dynamo.config.disable or torch.are_deterministic_algorithms_enabled())

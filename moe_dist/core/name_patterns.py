@@ -1,4 +1,4 @@
-"""Patterns over parameter names. `*` stands for any text, dots included; every other character stands for itself."""
+"""Patterns over parameter names. `*` matches any text, including dots; every other character matches itself."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from moe_dist.core.errors import UserError, closest
 
 @cache
 def compiled(pattern: str) -> re.Pattern[str]:
-    """To be matched with whole names; each `*` is a group, as short as it can be, from the left."""
+    """Compile a pattern to a regular expression for fullmatch, in which each `*` is a non-greedy group."""
     return re.compile("(.*?)".join(re.escape(part) for part in pattern.split("*")))
 
 
 def matching(patterns: Iterable[str], names: Collection[str], *, key: str, what: str) -> set[str]:
-    """The names that match any of the patterns.
+    """Return the names that match any of the patterns. Raises UserError naming a pattern that matches no name.
 
-    Raises UserError naming a pattern that matches nothing; `key` is the recipe's, `what` the kind of the names.
+    For the error sentence: `key` is the recipe's key of the patterns, `what` is the kind of the names.
     """
     found: set[str] = set()
     for pattern in patterns:
@@ -32,7 +32,7 @@ def matching(patterns: Iterable[str], names: Collection[str], *, key: str, what:
 
 
 def carried_over(pattern: str, name: str, other: str) -> str:
-    """`other` with each `*` replaced by what the same `*` of `pattern` stands for in `name`, which matches it."""
+    """Return `other` with its n-th `*` replaced by the text that the n-th `*` of `pattern` matches in `name`."""
     match = compiled(pattern).fullmatch(name)
     assert match is not None
     first, *rest = other.split("*")

@@ -1,6 +1,6 @@
-"""Randomness that depends on names and numbers alone: not on rank, device or layout, nor on what was drawn before.
+"""Random numbers that depend only on names and ids, not on rank, device, layout or earlier draws.
 
-`hash_ids` hashes token and expert ids on the device; `uniform`, `logistic` and `dropout` draw from such a hash;
+`hash_ids` hashes token and expert ids on the device. `uniform`, `logistic` and `dropout` draw from such a hash.
 `seeded_normal_` initialises a parameter from its name.
 
 Shape suffixes: R rows, D columns.
@@ -21,12 +21,12 @@ _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB1331
 
 
 def fold_key(*parts: int | str) -> int:
-    """A signed 64-bit number made from (seed, name, ...), the same on every machine."""
+    """Hash (seed, name, ...) to a signed 64-bit number, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def hash_ids(key: int, *ids: Tensor) -> Tensor:
-    """64-bit hash (int64) of `key` and the broadcast integer tensors `ids`, one round of SplitMix64 for each.
+    """Hash `key` and the broadcast integer tensors `ids` to int64, with one round of SplitMix64 per tensor.
 
     Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
     """
@@ -44,20 +44,20 @@ def _hash(state: Tensor, *ids: Tensor) -> Tensor:
 
 
 def uniform(key: int, *ids: Tensor) -> Tensor:
-    """float64 in the open interval (0, 1) for each of the broadcast ids: the middles of 2^40 equal parts of it."""
+    """Draw a float64 in (0, 1) for each of the broadcast ids: the centre of one of 2^40 equal parts."""
     return (_shift_right(hash_ids(key, *ids), 24).double() + 0.5) * 2.0**-40
 
 
 def logistic(key: int, *ids: Tensor) -> Tensor:
-    """float64 of the standard logistic distribution: that of G' - G'', two independent Gumbel variables."""
+    """Draw a float64 from the standard logistic distribution, which is that of two Gumbel variables' difference."""
     return uniform(key, *ids).logit()
 
 
 def dropout(x_RD: Tensor, token_id_R: Tensor, *, key: int, rate: float) -> Tensor:
-    """Zero each element with probability `rate`, scale the others by 1 / (1 - rate); decided by (key, token, column).
+    """Zero each element with probability `rate` and scale the others by 1 / (1 - rate).
 
-    Column c reads bits 16 (c mod 4) to 16 (c mod 4) + 15 of the hash of (key, token, c div 4), so `rate` is rounded to
-    a multiple of 2^-16.
+    The draw depends only on (key, token, column). Column c uses bits 16 (c mod 4) to 16 (c mod 4) + 15 of the hash of
+    (key, token, c div 4), so `rate` is rounded to a multiple of 2^-16.
     """
     return _drop(x_RD, token_id_R, _state(key, x_RD.device), round(rate * 2**16))
 
@@ -72,14 +72,14 @@ def _drop(x_RD: Tensor, token_id_R: Tensor, state: Tensor, dropped: int) -> Tens
 
 
 def _splitmix64(z: Tensor) -> Tensor:
-    z = z + _signed(_GOLDEN)  # int64 arithmetic wraps around, as the algorithm asks
+    z = z + _signed(_GOLDEN)  # int64 arithmetic wraps around, as the algorithm requires
     z = (z ^ _shift_right(z, 30)) * _signed(_MIX_1)
     z = (z ^ _shift_right(z, 27)) * _signed(_MIX_2)
     return z ^ _shift_right(z, 31)
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Logical shift: int64 shifts copy the sign bit."""
+    """Shift right logically; `>>` on int64 would copy the sign bit."""
     return (z >> bits) & (_MASK >> bits)
 
 
@@ -89,10 +89,10 @@ def _signed(value: int) -> int:
 
 @torch.no_grad()
 def seeded_normal_(parameter: Tensor, *, seed: int, name: str, std: float) -> None:
-    """Fill with N(0, std^2) drawn from a generator of its own, seeded by (seed, name).
+    """Fill a parameter with N(0, std^2) from a separate generator, seeded by (seed, name).
 
-    A stacked expert parameter (core/expert_rows.py) draws each row by (seed, name, expert), so the weights do not
-    depend on how the experts are spread over ranks. A meta tensor is left alone.
+    In a stacked expert parameter (core/expert_rows.py), each row is seeded by (seed, name, expert), so the weights do
+    not depend on the distribution of experts over ranks. A meta tensor is unchanged.
     """
     if parameter.is_meta:
         return

@@ -1,7 +1,6 @@
-"""Strict settings: frozen pydantic models, YAML and `section.key=value` overrides, and errors that name the key.
+"""Strict settings: frozen pydantic models, YAML, `section.key=value` overrides, and errors that name the key.
 
-An unknown key, a wrong type or a value out of range is a UserError of one sentence. A leaf: imports nothing of ours but
-the error.
+An unknown key, a wrong type or a value out of range raises a UserError of one sentence.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ V = TypeVar("V")
 
 
 class Strict(BaseModel):
-    """Base of every settings model: immutable, no coercion, no unknown keys, no infinite numbers."""
+    """Base class of every settings model: immutable, without type coercion, unknown keys or infinite numbers."""
 
-    refused: ClassVar[Mapping[str, str]] = {}  # keys that a user may expect here -> why not, after "key 'KEY' "
+    refused: ClassVar[Mapping[str, str]] = {}  # unsupported keys that a user may expect -> reason, after "key 'KEY' "
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -35,7 +34,7 @@ Settings = TypeVar("Settings", bound=Strict)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 floats: 1e-4 is a number (YAML 1.1 reads it as a string); a key given twice is an error."""
+    """A YAML loader that reads 1e-4 as a number, as YAML 1.2 does, and rejects a duplicate key."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -52,7 +51,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Raises UserError, which begins with `where`."""
+    """Parse YAML. Raises UserError with a message that begins with `where`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -60,7 +59,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in a nested mapping, in place."""
+    """Apply one `section.key=value` to a nested mapping, in place. Raises UserError."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override '{override}' is not of the form section.key=value")
@@ -74,7 +73,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing wrong with settings: the path of its key, and a sentence in which {key} stands for the whole key."""
+    """One error in settings: the path of its key, and a sentence in which {key} is a placeholder for the full key."""
 
     keys: tuple[str, ...]
     text: str
@@ -85,7 +84,7 @@ class Fault:
 
 
 class Faults(ValueError):
-    """Faults found in settings that a validator parses itself. pydantic would join them into one text without keys."""
+    """Errors found by a validator that parses settings itself. pydantic would join them into one text without keys."""
 
     def __init__(self, faults: Iterable[Fault]):
         self.faults = tuple(faults)
@@ -95,15 +94,15 @@ class Faults(ValueError):
 
 
 def validate(model: type[Settings], data: Any, where: str, prefix: str = "") -> Settings:
-    """Validate plain YAML data; every problem becomes one UserError that names the key under `prefix`."""
+    """Validate plain YAML data. Raises one UserError for all problems, with each key's name after `prefix`."""
     return within(where, lambda: nested(model, data), prefix)
 
 
 def within(where: str, read: Callable[[], V], prefix: str = "") -> V:
-    """Return read(). Its Faults become one UserError that begins with `where` and names the keys under `prefix`."""
+    """Return read(). Turn its Faults into one UserError that begins with `where` and names the keys after `prefix`."""
     try:
         return read()
-    except TypeError as error:  # YAML knows values that JSON does not, such as dates
+    except TypeError as error:  # YAML has values that JSON lacks, such as dates
         raise UserError(f"{where}: {error}") from None
     except Faults as faults:
         raise UserError(f"{where}: " + "; ".join(fault.sentence() for fault in faults.below(prefix))) from None
@@ -112,13 +111,13 @@ def within(where: str, read: Callable[[], V], prefix: str = "") -> V:
 def nested(model: type[Settings], data: Any) -> Settings:
     """Validate plain YAML data inside a validator of the enclosing settings. Raises Faults."""
     try:
-        return model.model_validate_json(json.dumps(data))  # JSON mode: a YAML list may fill a tuple
+        return model.model_validate_json(json.dumps(data))  # JSON mode accepts a YAML list for a tuple
     except ValidationError as error:
         raise Faults(fault for item in error.errors() for fault in _faults(model, item)) from None
 
 
 def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict[str, V]:
-    """Read every item of a mapping; raise the Faults of all of them together, each under its own name."""
+    """Read every item of a mapping. Raises the Faults of all items together, each with its item's name as a key."""
     values: dict[str, V] = {}
     faults: list[Fault] = []
     for name, item in data.items():
@@ -132,7 +131,7 @@ def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict
 
 
 def pick(kinds: Mapping[str, V], name: Any, key: str, missing: str) -> V:
-    """Return kinds[name]. If there is none, raise Faults of `key`: the sentence `missing` and the closest name."""
+    """Return kinds[name]. If there is none, raise Faults for `key` with the sentence `missing` and the closest name."""
     if isinstance(name, str) and name in kinds:
         return kinds[name]
     raise Faults([Fault((key,), f"key '{{key}}': {missing}{_alternatives(name, kinds)}")])
@@ -143,7 +142,7 @@ def _alternatives(name: Any, known: Iterable[str]) -> str:
 
 
 def _faults(model: type[BaseModel], item: Any) -> Iterator[Fault]:
-    """Put one error of pydantic into words."""
+    """Convert one pydantic error to Faults with sentences of ours."""
     location, context = [str(part) for part in item["loc"]], item.get("ctx", {})
     keys = tuple(_walk(model, location)[0])
     if isinstance(inner := context.get("error"), Faults):
@@ -164,16 +163,16 @@ def _faults(model: type[BaseModel], item: Any) -> Iterator[Fault]:
 
 
 def _unknown(section: Any, key: str) -> str:
-    """Say what is wrong with a key that a section does not have."""
+    """Return the error sentence for a key that a section does not have."""
     if reason := getattr(section, "refused", {}).get(key):
         return f"key '{{key}}' {reason}"
     return f"unknown key '{{key}}'{did_you_mean(key, getattr(section, 'model_fields', ()))}"
 
 
 def _walk(model: Any, location: list[str]) -> tuple[list[str], Any]:
-    """Return the keys of a path as the user's file has them, and the type at its end.
+    """Return the keys of a pydantic error path as in the user's file, and the type at the end of the path.
 
-    pydantic adds a part for the member of a union that it has tried; a user's file has no such key.
+    pydantic inserts a part for the union member that it tried; a user's file has no such key.
     """
     keys, kind = [], _plain(model)
     for part in location:
@@ -189,7 +188,7 @@ def _walk(model: Any, location: list[str]) -> tuple[list[str], Any]:
 
 
 def _plain(annotation: Any) -> Any:
-    """Strip Annotated, and Optional of one type."""
+    """Strip Annotated, and Optional around one type, from an annotation."""
     if get_origin(annotation) is Annotated:
         return _plain(get_args(annotation)[0])
     types = [kind for kind in get_args(annotation) if kind is not NoneType]

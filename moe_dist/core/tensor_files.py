@@ -1,4 +1,4 @@
-"""Safetensors files: read strictly, written as a stream, hashed on the way and fsynced."""
+"""Safetensors files: strict reading, and streamed writing with a hash and fsync."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor that is on the disk, or still to be made."""
+    """A tensor that is read from the disk or computed when needed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -53,7 +53,7 @@ class LazyTensor:
         return self.numel * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """All of it."""
+        """Read or compute the whole tensor."""
         tensor = self.make()
         if (tuple(tensor.shape), tensor.dtype) != (self.shape, self.dtype):
             raise RuntimeError(f"{tensor.dtype}{list(tensor.shape)} was made, not {self.dtype}{list(self.shape)}")
@@ -66,7 +66,7 @@ class LazyTensor:
 
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[Any]:
-    """Open a safetensors file. Raises UserError if it is not one, or lacks a tensor that is asked for in the block."""
+    """Open a safetensors file. Raises UserError if it is not one, or if the block requests a missing tensor."""
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
@@ -75,9 +75,9 @@ def open_safetensors(file: Path) -> Iterator[Any]:
 
 
 def read_safetensors(file: Path, after: str = "") -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file whose name contains `after`, under the rest of their name.
+    """Read the tensors of a safetensors file by name. Raises UserError.
 
-    Raises UserError.
+    after: read only the tensors whose name contains this text, and name them by the rest of the name after it.
     """
     with open_safetensors(file) as opened:
         names = [name for name in opened.keys() if after in name]  # noqa: SIM118 - not a mapping
@@ -87,8 +87,8 @@ def read_safetensors(file: Path, after: str = "") -> dict[str, Tensor]:
 def write_safetensors(
     path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
 ) -> StoredFile:
-    """Stream tensors to the disk, hashing on the way (safetensors.save_file would hold a second copy of them all)."""
-    order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)  # aligned, as the library itself writes them
+    """Stream tensors to a file and hash them. safetensors.save_file would need a second copy of all tensors."""
+    order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)  # aligned, as the library itself orders them
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     size = 0
     for key in order:

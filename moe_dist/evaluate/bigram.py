@@ -1,13 +1,13 @@
-"""A smoothed bigram model over the model's own token streams: the baseline that a trained model has to beat.
+"""A smoothed bigram model of the token streams: the baseline that a trained model must beat.
 
 Interpolated absolute discounting (Ney, Essen and Kneser 1994; Chen and Goodman 1999, eq. 15):
-  P(w|v) = max(c(v,w) - D, 0) / c(v) + f(v) B(w),   f(v) = what the discounts of v's successors free
+  P(w|v) = max(c(v,w) - D, 0) / c(v) + f(v) B(w),   f(v) = probability mass freed by discounting v's successors
   B(w) = a c(w) / N + b k(w) / K + (1 - a - b) / V
-where k(w) counts the different predecessors of w (Kneser and Ney 1995), K is their sum and V the size of the
-vocabulary. Contexts of each modality have a model of their own. D, a and b are fitted on a tenth of the TRAINING
-documents kept out of the counts, then everything is counted; documents of equal text stay on one side, for a corpus
-that repeats its captions would otherwise hide how often the held-out split shows something new. D may exceed 1 for
-the same reason.
+where k(w) is the number of different predecessors of w (Kneser and Ney 1995), K is the sum of all k(w) and V is the
+size of the vocabulary. Each modality of the context has its own model. D, a and b are fitted on a tenth of the TRAINING
+documents, which are left out of the counts; then all documents are counted. Documents of equal text are either all in
+this tenth or all outside it. Otherwise a corpus with repeated captions would hide how often the held-out split contains
+new bigrams. D may exceed 1 for the same reason.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from moe_dist.core.batch import MODALITIES, Batch
 from moe_dist.data.stream.packing import Assembler, DocumentStore
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
-FITTING_PARTS = 10  # one part of so many is kept out of the counts while D, a and b are fitted
+FITTING_PARTS = 10  # one of these parts is left out of the counts while D, a and b are fitted
 DISCOUNTS = np.geomspace(0.1, 20, 28)
 
 
 @dataclass(frozen=True)
 class Bigrams:
-    """Pairs (context, next), of which a model is made or on which it is judged."""
+    """Pairs (context, following token), for counting or for evaluation."""
 
     context: np.ndarray
     following: np.ndarray
@@ -49,7 +49,7 @@ class Bigrams:
 
 
 class Counts:
-    """Bigram counts over a vocabulary of `size` ids, and the lower orders B mixes."""
+    """Bigram counts over a vocabulary of `size` ids, and the lower-order distributions that B mixes."""
 
     def __init__(self, bigrams: Bigrams, size: int):
         self._size = size
@@ -60,7 +60,7 @@ class Counts:
         self._lower = np.stack([counts / max(counts.sum(), 1) for counts in (unigram, predecessors, np.ones(size))])
 
     def estimates(self, bigrams: Bigrams, discount: float) -> np.ndarray:
-        """[4, n] summands of P for n bigrams: the discounted one, then f(v) times each unweighted lower order."""
+        """Return the terms of P for n bigrams, [4, n]: the discounted bigram, then f(v) times each lower order."""
         freed = np.bincount(self._keys // self._size, np.minimum(self._pairs, discount), minlength=self._size)
         total = self._totals[bigrams.context]
         f = np.where(total > 0, freed[bigrams.context] / np.maximum(total, 1), 1.0)
@@ -77,7 +77,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class ContextModel:
-    """P(w|v) for the contexts v of one modality."""
+    """The distribution P(w|v) for the contexts v of one modality."""
 
     counts: Counts
     discount: float
@@ -96,17 +96,17 @@ class ContextModel:
 
 
 def fit_weights(parts: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights of the lower orders by expectation maximisation, and the mean loss they give in nats."""
+    """Fit the weights of the lower orders by expectation maximisation. Returns them and their mean loss in nats."""
     weights = np.full(3, 1 / 3)
     for _ in range(30):
         joint = weights[:, None] * parts[1:]
-        expected = (joint / (parts[0] + joint.sum(0))).sum(1) + 1e-3  # never 0: an unseen id keeps a probability
+        expected = (joint / (parts[0] + joint.sum(0))).sum(1) + 1e-3  # never 0: unseen ids have a probability
         weights = expected / expected.sum()
     return weights, float(-np.log(parts[0] + weights @ parts[1:]).mean()) if parts.shape[1] else 0.0
 
 
 class Bigram:
-    """The whole model. `mean_losses(bigram.token_losses, batches, layout)` gives figures to hold evaluate's against."""
+    """The whole bigram model. `mean_losses(bigram.token_losses, ...)` gives losses comparable with evaluate's."""
 
     def __init__(self, models: Sequence[ContextModel], modality_of: np.ndarray):
         self._models = models
@@ -114,7 +114,7 @@ class Bigram:
 
     @classmethod
     def fit(cls, store: DocumentStore, vocabulary: Vocabulary, data: DataConfig) -> Bigram:
-        """Count the training documents, assembled as the loader does in its first epoch but with every caption kept."""
+        """Fit a model on the training documents, assembled as in the first epoch but without caption dropout."""
         assembler = Assembler(
             store=store,
             vocabulary=vocabulary,
@@ -134,7 +134,7 @@ class Bigram:
         return cls(models, modality_of)
 
     def log_probability(self, bigrams: Bigrams) -> np.ndarray:
-        """Natural logarithm of P(following | context), [n]."""
+        """Return the natural logarithm of P(following | context), [n]."""
         result = np.zeros(len(bigrams.context))
         for modality, model in enumerate(self._models):
             chosen = self._modality_of[bigrams.context] == modality
@@ -142,7 +142,7 @@ class Bigram:
         return result
 
     def token_losses(self, batch: Batch) -> Tensor:
-        """Loss of each of the T predictions in nats, 0 where the loss mask leaves a token out."""
+        """Return the loss [T] of each prediction in nats; 0 where the loss mask is False."""
         losses_T = torch.zeros(batch.tokens_T.shape, dtype=torch.float64)
         mask_T = batch.loss_mask_T.cpu()
         bigrams = Bigrams(batch.tokens_T.cpu()[mask_T].numpy(), batch.targets_T.cpu()[mask_T].numpy())

@@ -1,9 +1,9 @@
-"""What a caption is worth: how much better a model predicts an image after its own caption than after another's.
+"""Caption gain: how much better a model predicts an image after its own caption than after another image's caption.
 
-The same images twice, each in a document of its own; the differences are paired by image and averaged by caption first,
-since drawings of one thing by several vendors share a caption and are not independent.
+The model evaluates every image twice, each time in a separate document. The differences are paired by image and first
+averaged by caption, because several vendors' drawings of one thing share a caption and are not independent.
 
-Shape suffixes: T tokens of one micro-batch, N documents of it.
+Shape suffixes: T tokens of a micro-batch, N documents of a micro-batch.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from moe_dist.evaluate.held_out_split import HeldOutSplit
 from moe_dist.evaluate.intervals import Z95
 from moe_dist.parallel.agreement import gather_objects
 
-Image = tuple[int, ...]  # its codes
+Image = tuple[int, ...]  # the codes of an image
 
 
 def caption_gain(forward: Callable, store: DocumentStore, held_out: HeldOutSplit) -> dict[str, float]:
-    """Nats per image code by which the captions of a store's pairs help, eval/caption_gain, with its 95 % interval,
-    eval/caption_gain/low and /high, and the number of captions, eval/caption_gain/captions. Collective.
+    """Measure the caption gain on a store's image-text pairs, in nats per image code. Collective.
 
-    forward: Batch -> an output with logits_TV. As much of the pairs as `held_out` says is looked at, with their own
-    captions and with others'; only images among both count. Empty with fewer than two captions.
+    Returns eval/caption_gain, its 95 % interval as eval/caption_gain/low and eval/caption_gain/high, and the number of
+    captions as eval/caption_gain/captions; empty with fewer than two captions.
+    forward: Batch -> an output with logits_TV. held_out: the part of the pairs to evaluate, with their own captions
+    and with shuffled ones. Only images in both evaluations count.
     """
     pairs, held_out = Pairs(store), held_out.ordered(image_first=False)
     if len({_key(pairs.document(i).text) for i in range(len(pairs))}) < 2:
@@ -57,7 +58,7 @@ def caption_gain(forward: Callable, store: DocumentStore, held_out: HeldOutSplit
 
 @torch.no_grad()
 def _image_losses(forward: Callable, batches: Iterable[Batch]) -> dict[Image, float]:
-    """Mean loss of the codes of every image, of all ranks' batches; of equal images, their mean. Collective."""
+    """Return every image's mean loss per code, over all ranks' batches; equal images are averaged. Collective."""
     found = defaultdict(list)
     for batch in batches:
         losses_T = F.cross_entropy(forward(batch).logits_TV.float(), batch.targets_T, reduction="none").double()

@@ -1,7 +1,7 @@
-"""Accuracy on multiple-choice items: the option whose first token is the likeliest after the prompt.
+"""Accuracy on multiple-choice items. A model's answer is the option whose first token is most likely after the prompt.
 
-One forward pass an item, for options named by a letter as well as for those that are words. Of options that begin
-alike none is the likeliest: such an item counts as wrong if one of them is right.
+Each item takes one forward pass, whether its options are letters or words. If the correct option begins with the same
+token as another one, the item counts as wrong.
 
 Shape suffixes: T tokens of a micro-batch, S samples of a micro-batch, N items, O options, R routing values of an item.
 """
@@ -34,17 +34,17 @@ OVERALL = "overall"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """What a model answers to N items, each item once, sorted by its number. On the CPU."""
+    """A model's answers to N items, without duplicates and sorted by sample_N. On the CPU."""
 
-    sample_N: Tensor  # int64 hash of the prompt, as the batch's sidecar has it
+    sample_N: Tensor  # int64 hash of the prompt, from the batch's sidecar
     domain_N: Tensor  # int64 index into the data's domain names
-    correct_N: Tensor  # int64 index of the right option
+    correct_N: Tensor  # int64 index of the correct option
     log_probs_NO: Tensor  # float32 log-probability of each option's first token among all tokens
-    routing_NR: Tensor  # float32 routing of the last prompt token, all expert layers end to end; R is 0 without any
+    routing_NR: Tensor  # float32 routing of the last prompt token, all expert layers concatenated; R is 0 without any
 
     @property
     def right_N(self) -> Tensor:
-        """bool: the right option alone is the likeliest."""
+        """Return True (bool [N]) where the correct option is more likely than every other one."""
         right_N1 = self.log_probs_NO.gather(1, self.correct_N[:, None])
         return (self.log_probs_NO >= right_N1).sum(dim=1) == 1
 
@@ -59,7 +59,7 @@ def answer_all(
     split: Split,
     batch_groups: int,
 ) -> Answers:
-    """Answer every item of a split, whose tokens `store` holds; rank 0 shows the progress. Collective."""
+    """Answer every item of a split. store: the split's tokens. Rank 0 shows the progress. Collective."""
     with raise_on_all_ranks():
         choices = read_choices(data, split, vocabulary.text)
     batches = held_out_batches(
@@ -71,10 +71,10 @@ def answer_all(
 
 @torch.no_grad()
 def answer(forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Choice], layout: Layout) -> Answers:
-    """Answer all items of the batches. Collective: every rank calls it with equally many batches.
+    """Answer all items of the batches. Collective: every rank calls it with the same number of batches.
 
-    forward: Batch -> an output with logits_TV and records. choices: by sample hash, with equally many options each
-    (data/tasks/choice_items.py). Raises UserError if there is no item.
+    forward: Batch -> an output with logits_TV and records. choices: items by sample hash, all with the same number of
+    options (data/tasks/choice_items.py). Raises UserError if there is no item.
     """
     mine = []
     for batch in batches:
@@ -108,7 +108,7 @@ def _answer_batch(output: Any, batch: Batch, choices: Mapping[int, Choice]) -> A
 
 
 def _first_of_each(sample_N: Tensor) -> Tensor:
-    """Where each of the different samples occurs first, the samples in order."""
+    """Return the index of the first occurrence of each distinct sample, in ascending order of the samples."""
     unique_M, inverse_N = sample_N.unique(return_inverse=True)
     position_N = torch.arange(len(sample_N))
     return position_N.new_full((len(unique_M),), len(sample_N)).scatter_reduce(0, inverse_N, position_N, "amin")
@@ -119,7 +119,7 @@ def _first_of_each(sample_N: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Which items a model answered rightly, by task."""
+    """Correctness of a model's answer to each item, by task."""
 
     right: Mapping[str, Mapping[int, bool]]  # task -> sample -> right
 
@@ -132,7 +132,7 @@ class Result:
         return cls(right)
 
     def to_json(self) -> dict[str, Any]:
-        """Accuracies with their intervals, and every item, so that any two models can be compared later."""
+        """Return the accuracies with their intervals, and every item so that two models can be compared later."""
         return {
             "accuracy": {
                 task: {"right": sum(items.values()), "items": len(items), "share": share, "interval_95": interval}
@@ -148,31 +148,31 @@ class Result:
         return cls({task: {int(sample): bool(r) for sample, r in items.items()} for task, items in right})
 
     def tasks(self) -> dict[str, Mapping[int, bool]]:
-        """The items of each task, then of all together under "overall"."""
+        """Return the items of each task, and the items of all tasks under "overall"."""
         return {**self.right, OVERALL: {sample: r for items in self.right.values() for sample, r in items.items()}}
 
 
 def accuracy(items: Mapping[int, bool]) -> tuple[float, Interval]:
-    """Share of right answers and its 95 % Wilson interval."""
+    """Return the fraction of correct answers and its 95 % Wilson interval."""
     right = sum(items.values())
     return right / len(items), wilson(right, len(items))
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The second model against the first, on the items of both."""
+    """A comparison of two models on the same items."""
 
-    gained: int  # items that only the second answers rightly
-    lost: int  # items that only the first does
+    gained: int  # items that only the second model answers correctly
+    lost: int  # items that only the first model answers correctly
     items: int
 
     @classmethod
     def of(cls, first: Mapping[int, bool], second: Mapping[int, bool]) -> Comparison:
-        """Raises UserError if the two did not answer the same items."""
+        """Compare two models' results. Raises UserError if they did not answer the same items."""
         if first.keys() != second.keys():
             common = len(first.keys() & second.keys())
             raise UserError(
-                f"models can be compared on the same items only: one answered {len(first)}, the other {len(second)}, "
+                f"models can only be compared on the same items: one answered {len(first)}, the other {len(second)}, "
                 f"{common} in common"
             )
         gained = sum(second[sample] and not right for sample, right in first.items())

@@ -1,7 +1,8 @@
-"""What a trained model has learnt, in numbers that can disappoint: its held-out loss beside two references.
+"""Comparison of a trained model's held-out loss with two references.
 
-A smoothed bigram model of the training split must be beaten, and the same held-out pairs with their captions shuffled
-against their images must be harder, or the model does not use one modality to predict the other.
+The first is the loss of a smoothed bigram model of the training split. It must be higher than the model's. The second
+is the model's own loss when captions are shuffled against images. It must be higher too, or the model does not use one
+modality to predict the other.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from moe_dist.evaluate.perplexity import evaluate, mean_losses
 def compare_with_references(
     forward: Callable, held_out: HeldOutSplit, *, train: DocumentStore, store: DocumentStore, causal_too: bool = False
 ) -> dict[str, float]:
-    """Held-out nats per token, under the keys of metrics/metric_keys.py. Collective.
+    """Measure the held-out losses in nats per token, under the keys of metrics/metric_keys.py. Collective.
 
     forward: Batch -> an output with logits_TV. train, store: the training and the held-out split.
-    causal_too: also with causal routing (eval/causal/...), of a model that has it beside that of training.
+    causal_too: also measure causal routing (eval/causal/...), for a model that was trained with another routing.
     """
     layout = held_out.layout
 

@@ -1,8 +1,8 @@
-"""Held-out loss of one modality given the other: captions whose image comes first, images whose caption comes first.
+"""Held-out loss of one modality given the other: captions after their image, and images after their caption.
 
-exp of it is the conditional perplexity that the MoMa paper reports (arXiv 2407.21770, its table of auxiliary routers).
+Its exp is the conditional perplexity in the MoMa paper (arXiv 2407.21770, table of auxiliary routers).
 
-Shape suffixes: T tokens of one micro-batch.
+Shape suffixes: T tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moe_dist.evaluate.perplexity import evaluate
 
 
 class Pairs:
-    """The image-text pairs of a store; neither texts nor instructions."""
+    """The image-text pairs of a store, without its texts and instructions."""
 
     domains: tuple[str, ...] = ()
 
@@ -43,9 +43,10 @@ class Pairs:
 
 
 def conditional_losses(forward: Callable, store: DocumentStore, held_out: HeldOutSplit) -> dict[str, float]:
-    """Nats per token: eval/image_to_text, of captions and the EOS after them; eval/text_to_image, of image codes.
+    """Measure the conditional losses of a store's pairs in nats per token. Collective.
 
-    Of the store's pairs, as much as `held_out` says for each of the two. Collective. Empty without pairs.
+    Returns eval/image_to_text (captions and their EOS) and eval/text_to_image (image codes); empty without pairs.
+    held_out: the part of the pairs to evaluate for each loss.
     """
     pairs = Pairs(store)
     if not len(pairs):
@@ -61,10 +62,10 @@ def conditional_losses(forward: Callable, store: DocumentStore, held_out: HeldOu
 
 
 def _counted(batch: Batch, vocabulary: Vocabulary, image_first: bool) -> Tensor:
-    """bool [T]: predictions after the image (of the caption and its end), or those of image codes."""
+    """Return the mask (bool [T]) of the conditional predictions: caption and EOS if image_first, else image codes."""
     if not image_first:
         return batch.loss_mask_T & (batch.target_modality_T == IMAGE)
     assert vocabulary.eoi is not None
     images_T = batch.tokens_T.eq(vocabulary.eoi).cumsum(0)
-    begin_T = torch.arange(len(images_T)) - batch.info.position_T  # of the token's document
+    begin_T = torch.arange(len(images_T)) - batch.info.position_T  # start of the token's document
     return batch.loss_mask_T & (images_T > F.pad(images_T, (1, 0))[begin_T])

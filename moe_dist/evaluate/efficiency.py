@@ -1,4 +1,4 @@
-"""How much less arithmetic a model needs than another for the same loss: MoMa's eta (arXiv 2407.21770, section 4).
+"""MoMa's eta (arXiv 2407.21770, section 4): the ratio of the FLOPs that two models need for the same loss.
 
 Shape suffixes: S steps of a run, W points of its smoothed curve.
 """
@@ -9,14 +9,14 @@ import numpy as np
 
 
 def smoothed(values_S: np.ndarray, window: int) -> np.ndarray:
-    """Mean over each `window` consecutive steps; [W], W = S - window + 1. Raises ValueError with fewer steps."""
+    """Average over every `window` consecutive steps: [W], W = S - window + 1. Raises ValueError if S < window."""
     if len(values_S) < window:
         raise ValueError(f"{len(values_S)} steps are fewer than the window of {window}")
     return np.convolve(values_S, np.full(window, 1 / window), mode="valid")
 
 
 def flops_to_reach(flops_W: np.ndarray, loss_W: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """FLOPs at which a curve first comes down to each target loss, linear between points; nan where it never does."""
+    """Return the FLOPs at which a curve first reaches each target loss, interpolated linearly; nan if it never does."""
     lowest_W = np.minimum.accumulate(loss_W)
     after = np.searchsorted(-lowest_W, -targets)  # the first point at or below the target
     reached = after < len(lowest_W)
@@ -28,11 +28,11 @@ def flops_to_reach(flops_W: np.ndarray, loss_W: np.ndarray, targets: np.ndarray)
 
 
 def eta(dense_flops_W: np.ndarray, dense_loss_W: np.ndarray, flops_W: np.ndarray, loss_W: np.ndarray) -> np.ndarray:
-    """(FLOPs at which the dense model first reaches a loss) / (those at which the other one does), for the lowest loss
-    of the dense model up to each point of its curve.
+    """Return (FLOPs at which the dense model first reaches a loss) / (FLOPs at which the other model first does).
 
-    More than 1: the other model is ahead. nan: it does not reach that loss at all. Both first times: to divide the
-    FLOPs of the point itself would reward the other model wherever the dense one stands still.
+    The losses are the dense model's lowest ones up to each point of its curve. More than 1: the other model is better.
+    nan: the other model never reaches that loss. The numerator is not the point's own FLOPs, because these would reward
+    the other model wherever the dense model's loss stagnates.
     """
     targets = np.minimum.accumulate(dense_loss_W)
     return flops_to_reach(dense_flops_W, dense_loss_W, targets) / flops_to_reach(flops_W, loss_W, targets)

@@ -1,4 +1,4 @@
-"""How a held-out split is looked at: how much of it, in which order, and this rank's share."""
+"""Iteration over a held-out split: number of groups, order and this rank's share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from moe_dist.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class HeldOutSplit:
-    """groups: selection groups that are looked at, of all ranks; batch_groups: of a rank, in one forward pass."""
+    """The part of a held-out split to evaluate.
+
+    groups: number of selection groups over all ranks. batch_groups: selection groups of a rank in one forward pass.
+    """
 
     vocabulary: Vocabulary
     data: DataConfig
@@ -25,11 +28,11 @@ class HeldOutSplit:
 
     @classmethod
     def of(cls, config: Config, vocabulary: Vocabulary, layout: Layout) -> HeldOutSplit:
-        """Return what a recipe's `eval` section asks for."""
+        """Return the part that a recipe's `eval` section selects."""
         return cls(vocabulary, config.data, layout, config.eval.groups, config.train.micro_batch_groups)
 
     def batches(self, store: DocumentStore) -> Iterator[Batch]:
-        """This rank's micro-batches of the store."""
+        """Yield this rank's micro-batches of a store."""
         return held_out_batches(
             store,
             self.vocabulary,
@@ -41,7 +44,7 @@ class HeldOutSplit:
         )
 
     def ordered(self, *, image_first: bool) -> HeldOutSplit:
-        """The same for pairs in one order, whatever mix of text and images is trained on."""
+        """Return a copy in which every pair has this order and the recipe's mix of text and images is ignored."""
         return replace(
             self, data=self.data.model_copy(update={"image_first": float(image_first), "image_fraction": None})
         )

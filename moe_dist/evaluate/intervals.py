@@ -1,4 +1,4 @@
-"""How sure an accuracy is, and a difference between two models that answered the same items."""
+"""Confidence intervals of an accuracy, and of the difference between two models that answered the same items."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Interval = tuple[float, float]
 
 
 def wilson(right: int, items: int) -> Interval:
-    """95 % interval of a share (Wilson 1927, eq. 7; Brown, Cai and DasGupta 2001, eq. 4). Needs an item."""
+    """Return the 95 % interval of a fraction (Wilson 1927, eq. 7; Brown, Cai and DasGupta 2001, eq. 4); items > 0."""
     share, z2 = right / items, Z95**2
     centre = (share + z2 / (2 * items)) / (1 + z2 / items)
     half = Z95 * math.sqrt(share * (1 - share) / items + z2 / (4 * items**2)) / (1 + z2 / items)
@@ -18,9 +18,9 @@ def wilson(right: int, items: int) -> Interval:
 
 
 def paired_difference(gained: int, lost: int, items: int) -> Interval:
-    """95 % interval of accuracy_2 - accuracy_1 on the same items (Bonett and Price 2012, eq. 3: adjusted Wald).
+    """Return the 95 % interval of accuracy_2 - accuracy_1 on the same items (Bonett and Price 2012, eq. 3).
 
-    gained: items that only the second model answers rightly; lost: those that only the first does.
+    gained: items that only the second model answers correctly. lost: items that only the first answers correctly.
     """
     p_gained, p_lost = (gained + 1) / (items + 2), (lost + 1) / (items + 2)
     centre = p_gained - p_lost
@@ -29,6 +29,6 @@ def paired_difference(gained: int, lost: int, items: int) -> Interval:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided p-value of the exact McNemar test: are gains and losses equally likely?"""
+    """Return the two-sided p-value of the exact McNemar test of equally likely gains and losses."""
     n, fewer = gained + lost, min(gained, lost)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n)

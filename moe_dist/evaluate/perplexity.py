@@ -1,6 +1,6 @@
-"""Held-out loss in nats per token: over all predictions, per modality of the predicted token, per domain.
+"""Held-out loss in nats per token: over all predictions, per modality of the target, and per domain.
 
-Shape suffixes: T tokens of one micro-batch, V vocabulary.
+Shape suffixes: T tokens of a micro-batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from moe_dist.core.batch import MODALITIES, Batch
 from moe_dist.losses import language
 from moe_dist.parallel.layout import Layout
 
-TokenLosses = Callable[[Batch], Tensor]  # [T] loss of every prediction in nats; masked ones are ignored
+TokenLosses = Callable[[Batch], Tensor]  # [T] loss of every prediction in nats; masked predictions are ignored
 
 
 @torch.no_grad()
 def evaluate(
     forward: Callable, batches: Iterable[Batch], layout: Layout, domains: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Mean cross-entropy of a model.
+    """Measure a model's mean cross-entropy in nats per token.
 
-    forward: Batch -> an output with logits_TV. domains: names for the batches' domain_T, where the data have domains.
-    Collective: every rank calls it with equally many batches, as held_out_batches gives them. Returns eval/loss,
-    eval/loss/text and eval/loss/image, and eval/loss/domain/NAME; what is never predicted has no key.
+    Returns eval/loss, eval/loss/text, eval/loss/image and eval/loss/domain/NAME; keys without predictions are absent.
+    forward: Batch -> an output with logits_TV. domains: names for the indices in the batches' domain_T, if there are
+    domains. Collective: every rank calls it with the same number of batches, which held_out_batches ensures.
     """
 
     def of_batch(batch: Batch) -> Tensor:
@@ -38,9 +38,9 @@ def evaluate(
 def mean_losses(
     token_losses: TokenLosses, batches: Iterable[Batch], layout: Layout, domains: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Mean of any per-token loss over the counted predictions of all ranks; domains and keys as in evaluate."""
+    """Average any per-token loss over the unmasked predictions of all ranks; domains and keys as in evaluate."""
     names = [*(f"eval/loss/{name}" for name in MODALITIES), *(f"eval/loss/domain/{name}" for name in domains)]
-    # Of each name: sum, count. The last row takes what has no domain.
+    # One row per name: sum, count. The last row is for predictions without a domain.
     totals = torch.zeros(len(names) + 1, 2, dtype=torch.float64, device=layout.device)
     for batch in batches:
         losses_T = torch.where(batch.loss_mask_T, token_losses(batch).double(), 0.0)

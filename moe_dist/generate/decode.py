@@ -1,7 +1,7 @@
-"""Token by token with a cache, on every rank for its own samples.
+"""Token-by-token decoding with a KV cache. Every rank decodes its own samples.
 
-Expert-parallel ranks step together: one whose samples are all done goes on with a token of padding, until no rank has
-any left. Which rank a sample is on, and with which others, changes nothing about it.
+Expert-parallel ranks step together. A rank whose samples are all done feeds a padding token until every rank is done.
+A sample does not depend on its rank or on the other samples of the rank.
 
 Shape suffixes: R rows (documents in the cache), S samples, T tokens, V vocabulary.
 """
@@ -25,27 +25,27 @@ from moe_dist.model.moe.token_choice import TokenChoiceRouter
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 
-OnStep = Callable[[int], None]  # called after every step with the number of unfinished samples of all ranks
+OnStep = Callable[[int], None]  # called after every step with the number of unfinished samples over all ranks
 
 
 def check_can_generate(model: Transformer) -> None:
-    """Raise UserError where a token's routing depends on other tokens."""
+    """Raise UserError if a token's routing in the model depends on other tokens."""
     if not model.can_route_causally:
         raise UserError(
-            "the model's routing looks at later tokens (expert choice, mixture-of-depths), so it cannot write token by "
-            "token: train auxiliary routers first (docs/moma.md)"
+            "the model's routing depends on later tokens (expert choice, mixture-of-depths), so it cannot generate "
+            "token by token: train auxiliary routers first (docs/moma.md)"
         )
     for module in model.modules():
         if isinstance(module, TokenChoiceRouter) and module.settings.capacity_factor is not None:
             raise UserError(
-                "with a capacity a sample would depend on those beside it: set capacity_factor of model.ffn.router to "
-                "null"
+                "with a capacity, a sample would depend on the other samples of its batch: set capacity_factor of "
+                "model.ffn.router to null"
             )
 
 
 @dataclass(slots=True)
 class _Row:
-    """A document in the cache: a sample, or what guidance compares it with."""
+    """A document in the cache: a sample, or its unconditional copy for guidance."""
 
     sample: GenerationState
     unconditional: bool
@@ -62,7 +62,7 @@ def generate(
     layout: Layout,
     on_step: OnStep,
 ) -> None:
-    """Complete this rank's samples. Collective: every rank calls it, one without samples too."""
+    """Complete this rank's samples. Collective: every rank calls it, even without samples."""
     device, dtype = layout.device, model.embedding.weight.dtype
     rows = [_Row(sample, False, sample.prompt.tokens) for sample in samples]
     if sampling.guidance != 1:
@@ -86,10 +86,10 @@ def generate(
 
 
 def _micro_batch(rows: Sequence[_Row], form: Format) -> tuple[Tensor, TokenInfo]:
-    """The tokens to read next, row after row; one of padding where there are none. On the CPU."""
+    """Join the tokens that each row reads next; without rows, use one padding token. On the CPU."""
     feeds = [row.feed for row in rows] or [(form.vocabulary.pad,)]
     starts = [row.read for row in rows] or [0]
-    # No two documents share a token number, and a sample has the same ones in any company.
+    # Token ids are unique, and those of a sample do not depend on the other samples.
     names = [(2 * row.sample.number + row.unconditional) * form.context for row in rows] or [0]
     tokens_T = torch.tensor([token for feed in feeds for token in feed])
     position_T = torch.cat([torch.arange(start, start + len(feed)) for start, feed in zip(starts, feeds)])
@@ -108,12 +108,12 @@ def _micro_batch(rows: Sequence[_Row], form: Format) -> tuple[Tensor, TokenInfo]
 
 
 def _extend(rows: Sequence[_Row], logits_RV: Tensor, form: Format, sampling: Sampling, masks_KV: Tensor) -> None:
-    """Draw a token for every sample of the rows and let its rows read it next."""
+    """Draw the next token of every sample and feed it to the sample's rows."""
     device = logits_RV.device
     place = {(row.sample.number, row.unconditional): number for number, row in enumerate(rows)}
     samples = [row.sample for row in rows if not row.unconditional]
     logits_SV = logits_RV[[place[sample.number, False] for sample in samples]]
-    if len(samples) < len(rows):  # a sample without another row is compared with itself
+    if len(samples) < len(rows):  # without an unconditional row, compare the sample with itself
         other = [place.get((sample.number, True), place[sample.number, False]) for sample in samples]
         logits_SV = guide(logits_SV.double(), logits_RV[other].double(), sampling.guidance)
     tokens_S = choose(

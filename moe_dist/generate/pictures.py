@@ -1,4 +1,4 @@
-"""What was generated, as files: a PNG for every image, samples.jsonl with everything else, sheet.png to look at."""
+"""Generated samples as files: a PNG for every image, samples.jsonl with everything else, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from moe_dist.data.tokenizers.image_tokenizer import ImageTokenizer
 from moe_dist.data.tokenizers.pixels import to_pixels
 from moe_dist.generate.prompt import Task
 
-CELL, MARGIN, LINES = 160, 8, 6  # pixels of a picture on the sheet, between cells; lines of text below
+CELL, MARGIN, LINES = 160, 8, 6  # side of a picture and gap in pixels; lines of text below a picture
 LINE_HEIGHT, CHARACTERS, COLUMNS = 14, 27, 6
 
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A finished sample; parts are texts and images (lists of the image tokenizer's codes)."""
+    """A finished sample. Its parts are texts and images (lists of the image tokenizer's codes)."""
 
     number: int
     task: Task
     prompt: tuple[str | Image.Image, ...]
     parts: list[str | list[int]]
-    tokens: list[int]  # the generated ones, ids of the vocabulary
+    tokens: list[int]  # generated vocabulary ids
 
     @property
     def given(self) -> str:
@@ -44,7 +44,7 @@ class Generated:
 
     @property
     def names(self) -> list[str]:
-        """Of the files of its images."""
+        """Return the file names of the sample's images."""
         return [f"{self.number:04d}{f'_{i}' if i > 1 else ''}.png" for i in range(1, len(self.images) + 1)]
 
     def to_json(self) -> dict[str, Any]:
@@ -59,9 +59,9 @@ class Generated:
 
 
 def write_generated(folder: Path, samples: Sequence[Generated], image: ImageTokenizer | None, settings: dict) -> None:
-    """Write samples.jsonl, NUMBER.png (NUMBER_2.png, ...) and sheet.png. settings: kept in every line."""
+    """Write samples.jsonl, NUMBER.png (NUMBER_2.png, ...) and sheet.png. settings: added to each line."""
     folder.mkdir(parents=True)
-    lines = [sample.to_json() | settings for sample in samples]  # first: what was made is then safe
+    lines = [sample.to_json() | settings for sample in samples]  # written first: an error in an image loses none
     (folder / "samples.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     cells: list[tuple[Image.Image | None, str]] = []
     for sample in samples:
@@ -81,7 +81,7 @@ def _draw(codes: Sequence[int], image: ImageTokenizer | None) -> Image.Image:
 
 
 def contact_sheet(cells: Sequence[tuple[Image.Image | None, str]]) -> Image.Image:
-    """Pictures in rows, each (or a blank) over its text."""
+    """Draw pictures (or blanks) in rows, each above its text."""
     columns = min(COLUMNS, len(cells))
     width, height = CELL + MARGIN, CELL + LINES * LINE_HEIGHT + MARGIN
     sheet = Image.new("RGB", (columns * width + MARGIN, -(-len(cells) // columns) * height + MARGIN), "white")

@@ -1,10 +1,11 @@
-"""What a model is asked to go on with, and which tokens may come next: the document format of data/stream/packing.py.
+"""Prompts for a model, and the tokens allowed next, following the document format of data/stream/packing.py.
 
-  text -> image   BOS caption BOI | codes     without the caption: BOS BOI | codes, as data.caption_dropout leaves it
+  text -> image   BOS caption BOI | codes     unconditional: BOS BOI | codes, as in training with data.caption_dropout
   image -> text   BOS BOI codes EOI | caption EOS
   mixed           BOS parts | text, and images as BOI codes EOI, until EOS
 
-An image has exactly the tokenizer's number of codes, and nothing but codes stands between BOI and EOI.
+The model generates the tokens after `|`. An image has exactly the tokenizer's number of codes, and only codes occur
+between BOI and EOI.
 """
 
 from __future__ import annotations
@@ -32,23 +33,23 @@ Part = str | Image.Image
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids to go on with."""
+    """A prompt: its parts and their token ids."""
 
     task: Task
     parts: tuple[Part, ...]
     tokens: tuple[int, ...]
-    unconditional: tuple[int, ...] | None = None  # what guidance compares with: the same without the caption
+    unconditional: tuple[int, ...] | None = None  # the prompt without its caption, for guidance
 
 
 @dataclass(slots=True)
 class GenerationState:
-    """One document in the making: the prompt's tokens and those that were generated."""
+    """The state of one sample: its prompt and the tokens generated so far."""
 
-    number: int  # among all samples of all ranks: randomness is keyed by it
+    number: int  # index among the samples of all ranks; keys the random draws
     prompt: Prompt
-    limit: int  # tokens that it may have
+    limit: int  # maximum length in tokens, including the prompt
     generated: list[int] = field(default_factory=list)
-    codes_left: int = 0  # of the image that is being made; -1: its EOI is next
+    codes_left: int = 0  # codes left in the current image; -1: its EOI is next
     done: bool = False
 
     @property
@@ -57,14 +58,14 @@ class GenerationState:
 
 
 class Format:
-    """The rules of the format for one vocabulary and context (data.sequence_length)."""
+    """Rules of the document format for one vocabulary and context length (data.sequence_length)."""
 
-    TEXT, TEXT_OR_IMAGE, CODE, EOI = range(4)  # what may come next
+    TEXT, TEXT_OR_IMAGE, CODE, EOI = range(4)  # kinds of token allowed next
 
     def __init__(self, vocabulary: Vocabulary, context: int):
         self.vocabulary, self.context = vocabulary, context
         self.num_codes = vocabulary.image.num_codes if vocabulary.image else 0
-        self.cannot_draw = self._try_to_draw()  # then texts go on without images, though pictures may be read
+        self.cannot_draw = self._try_to_draw()  # if set, mixed samples get no images, but prompts may contain them
         code_V = vocabulary.modality_of == IMAGE
         text_V = ~code_V
         for marker in {vocabulary.pad, vocabulary.bos, vocabulary.boi, vocabulary.eoi} - {vocabulary.eos, None}:
@@ -72,10 +73,10 @@ class Format:
         boi_V, eoi_V = torch.zeros_like(text_V), torch.zeros_like(text_V)
         if vocabulary.boi is not None:
             boi_V[vocabulary.boi] = eoi_V[vocabulary.eoi] = True
-        self.masks_KV: Tensor = torch.stack([text_V, text_V | boi_V, code_V, eoi_V])  # bool, by what may come next
+        self.masks_KV: Tensor = torch.stack([text_V, text_V | boi_V, code_V, eoi_V])  # bool; K: kind of token
 
     def _try_to_draw(self) -> UserError | None:
-        """Why not, of a model without an image tokenizer, or with one that has no decoder."""
+        """Return the error if images cannot be decoded (no image tokenizer, or no decoder), else None."""
         try:
             self._image_tokenizer("make").decode(torch.zeros(1, self.num_codes, dtype=torch.int64))
         except UserError as error:
@@ -85,7 +86,7 @@ class Format:
     # ------------------------------------------------------------------------------------------------------- prompts
 
     def text_to_image(self, caption: str) -> Prompt:
-        """Raises UserError where caption and image do not fit the context, or the tokenizer cannot draw."""
+        """Build a prompt that asks for an image. Raises UserError if it is too long or images cannot be decoded."""
         if self.cannot_draw:
             raise self.cannot_draw
         v = self.vocabulary
@@ -100,11 +101,11 @@ class Format:
         return Prompt("image", (caption,), (v.bos, *text, v.boi), (v.bos, v.boi))
 
     def image_to_text(self, picture: Image.Image) -> Prompt:
-        """Raises UserError where the picture leaves no room in the context, or there is no image tokenizer."""
+        """Build a prompt that asks for a picture's text. Raises UserError if it is too long or cannot be encoded."""
         return self._checked("text", (picture,))
 
     def mixed(self, parts: Sequence[Part]) -> Prompt:
-        """Raises UserError for a prompt that is longer than the context."""
+        """Build a prompt of texts and pictures. Raises UserError if it is too long or cannot be encoded."""
         return self._checked("mixed", parts)
 
     def _checked(self, task: Task, parts: Sequence[Part]) -> Prompt:
@@ -132,20 +133,20 @@ class Format:
     # ------------------------------------------------------------------------------------------------------- samples
 
     def start(self, number: int, prompt: Prompt, max_tokens: int) -> GenerationState:
-        """A sample with nothing generated yet."""
+        """Create the state of a sample without generated tokens."""
         if prompt.task == "image":
             return GenerationState(number, prompt, len(prompt.tokens) + self.num_codes, codes_left=self.num_codes)
         return GenerationState(number, prompt, min(self.context, len(prompt.tokens) + max_tokens))
 
     def next(self, sample: GenerationState) -> int:
-        """What may come next: the row of masks_KV."""
+        """Return the kind of token allowed next, as a row number of masks_KV."""
         if sample.codes_left:
             return self.CODE if sample.codes_left > 0 else self.EOI
         fits = sample.length + self.num_codes + 2 <= sample.limit
         return self.TEXT_OR_IMAGE if sample.prompt.task == "mixed" and not self.cannot_draw and fits else self.TEXT
 
     def add(self, sample: GenerationState, token: int) -> None:
-        """Append a token that `next` allows; marks the sample done at its end."""
+        """Append a token allowed by `next`; mark the sample as done if it is complete."""
         sample.generated.append(token)
         if sample.codes_left > 0:
             sample.codes_left -= 1
@@ -158,7 +159,7 @@ class Format:
         sample.done = sample.length == sample.limit or token == self.vocabulary.eos
 
     def parts(self, tokens: Sequence[int]) -> list[str | list[int]]:
-        """Generated tokens as texts (without markers) and images (lists of codes of the image tokenizer)."""
+        """Split generated tokens into texts (without markers) and images (lists of the image tokenizer's codes)."""
         v = self.vocabulary
         found: list[str | list[int]] = []
         is_code = v.modality_of[torch.tensor(tokens, dtype=torch.int64)] == IMAGE
@@ -177,7 +178,7 @@ class Format:
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """Raises UserError where the file is missing or is no picture."""
+    """Read a picture file. Raises UserError if it is missing or not a picture."""
     try:
         return decode_image(Path(path).read_bytes())
     except OSError as error:

@@ -53,7 +53,7 @@ def test_equal_questions_share_their_weight():
 
 
 def test_an_empty_success_set_is_an_error():
-    with pytest.raises(UserError, match="the success set is empty: none of 40 samples was answered rightly"):
+    with pytest.raises(UserError, match="the success set is empty: none of 40 samples was answered correctly"):
         nearest(random_samples()[0], torch.zeros(40, dtype=torch.bool), k=3, sigma=None)
 
 

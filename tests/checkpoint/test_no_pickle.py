@@ -112,7 +112,7 @@ def test_an_index_leads_to_no_file_that_the_manifest_does_not_name(copied):
     index["tensors"]["master/embedding.weight"]["pieces"][0][2] = "aside.safetensors"
     forge(folder, "index.json", json.dumps(index).encode())
     for sentence in run_ranks(attempt, 2, job):
-        assert "index.json names the file aside.safetensors, which no manifest vouches for" in sentence
+        assert "index.json names the file aside.safetensors, which the manifest does not list" in sentence
 
 
 def test_a_planted_hugging_face_file_is_refused(tmp_path):

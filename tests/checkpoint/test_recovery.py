@@ -65,7 +65,7 @@ def test_a_damaged_newest_checkpoint_that_is_moved_away(interrupted, tmp_path):
     data[len(data) // 2] ^= 4
     file.write_bytes(data)
     error = the_error(*run_ranks_of_train(overrides, run_dir))
-    assert f"{file} is damaged: " in error and f"move {damaged} away to go on from the checkpoint before it" in error
+    assert f"{file} is damaged: " in error and f"move {damaged} away to continue from the checkpoint before it" in error
     damaged.rename(tmp_path / "away")
     codes, printed = run_ranks_of_train(overrides, run_dir)
     assert codes == [0, 0], printed

@@ -47,7 +47,7 @@ def test_a_damaged_newest_one_is_not_passed_over(tmp_path):
     damaged = put(tmp_path, 2, complete=False)
     with pytest.raises(UserError) as caught:
         resolve_resume(recipe(f"run.dir={tmp_path}"))
-    remedy = f"restore it, or move {damaged} away to go on from the checkpoint before it"
+    remedy = f"restore it, or move {damaged} away to continue from the checkpoint before it"
     assert str(caught.value) == f"{damaged / 'state.json'} is missing; {remedy}"
     damaged.rename(tmp_path / "elsewhere")
     assert newest_complete(tmp_path) == checkpoint_path(tmp_path, 1)

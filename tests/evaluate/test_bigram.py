@@ -1,4 +1,4 @@
-"""The bigram baseline: a proper distribution, near the truth where the truth is known, better than lesser baselines."""
+"""The bigram baseline: a normalised distribution, close to a known source, and better than simpler baselines."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ V = SmallVocabulary
 
 
 def chain_store(seed, count, transition):
-    """Texts and images drawn from a known Markov chain; a document's first id is drawn evenly."""
+    """Return texts and images drawn from a known Markov chain; the first id of a document is uniform."""
     rng = np.random.default_rng(seed)
 
     def walk(first, last, length):
@@ -35,7 +35,7 @@ def chain_store(seed, count, transition):
 
 
 def test_probabilities_of_every_context_add_up_to_one():
-    """Contexts and successors that were never seen included."""
+    """This includes contexts and successors that do not occur in the training documents."""
     bigram = Bigram.fit(random_store(0, pairs=12, texts=8), V, data_config())
     for context in range(V.size):
         p = np.exp(bigram.log_probability(Bigrams(np.full(V.size, context), np.arange(V.size))))
@@ -51,7 +51,7 @@ def test_text_only_captionless_and_tiny_stores(kinds):
 
 
 def test_by_hand_with_plain_counts():
-    """Without its discount the model must be the relative frequencies; the discount moves mass, it makes none."""
+    """Without the discount, the model gives the relative frequencies. The discount moves probability mass only."""
     store = MemoryStore([MemoryDocument(np.array([10, 11, 10, 12]), None)] * 50)
     bigram = Bigram.fit(store, V, data_config())
     p = np.exp(bigram.log_probability(Bigrams(np.array([10, 10, 11, V.bos]), np.array([11, 12, 10, 10]))))
@@ -77,7 +77,7 @@ def test_approaches_the_true_chain_and_beats_the_unigram():
         mask = batch.loss_mask_T & (batch.target_modality_T == IMAGE) & (batch.info.modality_T == IMAGE)
         a, b = batch.tokens_T[mask] - V.first_image, batch.targets_T[mask] - V.first_image
         within += (-np.log(image[a.numpy(), b.numpy()])).tolist()
-    # One of 8 codes is drawn evenly after BOI, 7 follow the chain; no bigram can know that EOI comes after the eighth.
+    # The first of 8 codes is uniform, 7 follow the chain; no bigram model can know that EOI follows the eighth.
     truth = (np.mean(within) + np.log(8 / 7)) * 7 / 8 + uniform / 8
     assert truth < uniform - 0.5
     assert abs(result["eval/loss/image"] - truth) < 0.01
@@ -95,7 +95,7 @@ def test_losses_cover_exactly_the_counted_predictions():
 
 
 def test_repeated_captions_do_not_fool_the_fit():
-    """Every document occurs four times: fitted on copies of what was counted, the smoothing would vanish."""
+    """Every document occurs four times. The smoothing would vanish if fitted on copies of counted documents."""
     rng = np.random.default_rng(0)
     transition = rng.dirichlet(np.full(V.size, 0.5), V.size)
     once, held = chain_store(0, 150, transition), chain_store(1, 300, transition)
@@ -122,7 +122,7 @@ def test_on_real_emoji_it_beats_the_unigram_and_ignores_shuffled_captions(emoji_
     modality = vocabulary.modality_of[targets]
     for name, m in (("text", TEXT), ("image", IMAGE)):
         share = torch.bincount(targets[modality == m]).double() / (modality == m).sum()
-        entropy = -torch.special.xlogy(share, share).sum()  # the loss of the held-out split's own best unigram
+        entropy = -torch.special.xlogy(share, share).sum()  # the loss of the split's own best unigram
         assert result[f"eval/loss/{name}"] < entropy - 0.3
     shuffled = mean_losses(bigram.token_losses, batches(ShuffledCaptions(held)), Layout())
     assert shuffled["eval/loss/image"] == pytest.approx(result["eval/loss/image"], abs=0.05)

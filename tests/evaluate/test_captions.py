@@ -1,4 +1,4 @@
-"""What captions are worth, against plain loops over the documents."""
+"""The caption gain compared with plain loops over the documents."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ TABLE = 3 * torch.randn(V.size, V.size, generator=torch.Generator().manual_seed(
 
 
 def store():
-    """Three drawings of each of eleven things, of which the first code is the same; texts, to be ignored."""
+    """Return three drawings of each of eleven things, equal in their first code, and texts that must be ignored."""
     rng = np.random.default_rng(0)
     documents = random_store(1, texts=5).documents
     for thing in range(11):
@@ -29,7 +29,7 @@ def store():
 
 
 def reads_the_caption(batch):
-    """Predicts every token from the first word of its document, as does the naive loop."""
+    """Predict every token from the first word of its document, as the naive loop does."""
     start_T = torch.arange(batch.info.num_tokens) - batch.info.position_T
     return SimpleNamespace(logits_TV=TABLE[batch.tokens_T[(start_T + 1).clamp(max=batch.info.num_tokens - 1)]])
 

@@ -1,4 +1,4 @@
-"""Option scoring, accuracies and comparisons, against items answered by hand."""
+"""Option scoring, accuracies and comparisons, checked on items answered by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Output:
 
 
 def items(end, sample, *, domain=0):
-    """A micro-batch whose prompts end at these tokens."""
+    """Build a micro-batch whose prompts end at these tokens."""
     batch = make_batch(torch.ones(TOKENS, dtype=torch.bool))
     sidecar = {
         "prompt_end_S": torch.tensor(end, dtype=torch.int64),
@@ -40,7 +40,7 @@ def items(end, sample, *, domain=0):
 
 
 def forward(batch):
-    """Says the option (sample mod 4), with another token likelier than every option."""
+    """Prefer the option (sample mod 4); a token that is not an option is more likely than all options."""
     logits_TV = torch.randn(TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(3)).clamp(-2, 2)
     ends, samples = (batch.sidecar.get(key, torch.zeros(0)).tolist() for key in ("prompt_end_S", "sample_S"))
     for end, sample in zip(ends, samples):
@@ -50,9 +50,9 @@ def forward(batch):
 
 
 BATCHES = [
-    items([4, 9, 20], [40, 13, 26]),  # says 0, 1, 2: the third is wrong
+    items([4, 9, 20], [40, 13, 26]),  # answers 0, 1, 2: the third is wrong
     items([], []),
-    items([7, 23], [101, 13], domain=1),  # says 1: wrong; 13 comes a second time and does not count again
+    items([7, 23], [101, 13], domain=1),  # answers 1: wrong; 13 occurs twice and counts once
 ]
 
 
@@ -93,7 +93,7 @@ def test_every_rank_gets_all_answers():
 
 
 def test_options_that_begin_alike_are_never_right():
-    """The right one of 26 begins like the option that is said, that of 40 too; of 13 only wrong ones begin alike."""
+    """The correct options of 26 and 40 share their first token with the answer; in 13 only wrong options share one."""
     alike = CHOICES | {26: Choice((11, 3, 7, 7), 3), 13: Choice((5, 3, 7, 7), 1), 40: Choice((11, 11, 7, 5), 0)}
     assert answer(forward, BATCHES[:1], alike, Layout()).right_N.tolist() == [True, False, False]
 

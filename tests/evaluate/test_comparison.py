@@ -1,4 +1,4 @@
-"""The references beside a held-out loss: a bigram model ties with itself, and a model that learns beats it honestly."""
+"""References for the held-out loss: a bigram model ties with itself, and a model that learns beats it."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ WORDS, CODES = 8, 6
 
 
 def paired_store(seed, count):
-    """Two words name a picture: the first its first half, the second the other. A bigram sees only one token back."""
+    """Return pictures named by two words, one for each half. A bigram model sees only one token back."""
     table = np.random.default_rng(0).integers(V.first_image, V.size, (2, WORDS, CODES // 2))
     rng = np.random.default_rng(seed)
     documents = []
@@ -54,7 +54,7 @@ def test_the_bigram_model_as_the_model_ties_with_the_reference():
 
 @pytest.mark.slow
 def test_a_small_moma_beats_the_bigram_model_and_needs_its_captions():
-    """Loader, model, objective and evaluation together; a caption tells what the image is, and the reverse."""
+    """Loader, model, objective and evaluation work together. A caption determines its image, and the reverse."""
     sizes = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "init_std": 0.05}
     model = Transformer(validate(ModelConfig, sizes | {"ffn": MOMA}, "test"), V.size, Layout(), seed=0)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)

@@ -1,4 +1,4 @@
-"""Conditional losses against plain loops over the documents."""
+"""Conditional losses compared with plain loops over the documents."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ DATA = data_config()
 
 
 def store():
-    """Pairs, among them one without a caption and one whose caption is cut; texts and an instruction, to be ignored."""
+    """Return pairs, one without a caption and one with a cut caption, and texts and an instruction to be ignored."""
     documents = random_store(1, pairs=23, texts=9).documents
     rng = np.random.default_rng(0)
     documents += [

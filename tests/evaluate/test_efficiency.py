@@ -11,7 +11,7 @@ def test_a_curve_that_needs_a_third_of_the_arithmetic_has_eta_three():
     loss = 2 + (flops / 1e12) ** -0.3
     faster = 2 + (3 * flops / 1e12) ** -0.3
     found = eta(flops, loss, flops, faster)
-    np.testing.assert_allclose(found[30:], 3, rtol=2e-3)  # before, the points are too far from each other
+    np.testing.assert_allclose(found[30:], 3, rtol=2e-3)  # earlier points are too far apart
 
 
 def test_a_noisy_curve_is_not_ahead_of_itself():
@@ -20,7 +20,7 @@ def test_a_noisy_curve_is_not_ahead_of_itself():
 
 
 def test_another_price_of_a_step_counts():
-    """Equal loss at each step, but each costs twice as much."""
+    """Both models have the same loss at each step, but a step of one costs twice as much."""
     loss = 1 / STEPS
     np.testing.assert_allclose(eta(STEPS, loss, 2 * STEPS, loss), 0.5)
 

@@ -1,4 +1,4 @@
-"""Intervals and the exact test, against published figures and what they promise."""
+"""Intervals and the exact test, compared with published figures and their nominal coverage."""
 
 import math
 import random
@@ -26,11 +26,11 @@ def test_mcnemar_is_the_binomial_tail():
     assert mcnemar(0, 0) == 1.0 and mcnemar(5, 5) == 1.0
     assert mcnemar(0, 5) == mcnemar(5, 0) == pytest.approx(2 / 32)
     assert mcnemar(2, 8) == pytest.approx(2 * (1 + 10 + 45) / 1024)
-    assert 0 < mcnemar(3000, 3400) < 1e-5  # numbers too large for floating point factorials
+    assert 0 < mcnemar(3000, 3400) < 1e-5  # too large for floating-point factorials
 
 
 def test_the_paired_interval_covers_as_often_as_it_says():
-    """Pairs drawn with a known difference: about 95 % of the intervals hold it."""
+    """For pairs drawn with a known difference, about 95 % of the intervals contain it."""
     draw, items, p_gained, p_lost = random.Random(0), 150, 0.15, 0.08
     covered = 0
     for _ in range(2000):

@@ -1,4 +1,4 @@
-"""Held-out losses against sums by hand, at one and at several ranks."""
+"""Held-out losses compared with sums by hand, on one and on several ranks."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from tests.support.synthetic_store import SmallVocabulary, data_config, random_s
 
 
 def table_forward(batch):
-    """A model whose logits depend on the token alone; it must be called without gradients."""
+    """Return logits that depend only on the token. Must be called without gradients."""
     assert not torch.is_grad_enabled()
     table = torch.randn(SmallVocabulary.size, SmallVocabulary.size, generator=torch.Generator().manual_seed(0))
     return SimpleNamespace(logits_TV=table.bfloat16()[batch.tokens_T])
@@ -47,7 +47,7 @@ def test_a_modality_without_predictions_has_no_key():
 
 
 def in_domains(given):
-    """Every third token is of no domain, the others of one of two by turns."""
+    """Give every third token no domain and the others one of two domains in turn."""
     for batch in given:
         domain_T = torch.arange(batch.info.num_tokens) % 3 - 1
         yield replace(batch, sidecar={"domain_T": domain_T})

@@ -1,4 +1,4 @@
-"""Whole samples: with a cache, in a batch, on ranks, guided, they are those of a loop without any of it."""
+"""Whole samples: with a cache, batches, ranks and guidance, they equal those of a plain loop."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ MODELS = {
     "top_k": {"ffn": TOP_K},
     "null": {"ffn": NULL},
     "by_modality": {"ffn": BY_MODALITY},
-    "moma-depth": {"ffn": CAUSAL_MOMA, **DEPTH},  # auxiliary routers decide about experts and depth
+    "moma-depth": {"ffn": CAUSAL_MOMA, **DEPTH},  # auxiliary routers for experts and depth
 }
 GREEDY = Sampling(temperature=0.0)
 DRAWN = Sampling(temperature=1.3, top_p=0.9, seed=3)
@@ -45,7 +45,7 @@ def test_a_batch_equals_each_sample_alone_without_a_cache(name, sampling, form, 
 @pytest.mark.parametrize("name", ["top_k", "by_modality", "moma-depth"])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_two_expert_parallel_ranks_give_the_samples_of_one_process(name, sampling, tokenizers):
-    """Nine samples, five and four, which end at different steps: a rank that is done takes part until the other is."""
+    """Nine samples (five and four) end at different steps. A rank that is done takes part until the other is done."""
     alone = generate_on_rank(-1, tokenizers, MODELS[name], sampling, False)
     ranks = run_ranks(generate_on_rank, 2, tokenizers, MODELS[name], sampling, False)
     assert ranks[0] | ranks[1] == alone and len(ranks[0]) == 5
@@ -66,7 +66,7 @@ def test_guidance_equals_the_formula_without_a_cache(name, scale, form, tokenize
 
 
 def test_a_guided_sample_without_a_caption_is_an_unguided_one(form):
-    """The row that guidance compares with is the prompt as caption dropout leaves it: for no caption, the same."""
+    """The unconditional row is the prompt after caption dropout, so without a caption both rows are equal."""
     empty = make_samples(form, guided=True)[2]
     assert empty.prompt.tokens == empty.prompt.unconditional
     model = make_model(MODELS["dense"], form)
@@ -77,7 +77,7 @@ def test_a_guided_sample_without_a_caption_is_an_unguided_one(form):
 
 
 def test_more_samples_than_ranks_have_prompts(tokenizers, form):
-    """Ranks without a sample take part from the first step on."""
+    """Ranks without a sample take part from the first step."""
     alone = make_samples(form)[3]
     generate(make_model(MODELS["top_k"], form), [alone], form, DRAWN, Layout(), lambda left: None)
     ranks = run_ranks(_one_sample, 2, tokenizers)
@@ -94,7 +94,7 @@ def _one_sample(rank, tokenizers):
 
 @pytest.mark.parametrize("ffn", [EXPERT_CHOICE, MOMA], ids=["moe_8x", "moma"])
 def test_routing_that_looks_ahead_is_refused(ffn):
-    with pytest.raises(UserError, match="looks at later tokens"):
+    with pytest.raises(UserError, match="depends on later tokens"):
         check_can_generate(Transformer(model_config(ffn), 50, Layout(), seed=0))
 
 

@@ -1,4 +1,4 @@
-"""The format: what may come next, what a prompt looks like beside the loader's documents, and what is refused."""
+"""The document format: tokens allowed next, prompts compared with the loader's documents, and errors."""
 
 import random
 
@@ -24,7 +24,7 @@ def form(tokenizers):
 
 
 def loader_tokens(form, caption, codes, *, image_first, caption_dropout=0.0):
-    """The document as training reads it."""
+    """Return the document as training reads it."""
     text = np.array(form.vocabulary.text.encode(caption), dtype=np.int64)
     store = MemoryStore([MemoryDocument(text, form.vocabulary.image_code(np.array(codes)))])
     assemble = Assembler(
@@ -58,7 +58,7 @@ def test_prompts_are_the_beginnings_of_the_loaders_documents(form):
 
 @pytest.mark.parametrize("seed", range(30))
 def test_any_walk_through_what_is_allowed_is_a_document(form, seed):
-    """An image has exactly its number of codes between BOI and EOI, is never cut, and nothing else is a code."""
+    """An image has exactly its number of codes between BOI and EOI and is never cut. No code occurs elsewhere."""
     draw, v = random.Random(seed), form.vocabulary
     prompts = (form.mixed(["a"]), form.mixed([PICTURE]), form.image_to_text(PICTURE), form.text_to_image("a"))
     sample = form.start(0, prompts[seed % 4], max_tokens=draw.randint(1, 40))
@@ -103,7 +103,7 @@ def test_parts_are_texts_and_pictures(form):
 
 def test_a_tokenizer_whose_markers_are_one_token_can_end_a_text(tokenizers):
     text = load_text_tokenizer(tokenizers / "text.model")
-    text.pad = text.bos = text.eos  # GPT-2's
+    text.pad = text.bos = text.eos  # as in GPT-2
     form = Format(Vocabulary(text), CONTEXT)
     assert form.masks_KV[form.TEXT, text.eos]
 
@@ -111,7 +111,7 @@ def test_a_tokenizer_whose_markers_are_one_token_can_end_a_text(tokenizers):
 def test_bad_prompts(form, tokenizers, tmp_path):
     with pytest.raises(UserError, match=r"an image of 16 codes and 4 markers need \d+, and data.sequence_length=48 "):
         form.text_to_image("a long caption " * 10)
-    room = len(form.text_to_image("the sun").tokens) + 16 + 2  # with BOS and BOI; codes; EOI and EOS
+    room = len(form.text_to_image("the sun").tokens) + 16 + 2  # BOS, BOI, codes, EOI, EOS
     make_format(tokenizers, room).text_to_image("the sun")
     with pytest.raises(UserError, match=f"need {room}, and data.sequence_length={room - 1} would cut the image"):
         make_format(tokenizers, room - 1).text_to_image("the sun")
@@ -142,4 +142,4 @@ def test_weights_without_a_decoder_say_so_at_once(form, tokenizers):
     with pytest.raises(UserError, match="holds no decoder"):
         blind.text_to_image("a")
     allowed = [f.next(f.start(0, f.mixed(["a"]), max_tokens=18)) for f in (form, blind)]
-    assert allowed == [Format.TEXT_OR_IMAGE, Format.TEXT]  # a text goes on, without images that could not be drawn
+    assert allowed == [Format.TEXT_OR_IMAGE, Format.TEXT]  # a text continues without images, which could not be decoded

@@ -1,4 +1,4 @@
-"""Sampling against plain Python: guidance, temperature, top-p, and draws that follow the probabilities."""
+"""Sampling compared with plain Python: guidance, temperature, top-p, and draws that follow the probabilities."""
 
 import math
 
@@ -15,7 +15,7 @@ SAMPLES, VOCABULARY = 6, 30
 
 
 def naive_choice(logits, allowed, sampling, sample, position):
-    """One sample on Python floats."""
+    """Draw one sample with Python floats."""
     ids = [i for i in range(len(logits)) if allowed[i]]
     if sampling.temperature == 0:
         return max(ids, key=lambda i: (logits[i], -i))

@@ -1,4 +1,4 @@
-"""Both stages as a user starts them: mixture-of-depths on two ranks, then auxiliary routers, then evaluation."""
+"""Both training stages as a user starts them: mixture-of-depths on two ranks, then auxiliary routers; evaluation."""
 
 import json
 
@@ -24,7 +24,7 @@ def test_mixture_of_depths_then_causal_routers_then_evaluation(overrides, tmp_pa
     assert done.returncode == 0, done.stderr
     start = metrics_of(first)
     assert not undeclared(start[-1]) and not start[-1]["causal"]
-    for layer in (0, 2):  # each modality at its share, but for rounding up in every group
+    for layer in (0, 2):  # each modality at its fraction, rounded up in every group
         for modality in ("text", "image"):
             assert 0.25 <= start[-1][f"moe/{layer}/admitted/{modality}"] < 0.3
     assert "moe/1/admitted/text" not in start[-1]
@@ -36,7 +36,7 @@ def test_mixture_of_depths_then_causal_routers_then_evaluation(overrides, tmp_pa
     assert not undeclared(lines[-1]) and lines[-1]["loss/causal_routers"] < lines[0]["loss/causal_routers"]
     for key in ("moe/0/depth_accuracy", "moe/2/depth_recall", "moe/1/auxiliary_accuracy/text"):
         assert 0 <= lines[-1][key] <= 1
-    # All but the auxiliary routers is as it was, and so is the loss with the routing of training.
+    # Only the auxiliary routers have changed, so the loss with the training routing has not.
     assert lines[-1]["eval/loss"] == pytest.approx(start[-1]["eval/loss"], abs=1e-6)
 
     done = launch_tool(ALONE, "evaluate.py", [str(second), "parallel.expert=1"])
@@ -45,10 +45,10 @@ def test_mixture_of_depths_then_causal_routers_then_evaluation(overrides, tmp_pa
     assert found["eval/loss"] == pytest.approx(lines[-1]["eval/loss"], abs=ONE_DECISION)
     assert {"eval/causal/loss", "eval/causal/loss/text", "eval/causal/loss/image"} <= found.keys()
     assert abs(found["eval/causal/loss"] - found["eval/loss"]) > 1e-6
-    assert {"causal", "non-causal"} <= set(done.stdout.split())  # rows of the table say which they are
+    assert {"causal", "non-causal"} <= set(done.stdout.split())  # each row of the table names its routing
     for key in ("eval/loss", "eval/causal/loss", "eval/bigram", "eval/shuffled/loss"):
         assert f"{found[key]:.3f}" in done.stdout, key
-    gains = [line for line in " ".join(done.stdout.split()).split("Before an image") if "nats a code" in line]
+    gains = [line for line in " ".join(done.stdout.split()).split("Before an image") if "nats per code" in line]
     assert len(gains) == 2 and "non-causal" in gains[0] and "non-causal" not in gains[1]
 
     done = launch_tool(ALONE, "evaluate.py", [str(first), "parallel.expert=1"])

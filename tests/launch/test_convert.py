@@ -1,4 +1,4 @@
-"""The command lines, as a user calls them: what they write, and one sentence for what they refuse."""
+"""The conversion commands as a user calls them: their output, and one sentence for each error."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def test_import_then_upcycle(tmp_path, capsys):
 
 
 def verify_run(tmp_path):
-    """A run folder with three checkpoints: whole, with one bit flipped, with a file cut short; and a partial one."""
+    """Make a run folder with four checkpoints: complete, with one bit flipped, with a truncated file, and partial."""
     save_llama(tmp_path / "hf")
     run = tmp_path / "run" / "checkpoints"
     for step in (1, 2, 3):
@@ -124,7 +124,7 @@ def test_a_damaged_package_is_named(tmp_path):
 
 
 def train(recipe, *, out, ranks=1, resume="auto"):
-    """Run launch/train.py on a recipe; the lines of its metrics, and everything it said."""
+    """Run launch/train.py on a recipe. Returns the lines of its metrics, its output and its exit status."""
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe | {"run": {"dir": str(out), "resume": resume}}))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -142,7 +142,7 @@ def train(recipe, *, out, ranks=1, resume="auto"):
 
 @pytest.mark.slow
 def test_a_run_starts_from_imported_weights_dense_and_upcycled(emoji_samples, tmp_path):
-    """Two ranks with the experts spread: the first loss from upcycled weights is the one from the dense weights."""
+    """On two ranks with distributed experts, upcycled weights give the same first loss as the dense weights."""
     save_llama(tmp_path / "hf", vocab_size=300, tie_word_embeddings=True)
     save_tokenizer(tmp_path / "hf", bos_token="<|start|>", eos_token="<|end|>")
     texts = [sample.caption for sample in emoji_samples] * 3
@@ -188,7 +188,7 @@ def test_a_run_starts_from_imported_weights_dense_and_upcycled(emoji_samples, tm
 
 @pytest.mark.slow
 def test_an_upcycled_stage_goes_on_in_the_data_and_starts_its_schedule_again(overrides, tmp_path):
-    """A 1t1i seed of four steps, one process; upcycled after two, and two more on two expert-parallel ranks."""
+    """A 1t1i seed runs four steps on one process. Upcycled after two, it runs two on two expert-parallel ranks."""
     child = "{{type: expert_choice, num_experts: {}}}"
     router = "model.ffn.router={{type: modality, text: {0}, image: {0}}}"
     one, two = (router.format(child.format(number)) for number in (1, 2))

@@ -1,4 +1,4 @@
-"""What cannot be done ends every rank by itself, with one sentence and without a hang: no launcher ends these ranks."""
+"""Failing runs end every rank by itself, with one sentence and without a hang: no launcher ends these ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.launching import ALONE, MOMA, TORCHRUN, bare_ranks, launch, l
 
 
 def all_failed_with(outcomes: list[tuple[int, str]], sentence: str) -> None:
-    """Every rank exits with status 2; rank 0 alone says why, without a traceback of anybody."""
+    """Check that every rank exits with status 2, that only rank 0 prints the reason, and that there is no traceback."""
     everything = "\n".join(f"rank {rank}:\n{output}" for rank, (_, output) in enumerate(outcomes))
     assert [status for status, _ in outcomes] == [2] * len(outcomes), everything
     told = [[line for line in output.splitlines() if line.startswith("error: ")] for _, output in outcomes]
@@ -34,7 +34,7 @@ def all_failed_with(outcomes: list[tuple[int, str]], sentence: str) -> None:
     assert "Traceback" not in everything, everything
 
 
-# --- what the recipe gets wrong, before any data are read (they are not there)
+# --- errors in the recipe, found before any data are read (there are none)
 
 
 def test_a_wrong_key_is_told_before_the_imports_that_take_seconds():
@@ -84,7 +84,7 @@ def test_a_wrong_recipe(world, override, sentence):
     ],
 )
 def test_heads_that_flash_attention_refuses(device, bf16, size, fits):
-    """Only where it is used: in bf16 on a GPU."""
+    """FlashAttention limits the head size only where it is used: in bf16 on a GPU."""
     config = load_config(MOMA, [f"model.head_size={size}", f"deepspeed.bf16.enabled={bf16}"])
     layout = Layout(world=2, expert=2, device=torch.device(device))
     with nullcontext() if fits else pytest.raises(UserError, match=f"heads of size {size} .* multiple of 8 up to 256"):
@@ -123,7 +123,7 @@ def test_an_environment_that_is_no_number(name, tmp_path):
 
 @pytest.mark.slow
 def test_an_evaluation_of_nothing_is_told_before_the_launcher_ends_the_ranks(tmp_path):
-    """Under a launcher that ends the others at the first rank's exit."""
+    """The launcher ends the other ranks as soon as the first one exits."""
     for folder, sentence in ((tmp_path / "none", "none"), (tmp_path, "holds no complete checkpoint")):
         if folder.exists():
             shutil.copy(ROOT / MOMA, folder / "config.yaml")
@@ -133,12 +133,12 @@ def test_an_evaluation_of_nothing_is_told_before_the_launcher_ends_the_ranks(tmp
         assert len(told) == 1 and sentence in told[0], done.stderr
 
 
-# --- what the disk refuses
+# --- errors of the disk
 
 
 @pytest.mark.slow
 def test_a_shard_that_cannot_be_read(overrides, tmp_path):
-    """Only rank 1 reads the second shard."""
+    """Only rank 1 reads the second shard, which is a folder instead of a file."""
     shard = sorted((tmp_path / "shards" / "train").glob("*.tar"))[1]
     shard.unlink()
     shard.with_name(shard.name + ".index.json").unlink()
@@ -148,9 +148,9 @@ def test_a_shard_that_cannot_be_read(overrides, tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_in_the_middle_of_a_run(overrides, tmp_path):
-    """Rank 0 may write no file over 6,000 bytes: metrics.jsonl grows beyond it after a few steps."""
+    """Rank 0 may not write files over 6,000 bytes; metrics.jsonl exceeds this after a few steps."""
     overrides = [*overrides, "checkpoint.every=0", "eval.every=0", "train.steps=100", "telemetry.tensorboard=false"]
-    assert launch(ALONE, [*overrides, "train.stop_after=1", "parallel.expert=1"]).returncode == 0  # tokenises
+    assert launch(ALONE, [*overrides, "train.stop_after=1", "parallel.expert=1"]).returncode == 0  # fills the cache
     limit = 6000
     outcomes = bare_ranks(
         [*overrides, "run.resume=none"],
@@ -164,7 +164,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_run(overrides, tmp_path):
     assert status["step"] > 2
 
 
-# --- what is wrong with the data, on two ranks that live on
+# --- errors in the data, on two ranks that several tests share
 
 
 def _open_data(rank: int, config: Config, cache: str) -> str | None:
@@ -180,7 +180,7 @@ def _open_data(rank: int, config: Config, cache: str) -> str | None:
 
 
 def _cache_in_the_way(shards: Path) -> None:
-    """Tokens can lie neither beside the shards nor in the user's cache folder."""
+    """Make it impossible to write tokens next to the shards or in the user's cache folder."""
     (shards / "train" / "tokens").write_text("a file")
     (shards.parent / "cache").write_text("a file")
 
@@ -230,7 +230,7 @@ def test_bad_data_on_ranks(spoil, sentence, overrides, tokenizers, tmp_path):
     assert told[0] is None if sentence is None else sentence in told[0], told[0]
 
 
-# --- the tools
+# --- errors of the other commands
 
 
 TOOLS = [

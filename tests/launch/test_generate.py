@@ -1,4 +1,4 @@
-"""launch/generate.py as a user starts it: the files it writes, the same ones at every layout, and its refusals."""
+"""launch/generate.py as a user starts it: the same files at every layout, and its errors."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Training on instructions of two corpora, as a user starts it: the domains' experts are measured and drawn."""
+"""Training on instructions of two corpora as a user starts it: each domain's use of experts is measured and plotted."""
 
 import json
 
@@ -11,7 +11,7 @@ from tests.support.launching import ALONE, TORCHRUN, launch
 
 
 def write_questions(samples, folder, domain):
-    """About the fixtures' pictures, each of its split."""
+    """Write questions about the fixtures' pictures, each in its split."""
     write_shards(
         [
             Sample(s.key, s.split, s.png, None, {"prompt": "What is it?", "answer": f" {s.caption}", "domain": domain})
@@ -23,7 +23,7 @@ def write_questions(samples, folder, domain):
 
 
 def write_two_domains(samples, tmp_path):
-    """Overrides that name them, and make any quickstart small."""
+    """Write two domains. Returns overrides that name them and make any quickstart small."""
     noto, fluent = ([s for s in samples if s.meta["vendor"] == vendor] for vendor in ("noto", "fluent"))
     folders = [write_questions(noto, tmp_path / "noto", "noto"), write_questions(fluent, tmp_path / "fluent", "fluent")]
     return [f"data.shards={[str(folder) for folder in folders]}", "data.max_bad_fraction=0.5"]
@@ -54,7 +54,7 @@ def test_two_domains_over_two_ranks(emoji_samples, tokenizers, tmp_path):
 
 @pytest.mark.slow
 def test_llava_mole_and_its_control_start_from_the_dense_quickstart(emoji_samples, overrides, tmp_path):
-    """The shipped recipes, in small: what they name of the dense model, what they train, what they report."""
+    """Small versions of the shipped recipes: the tensors they load, the parameters they train, their metrics."""
     dense = [*overrides, f"run.dir={tmp_path / 'dense'}", "train.stop_after=1"]
     assert launch(ALONE, dense, config="configs/dense_quickstart.yaml").returncode == 0
     questions = [*write_two_domains(emoji_samples, tmp_path), f"init_from.checkpoint={tmp_path / 'dense'}"]

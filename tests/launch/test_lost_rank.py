@@ -1,6 +1,6 @@
-"""kill -9 of one rank under a launcher: the run ends within a bounded time, and no rank is left behind.
+"""kill -9 of one rank under a launcher: the run ends within a bounded time and leaves no rank running.
 
-Ranks that nobody looks after: tests/checkpoint/test_kills.py.
+tests/checkpoint/test_kills.py tests ranks without a launcher.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from moe_dist.parallel.discovery import free_port
 from tests.support.launching import DEEPSPEED, MPIEXEC, TORCHRUN, start
 from tests.support.long import LONG
 
-BOUND = 120.0  # seconds; far below the half hour after which a collective gives up by itself
+BOUND = 120.0  # seconds; far below the 30-minute timeout of a collective
 
 
 def ranks_of(run_dir: Path) -> dict[int, int]:
-    """Process ids of a run's ranks, by rank: from the environment in which a launcher started them."""
+    """Return the process ids of a run's ranks, by rank, found by the environment that a launcher gave them."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,4 @@
-"""RoMA's whole pipeline in small, on two ranks: tune, collect, find neighbours, tune the routers, compare."""
+"""Small version of RoMA's pipeline on two ranks: tune, collect, find neighbours, tune the routers, compare."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ROUTERS = "layers.1.ffn.router.*"
 
 
 def item(number: int, split: str) -> Sample:
-    """Which option is the word? Easy enough that a small model gets some of them right."""
+    """Make an item that asks which option is a given word, so that a small model answers some items correctly."""
     draw = random.Random(f"{split} {number}")
     options = draw.sample(WORDS, 4)
     correct = draw.randrange(4)
@@ -50,7 +50,7 @@ def item(number: int, split: str) -> Sample:
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """Items, tokenizer, a tiny sentence-embedding model, a recipe, and a tuned run with its store."""
+    """Make items, a tokenizer, a tiny sentence-embedding model, a recipe, and a tuned run with its store."""
     folder = tmp_path_factory.mktemp("roma")
     samples = [item(n, "train") for n in range(60)] + [item(n, "validation") for n in range(40)]
     write_shards(samples, folder / "shards", samples_per_shard=16)
@@ -89,7 +89,7 @@ def work(tmp_path_factory) -> Path:
 
 
 def make_embedder(folder: Path) -> None:
-    """A BERT of random weights: texts that share words still come out alike."""
+    """Save a BERT with random weights; texts that share words still get similar embeddings."""
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *letters, *(f"##{c}" for c in letters)]
     folder.mkdir()
@@ -101,7 +101,7 @@ def make_embedder(folder: Path) -> None:
 
 
 def train_on(rank: int, recipe: str, overrides: list[str]) -> str:
-    """The UserError's sentence, or nothing."""
+    """Train a recipe. Returns the name and message of an exception, or nothing."""
     try:
         train(load_config(recipe, overrides))
     except Exception as error:
@@ -170,7 +170,7 @@ def test_runs_are_compared_and_answers_kept(work, capfd):
     run_ranks(compare_on, 1, [*arguments, "parallel.expert=2"])
     assert (work / "tuned" / "multiple_choice.json").stat().st_mtime_ns == kept, "answered twice"
     assert json.loads((work / "comparison.json").read_text()) == first
-    run_ranks(compare_on, 1, arguments)  # another layout: the recipe's keys differ, the answers do not
+    run_ranks(compare_on, 1, arguments)  # another layout changes the recipe's keys but not the answers
     assert json.loads((work / "comparison.json").read_text()) == first
 
 

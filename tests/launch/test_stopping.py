@@ -1,4 +1,4 @@
-"""A run that is told to stop: real ranks meet real signals at exact moments; resumed, it is bitwise the whole run."""
+"""Stopping a run: real ranks get real signals at exact moments; resumed, the run is bitwise the undisturbed one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def checkpoints(run):
 
 
 def train(overrides, *rules):
-    """Both ranks end well, whatever signals they meet."""
+    """Run training on two ranks with planted signals and check that both exit cleanly."""
     outcomes = bare_ranks(overrides, variables=signals_at(*rules))
     assert [status for status, _ in outcomes] == [0, 0], outcomes
     assert not any("Traceback" in output for _, output in outcomes), outcomes
@@ -33,20 +33,20 @@ def train(overrides, *rules):
 def test_stopped_at_every_turn_and_still_bitwise_the_whole_run(overrides, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
 
-    train(overrides, f"1:SIGUSR1:{TOKENISE}:1")  # one rank, in the set-up of a new run
+    train(overrides, f"1:SIGUSR1:{TOKENISE}:1")  # to one rank, during the set-up of a new run
     assert status_of(run) == ("stopped", 0, "SIGUSR1", True)
     assert sorted(path.name for path in run.iterdir()) == ["health.json", "status.json"]
 
-    train(overrides, f"1:SIGUSR2:{STEP}:2")  # one rank, in a step: it ends before the checkpoint that was due
+    train(overrides, f"1:SIGUSR2:{STEP}:2")  # to one rank, in a step: the run stops before the next periodic checkpoint
     assert (status_of(run), checkpoints(run)) == (("stopped", 2, "SIGUSR2", True), ["step_00000002"])
 
-    # Rank 1 in a step, rank 0 in the evaluation after it, twice: the checkpoint due at step 4 is the last one.
+    # To rank 1 in a step, to rank 0 in the evaluation after it and in the save: the checkpoint at step 4 is the last.
     train(overrides, f"1:SIGUSR1:{STEP}:2", "0:SIGTERM:evaluate:1", "0:SIGTERM:Run.save:1")
     assert (status_of(run), checkpoints(run)) == (("stopped", 4, "SIGTERM", True), ["step_00000002", "step_00000004"])
 
-    # In the background it may be written during the next step already.
+    # Not asynchronous, or the save could run during the next step.
     every = [*overrides, "checkpoint.every=1", "checkpoint.keep=9", "checkpoint.asynchronous=false"]
-    train(every, f"1:SIGTERM:{SAVE}:1")  # one rank, while it writes: that save is the last, and whole
+    train(every, f"1:SIGTERM:{SAVE}:1")  # to one rank, while it writes: that checkpoint is the last one, and complete
     assert status_of(run) == ("stopped", 5, "SIGTERM", True)
     assert checkpoints(run)[-1] == "step_00000005"
 
@@ -66,7 +66,7 @@ def test_stopped_at_every_turn_and_still_bitwise_the_whole_run(overrides, tmp_pa
 
 @pytest.mark.slow
 def test_failures_that_starting_again_can_help_and_those_it_cannot(overrides, tmp_path):
-    """A rank killed in a step; then, by hand, a wrong recipe in the folder of that good run."""
+    """A rank is killed in a step. Then a user starts a wrong recipe in the folder of that good run."""
     overrides = [*overrides, "checkpoint.every=1", "eval.every=0"]
     outcomes = bare_ranks(overrides, variables=signals_at(f"1:SIGKILL:{STEP}:3"))
     assert [status for status, _ in outcomes] == [1, -9], outcomes

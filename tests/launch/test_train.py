@@ -1,4 +1,4 @@
-"""The whole job as a user starts it: real launchers, two ranks, real shards, real DeepSpeed; small enough for tests."""
+"""Complete training jobs as a user starts them: real launchers, two ranks, real shards and DeepSpeed, at test size."""
 
 import json
 import resource
@@ -26,7 +26,7 @@ def metrics_of(run_dir):
 
 @pytest.mark.slow
 def test_the_main_job_and_an_exact_resume(overrides, tmp_path):
-    """Two threads a rank; stopped after 4 of 8 steps and resumed, against an undisturbed run: bitwise the same."""
+    """A run with two threads per rank, stopped after 4 of 8 steps and resumed, is bitwise an undisturbed run."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert launch(DEEPSPEED, [*overrides, f"run.dir={whole}"], threads=2).returncode == 0
     first = launch(DEEPSPEED, [*overrides, f"run.dir={parts}", "train.stop_after=4"], threads=2)
@@ -40,11 +40,11 @@ def test_the_main_job_and_an_exact_resume(overrides, tmp_path):
     lines = metrics_of(whole)
     assert [line["step"] for line in lines] == list(range(1, 9)) == [line["step"] for line in metrics_of(parts)]
     assert same_but_for_time(lines) == same_but_for_time(metrics_of(parts))
-    assert lines[0]["loss"] - lines[-1]["loss"] > 0.02  # it learns, so equality is not that of a run that stands still
+    assert lines[0]["loss"] - lines[-1]["loss"] > 0.02  # it learns, so equality is not trivial
     last = "checkpoints/step_00000008"
     assert stored(whole / last) == stored(parts / last)
     states = [read_state(run / last) for run in (whole, parts)]
-    for key in ("step", "tokens", "loader"):  # what would be read next, too
+    for key in ("step", "tokens", "loader"):  # including the data to be read next
         assert states[0][key] == states[1][key]
 
     assert undeclared(lines[-1]) == []
@@ -52,16 +52,16 @@ def test_the_main_job_and_an_exact_resume(overrides, tmp_path):
         assert key in lines[-1]
     for name in ("config.yaml", "loss.png", "routing.png", "tensorboard", "samples"):
         assert (whole / name).exists()
-    assert "non-causal" in second.stdout  # expert choice looks ahead, and the losses say so
+    assert "non-causal" in second.stdout  # expert choice depends on later tokens, and the output says so
 
 
 def same_but_for_time(lines):
-    """Metrics without those that differ between two equal runs."""
+    """Return the metrics without those that differ between two equal runs."""
     return [{k: v for k, v in line.items() if not k.endswith(("seconds", "per_second"))} for line in lines]
 
 
 def stored(checkpoint):
-    """Name and checksum of every file of tensors."""
+    """Return the name and checksum of every file of tensors."""
     files = json.loads((checkpoint / "manifest.json").read_text())["files"]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
 
@@ -82,7 +82,7 @@ def test_other_launchers_agree_with_one_process(launcher, overrides, tmp_path):
 
 @pytest.mark.slow
 def test_an_evaluation_at_another_layout_finds_the_losses_of_training(overrides, tmp_path):
-    """Trained alone, evaluated on two ranks; expert choice's losses say what they are."""
+    """A run is trained on one rank and evaluated on two; the output marks losses with expert choice as non-causal."""
     short = [*overrides, "parallel.expert=1", "train.stop_after=2"]
     trained = launch(ALONE, short)
     assert trained.returncode == 0, trained.stderr
@@ -98,7 +98,7 @@ def test_an_evaluation_at_another_layout_finds_the_losses_of_training(overrides,
 
 @pytest.mark.slow
 def test_memory_of_the_quickstart_stays_under_three_gib_a_rank(overrides, emoji_samples, tmp_path):
-    """The shipped recipe with a vocabulary of its size (1,024 pieces, 512 codes); less data, and only three steps."""
+    """The shipped recipe with its full vocabulary (1,024 pieces, 512 codes), but little data and three steps."""
     texts = [*(sample.caption for sample in emoji_samples), (ROOT / "LICENSE").read_text()]
     assert train_text_tokenizer(texts, tmp_path / "text.model", vocab_size=1024).size == 1024
     VQTokenizer(VQConfig()).save(tmp_path / "vq")
@@ -107,7 +107,7 @@ def test_memory_of_the_quickstart_stays_under_three_gib_a_rank(overrides, emoji_
     kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}  # as `make train` sets them
     done = launch(DEEPSPEED, [*own, "train.stop_after=3", "eval.groups=2"], variables=kept)
     assert done.returncode == 0, done.stderr
-    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # GiB, of any process so far
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20  # GiB, the largest of all processes so far
     print(f"largest resident memory of a rank: {largest:.2f} GiB")
     assert 0.3 < largest < 3
 
@@ -130,7 +130,7 @@ def test_adamoe_trains_on_text_and_says_what_it_saves(overrides, tmp_path):
         assert line["causal"] and "loss/image" not in line
         assert 1.2 < line["moe/experts_per_token"] < 1.8  # 1.5 at balance
         assert line["moe/experts_per_token"] == pytest.approx(line["moe/1/experts_per_token/text"], abs=0.3)
-        assert 0 < line["moe/flops_saved"] < 1 - line["moe/experts_per_token"] / 2  # of which experts are a part
+        assert 0 < line["moe/flops_saved"] < 1 - line["moe/experts_per_token"] / 2  # experts are only a part
         assert 2.9 < line["loss/load_balance"] < 4  # top_k at balance
     experts, saved = (lines[-1][f"moe/{key}"] for key in ("experts_per_token", "flops_saved"))
     assert f"{experts:.2f} true experts/token | {saved:.1%} FLOPs saved" in done.stdout
@@ -162,7 +162,7 @@ def test_bad_input_alone(override, sentence, overrides):
 
 @pytest.mark.slow
 def test_bad_input_on_ranks(overrides, tmp_path):
-    """What one rank meets, all ranks end with: a shard that only rank 1 reads is cut short."""
+    """An error on one rank ends all ranks: a shard that only rank 1 reads is truncated."""
     seven = [*overrides, "model.ffn.router.text.num_experts=3"]
     _failed_with(launch(TORCHRUN, seven), "parallel.expert=2 does not divide the model's 7 experts")
     shard = sorted((tmp_path / "shards" / "train").glob("*.tar"))[1]
@@ -184,7 +184,7 @@ def test_a_checkpoint_of_another_model_or_other_tokenizers(overrides, tokenizers
 
 @pytest.mark.slow
 def test_a_second_stage_starts_from_the_first(overrides, tokenizers, tmp_path):
-    """Dense on one rank; LoRA experts over its frozen weights on two; resumed without the first."""
+    """A dense run on one rank, then LoRA experts over its frozen weights on two, resumed without the dense run."""
     first, second = tmp_path / "first", tmp_path / "second"
     dense = [*overrides, f"run.dir={first}", "train.stop_after=2"]
     assert launch(ALONE, dense, config="configs/dense_quickstart.yaml").returncode == 0
@@ -222,9 +222,9 @@ def test_a_second_stage_starts_from_the_first(overrides, tokenizers, tmp_path):
 
 
 def _failed_with(result, sentence):
-    """A non-zero exit and one sentence, without a traceback."""
+    """Check for a non-zero exit status and one error sentence, without a traceback."""
     output = result.stdout + result.stderr
     assert result.returncode != 0
     errors = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and sentence in errors[0], output
-    assert "moe_dist/training/run.py" not in output  # no traceback of ours (torchrun shows one of its own)
+    assert "moe_dist/training/run.py" not in output  # torchrun prints its own traceback

@@ -1,4 +1,4 @@
-"""A real two-node Slurm for all tests of this folder, and a recipe whose steps are long enough to disturb."""
+"""A real two-node Slurm cluster for all tests of this folder, and a recipe with steps long enough to interrupt."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PATIENCE = 300.0  # seconds; a busy machine is slow
 def _run(command: Sequence[str | Path], environment: dict[str, str], folder: Path) -> str:
     for _ in range(5):
         done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
-        if done.returncode >= 0:  # Slurm's clients die of SIGPIPE where a busy controller closes a connection
+        if done.returncode >= 0:  # Slurm's clients die of SIGPIPE if a busy controller closes a connection
             break
         time.sleep(1)
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
@@ -39,10 +39,10 @@ def _run(command: Sequence[str | Path], environment: dict[str, str], folder: Pat
 
 @dataclass(frozen=True)
 class Slurm:
-    """Commands of the cluster, and waiting for what they have started."""
+    """Commands of a Slurm cluster, and methods that wait for its jobs."""
 
     environment: dict[str, str]
-    folder: Path  # where jobs are submitted from, and their logs appear
+    folder: Path  # folder from which jobs are submitted and in which their logs appear
 
     def run(self, *command: str | Path) -> str:
         return _run(command, self.environment, self.folder)
@@ -51,20 +51,20 @@ class Slurm:
         return self.run(DEVCLUSTER, *arguments)
 
     def sbatch(self, script: str | Path, *arguments: str, options: tuple[str, ...] = (), **variables: str) -> str:
-        """Submit a script (a name is one of slurm/); the job's number."""
+        """Submit a script (a plain name is one of slurm/). Returns the job's number."""
         path = script if isinstance(script, Path) else ROOT / "slurm" / script
         command = ["sbatch", "--parsable", "--time=10", *options, str(path), *arguments]
         return _run(command, self.environment | variables, self.folder).strip()
 
     def show(self, job: str) -> dict[str, str]:
-        """What Slurm says of a job: JobState, ExitCode, Restarts, ..."""
+        """Return Slurm's fields of a job: JobState, ExitCode, Restarts, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", job)))
 
     def log(self, job: str) -> str:
         return "".join(path.read_text() for path in self.folder.glob(f"*-{job}.log"))
 
     def steps(self, run: Path) -> int:
-        """How many steps a run that is training has logged."""
+        """Return the number of steps that a run has logged; 0 unless it is training."""
         try:
             is_running = read_status(run)["state"] == "running"
             return (run / "metrics.jsonl").read_text().count("\n") if is_running else 0
@@ -72,14 +72,14 @@ class Slurm:
             return 0
 
     def until(self, condition: Callable[[], object], job: str) -> None:
-        """Wait for something that a job does."""
+        """Wait until a condition is true; fail with a job's state and log after PATIENCE seconds."""
         end = time.monotonic() + PATIENCE
         while not condition():
             assert time.monotonic() < end, f"{self.show(job)}\n{self.log(job)}"
             time.sleep(0.1)
 
     def ended(self, job: str, state: str = "COMPLETED") -> dict[str, str]:
-        """Wait for the end of a job, in this state."""
+        """Wait until a job ends, check its state and return Slurm's fields of the job."""
         final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
         self.until(lambda: self.show(job)["JobState"] in final, job)
         shown = self.show(job)
@@ -97,7 +97,7 @@ def _cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
     site.write_text(f"VENV={sys.prefix}\n")
     environment |= {"PATH": SBIN, "SITE": str(site), "OMP_NUM_THREADS": "1"}
     try:
-        _run([DEVCLUSTER, "down"], environment, folder)  # what a killed session has left
+        _run([DEVCLUSTER, "down"], environment, folder)  # remove what a killed session left
         _run([DEVCLUSTER, "up", "2"], environment, folder)
         exports = _run([DEVCLUSTER, "env"], environment, folder)
         yield environment | dict(re.findall(r"(\w+)='([^']*)'", exports))
@@ -107,7 +107,7 @@ def _cluster(tmp_path_factory) -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def slurm(_cluster, tmp_path) -> Iterator[Slurm]:
-    """The cluster, whole and without jobs."""
+    """Yield the cluster with all nodes up and without jobs."""
     slurm = Slurm(_cluster, tmp_path)
     slurm.devcluster("up", "2")
     yield slurm
@@ -142,13 +142,13 @@ def _tiny(data: list[str], run: Path) -> list[str]:
 
 @pytest.fixture
 def tiny(_data, tmp_path) -> list[str]:
-    """The quickstart in small: 20 steps of some tenths of a second, a checkpoint every four."""
+    """Return overrides for a small quickstart: 20 steps of some tenths of a second, with a checkpoint every four."""
     return _tiny(_data, tmp_path / "run")
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A job that nothing has disturbed."""
+    """A job that finished without interruption."""
 
     job: str
     run: Path
@@ -161,7 +161,7 @@ class Finished:
         return metrics_of(self.run)
 
     def equals(self, run: Path) -> None:
-        """The same steps with the same figures, and the same tensors in the last checkpoint."""
+        """Check that a run has the same steps and metrics, and the same tensors in the last checkpoint."""
         timed = ("seconds", "per_second")
         ours, theirs = (
             [{key: value for key, value in line.items() if not key.endswith(timed)} for line in metrics_of(each)]
@@ -176,14 +176,14 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 
 def _stored(run: Path) -> dict[str, str]:
-    """Name and checksum of every file of tensors of the last checkpoint."""
+    """Return the name and checksum of every file of tensors in the last checkpoint."""
     files = json.loads((run / "checkpoints" / "step_00000020" / "manifest.json").read_text())["files"]
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
 
 
 @pytest.fixture(scope="session")
 def undisturbed(_cluster, _data, tmp_path_factory) -> Finished:
-    """One task a rank, two pretended GPUs a node, the settings of a site."""
+    """Run an undisturbed job: one task per rank, two fake GPUs per node, and a site's settings."""
     folder = tmp_path_factory.mktemp("undisturbed")
     slurm = Slurm(_cluster, folder)
     site = folder / "site.sh"
@@ -196,7 +196,7 @@ def undisturbed(_cluster, _data, tmp_path_factory) -> Finished:
 
 @pytest.fixture
 def planted(tmp_path) -> Callable[..., dict[str, str]]:
-    """Environment variables for sbatch that plant a fault (planted/sitecustomize.py), and settings of the site."""
+    """Return a function that makes the variables for sbatch which plant a fault, and writes the site's settings."""
 
     def variables(fault: str, *settings: str) -> dict[str, str]:
         site = tmp_path / "site.sh"

@@ -1,4 +1,4 @@
-"""slurm/devcluster.sh, in a folder of its own beside the cluster of the other tests."""
+"""slurm/devcluster.sh, in its own folder and in addition to the cluster of the other tests."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} 
 
 @pytest.fixture
 def folder():
-    """Short, for the names of sockets below it."""
+    """Make a folder with a short path, because socket paths in it have a length limit."""
     with tempfile.TemporaryDirectory(prefix="devcluster-", dir="/tmp") as folder:
         yield Path(folder) / "state"
 
 
 @pytest.fixture
 def dev(folder):
-    """Runs the script: (exit status, output). The cluster goes down whatever happens."""
+    """Yield a function that runs a command and returns (exit status, output). Finally, take the cluster down."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SLURM")}
     environment |= {"PATH": SBIN, "DEVCLUSTER_DIR": str(folder)}
 
@@ -62,7 +62,7 @@ def test_up_use_lose_a_node_and_down(dev, folder):
     status, output = dev(*srun, env=variables)
     assert status == 0 and sorted(output.splitlines()) == [f"127.0.1.{n} 0,1" for n in (1, 2, 3)]
 
-    sleep = f"sleep 6{os.getpid()}"  # tells its process from others
+    sleep = f"sleep 6{os.getpid()}"  # unique, to find its process
     job = ("sbatch", "--time=2", "-w127.0.1.2", "--no-requeue", "--output=/dev/null", f"--wrap=exec {sleep}")
     assert dev(*job, env=variables)[0] == 0
     end = time.monotonic() + 30

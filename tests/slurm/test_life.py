@@ -1,4 +1,4 @@
-"""What can befall a long job: whatever it is, the run that comes out is the undisturbed one, bit for bit."""
+"""Interruptions of a long job: after any of them, the finished run is bitwise the undisturbed one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 def ranks_on(node: str, run: Path) -> list[int]:
-    """Process numbers of the ranks of a run on a node."""
+    """Return the process ids of a run's ranks on a node."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -29,8 +29,8 @@ def ranks_on(node: str, run: Path) -> list[int]:
 
 
 def starts(log: str) -> list[int]:
-    """The steps after which the job went on, by its starts."""
-    return [int(step) for step in re.findall(r"^start \d+ of job \S+: goes on after step (\d+)$", log, re.MULTILINE)]
+    """Return the step after which each start of the job continued."""
+    return [int(step) for step in re.findall(r"^start \d+ of job \S+: continues after step (\d+)$", log, re.MULTILINE)]
 
 
 def newest(run: Path) -> int:
@@ -38,10 +38,10 @@ def newest(run: Path) -> int:
 
 
 def test_notice_kill_and_a_lost_node(slurm, tiny, undisturbed, tmp_path):
-    """One task a rank: the notice before the time limit, then a kill -9 of one node's ranks, then a node that dies."""
+    """With one task per rank: notice before the time limit, then kill -9 of a node's ranks, then loss of a node."""
     job, run = slurm.sbatch("pretrain_moma.sh", *tiny), tmp_path / "run"
     slurm.until(lambda: slurm.steps(run) >= 2, job)
-    slurm.run("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 does in time
+    slurm.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@120 does before the time limit
     slurm.until(lambda: read_status(run)["state"] == "stopped", job)
     stopped = read_status(run)["step"]
 
@@ -67,7 +67,7 @@ def test_notice_kill_and_a_lost_node(slurm, tiny, undisturbed, tmp_path):
 
 
 def test_requeue_and_preemption_under_the_deepspeed_launcher(slurm, tiny, undisturbed, tmp_path):
-    """One task a node. Slurm ends the ranks by TERM: they save, although it does not say what is to come."""
+    """With one task per node, Slurm sends TERM both for a requeue and for a preemption. The ranks save a checkpoint."""
     job, run = slurm.sbatch("pretrain_moma.sh", *tiny, options=("-pmain",), START="deepspeed"), tmp_path / "run"
     slurm.until(lambda: slurm.steps(run) >= 2, job)
     slurm.run("scontrol", "requeue", job)
@@ -87,7 +87,7 @@ def test_requeue_and_preemption_under_the_deepspeed_launcher(slurm, tiny, undist
 
 
 def test_a_chain_of_jobs_that_may_not_be_requeued(slurm, tiny, undisturbed, tmp_path):
-    """An array one task at a time, and a singleton behind it: the first is stopped, the second finishes."""
+    """An array runs one task at a time, and a singleton job after it: the first is stopped, the second finishes."""
     run = tmp_path / "run"
     array = slurm.sbatch("pretrain_moma.sh", *tiny, options=("--no-requeue", "--array=1-2%1"))
     last = slurm.sbatch("pretrain_moma.sh", *tiny, options=("--no-requeue", "--dependency=singleton"))
@@ -107,7 +107,7 @@ def read_step(log: str) -> int:
 
 
 def test_a_crash_loop_ends(slurm, tiny, planted):
-    """Ranks that die before they can say why, every time: two starts, as the site's settings allow."""
+    """If the ranks die at every start, the job ends after two starts, as the site's settings allow."""
     job = slurm.sbatch("pretrain_moma.sh", *tiny, **planted("crash", "MAX_FAILURES=2"))
     shown = slurm.ended(job, "FAILED")
     assert (shown["ExitCode"], shown["Restarts"]) == ("1:0", "1")
@@ -128,7 +128,7 @@ def test_a_hang_ends_and_the_run_goes_on(slurm, tiny, planted, undisturbed, tmp_
 
 
 def test_a_cancelled_job_stays_cancelled(slurm, tiny, tmp_path):
-    """scancel ends the ranks as preemption does, with a checkpoint; but nothing starts again."""
+    """scancel ends the ranks with a checkpoint, as preemption does, but the job does not start again."""
     run = tmp_path / "run"
     job = slurm.sbatch("pretrain_moma.sh", *tiny)
     slurm.until(lambda: slurm.steps(run) >= 2, job)

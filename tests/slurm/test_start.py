@@ -1,4 +1,4 @@
-"""The shipped scripts on a real Slurm of two nodes: start modes, settings of a site, what a person reads."""
+"""The shipped scripts on a real two-node Slurm cluster: start modes, a site's settings, and logs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NODES = ("127.0.1.1", "127.0.1.2")
 
 
 def test_the_shipped_script_trains(undisturbed):
-    """On GPUs as far as Slurm knows, in the partition of SBATCH_PARTITION."""
+    """The job gets GPUs that Slurm believes in, in the partition of SBATCH_PARTITION."""
     log, shown, run = undisturbed.log, undisturbed.shown, undisturbed.run
     assert (shown["JobName"], shown["Partition"], shown["NodeList"]) == ("moma", "urgent", "127.0.1.[1-2]")
     for part in (
@@ -54,7 +54,7 @@ def test_a_run_that_is_done_does_not_start_again(slurm, undisturbed):
     ],
 )
 def test_a_wrong_configuration_fails_before_the_ranks_start(slurm, script, recipe):
-    """Each script has its recipe, unless CONFIG= names another. The sentence is all there is to read."""
+    """Each script has a recipe, unless CONFIG= names another. The log has only the error sentence."""
     variables = {"CONFIG": f"configs/{recipe}.yaml"} if script == "pretrain_moma.sh" else {}
     job = slurm.sbatch(script, "train.stpes=3", **variables)
     shown = slurm.ended(job, "FAILED")
@@ -81,7 +81,7 @@ def test_a_node_with_another_torch_is_named(slurm, tiny, planted):
 
 
 def test_a_sibling_trains_on_the_ranks_of_one_node_in_a_container(slurm, tiny, tmp_path):
-    """The container's runtime is not here: a stand-in notes its options, and the real srun then does the rest."""
+    """There is no container runtime here. A stand-in records its options and calls the real srun."""
     srun = tmp_path / "bin" / "srun"
     srun.parent.mkdir()
     srun.write_text(
@@ -119,7 +119,7 @@ done
 
 
 def test_mpi_starts(slurm, tiny, tmp_path):
-    """As batch scripts of other codes do it: PMI-2 by srun, and mpiexec within the job."""
+    """Ranks start as in batch scripts of other programs: with PMI-2 by srun, and with mpiexec in the job."""
     script = tmp_path / "mpi.sh"
     script.write_text(MPI.format(root=ROOT, python=sys.executable, folder=tmp_path))
     job = slurm.sbatch(script, *tiny, "train.stop_after=1", PYTHONPATH=str(ROOT), PATH=f"{BIN}:{os.environ['PATH']}")

@@ -1,10 +1,10 @@
-"""The token cache: the captions and images of every shard as vocabulary ids. Training never runs a tokenizer.
+"""The token cache: the captions and images of every shard as vocabulary ids, so training never runs a tokenizer.
 
-A shard's tokens lie beside it in tokens/<vocabulary>/<shard>/, or in the user's cache folder where the shard is remote
-or its folder cannot be written. The name of <vocabulary> is the digest of both tokenizers, that of <shard> ends in a
-digest of the tar's checksum (of a remote shard's URL), of the split read out of it and of the files' format: another
-tokenizer, tar or format never meets old tokens, it makes new ones. A folder may be shipped with tokens/ and no tars;
-its tokenizers and format must match.
+A shard's tokens are stored next to it in tokens/<vocabulary>/<shard>/, or in the user's cache folder if the shard is
+remote or its folder is read-only. <vocabulary> is a digest of both tokenizers. <shard> ends in a digest of the tar's
+checksum (a remote shard's URL), the split read from it and the files' format. A change of tokenizer, tar or format
+therefore makes new tokens and never reuses old ones. A folder may be shipped with tokens/ and no tars; its tokenizers
+and format must match.
 
 Call order on every rank: load_vocabulary, build_cache, a barrier, open_store.
 """
@@ -38,12 +38,12 @@ from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
 from moe_dist.data.tokenizers.text_tokenizer import load_text_tokenizer
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
-TOKENS = "tokens"  # name of the folder beside the tars
-DIGITS = 16  # of a digest in a folder's name
+TOKENS = "tokens"  # name of the folder next to the tars
+DIGITS = 16  # length of a digest in a folder's name
 
 
 def load_vocabulary(data: DataConfig) -> Vocabulary:
-    """The vocabulary of the two tokenizers that a recipe names. Raises UserError."""
+    """Load a recipe's two tokenizers and return their joint vocabulary. Raises UserError."""
     image = load_image_tokenizer(data.image_tokenizer) if data.image_tokenizer is not None else None
     return Vocabulary(load_text_tokenizer(data.text_tokenizer), image)
 
@@ -52,9 +52,9 @@ def load_vocabulary(data: DataConfig) -> Vocabulary:
 
 
 class TokenStore:
-    """The documents of a split: one part of the recipe's list after the other, in the order of shards and samples.
+    """The documents of a split, ordered by part of the recipe's list, then by shard, then by sample.
 
-    An instruction is never cut: one that is longer than a sequence is left out, and counted in the report.
+    An instruction is never cut. One that is longer than a sequence is left out and counted in the report.
     """
 
     def __init__(self, parts: Sequence[Sequence[TokenShard]], sequence_length: int) -> None:
@@ -66,7 +66,7 @@ class TokenStore:
         text_lengths = np.concatenate([np.diff(shard.text_ends, prepend=0) for shard in shards])
         image_codes = self.image_tokens // max(1, int(has_image.sum()))
         lengths = text_lengths + image_codes * has_image
-        self.report = SampleReport()  # the samples behind the documents, and those that could not be used
+        self.report = SampleReport()  # samples that became documents, and skipped samples
         for shard in shards:
             self.report.merge(shard.report)
         self._kept = self._without_long_instructions(lengths + 2 + 2 * has_image, sequence_length)
@@ -75,7 +75,7 @@ class TokenStore:
         self.part_ends = np.searchsorted(self._kept, np.cumsum([sum(map(len, part)) for part in parts]))
 
     def _without_long_instructions(self, lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-        """Numbers of the documents that are used. lengths: with markers."""
+        """Return the indices of all documents except too long instructions. lengths: including markers."""
         kept = np.ones(len(lengths), dtype=bool)
         for shard, end in zip(self._shards, self._ends, strict=True):
             prompted = shard.prompts[:, 0] + end - len(shard)
@@ -89,7 +89,7 @@ class TokenStore:
         return len(self._kept)
 
     def document(self, index: int) -> StoredDocument:
-        """The document of this number, 0 <= index < len."""
+        """Return the document of this number, 0 <= index < len."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         index = int(self._kept[index])
@@ -99,7 +99,7 @@ class TokenStore:
 
 
 def open_store(data: DataConfig, split: Split, vocabulary: Vocabulary) -> TokenStore:
-    """The tokens of a split, after build_cache ran on every rank.
+    """Open the tokens of a split. build_cache must have run on every rank.
 
     Raises UserError if a shard's tokens are missing or damaged, if shipped tokens were made with other tokenizers, or
     if more than data.max_bad_fraction of the split's samples could not be used.
@@ -129,11 +129,11 @@ def build_cache(
     device: torch.device | str = "cpu",
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Tokenise this rank's share of a split's shards, where that is not done yet; rank 0 shows its progress.
+    """Tokenise this rank's share of a split's shards, except those already in the cache. Rank 0 shows its progress.
 
-    Every local tar of the share is checked against its index, tokenised already or not. Raises UserError on the rank
-    that meets the problem; the caller tells the others. Returns early, within a sample, once `stop` says so: shards
-    that are finished stay, and another call goes on with the others.
+    Every local tar of the share is checked against its index, even if it has tokens. Raises UserError only on the rank
+    that meets the problem; the caller must raise it on the others. If `stop` returns True, return before the next
+    sample. Finished shards are kept, and the next call does the rest.
     """
     tars: list[Shard] = []
     for part in _parts(data, split):
@@ -156,7 +156,7 @@ def _tokenise(
     *,
     shown: bool,
 ) -> None:
-    """Tokenise shards until `stop` says so. shown: with a progress bar."""
+    """Tokenise shards until done or until `stop` returns True. shown: show a progress bar."""
     if vocabulary.image is not None:
         vocabulary.image.to(device)
     columns = (TextColumn("tokenising {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -170,7 +170,7 @@ def _tokenise(
             if stop():
                 return
             writer.write(source.new_folder(), source.origin, report)
-            if known:  # samples of other splits in the same tar are done as well
+            if known:  # also counts the samples of other splits in the same tars
                 progress.update(task, completed=sum(source.samples for source in missing[:number]))
 
 
@@ -182,22 +182,22 @@ def _counted(samples: Iterable[RawSample], progress: Progress, task, stop: Calla
         progress.advance(task)
 
 
-# ---------------------------------------------------------------------------------------------- where the tokens lie
+# ----------------------------------------------------------------------------------------------- places of tokens
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A shard, and where its tokens may lie."""
+    """A shard, and the folders that may hold its tokens."""
 
     shard: Shard
-    samples: int  # 0: not known (remote)
+    samples: int  # 0: unknown (remote)
     origin: dict[str, str | None]  # identifies the raw content
     homes: tuple[Path, ...]  # folders of token shards, the preferred one first
     name: str
 
     @classmethod
     def of(cls, shard: Shard, vocabulary: Vocabulary, *, content: bool) -> _Source:
-        """content: check the whole tar against its checksum, not only its size."""
+        """Check a shard and find its folders. content: check the whole tar against its checksum, not only its size."""
         path = local_path(shard.url)
         index = verify_shard(path, content=content) if path else None
         identity = index.sha256 if index else shard.url
@@ -218,7 +218,7 @@ class _Source:
         )
 
     def made(self) -> Path:
-        """As find. Raises UserError where there is none."""
+        """Return the folder of the tokens, as find does. Raises UserError if there is none."""
         folder = self.find()
         if folder is None:
             raise UserError(f"the token cache of shard {self.shard.url} is missing")
@@ -237,7 +237,7 @@ class _Source:
 
 
 def _parts(data: DataConfig, split: Split) -> list[list[Shard] | Path]:
-    """What each part of the recipe's list means: tars, or a folder that holds tokens in place of tars."""
+    """Resolve each part of the recipe's list to its tars, or to a folder that holds tokens instead of tars."""
     held_out = data.validation_shards if split == "validation" else None
     own = data.shards if held_out is None else held_out
     parts: list[list[Shard] | Path] = []
@@ -272,6 +272,6 @@ def _shipped_token_shards(folder: Path, split: Split, vocabulary: Vocabulary) ->
         raise UserError(
             f"the tokens of {split} in {folder} were made with {' or '.join(sorted(made)) or 'nothing'}, but the "
             f"recipe names {vocabulary.describe()} in format {TOKEN_SHARD_FORMAT}, and there are no tars to "
-            "tokenise anew"
+            "tokenise again"
         )
     return [shard.folder for shard in matching]

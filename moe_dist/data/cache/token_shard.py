@@ -1,14 +1,15 @@
-"""The tokens of one shard on disk: plain .npy files that are memory-mapped, and a manifest.
+"""The tokens of one shard on disk: memory-mapped .npy files and a manifest.
 
-  text.npy        vocabulary ids of all captions and texts, end to end (uint16, or int32 for a larger vocabulary)
-  text_ends.npy   int64 [documents]: where each document's text ends
-  image.npy       vocabulary ids of the image codes [images, codes of an image], same type
+  text.npy        vocabulary ids of all captions and texts, concatenated (uint16, or int32 for a larger vocabulary)
+  text_ends.npy   int64 [documents]: end of each document's text in text.npy
+  image.npy       vocabulary ids of the image codes [images, codes of an image], same dtype
   image_rows.npy  int64 [documents]: the document's row of image.npy, -1 without an image
-  prompts.npy     int64 [instructions, 4]: document, ids of its text that are the prompt, row of `domains` in the
-                  manifest, sample_hash; in the order of the documents
-  manifest.json   what they were made from and with, how many, how many samples could not be used, and the files' sizes
+  prompts.npy     int64 [instructions, 4]: document, length of the prompt in its text, index into the manifest's
+                  `domains`, sample_hash; in the order of the documents
+  manifest.json   the shard and tokenizers they were made from, the numbers of documents, tokens and skipped samples,
+                  and the files' sizes
 
-The folder is written aside and renamed when it is whole, so a token shard that exists is complete.
+The folder is written under a temporary name and renamed when it is complete, so a token shard that exists is complete.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from moe_dist.data.tokenizers.image_tokenizer import ImageTokenizer
 from moe_dist.data.tokenizers.pixels import crop_and_resize, scale_pixels
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
-TOKEN_SHARD_FORMAT = 2  # part of a token shard's name: raise it when the files change
+TOKEN_SHARD_FORMAT = 2  # part of a token shard's name; increase it when the files change
 TOKEN_SHARD_MANIFEST = "manifest.json"
-IMAGES_AT_ONCE = 128  # handed to the image tokenizer
+IMAGES_AT_ONCE = 128  # images per call of the image tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class StoredDocument:
     """One sample as vocabulary ids (int64), without markers."""
 
-    text: np.ndarray  # possibly empty; of an instruction the prompt, then the answer
+    text: np.ndarray  # may be empty; for an instruction, the prompt followed by the answer
     image: np.ndarray | None  # codes row by row
-    prompt: InstructionPrompt | None  # of an instruction
+    prompt: InstructionPrompt | None  # None unless it is an instruction
 
 
 class TokenShard:
-    """Reads a token shard. Raises UserError if a file is missing or has the wrong size."""
+    """A token shard opened for reading. Raises UserError if a file is missing or has the wrong size."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,7 +78,7 @@ class TokenShard:
 
     @property
     def domains(self) -> list[str]:
-        """Names of the domains of its instructions, sorted."""
+        """Return the sorted names of the domains of the shard's instructions."""
         return self.manifest["domains"]
 
     @cached_property
@@ -89,7 +90,7 @@ class TokenShard:
         return np.load(self.folder / "image.npy", mmap_mode="r" if self.manifest["image_tokens"] else None)
 
     def document(self, index: int) -> StoredDocument:
-        """The document of this number within the shard, 0 <= index < len."""
+        """Return the document of this number within the shard, 0 <= index < len."""
         start = self.text_ends[index - 1] if index else 0
         row = self.image_rows[index]
         text = self._text[start : self.text_ends[index]].astype(np.int64)
@@ -104,23 +105,23 @@ class TokenShard:
 
 
 class TokenShardWriter:
-    """Collects the tokens of a shard's samples, then writes them.
+    """A writer that collects the tokens of a shard's samples in memory, then writes them.
 
-    A picture is left out if the vocabulary has no image tokenizer, and with it a sample that has no caption; an
-    instruction about a picture is then a UserError.
+    If the vocabulary has no image tokenizer, pictures are dropped, samples without text are skipped, and an instruction
+    about a picture raises UserError.
     """
 
     def __init__(self, vocabulary: Vocabulary, device: torch.device | str = "cpu") -> None:
         self.vocabulary, self.device = vocabulary, device
         self._texts: list[np.ndarray] = []
         self._rows: list[int] = []
-        self._prompts: list[tuple[int, InstructionPrompt]] = []  # document, what it says of it
-        self._pixels: list[np.ndarray] = []  # waiting for the image tokenizer
+        self._prompts: list[tuple[int, InstructionPrompt]] = []  # number of the document, its prompt
+        self._pixels: list[np.ndarray] = []  # images not yet encoded
         self._codes: list[np.ndarray] = []
         self._dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.int32
 
     def add(self, samples: Iterable[RawSample]) -> None:
-        """Tokenise samples."""
+        """Tokenise samples and collect their tokens."""
         tokenizer, images = self.vocabulary.image, 0
         for sample in samples:
             picture = sample.image if tokenizer is not None else None
@@ -152,7 +153,7 @@ class TokenShardWriter:
         self._pixels.clear()
 
     def write(self, folder: Path, origin: dict[str, Any], report: SampleReport) -> None:
-        """Write the folder unless another process has just done so. Raises UserError if that is not possible."""
+        """Write the token shard to `folder`, unless another process wrote it meanwhile. Raises UserError on failure."""
         codes = self.vocabulary.image.num_codes if self.vocabulary.image else 0
         domains = sorted({prompt.domain for _, prompt in self._prompts})
         prompts = [(i, prompt.length, domains.index(prompt.domain), prompt.sample) for i, prompt in self._prompts]
@@ -181,5 +182,5 @@ class TokenShardWriter:
                 manifest["files"] = {name: (partial / name).stat().st_size for name in arrays}
                 write_json(partial / TOKEN_SHARD_MANIFEST, manifest)
         except OSError as error:
-            if not (folder / TOKEN_SHARD_MANIFEST).is_file():  # else another process was faster
+            if not (folder / TOKEN_SHARD_MANIFEST).is_file():  # otherwise another process was faster
                 raise UserError(f"cannot write the token cache {folder}: {error}") from None

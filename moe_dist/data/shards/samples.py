@@ -1,9 +1,9 @@
-"""One raw sample of a shard, decoded: an RGB image, a caption, or both, or an instruction with or without an image; and
-the account of those that could not be.
+"""Decoding of a shard's raw samples, and a report of those that could not be decoded.
 
-A sample is the group of a tar's members that share a key: `.jpg`, `.jpeg`, `.png` or `.webp` for the image, `.txt` for
-the caption, or `.json` with the field `caption` or `text`, else with `prompt` and `answer`
-(data/tasks/instructions.py). Other members are ignored.
+A decoded sample is an RGB image, a caption or both, or an instruction with or without an image. A raw sample is the
+group of a tar's members that share a key: `.jpg`, `.jpeg`, `.png` or `.webp` for the image, `.txt` for the caption, or
+`.json` with the field `caption` or `text`, else with `prompt` and `answer` (data/tasks/instructions.py). Other members
+are ignored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from moe_dist.core.errors import UserError
 from moe_dist.data.tasks.instructions import Instruction, is_instruction, read_instruction, sample_hash
 
-MAX_MEGAPIXELS = 64.0  # read from the header: a larger image is never decoded (decompression bombs)
+MAX_MEGAPIXELS = 64.0  # checked in the header, so that a larger image (a decompression bomb) is never decoded
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_FIELDS = ("caption", "text")
 KEYS_SHOWN = 3
@@ -29,27 +29,27 @@ KEYS_SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """A decoded sample; at least one of image, caption and instruction is there, and never the last two."""
+    """A decoded sample: an image, a caption, or both; or an instruction with or without an image."""
 
     key: str
-    image: Image.Image | None  # mode RGB, its own size
+    image: Image.Image | None  # mode RGB, original size
     caption: str | None
     instruction: Instruction | None = None
-    hash: int = 0  # of an instruction: sample_hash
+    hash: int = 0  # sample_hash if this is an instruction, else 0
 
     @property
     def text(self) -> str | None:
-        """All that a text tokenizer will meet of the sample."""
+        """Return the text that a text tokenizer will encode: the instruction's prompt and answer, or the caption."""
         return self.instruction.prompt + self.instruction.answer if self.instruction else self.caption
 
 
 class BadSample(Exception):
-    """Why a sample cannot be used, in two or three words: the reason under which it is counted."""
+    """A sample that cannot be used. The message is the reason in two or three words, under which it is counted."""
 
 
 @dataclass(slots=True)
 class SampleReport:
-    """How many samples were read and which were skipped, by reason. Reports of several shards add up with merge()."""
+    """Number of samples read and skipped, by reason. merge() adds up the reports of several shards."""
 
     total: int = 0
     bad: Counter[str] = field(default_factory=Counter)
@@ -69,12 +69,12 @@ class SampleReport:
             self.first_keys[reason] = (self.first_keys.get(reason, []) + keys)[:KEYS_SHOWN]
 
     def summary(self) -> str:
-        """One line: `3 of 200 samples skipped: 2 undecodable image (a, b), 1 oversized image (c)`."""
+        """Return one line such as `3 of 200 samples skipped: 2 undecodable image (a, b), 1 oversized image (c)`."""
         reasons = [f"{n} {reason} ({', '.join(self.first_keys[reason])})" for reason, n in self.bad.most_common()]
         return f"{self.bad.total()} of {self.total} samples skipped" + (f": {', '.join(reasons)}" if reasons else "")
 
     def check(self, max_bad_fraction: float) -> None:
-        """Raise UserError if more than this fraction of the samples was skipped, or if there was no sample at all."""
+        """Raise UserError if more than this fraction of the samples was skipped, or if there were no samples."""
         if self.total == 0:
             raise UserError("the shards hold no samples of this split")
         if self.bad.total() > max_bad_fraction * self.total:
@@ -82,9 +82,9 @@ class SampleReport:
 
 
 def decode_sample(members: Mapping[str, bytes], *, max_megapixels: float = MAX_MEGAPIXELS) -> RawSample:
-    """Decode the members (suffix -> content, `__key__` and `__url__`) of one sample.
+    """Decode one sample. members: suffix -> content, plus `__key__` and `__url__`.
 
-    Raises BadSample, and UserError naming shard and sample for an instruction that is none.
+    Raises BadSample if the sample cannot be used. Raises UserError naming shard and sample for a malformed instruction.
     """
     key, file = str(members["__key__"]), next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
     image = None if file is None else decode_image(file, max_megapixels)
@@ -99,7 +99,7 @@ def decode_sample(members: Mapping[str, bytes], *, max_megapixels: float = MAX_M
 
 
 def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file to mode RGB, upright, transparency on white. Raises BadSample."""
+    """Decode a JPEG, PNG or WebP file to mode RGB, upright, with transparency on white. Raises BadSample."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -116,7 +116,7 @@ def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Imag
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Mode RGB, transparency laid on white, 16-bit grey scaled to 8 bits."""
+    """Convert an image to mode RGB, with transparency on white and 16-bit grey scaled to 8 bits."""
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.has_transparency_data:
@@ -126,7 +126,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def encode_png(image: Image.Image, size: int) -> bytes:
-    """A PNG of size x size pixels; an image that is not square gets white margins."""
+    """Encode an image as a PNG of size x size pixels; add white margins if it is not square."""
     square = ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, color="white")
     out = io.BytesIO()
     square.save(out, "PNG")

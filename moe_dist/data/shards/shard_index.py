@@ -1,6 +1,7 @@
-"""The index of a local shard: how many samples it holds, its size and its checksum.
+"""The index of a local shard: its number of samples, size and checksum.
 
-It lies beside the shard as <name>.index.json, or in the user's cache folder where the shard's folder cannot be written.
+The index is stored next to the shard as <name>.index.json, or in the user's cache folder if the shard's folder is
+read-only.
 """
 
 from __future__ import annotations
@@ -21,18 +22,20 @@ from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_members
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
+    """Number of samples, size and checksum of a shard."""
+
     count: int  # samples
     bytes: int
     sha256: str
 
 
 def user_cache() -> Path:
-    """Where files go that cannot lie beside a shard."""
+    """Return the user's cache folder, for files that cannot be stored next to a shard."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_dist"
 
 
 def local_path(url: str) -> Path | None:
-    """The file a URL means, or None if it is remote."""
+    """Return the local path that a URL names; None if it is remote."""
     parsed = urlparse(url)
     if parsed.scheme == "file":
         return Path(unquote(parsed.path))
@@ -40,9 +43,9 @@ def local_path(url: str) -> Path | None:
 
 
 def verify_shard(shard: str | Path, *, content: bool = True) -> ShardIndex:
-    """Check a shard against its index, or build the index on first use. Raises UserError (or OSError) naming the shard.
+    """Check a shard against its index; build the index on first use. Raises UserError (or OSError) naming the shard.
 
-    content=False compares the sizes only, without reading the shard.
+    content=False: compare only the sizes, without reading the shard.
     """
     shard = Path(shard)
     index = _read_index(shard)

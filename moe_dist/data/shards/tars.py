@@ -1,8 +1,8 @@
-"""WebDataset shards: writing a corpus as tars, finding the tars a recipe names, checking and reading them.
+"""WebDataset shards: writing a corpus as tars, finding the tars that a recipe names, checking and reading them.
 
-A prepared corpus is OUT/{train,validation,test}/shard-%06d.tar. Beside every local tar lies an index (count, bytes,
-sha256): webdataset ends a broken tar early without an exception, so a shard is read only after it matched its index.
-Users' own tars get their index on first use, from one strict pass that accepts no damaged header and no missing end.
+A prepared corpus is OUT/{train,validation,test}/shard-%06d.tar. Every local tar has an index (count, bytes, sha256).
+webdataset ends a broken tar early without an exception, so a shard is checked against its index before it is read. A
+user's own tar gets its index on first use, from one strict pass that rejects a damaged header or a missing end.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_members
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-HELD_OUT = 0.05  # fraction of the keys in each of validation and test
+HELD_OUT = 0.05  # fraction of the keys in the validation split; the same for the test split
 SAMPLES_PER_SHARD = 256
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-SIGPIPE_STATUS = [0, 23, 141, -13]  # how curl, a shell and a command end when the reader stops early
+SIGPIPE_STATUS = [0, 23, 141, -13]  # exit statuses of curl, a shell and a command whose reader stops early
 
 
 def split_of(key: str) -> Split:
-    """The split of a key (a sample's, or a concept's): by its hash, so it never depends on what else is there."""
+    """Return the split of a sample's or concept's key, chosen by the key's hash alone."""
     position = int.from_bytes(_digest(key)[:8]) / 2**64
     return "test" if position < HELD_OUT else "validation" if position < 2 * HELD_OUT else "train"
 
@@ -42,19 +42,19 @@ def split_of(key: str) -> Split:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a corpus builder yields. The key has no dot and no blank; png, caption or both are given."""
+    """A sample made by a corpus builder: a PNG, a caption or both. The key contains no dot and no blank."""
 
     key: str
     split: Split
     png: bytes | None = None
     caption: str | None = None
-    meta: dict[str, Any] = field(default_factory=dict)  # becomes the .json member
+    meta: dict[str, Any] = field(default_factory=dict)  # stored as the .json member
 
 
 def write_shards(samples: Iterable[Sample], out: Path, samples_per_shard: int = SAMPLES_PER_SHARD) -> dict[str, int]:
-    """Write samples as OUT/<split>/shard-%06d.tar, mixed by the hash of their keys; bitwise the same each time.
+    """Write samples as OUT/<split>/shard-%06d.tar, ordered by the hash of their keys. The tars are bitwise repeatable.
 
-    Returns the number of samples of each split that has any.
+    Returns the number of samples of each split that is not empty.
     """
     ordered = sorted(samples, key=lambda sample: _digest(sample.key))
     if len({sample.key for sample in ordered}) < len(ordered):
@@ -81,12 +81,12 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-# ------------------------------------------------------------------------------------------------------ finding them
+# ------------------------------------------------------------------------------------------------------ finding
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tar and the split to be read out of it (None: every sample)."""
+    """A tar and the split to read from it (None: every sample)."""
 
     url: str
     split: Split | None = None
@@ -95,11 +95,11 @@ class Shard:
 def resolve_shards(
     spec: str | Sequence[str], split: Split = "train", validation: str | Sequence[str] | None = None
 ) -> list[Shard]:
-    """The shards of one split, in a fixed order. Raises UserError naming what is missing or empty.
+    """Return the shards of one split in a fixed order. Raises UserError naming a missing or empty file or folder.
 
-    spec (data.shards): prepared folders, flat folders of tars, brace-expanded paths, URLs as webdataset takes them.
-    validation (data.validation_shards): where the held-out samples are; then all of a flat spec is for training.
-    A flat spec without it is split by split_of(key): about 5 % each are held out for validation and test.
+    spec (data.shards): prepared folders, flat folders of tars, brace-expanded paths, or URLs that webdataset accepts.
+    validation (data.validation_shards): shards of the held-out samples. If it is given, a flat spec is all for
+    training; else split_of(key) divides a flat spec, with about 5 % each held out for validation and test.
     """
     if split == "validation" and validation is not None:
         return [shard for part in _parts(validation) for shard in _resolve(part, split, flat_split=None)]
@@ -124,7 +124,7 @@ def _resolve(part: str, split: Split, flat_split: Split | None) -> list[Shard]:
 
 def _resolve_folder(folder: Path, split: Split, flat_split: Split | None) -> list[Shard]:
     root = folder.parent if folder.name == "train" else folder
-    # Without a validation folder the tars of train/ are split by key: else what is held out would be trained on too.
+    # Without a validation folder, split the tars of train/ by key, or held-out samples would be trained on too.
     prepared = bool(_tars(root / "train") and _tars(root / "validation"))
     tars = _tars(root / split) if prepared else _tars(folder) or _tars(folder / "train")
     if not tars:
@@ -141,9 +141,9 @@ def _tars(folder: Path) -> list[Path]:
 
 
 def verify_shards(shards: Iterable[Shard]) -> int:
-    """Check every local shard against its index (built where missing); returns the samples they hold together.
+    """Check every local shard against its index, building a missing index, and return their total number of samples.
 
-    Remote shards have no index: iterate() finds their damage while reading. Raises UserError naming the shard.
+    Remote shards have no index; iterate() detects damage while reading them. Raises UserError naming the shard.
     """
     return sum(verify_shard(path).count for shard in shards if (path := local_path(shard.url)))
 
@@ -151,7 +151,7 @@ def verify_shards(shards: Iterable[Shard]) -> int:
 def iterate(
     shard: Shard | str, report: SampleReport | None = None, *, max_megapixels: float = MAX_MEGAPIXELS
 ) -> Iterator[RawSample]:
-    """Read a shard's samples in order. Those that cannot be used are skipped and counted in `report`.
+    """Read a shard's samples in order. Skip those that cannot be used and count them in `report`.
 
     Raises UserError naming the shard if the tar is damaged or the URL cannot be read.
     """

@@ -1,7 +1,8 @@
 """Chameleon's image tokenizer (arXiv 2405.09818): 512 x 512 pixels -> 1024 codes over 8192 entries.
 
-Read from a local folder of Hugging Face weights: a ChameleonVQVAE, or a whole Chameleon model of which only the
-`vqmodel` is used. transformers ships encoder and codebook, no decoder: codes can be made, not turned back into images.
+It is read from a local folder of Hugging Face weights. The folder holds a ChameleonVQVAE or a whole Chameleon model, of
+which only the `vqmodel` is used. transformers ships the encoder and the codebook but no decoder, so images can be
+encoded and codes cannot be decoded.
 
 Shape suffixes: B images, H and W pixels, n codes of an image.
 """
@@ -20,11 +21,11 @@ from moe_dist.core.tensor_files import read_safetensors
 from moe_dist.data.tokenizers.pixels import in_chunks
 from moe_dist.data.tokenizers.tokenizer_weights import CONFIG, content_sha256, load_weights
 
-CHUNK_PIXELS = 512 * 512  # encoded at once: about 0.5 GiB of activations at Chameleon's width
+CHUNK_PIXELS = 512 * 512  # pixels encoded at once: about 0.5 GiB of activations at Chameleon's width
 
 
 class ChameleonVQ(nn.Module):
-    """An ImageTokenizer around transformers' ChameleonVQVAE."""
+    """An ImageTokenizer that wraps transformers' ChameleonVQVAE."""
 
     def __init__(self, config: ChameleonVQVAEConfig) -> None:
         super().__init__()
@@ -35,7 +36,7 @@ class ChameleonVQ(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> ChameleonVQ:
-        """Read config.json and every .safetensors file, in eval mode. Raises UserError if they do not fit."""
+        """Load config.json and every .safetensors file, in eval mode. Raises UserError if they do not match."""
         folder = Path(folder)
         raw = read_json(folder / CONFIG)
         whole_model = raw.get("model_type") == "chameleon"
@@ -53,16 +54,16 @@ class ChameleonVQ(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
-        """Codes [B, n] (int64, row by row) of images in [-1, 1]."""
+        """Encode images in [-1, 1] as codes [B, n] (int64, row by row)."""
         chunk = max(1, CHUNK_PIXELS // self.image_size**2)
         return in_chunks(lambda x: self.model.encode(x).image_tokens.view(len(x), -1), pixels_B3HW, chunk)
 
     def decode(self, codes_Bn: Tensor) -> Tensor:
-        """Always a UserError: the Hugging Face weights hold no decoder."""
+        """Raise UserError: the Hugging Face weights hold no decoder."""
         raise UserError("a ChameleonVQVAE holds no decoder: its image codes cannot be turned back into images")
 
     @property
     def sha256(self) -> str:
-        """Digest of settings and weights."""
+        """Return a digest of settings and weights."""
         keys = ("resolution", "num_embeddings", "channel_multiplier", "attn_resolutions", "attn_type")
         return content_sha256({key: getattr(self.config, key) for key in keys}, self)

@@ -1,4 +1,4 @@
-"""A text tokenizer out of a Hugging Face folder: tokenizer.json, and the names of its special tokens."""
+"""A text tokenizer read from a Hugging Face folder: tokenizer.json and the names of the special tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from moe_dist.core.errors import UserError
 from moe_dist.core.files import read_json
 
 TOKENIZER, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-TOKENIZER_FILES = (TOKENIZER, CONFIG, SPECIAL)  # what a copy of a tokenizer needs
+TOKENIZER_FILES = (TOKENIZER, CONFIG, SPECIAL)  # the files to copy with a tokenizer
 
 
 class HuggingFaceTokenizer:
-    """A TextTokenizer. Raises UserError if the folder holds no tokenizer.
+    """A TextTokenizer read from a Hugging Face folder. Raises UserError if the folder holds no tokenizer.
 
-    bos, eos and pad are the tokens that tokenizer_config.json (or special_tokens_map.json) names; without a pad token
-    eos stands in for it (padding is never looked at), so that a pretrained model's vocabulary keeps its size.
+    bos, eos and pad are the tokens that tokenizer_config.json (or special_tokens_map.json) names. Without a pad token,
+    eos is used for padding. That keeps a pretrained model's vocabulary size, and is safe because padding is masked.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -32,7 +32,7 @@ class HuggingFaceTokenizer:
             raise UserError(f"{folder} holds no {TOKENIZER} (data.text_tokenizer)") from None
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{folder / TOKENIZER} is not a tokenizer: {error}") from None
-        self._tokenizer.encode_special_tokens = True  # a text that spells a special token does not become one
+        self._tokenizer.encode_special_tokens = True  # text that spells a special token is encoded as plain text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.size: int = self._tokenizer.get_vocab_size()
@@ -45,15 +45,15 @@ class HuggingFaceTokenizer:
         self.sha256 = hashlib.sha256(f"{content} {self.bos} {self.eos} {self.pad}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without BOS or EOS."""
+        """Encode a text as ids, without BOS or EOS."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Ids of a text that goes on where another one ended. Byte-level tokenizers put nothing before any text."""
+        """Encode a text that continues another one. Byte-level tokenizers add no prefix, so this equals encode."""
         return self.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; special tokens give nothing."""
+        """Decode ids to text; special tokens are dropped."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def _id(self, token: str | dict | None, folder: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""The image tokenizer: what the rest of the code may ask of one, and how a folder becomes one.
+"""The interface of image tokenizers, and loading one from its folder.
 
 Shape suffixes: B images, H and W pixels, n codes of an image.
 """
@@ -19,7 +19,10 @@ from moe_dist.data.tokenizers.vq import VQTokenizer
 
 
 class ImageTokenizer(Protocol):
-    """Pictures to discrete codes and, where the weights hold a decoder, back. Pixels come from pixels.py."""
+    """A tokenizer that encodes images as discrete codes and, if its weights hold a decoder, decodes them.
+
+    pixels.py makes the pixels it expects.
+    """
 
     image_size: int  # pixels of one side
     num_codes: int  # n, row by row
@@ -27,20 +30,20 @@ class ImageTokenizer(Protocol):
 
     @property
     def sha256(self) -> str:
-        """Digest of settings and weights."""
+        """Return a digest of settings and weights."""
 
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
-        """Codes [B, n] (int64) of images in [-1, 1]: deterministic, whatever else is in the batch."""
+        """Encode images in [-1, 1] as codes [B, n] (int64). An image's codes do not depend on the rest of the batch."""
 
     def decode(self, codes_Bn: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] of codes. Raises UserError if the weights hold no decoder."""
+        """Decode codes to images [B, 3, H, W] in [-1, 1]. Raises UserError if the weights hold no decoder."""
 
     def to(self, device: torch.device | str) -> ImageTokenizer:
-        """Move the weights."""
+        """Move the weights to a device and return the tokenizer."""
 
 
 def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
-    """Our VQ tokenizer or Hugging Face Chameleon weights, told apart by config.json. Raises UserError."""
+    """Load our VQ tokenizer or Chameleon's from a folder; its config.json says which it is. Raises UserError."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no image tokenizer folder {folder} (data.image_tokenizer)")

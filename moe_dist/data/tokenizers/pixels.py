@@ -1,4 +1,4 @@
-"""From a picture to the pixels an image tokenizer takes: centre crop, resize, scale to [-1, 1].
+"""Conversion of images to the pixels of an image tokenizer: centre crop, resize, scale to [-1, 1].
 
 Shape suffixes: B images, H and W pixels, n codes of an image.
 """
@@ -14,25 +14,25 @@ from torch import Tensor
 
 
 def crop_and_resize(image: Image.Image, size: int) -> np.ndarray:
-    """The largest centred square of an RGB image, resized to [size, size, 3] uint8."""
+    """Crop an RGB image to its largest centred square and resize it to [size, size, 3] uint8."""
     return np.array(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
 
 
 def scale_pixels(pixels_BHWC: np.ndarray | Tensor) -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1]."""
+    """Convert uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]."""
     return torch.as_tensor(pixels_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pixels(images_B3HW: Tensor) -> np.ndarray:
-    """The way back: [B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3]."""
+    """Convert [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3]; the inverse of scale_pixels."""
     return ((images_B3HW + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], x_B: Tensor, chunk: int) -> Tensor:
-    """function over chunks of exactly `chunk` rows, the last one padded with zeros.
+    """Apply a function to chunks of exactly `chunk` rows, the last one padded with zeros, and join the results.
 
-    Kernels choose their order of summation by the shape, and a vector may lie on the border of two codes: with one
-    shape for every call the codes of an image do not depend on the images it is encoded with.
+    Kernels choose their order of summation by the shape, and rounding can move a vector from one code to another. One
+    shape for every call makes an image's codes independent of the other images in the batch.
     """
     outputs = []
     for part in x_B.split(chunk):

@@ -1,4 +1,4 @@
-"""The text tokenizer: SentencePiece, trained on the corpus or any .model file, or a Hugging Face folder."""
+"""Text tokenizers: SentencePiece models (trained here on a corpus, or any .model file) and Hugging Face folders."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from moe_dist.core.errors import UserError
 from moe_dist.core.files import write_file
 from moe_dist.data.tokenizers.hugging_face_text import HuggingFaceTokenizer
 
-VOCAB_SIZE = 2048  # of a tokenizer trained on captions; long texts deserve 8192 or more
-MAX_LINE_BYTES = 1 << 24  # SentencePiece silently leaves out longer lines; its own default is 4192
+VOCAB_SIZE = 2048  # default, enough for captions; use 8192 or more for long texts
+MAX_LINE_BYTES = 1 << 24  # SentencePiece silently skips longer lines; its own default is 4192
 
 logger = logging.getLogger(__name__)
 
 
 class TextTokenizer(Protocol):
-    """Text to ids and back. pad, bos, eos: the tokenizer's own ids, None where it has none."""
+    """A tokenizer that encodes text as ids and decodes ids. pad, bos and eos are None if the tokenizer lacks them."""
 
     size: int
     pad: int | None
@@ -34,18 +34,18 @@ class TextTokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_continuation(self, text: str) -> list[int]: ...  # of a text that goes on where another one ended
+    def encode_continuation(self, text: str) -> list[int]: ...  # of a text that continues another one
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
 
 def load_text_tokenizer(path: str | Path) -> TextTokenizer:
-    """The tokenizer that data.text_tokenizer names: a Hugging Face folder or a SentencePiece file. Raises UserError."""
+    """Load the tokenizer at data.text_tokenizer: a Hugging Face folder or a SentencePiece file. Raises UserError."""
     return HuggingFaceTokenizer(path) if Path(path).is_dir() else SentencePieceTokenizer(path)
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model. Raises UserError if the file is missing or is no such model.
+    """A TextTokenizer read from a SentencePiece file. Raises UserError if the file is missing or is not a model.
 
     Unknown characters become byte pieces or <unk>.
     """
@@ -70,30 +70,31 @@ class SentencePieceTokenizer:
         return [self._processor.id_to_piece(i) for i in range(self.size)]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text's pieces, without BOS or EOS."""
+        """Encode a text as ids, without BOS or EOS."""
         return self._processor.encode(text)
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Ids of a text that goes on where another one ended: no blank is put before it, as encode does."""
+        """Encode a text that continues another one. Unlike encode, put no space before it."""
         return self._continuation.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; control pieces (pad, bos, eos) give nothing."""
+        """Decode ids to text; control pieces (pad, bos, eos) are dropped."""
         return self._processor.decode([int(i) for i in ids])
 
 
 def _without_blank_before(content: bytes) -> bytes:
-    """The same SentencePiece model, but for the blank that it puts before every text."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]  # made at import
+    """Return the SentencePiece model changed so that it puts no space before a text."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]  # generated at import
     model.normalizer_spec.add_dummy_prefix = False
     return model.SerializeToString()
 
 
 def train_text_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int = VOCAB_SIZE) -> SentencePieceTokenizer:
-    """Train byte-pair encoding with byte fallback on the texts and write it to `out`, bitwise the same each time.
+    """Train byte-pair encoding with byte fallback on the texts and write it to `out`. The file is bitwise repeatable.
 
-    Text survives encode and decode unchanged: no Unicode normalisation, blanks are kept. A corpus too small for
-    vocab_size gives as many pieces as it has, with a warning. Raises UserError if there is no text at all.
+    Encoding and decoding give the text back unchanged: there is no Unicode normalisation, and spaces are kept. If the
+    corpus is too small for vocab_size, log a warning and train as many pieces as it allows. Raises UserError if there
+    is no text.
     """
     out = Path(out)
     lines = [line for text in texts for line in text.splitlines() if line.strip()]

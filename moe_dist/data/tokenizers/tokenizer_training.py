@@ -1,9 +1,9 @@
-"""Both tokenizers of a corpus, trained on its shards: SentencePiece on the texts, our VQ tokenizer on the images.
+"""Training of both tokenizers on a corpus' shards: SentencePiece on the texts, our VQ tokenizer on the images.
 
 OUT/text.model            the SentencePiece model                                  (data.text_tokenizer)
 OUT/vq/                   config.json, model.safetensors                           (data.image_tokenizer)
 OUT/vq/quality.json       reconstruction and codebook use on held-out images
-OUT/vq/reconstructions.png   rows of held-out images over their reconstructions
+OUT/vq/reconstructions.png   rows of held-out images, each above its reconstructions
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GRID_IMAGES = 96
 
 
 class TokenizerRecipe(Strict):
-    """What launch/train_tokenizers.py is told."""
+    """Settings of launch/train_tokenizers.py."""
 
     shards: str | tuple[str, ...]  # as data.shards
     out: str
@@ -39,7 +39,7 @@ class TokenizerRecipe(Strict):
 
 
 def train_tokenizers(recipe: TokenizerRecipe) -> tuple[SentencePieceTokenizer, VQQuality | None]:
-    """Train and write both tokenizers; a corpus without images gets the text tokenizer only. Raises UserError."""
+    """Train and write both tokenizers, or the text tokenizer alone if the corpus has no images. Raises UserError."""
     out = Path(recipe.out)
     texts, images = _read(recipe, "train", recipe.training.max_images)
     text = train_text_tokenizer(texts, out / "text.model", recipe.vocab_size)
@@ -58,7 +58,7 @@ def train_tokenizers(recipe: TokenizerRecipe) -> tuple[SentencePieceTokenizer, V
 
 
 def _read(recipe: TokenizerRecipe, split: Split, max_images: int) -> tuple[list[str], np.ndarray | None]:
-    """The captions, texts, prompts and answers of a split and its first max_images images, [N, H, W, 3] uint8."""
+    """Read all texts of a split (captions, prompts, answers) and its first max_images images [N, H, W, 3] uint8."""
     shards = resolve_shards(recipe.shards, split)
     verify_shards(shards)
     report = SampleReport()

@@ -1,4 +1,4 @@
-"""Weights of an image tokenizer's folder: read strictly, and identified by their content."""
+"""Strict loading of an image tokenizer's weights, and a digest that identifies them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def load_weights(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Copy tensors into the module's parameters and buffers. Raises UserError unless every name and shape fits."""
+    """Copy tensors into the module's parameters and buffers. Raises UserError unless every name and shape matches."""
     expected = module.state_dict()
     for name, value in expected.items():
         if name not in tensors:
@@ -31,7 +31,7 @@ def load_weights(module: nn.Module, tensors: dict[str, Tensor], folder: Path) ->
 
 
 def content_sha256(config: dict[str, Any], module: nn.Module) -> str:
-    """A digest of a tokenizer's settings and weights, however they are laid out in files."""
+    """Return a digest of a tokenizer's settings and weights that does not depend on the files they are stored in."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())

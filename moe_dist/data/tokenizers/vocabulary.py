@@ -1,10 +1,11 @@
-"""One vocabulary: text pieces, markers, image codes; and the modality of every id, stated here and nowhere else.
+"""The vocabulary that joins text pieces, markers and image codes. Only this module defines the modality of an id.
 
-  [0, P)  the text tokenizer's pieces, with its own PAD, BOS and EOS where it has them
-  then    those of PAD, BOS, EOS that it lacks
-  then    with an image tokenizer: BOI and EOI (begin and end of image), and the image codes, in order
+  [0, P)  the text tokenizer's pieces, including its own PAD, BOS and EOS if it has them
+  then    PAD, BOS and EOS if the text tokenizer lacks them
+  then    with an image tokenizer: BOI and EOI (begin and end of image), then the image codes in order
 
-A token is an image token if and only if it is an image code: all pieces and all markers, BOI and EOI too, are text.
+A token is an image token if and only if it is an image code. All pieces and all markers, including BOI and EOI, are
+text.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Codes = TypeVar("Codes", int, np.ndarray, Tensor)
 
 
 class Vocabulary:
-    """Ids of everything a model reads. V = size."""
+    """Ids of all text pieces, markers and image codes of a model. V = size."""
 
     def __init__(self, text: TextTokenizer, image: ImageTokenizer | None = None) -> None:
         self.text, self.image = text, image
@@ -41,15 +42,18 @@ class Vocabulary:
         self.modality_of[self.first_image_code :] = IMAGE
 
     def image_code(self, code: Codes) -> Codes:
-        """Id of an image code (or of an array of them)."""
+        """Return the id of an image code, or the ids of an array of codes."""
         return code + self.first_image_code
 
     def fingerprint(self) -> str:
-        """sha256 over the content of both tokenizers: equal exactly if every text and image gets the same ids."""
+        """Return a sha256 over both tokenizers' content: equal exactly if every text and image gets the same ids."""
         return hashlib.sha256(repr(self._digests).encode()).hexdigest()
 
     def describe(self) -> str:
-        """For messages: `text tokenizer 1a2b3c4d (2048 pieces), image tokenizer 5e6f7a8b (64 x 64, 512 codes)`."""
+        """Describe both tokenizers for a message.
+
+        Example: `text tokenizer 1a2b3c4d (2048 pieces), image tokenizer 5e6f7a8b (64 x 64, 512 codes)`.
+        """
         text_digest, image_digest = self._digests
         text = f"text tokenizer {text_digest[:8]} ({self.text.size} pieces)"
         if self.image is None or image_digest is None:

@@ -1,7 +1,7 @@
 """Our VQ image tokenizer (VQ-VAE, arXiv 1711.00937): convolutional encoder and decoder around a library's quantizer.
 
-By default 64 x 64 pixels become 8 x 8 = 64 codes. Sized so that two CPU cores train it in minutes: a patch embedding,
-then residual blocks at 1/4 and 1/8 of the resolution only.
+By default, 64 x 64 pixels become 8 x 8 = 64 codes. The network is small enough for two CPU cores to train it in
+minutes: a patch embedding, then residual blocks at 1/4 and 1/8 of the resolution only.
 
 Shape suffixes: B images, H and W pixels, h and w latent rows and columns, n = h * w codes of an image, D code width.
 """
@@ -25,21 +25,21 @@ from moe_dist.data.tokenizers.pixels import in_chunks
 from moe_dist.data.tokenizers.tokenizer_weights import CONFIG, WEIGHTS, content_sha256, load_weights
 
 CHUNK = 32  # images encoded or decoded at once
-PATCH = 4  # pixels of one side of the patch embedding
-DOWNSAMPLING = 2 * PATCH  # pixels of one side for each code
+PATCH = 4  # side of a patch of the patch embedding, in pixels
+DOWNSAMPLING = 2 * PATCH  # side of the square that one code covers, in pixels
 NORM_GROUPS = 8
-DEAD_CODE = 0.25  # vectors of a batch (moving average) below which a code is replaced by one of them
+DEAD_CODE = 0.25  # a code used by fewer vectors of a batch (moving average) is replaced by one of the vectors
 
 
 class VQConfig(Strict):
-    """Shape of the tokenizer and its quantizer; what config.json holds."""
+    """Sizes of the tokenizer and settings of its quantizer, stored in config.json."""
 
     type: Literal["moe_dist_vq"] = "moe_dist_vq"
-    image_size: Positive = 64  # pixels of one side
+    image_size: Positive = 64  # side in pixels
     codebook_size: Positive = 512
     code_width: Positive = 32
     channels: tuple[Positive, Positive] = (32, 128)  # at 1/4 and at 1/8 of the resolution
-    blocks: Positive = 2  # residual blocks at each of them
+    blocks: Positive = 2  # residual blocks at each resolution
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.95  # of the codebook's moving averages
     commitment: Annotated[float, Field(ge=0)] = 0.25
 
@@ -51,7 +51,7 @@ class VQConfig(Strict):
 
 
 class Residual(nn.Sequential):
-    """x + f(x): norm, 3 x 3 convolution, norm, 1 x 1 convolution."""
+    """Residual block x + f(x), where f is norm, 3 x 3 convolution, norm, 1 x 1 convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__(
@@ -109,25 +109,27 @@ class VQTokenizer(nn.Module):
         )
 
     def forward(self, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction [B, 3, H, W], codes [B, h, w] and the commitment loss (0-d)."""
+        """Return the reconstruction [B, 3, H, W], the codes [B, h, w] and the commitment loss (0-d)."""
         quantized_BDhw, codes_Bhw, commitment = self.quantizer(self.encoder(pixels_B3HW))
         return self.decoder(quantized_BDhw), codes_Bhw, commitment.sum()
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
-        """Codes [B, n] (int64, row by row) of images in [-1, 1]. Call in eval mode: training moves the codebook."""
+        """Encode images in [-1, 1] as codes [B, n] (int64, row by row). Call it in eval mode: training mode changes the
+        codebook.
+        """
         return in_chunks(lambda x: self.quantizer(self.encoder(x))[1].flatten(1), pixels_B3HW, CHUNK)
 
     @torch.no_grad()
     def decode(self, codes_Bn: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [-1, 1] of codes."""
+        """Decode codes to images [B, 3, H, W] in [-1, 1]."""
         codes_Bhw = codes_Bn.unflatten(1, (self.grid, self.grid))
         latent_BDhw = self.quantizer.get_codes_from_indices(codes_Bhw)
         return in_chunks(self.decoder, latent_BDhw, CHUNK).clamp(-1, 1)
 
     @property
     def sha256(self) -> str:
-        """Digest of settings and weights."""
+        """Return a digest of settings and weights."""
         return content_sha256(self.config.model_dump(mode="json"), self)
 
     def save(self, folder: str | Path) -> None:
@@ -140,7 +142,7 @@ class VQTokenizer(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> VQTokenizer:
-        """Read what save() wrote, in eval mode. Raises UserError if a file is damaged or the two do not match."""
+        """Load a saved tokenizer in eval mode. Raises UserError if a file is damaged or they do not match."""
         folder = Path(folder)
         tokenizer = cls(validate(VQConfig, read_json(folder / CONFIG), str(folder / CONFIG)))
         load_weights(tokenizer, read_safetensors(folder / WEIGHTS), folder)

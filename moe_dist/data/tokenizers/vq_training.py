@@ -1,4 +1,4 @@
-"""Training of our VQ image tokenizer, and how good it is: reconstruction error and use of the codebook.
+"""Training of our VQ image tokenizer, and measures of its quality: reconstruction error and codebook use.
 
 Shape suffixes: N images, B images of a batch, H and W pixels.
 """
@@ -23,23 +23,23 @@ from moe_dist.data.tokenizers.pixels import scale_pixels, to_pixels
 from moe_dist.data.tokenizers.vq import VQConfig, VQTokenizer
 
 GRID_COLUMNS = 16
-EMA = 0.98  # of the loss on the progress line
+EMA = 0.98  # decay of the moving average of the loss on the progress line
 
 
 class VQTraining(Strict):
-    """AdamW with linear warm-up and cosine decay to zero."""
+    """Training settings: AdamW with linear warm-up and cosine decay to zero."""
 
     steps: Positive = 2000
     batch_size: Positive = 16
     lr: Annotated[float, Field(gt=0)] = 2e-3
     warmup_steps: Count = 100
-    max_images: Positive = 20_000  # read into memory, from the first shards
+    max_images: Positive = 20_000  # number read into memory, from the first shards
     seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class VQQuality:
-    """Of a tokenizer on some images."""
+    """Reconstruction error and codebook use of a tokenizer on a set of images."""
 
     images: int
     psnr: float  # dB, mean over images; pixels in [0, 1]
@@ -52,15 +52,16 @@ class VQQuality:
 
 
 def train_vq(pixels_NHW3: np.ndarray, config: VQConfig, training: VQTraining) -> VQTokenizer:
-    """Train on uint8 images [N, H, W, 3]; repeatable for one thread count. Returns the tokenizer in eval mode.
+    """Train a tokenizer on uint8 images [N, H, W, 3] and return it in eval mode.
 
-    Loss: L1 + squared error + the library's commitment loss. The codebook starts from k-means of a first large batch,
-    follows by moving averages and replaces dead codes. Raises UserError if there are fewer images than a batch.
+    The loss is L1 + squared error + the library's commitment loss. The codebook is initialised by k-means on a large
+    first batch and updated by moving averages; dead codes are replaced. The result is repeatable for a given thread
+    count. Raises UserError if there are fewer images than a batch.
     """
     count, batch_size = len(pixels_NHW3), training.batch_size
     if count < batch_size:
         raise UserError(f"{count} images are too few to train a VQ tokenizer in batches of {batch_size}")
-    with torch.random.fork_rng(devices=[]):  # the library draws from the global generator
+    with torch.random.fork_rng(devices=[]):  # the quantizer draws from the global generator
         torch.manual_seed(training.seed)
         tokenizer = VQTokenizer(config)
         optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=training.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -89,7 +90,7 @@ def _train_step(tokenizer: VQTokenizer, optimizer: torch.optim.Optimizer, pixels
 
 
 def _initialise_codebook(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> None:
-    """k-means over enough images that every code has vectors of its own."""
+    """Run k-means over enough images for 8 vectors per code on average."""
     count = math.ceil(8 * tokenizer.codebook_size / tokenizer.num_codes)
     with torch.no_grad():
         tokenizer(_batch(pixels_NHW3, count))
@@ -110,7 +111,7 @@ def _progress() -> Progress:
 
 
 def measure(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> VQQuality:
-    """Reconstruct uint8 images [N, H, W, 3] and compare."""
+    """Measure how well a tokenizer reconstructs uint8 images [N, H, W, 3]."""
     codes_Nn = tokenizer.encode(scale_pixels(pixels_NHW3))
     error_N3HW = (tokenizer.decode(codes_Nn) - scale_pixels(pixels_NHW3)) / 2
     psnr_N = -10 * error_N3HW.square().mean((1, 2, 3)).clamp_min(1e-10).log10()
@@ -126,7 +127,7 @@ def measure(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> VQQuality:
 
 
 def reconstruction_grid(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> Image.Image:
-    """Rows of originals, each over the row of their reconstructions."""
+    """Draw the originals in rows, each above the row of their reconstructions."""
     output_NHW3 = to_pixels(tokenizer.decode(tokenizer.encode(scale_pixels(pixels_NHW3))))
     rows = []
     for start in range(0, len(pixels_NHW3) - GRID_COLUMNS + 1, GRID_COLUMNS):

@@ -1,4 +1,4 @@
-"""Instruction samples from the shard to the token store: what is read, what it becomes, and what is refused."""
+"""Instruction samples from the shard to the token store: reading, encoding and errors."""
 
 import json
 from itertools import islice
@@ -49,7 +49,7 @@ def store_of(data):
 
 
 def write(folder, metas, pngs=None):
-    """A prepared folder with these training samples."""
+    """Write a prepared folder with these training samples."""
     pngs = pngs or [None] * len(metas)
     samples = [Sample(f"s{i}", "train", png, None, meta) for i, (meta, png) in enumerate(zip(metas, pngs, strict=True))]
     write_shards([*samples, Sample("held-out", "validation", None, "held out")], folder)
@@ -123,7 +123,7 @@ def test_an_instruction_longer_than_a_sequence_is_left_out_and_counted(recipe, t
     assert texts == {CHOICE["prompt"] + " A", CHOICE["prompt"] + " B"}
     tokenizer = SentencePieceTokenizer(tokenizers / "text.model")
     ids = len(tokenizer.encode(CHOICE["prompt"]) + tokenizer.encode_continuation(" A"))
-    for length, kept in ((ids + 2, 2), (ids + 1, 0)):  # BOS and EOS need a place too
+    for length, kept in ((ids + 2, 2), (ids + 1, 0)):  # BOS and EOS take a position each
         store = store_of(recipe(sequence_length=length, max_bad_fraction=1.0))[1]
         assert len(store) == kept, f"{ids} ids and two markers in a sequence of {length}"
 

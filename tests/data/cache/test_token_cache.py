@@ -1,4 +1,4 @@
-"""The token cache against the tokenizers themselves, on real shards: complete or absent, never mixed up."""
+"""The token cache compared with the tokenizers themselves, on real shards: complete or absent, never mixed up."""
 
 import itertools
 import json
@@ -78,10 +78,10 @@ def test_work_is_shared_and_a_partial_cache_is_not_taken(recipe, shards):
         open_store(data, "train", v)
     times = [path.stat().st_mtime_ns for path in done]
     build_cache(data, "train", v, rank=1, world=2)
-    build_cache(data, "train", v)  # everything is there: nothing is written again
+    build_cache(data, "train", v)  # everything is cached: nothing is written again
     assert [path.stat().st_mtime_ns for path in done] == times
     assert len(open_store(data, "train", v)) == 132
-    assert not list(shards.glob("**/.shard*"))  # nothing left aside
+    assert not list(shards.glob("**/.shard*"))  # no temporary files left
 
 
 def test_an_interrupted_writer_leaves_nothing_that_counts(recipe, shards, monkeypatch):
@@ -99,7 +99,7 @@ def test_told_to_stop_it_keeps_whole_shards_and_goes_on_later(recipe, shards):
     data = recipe()
     v, tars = load_vocabulary(data), len(resolve_shards(data.shards))
     asked = itertools.count()
-    # It asks before each tar is checked, before each sample, and after each shard: this is in the second shard.
+    # stop() is called before each tar is checked, before each sample and after each shard: it acts in the second one.
     build_cache(data, "train", v, stop=lambda: next(asked) >= tars + 16 + 1 + 5)
     assert len(manifests(shards / "train")) == 1
     build_cache(data, "train", v, stop=lambda: True)

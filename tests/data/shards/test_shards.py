@@ -1,4 +1,4 @@
-"""Shards: written alike each time, found by every spelling, damage named, bad samples counted."""
+"""Shards: repeatable writing, every way to name them, errors that name damage, and counts of bad samples."""
 
 import gzip
 import io
@@ -36,7 +36,7 @@ def encoded(image: Image.Image, kind: str) -> bytes:
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that only claims its size: decoding it would need width * height * 3 bytes."""
+    """Return the header of a PNG of this size, without pixels; decoding it would need width * height * 3 bytes."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -47,7 +47,7 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.fixture
 def own_tar(tmp_path):
-    """A user's own flat folder: one shard of 20 .jpg + .json pairs."""
+    """Write a user's own flat folder: one shard of 20 .jpg + .json pairs."""
     folder = tmp_path / "own"
     folder.mkdir()
     members = {}
@@ -93,7 +93,7 @@ def test_two_samples_of_one_key_are_refused(emoji_samples, tmp_path):
         write_shards([*emoji_samples, emoji_samples[3]], tmp_path / "a")
 
 
-# ------------------------------------------------------------------------------------------------------ finding them
+# ------------------------------------------------------------------------------------------------------ finding
 
 
 def test_prepared_folder_serves_its_own_splits(emoji_shards):
@@ -142,7 +142,7 @@ def test_braces_urls_and_lists(emoji_shards, own_tar):
     ]
     remote = [s.url for s in resolve_shards("https://example.org/data/{00..02}.tar")]
     assert remote == [f"https://example.org/data/{i:02d}.tar" for i in range(3)]
-    assert verify_shards([Shard(url) for url in remote]) == 0  # no index of a remote shard, and no request either
+    assert verify_shards([Shard(url) for url in remote]) == 0  # a remote shard has no index, and causes no request here
 
 
 def test_pipe_and_file_urls_and_compressed_tars_are_read(own_tar, tmp_path):
@@ -150,7 +150,7 @@ def test_pipe_and_file_urls_and_compressed_tars_are_read(own_tar, tmp_path):
     compressed.write_bytes(gzip.compress(own_tar.read_bytes()))
     for url in (f"pipe:cat {own_tar}", f"file:{own_tar}", str(compressed)):
         assert [sample.caption for sample in iterate(url)] == [f"picture {i}" for i in range(20)]
-    first = next(iter(iterate(f"pipe:cat {own_tar}")))  # stopping early is no error
+    first = next(iter(iterate(f"pipe:cat {own_tar}")))  # stopping early raises no error
     assert first.key == "00000"
 
 
@@ -220,8 +220,8 @@ def test_tar_without_samples_is_named(tmp_path):
 
 @pytest.fixture
 def public_tar(own_tar, monkeypatch):
-    """That shard where everybody may read it and only its owner may write, beside a cache folder open to all."""
-    verify_shard(own_tar)  # imports what it needs while it may
+    """Return a shard in a folder that only its owner may write, and a cache folder that everybody may write."""
+    verify_shard(own_tar)  # import what is needed before permissions are dropped
     with public_folder() as folder:
         (folder / "cache").mkdir()
         (folder / "cache").chmod(0o777)

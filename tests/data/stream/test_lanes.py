@@ -1,4 +1,4 @@
-"""Lanes: whole epochs, fresh orders, steering, state."""
+"""Lanes: complete epochs, a new order each epoch, the steered image fraction, and the state."""
 
 import json
 from collections import defaultdict
@@ -33,7 +33,7 @@ def signature(group):
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("fraction", [None, 0.2])
 def test_no_token_is_lost_or_doubled_within_an_epoch(seed, fraction):
-    """Three epochs of every lane: the pieces of each document join to exactly its assembled tokens, in order."""
+    """In three epochs of every lane, each document's pieces join to exactly its assembled tokens, in order."""
     data = data_config(image_fraction=fraction)
     store = random_store(seed, pairs=20 + seed, texts=25 + seed, text=90)
     assembler, lanes = make(store, data, seed=seed)
@@ -120,7 +120,7 @@ def test_a_finite_lane_gives_one_epoch_and_then_empty_groups():
 @pytest.mark.parametrize("fraction", [0.05, 0.2, 0.3, 0.35])
 @pytest.mark.parametrize("text", [5, 300])
 def test_every_group_keeps_to_the_image_fraction(fraction, text):
-    """Image tokens: at most half an image above the share of all positions, or below the share of the valid ones."""
+    """Image tokens are at most half an image above their fraction of all positions or below that of valid ones."""
     data = data_config(sequence_length=96, group_sequences=4, image_fraction=fraction, caption_dropout=0.0)
     store = random_store(1, pairs=300, texts=300, codes=8, caption=12, text=text)
     _, lanes = make(store, data)

@@ -1,4 +1,4 @@
-"""The loader: one order of groups at every number of ranks, exact resume, errors that surface; held-out batches."""
+"""The loader: the same order of groups for any number of ranks, exact resume, errors that surface; held-out batches."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ def assert_same(a, b):
 
 
 def global_groups(dp, batches, *, groups=1, state=None, **data):
-    """Tokens of every group by its global number, and the merged state after each micro-batch."""
+    """Return the tokens of every group by its global number, and the merged state after each micro-batch."""
     loaders = [loader(rank, dp, groups=groups, state=state, **data) for rank in range(dp)]
     by_number, states = {}, []
     for _ in range(batches):
@@ -69,7 +69,7 @@ def global_groups(dp, batches, *, groups=1, state=None, **data):
 def test_one_two_and_four_ranks_read_the_same_groups(fraction):
     one, states = global_groups(1, 96, image_fraction=fraction)
     assert sorted(one) == list(range(96))
-    assert len({str(tokens) for tokens in one.values()}) > 80  # a long text fills whole groups, again in the next epoch
+    assert len({str(tokens) for tokens in one.values()}) > 80  # a long text fills whole groups in every epoch
     for dp, groups in [(1, 4), (2, 1), (2, 3), (4, 1), (4, 2)]:
         other, other_states = global_groups(dp, 96 // (dp * groups), groups=groups, image_fraction=fraction)
         assert other == one
@@ -85,7 +85,7 @@ def test_rank_and_lane_of_a_group():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_resume_at_any_batch_equals_the_uninterrupted_run(seed):
-    store = random_store(seed, pairs=17, texts=13, text=90)  # some epochs long
+    store = random_store(seed, pairs=17, texts=13, text=90)  # several epochs
     whole = list(islice(loader(store=store, seed=seed), 40))
     assert whole[-1].state["lanes"]["0"]["all"]["epoch"] >= 2
     for stop in range(0, 30):
@@ -196,7 +196,7 @@ def test_held_out_is_the_same_at_every_layout(groups):
     assert len(one) == 5 if groups == 5 else 30 < len(one) < 100
     for dp, batch_groups in [(1, 3), (2, 1), (3, 2), (4, 4), (7, 1)]:
         ranks = [heldout(rank, dp, groups=groups, batch_groups=batch_groups) for rank in range(dp)]
-        assert len({len(batches) for batches in ranks}) == 1  # equally many forward passes
+        assert len({len(batches) for batches in ranks}) == 1  # the same number of forward passes on every rank
         assert len({sum(b.info.num_groups for b in batches) for batches in ranks}) == 1
         assert {n: t for batches in ranks for n, t in groups_of(batches).items()} == one
 
@@ -232,7 +232,7 @@ def test_captions_that_are_all_alike_cannot_be_shuffled():
 
 
 def test_batches_for_a_gpu_are_pinned_by_the_loaders_thread(monkeypatch):
-    """Page-locked memory needs CUDA: a stand-in copies, and notes where it was called."""
+    """Page-locked memory needs CUDA, so a stand-in copies the tensors and records the calling thread."""
     threads, devices, pinned = [], [], set()
 
     def pin_memory(tensor):

@@ -1,4 +1,4 @@
-"""The loader on real emoji pairs: captions survive, images stay whole, hardly any padding."""
+"""The loader on real emoji pairs: captions survive, images stay whole, and there is little padding."""
 
 from itertools import islice
 

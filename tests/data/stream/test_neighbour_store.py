@@ -1,4 +1,4 @@
-"""The neighbour store: what it joins to a batch, and what it refuses."""
+"""The neighbour store: the tensors that it adds to a batch, and its errors."""
 
 from dataclasses import replace
 
@@ -68,7 +68,7 @@ def test_an_unfinished_or_damaged_store_is_refused(store):
     (store / "neighbours.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match=r"neighbours\.safetensors is missing, damaged"):
         NeighbourStore(store, model="digest")
-    write_samples(store, SAMPLES, ABOUT)  # collected anew: the old neighbours are not those of the new samples
+    write_samples(store, SAMPLES, ABOUT)  # collecting again removes the neighbours of the old samples
     with pytest.raises(UserError, match="has no neighbours yet"):
         NeighbourStore(store, model="digest")
     (store / "store.json").unlink()
@@ -108,7 +108,7 @@ def loader(neighbours=None, state=None):
 
 
 def store_of_instructions(folder, seed):
-    """Of the loader's 40 instructions; the routing of sample i is i everywhere."""
+    """Write and open a store of the loader's 40 instructions, in which all routing values of sample i are i."""
     samples = Samples(
         sample_N=10**18 + torch.arange(40),
         right_N=torch.arange(40) % 2 == 0,
@@ -136,4 +136,4 @@ def test_the_loader_joins_every_batch_and_goes_on_with_the_same_store_only(tmp_p
     without = next(loader()).state
     with pytest.raises(UserError, match=r"saved with data\.neighbours=None"):
         loader(store, state=without)
-    next(loader(state=state))  # evaluation does without the store
+    next(loader(state=state))  # evaluation does not need the store

@@ -1,4 +1,4 @@
-"""Assembly, filling and laying out: every rule that packing.py states, checked on small and on random documents."""
+"""Assembly, filling and layout: every rule in packing.py, checked on small and on random documents."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Multiple-choice items read back from their shards, named by letter and by text."""
+"""Multiple-choice items read from their shards, with answers given as letters and as texts."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Instructions from the document to the batch: layout, loss mask and sidecar against naive loops, mixing, resume."""
+"""Instructions from the document to the batch: layout, loss mask and sidecar compared with loops; mixing; resume."""
 
 import json
 from itertools import islice
@@ -18,7 +18,7 @@ V = SmallVocabulary
 
 
 def mixed_store(seed=0, count=60):
-    """Captions and texts, then instructions: two corpora."""
+    """Return a store of two corpora: captions and texts, then instructions."""
     plain = random_store(seed, pairs=20, texts=20, text=70).documents
     return MemoryStore([*plain, *random_instructions(seed, count=count)], [40, count])
 
@@ -27,7 +27,7 @@ STORE = mixed_store()
 
 
 def laid_out(document):
-    """The whole sequence of an instruction's ids and whether each id is to be predicted, one id after the other."""
+    """Lay out an instruction id by id: all its ids, and for each id whether it is predicted."""
     ids, learnt = [V.bos], [False]
     if document.image is not None:
         for code in [V.boi, *document.image, V.eoi]:
@@ -40,7 +40,7 @@ def laid_out(document):
 
 
 def instructions_of(store):
-    """ids -> document."""
+    """Map the ids of each instruction to its document."""
     return {tuple(laid_out(d)[0]): d for d in store.documents if d.prompt is not None}
 
 
@@ -49,7 +49,7 @@ def loader(store=STORE, *, rank=0, dp=1, groups=2, state=None, **data):
 
 
 def check_against_the_loops(batch, store):
-    """Compare every position of a batch with what its documents say; returns the instructions that were met."""
+    """Compare every position of a batch with its documents. Returns the instructions found."""
     known, met, at = instructions_of(store), [], 0
     domain_T, ends, samples = [], [], []
     for length in batch.info.document_lengths:
@@ -144,7 +144,7 @@ def test_resume_is_bitwise_with_the_sidecar(fraction):
 
 
 def by_token_id(dp, batches):
-    """Global token id -> sample, for the last prompt token of every instruction, and the merged state."""
+    """Return the sample by global token id, for every instruction's last prompt token, and the merged state."""
     ranks, found = [loader(rank=rank, dp=dp, groups=1) for rank in range(dp)], {}
     for _ in range(batches):
         items = [next(rank) for rank in ranks]

@@ -1,4 +1,4 @@
-"""Chameleon's image tokenizer against transformers' own class, on random weights in the real layouts."""
+"""Chameleon's image tokenizer compared with transformers' class, on random weights in the real layouts."""
 
 import json
 
@@ -29,7 +29,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def model(images):
-    """Random, with a codebook drawn from its own latents: all entries are in use."""
+    """Make a random model whose codebook is drawn from its own latents, so that all entries are in use."""
     torch.manual_seed(0)
     model = ChameleonVQVAE(ChameleonVQVAEConfig(**SMALL))
     with torch.no_grad():
@@ -46,8 +46,8 @@ def test_codes_equal_those_of_transformers(model, images, tmp_path):
     with torch.no_grad():
         expected = torch.stack([model.encode(image[None]).image_tokens for image in images])
     codes = tokenizer.encode(images)
-    assert len(codes.unique()) > 12  # the comparison could fail
-    assert (codes == expected).float().mean() > 0.99  # transformers sees one image, we pad to a fixed chunk
+    assert len(codes.unique()) > 12  # so the comparison can fail
+    assert (codes == expected).float().mean() > 0.99  # transformers encodes one image; we pad to a fixed chunk
     assert torch.equal(codes, torch.cat([tokenizer.encode(image[None]) for image in images]))
 
 

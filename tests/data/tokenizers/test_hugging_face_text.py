@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer folder: the same ids as transformers, its own special tokens, no new entries for text."""
+"""A Hugging Face tokenizer folder: ids as in transformers, its own special tokens, and no new entries for text."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_a_text_vocabulary_is_the_tokenizers_to_the_entry(folder):
 
 
 def test_missing_special_tokens(tmp_path):
-    """eos stands in for pad; bos and eos themselves are added by the vocabulary."""
+    """eos is used for a missing pad; the vocabulary adds a missing bos or eos."""
     ours = HuggingFaceTokenizer(save(tmp_path / "a", eos_token="<|end|>"))
     assert (ours.bos, ours.eos, ours.pad) == (None, 0, 0)
     vocabulary = Vocabulary(ours)

@@ -1,4 +1,4 @@
-"""Image tokenizers: what encode promises, what a folder must hold, and that training really learns to reconstruct."""
+"""Image tokenizers: the contract of encode, errors of bad folders, and training that learns to reconstruct."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def tokenizer(pixels):
 def test_training_reconstructs_and_uses_the_codebook(pixels, tokenizer):
     untrained = train_vq(pixels, SMALL, VQTraining(steps=1, warmup_steps=5, lr=5e-3))
     before, after = measure(untrained, pixels), measure(tokenizer, pixels)
-    mean_image = 10 * np.log10(255**2 / pixels.astype(float).var())  # PSNR of the best constant colour, about
+    mean_image = 10 * np.log10(255**2 / pixels.astype(float).var())  # about the PSNR of the best constant colour
     assert after.psnr > mean_image + 1 and after.psnr > before.psnr + 2
     assert after.codes_used > 16 and 8 < after.code_perplexity <= after.codes_used
     assert reconstruction_grid(tokenizer, pixels[:32]).size == (16 * 32, 4 * 32)
@@ -42,7 +42,7 @@ def test_quality_of_a_perfect_tokenizer_by_hand(pixels):
     class Perfect:
         codebook_size = 4
         encode = staticmethod(lambda x: torch.tensor([[0, 1], [0, 1]]))
-        decode = staticmethod(lambda codes: scale_pixels(pixels[:2]) + 0.2)  # off by 0.1 in [0, 1]
+        decode = staticmethod(lambda codes: scale_pixels(pixels[:2]) + 0.2)  # error of 0.1 in [0, 1]
 
     quality = measure(Perfect(), pixels[:2])
     assert quality.psnr == pytest.approx(20, abs=1e-3) and quality.l1 == pytest.approx(0.1)

@@ -1,4 +1,4 @@
-"""SentencePiece: lossless, deterministic, honest about corpora that are too small and files that are no models."""
+"""SentencePiece: lossless and deterministic; errors for small corpora and for files that are not models."""
 
 import logging
 
@@ -42,7 +42,7 @@ def test_training_is_bitwise_repeatable(tokenizer, tmp_path):
 def test_too_small_a_corpus_gives_fewer_pieces_and_says_so(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         small = train_text_tokenizer(["red bear", "red boat"], tmp_path / "text.model", vocab_size=4096)
-    assert 256 < small.size < 300  # the byte pieces are always there
+    assert 256 < small.size < 300  # byte pieces are always included
     assert f"too few for 4096 pieces: the text tokenizer has {small.size}" in caplog.text
     assert small.decode(small.encode("red boat")) == "red boat"
 

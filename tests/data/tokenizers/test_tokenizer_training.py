@@ -1,4 +1,4 @@
-"""The command that trains both tokenizers, on real shards, end to end."""
+"""End-to-end test of the command that trains both tokenizers, on real shards."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SMALL = [
 ]
 
 
-def run(*arguments):  # imports take seconds: only where the command itself is under test
+def run(*arguments):  # its imports take seconds, so only for tests of the command itself
     command = [sys.executable, "launch/train_tokenizers.py", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

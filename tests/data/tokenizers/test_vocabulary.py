@@ -1,4 +1,4 @@
-"""One vocabulary: every id has one meaning and one modality, and the fingerprint tells tokenizers apart."""
+"""The vocabulary: every id has one meaning and one modality, and the fingerprint distinguishes tokenizers."""
 
 import hashlib
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def image_tokenizer(codebook_size=16, content="image"):
     "own, expected",
     [
         ({"pad": 0, "bos": 2, "eos": 3}, (0, 2, 3, 100, 101)),
-        ({"bos": 1, "eos": 2}, (100, 1, 2, 101, 102)),  # a Llama .model: no pad
+        ({"bos": 1, "eos": 2}, (100, 1, 2, 101, 102)),  # as in a Llama .model, without pad
         ({}, (100, 101, 102, 103, 104)),
     ],
 )
