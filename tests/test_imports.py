@@ -102,6 +102,24 @@ def test_no_two_modules_share_a_name():
     assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
 
 
+def test_no_public_name_has_two_meanings():
+    """Classes, functions and constants of modules; `main` is what a module does when it is run."""
+    places: dict[str, list[str]] = {}
+    for path in (ROOT / "moe_dist").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                names = [node.name]
+            elif isinstance(node, ast.Assign):
+                names = [name.id for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+            else:
+                names = []
+            for name in names:
+                places.setdefault(name, []).append(path.name)
+    assert len(places) > 400
+    doubled = {name: where for name, where in places.items() if len(where) > 1 and not name.startswith("_")}
+    assert set(doubled) <= {"main"}, doubled
+
+
 def test_files_and_functions_stay_short():
     """At most 300 lines a file and 50 a function, and fewer than 8 in the median one."""
     files = [path for folder in ("moe_dist", "launch") for path in (ROOT / folder).rglob("*.py")]

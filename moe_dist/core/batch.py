@@ -20,6 +20,7 @@ from torch import Tensor
 
 MODALITIES = ("text", "image")
 TEXT, IMAGE = range(len(MODALITIES))
+CPU = torch.device("cpu")
 Made = TypeVar("Made")
 Record = TypeVar("Record", "TokenInfo", "Batch")
 

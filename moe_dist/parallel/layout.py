@@ -11,10 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from moe_dist.core.batch import CPU
 from moe_dist.core.errors import UserError
 from moe_dist.parallel.agreement import raise_on_all_ranks
-
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

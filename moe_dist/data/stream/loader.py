@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from moe_dist.config.recipe import DataConfig
-from moe_dist.core.batch import Batch
+from moe_dist.core.batch import CPU, Batch
 from moe_dist.core.errors import UserError
 from moe_dist.data.stream.lanes import Lanes, make_lanes
 from moe_dist.data.stream.neighbour_store import NeighbourStore
@@ -26,7 +26,6 @@ from moe_dist.data.stream.packing import SHORTEST_PIECE, Assembler, DocumentStor
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
 State = dict[str, Any]  # JSON-able
-CPU = torch.device("cpu")
 
 
 class Loaded(NamedTuple):
