@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tests.support import ROOT
+from tests.support import ROOT, file_map
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROOTS = [ROOT, ROOT / "moe_dist", ROOT / "tests"]  # what a page's paths may be relative to
@@ -93,3 +93,8 @@ def test_a_planted_fault_is_found(text):
 def test_what_exists_passes():
     assert not list(missing("`moe_dist/core/`, `core/batch.py` `TokenInfo.select`, `configs/mod_moma_*.yaml`, `a/b`"))
     assert long_lines("x " * 60 + "\n| " + "x" * 120) == ["x " * 60]
+
+
+def test_the_list_of_files_is_up_to_date():
+    """If it is not: python -m tests.support.file_map"""
+    assert file_map.PAGE.read_text() == file_map.page()

@@ -3,7 +3,7 @@
 Only what the model itself consists of is read: parameters (from float32 masters where there are any) and buffers. The
 optimizer and the schedule start afresh, and so do the data, unless data_position asks for more. A tensor of the
 checkpoint is loaded or left out, one of the model is loaded or new; whatever is neither is an error, so that nothing is
-loaded in part without being told.
+loaded in part without a report.
 """
 
 from __future__ import annotations

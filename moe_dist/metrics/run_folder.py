@@ -31,7 +31,7 @@ from moe_dist.parallel.signals import Stopped
 
 BEAT_SECONDS = 10.0  # least time between two renewals of status.json during training
 
-State = Literal["running", "done", "stopped", "failed"]
+RunState = Literal["running", "done", "stopped", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class RunFolder:
         fixed = ["parallel.expert=1", "run.resume=auto", f"run.dir={self.path}", "data.neighbours=null"]
         return load_stored_config(self.config, [*fixed, *overrides])
 
-    def write_status(self, state: State, step: int, reason: str | None = None, *, restart: bool) -> None:
+    def write_status(self, state: RunState, step: int, reason: str | None = None, *, restart: bool) -> None:
         """Write status.json (fields: top of this file). Raises UserError."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         status = {"state": state, "step": step, "reason": reason, "restart": restart, "updated": now}
@@ -148,7 +148,7 @@ class RunFolder:
         step = before.get("step", 0) if step is None else step
         user_error = as_user_error(error) if isinstance(error, Exception) else None
         reason = str(user_error or error) or type(error).__name__
-        state: State = "stopped" if isinstance(error, Stopped) else "failed"
+        state: RunState = "stopped" if isinstance(error, Stopped) else "failed"
         if before.get("state") != "done":
             with suppress(UserError):
                 self.write_status(state, step, reason, restart=user_error is None)

@@ -26,7 +26,7 @@ from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout
 from moe_dist.training.router_state import RouterStates
 
-Count = Callable[[Batch, ModelOutput], StepCounts]
+Counting = Callable[[Batch, ModelOutput], StepCounts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ class Engine:
         return int(self._zero.zero_optimization_stage())
 
     def train_step(
-        self, micro_batches: Iterable[Batch], objective: Objective, lr: float, count: Count | None = None
+        self, micro_batches: Iterable[Batch], objective: Objective, lr: float, count: Counting | None = None
     ) -> StepResult:
         """Accumulate over this rank's micro-batches and take one optimizer step at learning rate `lr`.
 

@@ -25,14 +25,14 @@ from moe_dist.data.stream.neighbour_store import NeighbourStore
 from moe_dist.data.stream.packing import SHORTEST_PIECE, Assembler, DocumentStore, collate
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
-State = dict[str, Any]  # JSON-able
+LoaderState = dict[str, Any]  # JSON-able
 
 
 class Loaded(NamedTuple):
     """A micro-batch on the host, and what came with it."""
 
     batch: Batch
-    state: State  # a loader restored to it continues after this batch
+    state: LoaderState  # a loader restored to it continues after this batch
     waited: float  # seconds that next() waited for the batch
 
 
@@ -46,7 +46,7 @@ class Loader:
         self,
         lanes: Lanes,
         assembler: Assembler,
-        identity: State,
+        identity: LoaderState,
         *,
         dp_rank: int,
         dp: int,
@@ -64,9 +64,9 @@ class Loader:
         self._pin = device.type == "cuda"
         start = partial(torch.cuda.set_device, device) if self._pin else None  # a new thread is on GPU 0 otherwise
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader", initializer=start)
-        self._ahead: Future[tuple[Batch, State]] | None = None
+        self._ahead: Future[tuple[Batch, LoaderState]] | None = None
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: LoaderState) -> None:
         """Go on after the batch that came with this state. Call before the first next()."""
         self._groups = state["groups"]
         for number, lane in self._lanes.items():
@@ -84,7 +84,7 @@ class Loader:
         self._ahead = self._thread.submit(self._produce)
         return Loaded(batch, state, time.perf_counter() - started)
 
-    def _produce(self) -> tuple[Batch, State]:
+    def _produce(self) -> tuple[Batch, LoaderState]:
         first = self._groups + (self._dp_rank - self._groups) % self._dp
         groups = []
         for number in range(first, first + self._batch_groups * self._dp, self._dp):
@@ -111,7 +111,7 @@ def make_loader(
     dp: int,
     batch_groups: int,
     neighbours: NeighbourStore | None = None,
-    state: State | None = None,
+    state: LoaderState | None = None,
     device: torch.device = CPU,
 ) -> Loader:
     """The loader of one data-parallel rank.
@@ -163,14 +163,14 @@ def _check_images(assembler: Assembler) -> None:
         assembler(0, int(pairs[0]))
 
 
-def _identity(store: DocumentStore, data: DataConfig, seed: int, neighbours: NeighbourStore | None) -> State:
+def _identity(store: DocumentStore, data: DataConfig, seed: int, neighbours: NeighbourStore | None) -> LoaderState:
     """Return what must be equal where a loader state is used again."""
     keys = ("lanes", "sequence_length", "group_sequences", "image_fraction")
     identity = {"seed": seed, "documents": len(store), **{f"data.{key}": getattr(data, key) for key in keys}}
     return identity if neighbours is None else identity | {"data.neighbours": neighbours.identity}
 
 
-def _check_identity(saved: State, now: State) -> None:
+def _check_identity(saved: LoaderState, now: LoaderState) -> None:
     for key, value in now.items():
         if saved.get(key) != value:
             raise UserError(f"the loader state was saved with {key}={saved.get(key)}, this run has {key}={value}")

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import read_json
 
-TOKENIZER, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-TOKENIZER_FILES = (TOKENIZER, CONFIG, SPECIAL)  # the files to copy with a tokenizer
+TOKENIZER, TOKENIZER_CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL)  # the files to copy with a tokenizer
 
 
 class HuggingFaceTokenizer:
@@ -37,7 +37,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_padding()
         self.size: int = self._tokenizer.get_vocab_size()
         named: dict[str, Any] = {}
-        for file in (folder / SPECIAL, folder / CONFIG):
+        for file in (folder / SPECIAL, folder / TOKENIZER_CONFIG):
             named |= read_json(file) if file.is_file() else {}
         self.bos, self.eos, self.pad = (self._id(named.get(f"{key}_token"), folder) for key in ("bos", "eos", "pad"))
         if self.pad is None:
