@@ -1,10 +1,9 @@
-"""FLOPs of training, from the matrix products that the modules of a model state (core/costs.py).
+"""FLOPs of training, computed from the matrix products that each module of a model reports (core/costs.py).
 
-A multiply-add is 2 FLOPs. Forward, each product counts once; backward, once for the gradient of its weights if they are
-trained, and once for the gradient of what they multiply if anything trained lies before it. So a model that is trained
-as a whole counts three times its forward pass, frozen weights beside LoRA twice, and what lies before the first trained
-weight once. An auxiliary router's input is detached: it is a chain of its own, and counts as trained where its weights
-are.
+A multiply-add is 2 FLOPs. A product counts once for the forward pass, once more for the gradient of its weights if they
+are trained, and once more for the gradient of its input if anything before it is trained. A model that is trained as a
+whole therefore counts three times its forward pass, frozen weights with LoRA count twice, and products before the first
+trained weight once. The input of an auxiliary router is detached, so its products are a separate chain.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from moe_dist.core.costs import Costed, Product, Work
 
 
 def model_flops(model: Costed, work: Work) -> int:
-    """Return the FLOPs of the forward and backward pass of one micro-batch, as the model is trained."""
+    """Return the forward and backward FLOPs of one micro-batch, given which parameters are trained (requires_grad)."""
     return _flops(model, work, _is_trained)
 
 
@@ -28,11 +27,13 @@ def flops_saved(
     top_k: int,
     admitted: Mapping[int, Sequence[int]] | None = None,
 ) -> float:
-    """Return AdaMoE's "FLOPs saved" (arXiv 2406.13233): the fraction that is saved where a token takes `experts`
-    experts of every layer on average, against `top_k` of them.
+    """Return AdaMoE's "FLOPs saved" (arXiv 2406.13233): the fraction of FLOPs saved by `experts` experts per token and
+    layer on average, compared with `top_k`.
 
-    Routers are left out of both, and a stage that freezes parameters changes neither. tokens: those that are routed,
-    without padding. admitted: as in Work; `experts` is a mean over all of `tokens`, also those that pass by a layer.
+    Both sides leave out the routers. A stage that freezes parameters changes neither side.
+    tokens: the number of routed tokens, without padding.
+    experts: a mean over all of `tokens`, including those that skip a layer.
+    admitted: as in Work.
     """
     admitted = admitted or {}
     of_layers = [sum(admitted[layer]) if layer in admitted else tokens for layer in range(model.num_layers)]
@@ -48,8 +49,8 @@ def _flops(model: Costed, work: Work, trained: Callable[[Product], bool]) -> int
 
 
 def _with_backward(chain: Iterable[Product], trained: Callable[[Product], bool]) -> int:
-    """Return the multiply-adds of products that follow one another: forward, and the gradients that training needs."""
-    total, before = 0, False  # before: something trained lies before the product
+    """Return the multiply-adds of a chain of products, for the forward pass and the gradients that training needs."""
+    total, before = 0, False  # before: an earlier product of the chain is trained
     for product in chain:
         own = before if product.weights is None else trained(product)
         total += product.multiply_adds * (1 + before + own)

@@ -1,7 +1,8 @@
-"""Causal attention over packed documents, and the rotary embedding of positions that restart in each of them.
+"""Causal attention over packed documents, and rotary embedding with positions that restart in each document.
 
-A micro-batch is T tokens laid end to end. A token attends to the earlier tokens of its own document only. No T x T mask
-is ever made: the documents' places are worked out once per micro-batch and shared by all layers.
+A micro-batch is a concatenation of documents, T tokens in all. A token attends to itself and to the earlier tokens of
+its own document. No T x T mask is built: the document boundaries are computed once per micro-batch and shared by all
+layers.
 
 Shape suffixes: T tokens, H heads, G query groups (G divides H; the heads of a group share key and value), d size per
 head, P padded tokens (P >= T).
@@ -25,34 +26,37 @@ from moe_dist.core.batch import TokenInfo
 from moe_dist.core.errors import UserError
 from moe_dist.core.fused import fused
 
-_MULTIPLE = 16  # padded document lengths: few different ones, and at most 15 tokens of padding a document
+_MULTIPLE = 16  # documents are padded to a multiple of this: few distinct lengths, at most 15 padding tokens each
 
 
 class Attending(Protocol):
-    """The form of attention over the documents of a micro-batch."""
+    """Interface of attention within the documents of a micro-batch."""
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
-        """Softmax attention, scaled by 1/sqrt(d), causal within each document: [T, H, d]."""
+        """Compute softmax attention, scaled by 1/sqrt(d) and causal within each document. Returns [T, H, d]."""
         ...
 
 
 class Documents(Attending, Protocol):
-    """Where the documents of a micro-batch lie: all that attention must know about them."""
+    """The document boundaries of a micro-batch, with attention within them."""
 
     def select(self, info: TokenInfo) -> Documents:
-        """The same documents where attention sees nothing but the tokens of `info` (TokenInfo.select)."""
+        """Return the same documents reduced to the tokens of `info`, which came from TokenInfo.select."""
         ...
 
 
 def locate_documents(lengths: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> Documents:
-    """The Documents of consecutive lengths (host values), for hidden states of this device and dtype."""
+    """Build the Documents for a concatenation of documents of these lengths (host values).
+
+    device, dtype: those of the hidden states. They decide which attention kernel is used.
+    """
     if _uses_flash(device, dtype):
         return VarlenDocuments.build(lengths, device)
     return BucketedDocuments.build(lengths, device)
 
 
 def check_head_size(size: int, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise UserError if heads of this size do not fit the attention kernel for this device and dtype."""
+    """Raise UserError if the attention kernel for this device and dtype does not support heads of this size."""
     if _uses_flash(device, dtype) and (size % 8 or size > 256):
         raise UserError(
             f"heads of size {size} (model.head_size, by default hidden_size / num_heads) do not fit flash attention, "
@@ -66,14 +70,15 @@ def _uses_flash(device: torch.device, dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class BucketedDocuments:
-    """Documents of like length are padded to one length and attended as one dense batch. On any device, in any dtype.
+    """Documents padded to a multiple of 16 and attended in one dense batch per padded length. Any device, any dtype.
 
-    How far a document is padded depends on its length alone, not on its neighbours. Padding repeats the document's last
-    token: it lies after all real tokens, so no real query sees it, and its own output is dropped (zero gradient).
+    The padded length of a document depends on its own length only, not on its neighbours. Padding repeats the last
+    token of the document. It comes after all real tokens, so no real query sees it, and its own output is dropped (zero
+    gradient).
     """
 
-    gather_P: Tensor  # int64, the token in each padded place
-    scatter_T: Tensor  # int64, the padded place of each token
+    gather_P: Tensor  # int64, the token at each padded position
+    scatter_T: Tensor  # int64, the padded position of each token
     buckets: tuple[tuple[int, int], ...]  # (documents, padded length) of each bucket, in order
 
     @classmethod
@@ -83,7 +88,7 @@ class BucketedDocuments:
         padded_N = (length_N + _MULTIPLE - 1) // _MULTIPLE * _MULTIPLE
         scatter_T = torch.empty(sum(lengths), dtype=torch.int64, device="cpu")
         gather, buckets, places = [], [], 0
-        for padded in padded_N.unique().tolist() or [_MULTIPLE]:  # without a token: one bucket of no document
+        for padded in padded_N.unique().tolist() or [_MULTIPLE]:  # if there are no tokens: one bucket of 0 documents
             members = (padded_N == padded).nonzero()
             offset = torch.arange(padded, device="cpu")
             token = start_N[members] + offset.minimum(length_N[members] - 1)
@@ -115,17 +120,17 @@ class BucketedDocuments:
 
 @dataclass(frozen=True, slots=True)
 class VarlenDocuments:
-    """Flash attention by cumulative lengths, on CUDA in half precision (its kernel takes nothing else).
+    """Documents as cumulative lengths for flash attention, whose kernel needs CUDA and half precision.
 
-    The kernel itself has not been run by the tests, which have no GPU: they check the call's arguments on a stand-in.
+    The tests have no GPU. They check the arguments of the call with a stand-in for the kernel.
     """
 
-    ends: Tensor  # int32, 0 and the end of each document
+    ends: Tensor  # int32: 0, then the end of each document
     longest: int
 
     @classmethod
     def build(cls, lengths: Sequence[int], device: torch.device) -> VarlenDocuments:
-        # Without a token there is one document of length 0: the kernel refuses a list of no documents.
+        # The kernel refuses an empty list of documents, so if there are no tokens, pass one document of length 0.
         real = [length for length in lengths if length] or [0]
         ends = torch.tensor([0, *accumulate(real)], dtype=torch.int32, device="cpu")
         return cls(ends.to(device, non_blocking=True), max(real))
@@ -135,10 +140,10 @@ class VarlenDocuments:
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         ends, longest, grouped = self.ends, self.longest, key_TGd.shape[1] != query_THd.shape[1]
-        # torch 2.11 has no enable_gqa: its kernel takes fewer key-value heads without it. From 2.12 on they need it.
+        # Fewer key-value heads than query heads need enable_gqa from torch 2.12 on. torch 2.11 does not have it.
         extra: dict[str, Any] = {"enable_gqa": True} if grouped and _accepts(varlen_attn, "enable_gqa") else {}
         output = varlen_attn(query_THd, key_TGd, value_TGd, ends, ends, longest, longest, window_size=(-1, 0), **extra)
-        assert isinstance(output, Tensor)  # it returns a tuple only when asked for more
+        assert isinstance(output, Tensor)  # a tuple is returned only if further outputs are requested
         return output
 
 
@@ -149,9 +154,9 @@ def _accepts(function: Callable, name: str) -> bool:
 
 
 def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:
-    """Angles of RoPE (Su et al., arXiv 2104.09864, eq. 15), float32 [T, 1, 1, d]: both halves of a head turn alike.
+    """Compute the RoPE angles (Su et al., arXiv 2104.09864, eq. 15), float32 [T, 1, 1, d]. Both halves of d are equal.
 
-    The frequencies are rounded as in the models whose weights are imported: 1 / base^x, not base^-x.
+    The frequencies are computed as 1 / base^x, not base^-x, for the same rounding as in the imported models.
     """
     exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_T.device) / head_size
     angle_Td = position_T[:, None].float() * (1.0 / base**exponent)
@@ -159,7 +164,7 @@ def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:
 
 
 def rotation(angle_T11d: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cosines and signed sines of the angles, [2, T, 1, d] in `dtype`: made once per micro-batch for all layers."""
+    """Compute cosines and signed sines of the angles, [2, T, 1, d] in `dtype`. Once per micro-batch, for all layers."""
     sin_T1d = angle_T11d.sin().squeeze(1)
     first, second = sin_T1d.chunk(2, dim=-1)
     return torch.stack([angle_T11d.cos().squeeze(1), torch.cat([-first, second], dim=-1)]).to(dtype)
@@ -167,13 +172,13 @@ def rotation(angle_T11d: Tensor, dtype: torch.dtype) -> Tensor:
 
 @fused
 def rotate(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
-    """Turn each head (x1, x2), two halves, into (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    """Rotate each head, whose halves are x1 and x2, to (x1 cos - x2 sin, x2 cos + x1 sin)."""
     return x_THd * cos_T1d + x_THd.roll(x_THd.shape[-1] // 2, -1) * sin_T1d
 
 
 @dataclass(frozen=True, slots=True)
 class RotatedDocuments:
-    """Attention whose queries and keys are rotated first."""
+    """Attention that applies the rotary embedding to queries and keys first."""
 
     documents: Attending
     turn_2T1d: Tensor

@@ -1,4 +1,4 @@
-"""Low-rank deltas on the projections of attention.
+"""LoRA on the projections of attention.
 
 Shape suffixes: T tokens, I input width, O output width, H heads, G query groups, d size per head.
 """
@@ -20,10 +20,11 @@ from moe_dist.model.site import Site
 
 
 class LoRALinear(nn.Linear):
-    """x W^T, with W frozen, plus low-rank deltas of x for `parts` of the output (Hu et al., arXiv 2106.09685, eq. 3).
+    """x W^T with W frozen, plus a low-rank delta of x for each part of the output (Hu et al., arXiv 2106.09685, eq. 3).
 
-    The output lies in `groups`, one after another, each of which has a share of every part in turn: in megatron's fused
-    projection q q k v, q q k v, ..., a group for each key-value head. No bias.
+    The output consists of `groups` groups. Each group holds an equal share of every part, in the order of `parts`.
+    Megatron's fused projection, for example, is q q k v, q q k v, ...: the parts are q, k and v, and there is one group
+    per key-value head. No bias.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class LoRALinear(nn.Linear):
         lora: LoRAConfig,
         site: Site,
     ):
-        """parts: the output width of each."""
+        """parts: maps the name of each part to its output width."""
         super().__init__(input_size, output_size, bias=False)
         self.weight.requires_grad_(False)
         self.groups, self.dropout = groups, lora.dropout
@@ -45,16 +46,16 @@ class LoRALinear(nn.Linear):
             self.lora[part] = LowRank(input_size, width, lora, site.child("lora").child(part))
 
     def with_dropout(self, x_TI: Tensor, token_id_T: Tensor) -> Tensor:
-        """x_TI followed by a copy with dropout for each part, [T, I * (1 + parts)]; x_TI alone where dropout is off.
+        """Append to x_TI one copy with dropout per part: [T, I * (1 + parts)]. If dropout is off, return x_TI.
 
-        The input of `forward`, so that the tokens' ids need not come to it through megatron.
+        The result is the input of `forward`. Dropout needs the token ids, which megatron cannot pass to `forward`.
         """
         if not (self.training and self.dropout):
             return x_TI
         return torch.cat([x_TI, *(lora.drop(x_TI, token_id_T) for lora in self._deltas())], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., O] of what `with_dropout` returned, in any shape [..., I or I * (1 + parts)]."""
+        """Return [..., O]. x is the result of `with_dropout`, [..., I or I * (1 + parts)]."""
         x, *dropped = x.split(self.in_features, dim=-1)
         inputs = dropped or [x] * len(self.lora)
         deltas = [lora(piece).unflatten(-1, (self.groups, -1)) for lora, piece in zip(self._deltas(), inputs)]
@@ -70,13 +71,13 @@ class LoRALinear(nn.Linear):
 
 @dataclass(frozen=True, slots=True)
 class DroppedDocuments:
-    """Documents whose attended values come as the output projection takes them: followed by a copy with dropout."""
+    """Attention whose output is followed by a copy with dropout, as the LoRA of the output projection expects."""
 
     documents: Attending
     projection: LoRALinear
     token_id_T: Tensor
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
-        """[T, H, d] where dropout is off, else [T, 2 H, d]."""
+        """Return [T, H, d] if dropout is off, else [T, 2 H, d]."""
         y_THd = self.documents.attend(query_THd, key_TGd, value_TGd)
         return self.projection.with_dropout(y_THd.flatten(1), self.token_id_T).unflatten(1, (-1, y_THd.shape[2]))

@@ -1,4 +1,4 @@
-"""One transformer block: attention, then a feed-forward part that is dense or a mixture of experts.
+"""One transformer block: attention, then a feed-forward part, either dense or a mixture of experts.
 
 Shape suffixes: T tokens, D model width, d size per head.
 """
@@ -20,8 +20,11 @@ from moe_dist.parallel.layout import Layout
 
 
 class Block(nn.Module):
-    """Residual block. swin: h = x + norm(attn(x)), out = h + norm(ffn(h)) (Chameleon, arXiv 2405.09818; MoMa).
-    pre: h = x + attn(norm(x)), out = h + ffn(norm(h))."""
+    """Residual block with one of two placements of the norms, `model.norm`.
+
+    swin: h = x + norm(attn(x)), out = h + norm(ffn(h)) (Chameleon, arXiv 2405.09818; MoMa, arXiv 2407.21770).
+    pre: h = x + attn(norm(x)), out = h + ffn(norm(h)).
+    """
 
     ffn: SwiGLU | MoELayer
 
@@ -53,17 +56,17 @@ class Block(nn.Module):
         ]
 
     def detached_products(self, work: LayerWork) -> list[list[Product]]:
-        """Chains of products whose input is detached: those of auxiliary routers."""
+        """Return the chains of products whose input is detached, which are those of auxiliary routers."""
         return self.ffn.detached_products(work) if isinstance(self.ffn, MoELayer) else []
 
     def num_parameters(self, experts: float | None) -> float:
-        """experts: see MoELayer.num_parameters."""
+        """Count the parameters. experts: see MoELayer.num_parameters."""
         norms = 2 * self.attention_norm.normalized_shape[0]
         return self.attention.num_parameters() + norms + self.ffn.num_parameters(experts)
 
 
 def build_ffn(config: ModelConfig, site: Site, layout: Layout) -> SwiGLU | MoELayer:
-    """Build the feed-forward part of a block, to be called as (x_TD, info) -> (y_TD, RoutingRecord or None)."""
+    """Build the feed-forward part of a block. Its call is (x_TD, info) -> (y_TD, RoutingRecord or None)."""
     if isinstance(config.ffn, DenseFFN):
         return SwiGLU(config.ffn.hidden_size, site)
     return build_moe_layer(config.ffn, site, layout)

@@ -1,11 +1,11 @@
-"""Keys and values of what attention has seen, so that a document goes on token by token without being read again.
+"""The key-value cache: generation continues a sequence token by token without recomputing its earlier tokens.
 
-A cache holds S sequences. A micro-batch whose documents go on where sequences have ended is read with a Decoding in
-place of the micro-batch's own Documents. Every layer keeps count for itself: where a layer lets a token pass by
-(mixture-of-depths), that layer's part of the sequence is shorter. Positions come from TokenInfo, and keys are turned by
-them before they are stored, so a sequence may have gaps.
+A cache holds S sequences. If the documents of a micro-batch continue cached sequences, attention uses a Decoding
+instead of the micro-batch's own Documents. Each layer counts its own tokens: if a layer skips a token
+(mixture-of-depths), its cached sequence is shorter. Keys are rotated by their position in TokenInfo before they are
+stored, so the positions of a sequence may have gaps.
 
-Shape suffixes: T tokens, N documents of a micro-batch, n tokens of the longest of them, S sequences, C capacity (tokens
+Shape suffixes: T tokens, N documents of a micro-batch, n tokens of the longest one, S sequences, C capacity (tokens
 of a sequence), L tokens of the longest sequence so far, H heads, G query groups, d size per head.
 """
 
@@ -22,7 +22,7 @@ from moe_dist.core.batch import TokenInfo
 
 
 class LayerCache:
-    """One layer's keys and values, and how many of each sequence there are."""
+    """The cached keys and values of one layer, and the number of cached tokens of each sequence."""
 
     def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype):
         self.key_SCGd, self.value_SCGd = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
@@ -30,34 +30,37 @@ class LayerCache:
 
 
 class KVCache:
-    """The caches of all layers. Belongs to whoever generates; attention adds to it."""
+    """The caches of all layers. Generation owns it; attention appends to it."""
 
     def __init__(self, config: ModelConfig, *, sequences: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        """capacity: tokens that a sequence may have, prompt included. One sequence more is `padding`, never kept."""
+        """capacity: the maximum number of tokens of a sequence, prompt included.
+
+        One more sequence is allocated, number `padding`. Its tokens are discarded after each call.
+        """
         self.padding = sequences
         shape = (sequences + 1, capacity, config.query_groups, config.size_per_head)
         self.layers = [LayerCache(shape, device, dtype) for _ in range(config.num_layers)]
 
     def go_on(self, sequences: list[int]) -> Decoding:
-        """A micro-batch whose documents, in order, continue these sequences (each at most once)."""
+        """Return the Decoding of a micro-batch whose documents continue these sequences, in order. No sequence twice."""
         return Decoding(self, torch.tensor(sequences, device=self.layers[0].length_S.device))
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """Which sequence of a cache each document of a micro-batch continues."""
+    """A micro-batch whose documents continue sequences of a cache."""
 
     cache: KVCache
-    sequence_N: Tensor  # int64
+    sequence_N: Tensor  # int64, the sequence that each document continues
 
     def documents(self, layer: int, info: TokenInfo) -> CachedDocuments:
-        """What the attention of a layer needs."""
+        """Return the documents for the attention of one layer."""
         return CachedDocuments(self.cache.layers[layer], self.cache.padding, self.sequence_N, info.document_T)
 
 
 @dataclass(frozen=True, slots=True)
 class CachedDocuments:
-    """Documents that continue cached sequences. `attend` first adds the tokens to the cache: once for each layer."""
+    """Documents that continue cached sequences of one layer. Call `attend` once: it appends the tokens to the cache."""
 
     layer: LayerCache
     padding: int
@@ -65,11 +68,11 @@ class CachedDocuments:
     document_T: Tensor
 
     def select(self, info: TokenInfo) -> CachedDocuments:
-        """The same where the layer sees only the tokens of `info`: it keeps no others."""
+        """Return the same documents reduced to the tokens of `info`. The layer caches no others."""
         return replace(self, document_T=info.document_T)
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
-        """Each token attends to its sequence up to itself: [T, H, d]."""
+        """Append the tokens to the cache, then attend from each to its sequence up to itself. Returns [T, H, d]."""
         layer, document_T, sequence_N = self.layer, self.document_T, self.sequence_N
         count_N = torch.bincount(document_T, minlength=len(sequence_N))
         offset_T = torch.arange(len(document_T), device=document_T.device) - (count_N.cumsum(0) - count_N)[document_T]

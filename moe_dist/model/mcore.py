@@ -1,9 +1,9 @@
-"""Megatron-core's SelfAttention as this model uses it. The only file that imports megatron.
+"""The attention module, built from megatron-core's SelfAttention. The only file that imports megatron.
 
-Around megatron's own code (fused projection of queries, keys and values, their norms) the spec puts parts that need
-neither Transformer Engine nor CUDA nor megatron's global parallel state. The rotary embedding is ours, because megatron
-computes cosines and sines anew in every layer. There is no tensor or context parallelism: megatron gets groups of one
-rank.
+Megatron's code provides the fused projection of queries, keys and values and the order of the steps. The spec fills its
+slots with modules that need neither Transformer Engine nor CUDA nor megatron's global parallel state. The rotary
+embedding is ours, because megatron recomputes cosines and sines in every layer. There is no tensor or context
+parallelism: megatron gets groups of one rank.
 
 Shape suffixes: T tokens, D model width, H heads, G query groups, d size per head.
 """
@@ -24,7 +24,7 @@ from moe_dist.model.attention import Attending, Documents, RotatedDocuments, loc
 from moe_dist.model.attention_lora import DroppedDocuments, LoRALinear
 from moe_dist.model.site import Site
 
-with warnings.catch_warnings():  # four times, about packages that nothing here uses
+with warnings.catch_warnings():  # the warning comes four times, about packages that are not used here
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -34,7 +34,7 @@ with warnings.catch_warnings():  # four times, about packages that nothing here 
 
 
 class OneRankGroup:
-    """What megatron asks of a process group, for the parallel dimensions that are not used."""
+    """A process group of one rank, as megatron needs for the parallel dimensions that are not used."""
 
     def size(self) -> int:
         return 1
@@ -81,12 +81,12 @@ class HeadNorm(nn.LayerNorm):
 
 @fused
 def _layer_norm(x: Tensor, weight_d: Tensor, bias_d: Tensor, eps: float) -> Tensor:
-    """Normalise each head. torch's own kernel takes a block of threads for each, which is slow for short heads."""
+    """Normalise each head. Fused: torch's own kernel uses a thread block per head, which is slow for small heads."""
     return F.layer_norm(x, weight_d.shape, weight_d, bias_d, eps)
 
 
 class DocumentAttention(nn.Module):
-    """Megatron's core-attention slot. The `attention_mask` that travels through SelfAttention is an Attending value."""
+    """The module in megatron's core-attention slot. SelfAttention passes an Attending value on as `attention_mask`."""
 
     def __init__(self, **_settings):
         super().__init__()
@@ -115,8 +115,8 @@ class Attention(nn.Module):
         core.draw(self.core.linear_proj.weight, "linear_proj.weight", onto_residual=True)
 
     def forward(self, x_TD: Tensor, token_id_T: Tensor, documents: Documents, turn_2T1d: Tensor) -> Tensor:
-        """Return y_TD. turn_2T1d: what `rotation` returns. The global token ids key LoRA's dropout. T may be 0."""
-        if not len(x_TD):  # megatron cannot: one token of zeros, cut off again, gives every weight a gradient of zero
+        """Return y_TD. turn_2T1d: the result of `rotation`. The global token ids seed LoRA's dropout. T may be 0."""
+        if not len(x_TD):  # megatron fails on 0 tokens: add one of zeros and cut it off, so weights get a zero gradient
             alone, ids, turn = locate_documents([1], device=x_TD.device, dtype=x_TD.dtype), token_id_T, turn_2T1d
             return self(F.pad(x_TD, (0, 0, 0, 1)), F.pad(ids, (0, 1)), alone, F.pad(turn, (0, 0) * 2 + (0, 1)))[:0]
         attending: Attending = RotatedDocuments(documents, turn_2T1d)
@@ -135,7 +135,7 @@ class Attention(nn.Module):
         ]
 
     def num_parameters(self) -> int:
-        """The projections' weights multiply a token once each; head norms have biases."""
+        """Count the parameters: a projection has one per multiply-add of a token, a head norm weights and biases."""
         matrices = self.products(LayerWork(tokens=1, pairs=0, rows=0))
         norms = sum(2 * norm.normalized_shape[0] for norm in self._head_norms())
         return sum(product.multiply_adds for product in matrices) + norms
@@ -170,7 +170,7 @@ def attention_spec(config: ModelConfig, site: Site) -> ModuleSpec:
 
 
 def megatron_config(config: ModelConfig) -> TransformerConfig:
-    """The part of megatron's configuration that SelfAttention reads."""
+    """Build megatron's configuration, with the settings that SelfAttention reads."""
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,

@@ -1,4 +1,4 @@
-"""Mixture-of-depths around a block: it works on the tokens that its gate admits, the others pass by it unchanged.
+"""Mixture-of-depths around a block: the block processes the tokens that a gate admits; the others skip it unchanged.
 
 Shape suffixes: T tokens, K admitted tokens, D model width, V valid tokens, d size per head.
 """
@@ -22,19 +22,19 @@ from moe_dist.model.site import Site
 class MixtureOfDepths(nn.Module):
     """x + s (block(x) - x) for the admitted tokens, x for the others (Raposo et al., arXiv 2404.02258, eq. 1).
 
-    The gate's value s multiplies what the block adds to the residual stream, so the gate has a gradient; MoMa (arXiv
-    2407.21770) takes s from a sigmoid and does not say more. The block sees nothing but the admitted tokens: attention
-    goes to earlier admitted tokens of the same document, at their own positions; experts choose among them.
+    The gate value s multiplies the block's update of the residual stream, so the gate gets a gradient. s is a sigmoid,
+    as in MoMa (arXiv 2407.21770), which does not say where it enters. The block sees the admitted tokens only: they
+    attend to earlier admitted tokens of their document, at their original positions, and experts choose among them.
 
-    It is called as its block is, and owns it but for the names: the block is registered among the model's layers, so a
-    stage with mixture-of-depths starts from a checkpoint without it. How many tokens of each document, sequence and
-    modality are admitted is read on the host through `split_sizes`: one device-to-host synchronisation, beside that of
-    the expert layer.
+    It has the same call as its block. The block is registered among the model's layers, not here. Its parameters
+    therefore keep their names, and a stage with mixture-of-depths can start from a checkpoint without it. The numbers
+    of admitted tokens per document, sequence and modality are read on the host through `split_sizes`. This costs one
+    device-to-host synchronisation, in addition to that of the expert layer.
     """
 
     def __init__(self, block: Block, settings: DepthConfig, site: Site, split_sizes: SplitSizes = split_sizes):
         super().__init__()
-        self._unregistered = (block,)  # in a tuple torch does not see a module
+        self._unregistered = (block,)  # torch does not register a module inside a tuple
         self.layer, self.split_sizes = site.layer, split_sizes
         self.router = DepthRouter(settings, site.child("router"))
 
@@ -45,7 +45,7 @@ class MixtureOfDepths(nn.Module):
     def forward(
         self, x_TD: Tensor, info: TokenInfo, documents: Documents, turn_2T1d: Tensor
     ) -> tuple[Tensor, RoutingRecord | None, DepthRecord]:
-        """Return what the block returns, over all T tokens and with token numbers among them; and who was admitted."""
+        """Return the block's results over all T tokens (records index those, too), and the record of the admission."""
         admitted_T, routing = self.router(x_TD, info)
         token_K, inner = info.select(admitted_T, self.split_sizes)
         x_KD = x_TD.index_select(0, token_K)

@@ -1,4 +1,4 @@
-"""Where a module sits in the model. The one source of parameter names while a model is built."""
+"""The place of a module in the model: the only source of parameter names while a model is built."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ from moe_dist.core.seeding import fold_key, seeded_normal_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """Where a module sits in the model: everything it needs besides its settings.
+    """The place of a module in the model: everything its constructor needs besides its settings.
 
-    A module gives each of its parts `child(ATTRIBUTE)`, so that `name` is the part's name in the module tree.
+    A module passes `child(ATTRIBUTE)` to each of its parts, so that `name` is the part's name in the module tree.
     """
 
     hidden_size: int
     layer: int
     seed: int
     init_std: float
-    output_std: float | None = None  # of projections onto the residual stream; None: init_std
-    name: str  # global parameter prefix; randomness is keyed by it
+    output_std: float | None = None  # for projections onto the residual stream; None: init_std
+    name: str  # prefix of the parameter names; it also seeds the random numbers
 
     def child(self, name: str) -> Site:
         return replace(self, name=f"{self.name}.{name}")
 
     def key(self, purpose: str) -> int:
-        """Return the key of the module's random numbers for one purpose."""
+        """Return the key that seeds the module's random numbers for one purpose."""
         return fold_key(self.seed, self.name, purpose)
 
     def draw(self, parameter: Tensor, name: str, *, std: float | None = None, onto_residual: bool = False) -> None:
-        """Draw the initial values of the module's parameter `name`, of standard deviation init_std by default."""
+        """Draw the initial values of the module's parameter `name`, with standard deviation init_std by default."""
         if std is None:
             std = self.output_std if onto_residual and self.output_std is not None else self.init_std
         seeded_normal_(parameter, seed=self.seed, name=f"{self.name}.{name}", std=std)
 
 
 def block_name(layer: int) -> str:
-    """Return the parameter prefix of block number `layer`."""
+    """Return the prefix of the parameter names of block number `layer`."""
     return f"layers.{layer}"
 
 
 def block_site(model: ModelConfig, layer: int, seed: int) -> Site:
-    """The site of block number `layer`."""
+    """Return the site of block number `layer`."""
     return Site(
         hidden_size=model.hidden_size,
         layer=layer,
         seed=seed,
         init_std=model.init_std,
-        output_std=model.init_std / math.sqrt(2 * model.num_layers),  # of 2 * num_layers such branches (GPT-2)
+        output_std=model.init_std / math.sqrt(2 * model.num_layers),  # for 2 * num_layers projections (GPT-2)
         name=block_name(layer),
     )
 
 
 def depth_site(model: ModelConfig, layer: int, seed: int) -> Site:
-    """The site of the mixture-of-depths around block number `layer`."""
+    """Return the site of the mixture-of-depths around block number `layer`."""
     return replace(block_site(model, layer, seed), name=f"depth.{layer}")

@@ -1,8 +1,9 @@
-"""Auxiliary routers: causal stand-ins for routers whose choice looks at later tokens (MoMa, arXiv 2407.21770, eq. 3-4).
+"""Auxiliary routers: causal substitutes for routers whose choice depends on later tokens (MoMa, arXiv 2407.21770, eq.
+3-4).
 
-One stands beside each expert-choice router and each depth gate that asks for it. It sees a token and nothing else, and
-is trained to say what the main router does with it (losses/causal_routers.py), usually in a stage of its own with all
-else frozen; its input is detached, so no gradient reaches the model in any case. Its logits are in
+An expert-choice router or depth gate gets one if its settings say `auxiliary: true`. It sees one token alone and is
+trained to predict the main router's choice for it (losses/causal_routers.py), usually in a separate stage with
+everything else frozen. Its input is detached, so its gradient never reaches the model. Its logits are stored in
 Routing.auxiliary_VC.
 
 Shape suffixes: D model width, H hidden width D/2, V routed tokens, C columns of the main router.
@@ -21,12 +22,12 @@ from moe_dist.model.site import Site
 
 
 class AuxiliaryRouter(RouterPart):
-    """aux(x) = sigmoid(SiLU(x W1) W2), one output for each column of the main router, in float32."""
+    """aux(x) = sigmoid(SiLU(x W1) W2) in float32, with one output per column of the main router."""
 
     detached = True
 
     def __init__(self, columns: int, site: Site):
-        """site: the main router's, which has it as `auxiliary`."""
+        """site: the site of the main router, whose attribute `auxiliary` this module is."""
         super().__init__()
         width, hidden = site.hidden_size, site.hidden_size // 2
         self.width, self.hidden, self.columns = width, hidden, columns
@@ -36,7 +37,7 @@ class AuxiliaryRouter(RouterPart):
             site.draw(getattr(self, name), f"auxiliary.{name}")
 
     def forward(self, x_VD: Tensor) -> Tensor:
-        """[V, C] before the sigmoid."""
+        """Return the logits [V, C], before the sigmoid."""
         return precise_linear(F.silu(precise_linear(x_VD.detach(), self.w1)), self.w2)
 
     def products(self, tokens: int) -> list[Product]:
@@ -48,10 +49,10 @@ class AuxiliaryRouter(RouterPart):
 
 
 def decide_alone(auxiliary_VC: Tensor | None, layer: int) -> Tensor:
-    """bool [V, C]: aux(x) > 0.5, which is a logit above 0. Raises UserError where there is no auxiliary router."""
+    """Return bool [V, C], true where aux(x) > 0.5 (a logit above 0). Raises UserError if auxiliary_VC is None."""
     if auxiliary_VC is None:
         raise UserError(
-            f"layer {layer} has no auxiliary router, without which its routing is not causal: train one first "
+            f"layer {layer} has no auxiliary router, so its routing is not causal: train one first "
             "(auxiliary: true, see docs/moma.md)"
         )
     return auxiliary_VC > 0

@@ -1,7 +1,7 @@
-"""How many tokens an expert takes of a selection group, which ones stay where more come, and plans without a read.
+"""Expert capacity per selection group, which tokens are kept when an expert is full, and plans built without a host
+sync.
 
-Shape suffixes: T tokens, V routed tokens, b of them in one group, E experts, S slots of an expert, k experts per token,
-N assignments.
+Shape suffixes: T tokens, V routed tokens, b of them in one group, E experts, k experts per token, N assignments.
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from moe_dist.core.routing_plan import RoutingPlan
 
 
 def expert_capacity(num_tokens: int, capacity_factor: float, columns: int, top_k: int = 1) -> int:
-    """Tokens that an expert takes of a selection group: ceil(b * k * c / columns), at most b. Exact (no rounding)."""
+    """Return an expert's capacity in a selection group, ceil(b * k * c / columns) but at most b, in exact arithmetic.
+
+    num_tokens: b. top_k: k. capacity_factor: c. columns: the number of experts.
+    """
     return min(num_tokens, math.ceil(num_tokens * top_k * Fraction(str(capacity_factor)) / columns))
 
 
 def keep_within_capacity(
     chosen_VE: Tensor, priority_VE: Tensor, group_sizes: Sequence[int], capacities: Sequence[int]
 ) -> Tensor:
-    """bool [V, E]: of the tokens that chose an expert, in each group the `capacity` of highest priority (int64).
+    """Keep, per group and expert, the `capacity` tokens of highest priority among those that chose the expert.
 
-    Priorities of one expert must differ. Reads nothing from the device.
+    chosen_VE: bool. priority_VE: int64, all different within an expert's column. Returns bool [V, E]. No host sync.
     """
     lowest = torch.iinfo(torch.int64).min
     wish_VE = priority_VE.masked_fill(~chosen_VE, lowest)
@@ -42,10 +45,10 @@ def keep_within_capacity(
 def plan_assignments(
     token_V: Tensor, expert_Vk: Tensor, weight_Vk: Tensor, num_experts: int, slots: int | None = None
 ) -> RoutingPlan:
-    """The plan of every token's k assignments; expert number `num_experts` stands for "nowhere".
+    """Build the plan of the k assignments of every token. The expert number `num_experts` means "no expert".
 
-    slots: give every expert exactly so many assignments (at least as many as it has): those that are missing are of
-    token 0 with weight 0, which changes no output and no gradient, and makes every shape static.
+    slots: pad every expert to exactly this number of assignments, which must not be less than it has. Padding assigns
+    token 0 with weight 0: outputs and gradients do not change, and every shape is static.
     """
     expert_N = expert_Vk.flatten()
     order_N = expert_N.argsort(stable=True)
@@ -64,7 +67,7 @@ def _pad(plan: RoutingPlan, expert_N: Tensor, slots: int) -> RoutingPlan:
     begin_E = plan.counts_E.cumsum(0) - plan.counts_E
     begin_N = torch.cat([begin_E, begin_E.new_zeros(1)]).index_select(0, expert_N)
     slot_N = expert_N * slots + torch.arange(expert_N.numel(), device=expert_N.device) - begin_N
-    slot_N = slot_N.where(expert_N < num_experts, num_experts * slots)  # what goes nowhere: one slot, cut off below
+    slot_N = slot_N.where(expert_N < num_experts, num_experts * slots)  # "no expert": one shared slot, cut off below
     size = num_experts * slots + 1
     return RoutingPlan(
         token_ids_N=plan.token_ids_N.new_zeros(size).scatter(0, slot_N, plan.token_ids_N)[:-1],
@@ -74,12 +77,12 @@ def _pad(plan: RoutingPlan, expert_N: Tensor, slots: int) -> RoutingPlan:
 
 
 def join_plans(plans: Sequence[RoutingPlan]) -> RoutingPlan:
-    """One plan over the experts of all, numbered through."""
+    """Concatenate plans into one. Its experts are numbered consecutively, in the order of the plans."""
     counts_E = torch.cat([plan.counts_E for plan in plans])
     token_ids_N = torch.cat([plan.token_ids_N for plan in plans])
     weights_N = torch.cat([plan.weights_N for plan in plans])
     complete = all(plan.complete for plan in plans)
-    if not complete:  # what goes nowhere belongs at the end
+    if not complete:  # assignments to no expert belong at the end
         order_N = torch.cat([_is_surplus(plan) for plan in plans]).long().argsort(stable=True)
         token_ids_N, weights_N = token_ids_N.index_select(0, order_N), weights_N.index_select(0, order_N)
     return RoutingPlan(token_ids_N=token_ids_N, weights_N=weights_N, counts_E=counts_E, complete=complete)

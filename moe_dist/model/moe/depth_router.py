@@ -1,6 +1,7 @@
-"""Which tokens a block with mixture-of-depths admits (Raposo et al., arXiv 2404.02258; MoMa, arXiv 2407.21770).
+"""The router of mixture-of-depths: it chooses the tokens that a block admits (Raposo et al., arXiv 2404.02258; MoMa,
+arXiv 2407.21770).
 
-Shape suffixes: T tokens, D model width, V valid tokens, all competing sets together.
+Shape suffixes: T tokens, D model width, V valid tokens of all competing sets.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from moe_dist.model.site import Site
 
 
 class DepthRouter(nn.Module):
-    """s = sigmoid(x W), W in R^{D x 1}; of the tokens that compete, the k_d = ceil(b c_d) of highest s are admitted.
+    """s = sigmoid(x W), W in R^{D x 1}. Of b competing tokens, the k_d = ceil(b c_d) with the highest s are admitted.
 
-    Who competes (`depth.scope`): the tokens of a selection group, before they are split by modality (group, the paper's
-    choice over "the batch"); those of one modality in it (modality: so every layer keeps the mix of the modalities); or
-    those of one packed sequence (sequence, as Raposo et al.). Padding is never admitted. Ties are broken as in
-    selection_keys. With TokenInfo.causal the auxiliary router decides about each token alone; s stays.
+    `depth.scope` sets which tokens compete:
+    group: all tokens of a selection group, whatever their modality (MoMa's choice over "the batch").
+    modality: the tokens of one modality in a selection group, so that every layer keeps the mix of modalities.
+    sequence: the tokens of one packed sequence, as in Raposo et al.
+
+    Padding is never admitted. Ties are broken as in selection_keys. With TokenInfo.causal, the auxiliary router decides
+    about each token alone; the gate value is still s.
     """
 
     causal = False
@@ -37,7 +41,7 @@ class DepthRouter(nn.Module):
         self.auxiliary = AuxiliaryRouter(1, site) if settings.auxiliary else None
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, Routing]:
-        """admitted_T (bool), and the decision about every valid token with its gate value, in one column."""
+        """Return admitted_T (bool) and the Routing of the valid tokens, whose one column is the gate."""
         token_V, sizes = info.competing(self.settings.scope)
         x_VD = x_TD.index_select(0, token_V)
         logits_V1 = self.gate(x_VD)

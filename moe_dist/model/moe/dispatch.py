@@ -1,12 +1,13 @@
-"""Bring tokens to their experts and the results home. Dispatchers have no parameters: they follow a RoutingPlan.
+"""Dispatch of tokens to the ranks of their experts, and combination of the results.
 
-Shape suffixes: T tokens, D model width, E experts, e experts (or slices of them) on a rank, r ranks of the
-expert-parallel group, N assignments made here, R rows received here.
+Shape suffixes: T tokens, D model width, E experts, e experts (or expert slices) on a rank, r ranks of the
+expert-parallel group, N assignments made on this rank, R rows received on this rank.
 
-Rows are copies of tokens, sorted by expert. Weights travel beside their rows, in their own dtype and with gradients,
-and are applied by the Experts class. An expert in slices (Placement) gets its rows once for each of them: its output
-is the sum of theirs. `combine`, and the gradient of `dispatch`, add up a token's rows in float32 or wider, then round
-once to their dtype. On CPU the sum is bitwise repeatable; on CUDA it is under torch.use_deterministic_algorithms(True).
+A dispatcher has no parameters: it follows a RoutingPlan. Rows are copies of tokens, sorted by expert. Combine weights
+are sent with their rows, in their own dtype and with gradients; the Experts class applies them. If experts are in
+slices (Placement), each slice gets all rows of its expert, and the expert's output is the sum over its slices.
+`combine` and the gradient of `dispatch` sum the rows of a token in float32 or wider and round once to the rows' dtype.
+The sum is bitwise repeatable on CPU, and on CUDA under torch.use_deterministic_algorithms(True).
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ def split_sizes(counts: Tensor) -> list[Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """What `combine` needs to know about a dispatch, and what the experts need to know about the rows."""
+    """Result of a dispatch besides the rows: the information that the experts and `combine` need."""
 
     counts_e: tuple[int, ...]  # rows of each local expert; sums to R
     weights_R: Tensor
-    token_id_R: Tensor | None  # int64 global token id of each row, where `dispatch` was given them
-    token_ids_N: Tensor  # the token to which each row belongs, in the order in which rows come home
+    token_id_R: Tensor | None  # int64 global token id of each row; None if `dispatch` got no ids
+    token_ids_N: Tensor  # the token of each row, in the order in which rows return to this rank
     num_tokens: int
     sent_re: list[list[int]]  # rows sent to each expert of each rank
     received_re: list[list[int]]  # rows received from each rank for each local expert
@@ -48,14 +49,14 @@ class Receipt:
 
 class Dispatcher(Protocol):
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan, token_id_T: Tensor | None = None) -> tuple[Tensor, Receipt]:
-        """The rows, and their receipt; token_id_T (global token ids) travel beside the rows where they are given."""
+        """Return the rows for this rank's experts, and their receipt. token_id_T: global token ids to send along."""
         ...
 
     def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor: ...
 
 
 class LocalDispatcher:
-    """All experts are here, each in so many slices."""
+    """Dispatcher for one rank that holds all experts, each in `slices` slices."""
 
     def __init__(self, slices: int = 1, split_sizes: SplitSizes = split_sizes):
         self.slices, self.split_sizes = slices, split_sizes
@@ -82,9 +83,9 @@ class LocalDispatcher:
 
 
 class AllToAllDispatcher:
-    """Experts are spread over the ranks of `group` by `placement`.
+    """Dispatcher for experts that `placement` spreads over the ranks of `group`.
 
-    Collective: every rank of the group dispatches and combines, also where it has no token.
+    Collective: every rank of the group must call dispatch and combine, even if it has no tokens.
     """
 
     def __init__(self, placement: Placement, group: dist.ProcessGroup, split_sizes: SplitSizes = split_sizes):
@@ -119,7 +120,7 @@ class AllToAllDispatcher:
         return add_up_rows(y_ND, receipt.token_ids_N, receipt.num_tokens)
 
     def _exchange_counts(self, counts_E: Tensor) -> Tensor:
-        """[2, r, e]: rows that this rank sends to each expert of each rank, and those it will get from each rank."""
+        """Return [2, r, e]: the number of rows to send to each expert of each rank, and to receive from each rank."""
         order_E = self.order_E.to(counts_E.device, non_blocking=True)
         sent_re = counts_E.repeat(self.placement.slices).index_select(0, order_E).view(self.placement.num_ranks, -1)
         received_re = torch.empty_like(sent_re)
@@ -136,8 +137,10 @@ def make_dispatcher(placement: Placement, layout: Layout) -> Dispatcher:
 
 
 def _by_rank(x_N: Tensor, placement: Placement, sent_re: list[list[int]]) -> Tensor:
-    """Put assignments sorted by expert in the order of the placement, rank after rank, once for each slice of their
-    expert; cut off what goes nowhere."""
+    """Reorder assignments from expert order to placement order, rank by rank, and repeat them for each expert slice.
+
+    Assignments to no expert are cut off.
+    """
     counts = dict(zip(placement.order, (count for row in sent_re for count in row)))
     counts_E = [counts[expert] for expert in range(len(counts) // placement.slices)]
     pieces = x_N[: sum(counts_E)].split(counts_E)
@@ -145,7 +148,7 @@ def _by_rank(x_N: Tensor, placement: Placement, sent_re: list[list[int]]) -> Ten
 
 
 def _swap_blocks(x_R: Tensor, sizes: list[list[int]]) -> Tensor:
-    """Rows lie in blocks of sizes[a][b], a outside b: put b outside a."""
+    """Reorder blocks of rows, of sizes[a][b] rows each, from a-major to b-major order."""
     pieces = x_R.split([size for row in sizes for size in row])
     inner = len(sizes[0])
     return torch.cat([pieces[a * inner + b] for b in range(inner) for a in range(len(sizes))])

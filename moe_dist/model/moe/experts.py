@@ -1,4 +1,4 @@
-"""The experts of one rank. An Experts class applies the combine weights, where its own mathematics wants them.
+"""The experts of one rank. Each Experts class applies the combine weights itself, where its formula has them.
 
 Shape suffixes: R rows (sorted by expert), D model width, F expert width, e local experts.
 """
@@ -24,45 +24,45 @@ from moe_dist.model.site import Site
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldExperts:
-    """The experts that a rank holds: everything an Experts class needs besides its settings."""
+    """The experts that a rank holds: everything the constructor of an Experts class needs besides its settings."""
 
-    expert_ids: tuple[int, ...]  # global ids, of slices where experts are in slices (Placement)
-    size: int  # hidden size of each; with LoRA experts, of the dense feed-forward part that they share
-    slices: int = 1  # of every expert
+    expert_ids: tuple[int, ...]  # global ids; slice ids if experts are in slices (Placement)
+    size: int  # hidden size of each expert or slice; for LoRA experts, of the dense part that they share
+    slices: int = 1  # slices per expert
     site: Site
 
 
 class Experts(Protocol):
-    """An nn.Module, built from (settings, HeldExperts). Its rows are sorted by local expert: counts_e (host) for each,
-    with combine weights weights_R.
+    """Interface of experts: an nn.Module whose constructor takes (settings, HeldExperts).
 
-    Every trainable parameter gets a gradient (zero, not None) also when its expert, or the whole rank, has no row.
+    Its rows are sorted by local expert. counts_e (host values) is the number of rows of each, weights_R their combine
+    weights. If an expert or the whole rank has no rows, its trainable parameters must get a gradient of zero, not None.
     """
 
-    experts_per_token: int | None  # so many must a router give every token; None: any number
-    needs_token_ids: (
-        bool  # token_id_R, the global token id of each row, is given (else None): randomness is keyed by it
-    )
+    experts_per_token: int | None  # the number that a router must choose for every token; None: any
+    needs_token_ids: bool  # the call needs token_id_R, the global token id of each row, to seed random numbers
 
     def __call__(
         self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
     ) -> Tensor: ...
 
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
-        """Products for this number of (token, expert) assignments, those of the router's gates among them: behind what
-        the gradient of the combine weights does not need."""
+        """Return the products for this number of (token, expert) assignments, including `gates`, those of the router.
+
+        The gates come after the products that the gradient of the combine weights does not need.
+        """
         ...
 
     def num_parameters(self, experts: float) -> float:
-        """Parameters of this number of whole experts, with what they share."""
+        """Count the parameters of this number of whole experts, including the modules that they share."""
         ...
 
 
 class GroupedExperts(nn.Module):
     """SwiGLU experts, y = w * (silu(x W_gate) * (x W_up)) W_down, as two grouped matrix products over stacked weights.
 
-    No biases. The parameters are stacked, one row an expert (core/expert_rows.py). An expert of hidden size F is the
-    sum of experts whose hidden sizes add up to F: its slices (Placement), which are experts to this class.
+    No biases. The parameters are stacked, one row per expert (core/expert_rows.py). An expert of hidden size F equals
+    the sum of its slices (Placement), whose hidden sizes add up to F. This class treats each slice as an expert.
     """
 
     experts_per_token = None
@@ -84,7 +84,7 @@ class GroupedExperts(nn.Module):
     def forward(
         self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
     ) -> Tensor:
-        """y_RD in the dtype of the rows, to which the (float32) weights are rounded before they multiply."""
+        """Return y_RD in the dtype of the rows. The weights (float32) are rounded to that dtype first."""
         h_RF = gated(matmul_by_expert(rows_RD, self.gate_up, counts_e))
         return weighted(matmul_by_expert(h_RF, self.down, counts_e), weights_R)
 
@@ -97,24 +97,24 @@ class GroupedExperts(nn.Module):
 
     @property
     def _matrix(self) -> int:
-        """Number of weights of one of a whole expert's three matrices."""
+        """Return the number of weights in one of the three matrices of a whole expert."""
         return self.held.site.hidden_size * self.held.size * self.held.slices
 
 
 @fused
 def weighted(y_RD: Tensor, weights_R: Tensor) -> Tensor:
-    """Multiply each row by its weight, which is first rounded to the dtype of the rows."""
+    """Multiply each row by its weight, after rounding the weight to the dtype of the rows."""
     return y_RD * weights_R.to(y_RD.dtype)[:, None]
 
 
 def matmul_by_expert(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
-    """Multiply each expert's rows by its matrix: [R, F]."""
+    """Multiply the rows of each expert by its matrix. Returns [R, F]."""
     multiply = grouped_matmul if _has_grouped_kernel(x_RD, counts_e) else looped_matmul
     return multiply(x_RD, weight_eDF, counts_e)
 
 
 def grouped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
-    """Do the same in one operation. Pad sizes that its kernel refuses: those that are no multiple of 8 (LoRA ranks)."""
+    """Compute matmul_by_expert with one kernel. It needs D and F in multiples of 8, so other sizes are padded."""
     inner, outer = -weight_eDF.shape[1] % 8, -weight_eDF.shape[2] % 8
     if inner:
         x_RD = F.pad(x_RD, (0, inner))
@@ -126,18 +126,18 @@ def grouped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) ->
 
 
 def looped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
-    """The same, expert after expert: the readable reference, and the path of dtypes without a grouped kernel (float64).
+    """Compute matmul_by_expert in a loop, as a readable reference and for dtypes without a grouped kernel (float64).
 
-    Unbinds once: the gradient of a slice weight[i] would be a full-size tensor for every expert.
+    The weights are unbound once, because the gradient of each slice weight[i] would be a tensor of full size.
     """
     return torch.cat([x @ weight for x, weight in zip(x_RD.split(list(counts_e)), weight_eDF.unbind())])
 
 
 def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
-    """Return whether torch has a sound grouped kernel for these rows.
+    """Return whether torch has a correct grouped kernel for these rows.
 
-    On CUDA it has one for bfloat16 on compute capability 9.0 and 10.0; elsewhere it would read the device.
-    On 10.0 it left weight gradients of experts without rows unwritten (pytorch issue 172439).
+    On CUDA there is one for bfloat16 on compute capability 9.0 and 10.0. In other cases torch would sync with the host.
+    On 10.0 the kernel did not write the weight gradients of experts without rows (pytorch issue 172439).
     """
     if x_RD.dtype != torch.bfloat16:
         return x_RD.is_cpu and x_RD.dtype == torch.float32
@@ -148,5 +148,5 @@ def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, copied if it does not start at a multiple of 16 bytes: ZeRO-3 can hand out such views of its buffers."""
+    """Copy x if it does not start at a multiple of 16 bytes. ZeRO-3 can return such views of its buffers."""
     return x.clone() if x.storage_offset() * x.element_size() % 16 else x

@@ -1,6 +1,6 @@
-"""Low-rank deltas beside frozen weights, and experts made of them (LLaVA-MoLE, arXiv 2401.16160).
+"""LoRA: low-rank deltas of frozen weights, and experts that are such deltas (LLaVA-MoLE, arXiv 2401.16160).
 
-Shape suffixes: R rows (of experts: sorted by expert), D input width, r rank, F output width, e local experts.
+Shape suffixes: R rows (sorted by expert if there are experts), D input width, r rank, F output width, e local experts.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from moe_dist.model.site import Site
 
 
 class LowRank(nn.Module):
-    """(alpha / r) dropout(x) A B (LoRA, Hu et al., arXiv 2106.09685, eq. 3), or a stack of them, one for each expert.
+    """(alpha / r) dropout(x) A B (LoRA, Hu et al., arXiv 2106.09685, eq. 3), or a stack with one such delta per expert.
 
-    A [D, r] is drawn as Kaiming's initialisation with a = sqrt(5) scales it, B [r, F] is zero: it starts as no change.
-    Dropout follows from (seed, name, token, column), so it is the same at every layout and after a resume.
+    A [D, r] has the scale of Kaiming initialisation with a = sqrt(5). B [r, F] starts at zero, so the delta starts at
+    zero. Dropout is a function of (seed, name, token, column), so it is the same in every layout and after a resume.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class LowRank(nn.Module):
         site: Site,
         expert_ids: Sequence[int] | None = None,
     ):
-        """With `expert_ids` the parameters are stacked: [e, D, r] and [e, r, F]."""
+        """expert_ids: if given, the parameters are stacked, [e, D, r] and [e, r, F]."""
         super().__init__()
         self.scale, self.rate, rank = lora.alpha / lora.rank, lora.dropout, lora.rank
         self.key = site.key("dropout")
-        self.num_weights = rank * (input_size + output_size)  # of one expert
+        self.num_weights = rank * (input_size + output_size)  # per expert
         stack = () if expert_ids is None else (len(expert_ids),)
         self.a = nn.Parameter(torch.empty(*stack, input_size, rank))
         self.b = nn.Parameter(torch.zeros(*stack, rank, output_size))
@@ -52,7 +52,7 @@ class LowRank(nn.Module):
         site.draw(self.a, "a", std=1 / math.sqrt(3 * input_size))
 
     def drop(self, x_RD: Tensor, token_id_R: Tensor | None) -> Tensor:
-        """The input with dropout, by the rows' global token ids; as it is without ids."""
+        """Apply dropout to the input, seeded by the global token ids of its rows. Without ids, return it unchanged."""
         return x_RD if token_id_R is None else dropout(x_RD, token_id_R, key=self.key, rate=self.rate)
 
     def forward(
@@ -61,17 +61,18 @@ class LowRank(nn.Module):
         matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
         weights_R1: Tensor | float = 1.0,
     ) -> Tensor:
-        """The delta [R, F] of an input that has been through `drop`; a weight scales a row's delta."""
+        """Return the delta [R, F] for an input that `drop` returned. weights_R1 scale the rows of the delta."""
         return matmul(matmul(x_RD, self.a) * (self.scale * weights_R1), self.b)
 
 
 class LoRAExperts(nn.Module):
-    """Experts k that are deltas E_k of one dense SwiGLU feed-forward, the base, which every rank holds and none trains:
+    """Experts k that are deltas E_k of the base, one dense SwiGLU feed-forward. Every rank holds the base, frozen.
 
     h = silu(W_g u + w E^g_k(u)) * (W_u u + w E^u_k(u));  y = W_d h + w E^d_k(h)
 
-    The combine weight w scales the deltas only. Where it is 1 in value (`weighting: straight_through`) this is the form
-    of the released code, otherwise the weighted one. A row carries the base, so a token has exactly one expert.
+    The combine weight w scales the deltas only. If its value is 1 (`weighting: straight_through`), this is the formula
+    of the released code, otherwise the weighted variant. Every row includes the base's output, so a token must have
+    exactly one expert.
     """
 
     experts_per_token = 1
@@ -92,7 +93,7 @@ class LoRAExperts(nn.Module):
     def forward(
         self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
     ) -> Tensor:
-        """y_RD in the dtype of the rows, to which the (float32) weights are rounded; dropout with token ids only."""
+        """Return y_RD in the dtype of the rows, to which weights (float32) are rounded. Dropout needs token_id_R."""
         matmul = partial(matmul_by_expert, counts_e=counts_e)
         weights_R1 = weights_R.to(rows_RD.dtype)[:, None]
 
@@ -107,7 +108,7 @@ class LoRAExperts(nn.Module):
         return y_RD
 
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
-        """Combine weights scale the deltas, so the base's first products do not need the gates' gradient."""
+        """Return the products. The base's first one precedes the gates: combine weights scale only the deltas."""
         return [
             linear_product(self.base.gate_up, rows, beside_lora=True),
             *gates,
@@ -119,5 +120,5 @@ class LoRAExperts(nn.Module):
         return self.base.num_parameters() + self._num_weights() * experts
 
     def _num_weights(self) -> int:
-        """Return the number of weights of one expert's deltas."""
+        """Return the number of weights in the deltas of one expert."""
         return sum(cast(LowRank, delta).num_weights for delta in self.lora.values())

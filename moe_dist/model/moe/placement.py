@@ -1,4 +1,4 @@
-"""Which expert lives on which rank of an expert-parallel group."""
+"""Placement of experts on the ranks of an expert-parallel group."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from moe_dist.core.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """local_experts[ep rank] = global ids of the experts that the rank holds, in local order; as many on every rank.
+    """Global ids of the experts on each rank: local_experts[ep rank], in local order, the same number on every rank.
 
-    Of experts in slices it holds the slices' ids: slice k of expert e of E experts has the id k E + e.
+    If experts are in slices, the ids are those of slices: slice k of expert e of E experts has the id k E + e.
     """
 
     local_experts: tuple[tuple[int, ...], ...]
-    slices: int = 1  # of every expert
+    slices: int = 1  # slices per expert
 
     @property
     def num_ranks(self) -> int:
@@ -24,7 +24,7 @@ class Placement:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Global ids, rank after rank."""
+        """Return the global ids of all ranks, rank by rank."""
         return tuple(expert for rank in self.local_experts for expert in rank)
 
 
@@ -34,12 +34,14 @@ def slice_id(number: int, expert: int, num_experts: int) -> int:
 
 
 def make_placement(expert_groups: Sequence[Sequence[int]], ep: int, slices: int = 1) -> Placement:
-    """Give each rank the same number of experts, and of every group (modality) the same number, or one more or less.
+    """Give each rank the same number of experts, and from each group (modality) equally many up to a difference of one.
 
-    Group by group, each rank gets the rounded-down share, and what is left goes to the ranks that hold fewest so far:
-    loads never differ by more than one, so they end equal where `ep` divides the experts. Raises UserError where
-    it does not. Slices are placed like experts, a group's first ones before its second ones: with `slices` =
-    ep / gcd(ep, sizes of the groups) every rank has as many of each group, and never two of one expert.
+    Group by group, each rank gets the rounded-down share; the remainder goes to the ranks with the fewest experts so
+    far. The totals therefore never differ by more than one, and end equal if `ep` divides the number of experts. Raises
+    UserError if it does not.
+
+    Slices are placed like experts, all first slices of a group before its second ones. If `slices` is
+    ep / gcd(ep, sizes of the groups), every rank holds equally many slices of each group, and never two of one expert.
     """
     num_experts = sum(len(group) for group in expert_groups)
     if num_experts * slices % ep:

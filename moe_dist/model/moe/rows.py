@@ -1,4 +1,4 @@
-"""Gathering rows from tokens and summing rows into tokens: each is the other's gradient.
+"""Gathering rows from tokens, and summing rows into tokens. Each operation is the gradient of the other.
 
 Shape suffixes: T tokens, D model width, N rows.
 """
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def take_rows(x_TD: Tensor, token_ids_N: Tensor) -> Tensor:
-    """Return x_TD[token_ids_N]. The gradient of a token with several rows is added up as add_up_rows does."""
+    """Return x_TD[token_ids_N]. The gradient of a token is the sum over its rows, computed as in add_up_rows."""
     rows_ND: Tensor = _TakeRows.apply(x_TD, token_ids_N)
     return rows_ND
 
 
 def add_up_rows(y_ND: Tensor, token_ids_N: Tensor, num_tokens: int) -> Tensor:
-    """Return [T, D]: each token's rows, summed in float32 or wider and rounded once to their dtype."""
+    """Sum the rows of each token in float32 or wider, and round once to their dtype. Returns [T, D]."""
     total_TD: Tensor = _AddUpRows.apply(y_ND, token_ids_N, num_tokens)
     return total_TD
 

@@ -1,4 +1,4 @@
-"""The dense feed-forward part, which LoRA experts share as their base.
+"""The dense feed-forward part of a block, which is also the base of LoRA experts.
 
 Shape suffixes: T tokens, D model width, F feed-forward width.
 """
@@ -25,19 +25,19 @@ class SwiGLU(nn.Module):
         site.draw(self.down.weight, "down.weight", onto_residual=True)
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, None]:
-        """y_TD, and no routing record: the same call as MoELayer's. Every token is treated alike."""
+        """Return y_TD, and None for the routing record. `info` is unused; it makes the call the same as MoELayer's."""
         return self.down(gated(self.gate_up(x_TD))), None
 
     def products(self, work: LayerWork) -> list[Product]:
         return [linear_product(self.gate_up, work.rows), linear_product(self.down, work.rows)]
 
     def num_parameters(self, experts: float | None = None) -> int:
-        """experts: see MoELayer.num_parameters; here there are none."""
+        """Count the parameters. `experts` is unused; it makes the call the same as MoELayer's."""
         return num_weights(self.gate_up) + num_weights(self.down)
 
 
 @fused
 def gated(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) * up of the two halves of the last dimension."""
+    """Return silu(gate) * up, where gate and up are the two halves of the last dimension."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
