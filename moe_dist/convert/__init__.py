@@ -1,3 +1,3 @@
-"""Import and export of weights: Hugging Face folders, packaged models, upcycling of dense models. Imports core, config,
+"""Import and export of weights: Hugging Face folders, packaged models, and sparse upcycling. Imports core, config,
 parallel, data, corpora, model and checkpoint.
 """

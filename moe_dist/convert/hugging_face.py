@@ -1,4 +1,4 @@
-"""A local Hugging Face folder becomes a checkpoint of ours, and the other way round, tensor by tensor."""
+"""Conversion of a local Hugging Face folder to a checkpoint and back, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ from moe_dist.data.tokenizers.hugging_face_text import TOKENIZER_FILES
 from moe_dist.data.tokenizers.tokenizer_weights import CONFIG
 
 WEIGHT_INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9  # of a file; transformers' own
+SHARD_BYTES = 5 * 10**9  # per file, the default of transformers
 
 
 def import_folder(folder: str | Path, out: str | Path) -> None:
-    """Write `out`: the checkpoint, model.yaml, and tokenizer/ where the folder has one. Raises UserError."""
+    """Convert a Hugging Face folder to the folder `out`: a checkpoint, model.yaml, and tokenizer/ if there is one.
+
+    Raises UserError.
+    """
     folder = Path(folder)
     raw = read_json(folder / CONFIG)
     family = family_of(raw, str(folder / CONFIG))
@@ -43,10 +46,10 @@ def import_folder(folder: str | Path, out: str | Path) -> None:
 def export_folder(
     source: str | Path, out: str | Path, *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write `out`: sharded safetensors, their index, config.json and the tokenizer's files, if the checkpoint (or the
-    newest of the run) `source` has one.
+    """Export a checkpoint, or the newest one of a run, to the Hugging Face folder `out`.
 
-    dtype: float32 (what a checkpoint holds), bfloat16 or float16. Raises UserError.
+    The folder holds sharded safetensors, their index, config.json and, if the checkpoint has any, tokenizer files.
+    dtype: float32 (the dtype of checkpoints), bfloat16 or float16. Raises UserError.
     """
     path = newest_complete(source) or Path(source)
     model = validate(ModelConfig, read_state(path)["config"]["model"], str(path), "model")
@@ -60,8 +63,10 @@ def export_folder(
 def write_folder(
     out: str | Path, config: dict[str, Any], tensors: Mapping[str, LazyTensor], *, tokenizer: Path, shard_bytes: int
 ) -> None:
-    """One tensor in memory at a time; the folder appears when it is complete. Raises UserError where it is there
-    already or cannot be written."""
+    """Write a Hugging Face folder with one tensor in memory at a time. It appears at `out` only when it is complete.
+
+    Raises UserError if `out` exists or cannot be written.
+    """
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists already")
@@ -82,7 +87,7 @@ def write_folder(
 
 
 def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:
-    """In order, each of at most `limit` bytes or of one tensor."""
+    """Split the tensors, in order, into shards of at most `limit` bytes. A larger tensor is a shard of its own."""
     shards: list[dict[str, LazyTensor]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > limit:
@@ -92,8 +97,11 @@ def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, Laz
 
 
 def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
-    """The tensors of the safetensors files that the folder's index names, or of all without an index; read when asked
-    for. Raises UserError naming a file or tensor that is missing, twice there, or cannot be read."""
+    """Return the tensors of a Hugging Face folder, to be read lazily.
+
+    They come from the safetensors files that the index names, or from all such files if there is no index. Raises
+    UserError naming a file or tensor that is missing, duplicated or unreadable.
+    """
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
     promised: dict[str, str] = {}

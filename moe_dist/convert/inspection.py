@@ -1,4 +1,4 @@
-"""Checks checkpoints without the model and the ranks they belong to."""
+"""Verification of checkpoints without their model or their number of ranks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from moe_dist.core.errors import UserError
 
 
 def inspect(folder: str | Path, tell: Callable[[str], None]) -> None:
-    """Verify a checkpoint, or all of a run folder, down to every byte, and tell one line of each.
+    """Verify every byte of a checkpoint, or of all checkpoints of a run, and report one line about each to `tell`.
 
-    Raises the UserError of the first that is not as it was written, when all have been looked at.
+    If any is damaged, raises the UserError of the first one, after all have been verified.
     """
     problems = []
     for path in checkpoints(folder) or [Path(folder)]:

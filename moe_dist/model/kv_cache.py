@@ -42,7 +42,7 @@ class KVCache:
         self.layers = [LayerCache(shape, device, dtype) for _ in range(config.num_layers)]
 
     def go_on(self, sequences: list[int]) -> Decoding:
-        """Return the Decoding of a micro-batch whose documents continue these sequences, in order. No sequence twice."""
+        """Return the Decoding of a micro-batch whose documents continue these (distinct) sequences, in this order."""
         return Decoding(self, torch.tensor(sequences, device=self.layers[0].length_S.device))
 
 

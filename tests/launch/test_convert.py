@@ -111,7 +111,7 @@ def test_a_prepared_model_is_left_alone_and_so_is_anything_else(tmp_path, capsys
     assert capsys.readouterr().out == f"{tmp_path / 'hf'}: already prepared\n"
     assert (tmp_path / "hf" / "config.json").read_text() == before
     (tmp_path / "other").mkdir()
-    with pytest.raises(UserError, match=r"other is there already and is no Hugging Face folder"):
+    with pytest.raises(UserError, match=r"other exists already and is not a Hugging Face folder"):
         prepare_model.main(["model=smollm2", f"out={tmp_path / 'other'}"])
 
 

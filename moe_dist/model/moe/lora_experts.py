@@ -108,7 +108,7 @@ class LoRAExperts(nn.Module):
         return y_RD
 
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
-        """Return the products. The base's first one precedes the gates: combine weights scale only the deltas."""
+        """Return the products in order. The gates follow the base's first one, as their weights scale only deltas."""
         return [
             linear_product(self.base.gate_up, rows, beside_lora=True),
             *gates,
