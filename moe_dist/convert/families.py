@@ -1,4 +1,4 @@
-"""The models of Hugging Face that are also ours, Llama and Mixtral: config.json <-> the recipe's `model:` section."""
+"""Conversion between config.json and a recipe's `model:` section for Hugging Face's Llama and Mixtral."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_dist.convert.tensor_maps import TensorMapping, tensor_mappings
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
 
-DEFAULTS: dict[str, dict[str, Any]] = {  # by model_type: what a config.json may leave out
+DEFAULTS: dict[str, dict[str, Any]] = {  # by model_type: defaults of keys that config.json may omit
     "llama": {"rms_norm_eps": 1e-6, "rope_theta": 10000.0},
     "mixtral": {
         "rms_norm_eps": 1e-5,
@@ -21,14 +21,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {  # by model_type: what a config.json may
         "num_experts_per_tok": 2,
     },
 }
-REFUSED = {  # keys of config.json that would make it another model -> the value that does not
+REFUSED = {  # keys of config.json -> the only value that this model supports
     "attention_bias": False,
     "mlp_bias": False,
     "hidden_act": "silu",
     "sliding_window": None,
     "quantization_config": None,
 }
-# What both are: pre-norm, plain attention; of experts, dropless top-k with softmax weights renormalised over the k.
+# Both have pre-norm and plain attention. Mixtral routes to the top k dropless, with softmax weights renormalised.
 ARCHITECTURE = {"norm": "pre", "qk_norm": False, "attention_lora": None, "depth": None}
 ROUTER_SETTINGS = {
     "type": "top_k",
@@ -41,9 +41,9 @@ ROUTER_SETTINGS = {
 
 
 def model_section(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:
-    """Return the recipe's `model:` section of a Llama's or Mixtral's config.json, and its number of vocabulary entries.
+    """Convert the config.json of a Llama or Mixtral to a `model:` section. Also return its vocabulary size.
 
-    Raises UserError naming the key that is not supported.
+    Raises UserError naming a key that is not supported.
     """
     kind = raw["model_type"]
     raw = {**DEFAULTS[kind], **raw}
@@ -54,7 +54,7 @@ def model_section(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]
     sizes += ["num_local_experts", "num_experts_per_tok"] if kind == "mixtral" else []
     wrong = [key for key in sizes if not isinstance(raw.get(key), int) or raw[key] < 1]
     if wrong:
-        raise UserError(f"{where}: key '{wrong[0]}' is missing or is no positive whole number")
+        raise UserError(f"{where}: key '{wrong[0]}' is missing or is not a positive integer")
     ffn: dict[str, Any] = {"type": "dense", "hidden_size": raw["intermediate_size"]}
     if kind == "mixtral":
         router = {"num_experts": raw["num_local_experts"], "top_k": raw["num_experts_per_tok"], "renormalize": True}
@@ -77,7 +77,10 @@ def model_section(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]
 
 
 def _rope_base(raw: Mapping[str, Any], where: str) -> float:
-    """rope_theta, at the top level (transformers 4) or among the rope_parameters (5)."""
+    """Return rope_theta, from the top level (transformers 4) or from rope_parameters (transformers 5).
+
+    Raises UserError if the rotary embedding is scaled or partial.
+    """
     parameters = raw.get("rope_parameters") or {}
     for key, settings in (("rope_scaling", raw.get("rope_scaling") or {}), ("rope_parameters", parameters)):
         kind = settings.get("rope_type", settings.get("type", "default"))
@@ -90,9 +93,9 @@ def _rope_base(raw: Mapping[str, Any], where: str) -> float:
 
 
 def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> dict[str, Any]:
-    """The config.json of a model: `model_section` gives back the same one. Readable by transformers 4 and 5.
+    """Return the config.json of a model, for transformers 4 and 5. `model_section` converts it back to an equal model.
 
-    Raises UserError naming the first key that neither a Llama nor a Mixtral has.
+    Raises UserError naming the first setting that neither Llama nor Mixtral supports.
     """
     none = f"{where} has no Hugging Face architecture"
     found = {f"model.{key}": (getattr(model, key), value) for key, value in ARCHITECTURE.items()}
@@ -107,7 +110,7 @@ def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> 
             raise UserError(f"{none}: {key} is {shown}, Llama and Mixtral have {theirs!r}")
     if model.hidden_size % model.num_heads:
         raise UserError(
-            f"{none}: model.hidden_size={model.hidden_size} is no multiple of model.num_heads={model.num_heads}"
+            f"{none}: model.hidden_size={model.hidden_size} is not a multiple of model.num_heads={model.num_heads}"
         )
     raw: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     raw |= {"attention_bias": False, "mlp_bias": False}
@@ -128,7 +131,7 @@ def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> 
         "rope_theta": model.rope_base,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
         "tie_word_embeddings": model.tie_embeddings,
-        "bos_token_id": None,  # the tokenizer knows them; left out they would be 1 and 2
+        "bos_token_id": None,  # the tokenizer has them; if omitted, transformers assumes 1 and 2
         "eos_token_id": None,
         "torch_dtype": dtype,
     }
@@ -136,10 +139,10 @@ def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Hugging Face models that are read the same way."""
+    """Hugging Face models with the same config.json and tensor names."""
 
-    model_section: Callable[[Mapping[str, Any], str], tuple[ModelConfig, int]]  # of config.json and where it is
-    tensor_mappings: Callable[[ModelConfig, int], Iterator[TensorMapping]]  # of the section and the vocabulary's size
+    model_section: Callable[[Mapping[str, Any], str], tuple[ModelConfig, int]]  # config.json, its path
+    tensor_mappings: Callable[[ModelConfig, int], Iterator[TensorMapping]]  # the section, the vocabulary size
 
 
 FAMILIES: dict[str, Family] = {  # by model_type

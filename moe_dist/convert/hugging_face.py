@@ -30,7 +30,7 @@ SHARD_BYTES = 5 * 10**9  # per file, the default of transformers
 
 
 def import_folder(folder: str | Path, out: str | Path) -> None:
-    """Convert a Hugging Face folder to the folder `out`: a checkpoint, model.yaml, and tokenizer/ if there is one.
+    """Import a Hugging Face folder: write a checkpoint, model.yaml and, if it has one, its tokenizer/ to `out`.
 
     Raises UserError.
     """

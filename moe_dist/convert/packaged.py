@@ -27,7 +27,10 @@ MINILM_FILES = (CONFIG, "model.safetensors", "tokenizer.json", "tokenizer_config
 
 
 def prepare_smollm2(out: str | Path) -> bool:
-    """Prepare SmolLM2 as _prepare does. Raises UserError also if the extra `models` is not installed."""
+    """Write SmolLM2 to the Hugging Face folder `out`. Returns False if `out` already holds a model.
+
+    Raises UserError if the extra `models` is not installed, or as _prepare does.
+    """
     if not (Path(out) / CONFIG).is_file():
         for name in ("transformers", "gguf", "accelerate"):
             require_extra(name, "models", "preparing smollm2")
@@ -35,7 +38,10 @@ def prepare_smollm2(out: str | Path) -> bool:
 
 
 def prepare_minilm(out: str | Path) -> bool:
-    """Prepare MiniLM as _prepare does."""
+    """Write MiniLM to the Hugging Face folder `out`. Returns False if `out` already holds a model.
+
+    Raises UserError as _prepare does.
+    """
     return _prepare(out, MINILM, _copy_minilm)
 
 

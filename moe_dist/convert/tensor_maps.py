@@ -1,4 +1,4 @@
-"""The tensors of Llama and Mixtral in Hugging Face's files <-> our parameters, both ways exactly.
+"""Exact conversion between the tensors of Hugging Face's Llama and Mixtral ("theirs") and our parameters.
 
 Shape suffixes: V vocabulary, D model width, F feed-forward width, E experts, H heads, G query groups, d size per head.
 """
@@ -23,17 +23,17 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class TensorMapping:
-    """One parameter of ours and the tensors of theirs that it is made of."""
+    """One of our parameters, and the Hugging Face tensors that it consists of."""
 
     name: str
     shape: Shape
-    sources: Mapping[str, Shape]  # by their names
+    sources: Mapping[str, Shape]  # by their name
     join: Callable[..., Tensor] = lambda tensor: tensor  # theirs, in order -> ours
-    split: Callable[[Tensor], Sequence[Tensor]] = lambda tensor: (tensor,)  # its inverse
+    split: Callable[[Tensor], Sequence[Tensor]] = lambda tensor: (tensor,)  # the inverse of join
 
 
 def tensor_mappings(model: ModelConfig, vocab_size: int) -> Iterator[TensorMapping]:
-    """Every parameter. Rotary embeddings turn both halves of a head alike in both."""
+    """Yield the mapping of every parameter. Head layouts agree: both rotary embeddings pair the halves of a head."""
     D = model.hidden_size
     matrix, vector = (vocab_size, D), (D,)
     yield TensorMapping("embedding.weight", matrix, {"model.embed_tokens.weight": matrix})
@@ -54,7 +54,10 @@ def tensor_mappings(model: ModelConfig, vocab_size: int) -> Iterator[TensorMappi
 
 
 def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorMapping]:
-    """Theirs apart; ours (megatron's) group by group: the queries of its heads, its key, its value."""
+    """Yield the mappings of attention. Theirs has three projections; ours is megatron's, fused group by group.
+
+    A group is the queries of its heads, its key and its value.
+    """
     D, H, G, d = model.hidden_size, model.num_heads, model.query_groups, model.size_per_head
 
     def join(*projections: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def _dense(D: int, F: int, ours: str, theirs: str) -> Iterator[TensorMapping]:
 
 
 def _experts(D: int, F: int, E: int, ours: str, theirs: str) -> Iterator[TensorMapping]:
-    """Our stacked weights are applied as x W, theirs as x W^T."""
+    """Yield the mappings of a router and its experts. Our stacked weights compute x W, theirs x W^T."""
     yield TensorMapping(f"{ours}.router.gate.weight", (E, D), {f"{theirs}.gate.weight": (E, D)})
     for expert in range(E):
         of_expert = f"{theirs}.experts.{expert}"
@@ -101,11 +104,13 @@ def _experts(D: int, F: int, E: int, ours: str, theirs: str) -> Iterator[TensorM
 def from_theirs(
     of_model: Iterable[TensorMapping], source: Mapping[str, LazyTensor], where: str
 ) -> dict[str, LazyTensor]:
-    """Their tensors as our parameters, float32. Raises UserError naming one that is missing, surplus or of another
-    shape or kind."""
+    """Convert Hugging Face tensors to our parameters, float32, lazily.
+
+    Raises UserError naming a tensor that is missing or unexpected, or has the wrong shape or a non-float dtype.
+    """
     ours = list(of_model)
     wanted = {name: shape for part in ours for name, shape in part.sources.items()}
-    # Frequencies that follow from rope_theta, which early conversions stored.
+    # Old conversions also stored the rotary frequencies, which follow from rope_theta.
     source = {name: tensor for name, tensor in source.items() if not name.endswith(".rotary_emb.inv_freq")}
     _check(source, wanted, where)
 
@@ -118,8 +123,10 @@ def from_theirs(
 def to_theirs(
     of_model: Iterable[TensorMapping], stored: Mapping[str, LazyTensor], dtype: torch.dtype, where: str
 ) -> dict[str, LazyTensor]:
-    """Our parameters as their tensors. One that becomes several of theirs is read for each, so that only one is held.
-    Raises UserError as from_theirs."""
+    """Convert our parameters to Hugging Face tensors in `dtype`, lazily. Raises UserError as from_theirs does.
+
+    A parameter that is split into several tensors is read once for each, so memory holds only one at a time.
+    """
     ours = list(of_model)
     _check(stored, {part.name: part.shape for part in ours}, where)
 
@@ -144,7 +151,7 @@ def _check(source: Mapping[str, LazyTensor], wanted: Mapping[str, Shape], where:
         if source[name].shape != shape:
             found = list(source[name].shape)
             raise UserError(
-                f"{where}: the tensor '{name}' has the shape {found}, its configuration means {list(shape)}"
+                f"{where}: the tensor '{name}' has the shape {found}, its configuration needs {list(shape)}"
             )
         if not source[name].dtype.is_floating_point:
             raise UserError(f"{where}: the tensor '{name}' holds {source[name].dtype}, not floating-point numbers")

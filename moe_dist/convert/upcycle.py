@@ -1,8 +1,9 @@
 """Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): the experts of every layer start as copies of one FFN.
 
-From a dense model, of its FFN. From a model with one expert a modality (MoMa's 1t1i, arXiv 2407.21770), each modality's
-experts of that modality's. With token choice whose weights sum to 1 the model then computes what the seed did; with
-expert choice it does not, for a token gets none to all of the experts.
+The seed is a dense model, or a model with one expert per modality (MoMa's 1t1i, arXiv 2407.21770). From a dense seed,
+all experts are copies of its FFN. From a 1t1i seed, the experts of a modality are copies of that modality's expert. If
+the router is token choice with weights that sum to 1, the new model computes the same function as the seed. With expert
+choice it does not, because a token gets any number of experts.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 
 ROUTER_SECTION = "model.ffn.router"
-KEPT = ("loader", "vocabulary")  # of the seed's state: where it stood in its data, and with which tokenizers
+KEPT = ("loader", "vocabulary")  # entries kept from the seed's state: its position in the data, and its tokenizers
 
 Gates = Literal["fresh", "copied"]
 
@@ -50,11 +51,13 @@ def upcycle(
     overrides: Sequence[str] = (),
     seed: int = 0,
 ) -> None:
-    """Write `out` from the checkpoint (or the newest of the run) `source`. Raises UserError.
+    """Upcycle the checkpoint `source`, or the newest one of a run, to the folder `out`. Raises UserError.
 
-    experts: of each layer, as `8` (top-2 of 8 with weights that sum to 1, from a dense model) or as `4t4i` (expert
-    choice among the experts of each modality). `overrides` (model.ffn.router.KEY=VALUE) say otherwise. gates: fresh
-    ones are drawn by `seed` as a new model's; copied, of a 1t1i model, all gates of a modality are the seed's one.
+    experts: the experts of each layer. `8`, for a dense seed: top-2 of 8 with weights that sum to 1. `4t4i`: expert
+    choice among 4 text and 4 image experts.
+    overrides: model.ffn.router.KEY=VALUE, changes to the router that `experts` describes.
+    gates: fresh gates are drawn with `seed`, as in a new model. Copied gates of a modality all equal the one gate that
+    a 1t1i seed has for it.
     """
     path = newest_complete(source) or Path(source)
     state = read_state(path)
@@ -66,7 +69,7 @@ def upcycle(
     routers = _routers(model, after, seed)
     groups = next(iter(routers.values())).expert_groups
     if not isinstance(old.ffn, DenseFFN) and len(groups) != len(MODALITIES):
-        raise UserError(f"{path} has experts for each modality, and model.ffn.router.type would not")
+        raise UserError(f"{path} has experts for each modality, but model.ffn.router.type does not")
     if gates == "copied" and isinstance(old.ffn, DenseFFN):
         raise UserError(f"{path} holds a dense model, which has no gates to copy: use fresh ones")
     tensors: dict[str, LazyTensor] = {}
@@ -86,10 +89,10 @@ def upcycle(
 
 
 def _router_section(old: ModelConfig, experts: str, path: Path) -> dict[str, Any]:
-    """The router of the new model before overrides. Raises UserError for a seed that is neither dense nor 1t1i."""
+    """Return the new model's router section before overrides. Raises UserError if the seed is not dense or 1t1i."""
     each = re.fullmatch(r"([0-9]+)t([0-9]+)i", experts)
     if each is None and not re.fullmatch("[0-9]+", experts):
-        raise UserError(f"--experts {experts}: a number, or text and image experts as 4t4i")
+        raise UserError(f"--experts {experts}: give a number, or text and image experts as 4t4i")
     if isinstance(old.ffn, DenseFFN):
         if each is None:
             number = int(experts)
@@ -101,11 +104,11 @@ def _router_section(old: ModelConfig, experts: str, path: Path) -> dict[str, Any
         is_seed = children and all(child.get("num_experts") == 1 for child in children.values())
         if not is_seed or not isinstance(old.ffn.experts, SwiGLUExpertsConfig):
             raise UserError(
-                f"{path} holds a model that is neither dense nor has exactly one expert a modality (1t1i), of which "
-                "more could be made"
+                f"{path} holds a model that is neither dense nor has exactly one expert per modality (1t1i), so it "
+                "cannot be upcycled"
             )
         if each is None:
-            raise UserError(f"--experts {experts}: {path} has experts for each modality: say how many of each, as 4t4i")
+            raise UserError(f"--experts {experts}: {path} has experts for each modality: give two numbers, as 4t4i")
     for name, count in zip(MODALITIES, each.groups(), strict=True):
         settings = {key: value for key, value in children[name].items() if key != "auxiliary"}
         children[name] = settings | {"num_experts": int(count)}
@@ -117,7 +120,7 @@ def _sparse(old: ModelConfig, router: dict[str, Any], overrides: Sequence[str]) 
     slices = {} if isinstance(old.ffn, DenseFFN) or old.ffn.slices == 1 else {"slices": old.ffn.slices}
     section["ffn"] = {"type": "moe", "hidden_size": old.ffn.hidden_size, **slices, "router": router}
     if old.depth is not None:
-        section["depth"]["auxiliary"] = False  # it knows the seed's choices only, as those of the experts do
+        section["depth"]["auxiliary"] = False  # trained on the seed's choices only, like those of expert choice
     for override in overrides:
         if not override.startswith((f"{ROUTER_SECTION}.", f"{ROUTER_SECTION}=")):
             raise UserError(f"override '{override}': upcycling changes {ROUTER_SECTION} alone")
@@ -126,7 +129,7 @@ def _sparse(old: ModelConfig, router: dict[str, Any], overrides: Sequence[str]) 
 
 
 def _on_meta(model: ModelConfig, vocab_size: int) -> Transformer:
-    """Build the model without memory, to ask it for names."""
+    """Build the model on the meta device, without memory, for the names of its parameters."""
     with torch.device("meta"):
         return Transformer(model, vocab_size, Layout(), seed=0)
 
@@ -140,7 +143,7 @@ def _moe_layers(model: Transformer) -> list[MoELayer]:
 
 
 def _routers(model: ModelConfig, built: Transformer, seed: int) -> dict[str, Router]:
-    """Draw the router of every layer as a new model of this seed does; by name."""
+    """Build the router of every layer, with the initial values of a new model of this random seed, by name."""
     assert isinstance(model.ffn, MoEFFN)
     names = [_name(built, layer.get_submodule("router")) for layer in _moe_layers(built)]
     sites = [replace(block_site(model, layer, seed), name=name) for layer, name in enumerate(names)]
@@ -148,14 +151,14 @@ def _routers(model: ModelConfig, built: Transformer, seed: int) -> dict[str, Rou
 
 
 def _not_copied(before: Transformer) -> set[str]:
-    """Name the seed's parameters that know its choices only: those of its routers and all auxiliary ones."""
+    """Return the names of the parameters that are not copied: those of the seed's routers and auxiliary routers."""
     parts = [layer.get_submodule("router") for layer in _moe_layers(before)]
     parts += [module for module in before.modules() if isinstance(module, AuxiliaryRouter)]
     return {f"{_name(before, part)}.{key}" for part in parts for key, _ in part.named_parameters()}
 
 
 def _stacked(before: Transformer, after: Transformer) -> dict[str, str]:
-    """Map the names of the seed's feed-forward weights to the stacked parameters that hold their copies."""
+    """Map the name of each feed-forward weight of the seed to the stacked parameter that holds its copies."""
     found: dict[str, str] = {}
     experts = [layer.get_submodule("experts") for layer in _moe_layers(after)]
     sources = [layer.get_submodule("experts") for layer in _moe_layers(before)]
@@ -169,10 +172,11 @@ def _stacked(before: Transformer, after: Transformer) -> dict[str, str]:
 def _copies(
     name: str, tensor: LazyTensor, stacked: Mapping[str, str], groups: Sequence[Sequence[int]]
 ) -> dict[str, LazyTensor]:
-    """Return what a tensor of the seed becomes: an FFN the experts of its group (of a dense model, of all), slice by
-    slice (model/moe/placement.py) where it has them; others themselves.
+    """Return the tensors of the new model that one tensor of the seed becomes, by name.
 
-    A linear layer's weight is [out, in], an expert's row of a stacked one [in, out].
+    A weight of a dense FFN is copied to all experts. A weight of a 1t1i expert is copied to the experts of its
+    modality, slice by slice if it has slices (model/moe/placement.py). Any other tensor is kept. A linear layer's
+    weight is [out, in]; an expert's row of a stacked parameter is [in, out].
     """
     parameter, expert = split_row_name(name)
     if parameter not in stacked:
@@ -187,5 +191,5 @@ def _copies(
 
 
 def _repeated(gate: LazyTensor, like: LazyTensor) -> LazyTensor:
-    """A gate of one column for as many as `like` has."""
+    """Repeat a gate with one column to the number of columns that `like` has."""
     return LazyTensor(like.shape, gate.dtype, lambda: gate.read().expand(like.shape))

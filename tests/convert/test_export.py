@@ -184,7 +184,7 @@ REFUSED = {
     "sigmoid": (router(score="sigmoid"), "model.ffn.router.score is 'sigmoid'"),
     "bias": (router(bias=True), "model.ffn.router.bias is True"),
     "capacity": (router(capacity_factor=1.5), "model.ffn.router.capacity_factor is 1.5, Llama and Mixtral have None"),
-    "heads": ({"num_heads": 9}, "model.hidden_size=48 is no multiple of model.num_heads=9"),
+    "heads": ({"num_heads": 9}, "model.hidden_size=48 is not a multiple of model.num_heads=9"),
 }
 
 

@@ -108,7 +108,7 @@ FAULTS = {
         lambda f: change_config(f, partial_rotary_factor=0.5),
         "partial_rotary_factor=0.5 is not supported",
     ),
-    "no size": (lambda f: change_config(f, hidden_size=None), "key 'hidden_size' is missing or is no positive whole"),
+    "no size": (lambda f: change_config(f, hidden_size=None), "key 'hidden_size' is missing or is not a positive"),
     "no heads": (lambda f: change_config(f, num_attention_heads=0), "key 'num_attention_heads' is missing or is no"),
     "rope base": (
         lambda f: change_config(f, rope_parameters={"rope_theta": "many"}),
@@ -134,7 +134,7 @@ FAULTS = {
     ),
     "shape": (
         lambda f: change_tensors(f, lambda t: t.update({NORM: torch.ones(47)})),
-        rf"tensor '{NORM}' has the shape \[47\], its configuration means \[48\]",
+        rf"tensor '{NORM}' has the shape \[47\], its configuration needs \[48\]",
     ),
     "integers": (
         lambda f: change_tensors(f, lambda t: t.update({NORM: torch.ones(48, dtype=torch.int8)})),

@@ -160,7 +160,7 @@ def test_bad_sources_are_named(seed, tmp_path):
     with pytest.raises(UserError, match=r"nowhere/manifest\.json cannot be read"):
         upcycle(tmp_path / "nowhere", tmp_path / "out", experts="4")
     upcycle(seed, tmp_path / "sparse", experts="2")
-    with pytest.raises(UserError, match=r"sparse holds a model that is neither dense nor has exactly one expert a"):
+    with pytest.raises(UserError, match=r"sparse holds a model that is neither dense nor has exactly one expert per"):
         upcycle(tmp_path / "sparse", tmp_path / "out", experts="4")
 
 
@@ -277,12 +277,12 @@ def test_where_the_seed_stood_in_its_data_is_kept(one_text_one_image, seed, tmp_
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"experts": "4"}, "--experts 4: .* has experts for each modality: say how many of each, as 4t4i"),
-        ({"experts": "4x"}, "--experts 4x: a number, or text and image experts as 4t4i"),
+        ({"experts": "4"}, "--experts 4: .* has experts for each modality: give two numbers, as 4t4i"),
+        ({"experts": "4x"}, "--experts 4x: give a number, or text and image experts as 4t4i"),
         ({"experts": "0t1i"}, r"key 'model\.ffn\.router\.text\.num_experts': input should be greater than 0"),
         (
             {"experts": "2t2i", "overrides": ["model.ffn.router={type: top_k, num_experts: 4, top_k: 1}"]},
-            r"has experts for each modality, and model\.ffn\.router\.type would not",
+            r"has experts for each modality, but model\.ffn\.router\.type does not",
         ),
     ],
 )
