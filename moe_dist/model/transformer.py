@@ -1,4 +1,4 @@
-"""The decoder: token ids -> embedding -> blocks -> norm -> logits. Early fusion: text and image tokens in one stream.
+"""The decoder: token ids -> embedding -> blocks -> norm -> logits. Text and image tokens share one stream.
 
 Shape suffixes: T tokens, D model width, V vocabulary, d size per head.
 """
@@ -27,11 +27,11 @@ from moe_dist.parallel.layout import Layout
 
 
 class Transformer(nn.Module):
-    """MoMa's base model (arXiv 2407.21770), after Chameleon. With pre-norm, grouped queries and
-    without query and key norms it is a Llama; tie_embeddings: the output has no matrix of its own.
+    """MoMa's base model (arXiv 2407.21770), which follows Chameleon.
 
-    Every parameter is drawn by (seed, its name, its global expert), so the weights do not depend on the layout. Built
-    under `torch.device("meta")` it allocates nothing.
+    With pre-norm and without query and key norms it is a Llama. tie_embeddings: the output shares the embedding's
+    matrix. The initial value of a parameter is a function of (seed, name, global expert), so it does not depend on the
+    layout. Under `torch.device("meta")`, construction allocates nothing.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, layout: Layout, seed: int):
@@ -56,12 +56,12 @@ class Transformer(nn.Module):
 
     @property
     def causal_routing(self) -> bool:
-        """False where a token's experts or blocks depend on later tokens; then its losses are not causal."""
+        """True if routing is causal. Otherwise a token's experts or blocks, and so its loss, depend on later tokens."""
         return all(router.causal for router in self._routers())
 
     @property
     def can_route_causally(self) -> bool:
-        """True where every router decides causally with TokenInfo.causal: by itself, or through an auxiliary router."""
+        """True if every router decides causally with TokenInfo.causal, by itself or with its auxiliary router."""
         return all(router.causal or router.has_auxiliary for router in self._routers())
 
     @property
@@ -69,7 +69,7 @@ class Transformer(nn.Module):
         return len(self.layers)
 
     def products(self, work: Work) -> Iterator[list[Product]]:
-        """The chain from the embedding to the logits, then those of auxiliary routers, whose input is detached."""
+        """Yield the chain from embedding to logits, then those of auxiliary routers, whose input is detached."""
         of_layers = [(block, work.of_layer(layer)) for layer, block in enumerate(self._blocks())]
         products = (product for block, of_layer in of_layers for product in block.products(of_layer))
         output = linear_product(self.output, work.tokens)
@@ -78,9 +78,9 @@ class Transformer(nn.Module):
             yield from block.detached_products(of_layer)
 
     def num_parameters(self, experts: float | None = None) -> float:
-        """Return the number of parameters over all ranks. experts: how many of each layer to count; all by default.
+        """Count the parameters over all ranks. experts: the number of experts per layer to count, by default all.
 
-        With the average number of experts a token gets, these are the active parameters of a token.
+        If `experts` is the average number of experts of a token, the result is the number of active parameters.
         """
         vocabulary = num_weights(self.output) * (1 if self.config.tie_embeddings else 2)
         return sum(block.num_parameters(experts) for block in self._blocks()) + self.config.hidden_size + vocabulary
@@ -89,22 +89,22 @@ class Transformer(nn.Module):
         return cast(Block, self.layers[layer])
 
     def _blocks(self) -> Iterator[Block | MixtureOfDepths]:
-        """The blocks in order, each with its mixture-of-depths around it."""
+        """Yield the blocks in order, or the mixture-of-depths around a block if it has one."""
         for layer in range(self.num_layers):
             key = str(layer)
             yield cast(MixtureOfDepths, self.depth[key]) if key in self.depth else self._block(layer)
 
     def _routers(self) -> Iterator[Any]:
-        """The routers of the expert layers, and of mixture-of-depths."""
+        """Yield the routers of the expert layers, then those of mixture-of-depths."""
         yield from (block.ffn.router for block in self.layers if isinstance(block.ffn, MoELayer))
         yield from (depth.router for depth in self.depth.values())
 
     def forward(self, tokens_T: Tensor, info: TokenInfo, decoding: Decoding | None = None) -> ModelOutput:
-        """Logits of the next token at each of the T tokens, and the routers' records.
+        """Return the next-token logits at each of the T tokens, and the records of the routers.
 
-        With `info.causally()` routing is causal, as inference needs it; otherwise it is that of training. Raises
-        UserError where a router cannot be causal (`can_route_causally`). decoding: the documents go on where sequences
-        of a cache have ended, and their positions likewise.
+        info: with `info.causally()` routing is causal, as inference needs it; otherwise it is the routing of training.
+        Raises UserError if a router cannot be causal (`can_route_causally`).
+        decoding: if given, the documents and their positions continue sequences of its cache.
         """
         config = self.config
         x_TD = self.embedding(tokens_T)
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
         for block, documents in zip(self._blocks(), of_layers):
             run: Any = block
             if config.recompute and self.training:
-                # Not the reentrant kind, which would drop the gradient of what the records hold.
+                # The reentrant kind would drop the gradient of the tensors in the records.
                 run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
             x_TD, record, *depth = run(x_TD, info, documents, turn_2T1d)
             depths += depth

@@ -1,4 +1,4 @@
-"""DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2): balanced by a bias that no gradient moves.
+"""DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2), which balances load with a bias that has no gradient.
 
 Shape suffixes: V routed (valid) tokens, E experts, G groups of experts, e experts of a group, k experts per token.
 """
@@ -21,7 +21,7 @@ LOWEST, HIGHEST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 
 
 class ExpertBias(nn.Module):
-    """One number for each expert, in float32 whatever dtype the model is cast to: a buffer, so part of checkpoints."""
+    """One number per expert, float32 even if the model is cast. It is a buffer, so checkpoints include it."""
 
     value: Tensor
 
@@ -36,12 +36,12 @@ class ExpertBias(nn.Module):
 
 
 class DeepSeekV3Router(TokenChoiceRouter):
-    """Every valid token takes the k experts of its highest s + b, s = sigmoid(x W), b the experts' bias (eq. 15, 16).
+    """Every valid token takes the k experts with its highest s + b. s = sigmoid(x W), b is their bias (eq. 15, 16).
 
-    The experts are in `groups` equal groups (DeepSeek-V2's device-limited routing). A token takes experts of the
-    `top_groups` groups with the highest sum of their two highest s + b. The weight is s without the bias, divided by
-    its sum over the chosen experts (eq. 13), times `scale`. After every optimizer step the bias of an expert rises by
-    `bias_rate` if its load is below the mean over the experts, and falls by it if above.
+    The experts form `groups` equal groups (DeepSeek-V2's device-limited routing). A token takes experts only from the
+    `top_groups` groups whose two highest s + b have the highest sum. The combine weight is s without the bias, divided
+    by its sum over the chosen experts (eq. 13), times `scale`. After every optimizer step, the bias of an expert rises
+    by `bias_rate` if its load is below the mean over the experts, and falls by `bias_rate` if it is above.
     """
 
     has_state = True
@@ -69,25 +69,25 @@ class DeepSeekV3Router(TokenChoiceRouter):
         return keys_VE.topk(self.settings.top_k, dim=1).indices
 
     def biased_scores(self, logits_VE: Tensor) -> Tensor:
-        """Return s + b, which no gradient passes."""
+        """Return s + b, detached."""
         return logits_VE.detach().sigmoid() + self.bias.value
 
     def group_scores(self, scores_VE: Tensor) -> Tensor:
-        """Return [V, G], the sum of the two highest scores of each group."""
+        """Return the sum of the two highest scores of each group, [V, G]."""
         scores_VGe: Tensor = scores_VE.unflatten(1, (self.settings.groups, -1))
         return scores_VGe.topk(2, dim=2).values.sum(dim=2)
 
     def highest_groups(self, keys_VG: Tensor) -> Tensor:
-        """Return bool [V, G], True for the top_groups groups of the highest keys."""
+        """Return bool [V, G], true for the `top_groups` groups with the highest keys."""
         first = keys_VG.topk(self.settings.top_groups, dim=1).indices
         return torch.zeros_like(keys_VG, dtype=torch.bool).scatter(1, first, True)
 
     def of_experts(self, groups_VG: Tensor) -> Tensor:
-        """Return [V, E], what is said of each expert's group."""
+        """Expand values of groups to their experts, [V, E]."""
         return groups_VG.repeat_interleave(self.num_experts // self.settings.groups, dim=1)
 
     @torch.no_grad()
     def after_step(self, load_E: Tensor) -> None:
-        """Move each bias towards balance. load_E: assignments of the step's whole global batch, padding left out."""
-        below_E = (load_E.sum() - load_E * self.num_experts).sign()  # integers: exact at every layout
+        """Move each bias towards balance. load_E: assignments of the step's whole global batch, without padding."""
+        below_E = (load_E.sum() - load_E * self.num_experts).sign()  # integers, so exact in every layout
         self.bias.value.add_(below_E, alpha=self.settings.bias_rate)

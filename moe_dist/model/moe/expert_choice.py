@@ -1,7 +1,7 @@
-"""Expert choice, over all tokens (moe_8x) or within each modality (MoMa, arXiv 2407.21770, eq. 1).
+"""Expert-choice routing, over all tokens (moe_8x) or within each modality (MoMa, arXiv 2407.21770, eq. 1).
 
-Shape suffixes: T tokens, D model width, E experts of this router, V routed tokens, K tokens an expert takes, all
-selection groups together.
+Shape suffixes: T tokens, D model width, E experts of this router, V routed tokens, K tokens that an expert takes from
+all selection groups.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from moe_dist.model.site import Site
 
 
 class ExpertChoiceRouter(nn.Module):
-    """Every expert takes its highest-scoring valid tokens of each selection group; a token may get 0..E experts.
+    """Each expert takes its highest-scoring valid tokens from each selection group; a token may get 0 to E experts.
 
-    s = sigmoid(x W); the weight is s, not normalised over experts. Capacity factor 1: one expert a token on average.
+    s = sigmoid(x W). The combine weight is s, not normalised over experts. With capacity factor 1, a token gets one
+    expert on average.
 
-    gumbel_noise: in training the gate is sigmoid(x W + G' - G'') with Gumbel noise (MoMa, section on upcycling), for
-    selection and weight alike. The noise follows from (seed, layer, token, expert): a token's number is unique over the
-    run, so it stands for the step as well, and every layout and a resumed run draw the same.
+    gumbel_noise: in training, s = sigmoid(x W + G' - G'') with Gumbel noise (MoMa, section on upcycling), both for
+    selection and as the weight. The noise is a function of (seed, layer, token id, expert). A token id is unique over
+    the whole run, so each step has different noise, but every layout and a resumed run have the same.
 
-    With TokenInfo.causal the auxiliary router says which experts a token gets; the weight stays s (MoMa, eq. 3-4).
+    With TokenInfo.causal, the auxiliary router decides which experts a token gets; the weight is still s (MoMa, eq.
+    3-4).
     """
 
     causal = has_state = False
@@ -78,7 +80,7 @@ class ExpertChoiceRouter(nn.Module):
         return plan, RoutingRecord(layer=self.layer, plan=plan, routings=(routing,))
 
     def _add_noise(self, logits_VE: Tensor, token_V: Tensor, info: TokenInfo) -> Tensor:
-        """None in evaluation, nor where the gate is frozen, as in the stage that trains auxiliary routers."""
+        """Add Gumbel noise in training, unless the gate is frozen, as in the stage that trains auxiliary routers."""
         if not (self.settings.gumbel_noise and self.training and self.gate.weight.requires_grad):
             return logits_VE
         token_id_V = info.token_id_T.index_select(0, token_V)
@@ -86,7 +88,7 @@ class ExpertChoiceRouter(nn.Module):
         return logits_VE + logistic(self.noise_key, token_id_V[:, None], expert_E).to(logits_VE.dtype)
 
     def _choose(self, keys_VE: Tensor, group_sizes: list[int]) -> Tensor:
-        """Rows of keys_VE that each expert takes: its best of every selection group, group after group."""
+        """Return int64 [E, K], the rows of keys_VE that each expert takes: the highest ones of each group in turn."""
         chosen, start = [], 0
         for size, keys_bE in zip(group_sizes, keys_VE.split(group_sizes)):
             capacity = expert_capacity(size, self.settings.capacity_factor, self.num_experts)
@@ -97,10 +99,10 @@ class ExpertChoiceRouter(nn.Module):
 
 
 class ModalityRouter(nn.Module):
-    """Modality-aware experts: each modality's tokens are planned by a router of their own, over experts of their own.
+    """Modality-aware routing: each modality has its own child router with its own experts.
 
-    The experts of all modalities are numbered through, text first. To a child the other modalities' tokens are padding,
-    so any router class can be one.
+    The experts of all modalities are numbered consecutively, text first. A child sees the tokens of other modalities as
+    padding, so any router class can be a child.
     """
 
     reference_top_k = None
@@ -130,7 +132,7 @@ class ModalityRouter(nn.Module):
         return plan, RoutingRecord(layer=self.layer, plan=plan, routings=parts)
 
     def after_step(self, load_E: Tensor) -> None:
-        """Hand each child that keeps state the load of its own experts."""
+        """Pass to each stateful child the load of its own experts."""
         children = [getattr(self, name) for name in MODALITIES]
         for child, of_child_E in zip(children, load_E.split([child.num_experts for child in children]), strict=True):
             if child.has_state:

@@ -1,8 +1,8 @@
-"""Decisions of a model's routers and their margins: how close each is to being made differently.
+"""Decisions of a model's routers and their margins, that is, how close each decision is to its opposite.
 
 A decision is whether a column (an expert, a null expert, a block with mixture-of-depths) takes a token. Its margin is
-how far the token's logit must move to reverse it (model/moe/router.py `selection_margins`). Two layouts make the same
-decisions as long as their rounding stays below the margins.
+the distance that the token's logit must move to reverse it (`selection_margins` in model/moe/router.py). Two layouts
+make the same decisions as long as their rounding differences stay below the margins.
 
 Shape suffixes: V routed tokens, C columns.
 """
@@ -28,17 +28,17 @@ from moe_dist.model.moe.token_choice import TokenChoiceRouter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decisions:
-    """Decisions of one router in one forward pass. Which tokens a full expert drops is not among them."""
+    """Decisions of one router in one forward pass, before full experts drop tokens."""
 
     router: str
     token_id_V: Tensor
     chosen_VC: Tensor  # bool
-    margin_VC: Tensor  # float64; inf where everything was taken
+    margin_VC: Tensor  # float64; inf if the decision cannot change
 
 
 @contextmanager
 def watch_decisions(model: nn.Module) -> Iterator[list[Decisions]]:
-    """Collect the decisions of every forward pass, in order; a recomputed block decides twice."""
+    """Collect the decisions of every forward pass in the body, in order. A recomputed block counts twice."""
     found: list[Decisions] = []
 
     def note(name: str) -> Any:
@@ -69,15 +69,15 @@ def _decisions(name: str, router: Any, info: TokenInfo, output: Any) -> Iterator
     else:
         _, sizes = info.competing(scope)
         pieces = zip(routing.logits_VC.split(sizes), keys_VC.split(sizes), routing.chosen_VC.split(sizes), strict=True)
-        # A group without a token has nothing to decide.
+        # In a group without tokens there is nothing to decide.
         margin_VC = torch.cat([selection_margins(*piece) if len(piece[0]) else piece[0].double() for piece in pieces])
     yield Decisions(router=name, token_id_V=token_id_V, chosen_VC=routing.chosen_VC, margin_VC=margin_VC)
 
 
 def _biased_decisions(name: str, router: DeepSeekV3Router, info: TokenInfo, routing: Routing) -> Iterator[Decisions]:
-    """Decisions about groups of experts (router NAME.groups), and about the experts of the groups that were taken.
+    """Yield the decisions about expert groups (named NAME.groups), and about the experts of the groups that were taken.
 
-    Margins are of what is compared: a group's sum of scores, an expert's biased score.
+    Margins refer to the values that are compared: the sum of scores of a group, and the biased score of an expert.
     """
     scores_VE, chosen_VE = router.biased_scores(routing.logits_VC), routing.chosen_VC
     keys_VE = selection_keys(scores_VE, info, router.key)
@@ -86,7 +86,7 @@ def _biased_decisions(name: str, router: DeepSeekV3Router, info: TokenInfo, rout
     if router.settings.top_groups < router.settings.groups:
         sums_VG = router.group_scores(scores_VE)
         keys_VG = selection_keys(sums_VG, info, router.group_key)
-        used_VG = chosen_VE.unflatten(1, (router.settings.groups, -1)).any(dim=2)  # taken, whatever decided it
+        used_VG = chosen_VE.unflatten(1, (router.settings.groups, -1)).any(dim=2)  # taken, whatever the reason
         taken_VG = router.highest_groups(keys_VG.masked_fill(used_VG, HIGHEST))
         margin_VG = selection_margins(sums_VG.t(), keys_VG.t(), taken_VG.t()).t()
         yield Decisions(router=f"{name}.groups", token_id_V=token_id_V, chosen_VC=taken_VG, margin_VC=margin_VG)

@@ -21,14 +21,14 @@ from moe_dist.parallel.layout import Layout
 
 
 class MoELayer(nn.Module):
-    """Sends every token through its experts; a token without one (padding, or left out by expert choice) gets zero."""
+    """The expert layer. A token without an expert (padding, or not chosen by expert choice) gets zero."""
 
     def __init__(self, router: Router, dispatcher: Dispatcher, experts: Experts):
         super().__init__()
         self.router, self.dispatcher, self.experts = router, dispatcher, experts
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, RoutingRecord]:
-        """y_TD in the dtype of x_TD, and what the router saw and decided."""
+        """Return y_TD in the dtype of x_TD, and the record of the routing."""
         plan, record = self.router(x_TD, info)
         token_id_T = info.token_id_T if self.experts.needs_token_ids else None
         rows_RD, receipt = self.dispatcher.dispatch(x_TD, plan, token_id_T)
@@ -43,15 +43,15 @@ class MoELayer(nn.Module):
         return router_products(self.get_submodule("router"), work.scored, detached=True)
 
     def num_parameters(self, experts: float | None = None) -> float:
-        """Parameters over all ranks. experts: how many experts to count; all by default."""
+        """Count the parameters over all ranks. experts: the number of experts to count, by default all."""
         counted = self.router.num_experts if experts is None else experts
         return router_parameters(self.get_submodule("router")) + self.experts.num_parameters(counted)
 
 
 def build_moe_layer(ffn: MoEFFN, site: Site, layout: Layout) -> MoELayer:
-    """Build an expert layer with the experts that live on this rank, initialised by name.
+    """Build an expert layer with this rank's experts. Initial values depend on parameter names only.
 
-    Raises UserError where recipe and ranks do not fit.
+    Raises UserError if the recipe does not fit the number of ranks.
     """
     router = build_router(ffn.router, site.child("router"))
     placement = make_placement(router.expert_groups, layout.expert, ffn.slices)
@@ -60,5 +60,5 @@ def build_moe_layer(ffn: MoEFFN, site: Site, layout: Layout) -> MoELayer:
 
 
 def routers(model: nn.Module) -> list[Router]:
-    """Return the routers of the expert layers, from the first; none in a dense model."""
+    """Return the routers of the expert layers in order. A dense model has none."""
     return [module.router for module in model.modules() if isinstance(module, MoELayer)]

@@ -1,6 +1,6 @@
-"""The routers and experts behind a recipe's settings: `model.ffn.router`, `model.ffn.experts`.
+"""The classes of routers and experts for the settings `model.ffn.router` and `model.ffn.experts`.
 
-A new routing idea is its settings (config/routers.py), one class and one line here.
+To add a routing method, write its settings (config/routers.py) and one class, and add one line here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moe_dist.model.moe.router import Router
 from moe_dist.model.moe.token_choice import NullExpertRouter, TopKRouter
 from moe_dist.model.site import Site
 
-ROUTERS: dict[type[RouterSettings], Any] = {  # the Router of each settings class
+ROUTERS: dict[type[RouterSettings], Any] = {  # settings class -> Router class
     TopKSettings: TopKRouter,
     NullExpertSettings: NullExpertRouter,
     ExpertChoiceSettings: ExpertChoiceRouter,
@@ -40,16 +40,16 @@ EXPERTS: dict[str, Any] = {
 
 
 def build_router(settings: RouterSettings, site: Site) -> Router:
-    """Build the router of these settings, children first."""
+    """Build a router from its settings. If it has children, build them first."""
     children = {name: build_router(child, site.child(name)) for name, child in settings.children().items()}
     router: Router = ROUTERS[type(settings)](settings, site, **children)
     return router
 
 
 def build_experts(ffn: MoEFFN, router: Router, expert_ids: tuple[int, ...], site: Site) -> Experts:
-    """Build the experts that a rank holds, as `model.ffn.experts` describes them.
+    """Build the experts of a rank from `model.ffn.experts`.
 
-    Raises UserError where the router does not give every token as many experts as they need.
+    Raises UserError if they need a fixed number of experts per token, which the router does not guarantee.
     """
     needed = EXPERTS[ffn.experts.type].experts_per_token
     if needed is not None and router.experts_per_token != needed:

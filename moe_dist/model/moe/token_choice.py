@@ -1,4 +1,4 @@
-"""Token choice: every token takes the k columns of its highest logits; a column is an expert or a null expert.
+"""Token-choice routing: every token takes the k columns with its highest logits. A column is an expert or null expert.
 
 Shape suffixes: T tokens, D model width, V routed (valid) tokens, E experts, C columns (E experts, then null experts),
 k columns per token.
@@ -21,33 +21,35 @@ from moe_dist.model.site import Site
 
 
 class TokenChoiceRouter(nn.Module):
-    """What the routers of token choice share. A subclass says what a chosen column weighs. A full expert drops an
-    assignment after that, so the weights of those that stay do not change."""
+    """Base of the token-choice routers. A subclass defines the combine weights of the chosen columns.
+
+    Full experts drop assignments after the weights are computed, so the other weights of a token do not change.
+    """
 
     has_auxiliary = has_state = False
     experts_per_token: int | None = None
-    reference_top_k: int | None = None  # experts per token of the model that FLOPs are compared with
+    reference_top_k: int | None = None  # experts per token of the model with which FLOPs are compared
 
     def __init__(self, settings: TokenChoiceSettings, site: Site):
         super().__init__()
         self.settings, self.layer = settings, site.layer
         self.num_experts = settings.num_experts
         self.expert_groups = (tuple(range(settings.num_experts)),)
-        # Which tokens have the highest gates can only be said when all of the group are known.
+        # To keep the tokens with the highest gates, a full expert must know all tokens of the group.
         self.causal = settings.capacity_factor is None or settings.drop_policy == "position"
         self.key = site.key("ties")
         self.gate = Gate(settings.columns, site, bias=settings.bias)
 
     def probabilities(self, logits_VC: Tensor) -> Tensor:
-        """Gate values: softmax over all columns."""
+        """Compute the gate values: softmax over all columns."""
         return logits_VC.softmax(dim=1)
 
     def weights(self, logits_VC: Tensor, chosen_Vk: Tensor) -> Tensor:
-        """Combine weight of each chosen column, in float32 or wider."""
+        """Compute the combine weight of each chosen column [V, k], in float32 or wider."""
         raise NotImplementedError
 
     def choose(self, logits_VC: Tensor, info: TokenInfo) -> Tensor:
-        """Return int64 [V, k], the columns that each token takes."""
+        """Return the columns that each token takes, int64 [V, k]."""
         return selection_keys(logits_VC, info, self.key).topk(self.settings.top_k, dim=1).indices
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]:
@@ -74,9 +76,10 @@ class TokenChoiceRouter(nn.Module):
         return expert_capacity(num_tokens, self.settings.capacity_factor, self.settings.columns, self.settings.top_k)
 
     def _slots(self, info: TokenInfo, sizes: list[int]) -> int | None:
-        """Rows of every expert with pad_to_capacity: of whole groups, padding included, so that it never changes.
+        """Return the number of rows of every expert with pad_to_capacity, else None.
 
-        Of the tokens that mixture-of-depths admits there may be more in one group than in another.
+        It is the capacity for all groups, padding tokens included, so that it is constant. With mixture-of-depths the
+        groups can differ in their number of tokens; then the largest group counts.
         """
         if not self.settings.pad_to_capacity:
             return None
@@ -90,10 +93,11 @@ class TokenChoiceRouter(nn.Module):
 
 
 class TopKRouter(TokenChoiceRouter):
-    """Every valid token takes the k experts of its highest logits; no null experts.
+    """Top-k routing: every valid token takes the k experts with its highest logits. There are no null experts.
 
-    The weight is the gate value, softmax over all experts or sigmoid, optionally renormalised over the k chosen.
-    weighting straight_through: 1 in value, with the gradient of the gate value's logarithm (p / stop_gradient(p)).
+    The combine weight is the gate value, a softmax over all experts or a sigmoid, optionally renormalised over the k
+    chosen experts. With `weighting: straight_through` the weight is p / stop_gradient(p) of the gate value p: its value
+    is 1, and its gradient is that of log p.
     """
 
     settings: TopKSettings
@@ -114,10 +118,10 @@ class TopKRouter(TokenChoiceRouter):
 
 
 class NullExpertRouter(TokenChoiceRouter):
-    """AdaMoE (arXiv 2406.13233): top-k over true and null experts, so a token takes 0 to k true experts.
+    """AdaMoE routing (arXiv 2406.13233): top-k over true and null experts, so a token takes 0 to k true experts.
 
-    The weights are a softmax over the chosen true experts alone; a token that chose nulls only gets nothing. Null
-    assignments are no rows: they cost neither FLOPs nor bytes.
+    The weights are a softmax over the chosen true experts. A token that chose only null experts gets zero. Assignments
+    to null experts become no rows, so they cost neither FLOPs nor communication.
     """
 
     settings: NullExpertSettings
