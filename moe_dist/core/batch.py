@@ -1,9 +1,9 @@
-"""What travels from the loader to the model: tokens, and everything known about each of them.
+"""The values that the loader passes to the model: tokens, and facts about each token.
 
-Shape suffixes: T tokens of one micro-batch (sequences laid end to end), V valid (non-padding) tokens.
+Shape suffixes: T tokens of one micro-batch (concatenated sequences), V valid (non-padding) tokens, K selected tokens.
 
 A *selection group* is the set of packed sequences whose tokens compete with each other in expert-choice routing.
-A micro-batch holds whole groups, one after another, so routing does not depend on the parallel layout.
+A micro-batch consists of whole groups, so routing does not depend on the parallel layout.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ Made = TypeVar("Made")
 Record = TypeVar("Record", "TokenInfo", "Batch")
 
 
-@dataclass(frozen=True, kw_only=True)  # no slots: a cached property needs a place
+@dataclass(frozen=True, kw_only=True)  # no slots: cached properties need a __dict__
 class TokenInfo:
-    """Facts about T tokens. Tensors live on the model's device, tuples on the host (reading one never synchronises).
+    """Facts about T tokens. Tensors are on the model's device; tuples are on the host, so reading them needs no sync.
 
-    Results that every layer derives from them are computed once and kept (`once`, `once_per_token`). A copy made by
-    dataclasses.replace starts without them.
+    Results that every layer derives from these facts are computed once and cached (`once`, `once_per_token`). A copy
+    made by dataclasses.replace starts with empty caches.
     """
 
     modality_T: Tensor  # int64, index into MODALITIES
     valid_T: Tensor  # bool, False for padding
     document_T: Tensor  # int64, number of the token's document within the micro-batch, non-decreasing
     position_T: Tensor  # int64, restarts at 0 in every document
-    token_id_T: Tensor  # int64, unique over the whole run and the same at every parallel layout
+    token_id_T: Tensor  # int64, unique over the whole run and the same in every parallel layout
     by_modality_V: Tensor  # int64, indices of valid tokens, sorted by (modality, group, index)
     modality_counts: tuple[tuple[int, ...], ...]  # [modality][group] number of valid tokens
     sequence_counts: tuple[int, ...]  # number of valid tokens of each packed sequence
-    document_lengths: tuple[int, ...]  # every token belongs to one document (padding too): sums to T
-    causal: bool = False  # no decision about a token may look at a later one: auxiliary routers decide (docs/moma.md)
+    document_lengths: tuple[int, ...]  # sums to T: every token belongs to one document, padding too
+    causal: bool = False  # no decision may depend on later tokens: auxiliary routers decide (docs/moma.md)
 
     @classmethod
     def build(
@@ -56,8 +56,11 @@ class TokenInfo:
         num_groups: int,
         num_sequences: int | None = None,
     ) -> TokenInfo:
-        """Derive indices and host-side counts from CPU tensors. Groups are equal, contiguous runs of the T tokens, and
-        so are packed sequences (None: each group is one)."""
+        """Derive indices and host-side counts from CPU tensors.
+
+        Groups are contiguous and of equal size, and so are packed sequences. num_sequences: by default each group is
+        one sequence.
+        """
         num_tokens, sequences = modality_T.numel(), num_sequences or num_groups
         if num_tokens % sequences or sequences % num_groups or sum(document_lengths) != num_tokens:
             raise ValueError(
@@ -99,20 +102,20 @@ class TokenInfo:
         return {}
 
     def once(self, name: Any, make: Callable[[], Made]) -> Made:
-        """Return make(). Later calls with this name return the first result."""
+        """Return make(), cached: later calls with this name return the first result."""
         if name not in self._made:
             self._made[name] = make()
         made: Made = self._made[name]
         return made
 
     def once_per_token(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """Return make(), int64 [T], as `once` does. `select` and `of_modality` hand the result on to the new value."""
+        """Return make(), int64 [T], cached as in `once`. Values made by `select` and `of_modality` inherit it."""
         if name not in self._made_per_token:
             self._made_per_token[name] = make()
         return self._made_per_token[name]
 
     def of_modality(self, modality: int) -> TokenInfo:
-        """Return the same tokens, of which only those of one modality count as valid."""
+        """Return the same tokens with only those of one modality valid."""
         return self.once(("modality", modality), lambda: self._of_modality(modality))
 
     def _of_modality(self, modality: int) -> TokenInfo:
@@ -129,7 +132,7 @@ class TokenInfo:
         return part
 
     def competing(self, scope: str = "group") -> tuple[Tensor, list[int]]:
-        """Return the indices of the valid tokens, set after set, and the number of tokens in each competing set.
+        """Return the indices of the valid tokens, set by set, and the number of tokens in each competing set.
 
         The sets are selection groups (scope "group", in the order of `members`), the tokens of one modality within a
         group ("modality"), or packed sequences ("sequence").
@@ -143,11 +146,11 @@ class TokenInfo:
             return self.by_modality_V, [count for row in self.modality_counts for count in row]
         sizes = [sum(column) for column in zip(*self.modality_counts)]
         if self.num_groups == 1 or sum(any(row) for row in self.modality_counts) <= 1:
-            return self.by_modality_V, sizes  # in that order already
+            return self.by_modality_V, sizes  # already in this order
         return torch.cat(self.members()), sizes
 
     def members(self, modality: int | None = None) -> list[Tensor]:
-        """Indices of the valid tokens of each selection group, of one modality or (None) of all."""
+        """Return the indices of the valid tokens of each selection group, of one modality or, by default, of all."""
         flat = [count for row in self.modality_counts for count in row]
         pieces = self.by_modality_V.split(flat)
         groups = self.num_groups
@@ -156,13 +159,13 @@ class TokenInfo:
         return [torch.cat([pieces[m * groups + g] for m in range(len(MODALITIES))]) for g in range(groups)]
 
     def select(self, keep_T: Tensor, read: Callable[[Tensor], list[int]]) -> tuple[Tensor, TokenInfo]:
-        """Some of the valid tokens, in order: token_K, their indices, and their TokenInfo, with what each had.
+        """Select some of the valid tokens, in order. Returns their indices token_K, and their TokenInfo.
 
-        A document keeps its number and its place in document_lengths, also where nothing of it is left (length 0).
-        read: bring int64 counts to the host (model/moe/dispatch.py split_sizes); called once, the only synchronisation.
+        A document keeps its number and its place in document_lengths, even if no token of it is left (length 0).
+        read: copies int64 counts to the host (split_sizes in model/moe/dispatch.py). It is called once.
         """
         of_groups = [count for row in self.modality_counts for count in row]
-        keep = keep_T.index_select(0, self.once("orders", self._orders))  # in each of the three orders that are counted
+        keep = keep_T.index_select(0, self.once("orders", self._orders))  # keep_T in three orders, see _orders
         keep_V = keep[: len(self.by_modality_V)]
         counts = read(_sums(keep, [*of_groups, *self.sequence_counts, *self.document_lengths]))
         groups, sequences = counts[: len(of_groups)], counts[len(of_groups) : -len(self.document_lengths)]
@@ -182,12 +185,12 @@ class TokenInfo:
         return token_K, inner
 
     def _orders(self) -> Tensor:
-        """Indices of the valid tokens by modality, of the valid tokens in sequence order, and of all tokens."""
+        """Return the indices of the valid tokens by modality, of the valid tokens by sequence, and of all tokens."""
         all_T = torch.arange(self.num_tokens, device=self.valid_T.device)
         return torch.cat([self.by_modality_V, self.competing("sequence")[0], all_T])
 
     def _of_tokens(self, token_K: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Gather the per-token fields and the results of once_per_token of some valid tokens, in one operation."""
+        """Gather the per-token fields and once_per_token results of some valid tokens, in one operation."""
         numbers = {name: getattr(self, name) for name in _OF_EACH_TOKEN} | self._made_per_token
         table_FT = self.once(("table", *numbers), lambda: torch.stack(list(numbers.values())))
         found = dict(zip(numbers, table_FT.index_select(1, token_K).unbind()))
@@ -195,24 +198,24 @@ class TokenInfo:
         return fields_K | {"valid_T": torch.ones_like(token_K, dtype=torch.bool)}, found
 
     def causally(self) -> TokenInfo:
-        """The same tokens, to be routed causally, as inference must be: expert choice needs auxiliary routers then."""
+        """Return the same tokens with causal routing, for inference: expert choice uses auxiliary routers."""
         return replace(self, causal=True)
 
     def to(self, device: torch.device | str) -> TokenInfo:
         return _each(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-_OF_EACH_TOKEN = ("modality_T", "document_T", "position_T", "token_id_T")  # int64; those selected are valid
+_OF_EACH_TOKEN = ("modality_T", "document_T", "position_T", "token_id_T")  # int64
 
 
 def _sums(keep: Tensor, lengths: Sequence[int]) -> Tensor:
-    """How many are kept in each of the consecutive runs of these lengths."""
+    """Return the number of true values of `keep` in each of the consecutive runs of these lengths."""
     ends = torch.tensor([0, *accumulate(lengths)], device="cpu").to(keep.device, non_blocking=True)
     return F.pad(keep.cumsum(0), (1, 0)).index_select(0, ends).diff()
 
 
 def _first(keep: Tensor, number: int) -> Tensor:
-    """Indices of what is kept, of which there are so many, without asking the device how many."""
+    """Return the indices where `keep` is true. `number` is their known count, so no host sync is needed."""
     return torch.nonzero_static(keep, size=number).squeeze(1)
 
 
@@ -222,20 +225,20 @@ class Batch:
 
     tokens_T: Tensor  # int64 vocabulary ids
     targets_T: Tensor  # int64, the next token of the same document
-    loss_mask_T: Tensor  # bool: does this position's prediction count
+    loss_mask_T: Tensor  # bool: whether the prediction at this position counts
     target_modality_T: Tensor  # int64, modality of the target
     info: TokenInfo
-    sidecar: Mapping[str, Tensor] = field(default_factory=dict)  # pixels, neighbours: for systems that need them
+    sidecar: Mapping[str, Tensor] = field(default_factory=dict)  # optional tensors, such as neighbours
 
     def causally(self) -> Batch:
-        """The same, to be routed causally (TokenInfo.causally)."""
+        """Return the same micro-batch with causal routing (TokenInfo.causally)."""
         return replace(self, info=self.info.causally())
 
     def to(self, device: torch.device | str) -> Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
-        """The same in page-locked host memory: copying it to a GPU makes the host wait for nothing. Needs CUDA."""
+        """Return a copy in page-locked host memory, from which copies to a GPU are asynchronous. Needs CUDA."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -244,7 +247,7 @@ class Batch:
 
 
 def _each(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
-    """A copy of a dataclass with each of its tensors changed."""
+    """Return a copy of a dataclass with `change` applied to each of its tensors."""
     found = {f.name: getattr(record, f.name) for f in fields(record)}
     changed: dict[str, Any] = {name: change(value) for name, value in found.items() if isinstance(value, Tensor)}
     return replace(record, **changed)

@@ -1,4 +1,4 @@
-"""The values that connect routing with everything else. A leaf: imports nothing of ours.
+"""Results of routing, as dispatchers, losses and metrics use them. Imports nothing of moe_dist.
 
 Shape suffixes: T tokens, V tokens that a router saw (the valid ones), E routed experts, C columns of a router (its E
 experts, then its null experts), N assignments.
@@ -14,29 +14,29 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingPlan:
-    """Which token goes to which expert, and with which weight: all that a dispatcher may know.
+    """Assignments of tokens to experts, with combine weights: everything that a dispatcher needs.
 
-    It fixes neither k nor a capacity: a token may appear zero or more times. Assignments beyond the sum of counts_E go
-    nowhere (null experts, full experts): how many there are is known on the device only, so the dispatcher cuts them
-    off where it reads the counts. They become no rows.
+    There is no fixed k or capacity: a token may have any number of assignments. Assignments beyond the sum of counts_E
+    have no expert (null experts, full experts) and become no rows. Their number is known on the device only, so the
+    dispatcher cuts them off when it reads the counts.
     """
 
     token_ids_N: Tensor  # int64 index (into the T tokens) of each assignment, sorted by expert
-    weights_N: Tensor  # combine weight; carries the router's gradient
+    weights_N: Tensor  # combine weights, with the router's gradient
     counts_E: Tensor  # int64 assignments per expert; sums to N at most
-    complete: bool = True  # counts_E is known to sum to N
+    complete: bool = True  # whether counts_E is known to sum to N
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
-    """What one router saw and decided, for losses and telemetry. Rows are the tokens token_V, and no padding."""
+    """Inputs and decisions of one router, for losses and telemetry. Rows are the tokens token_V, without padding."""
 
     token_V: Tensor  # int64 index (into the T tokens)
     logits_VC: Tensor  # float32
     probs_VC: Tensor  # float32 gate values
-    chosen_VC: Tensor  # bool: what the router chose, before any expert was full
-    kept_VE: Tensor  # bool: what reached its expert
-    auxiliary_VC: Tensor | None = None  # float32 logits of the auxiliary router, where there is one
+    chosen_VC: Tensor  # bool: chosen by the router, before full experts drop tokens
+    kept_VE: Tensor  # bool: chosen and not dropped
+    auxiliary_VC: Tensor | None = None  # float32 logits of the auxiliary router, if there is one
 
     @property
     def num_experts(self) -> int:
@@ -44,19 +44,22 @@ class Routing:
 
     @property
     def load_E(self) -> Tensor:
-        """int64 tokens that each expert works on."""
+        """The number of tokens that each expert processes, int64."""
         return self.kept_VE.sum(0)
 
     @property
     def dropped_E(self) -> Tensor:
-        """int64 tokens that chose the expert and found it full."""
+        """The number of tokens that each expert dropped because it was full, int64."""
         return self.chosen_VC[:, : self.num_experts].sum(0) - self.load_E
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingRecord:
-    """The routing of one layer. Never stored on a module. A composite router has several parts, each over experts and
-    tokens of its own; experts are numbered through."""
+    """The routing of one layer. It is never stored on a module.
+
+    A composite router has one Routing per part, each with its own experts and tokens. The experts of all parts are
+    numbered consecutively.
+    """
 
     layer: int
     plan: RoutingPlan
@@ -71,14 +74,14 @@ class RoutingRecord:
         return torch.cat([part.dropped_E for part in self.routings])
 
     def experts_of_T(self, num_tokens: int) -> Tensor:
-        """int64 [T]: how many experts work on each token."""
+        """Return the number of experts that process each token, int64 [T]."""
         count_T = self.plan.counts_E.new_zeros(num_tokens)
         for part in self.routings:
             count_T = count_T.index_add(0, part.token_V, part.kept_VE.sum(1))
         return count_T
 
     def renumbered(self, token_K: Tensor) -> RoutingRecord:
-        """Where the layer saw only some tokens (mixture-of-depths): token i of what it saw is token_K[i] of all."""
+        """Convert a record over selected tokens (mixture-of-depths) to all tokens: token i becomes token_K[i]."""
         parts = tuple(replace(part, token_V=token_K.index_select(0, part.token_V)) for part in self.routings)
         plan = replace(self.plan, token_ids_N=token_K.index_select(0, self.plan.token_ids_N))
         return replace(self, plan=plan, routings=parts)
@@ -86,8 +89,8 @@ class RoutingRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DepthRecord:
-    """Which tokens a layer with mixture-of-depths admitted."""
+    """The tokens that a layer with mixture-of-depths admitted."""
 
     layer: int
-    routing: Routing  # of the valid tokens, with one column: the block
-    document_lengths: tuple[int, ...]  # how many tokens of each document were admitted
+    routing: Routing  # of the valid tokens; its one column is the block
+    document_lengths: tuple[int, ...]  # number of admitted tokens of each document

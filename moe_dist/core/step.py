@@ -1,4 +1,4 @@
-"""Values and protocols of an optimizer step: model output, objective, and the model that checkpoints see.
+"""Values and interfaces of an optimizer step: the model's output, the objective, and the model under ZeRO.
 
 Shape suffixes: T tokens, V vocabulary.
 """
@@ -26,14 +26,14 @@ class ModelOutput:
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveOutput:
-    """Loss of one micro-batch on one rank, and the sums that are reported."""
+    """Loss of one micro-batch on one rank, and the sums of its metrics."""
 
-    loss: Tensor  # 0-d; summed over micro-batches and ranks it is the objective
-    sums: dict[str, Tensor]  # detached, by metric name; divided by the counts of that name they are means
+    loss: Tensor  # 0-d; its sum over micro-batches and ranks is the objective
+    sums: dict[str, Tensor]  # detached, by metric name; divided by the counts of the same name, they are means
 
 
 class Objective(Protocol):
-    """The goal of an optimizer step: sums over micro-batches and ranks, divided by counts over all of them."""
+    """Interface of the objective of one optimizer step: sums over micro-batches and ranks, divided by their counts."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -41,16 +41,16 @@ class Objective(Protocol):
         ...
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """Return, for each metric, what this host batch adds to the count that its sum is divided by."""
+        """Return the count of each metric in this host batch. A mean is the step's sum divided by the step's count."""
         ...
 
     def __call__(self, output: ModelOutput, batch: Batch, counts: Mapping[str, int]) -> ObjectiveOutput:
-        """Compute this micro-batch's part. counts: by metric name, over all ranks' micro-batches of the step."""
+        """Compute the loss and the metrics of one micro-batch. counts: totals of the whole step, by metric name."""
         ...
 
 
 class ShardedModel(Protocol):
-    """A model under ZeRO with its optimizer, as checkpoints see it (training/engine.py has one)."""
+    """Interface of a model under ZeRO with its optimizer, as checkpoints need it. training/engine.py implements it."""
 
     steps: int
     skipped_steps: int

@@ -1,6 +1,6 @@
-"""The terms behind the sections of a recipe's `losses`.
+"""The terms of the objective for the sections of a recipe's `losses`.
 
-A new term is its settings (config/losses.py), one class and one line here.
+To add a term, write its settings (config/losses.py) and one class, and add one line here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moe_dist.losses.balance import LoadBalance, PooledBalance, RouterZ
 from moe_dist.losses.causal_routers import CausalRouters
 from moe_dist.losses.manifold import Manifold
 
-LOSSES: dict[type[TermSettings], Any] = {  # the Term of each settings class
+LOSSES: dict[type[TermSettings], Any] = {  # settings class -> Term class
     CausalRoutersSettings: CausalRouters,
     LoadBalanceSettings: LoadBalance,
     ManifoldSettings: Manifold,

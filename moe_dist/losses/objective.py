@@ -1,4 +1,4 @@
-"""What training minimises: a weighted sum of named terms, the language loss first."""
+"""The training objective: a weighted sum of named terms, the language loss first."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ from moe_dist.losses.term import Context, Term
 
 @dataclass(frozen=True, slots=True)
 class WeightedTerms:
-    """An objective: (weight, term) by name. Lives for one step, since a term may remember the step's micro-batches."""
+    """An objective: (weight, term) by name. Made anew for each step, because a term may keep state during it."""
 
     terms: Mapping[str, tuple[float, Term]]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all terms' metrics."""
+        """The names of the metrics of all terms."""
         return tuple(name for _, term in self.terms.values() for name in term.names)
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """What each metric's sum over this micro-batch is to be divided by, once both are added up over the step."""
+        """Return the count of each metric in this host batch. A mean is the step's sum divided by the step's count."""
         return tuple(count for _, term in self.terms.values() for count in term.counts(batch))
 
     def __call__(self, output: ModelOutput, batch: Batch, counts: Mapping[str, int]) -> ObjectiveOutput:
-        """counts: of all ranks' micro-batches of the step together. A term without anything to count adds nothing."""
+        """Compute the loss and the metrics of one micro-batch. counts: totals of the whole step, by metric name.
+
+        A term whose count is 0 contributes 0.
+        """
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}
         for weight, term in self.terms.values():
@@ -43,7 +46,7 @@ class WeightedTerms:
 
 
 def make_objective(losses: Mapping[str, TermSettings], context: Context, step: int) -> Objective:
-    """The objective of optimizer step `step` (from 0): the language loss, and the recipe's `losses` beside it."""
+    """Build the objective of optimizer step `step` (from 0): the language loss and the recipe's `losses`."""
     terms: dict[str, tuple[float, Term]] = {"language": (1.0, LanguageLoss())}
     for name, settings in losses.items():
         terms[name] = (settings.weight_at(step), LOSSES[type(settings)](settings, context))

@@ -1,7 +1,7 @@
-"""What a term of the objective is: the registry's classes (losses/loss_registry.py) all have this form.
+"""The interface of a term of the objective. losses/loss_registry.py lists the classes that implement it.
 
-A term is a sum over micro-batches and ranks, divided by one count over all of them that is known before the first
-backward pass. So its scale depends neither on the layout nor on accumulation steps, and no rank's mean is averaged.
+A term is a sum over micro-batches and ranks, divided by one count over all of them, which is known before the first
+backward pass. Its scale therefore depends neither on the layout nor on accumulation, and means are never averaged.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from moe_dist.parallel.layout import Layout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What a term may know beside its settings, the batch and the model's output."""
+    """Facts about the run that a term may use, besides its settings, the batch and the model's output."""
 
     layout: Layout
-    group_sequences: int  # packed sequences of a selection group
+    group_sequences: int  # packed sequences per selection group
 
 
 class Term(Protocol):
-    """Lives for one optimizer step; constructed as Term(settings, context)."""
+    """Interface of a term, which is constructed as Term(settings, context) for each optimizer step."""
 
-    names: tuple[str, ...]  # of the metrics it reports; the first is the loss itself
+    names: tuple[str, ...]  # names of the metrics that it reports; the first is the loss itself
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """What the sum of each metric is divided by; of a host batch."""
+        """Return the count of each metric in this host batch. A mean is the step's sum divided by the step's count."""
         ...
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
-        """The 0-d sum of each metric; the first is minimised, the others are detached."""
+        """Return the 0-d sum of each metric. The first is minimised; the others are detached."""
         ...
