@@ -1,11 +1,12 @@
-"""What a rank holds of model and optimizer, as fragments of logical tensors. Only this file knows ZeRO.
+"""A rank's part of model and optimizer, as fragments of logical tensors. Only this file depends on ZeRO's internals.
 
-A logical tensor does not depend on the layout: `master/NAME` (fp32), `MOMENT/NAME` for each moment of the optimizer
-(exp_avg, exp_avg_sq, momentum_buffer, ...), `frozen/NAME` and `buffer/NAME` in their own dtype. The rows of a stacked
-expert parameter are one logical tensor each, `NAME[global expert id]`, so that any rank may hold any expert later.
+A logical tensor does not depend on the layout. There is `master/NAME` (fp32), `MOMENT/NAME` for each moment of the
+optimizer (exp_avg, exp_avg_sq, momentum_buffer, ...), and `frozen/NAME` and `buffer/NAME` in their own dtype. Each row
+of a stacked expert parameter is a separate logical tensor, `NAME[global expert id]`, so that later any rank can hold
+it.
 
-ZeRO cuts the flattened parameters of a group into one contiguous flat fp32 partition a rank (stages 1, 2), or every
-parameter into equal pieces (stage 3); both end in padding, which belongs to no fragment.
+ZeRO splits the flattened parameters of a group into one contiguous fp32 partition per rank (stages 1, 2), or every
+parameter into equal pieces (stage 3). Both end in padding, which belongs to no fragment.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ class _Piece(NamedTuple):
     param: nn.Parameter
     start: int
     numel: int
-    flat: Tensor  # an fp32 partition: what the base optimizer steps
+    flat: Tensor  # an fp32 partition, which the base optimizer updates
     flat_start: int
 
 
 def fragments(engine: ShardedModel) -> list[Fragment]:
-    """Everything of the model and the optimizer that this rank holds, as views: to be written, or to be read into."""
+    """Return this rank's part of model and optimizer as fragments. They are views: write them, or read into them."""
     found: list[Fragment] = []
     for name, param, start, numel, flat, flat_start in _pieces(engine):
         for kind, tensor in {MASTER: flat.detach(), **_moments(engine, flat)}.items():
@@ -54,17 +55,17 @@ def fragments(engine: ShardedModel) -> list[Fragment]:
 
 
 def kind_of(name: str) -> str:
-    """The first part of a logical tensor's name."""
+    """Return the kind of a logical tensor, the first part of its name."""
     return name.split("/", 1)[0]
 
 
 def moment_names(engine: ShardedModel) -> set[str]:
-    """The optimizer's moments; empty before its first step."""
+    """Return the names of the optimizer's moments. There are none before its first step."""
     return {name for flat in _flats(engine) for name in _moments(engine, flat)}
 
 
 def optimizer_scalars(engine: ShardedModel) -> dict[str, float]:
-    """What the optimizer counts beside its moments (Adam's step): equal for all partitions, as all step together."""
+    """Return the optimizer's scalar state, such as Adam's step. All partitions step together, so they agree."""
     states = [_state(engine, flat) for flat in _flats(engine)]
     states += [{"step": group["step"]} for group in _base(engine).param_groups if "step" in group]
     scalars: dict[str, float] = {}
@@ -77,7 +78,7 @@ def optimizer_scalars(engine: ShardedModel) -> dict[str, float]:
 
 
 def set_optimizer_scalars(engine: ShardedModel, scalars: dict[str, float]) -> None:
-    """Set them in whatever form this optimizer keeps them."""
+    """Set the optimizer's scalar state, in whichever form this optimizer stores it."""
     for state in [*(_state(engine, flat) for flat in _flats(engine)), *_base(engine).param_groups]:
         for key, value in scalars.items():
             if isinstance(state.get(key), Tensor):
@@ -88,16 +89,16 @@ def set_optimizer_scalars(engine: ShardedModel, scalars: dict[str, float]) -> No
 
 @torch.no_grad()
 def reset_optimizer(engine: ShardedModel, *, with_moments: bool) -> None:
-    """Forget the optimizer's state; with_moments: let it create its own kind of state, to be read into.
+    """Clear the optimizer's state. with_moments: let it create new state, into which a checkpoint can be read.
 
-    The moments are created by a step with a zero gradient and learning rate (the masters are read afterwards).
+    A step with gradient and learning rate zero creates the moments. Read the masters after it.
     """
     base, flats = _base(engine), _flats(engine)
     base.state.clear()
     if not with_moments:
         return
     rates = [group["lr"] for group in base.param_groups]
-    gradients = [flat.grad for flat in flats]  # with offload these are buffers that live on
+    gradients = [flat.grad for flat in flats]  # with offload these buffers are reused later
     for group in base.param_groups:
         group["lr"] = 0.0
     for flat in flats:
@@ -115,7 +116,7 @@ def reset_optimizer(engine: ShardedModel, *, with_moments: bool) -> None:
 
 @torch.no_grad()
 def refresh_working_parameters(engine: ShardedModel) -> None:
-    """Recompute the parameters that the forward pass uses from the masters, as after an optimizer step. Collective."""
+    """Copy the masters to the parameters that the forward pass uses, as after an optimizer step. Collective."""
     zero = engine.optimizer
     if engine.zero_stage != 3:
         zero.update_lp_params()
@@ -139,7 +140,7 @@ def _pieces(engine: ShardedModel) -> Iterator[_Piece]:
                 flat_start += param.partition_numel()
         return
     for name, param in engine.module.named_parameters():
-        mapping = getattr(param, "_hp_mapping", None)  # None: this rank's partition holds nothing of it
+        mapping = getattr(param, "_hp_mapping", None)  # None: no part of it is in this rank's partition
         if mapping is not None:
             flat = _base(engine).param_groups[mapping.param_group_index]["params"][0]
             held, kept = mapping.lp_fragment_address, mapping.hp_fragment_address
@@ -147,7 +148,7 @@ def _pieces(engine: ShardedModel) -> Iterator[_Piece]:
 
 
 def _stage3_range(param: Any) -> tuple[int, int]:
-    """The piece of a parameter on this rank without the padding: start and number of elements."""
+    """Return the start and the number of elements of a parameter's piece on this rank, without padding."""
     size = param.partition_numel()
     start = min(dist.get_rank(param.ds_process_group) * size, param.ds_numel)
     return start, min(size, param.ds_numel - start)
@@ -155,13 +156,13 @@ def _stage3_range(param: Any) -> tuple[int, int]:
 
 def _frozen_values(param: Any) -> tuple[int, Tensor]:
     if not hasattr(param, "ds_tensor"):
-        return 0, param.detach().view(-1)  # the same on every rank that has it; DCP lets one of them write
+        return 0, param.detach().view(-1)  # equal on every rank that has it; DCP lets one of them write it
     start, numel = _stage3_range(param)
     return start, param.ds_tensor.detach().view(-1).narrow(0, 0, numel)
 
 
 def _logical(name: str, owner: Any, start: int, values: Tensor) -> Iterator[Fragment]:
-    """Elements [start, start + n) of a rank's flattened tensor; a stacked expert tensor is cut into its rows."""
+    """Yield the fragments of elements [start, start + n) of a rank's flattened tensor, split into rows if stacked."""
     shape, stop = tuple(getattr(owner, "ds_shape", owner.shape)), start + values.numel()
     ids = expert_ids(owner)
     if ids is None:
@@ -173,12 +174,12 @@ def _logical(name: str, owner: Any, start: int, values: Tensor) -> Iterator[Frag
 
 
 def _base(engine: ShardedModel) -> Any:
-    """The optimizer that ZeRO wraps."""
+    """Return the torch optimizer that ZeRO wraps."""
     return engine.optimizer.optimizer
 
 
 def _flats(engine: ShardedModel) -> list[Tensor]:
-    """This rank's fp32 partitions (stage 3 hands them to the base optimizer only during a step)."""
+    """Return this rank's fp32 partitions. In stage 3 the base optimizer has them only during a step."""
     if engine.zero_stage == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [param for group in _base(engine).param_groups for param in group["params"]]

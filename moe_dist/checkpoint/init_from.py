@@ -1,9 +1,9 @@
-"""Start a stage from an earlier stage's checkpoint, with an account of every tensor on both sides.
+"""Start of a stage from an earlier stage's checkpoint, with an account of every tensor on both sides.
 
-Only what the model itself consists of is read: parameters (from float32 masters where there are any) and buffers. The
-optimizer and the schedule start afresh, and so do the data, unless data_position asks for more. A tensor of the
-checkpoint is loaded or left out, one of the model is loaded or new; whatever is neither is an error, so that nothing is
-loaded in part without a report.
+Only parameters (from float32 masters if there are any) and buffers are read. The optimizer and the schedule start anew.
+The data also start from their beginning, unless `data_position` is set. Every tensor of the checkpoint must be loaded
+or left out, and every tensor of the model loaded or new. Anything else is an error, so that no tensor is skipped
+silently.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from moe_dist.parallel.layout import Layout
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a parameter or buffer is, whatever its precision. Two forms are equal where one may be loaded as the other.
+    """Shape and kind of a parameter or buffer, without its precision. A tensor can be loaded as any of equal form.
 
-    `shape` is that of one expert where `experts` names the global experts of a stacked parameter.
+    experts: the global experts of a stacked parameter. `shape` is then that of one expert.
     """
 
     shape: tuple[int, ...]
@@ -55,7 +55,7 @@ Forms = Mapping[str, Form]  # by name, without kind and expert
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What became of every tensor of a checkpoint and of a model, by name."""
+    """The fate of every tensor of a checkpoint and of a model, by name: loaded, new or left out."""
 
     settings: InitFrom
     stored: Forms
@@ -65,7 +65,7 @@ class Account:
     left_out: list[str]  # the checkpoint's names
 
     def to_json(self) -> dict[str, Any]:
-        """For each fate: `tensors` and `parameters` in all, and every tensor with its shape (experts stacked)."""
+        """Return, for each fate, the totals `tensors` and `parameters`, and every tensor's shape (experts stacked)."""
         return {
             "init_from": self.settings.model_dump(mode="json"),
             "loaded": _listed(
@@ -76,7 +76,7 @@ class Account:
         }
 
     def table(self) -> Table:
-        """A line for each fate."""
+        """Return a table of the numbers of tensors and parameters that were loaded, new and left out."""
         renamed = sum(name != old for name, old in self.loaded.items())
         notes = {
             "loaded": f"{renamed} renamed" if renamed else "",
@@ -93,10 +93,10 @@ class Account:
 
 
 def init_from(settings: InitFrom, engine: ShardedModel, layout: Layout) -> Account:
-    """Read a checkpoint's parameters into a new engine, whatever the layouts of the two. Collective.
+    """Load the parameters and buffers of a checkpoint into a new engine. Their layouts may differ. Collective.
 
-    `settings.checkpoint` is a checkpoint folder here (see manifest.resolve_init). Raises UserError, before anything is
-    changed, where a file is damaged, or a tensor has no fate or more than one, or does not fit.
+    `settings.checkpoint` must be a checkpoint folder (see manifest.resolve_init). Raises UserError, before anything is
+    changed, if a file is damaged, or if a tensor has no fate, two fates or a different form.
     """
     path = Path(settings.checkpoint)
     metadata = open_index(path, layout)
@@ -121,9 +121,9 @@ def init_from(settings: InitFrom, engine: ShardedModel, layout: Layout) -> Accou
 
 
 def loader_state(settings: InitFrom) -> dict[str, Any] | None:
-    """Where the checkpoint's run stood in its data (merged over its ranks), if the stage is to go on from there.
+    """Return the loader state of the checkpoint's run, merged over ranks, or None if `data_position` is not set.
 
-    Raises UserError where the checkpoint does not say.
+    Raises UserError if the checkpoint has no loader state.
     """
     if not settings.data_position:
         return None
@@ -134,7 +134,7 @@ def loader_state(settings: InitFrom) -> dict[str, Any] | None:
 
 
 def match(settings: InitFrom, stored: Forms, model: Forms) -> Account:
-    """Find every tensor's fate, or raise UserError naming one that has none or two."""
+    """Determine the fate of every tensor. Raises UserError if one has no fate, two fates or a different form."""
     left_out = matching(settings.left_out, stored, key="init_from.left_out", what="parameter of the checkpoint")
     new = matching(settings.new, model, key="init_from.new", what="parameter of the model")
     loaded: dict[str, str] = {}
@@ -181,7 +181,7 @@ def _check_fates(loaded: Mapping[str, str], new: set[str], model: Forms) -> None
 
 
 def _renamed(rename: Mapping[str, str], names: list[str]) -> dict[str, str]:
-    """Each of the checkpoint's names -> the name it gets."""
+    """Map each of the checkpoint's names to the name that `rename` gives it. Raises UserError if two patterns match."""
     matching(rename, names, key="init_from.rename", what="parameter of the checkpoint that is not left out")
     result = {}
     for name in names:
@@ -193,7 +193,10 @@ def _renamed(rename: Mapping[str, str], names: list[str]) -> dict[str, str]:
 
 
 def _forms(logical: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Form]:
-    """Of the parameters and buffers that logical tensors (`kind/name` or `kind/name[expert]`) are parts of."""
+    """Return the forms of the parameters and buffers that consist of these logical tensors.
+
+    Keys are `kind/name` or `kind/name[expert]`.
+    """
     experts = defaultdict(list)
     parts = {}
     for key, (shape, dtype) in logical.items():
@@ -208,7 +211,7 @@ def _forms(logical: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[s
 
 
 def _split(logical: str) -> tuple[str, int | None]:
-    """Name and global expert of `kind/name[expert]`."""
+    """Split `kind/name[expert]` into the name and the global expert."""
     return split_row_name(logical.split("/", 1)[1])
 
 

@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO 1, 2, 3 with experts. The only file that imports DeepSpeed.
+"""DeepSpeed ZeRO 1, 2 and 3 with experts. The only file that imports DeepSpeed.
 
-DeepSpeed hands expert groups to ZeRO for its own MoE classes only: a thin subclass of its engine does it for ours, over
-the groups of our layout. What a step computes is in training/engine.py.
+DeepSpeed passes expert groups to ZeRO only for its own MoE classes. A thin subclass of its engine does so for our
+experts, with the groups of our layout. training/engine.py computes a step.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from moe_dist.training.trainable import freeze_others
 
 
 def init_distributed() -> torch.device:
-    """Find this process's place (see parallel/discovery.py), start torch.distributed, and return the rank's device.
+    """Find this process's rank (parallel/discovery.py), start torch.distributed, and return its device. Collective.
 
-    Raises UserError on every rank if ranks share a GPU (see parallel/gpus.py).
+    Raises UserError on every rank if ranks share a GPU (parallel/gpus.py).
     """
-    # DeepSpeed calls collectives by names that torch has renamed, thousands of times.
+    # DeepSpeed calls collectives by their deprecated names, thousands of times.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
-    # It would compile a C++ extension for inference here, and wait for ever where a killed run has left a lock file.
+    # DeepSpeed would compile a C++ extension for inference here. If a killed run left a lock file, it would hang.
     deepspeed.ops.__compatible_ops__ = {}
     accelerator = get_accelerator()
     place = discover()
-    # Where each task sees its own GPU only (srun --gpus-per-task), that one is number 0.
+    # If each task sees only its own GPU (srun --gpus-per-task), that GPU is number 0.
     place = replace(place, local_rank=place.local_rank % max(accelerator.device_count(), 1))
     place.export()
     accelerator.set_device(place.local_rank)
@@ -55,7 +55,7 @@ def init_distributed() -> torch.device:
 
 
 def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
-    """Hand a model to ZeRO. Collective. The learning rate is each step's.
+    """Put a model under ZeRO. Collective. The learning rate is each step's.
 
     Freezes what config.trainable does not name. Raises UserError for what the recipe gets wrong.
     """
@@ -74,7 +74,7 @@ def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
 
 
 class _ZeroEngine(DeepSpeedEngine):
-    """DeepSpeed's engine with our experts: it finds has_moe_layers where it looks for its own MoE classes."""
+    """DeepSpeed's engine for our experts, which it would not recognise as MoE layers."""
 
     def __init__(self, model: nn.Module, config: dict[str, Any], optimizer: Any) -> None:
         super().__init__(
@@ -88,40 +88,40 @@ class _ZeroEngine(DeepSpeedEngine):
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         super()._configure_distributed_model(model)
-        # Stages 1 and 2 insist on a group of experts in the optimizer; stage 3 must place frozen experts as well.
+        # Stages 1 and 2 need a group of experts in the optimizer; stage 3 must place frozen experts as well.
         self.has_moe_layers = any(
             is_stacked(parameter) and (parameter.requires_grad or self.zero_optimization_partition_weights())
             for parameter in model.parameters()
         )
 
     def _validate_zero3_moe_compatibility(self) -> None:
-        """DeepSpeed admits only its AutoEP layers to stage 3; our expert parameters are marked as theirs are."""
+        """Skip DeepSpeed's check, which allows only AutoEP layers in stage 3. Our experts have the same marks."""
 
     def _configure_zero_optimizer(self, optimizer: Any) -> Any:
-        # DeepSpeed looks for inf and nan in every gradient (11 launches a parameter, a collective and a read), and then
-        # in their float64 norm, which any of them makes inf or nan. The norm decides alone.
+        # DeepSpeed checks every gradient for inf and nan (11 launches per parameter, a collective and a host sync), and
+        # then their float64 norm. Any inf or nan also makes the norm inf or nan, so the norm alone is checked.
         zero = super()._configure_zero_optimizer(optimizer)
         zero.check_overflow = zero.update_offload_overflow_tracker = _check_nothing
         return zero
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
-        """One optimizer class a stage: DeepSpeed would switch bf16 at stage 1 to a class of other layout."""
+        """Use one optimizer class per stage. For bf16 in stage 1, DeepSpeed would use a class with another layout."""
         return ZERO_OPTIMIZATION
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed prepares it from hooks on the tensors that a model returns; ours returns them inside a record.
+        # DeepSpeed prepares backward with hooks on the tensors that a model returns. Ours returns them inside a record.
         register_output_backward_hooks(loss, self._backward_prologue)
         super().backward(loss, scale_wrt_gas=False)
 
 
 def _check_nothing(*arguments: Any, **settings: Any) -> None:
-    """Stand-in for DeepSpeed's search for inf and nan."""
+    """Replace DeepSpeed's check for inf and nan."""
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Weight decay for matrices (embeddings, routers and experts included), none for vectors (norms and biases).
+    """Group trained parameters: matrices (embeddings, routers and experts too) decay, vectors (norms, biases) do not.
 
-    An expert's parameters are stacked, so theirs have one dimension more.
+    Expert parameters are stacked, so they have one more dimension.
     """
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
@@ -135,7 +135,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def make_optimizer(params: list[dict[str, Any]], section: DeepSpeedSection, lr: float) -> torch.optim.Optimizer:
-    """torch's optimizer for ZeRO's flat partitions; the fused Adam runs on CPU (offloading too) and on GPU."""
+    """Make torch's optimizer for ZeRO's flat partitions. Fused Adam runs on CPU (also for offloading) and on GPU."""
     settings = section.optimizer.params.model_dump() | {"lr": lr}
     if section.optimizer.type == "SGD":
         return torch.optim.SGD(params, **settings)
@@ -144,7 +144,7 @@ def make_optimizer(params: list[dict[str, Any]], section: DeepSpeedSection, lr: 
 
 
 def _mark_experts(model: nn.Module, layout: Layout) -> None:
-    """Tell DeepSpeed which parameters are an expert's and which ranks share them."""
+    """Mark expert parameters for DeepSpeed, and register the process groups that share them."""
     name = f"ep_size_{layout.expert}"
     marks = {"allreduce": False, "group_name": name}
     marks |= {"ds_zero_placement_family": "autoep_expert", "ds_zero_partition_group_name": name}  # stage 3

@@ -1,4 +1,7 @@
-"""A recipe's `deepspeed` section (config/deepspeed_section.py) as DeepSpeed's configuration. No DeepSpeed import."""
+"""Translation of a recipe's `deepspeed` section (config/deepspeed_section.py) to DeepSpeed's configuration.
+
+This file does not import DeepSpeed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from moe_dist.core.errors import UserError
 
 
 def accumulation_steps(train: TrainConfig, dp: int) -> int:
-    """Micro-batches of a rank in a step: global_batch_groups / (dp * micro_batch_groups). Raises UserError."""
+    """Return the micro-batches per rank and step, global_batch_groups / (dp * micro_batch_groups). Raises UserError."""
     per_pass = dp * train.micro_batch_groups
     if train.global_batch_groups % per_pass:
         raise UserError(
@@ -21,9 +24,9 @@ def accumulation_steps(train: TrainConfig, dp: int) -> int:
 
 
 def to_deepspeed(section: DeepSpeedSection, *, accumulation: int, num_parameters: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: what the section sets, plus what is ours to set."""
+    """Return DeepSpeed's configuration: the settings of the section, plus those that moe_dist fixes."""
     zero = section.zero_optimization.model_dump(exclude_none=True)
-    zero.setdefault("reduce_bucket_size", min(500_000_000, num_parameters))  # DeepSpeed allocates it at every step
+    zero.setdefault("reduce_bucket_size", min(500_000_000, num_parameters))  # DeepSpeed allocates it in every step
     accumulation_type = section.data_types.grad_accum_dtype if section.data_types else "fp32"
     config = section.model_dump(exclude={"optimizer", "zero_optimization", "data_types"}, exclude_none=True)
     return config | {
@@ -32,8 +35,8 @@ def to_deepspeed(section: DeepSpeedSection, *, accumulation: int, num_parameters
         "communication_data_type": section.communication_data_type or accumulation_type,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
-        "zero_allow_untested_optimizer": True,  # SGD: tested here
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused Adam serves offloading, nothing to compile
+        "zero_allow_untested_optimizer": True,  # SGD, which our tests cover
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused Adam works with offloading and needs no compilation
         "steps_per_print": None,
-        "timers": {"throughput": {"enabled": False}},  # it would synchronise the device at every forward pass and step
+        "timers": {"throughput": {"enabled": False}},  # it would synchronise the device in every forward pass and step
     }

@@ -1,9 +1,9 @@
-"""One optimizer step over all ranks, with an exact loss and a true global norm.
+"""One optimizer step over all ranks, with an exact loss and an exact global gradient norm.
 
-A step follows the gradient of the objective, whose terms are sums divided by counts, both over all ranks and
-micro-batches, clipped by the norm over all parameters, each expert counted once. DeepSpeed averages gradients over all
-ranks, also those of experts (which the all-to-all has already summed over the expert-parallel ranks): so every rank's
-part is scaled by the number of data-parallel ranks, and nothing else.
+The terms of the objective are sums divided by counts, both over all ranks and micro-batches. The gradient is clipped by
+the norm over all parameters, with each expert counted once. DeepSpeed averages gradients over all ranks, including
+those of experts, which the all-to-all has already summed over the expert-parallel ranks. The loss of every rank is
+therefore scaled by the number of data-parallel ranks, and by nothing else.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ Counting = Callable[[Batch, ModelOutput], StepCounts]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Outcome of one optimizer step, over all its micro-batches. The same on every rank, but for `counted`."""
+    """Result of one optimizer step over all its micro-batches. Equal on every rank, except for `counted`."""
 
-    loss_sums: dict[str, float]  # each metric of the objective, summed over all ranks
-    counts: dict[str, int]  # what they are sums over, by the same names; "loss": the predictions that counted
-    grad_norm: float  # over all parameters, before clipping; inf where it is not finite
-    skipped: bool  # a loss or gradient was not finite: nothing was changed
+    loss_sums: dict[str, float]  # metrics of the objective, summed over all ranks
+    counts: dict[str, int]  # counts that divide loss_sums, by the same names; "loss": the predictions that counted
+    grad_norm: float  # over all parameters, before clipping; inf if not finite
+    skipped: bool  # a loss or gradient was not finite, so nothing was changed
     counted: StepCounts | None  # this rank's routing and work, on the device; None if the step was not counted
 
     @property
     def losses(self) -> dict[str, float]:
-        """Mean of each loss over what it is a sum over; a modality without predictions has none."""
+        """Means of the metrics, sums divided by counts. A metric whose count is 0 is left out."""
         return {name: total / self.counts[name] for name, total in self.loss_sums.items() if self.counts[name]}
 
 
@@ -66,9 +66,9 @@ class Zero(Protocol):
 
 
 class Engine:
-    """A model under ZeRO: `train_step` and `eval_forward`. Every rank calls them together.
+    """A model under ZeRO, with `train_step` and `eval_forward`, which are collective.
 
-    `steps` and `skipped_steps` are part of a run's state: a checkpoint keeps them, a resumed run sets them.
+    `steps` and `skipped_steps` are part of a run's state: a checkpoint stores them, and a resumed run sets them.
     """
 
     def __init__(self, zero: Zero, settings: TrainConfig, layout: Layout, accumulation: int) -> None:
@@ -80,7 +80,7 @@ class Engine:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps taken, skipped ones included."""
+        """The number of optimizer steps taken, including skipped ones."""
         return self._zero.global_steps
 
     @steps.setter
@@ -111,13 +111,15 @@ class Engine:
     def train_step(
         self, micro_batches: Iterable[Batch], objective: Objective, lr: float, count: Counting | None = None
     ) -> StepResult:
-        """Accumulate over this rank's micro-batches and take one optimizer step at learning rate `lr`.
+        """Accumulate gradients over this rank's micro-batches and take one optimizer step at rate `lr`. Collective.
 
-        micro_batches may read data as it is iterated: what it raises on one rank is raised on all of them, before
-        anything is computed. They are on the host; each is moved to the device once. count: counts the routing and the
-        work of a micro-batch, summed in StepResult.counted. A loss or gradient that is not finite on any rank leaves
-        parameters and optimizer as they were on all ranks; train.non_finite then decides whether the run stops
-        (UserError) or goes on. After a step that was applied, routers that keep state update it (StatefulRouter).
+        micro_batches: on the host; each is moved to the device once. Iterating over them may read data. An error of one
+        rank is raised on all ranks before anything is computed.
+        count: counts the routing and the work of a micro-batch; StepResult.counted is the sum.
+
+        If a loss or gradient is not finite on any rank, no rank changes its parameters or optimizer, and
+        train.non_finite decides whether the run stops (UserError) or continues. After a step that was applied, stateful
+        routers update their state (StatefulRouter).
         """
         batches, counts = self._collect(micro_batches, objective)
         for group in self.optimizer.param_groups:
@@ -148,7 +150,7 @@ class Engine:
 
     @torch.no_grad()
     def eval_forward(self, batch: Batch) -> ModelOutput:
-        """Return the model's output for one micro-batch on the device, without gradients. Every rank takes part."""
+        """Return the model's output for one micro-batch on the device, without gradients. Collective."""
         self._zero.eval()
         try:
             return self.module(batch.tokens_T, batch.info)
@@ -156,7 +158,10 @@ class Engine:
             self._zero.train()
 
     def _collect(self, micro_batches: Iterable[Batch], objective: Objective) -> tuple[list[Batch], dict[str, int]]:
-        """This rank's micro-batches, and the counts over all ranks: one all-reduce, which tells of a failed rank."""
+        """Read this rank's micro-batches and sum the counts over all ranks.
+
+        The one all-reduce also reports failures: an error of one rank is raised on every rank.
+        """
         problem: Exception | None = None
         batches: list[Batch] = []
         try:
@@ -186,15 +191,15 @@ class Engine:
         return dict(zip(names, total.tolist()))
 
     def _stop_or_go_on(self, loss_sums: dict[str, float]) -> None:
-        """Apply train.non_finite to a step that DeepSpeed skipped. All ranks hold the same figures, so they agree."""
+        """Apply train.non_finite to a step that DeepSpeed skipped. All ranks have the same values, so they agree."""
         terms = [f"loss term '{name}'" for name, value in loss_sums.items() if not math.isfinite(value)]
         problem = f"step {self.steps}: the {' and '.join(terms) or 'gradient norm'} is not finite"
         if self._train.non_finite == "stop":
-            raise UserError(f"{problem}; the step changed nothing (train.non_finite=skip would go on)")
+            raise UserError(f"{problem}; the step changed nothing (train.non_finite=skip would continue)")
         if self.skipped_steps > self._train.max_skipped:
             raise UserError(f"{problem}, and {self.skipped_steps} skipped steps are more than train.max_skipped")
 
 
 def _poison(loss: Tensor) -> Tensor:
-    """If the loss is non-finite, make its gradients so too: then the shared gradient norm makes every rank skip."""
+    """If the loss is non-finite, make its gradients non-finite too. Their shared norm then makes every rank skip."""
     return loss * (loss.detach() * 0.0 + 1.0)

@@ -1,10 +1,10 @@
-"""Ranks for a recipe on one machine, and the overrides with which the recipe suits them; the Makefile asks.
+"""Choice of the number of ranks for a recipe on one machine, and of overrides that fit it. Used by the Makefile.
 
   python -m moe_dist.training.fit configs/NAME.yaml [RANKS]
 
-Prints assignments for a shell: ranks, placement (arguments of DeepSpeed's launcher), overrides. GPUs are those of
-CUDA_VISIBLE_DEVICES, or all that nvidia-smi lists. A faulty recipe gets no overrides: launch/train.py says what is
-wrong.
+Prints shell assignments: ranks, placement (arguments of DeepSpeed's launcher), overrides. The GPUs are those in
+CUDA_VISIBLE_DEVICES, or by default all that nvidia-smi lists. A recipe with an error gets no overrides; launch/train.py
+reports the error.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ WITHOUT_GPU = 2  # ranks
 
 
 def fit(config: Config, *, gpus: int, ranks: int | None = None) -> tuple[int, list[str]]:
-    """Return the number of ranks and overrides for it. None of them changes what is trained.
+    """Return the number of ranks, and overrides for it that do not change the training result.
 
-    By default there is a rank for each GPU, or for the most of them that the lanes and the global batch divide among.
-    Experts and micro-batches are spread as far as these ranks allow. GPUs train in bfloat16 unless the recipe says.
+    ranks: by default the largest number of GPUs that divides the lanes and the global batch, or WITHOUT_GPU if there is
+    no GPU. Expert parallelism and micro-batches are reduced as far as the number of ranks requires. On GPUs training
+    uses bfloat16 unless the recipe sets bf16.
     """
     lanes, groups = config.data.lanes, config.train.global_batch_groups
     if ranks is None:
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def visible_gpus() -> list[str]:
-    """The numbers of the GPUs that may be used."""
+    """Return the numbers of the GPUs that this process may use."""
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

@@ -1,4 +1,4 @@
-"""State that routers keep between optimizer steps, updated from the load of the global batch."""
+"""Updates of the state that routers keep between optimizer steps, from the load of the global batch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_dist.model.moe.router import StatefulRouter
 
 
 class RouterStates:
-    """The routers of a model that keep state, and their load in the step under way. Loads stay on the device."""
+    """The stateful routers of a model, and their load in the current step. Loads stay on the device."""
 
     def __init__(self, model: nn.Module) -> None:
         stateful = [cast(StatefulRouter, router) for router in routers(model) if router.has_state]
@@ -23,18 +23,18 @@ class RouterStates:
         self._loads: dict[int, Tensor] = {}
 
     def start_step(self) -> None:
-        """Forget the load of a step that did not end."""
+        """Discard the load of an earlier step that did not finish."""
         self._loads = {}
 
     def add(self, records: Iterable[RoutingRecord]) -> None:
-        """Add the load of one micro-batch of this rank."""
+        """Add the load of one micro-batch on this rank."""
         for record in records:
             if record.layer in self._routers:
                 load_E = record.load_E
                 self._loads[record.layer] = self._loads.get(record.layer, torch.zeros_like(load_E)) + load_E
 
     def after_step(self, group: dist.ProcessGroup | None) -> None:
-        """Update every state. Collective where there is any: one all-reduce, no synchronisation with the host."""
+        """Update every stateful router. Collective if there is any: one all-reduce, no host sync."""
         if not self._loads:
             return
         total = torch.cat(list(self._loads.values()))

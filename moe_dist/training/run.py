@@ -1,4 +1,4 @@
-"""A run: built from its recipe, then trained. With training/setup.py, the only module that sees all rooms."""
+"""A run, built from its recipe and trained. Only this module and training/setup.py import all rooms."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ from moe_dist.training.step_metrics import StepMeter
 
 
 def train(config: Config, stop: StopSignals | None = None) -> None:
-    """Train a recipe to train.steps, to train.stop_after, or until `stop` has noted a signal on any rank.
+    """Train a recipe up to train.steps or train.stop_after, or until `stop` has noted a signal on any rank.
 
-    Every rank calls it; a UserError is raised on every rank. RUN/status.json says how it ended.
+    Collective. A UserError is raised on every rank. RUN/status.json records how the run ended.
     """
     folder, run, stop = RunFolder(Path(config.run.dir)), None, stop or StopSignals()
     try:
         if config.train.deterministic:
             make_deterministic()
         device = init_distributed()
-        health = check_health(config, device)  # first: ranks that differ would not meet in what comes
+        health = check_health(config, device)  # first: ranks that differ would hang in later collectives
         layout = make_layout(expert=config.parallel.expert, device=device)
         check_recipe(config, layout)
         with raise_on_all_ranks():
@@ -76,7 +76,7 @@ def train(config: Config, stop: StopSignals | None = None) -> None:
 
 @dataclass(kw_only=True)
 class Run:
-    """The parts of a run, and how far it has come."""
+    """The parts of a run, and its progress."""
 
     config: Config
     layout: Layout
@@ -88,7 +88,7 @@ class Run:
     documents: TokenStore  # of the training split
     held_out: TokenStore
     loader_state: dict[str, Any]
-    initial: Account | None  # what a fresh start took from init_from
+    initial: Account | None  # the account of init_from; None if the run resumes or has no init_from
     stop: StopSignals = field(default_factory=StopSignals)
     step: int = 0  # optimizer steps done
     tokens: int = 0  # predictions trained on, over all ranks
@@ -97,7 +97,7 @@ class Run:
     def build(cls, config: Config, layout: Layout, folder: RunFolder, stop: StopSignals | None = None) -> Run:
         """Read the data, build the model and its engine, and continue from a checkpoint if there is one. Collective.
 
-        Raises Stopped on every rank where `stop` has noted a signal on any.
+        Raises Stopped on every rank if `stop` has noted a signal on any rank.
         """
         stop = stop or StopSignals()
         origin = find_origin(config)
@@ -143,7 +143,7 @@ class Run:
         return min(self.config.train.steps, self.config.train.stop_after or self.config.train.steps)
 
     def loop(self) -> None:
-        """Train, evaluate and save until the last step, or the step at which a signal is noted."""
+        """Train, evaluate and save until the last step, or until a signal is noted. Collective."""
         is_new, saved, signal, config = self.step < self.last, self.step, None, self.config
         sinks, stragglers, watch = self._open()
         shown = Progress(self.last, step=self.step, is_main=self.layout.is_main, causal=self._is_causal)
@@ -167,13 +167,13 @@ class Run:
         with raise_on_all_ranks():
             sinks.close()
             if self.layout.is_main:
-                if is_new and signal is None:  # a signal leaves little time
+                if is_new and signal is None:  # after a signal there is little time
                     report_or_explain(self.folder.path)
                 print(self.folder.write_end(self.step, config.train.steps, signal), flush=True)
 
     @raise_on_all_ranks()
     def _open(self) -> tuple[Sinks, Stragglers, HangWatch]:
-        """Open the run folder and what watches the run."""
+        """Open the run folder, the metric sinks and the watchers of the run."""
         main, health = self.layout.is_main, self.config.health
         if main:
             for path in checkpoint.set_aside_later(self.folder.path, self.step):
@@ -184,7 +184,7 @@ class Run:
         stragglers = Stragglers(health, self.folder, rank=self.layout.rank, step=self.step)
         watch = HangWatch(self.folder.stacks, self.layout.rank, health.hang_seconds, self._tell_hang)
         if self.config.eval.every:
-            next(self.held_out_split.batches(self.held_out))  # an unusable split shows now, not after many steps
+            next(self.held_out_split.batches(self.held_out))  # an unusable split fails now, not after many steps
         return sinks, stragglers, watch
 
     @raise_on_all_ranks()
@@ -198,7 +198,7 @@ class Run:
         return bool(self.engine.module.causal_routing)
 
     def _is_logged(self, step: int) -> bool:
-        """Return whether the metrics of this step become a line of metrics.jsonl."""
+        """Return whether the metrics of this step are written to metrics.jsonl."""
         every = self.config.telemetry.every
         return step % every == 0 or step == self.last or _due(step, self.config.eval.every, self.last)
 
@@ -206,7 +206,7 @@ class Run:
         self.folder.write_status("failed", self.step, sentence, restart=True)
 
     def _tell_the_start(self) -> None:
-        """Print what init_from has done, and keep it in RUN/init_from.json."""
+        """Print the account of init_from, and write it to RUN/init_from.json."""
         if self.initial is not None:
             self.folder.write_initial(self.initial.to_json())
             Console().print(self.initial.table())
@@ -214,7 +214,7 @@ class Run:
             print(f"resumed after step {self.step}: init_from is not read again", flush=True)
 
     def train_step(self) -> dict[str, Any]:
-        """Take one optimizer step; the metrics of metrics/metric_keys.py. Collective."""
+        """Take one optimizer step. Return its metrics (metrics/metric_keys.py). Collective."""
         started, config, read = time.perf_counter(), self.config, list[Loaded]()
         lr = learning_rate(self.step, config=config.schedule, steps=config.train.steps)
         context = Context(layout=self.layout, group_sequences=config.data.group_sequences)
@@ -238,23 +238,23 @@ class Run:
         return metrics if result.counted is None else metrics | self.meter.metrics(result.counted, seconds)
 
     def _read(self, read: list[Loaded]) -> Iterator[Batch]:
-        """Read a step's micro-batches as they are asked for, and append what came with them to `read`."""
+        """Yield the micro-batches of a step, and append each with its loader state to `read`."""
         for item in islice(self.loader, self.engine.accumulation):
             read.append(item)
             yield item.batch
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss, with the routing of training. Collective."""
+        """Return the held-out losses, with the routing of training. Collective."""
         batches = self.held_out_split.batches(self.held_out)
         return evaluate(self.engine.eval_forward, batches, self.layout, self.held_out.domains)
 
     @property
     def held_out_split(self) -> HeldOutSplit:
-        """How much of the held-out split, and this rank's share."""
+        """The share of the held-out split that this rank evaluates."""
         return HeldOutSplit.of(self.config, self.vocabulary, self.layout)
 
     def save(self) -> int:
-        """Save this moment; the step. Collective."""
+        """Save a checkpoint of the current step. Return the step. Collective."""
         state = TrainState(
             step=self.step,
             tokens=self.tokens,

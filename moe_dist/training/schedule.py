@@ -1,6 +1,6 @@
-"""The learning rate as a pure function of the step: linear warm-up, then linear or cosine decay to a stated end.
+"""The learning rate as a pure function of the step: linear warm-up, then linear or cosine decay to `end_lr`.
 
-Ours rather than DeepSpeed's, whose WarmupDecayLR warms up logarithmically and always ends at 0.
+DeepSpeed's WarmupDecayLR is not used, because it warms up logarithmically and always ends at 0.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from moe_dist.config.recipe import ScheduleConfig
 
 
 def learning_rate(step: int, *, config: ScheduleConfig, steps: int) -> float:
-    """Learning rate of optimizer step `step` (counted from 0) in a run whose horizon is `steps`.
+    """Return the learning rate of optimizer step `step` (from 0) in a run whose horizon is `steps`.
 
-    The first `warmup_steps` steps climb in equal parts to `peak_lr`; none is wasted at 0. The decay starts from there
-    and reaches `end_lr` in the last step, `steps - 1`; beyond the horizon it stays there.
+    It rises linearly to `peak_lr` over the first `warmup_steps` steps; no step has rate 0. Then it decays and reaches
+    `end_lr` in the last step, `steps - 1`. Beyond the horizon it stays at `end_lr`.
     """
     if step < config.warmup_steps:
         return config.peak_lr * (step + 1) / config.warmup_steps
-    # The last warm-up step is at the peak and starts the decay; without a warm-up the first step does.
+    # The decay starts at the last warm-up step, which is at the peak, or at the first step if there is no warm-up.
     start = max(config.warmup_steps - 1, 0)
     last = max(steps - 1, start + 1)
     progress = min((step - start) / (last - start), 1.0)

@@ -1,4 +1,4 @@
-"""The parts that a run is made of, from its recipe: what a recipe gets wrong, the data, and where a model starts."""
+"""Set-up of a run from its recipe: checks of the recipe, the data, and the checkpoint that the model starts from."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from moe_dist.training.trainable import freeze_others
 TRAINING_SPLITS: tuple[Split, Split] = ("train", "validation")
 
 
-@raise_on_all_ranks()  # no rank may leave while another still sets up its groups
+@raise_on_all_ranks()  # no rank may fail while another still sets up its groups
 def check_recipe(config: Config, layout: Layout) -> None:
-    """Raise UserError for what a recipe gets wrong, by itself or for these ranks, before any data are read. Collective.
+    """Check a recipe, by itself and for this number of ranks, before any data are read. Collective. Raises UserError.
 
-    The model is built without memory, so that routers, experts and frozen parameters say what they object to.
+    The model is built on the meta device, so that the checks of routers, experts and frozen parameters run.
     """
     of_depth = {"causal_routers"} if config.model.depth else set()
     if not isinstance(config.model.ffn, MoEFFN) and (lost := [name for name in config.losses if name not in of_depth]):
@@ -82,7 +82,7 @@ def open_data(
     stop: StopSignals,
     splits: Sequence[Split] = TRAINING_SPLITS,
 ) -> tuple[TokenStore, ...]:
-    """Open the tokens of splits, and make those that are missing. Collective. Raises Stopped."""
+    """Open the tokens of splits, and tokenise those that are missing. Collective. Raises Stopped on a signal."""
     with raise_on_all_ranks(patient=True):  # each rank tokenises its share of the shards
         for split in splits:
             build_cache(
@@ -99,34 +99,36 @@ def open_data(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """Where a run starts: from its own checkpoint (resume_from, state), from that of an earlier stage (source), or, if
-    all are None, from nothing."""
+    """The checkpoint that a run starts from: its own (resume_from, state) or an earlier stage's (source).
+
+    If all three are None, the run starts from initial values.
+    """
 
     resume_from: Path | None
     state: TrainState | None
     source: InitFrom | None
 
     def check(self, vocabulary: Vocabulary) -> None:
-        """Raise UserError if the run was trained with other tokenizers."""
+        """Raise UserError if the run's own checkpoint was trained with other tokenizers."""
         if self.state is not None and self.state.vocabulary != vocabulary.fingerprint():
             raise UserError(f"{self.resume_from} was trained with other tokenizers than {vocabulary.describe()}")
 
     def fill(self, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account | None:
-        """Read the checkpoint into a new engine, and account for it if it is of an earlier stage. Collective."""
+        """Load the checkpoint into a new engine. Return an account if it is an earlier stage's. Collective."""
         if self.resume_from is not None:
             checkpoint.load(self.resume_from, engine, layout)
         return None if self.source is None else start_from(self.source, engine, layout, vocabulary)
 
     @property
     def loader_state(self) -> dict[str, Any] | None:
-        """The state that the loader continues from; None: the beginning of the data."""
+        """The loader state to continue from, or None to start at the beginning of the data."""
         if self.state is not None:
             return self.state.loader
         return None if self.source is None else loader_state(self.source)
 
 
 def find_origin(config: Config) -> Origin:
-    """Find out where a run starts. Collective. Raises UserError if its own checkpoint is of another recipe."""
+    """Find the checkpoint that a run starts from. Collective. Raises UserError if its own does not fit the recipe."""
     resume_from = checkpoint.resolve_resume(config)
     with raise_on_all_ranks():
         check_needs(config, resumes=resume_from is not None)
@@ -139,7 +141,7 @@ def find_origin(config: Config) -> Origin:
 
 
 def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account:
-    """Fill a new model from the checkpoint of an earlier stage. Collective."""
+    """Load the checkpoint of an earlier stage into a new model. Collective. Raises UserError if tokenizers differ."""
     with raise_on_all_ranks():
         before = checkpoint.read_state(source.checkpoint).get("vocabulary", vocabulary.fingerprint())
     account = init_from(source, engine, layout)
@@ -151,7 +153,7 @@ def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Voc
 def open_loader(
     config: Config, documents: TokenStore, vocabulary: Vocabulary, layout: Layout, origin: Origin
 ) -> Loader:
-    """Open this rank's training loader where the run starts."""
+    """Open this rank's training loader at the position where the run starts."""
     return make_loader(
         documents,
         vocabulary,
@@ -167,7 +169,7 @@ def open_loader(
 
 
 def open_neighbours(data: DataConfig, source: InitFrom | None) -> NeighbourStore | None:
-    """The recipe's neighbour store, which must be of the model that a new run starts from (None: the run resumes)."""
+    """Open the recipe's neighbour store, if any. It must belong to the model of `source` (None if the run resumes)."""
     if data.neighbours is None:
         return None
     return NeighbourStore(data.neighbours, model=identity(source.checkpoint) if source is not None else None)

@@ -1,4 +1,4 @@
-"""Metrics of an optimizer step, from what the engine returned (metrics/metric_keys.py names them)."""
+"""Metrics of an optimizer step, computed from the engine's result. metrics/metric_keys.py lists their names."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ StepMetrics = dict[str, float | list[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMeter:
-    """Counts micro-batches, and makes metrics of the counts."""
+    """Counter of routing and work in micro-batches, from which it computes a step's metrics."""
 
     model: Costed
     layout: Layout
     domains: Sequence[str]
-    router: Router | None  # of the first expert layer; all layers have the same kind
+    router: Router | None  # the first expert layer's; all layers have the same kind
     placement: Placement | None
 
     @classmethod
     def of(cls, model: Transformer, config: Config, layout: Layout, domains: Sequence[str]) -> StepMeter:
-        """Make the meter of a model that an engine holds."""
+        """Make the meter for a model in training."""
         router = next(iter(routers(model)), None)
         placement = None
         if router is not None and isinstance(config.model.ffn, MoEFFN):
@@ -47,11 +47,11 @@ class StepMeter:
         )
 
     def count(self, batch: Batch, output: ModelOutput) -> StepCounts:
-        """Count one micro-batch."""
+        """Count the routing and the work of one micro-batch on this rank."""
         return StepCounts.of(batch, output, self.layout, len(self.domains))
 
     def metrics(self, counted: StepCounts, seconds: float) -> StepMetrics:
-        """Make the metrics of a step that took `seconds`, equal on every rank but for moe/flops_saved. Collective."""
+        """Return the metrics of a step that took `seconds`. Only moe/flops_saved differs between ranks. Collective."""
         flops = counted.flops(self.model)
         totals = counted.over_ranks(flops, self.layout)
         found: StepMetrics = {"model_flops": totals.flops, "model_flops_per_second": totals.flops / seconds}

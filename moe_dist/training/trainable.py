@@ -1,4 +1,4 @@
-"""Which parameters a run trains: the recipe's `trainable`. All others are frozen: no gradient, no optimizer state."""
+"""Selection of trained parameters by the recipe's `trainable`. Others are frozen: no gradient, no optimizer state."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe_dist.core.name_patterns import matching
 
 
 def freeze_others(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Freeze every parameter whose name matches none of the patterns; what a module itself keeps frozen stays so.
+    """Freeze every parameter whose name matches none of the patterns. Parameters that modules freeze stay frozen.
 
     Raises UserError naming a pattern that matches nothing.
     """

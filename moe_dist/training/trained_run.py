@@ -1,4 +1,4 @@
-"""A trained run, opened to be evaluated or sampled: its model alone, without an optimizer, under any layout."""
+"""Opening of a trained run for evaluation or sampling: its model without an optimizer, in any layout."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from moe_dist.training.setup import open_data
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
-    """A run's newest checkpoint, and the run's recipe with overrides. Nothing large has been read yet."""
+    """The newest checkpoint of a run, and its recipe with overrides. Nothing large has been read yet."""
 
     config: Config
     checkpoint: Path
@@ -48,10 +48,10 @@ class TrainedRun:
         return cls(config=config, checkpoint=resolve_resume(config) or newest, device=device)
 
     def open(self, *splits: Split) -> OpenedRun:
-        """Build the model, fill it from the checkpoint, and open the tokens of `splits`, made if missing. Collective.
+        """Build the model, load the checkpoint, and open the tokens of `splits`, tokenised if missing. Collective.
 
-        Raises UserError if the checkpoint is damaged, of another model or of other tokenizers. If documents are read,
-        the recipe must also be one with which the run could be resumed.
+        Raises UserError if the checkpoint is damaged or was made with another model or other tokenizers, or if there
+        are splits and the run could not be resumed with this recipe.
         """
         config, layout = self.config, make_layout(expert=self.config.parallel.expert, device=self.device)
         dtype = torch.bfloat16 if config.deepspeed.bf16.enabled else torch.float32
@@ -79,21 +79,21 @@ class TrainedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedRun:
-    """A trained model and what it is evaluated with."""
+    """A trained model with its vocabulary and the documents for its evaluation."""
 
     config: Config
     layout: Layout
     vocabulary: Vocabulary
     model: Transformer
     step: int  # optimizer steps done
-    documents: Mapping[Split, TokenStore]  # of the splits that were asked for
+    documents: Mapping[Split, TokenStore]  # of the splits that were opened
 
     @torch.no_grad()
     def forward(self, batch: Batch) -> ModelOutput:
-        """Return the model's output for one micro-batch on the device. Every rank takes part."""
+        """Return the model's output for one micro-batch on the device. Collective."""
         return self.model(batch.tokens_T, batch.info)
 
     @property
     def held_out_split(self) -> HeldOutSplit:
-        """This rank's share of the held-out split."""
+        """The share of the held-out split that this rank evaluates."""
         return HeldOutSplit.of(self.config, self.vocabulary, self.layout)

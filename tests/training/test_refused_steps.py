@@ -121,7 +121,7 @@ def _stop(rank, config, how, steps):
 def test_stopping_names_the_step_and_the_term(stage):
     config = make_config(expert=2, deepspeed=sgd(stage))
     sentence = (
-        "step 3: the loss term 'loss' is not finite; the step changed nothing (train.non_finite=skip would go on)"
+        "step 3: the loss term 'loss' is not finite; the step changed nothing (train.non_finite=skip would continue)"
     )
     assert run_ranks(_stop, 2, config, "nan", 4) == [sentence] * 2
     assert "step 3: the gradient norm is not finite" in run_ranks(_stop, 2, config, "gradient", 4)[0]
