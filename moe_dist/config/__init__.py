@@ -1,1 +1,1 @@
-"""The recipe: YAML, what it extends and overrides, read into one typed tree; what it needs first. Imports core."""
+"""The recipe: a YAML file with base and overrides, read into one typed tree, and its prerequisites. Imports core."""

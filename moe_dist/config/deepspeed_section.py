@@ -1,7 +1,7 @@
-"""Settings of DeepSpeed that a recipe may make: the section `deepspeed`, in DeepSpeed's own words.
+"""DeepSpeed settings that a recipe may set, in the section `deepspeed`. The keys are DeepSpeed's.
 
-DeepSpeed accepts misspelt keys in silence (`gradient_cliping: 0.3` trains with 1.0), so this is an allow-list, of what
-the exactness tests cover. training/deepspeed_config.py translates it.
+DeepSpeed silently ignores misspelt keys (`gradient_cliping: 0.3` trains with 1.0), so this is an allow-list of the
+settings that the exactness tests cover. training/deepspeed_config.py translates it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from moe_dist.core.strict import Fraction, Strict
 
-# DeepSpeed's own spelling of sizes is 5e8.
+# DeepSpeed writes sizes as 5e8.
 Size = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v), Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
-# Keys of DeepSpeed that would compete with a key of ours, or break what we promise.
+# Keys of DeepSpeed that would conflict with a key of the recipe or with a guarantee.
 OWNED = {
     "train_batch_size": "the global batch is train.global_batch_groups",
     "train_micro_batch_size_per_gpu": "the micro-batch is train.micro_batch_groups",
@@ -81,7 +81,7 @@ class AdamParams(Strict):  # the learning rate is schedule.peak_lr
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: NonNegative = 1e-8
     weight_decay: NonNegative = 0.0
-    adam_w_mode: bool = True  # as in DeepSpeed, `Adam` decays like AdamW unless this is false
+    adam_w_mode: bool = True  # as in DeepSpeed, `Adam` has decoupled decay like AdamW unless this is false
 
 
 class SGDParams(Strict):
@@ -111,8 +111,8 @@ class DeepSpeedSection(Strict):
     gradient_clipping: NonNegative = 1.0  # global norm; 0: no clipping
     zero_optimization: ZeroSection = ZeroSection()
     bf16: BF16Section = BF16Section()
-    data_types: DataTypes | None = None  # gradients are accumulated in float32 unless this says otherwise
-    communication_data_type: Literal["fp32", "bf16"] | None = None  # of gradient reduction; default: the accumulation's
+    data_types: DataTypes | None = None  # default: gradients are accumulated in float32
+    communication_data_type: Literal["fp32", "bf16"] | None = None  # of gradient reduction; default: as accumulated
     wall_clock_breakdown: bool = False
     memory_breakdown: bool = False
     log_level: Literal["debug", "info", "warning", "error"] = "warning"

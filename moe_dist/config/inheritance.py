@@ -1,7 +1,7 @@
-"""`extends: base.yaml` at the top of a recipe: the base is read first, and the recipe says what differs.
+"""Inheritance of recipes: `extends: base.yaml` at the top of a recipe, which then lists only the differences.
 
-The path is relative to the recipe's folder. Mappings are merged key by key; anything else, and a mapping of another
-`type`, replaces what the base has. A base may extend another.
+The path is relative to the recipe's folder. Mappings are merged key by key. Any other value, and a mapping with another
+`type`, replaces the base's value. A base may extend another recipe.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from moe_dist.core.strict import parse_yaml
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe with what it extends, as plain YAML data. Raises UserError."""
+    """Read a recipe, merged with the recipes that it extends, as plain YAML data. Raises UserError."""
     return _read(path, ())
 
 
 def _read(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
-    """before: the recipes that led here, each of which extends the next."""
+    """Read a recipe and its bases. before: the recipes that led here, each of which extends the next."""
     data = parse_yaml(_text(path), str(path))
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections")
+        raise UserError(f"{path}: a recipe must be a mapping of sections")
     if "extends" not in data:
         return data
     base = data.pop("extends")
@@ -38,7 +38,7 @@ def _read(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` with what `own` says."""
+    """Merge the values of `own` into a copy of `base`."""
     return base | {key: _merged(base.get(key), value) for key, value in own.items()}
 
 

@@ -1,6 +1,6 @@
-"""Settings of the terms beside the language loss: the section `losses`, a mapping from a term's name to its settings.
+"""Settings of the auxiliary loss terms: the section `losses`, which maps a term's name to its settings.
 
-A class is known to recipes once it is defined; losses/loss_registry.py maps it to the term that it sets up.
+A settings class registers itself when it is defined. losses/loss_registry.py maps it to the class of its term.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Steps = Annotated[
 
 
 class TermSettings(Strict):
-    """Base of every term's settings; a subclass gives the term's name in recipes: `class X(TermSettings, name="x")`.
+    """Base of every term's settings. A subclass sets the name for recipes: `class X(TermSettings, name="x")`.
 
-    `weight`: a number, or a list of [first step, weight], steps ascending from 0.
+    `weight`: a number, or a list of [first step, weight] with ascending first steps. Before the first one it is 0.
     """
 
     kinds: ClassVar[dict[str, type[TermSettings]]] = {}
@@ -62,7 +62,7 @@ LossesSection = Annotated[dict[str, SerializeAsAny[TermSettings]], BeforeValidat
 
 
 def loss_settings(raw: Mapping[str, Any]) -> dict[str, TermSettings]:
-    """Validate a `losses` section by itself. Raises UserError naming the key."""
+    """Validate a `losses` section outside a recipe. Raises UserError naming the key."""
     return within("recipe", lambda: _parse(raw), "losses")
 
 

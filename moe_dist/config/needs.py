@@ -25,18 +25,18 @@ class TokenizersNeed(Strict):
     shards: str
     out: str
     vocab_size: Positive
-    images: bool = True  # false if the shards have none: there is no image tokenizer then
+    images: bool = True  # false if the shards have no images and no image tokenizer is needed
 
 
 class RunNeed(Strict):
-    """An earlier stage: another recipe's run, to its last step."""
+    """An earlier stage: another recipe's run, trained to its last step."""
 
     type: Literal["run"]
     recipe: str
 
 
 class FileNeed(Strict):
-    """A file that the Makefile has a rule for."""
+    """A file for which the Makefile has a rule."""
 
     type: Literal["file"]
     path: str

@@ -2,8 +2,8 @@
 
   python -m moe_dist.config.prerequisites configs/NAME.yaml
 
-Prints the command of each missing one, in the recipe's order; `make data` and `make train` run them. An earlier stage
-has prerequisites of its own, which `make train` makes before it trains that stage.
+Prints the command for each missing prerequisite, in the recipe's order. `make data` and `make train` run them. If an
+earlier stage is missing, the `make train` that trains it also makes its prerequisites.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Prerequisite:
 
 
 def prerequisite(need: Need) -> Prerequisite:
-    """Return where a need is found and what makes it. Raises UserError if the recipe of an earlier stage is faulty."""
+    """Return the path of a need and the command that makes it. Raises UserError if an earlier stage's recipe is bad."""
     if isinstance(need, CorpusNeed):
         more = "".join(f" {key}={value}" for key, value in need.settings.items())
         command = f"python launch/prepare_data.py corpus={need.corpus} out={need.out}{more}"

@@ -1,6 +1,6 @@
 """The recipe: one YAML file plus overrides, read strictly (core/strict.py) into one typed tree.
 
-What a recipe alone can get wrong is found here, once. training/ checks what depends on the ranks or the data.
+Errors that depend on the recipe alone are found here. training/ checks what depends on the ranks or the data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moe_dist.config.renamed import check_names, with_new_names
 from moe_dist.config.routers import RouterSection
 from moe_dist.core.strict import Count, Fraction, Positive, Strict, apply_override, validate
 
-Patterns = Annotated[tuple[str, ...], Field(strict=False)]  # of names; a list will do, also after a validator
+Patterns = Annotated[tuple[str, ...], Field(strict=False)]  # name patterns; not strict, so that a list is accepted
 
 
 class RunConfig(Strict):
@@ -30,15 +30,15 @@ class RunConfig(Strict):
 
 class DataConfig(Strict):
     shards: str | tuple[str, ...]  # folder(s), brace-expanded tar paths or remote URLs, as webdataset takes them
-    validation_shards: str | tuple[str, ...] | None = None  # default: validation/ beside train/, or a split by hash
+    validation_shards: str | tuple[str, ...] | None = None  # default: validation/ next to train/, or a split by hash
     text_tokenizer: str  # SentencePiece .model file, or a Hugging Face folder with a tokenizer.json
     image_tokenizer: str | None = None  # folder of a trained VQ tokenizer or of Hugging Face ChameleonVQVAE weights
     sequence_length: Positive = 512
     group_sequences: Positive = 4  # packed sequences that compete together in expert-choice routing
     lanes: Positive = 8  # fixed number of data streams; the data-parallel size must divide it
-    image_first: Fraction = 0.5  # share of pairs in image-before-text order
-    caption_dropout: Fraction = 0.1  # share of pairs whose caption is left out (guidance needs it)
-    image_fraction: Fraction | None = None  # image share of a group's tokens; None: as the data comes
+    image_first: Fraction = 0.5  # fraction of pairs in image-before-text order
+    caption_dropout: Fraction = 0.1  # fraction of pairs without their caption (guidance needs it)
+    image_fraction: Fraction | None = None  # fraction of image tokens in a group; None: as in the data
     neighbours: str | None = None  # store that launch/align.py makes, for losses.manifold (docs/roma.md)
     max_bad_fraction: Fraction = 0.01  # the run fails if more samples than this cannot be decoded
 
@@ -49,7 +49,7 @@ class DenseFFN(Strict):
 
 
 class LoRAConfig(Strict):
-    """Low-rank deltas beside frozen weights, (alpha / rank) B A dropout(x) (Hu et al., arXiv 2106.09685)."""
+    """LoRA: low-rank deltas of frozen weights, (alpha / rank) B A dropout(x) (Hu et al., arXiv 2106.09685)."""
 
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
@@ -68,8 +68,8 @@ class MoEFFN(Strict):
     type: Literal["moe"]
     hidden_size: Positive  # of one expert; with LoRA experts, of the dense FFN that they share
     experts: Annotated[SwiGLUExpertsConfig | LoRAExpertsConfig, Field(discriminator="type")] = SwiGLUExpertsConfig()
-    slices: Positive = 1  # each expert is held as so many slices of its hidden size, which are placed like experts of
-    # their own, so that ranks share one expert (docs/moma.md, "Balance over ranks")
+    slices: Positive = 1  # number of slices of each expert's hidden size. Slices are placed like experts, so that
+    # ranks can share one expert (docs/moma.md, "Balance over ranks")
     router: RouterSection
 
     @model_validator(mode="after")
@@ -85,29 +85,29 @@ class MoEFFN(Strict):
 
 
 class DepthConfig(Strict):
-    """Mixture-of-depths (MoMa, arXiv 2407.21770): some blocks work on a share of the tokens, the others pass by."""
+    """Mixture-of-depths (MoMa, arXiv 2407.21770): some blocks process a fraction of the tokens; the rest skip them."""
 
-    capacity: Annotated[float, Field(gt=0, le=1)] = 0.25  # share of the competing tokens that such a block admits
-    every: Positive = 2  # every so many blocks one is such, from the first
-    scope: Literal["group", "modality", "sequence"] = "group"  # who competes: a selection group (the paper's batch),
-    # each modality of it by itself (so that both are admitted at the same share), or a packed sequence
-    auxiliary: bool = False  # a second gate beside each, for causal inference
+    capacity: Annotated[float, Field(gt=0, le=1)] = 0.25  # fraction of the competing tokens that a block admits
+    every: Positive = 2  # every N-th block uses mixture-of-depths, starting with block 0
+    scope: Literal["group", "modality", "sequence"] = "group"  # which tokens compete: a selection group (the
+    # paper's batch), each modality in it (so that both have the same admitted fraction), or a packed sequence
+    auxiliary: bool = False  # add an auxiliary router to each gate, for causal inference
 
 
 class ModelConfig(Strict):
     hidden_size: Positive
     num_layers: Positive
     num_heads: Positive
-    num_query_groups: Positive | None = None  # keys and values, each shared by as many heads; default: num_heads
+    num_query_groups: Positive | None = None  # key-value heads, each shared by equally many heads; default: num_heads
     head_size: Positive | None = None  # default: hidden_size / num_heads
     ffn: Annotated[DenseFFN | MoEFFN, Field(discriminator="type")]
-    depth: DepthConfig | None = None  # mixture-of-depths; None: every block works on all tokens
+    depth: DepthConfig | None = None  # mixture-of-depths; None: every block processes all tokens
     norm: Literal["swin", "pre"] = "swin"  # swin: x + norm(f(x)), Chameleon; pre: x + f(norm(x))
     norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
     qk_norm: bool = True
-    attention_lora: LoRAConfig | None = None  # on the projections q, k, v and o, which are frozen then
+    attention_lora: LoRAConfig | None = None  # on the projections q, k, v and o, which are then frozen
     rope_base: Annotated[float, Field(gt=0)] = 10000.0
-    tie_embeddings: bool = False  # one matrix for input embedding and output
+    tie_embeddings: bool = False  # share one matrix between embedding and output
     init_std: Annotated[float, Field(gt=0)] = 0.02
     embedding_init_std: Annotated[float, Field(gt=0)] | None = None  # default: init_std; about 1 for swin, docs/moma.md
     recompute: bool = False  # recompute each block's activations in the backward pass
@@ -137,16 +137,16 @@ class ModelConfig(Strict):
 
 
 class InitFrom(Strict):
-    """Start from the parameters of an earlier stage's checkpoint; a plain path stands for `checkpoint` alone.
+    """The earlier stage's checkpoint whose parameters a run starts with. A plain path is short for `checkpoint` alone.
 
-    Patterns match whole parameter names, `*` any text (docs/stages.md).
+    Patterns match whole parameter names; `*` matches any text (docs/stages.md).
     """
 
-    checkpoint: str  # a checkpoint folder, or a run folder: its newest complete checkpoint
-    rename: dict[str, str] = Field({})  # the checkpoint's names -> the model's; what a `*` stands for is carried over
+    checkpoint: str  # a checkpoint folder, or a run folder for its newest complete checkpoint
+    rename: dict[str, str] = Field({})  # the checkpoint's names -> the model's; text matched by `*` is kept
     new: Patterns = ()  # parameters of the model that keep their own initial values
     left_out: Patterns = ()  # parameters of the checkpoint that are not used
-    data_position: bool = False  # go on in the data where the checkpoint's run had stopped; false: from their beginning
+    data_position: bool = False  # continue in the data where the checkpoint's run stopped; false: start over
 
     @model_validator(mode="before")
     @classmethod
@@ -157,7 +157,7 @@ class InitFrom(Strict):
     def _as_many_stars(self):
         for old, new in self.rename.items():
             if old.count("*") != new.count("*"):
-                raise ValueError(f"rename '{old}: {new}' has not as many * on both sides")
+                raise ValueError(f"rename '{old}: {new}' must have the same number of * on both sides")
         return self
 
 
@@ -166,13 +166,13 @@ class ParallelConfig(Strict):
 
 
 class TrainConfig(Strict):
-    steps: Positive  # the schedule's horizon
-    stop_after: Positive | None = None  # stop early at this step; the schedule stays as it is
+    steps: Positive  # horizon of the schedule
+    stop_after: Positive | None = None  # stop early at this step, with an unchanged schedule
     global_batch_groups: Positive  # selection groups in one optimizer step, over all ranks
     micro_batch_groups: Positive = 1  # selection groups in one forward pass of one rank
-    non_finite: Literal["stop", "skip"] = "stop"  # what a non-finite loss or gradient does
-    max_skipped: Count = 10  # with skip: the run fails after this many skipped steps
-    deterministic: bool = False  # on a GPU: the same bits in every run, also when resumed; slower (docs/gpu.md)
+    non_finite: Literal["stop", "skip"] = "stop"  # response to a non-finite loss or gradient
+    max_skipped: Count = 10  # with skip: the run fails once more steps than this were skipped
+    deterministic: bool = False  # bitwise repeatable runs on a GPU, also when resumed; slower (docs/gpu.md)
 
 
 class ScheduleConfig(Strict):
@@ -183,15 +183,15 @@ class ScheduleConfig(Strict):
 
 
 class EvalConfig(Strict):
-    every: Count = 100  # steps; 0: never (the end of a run always evaluates unless 0)
+    every: Count = 100  # steps; 0: never; otherwise the last step also evaluates
     groups: Positive = 16  # selection groups of the held-out split in one evaluation
 
 
 class CheckpointConfig(Strict):
     every: Count = 100  # steps; 0: only at the end
-    keep: Positive = 2  # the newest; older ones are removed
-    keep_every: Count = 0  # steps: those of a multiple of it stay as well; 0: none
-    asynchronous: bool = True  # training goes on while one is written; costs host memory (docs/checkpoints.md)
+    keep: Positive = 2  # number of newest checkpoints to keep
+    keep_every: Count = 0  # steps: also keep checkpoints at multiples of this; 0: none
+    asynchronous: bool = True  # training continues during a write; costs host memory (docs/checkpoints.md)
 
 
 class TelemetryConfig(Strict):
@@ -201,25 +201,25 @@ class TelemetryConfig(Strict):
 
 
 class HealthConfig(Strict):
-    # A step, an evaluation or a checkpoint that takes longer ends the run, with stacks in RUN/stacks (0: never). Below
-    # the ten minutes after which NCCL gives up without them.
+    # If a step, an evaluation or a checkpoint takes longer, the run ends with stacks in RUN/stacks (0: never). The
+    # default is below NCCL's timeout of ten minutes, which would leave no stacks.
     hang_seconds: Annotated[float, Field(ge=0)] = 540
-    straggler_every: Positive = 50  # steps between two looks for a slow rank
-    straggler_factor: Annotated[float, Field(gt=1)] = 1.5  # slow: so many times the others' own time in a step
+    straggler_every: Positive = 50  # steps between two checks for a slow rank
+    straggler_factor: Annotated[float, Field(gt=1)] = 1.5  # slow: own time per step exceeds the others' by this
 
 
 class Config(Strict):
-    """A whole recipe."""
+    """The settings of a whole recipe."""
 
     seed: int = 0
     run: RunConfig
     data: DataConfig
     model: ModelConfig
     init_from: InitFrom | None = None  # not read when a run resumes
-    trainable: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)  # patterns of names; all else is frozen
+    trainable: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)  # name patterns; other parameters are frozen
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
-    losses: LossesSection = Field({})  # terms beside the language loss
+    losses: LossesSection = Field({})  # terms in addition to the language loss
     schedule: ScheduleConfig
     deepspeed: DeepSpeedSection
     eval: EvalConfig = EvalConfig()
@@ -235,12 +235,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_stored_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read what save_config wrote, also in an earlier version whose keys had other names. Raises UserError."""
+    """Read a file written by save_config, also of an earlier version with other keys. Raises UserError."""
     return _resolve(with_new_names(read_recipe(Path(path))), overrides, str(path))
 
 
 def stored_config(data: dict[str, Any], where: str) -> Config:
-    """Return a config that a checkpoint holds, also of an earlier version. Raises UserError."""
+    """Validate the config stored in a checkpoint, also of an earlier version. Raises UserError."""
     return validate(Config, with_new_names(data), where)
 
 
@@ -252,5 +252,5 @@ def _resolve(data: dict[str, Any], overrides: Sequence[str], where: str) -> Conf
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved recipe as YAML that load_config reads back to an equal value."""
+    """Write the resolved recipe as YAML. load_config reads it back to an equal value."""
     Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

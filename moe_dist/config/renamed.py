@@ -1,4 +1,4 @@
-"""Keys of a recipe that have another name now. CHANGELOG.md has the same table."""
+"""Renamed keys of recipes. CHANGELOG.md has the same table."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ RENAMED = {
 
 
 def check_names(data: dict[str, Any], where: str) -> None:
-    """Raise UserError for a recipe that uses old keys; it begins with `where` and gives their new names."""
+    """Raise UserError if a recipe uses old keys. The sentence begins with `where` and gives the new names."""
     found = [f"key '{old}' is now '{new}'" for old, new in RENAMED.items() if _section(data, old) is not None]
     if found:
         raise UserError(f"{where}: {'; '.join(found)}")
 
 
 def with_new_names(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe that an earlier version stored (in a checkpoint or a run folder), with the new keys."""
+    """Convert a recipe that an earlier version stored, in a checkpoint or a run folder, to the new keys."""
     data = copy.deepcopy(data)
     for old, new in RENAMED.items():
         if (section := _section(data, old)) is not None:
@@ -34,7 +34,7 @@ def with_new_names(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(data: Any, key: str) -> dict[str, Any] | None:
-    """Return the mapping that holds `key` (a path), if there is one."""
+    """Return the mapping that contains `key` (a path), or None."""
     *parents, last = key.split(".")
     for parent in parents:
         data = data.get(parent) if isinstance(data, dict) else None

@@ -1,7 +1,7 @@
-"""Settings of the routers: `model.ffn.router`, whose `type` picks one of the classes below.
+"""Settings of routers: the section `model.ffn.router`, whose `type` selects one of the classes below.
 
-A class is known to recipes once it is defined; model/moe/router_registry.py maps it to the router that it sets up. No
-torch here: a recipe is checked in milliseconds.
+A settings class registers itself when it is defined. model/moe/router_registry.py maps it to its router class. This
+file does not import torch, so that a recipe is checked in milliseconds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class RouterSettings(Strict):
             RouterSettings.kinds[name] = cls
 
     def children(self) -> dict[str, RouterSettings]:
-        """Return the settings of the routers inside this one, by name; they are built first."""
+        """Return the settings of the child routers, by name."""
         return {}
 
 
@@ -40,20 +40,23 @@ RouterSection = Annotated[SerializeAsAny[RouterSettings], BeforeValidator(_parse
 
 
 def router_settings(raw: dict[str, Any]) -> RouterSettings:
-    """Validate a router's section by itself. Raises UserError naming the key."""
+    """Validate a router's section outside a recipe. Raises UserError naming the key."""
     return within("recipe", lambda: _parse(raw), "model.ffn.router")
 
 
 class TokenChoiceSettings(RouterSettings):
-    """capacity_factor: an expert takes at most ceil(c * tokens * top_k / columns) valid tokens of a selection group;
-    null: as many as come (dropless)."""
+    """Common settings of token choice.
+
+    capacity_factor: c. An expert takes at most ceil(c * tokens * top_k / columns) valid tokens of a selection group.
+    null: no limit (dropless).
+    """
 
     num_experts: Positive
     top_k: Positive
-    bias: bool = False  # of the gate
+    bias: bool = False  # whether the gate has a bias
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
-    drop_policy: Literal["position", "probability"] = "position"  # who stays: the earliest tokens, the highest gates
-    pad_to_capacity: bool = False  # static shapes: every expert gets its full capacity of rows, empty ones of weight 0
+    drop_policy: Literal["position", "probability"] = "position"  # kept: the earliest tokens, or the highest gates
+    pad_to_capacity: bool = False  # static shapes: every expert gets its capacity in rows; empty rows have weight 0
 
     @property
     def columns(self) -> int:
@@ -84,7 +87,7 @@ class TopKSettings(TokenChoiceSettings):
 class NullExpertSettings(TokenChoiceSettings):
     type: Literal["null_experts"]
     num_null_experts: Count
-    reference_top_k: Positive | None = None  # the vanilla model's k: telemetry compares FLOPs with it
+    reference_top_k: Positive | None = None  # k of the vanilla model, with which telemetry compares FLOPs
 
     @property
     def columns(self) -> int:
@@ -95,8 +98,8 @@ class ExpertChoiceSettings(RouterSettings):
     type: Literal["expert_choice"]
     num_experts: Positive
     capacity_factor: Annotated[float, Field(gt=0)] = 1.0
-    auxiliary: bool = False  # a second router beside it, for causal inference
-    gumbel_noise: bool = False  # in training: the gate is sigmoid(x W + G' - G''), for upcycled experts
+    auxiliary: bool = False  # add an auxiliary router, for causal inference
+    gumbel_noise: bool = False  # in training, the gate is sigmoid(x W + G' - G''); for upcycled experts
 
 
 class ModalitySettings(RouterSettings):

@@ -205,7 +205,7 @@ def test_the_recipe(tmp_path):
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        ("{checkpoint: a, rename: {'a.*': 'b'}}", r"key 'init_from': rename 'a\.\*: b' has not as many \* on"),
+        ("{checkpoint: a, rename: {'a.*': 'b'}}", r"key 'init_from': rename 'a\.\*: b' must have the same number of"),
         ("{chekpoint: a}", r"unknown key 'init_from.chekpoint' \(did you mean 'checkpoint'\?\)"),
         ("{new: ['*']}", "key 'init_from.checkpoint' is missing"),
         ("{checkpoint: a, new: router}", "key 'init_from.new': "),

@@ -63,7 +63,7 @@ def test_overrides_come_after_all_bases(tmp_path):
             {"own": "extends: a.yaml\n", "a": "extends: b.yaml\n", "b": "extends: a.yaml\n"},
             r"b\.yaml: key 'extends': .* in a circle: .*own\.yaml -> .*a\.yaml -> .*b\.yaml -> .*a\.yaml$",
         ),
-        ({"own": "extends: a.yaml\n", "a": "- 1\n"}, r"a\.yaml: a recipe is a mapping of sections$"),
+        ({"own": "extends: a.yaml\n", "a": "- 1\n"}, r"a\.yaml: a recipe must be a mapping of sections$"),
         ({"own": "extends: a.yaml\n", "a": "seed: [\n"}, r"a\.yaml: not valid YAML"),
     ],
 )
