@@ -24,7 +24,7 @@ def positions(lengths):
 )
 @pytest.mark.parametrize("lengths", [LENGTHS, [1], [64], [3, 3, 3]], ids=str)
 def test_attention_equals_the_naive_formula_in_float64(lengths, qk_norm, groups, size):
-    """Also with keys and values shared by 2 or all of the 4 heads, and heads narrower than their share of the width."""
+    """Cases include keys and values shared by 2 or all 4 heads, and heads narrower than their share of the width."""
     torch.manual_seed(0)
     config = model_config(qk_norm=qk_norm, rope_base=100.0, num_query_groups=groups, head_size=size)
     module = Attention(config, block_site(config, 0, seed=3).child("attention")).double()
@@ -51,7 +51,7 @@ def test_attention_equals_the_naive_formula_in_float64(lengths, qk_norm, groups,
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize(("qk_norm", "groups", "size"), [(True, None, 8), (False, 2, 4)], ids=str)
 def test_lora_on_attention_equals_the_naive_formula_in_float64(qk_norm, groups, size, dropout):
-    """Each projection has a delta and a dropout mask of its own; the base is frozen."""
+    """Each projection has its own delta and dropout mask; the base is frozen."""
     lora = {"rank": 5, "alpha": reference.LORA_ALPHA, "dropout": dropout}
     config = model_config(
         qk_norm=qk_norm, rope_base=100.0, num_query_groups=groups, head_size=size, attention_lora=lora
@@ -96,7 +96,7 @@ def test_lora_on_attention_equals_the_naive_formula_in_float64(qk_norm, groups, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rotation_has_the_bits_of_megatron(dtype):
-    """Cosines and sines made once per micro-batch change no bit of the values or gradients."""
+    """Computing cosines and sines once per micro-batch changes no bit of the values or gradients."""
     angles = rotary_angles(positions([40, 60]), head_size=16, base=100.0)
     x, upstream = (torch.randn(100, 3, 16).to(dtype) for _ in range(2))
     results = []
@@ -126,7 +126,7 @@ def test_buckets_hold_every_token_once_and_depend_on_lengths_alone():
 
 
 def test_far_away_values_do_not_leak_between_documents():
-    """A non-finite value spoils its own document and nothing else (a dense mask would multiply it by zero: NaN)."""
+    """A non-finite value affects only its own document. With a dense mask, zero times it would be NaN."""
     lengths = [5, 6, 7]
     qkv = [torch.randn(18, 2, 4) for _ in range(3)]
     qkv[2][7] = torch.inf
@@ -138,9 +138,9 @@ def test_far_away_values_do_not_leak_between_documents():
 @pytest.mark.parametrize("torch_version", ["2.11", "2.12"])
 @pytest.mark.parametrize("groups", [2, 1])
 def test_cuda_in_half_precision_calls_flash_attention_by_cumulative_lengths(groups, torch_version, monkeypatch):
-    """The kernel needs a GPU. Its stand-in computes what the documentation of varlen_attn says, from the same call.
+    """The kernel needs a GPU, so a stand-in with the same call computes what the documentation of varlen_attn says.
 
-    torch 2.11 has no parameter enable_gqa and groups heads without it; 2.12 refuses grouped heads unless it is set.
+    torch 2.11 has no parameter enable_gqa and groups heads without it. torch 2.12 needs it for grouped heads.
     """
 
     def torch_2_11(query, key, value, ends_q, ends_k, longest_q, longest_k, *, window_size):
@@ -167,7 +167,7 @@ def test_cuda_in_half_precision_calls_flash_attention_by_cumulative_lengths(grou
 
 
 def test_the_call_of_flash_attention_fits_its_real_signature():
-    """The real operator on the meta device: shapes and dtypes alone, forward and backward."""
+    """The real operator runs on the meta device, with shapes and dtypes only, forward and backward."""
     meta = torch.device("meta")
     settings = {"dtype": torch.bfloat16, "device": meta, "requires_grad": True}
     qkv = [torch.empty(sum(LENGTHS), heads, 8, **settings) for heads in (4, 2, 2)]
@@ -179,7 +179,7 @@ def test_the_call_of_flash_attention_fits_its_real_signature():
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]], ids=str)
 def test_documents_without_a_token(lengths):
-    """Causal mixture-of-depths may admit no token. The kernel needs one document at least, also if it is empty."""
+    """Causal mixture-of-depths may admit no token. The kernel needs at least one document, even an empty one."""
     meta = torch.device("meta")
     documents = VarlenDocuments.build(lengths, torch.device("cpu"))
     assert documents.ends.tolist() == [0, 0] and documents.longest == 0

@@ -1,4 +1,4 @@
-"""Causal inference with auxiliary routers: what a later token can change, and what it cannot."""
+"""Causal inference with auxiliary routers: the outputs that a later token changes, and those that it does not."""
 
 import copy
 
@@ -14,7 +14,7 @@ CHANGED = 30  # of the 40 tokens
 
 
 def with_auxiliary(ffn):
-    """The same feed-forward part, with an auxiliary router beside every expert-choice router."""
+    """Return the same feed-forward settings with an auxiliary router for every expert-choice router."""
     ffn = copy.deepcopy(ffn)
     router = ffn.get("router", {})
     for one in (router, router.get("text", {}), router.get("image", {})):
@@ -28,7 +28,7 @@ def build(ffn, **changes) -> Transformer:
 
 
 def moved(model, *, causal: bool, by: int = 1):
-    """bool [T]: which logits move when one token becomes another; and the output before that."""
+    """Replace one token. Return the logits that change, bool [T], and the output before the change."""
     batch = make_batch([40], seed=4)
     info = batch.info.causally() if causal else batch.info
     changed_T = batch.tokens_T.clone()

@@ -1,4 +1,4 @@
-"""Mixture-of-depths: the whole model against plain loops, forward and backward, and what it leaves alone."""
+"""Mixture-of-depths: the whole model against plain loops, forward and backward, and tokens that skip blocks."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def build(ffn, scope="group", **changes) -> Transformer:
 
 
 def batch_of(kind):
-    """Two selection groups of two packed sequences each."""
+    """Make a batch of two selection groups of two packed sequences each."""
     batch = make_batch([9, 15, 12, 5, 4, 15], num_groups=2, num_sequences=4, padding=4, seed=7)
     if kind == "repeated":  # the first layer cannot tell tokens apart: all tie
         return replace(batch, tokens_T=torch.zeros_like(batch.tokens_T))
@@ -49,7 +49,7 @@ def gradients(model, batch):
 
 
 def oracle(model, batch):
-    """Loss, admitted tokens by layer, gradients by name."""
+    """Return the loss, the admitted tokens by layer and the gradients by name."""
     parameters = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
     logits, admissions = depth_reference.transformer(batch, parameters, model)
     probs = torch.softmax(logits, dim=1)[torch.arange(len(logits)), batch.targets_T]
@@ -103,7 +103,7 @@ def test_each_scope_admits_its_share():
 
 
 def test_a_token_that_is_not_admitted_passes_unchanged_and_an_admitted_one_by_its_gate():
-    """One block alone, seen through the logits of a model whose norm and output are known."""
+    """One block is observed through the logits of a model whose norm and output are known."""
     model, batch = build(DENSE, num_layers=1), batch_of("mixed")
     output = model(batch.tokens_T, batch.info)
     routing = output.depths[0].routing
@@ -124,7 +124,7 @@ def test_everything_admitted_with_open_gates_is_the_model_without_it():
 
 
 def test_a_block_keeps_its_names_and_initial_values_within_mixture_of_depths():
-    """So a stage with it starts from a checkpoint without it, and older checkpoints of it are read."""
+    """A stage with mixture-of-depths can therefore start from a checkpoint without it and read older checkpoints."""
     plain = Transformer(model_config(MOMA), VOCAB, Layout(), seed=1).double()
     with_depth = dict(build(MOMA).named_parameters())
     gates = {f"depth.{layer}.router.gate.weight" for layer in (0, 2)}
@@ -134,7 +134,7 @@ def test_a_block_keeps_its_names_and_initial_values_within_mixture_of_depths():
 
 
 def test_records_number_tokens_as_the_batch_does():
-    """What losses and telemetry read: every token that an expert has is one that the layer admitted."""
+    """In the records that losses and telemetry read, every token of an expert was admitted by the layer."""
     batch = batch_of("mixed")
     output = build(MOMA)(batch.tokens_T, batch.info)
     for depth in output.depths:
@@ -149,7 +149,7 @@ def test_records_number_tokens_as_the_batch_does():
 
 
 def test_static_shapes_hold_as_many_as_any_group_admits():
-    """pad_to_capacity where one group admits seven tokens and the other one: the same loss as without padding."""
+    """If one group admits seven tokens and the other one, pad_to_capacity gives the same loss as no padding."""
     router = {"type": "top_k", "num_experts": 4, "top_k": 2, "capacity_factor": 1.0}
     valid_T = torch.zeros(64, dtype=torch.bool).index_fill(0, torch.tensor([*range(25), 50]), True)
     losses = []

@@ -72,7 +72,7 @@ BATCH = make_batch(LENGTHS, padding=PADDING, num_groups=GROUPS)
 
 @pytest.fixture
 def two_ranks():
-    """This process as rank 0 of two whose messages hold nothing: torch's fake process group."""
+    """Make this process rank 0 of two with torch's fake process group, whose messages are empty."""
     fake_pg = importlib.import_module("torch.testing._internal.distributed.fake_pg")  # registers the backend
     dist.init_process_group("fake", rank=0, world_size=2, store=fake_pg.FakeStore())
     world = dist.group.WORLD
@@ -81,7 +81,7 @@ def two_ranks():
 
 
 class Device:
-    """A model and a micro-batch of it on a device that is not there, with the counts that each layer will read."""
+    """A model and a micro-batch on a device that does not exist, with the counts that each layer reads."""
 
     def __init__(self, name, kind, dtype, layout=None):
         ffn, changes = MODELS[name]
@@ -111,7 +111,7 @@ class Device:
         return value.to("meta") if self.mode is None else on_fake_cuda(value, self.mode)
 
     def check(self, step):
-        """Run step() on the hot path: forward on fake cuda, which knows no backward pass, both on meta."""
+        """Run step() on the hot path: forward on fake cuda, which has no backward pass, and both on meta."""
         with self.fake(), HotPath():
             loss = step()
             if self.mode is None:
@@ -122,20 +122,20 @@ class Device:
 
 
 def _over_ranks(counts, layer):
-    """[sent, received] of rank 0: it sends what the plan says, and gets the like from the other."""
+    """Return [sent, received] of rank 0, which receives as much as its plan sends."""
     sent = [[counts[number % len(counts)] for number in row] for row in layer.dispatcher.placement.local_experts]
     return [sent, sent[::-1]]
 
 
 @pytest.fixture(autouse=True)
 def hopper(monkeypatch):
-    """The card that fake `cuda` tensors are on."""
+    """Let fake `cuda` tensors be on a Hopper GPU."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
 @pytest.fixture(autouse=True)
 def documents_of_real_lengths(monkeypatch):
-    """Where documents lie is worked out on the host, from values: not by fake tensors."""
+    """Locate documents with real tensors, because their places are computed from values on the host."""
     build = BucketedDocuments.build
 
     def built(lengths, device):
@@ -149,7 +149,7 @@ def documents_of_real_lengths(monkeypatch):
 
 
 def once_each(device):
-    """Each reads once in a forward pass; recomputed activations are a second one."""
+    """Return the expected reads: one per layer and forward pass, and recomputation is a second pass."""
     model = device.model
     passes = 2 if model.config.recompute and device.kind == "meta" else 1
     return [passes] * len(readers(model))
@@ -176,7 +176,7 @@ LOSSES = {"load_balance": {"weight": 0.01}, "pooled_balance": {"weight": 0.01}, 
 
 
 def with_neighbours(model):
-    """The micro-batch with two samples, each with three neighbours, as RoMA's term needs it."""
+    """Add two samples with three neighbours each to the micro-batch, for RoMA's loss term."""
     columns = sum(
         part.logits_VC.shape[1] for record in model(BATCH.tokens_T, BATCH.info).records for part in record.routings
     )
@@ -244,7 +244,7 @@ def test_a_new_tensor_without_elements_is_no_fault():
 
 
 def test_a_copy_that_waits_is_found_also_where_host_work_is_allowed(monkeypatch):
-    """The one place in an expert layer that may copy from the host, with its copy made to wait."""
+    """The copy is made blocking in the only place of an expert layer that may copy from the host."""
     source = inspect.getsource(experts.grouped_matmul)
     waiting = source.replace("non_blocking=True", "non_blocking=False")
     assert waiting != source

@@ -13,7 +13,7 @@ LENGTHS = [[20, 9, 3], [31, 17]]  # a group each rank, of unlike documents
 
 
 def losses_and_gradients(model, batches):
-    """Sum of the losses of batches; gradients by name, experts' rows by (name, global expert)."""
+    """Return the summed loss of batches, and gradients by name; those of experts by (name, global expert)."""
     loss = sum(language_loss(model(batch.tokens_T, batch.info).logits_TV, batch).total for batch in batches)
     loss.backward()
     gradients = {}
@@ -27,7 +27,7 @@ def losses_and_gradients(model, batches):
 
 
 def rank_batch(rank, only_padding=False):
-    """With only_padding rank 1 has no valid token, so mixture-of-depths admits none there."""
+    """Make a rank's batch. only_padding: rank 1 has no valid token, so mixture-of-depths admits none there."""
     if only_padding and rank == 1:
         return make_batch([], padding=40, first_token_id=1000)
     return make_batch(LENGTHS[rank], seed=rank, first_token_id=1000 * rank, padding=5 * rank)
@@ -52,7 +52,7 @@ def test_so_do_layers_with_mixture_of_depths(ffn, only_padding):
 
 
 def equals_one_process(ffn, changes, only_padding=False):
-    """Shared parameters: the ranks' gradients add up. Expert parameters: the owner alone has the whole gradient."""
+    """Compare with one process. Shared gradients are summed over ranks; an expert's gradient is whole on its owner."""
     model = Transformer(model_config(ffn, **changes | {"recompute": False}), VOCAB, Layout(), seed=1).double()
     loss, expected = losses_and_gradients(model, [rank_batch(rank, only_padding) for rank in range(2)])
     (loss_0, ours_0), (loss_1, ours_1) = run_ranks(on_rank, 2, ffn, changes, only_padding)

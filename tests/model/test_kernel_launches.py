@@ -27,7 +27,7 @@ BOUNDS = {  # forward, backward, optimizer step
 
 
 def _count(rank, ffn, changes, layers, stage):
-    """Launches of a third micro-step, when everything that is made once has been made."""
+    """Count the launches of the third micro-step, after all one-time work."""
     device = init_distributed()
     config = make_config(groups=1, deepspeed=_adam(stage))
     layout = make_layout(expert=1, device=device)
@@ -56,7 +56,7 @@ def _adam(stage):
 
 
 def launches_of_a_layer(name, stage=1):
-    """By phase, the launches of four layers less those of three, by operation."""
+    """Return the launches of four layers minus those of three, by phase and operation."""
     ffn, changes = MODELS[name]
     three, four = (run_ranks(_count, 1, ffn, changes, layers, stage)[0] for layers in (3, 4))
     for more, less in zip(four, three):

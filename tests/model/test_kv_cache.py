@@ -1,4 +1,4 @@
-"""Reading documents bit by bit through a cache gives the logits of reading them at once, at every position."""
+"""Reading documents in steps with a cache gives the same logits at every position as reading them at once."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def part(batch: Batch, indices: list[int], lengths: list[int]) -> tuple[torch.Te
 
 @torch.no_grad()
 def read_in_steps(model: Transformer, batch: Batch, steps: list[tuple[int, ...]]) -> torch.Tensor:
-    """The logits of every token of the batch. Where no document goes on, a token of padding is read."""
+    """Return the logits of every token of the batch. If no document continues, a padding token is read."""
     lengths = batch.info.document_lengths
     starts = [sum(lengths[:number]) for number in range(len(lengths))]
     read = [0] * len(lengths)
@@ -125,7 +125,7 @@ def test_a_token_read_twice_or_in_another_place_shows():
 
 
 def on_rank(rank: int, ffn: dict, changes: dict) -> None:
-    """Rank 1 has one document, done after the second step; its ranks' experts are still asked for."""
+    """Rank 1 has one document, which ends after the second step; other ranks still need its experts."""
     layout = make_layout(expert=2, device=torch.device("cpu"))
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
         model = Transformer(model_config(ffn, **changes), VOCAB, layout, seed=1).to(dtype)

@@ -72,7 +72,7 @@ def test_dense_model_equals_plain_pytorch_in_float64(changes):
 @pytest.mark.parametrize("norm", ["swin", "pre"])
 @pytest.mark.parametrize("ffn", [TOP_K, EXPERT_CHOICE, MOMA], ids=["top_k", "moe_8x", "moma"])
 def test_expert_model_equals_plain_pytorch_in_float64(ffn, norm):
-    """One document that is one selection group: loss and every gradient, routers' and experts' included."""
+    """Loss and every gradient, including routers and experts, are compared on one document in one selection group."""
     model, batch = build(ffn, norm=norm).double(), make_batch([21])
     loss, ours = gradients(model, batch)
     parameters = {name: parameter.detach().requires_grad_() for name, parameter in model.named_parameters()}
@@ -106,9 +106,9 @@ def test_a_document_alone_gives_the_logits_it_has_in_company(ffn):
 
 @FFNS
 def test_causality_is_what_causal_routing_says(ffn):
-    """Change one token: earlier logits of a causal model stay as they are; with expert choice some move.
+    """Changing one token leaves earlier logits of a causal model unchanged; with expert choice some change.
 
-    To 1e-12, not to the bit: another number of rows in an expert's product may round differently.
+    The tolerance is 1e-12, because a product with another number of rows may round differently.
     """
     model, batch = build(ffn).double(), make_batch([40], seed=4)
     changed_T = batch.tokens_T.clone()
@@ -168,7 +168,7 @@ def test_initialisation_follows_from_seed_and_name(ffn, embedding):
 
 @pytest.mark.parametrize("ffn", [MOMA, TOP_K, LORA_EXPERTS], ids=["moma", "top_k", "lora"])
 def test_a_module_draws_with_its_name_in_the_module_tree(ffn):
-    """Ties and dropout are keyed, and all parameters drawn, by the names that the module tree has."""
+    """Tie breaking, dropout and initial values are seeded by the names in the module tree."""
     model = build(ffn, depth={"auxiliary": True}, attention_lora=LORA)
     keyed = {name: module for name, module in model.named_modules() if hasattr(module, "key")}
     assert {type(module) for module in keyed.values()} >= {DepthRouter, LowRank}

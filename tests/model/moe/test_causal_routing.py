@@ -27,7 +27,7 @@ def dot(x, w):
 
 
 def naive(x, router):
-    """The gate values of one token where sigmoid(SiLU(x W1) W2) is above a half, elsewhere 0."""
+    """Return one token's gate values where sigmoid(SiLU(x W1) W2) is above a half, and 0 elsewhere."""
     hidden = [z * sigmoid(z) for z in (dot(x, w) for w in router.auxiliary.w1.tolist())]
     assert len(hidden) == WIDTH // 2
     chosen = [sigmoid(dot(hidden, w)) > 0.5 for w in router.auxiliary.w2.tolist()]

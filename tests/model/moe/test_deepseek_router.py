@@ -51,7 +51,7 @@ def test_casts_leave_the_bias_in_float32():
 
 
 def decisions(router, x_1D, token):
-    """Of one token: by name, chosen and margins of every column."""
+    """Return the choices and margins of all columns for one token, by router name."""
     zeros = torch.zeros(1, dtype=torch.int64)
     with watch_decisions(router) as found:
         router(x_1D, make_info(zeros, zeros == 0, first_id=token, num_groups=1))
@@ -64,7 +64,7 @@ def moved(router, expert, distance):
 
 
 def test_margins_say_how_far_a_score_must_move():
-    """A bias raises a score, in float64: just short of the margin nothing changes, just beyond it the decision does."""
+    """In float64, a bias that raises a score changes the decision just beyond the margin, and not just below it."""
     router = build_router(router_settings(ROUTERS["deepseek"]), SITE).double()
     router.bias.value = router.bias.value.double()
     generator, tried = torch.Generator().manual_seed(0), {"": 0, ".groups": 0}

@@ -50,7 +50,7 @@ def test_float64_equals_the_dense_oracle(counts):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("counts", COUNTS)
 def test_grouped_products_equal_float64(counts, dtype, tolerance):
-    """The allocator is filled with NaN first: memory that a kernel leaves out for an empty group would show."""
+    """The allocator is first filled with NaN, to find memory that a kernel does not write for an empty group."""
     exact = run(make_experts().double(), *case(counts, torch.float64))
     poison = [torch.full_like(value, torch.nan, dtype=dtype) for value in exact for _ in range(20)]
     del poison
@@ -98,7 +98,7 @@ def test_a_card_without_a_sound_grouped_kernel_takes_the_loop(capability, counts
 
 @pytest.mark.parametrize("offset", [0, 4, 8])
 def test_the_grouped_kernel_gets_aligned_memory(offset, monkeypatch):
-    """CUDA's wants 16 bytes; a view into a flat buffer may start anywhere."""
+    """CUDA's kernel needs 16-byte alignment; a view of a flat buffer may start anywhere."""
     weight = torch.randn(4 * 16 * 8 + offset, dtype=torch.bfloat16)[offset:].view(4, 16, 8).requires_grad_()
     x = torch.randn(9 * 16 + offset, dtype=torch.bfloat16)[offset:].view(9, 16)
     seen, grouped_mm = [], F.grouped_mm

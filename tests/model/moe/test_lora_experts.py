@@ -34,7 +34,7 @@ ROUTERS = {
 
 
 def make_layer(router, dropout=0.0, kind="mixed", layout=None, rank=5):
-    """A float64 layer whose B and router biases are not zero, where they could not be missed."""
+    """Make a float64 layer whose B and router biases are not zero, so that errors in them are found."""
     ffn = validate(
         MoEFFN,
         {
@@ -78,7 +78,7 @@ def run_on_rank(rank, router, dropout, kind, expert):
 
 
 def assert_equals_oracle(results, router, dropout, kind):
-    """All ranks' outputs and gradients; an expert's gradient is the sum over the ranks that hold it."""
+    """Compare outputs and gradients of all ranks. An expert's gradient is the sum over the ranks that hold it."""
     layer = make_layer(router, dropout, kind)
     weights = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in layer.named_parameters()}
     gates = [value for name, value in weights.items() if name.startswith("router")]

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class CountingReader:
-    """split_sizes that counts how often the layer reads from the device."""
+    """A split_sizes that counts the layer's device reads."""
 
     def __init__(self):
         self.calls = 0
@@ -96,7 +96,7 @@ def _forget_the_weights_gradient(layer):
 
 
 def _rows_in_rank_order(layer):
-    """Leave the received rows as they come: sorted by rank, not by expert."""
+    """Leave the received rows sorted by rank instead of by expert."""
     dispatch = layer.dispatcher.dispatch
 
     def faulty(x_TD, plan, token_id_T):
@@ -142,7 +142,7 @@ def test_spread_experts_need_a_group():
 
 
 def _without_devices(rank):
-    """On meta tensors, with an all-to-all that moves nothing: any read from the device is an error there."""
+    """Use meta tensors and an all-to-all that moves nothing, so that any device read is an error."""
     importlib.import_module("torch.testing._internal.distributed.fake_pg")  # registers the backend
     group = dist.new_group([0, 1], backend="fake")
     layout = Layout(rank=rank, world=2, expert=2, ep_group=group)

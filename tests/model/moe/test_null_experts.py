@@ -1,4 +1,4 @@
-"""What a null assignment costs: no row, no FLOP and no byte, on one process and over expert-parallel ranks."""
+"""Null assignments cost no row, FLOP or byte, in one process and over expert-parallel ranks."""
 
 from unittest import mock
 
@@ -16,7 +16,7 @@ FLOPS_OF_A_ROW = 2 * 3 * WIDTH * EXPERT_WIDTH  # gate, up, down
 
 
 def forward_costs(rank, router, world, only_nulls=False):
-    """[true assignments, null assignments, numbers sent, FLOPs] of this rank's micro-batch."""
+    """Return [true assignments, null assignments, numbers sent, FLOPs] of this rank's micro-batch."""
     layer = make_layer(router, layout=make_layout(expert=world, device=torch.device("cpu")))
     x_TD, info, _ = make_batch("mixed", rank)
     if only_nulls:

@@ -19,7 +19,7 @@ SITE = Site(hidden_size=WIDTH, layer=0, seed=7, init_std=0.3, name="router")
 
 
 def dense(plan, num_tokens):
-    """gates_TE that a plan stands for; a token twice at one expert would be counted twice."""
+    """Return the gates_TE that a plan describes. A token that has one expert twice would be counted twice."""
     gates_TE = torch.zeros(num_tokens, len(plan.counts_E), dtype=plan.weights_N.dtype)
     expert_N = torch.repeat_interleave(torch.arange(len(plan.counts_E)), plan.counts_E)
     rows = len(expert_N)
@@ -51,7 +51,7 @@ def test_plan_and_record_equal_the_oracle(router, kind):
     "router", [name for name, raw in ROUTERS.items() if raw["type"] in ("top_k", "null_experts", "deepseek_v3")]
 )
 def test_what_token_choice_records_equals_the_oracle(router, kind):
-    """What was chosen, what found room, and the gate values; with null experts only true assignments fill an expert."""
+    """Chosen and kept assignments and gate values are compared. Null assignments do not use an expert's capacity."""
     router = make_layer(router, kind).router
     x_TD, info, _ = make_batch(kind, 0)
     _, record = router(x_TD, info)
@@ -75,7 +75,7 @@ def _pairs(token_V, mask_VC):
 
 
 def test_the_cases_drop_take_nulls_and_leave_tokens_without_an_expert():
-    """Else the comparisons above would show little."""
+    """Otherwise the comparisons above would prove little."""
     for name in ("by_position", "by_probability", "null_full"):
         x_TD, info, _ = make_batch("skewed", 0)
         _, record = make_layer(name, "skewed").router(x_TD, info)
@@ -87,7 +87,7 @@ def test_the_cases_drop_take_nulls_and_leave_tokens_without_an_expert():
 
 
 def test_padding_to_capacity_gives_static_shapes_and_the_same_layer():
-    """Every expert gets the same number of rows whatever the tokens are; outputs and gradients stay bitwise."""
+    """Every expert gets the same number of rows for any tokens; outputs and gradients are bitwise equal."""
     shapes = set()
     for kind in BATCHES:
         results = {}
@@ -106,7 +106,7 @@ def test_padding_to_capacity_gives_static_shapes_and_the_same_layer():
 
 
 def test_null_experts_with_copied_columns_tie_and_are_chosen_at_random():
-    """AdaMoE starts the null columns as copies of the experts': each copy is then chosen as often as its original."""
+    """AdaMoE initialises null columns as copies of the experts' columns, so both are chosen equally often."""
     router = make_layer("null").router
     with torch.no_grad():
         router.gate.weight[8:] = router.gate.weight[:8]
@@ -154,14 +154,14 @@ def test_capacity_rounds_up_and_stays_within_the_group(tokens, factor, experts, 
 
 
 def _assignments(plan, info):
-    """Set of (expert, token id)."""
+    """Return the set of (expert, token id)."""
     expert_N = torch.repeat_interleave(torch.arange(len(plan.counts_E)), plan.counts_E)
     return set(zip(expert_N.tolist(), info.token_id_T[plan.token_ids_N[: len(expert_N)]].tolist()))
 
 
 @pytest.mark.parametrize("router", ["moe_8x", "4t4i", "6t2i"])
 def test_identical_tokens_are_chosen_alike_in_every_layout(router):
-    """Four groups in one micro-batch, or one by one with another rounding of the inputs: the same choice."""
+    """Four groups in one micro-batch are routed as one by one, even if the inputs round differently."""
     router = build_router(router_settings(ROUTERS[router]), SITE)
     generator = torch.Generator().manual_seed(1)
     groups, size = 4, 20
@@ -206,7 +206,7 @@ def vars_of(plan):
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_routing_stays_float32_under_bf16_and_autocast(router):
-    """bf16 parameters and inputs, with or without autocast: the plan is the float32 plan of the same values."""
+    """With bf16 parameters and inputs, with or without autocast, the plan is the float32 plan of the same values."""
     router = build_router(router_settings(ROUTERS[router]), SITE).bfloat16()
     x_TD, info, _ = make_batch("mixed", 0)
     x_TD = x_TD.detach().bfloat16()
@@ -232,7 +232,7 @@ def test_losses_reach_the_gate_through_the_record():
 
 
 def test_non_finite_inputs_do_not_break_the_plan():
-    """The engine decides about a non-finite loss; the ranks must get as far as computing it."""
+    """The engine handles a non-finite loss, so all ranks must be able to compute it."""
     router = build_router(router_settings(ROUTERS["4t4i"]), SITE)
     x_TD, info, _ = make_batch("mixed", 0)
     clean, _ = router(x_TD.float(), info)
@@ -277,7 +277,7 @@ def test_bad_settings_name_their_key(raw, message):
 
 
 def test_gumbel_noise_is_for_training_alone():
-    """Not in evaluation, nor with a frozen gate; another draw for every token number, layer and expert."""
+    """There is no noise in evaluation or with a frozen gate. Every token id, layer and expert has its own draw."""
     noisy = {"type": "expert_choice", "num_experts": 8, "gumbel_noise": True}
     x_TD, info, _ = make_batch("mixed", 0)
     x_TD = x_TD.detach().float()
@@ -299,7 +299,7 @@ def test_gumbel_noise_is_for_training_alone():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_logit_that_moves_by_its_margin_changes_its_selection(dtype):
-    """Close logits, some of them equal: just below its margin a logit changes nothing, just above it changes itself."""
+    """Moving one of several close logits changes its selection just above its margin, and nothing just below it."""
     generator = torch.Generator().manual_seed(0)
     cell_VC, within_VC = torch.randint(-3, 4, (12, 5), generator=generator), torch.rand(12, 5, generator=generator)
     logits_VC, taken = (cell_VC + within_VC / 2).to(dtype) * 2.0**-14, 4

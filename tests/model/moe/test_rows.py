@@ -20,7 +20,7 @@ def test_gradients_and_values(ids):
 
 
 def test_bfloat16_rows_are_added_in_float32_both_ways():
-    """300 rows of 1: a sum in bfloat16 stops at 256, the next number it has is 258."""
+    """With 300 rows of 1, a sum in bfloat16 would stop at 256, because the next number is 258."""
     ids = torch.zeros(302, dtype=torch.int64)
     rows = torch.ones(302, 1, dtype=torch.bfloat16)
     assert add_up_rows(rows, ids, 1).item() == 302

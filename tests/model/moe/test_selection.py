@@ -1,4 +1,4 @@
-"""The keys that selection compares: against Python integers, and how they break ties."""
+"""Selection keys against Python integers, and their breaking of ties."""
 
 from dataclasses import replace
 
@@ -64,7 +64,7 @@ def test_a_part_of_the_tokens_has_the_keys_that_they_had_among_all():
 
 
 def test_ties_are_broken_evenly_and_independently():
-    """Of tokens that all tie, columns and routers choose like independent draws, consecutive tokens as well."""
+    """Among tied tokens, the choices of columns, routers and consecutive tokens behave like independent draws."""
     tokens, columns = 20_000, 8
     info = info_of(tokens)
     token_V, _ = info.competing()

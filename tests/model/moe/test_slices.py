@@ -1,4 +1,4 @@
-"""Experts in slices: the whole expert made of its slices, forward and backward, on one process and on gloo ranks."""
+"""Sliced experts against whole experts, forward and backward, in one process and on gloo ranks."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def test_four_ranks(router, expert, slices):
 
 
 def _numbered_by_expert(x_N, placement, sent_re):
-    """Rows for slice number i go as if it were one of expert i // slices."""
+    """Send the rows for slice number i as if it belonged to expert i // slices, which is wrong."""
     counts = dict(zip(placement.order, (count for row in sent_re for count in row)))
     experts = len(counts) // placement.slices
     pieces = x_N.split([counts[expert] for expert in range(experts)])
