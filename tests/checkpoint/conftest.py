@@ -1,4 +1,4 @@
-"""A checkpoint to load and to damage."""
+"""Fixtures: a checkpoint to load and to damage."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,14 +13,14 @@ from tests.support.killed_ranks import EVERY, GROUPS, STEPS, How, Undisturbed, c
 
 @pytest.fixture(scope="package")
 def saved(tmp_path_factory):
-    """A job on two ranks with a checkpoint of step 2, and its outcome."""
+    """Run a job on two ranks that saves a checkpoint of step 2. Return the job and its outcome."""
     job = Job(stop=4, save=str(tmp_path_factory.mktemp("run") / "checkpoints" / "step_00000002"), save_at=2)
     return job, run(job)
 
 
 @pytest.fixture
 def copied(saved, tmp_path):
-    """A copy of that checkpoint to be damaged, and the job that would resume from it."""
+    """Copy this checkpoint, so that a test can damage it. Return the copy and the job that would resume from it."""
     job, _ = saved
     folder = tmp_path / "checkpoints" / "step_00000002"
     folder.mkdir(parents=True)
@@ -31,7 +31,7 @@ def copied(saved, tmp_path):
 
 @pytest.fixture(scope="package")
 def undisturbed(small_run, tmp_path_factory) -> Callable[[How], Undisturbed]:
-    """The undisturbed run that is laid out so: it is run once."""
+    """Return the undisturbed run of a layout, which is run only once."""
 
     @cache
     def run(how: How) -> Undisturbed:

@@ -1,4 +1,4 @@
-"""Checkpoints of real ZeRO engines on real ranks: exact at any layout."""
+"""Checkpoints of real ZeRO engines on real ranks are exact in any layout."""
 
 import json
 import math
@@ -33,7 +33,7 @@ def test_resume_is_bitwise_the_uninterrupted_run(stage, optimizer, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=REPEATED), 3])
 def test_resume_of_the_real_model_is_bitwise_on_two_threads(stage, tmp_path):
-    """Wide enough that its operations really run on two threads."""
+    """The model is wide enough for its operations to really use two threads."""
     job = Job(transformer=True, stage=stage, threads=2, stop=4, save=str(tmp_path / "step_00000002"), save_at=2)
     whole, rest = run(job), run(job.resumed())
     assert rest.losses == whole.losses[2:] and rest.norms == whole.norms[2:]
@@ -55,7 +55,7 @@ def test_resume_with_an_offloaded_optimizer(stage, tmp_path):
 
 
 def check_pairs(layouts, tmp_path, **settings):
-    """Save once at each layout, load at every one: state exact, next losses as the unchanged layout's."""
+    """Save in each layout and load in every one. The state must be exact, and the next losses the old layout's."""
     for number, (world, expert, stage) in enumerate(layouts):
         path = str(tmp_path / f"{number}" / "step_00000002")
         job = Job(world, expert, stage, stop=4, save=path, save_at=2, **settings)
@@ -167,7 +167,7 @@ def test_some_rank_holds_nothing_of_a_parameter():
 
 
 def read(folder):
-    """Full logical tensors by nothing but the safetensors library; every element must be stored exactly once."""
+    """Read full logical tensors with the safetensors library only. Every element must be stored exactly once."""
     index = json.loads((Path(folder) / "index.json").read_text())["tensors"]
     files = {path.name: load_file(path) for path in Path(folder).glob("*.safetensors")}
     assert sum(len(tensors) for tensors in files.values()) == sum(len(entry["pieces"]) for entry in index.values())

@@ -1,4 +1,4 @@
-"""Damaged files, other models, full disks, kills: a clear sentence on every rank, the older checkpoint stays whole."""
+"""Damaged files, other models, full disks, kills: every rank reports it, and the older checkpoint stays intact."""
 
 import itertools
 import json
@@ -74,7 +74,7 @@ def test_another_model_is_named(saved):
 
 
 def _save_with_a_small_disk(rank, job):
-    """Rank 1 may write no file over 2,000 bytes."""
+    """Save while rank 1 cannot write files over 2,000 bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 
 def _save_and_die(rank, job, moment):
-    """Rank 0 is killed while it writes its file, or just before the checkpoint becomes visible."""
+    """Kill rank 0 while it writes its file, or just before the checkpoint becomes visible."""
 
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Truncated and flipped bits, lost and exchanged files: every kind of damage, at seeded places, is found and named."""
+"""Truncated, flipped, lost or exchanged files: damage at seeded places is always detected and named."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def truncate(file: Path, chance: random.Random) -> None:
 
 
 def overwrite(file: Path, chance: random.Random) -> None:
-    """A block of something else, as file systems leave one after a crash."""
+    """Overwrite a block, as file systems may do after a crash."""
     data = bytearray(file.read_bytes())
     start = chance.randrange(len(data))
     end = min(start + 512, len(data))
@@ -55,7 +55,7 @@ def replace_by_folder(file: Path, chance: random.Random) -> None:
 
 
 def exchange(file: Path, chance: random.Random) -> None:
-    """With another file of the checkpoint."""
+    """Exchange a file with another one of the checkpoint."""
     other = file.with_name(chance.choice([name for name in FILES if name != file.name]))
     content = file.read_bytes()
     file.write_bytes(other.read_bytes())
@@ -67,7 +67,7 @@ DAMAGES: list[Damage] = [flip, truncate, overwrite, extend, delete, replace_by_f
 
 
 def damaged(folder: Path, whole: Path, places: int) -> Iterator[str]:
-    """Damage every file in every way at so many places, one after another; what was done, for the one who looks."""
+    """Damage every file in every way at several places, one at a time. Yields a description of each damage."""
     for name in FILES:
         for damage in DAMAGES:
             for seed in range(places):
@@ -78,7 +78,7 @@ def damaged(folder: Path, whole: Path, places: int) -> Iterator[str]:
 
 
 def says_what_it_is(sentence: str, folder: Path) -> bool:
-    """It names a file of the checkpoint and what is wrong with it."""
+    """Check that a sentence names a file of the checkpoint and its fault."""
     return str(folder) in sentence and any(
         text in sentence for text in ("is damaged", "is missing", "bytes, not", "cannot be read", "is not known")
     )
@@ -101,7 +101,7 @@ def test_every_damage_is_found(saved, copied):
 
 
 def test_every_single_bit_of_the_manifest(copied):
-    """Nothing but the manifest's own form protects it: each flip is an error, or changes no meaning."""
+    """The manifest has no checksum: each flipped bit is an error, or does not change the meaning."""
     folder, _ = copied
     file = folder / "manifest.json"
     data = file.read_bytes()
@@ -119,7 +119,7 @@ def test_every_single_bit_of_the_manifest(copied):
 
 
 def _load_damaged(rank: int, job: Job, folder: Path, whole: Path) -> tuple[list[tuple[str, str | None]], dict]:
-    """What was done, and with which sentence the load ended; at last the whole checkpoint is loaded."""
+    """Return each damage with the sentence that loading raised. At the end, load the undamaged checkpoint."""
     engine, layout = build(job)
     told: list[tuple[str, str | None]] = []
     cases = damaged(folder, whole, 1)

@@ -1,4 +1,4 @@
-"""Checkpoints on disks that are full or read-only, for real: the same sentence on every rank, and nothing is lost."""
+"""Checkpoints on disks that are really full or read-only: every rank has the same sentence, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAGE = 4096  # what a tmpfs gives at a time
 
 
 def _save_with_little_room(rank: int, job: Job, disk: Disk, rooms: list[int]) -> list[str]:
-    """Save one checkpoint, then a second with so much room each time: the sentences. At the end it has all it needs."""
+    """Save one checkpoint, then try a second with each amount of room, at last enough. Return the error sentences."""
     engine, layout = build(job)
     engine.train_step(step_batches(0, rank, job.world, groups=4), objective, 0.01)
     first, second = (checkpoint_path(disk.folder, step) for step in (1, 2))
@@ -47,7 +47,7 @@ def _save_with_little_room(rank: int, job: Job, disk: Disk, rooms: list[int]) ->
 
 
 def test_a_full_disk(saved, tmp_path):
-    """It becomes full at a seeded place within every file, in the order in which they are written."""
+    """The disk becomes full at a seeded place within every file, in the order in which files are written."""
     job, _ = saved
     files = ["rank_00000.safetensors", "rank_00001.safetensors", "index.json", "state.json", "manifest.json"]
     pages = [-(-(Path(job.save) / file).stat().st_size // PAGE) for file in files]
@@ -64,7 +64,7 @@ def test_a_full_disk(saved, tmp_path):
 
 
 def _save_read_only(rank: int, job: Job, disk: Disk) -> str:
-    """Load what lies there, and fail to save."""
+    """Load the existing checkpoint, and fail to save another."""
     engine, layout = build(job)
     checkpoint.load(job.load, engine, layout)
     with restricted(disk), pytest.raises(UserError) as caught:
@@ -73,7 +73,7 @@ def _save_read_only(rank: int, job: Job, disk: Disk) -> str:
 
 
 def test_a_read_only_disk(saved):
-    """Nothing can be saved there; what lies there can be loaded."""
+    """A checkpoint on a read-only disk can be loaded, but none can be saved."""
     job, _ = saved
     with public_folder() as run_dir:
         folder = run_dir / "checkpoints"

@@ -1,4 +1,4 @@
-"""A stage that starts from another stage's checkpoint: every tensor is accounted for, at any layout of the two."""
+"""A stage that starts from another stage's checkpoint accounts for every tensor, in any two layouts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RECIPE = ROOT / "configs" / "moma_quickstart.yaml"
 
 
 def forms(**shapes) -> dict[str, Form]:
-    """a_b=(2, 3) is a parameter 'a.b' of that shape; a_b=[2, 3] one of two experts of shape (3,)."""
+    """Make forms: a_b=(2, 3) is a parameter 'a.b' of this shape, a_b=[2, 3] two stacked experts of shape (3,)."""
     return {
         name.replace("_", "."): Form(tuple(shape[1:]), tuple(range(shape[0])), True)
         if isinstance(shape, list)
@@ -169,7 +169,7 @@ def forms_of(model: nn.Module) -> dict[str, Form]:
 
 
 def test_the_documented_example():
-    """From the dense quickstart's model to LoRA experts over its feed-forward parts."""
+    """The stage goes from the dense quickstart's model to LoRA experts over its feed-forward parts."""
     text = (RECIPE.parents[1] / "docs" / "stages.md").read_text()
     example = yaml.safe_load(re.search(r"```yaml\n(init_from:.*?)```", text, re.DOTALL).group(1))
     dense = load_config(RECIPE.with_name("dense_quickstart.yaml"))
@@ -235,13 +235,13 @@ WRAP = {"*": "inner.*"}
 
 
 def stage(job: Job, settings: dict | None = None, **changes) -> Job:
-    """A new stage that starts from a job's checkpoint."""
+    """Make a new stage that starts from a job's checkpoint."""
     init = InitFrom(**{"checkpoint": job.save} | (settings or {}))
     return replace(Job(init=init), **{"stop": 2} | changes)
 
 
 def parameters(found: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
-    """Of an account of a run's state: masters, working parameters and the buffer, their names under a prefix."""
+    """Select masters, working parameters and the buffer from a run's state, by name under a prefix."""
     result = {}
     for key, tensor in found.items():
         kind, _, name = key.rpartition(" ") if key == "calls" else key.partition(" ")
@@ -252,7 +252,7 @@ def parameters(found: dict[str, torch.Tensor], prefix: str = "") -> dict[str, to
 
 @pytest.mark.slow
 def test_any_layout_starts_from_any(saved, tmp_path):
-    """Every name is changed on the way; experts go by their global ids; nothing of the optimizer comes along."""
+    """All names are changed, experts keep their global ids, and no optimizer state is loaded."""
     second = Job(expert=1, stage=3, stop=2, save=str(tmp_path / "step_00000002"), save_at=2)
     for job, source in (saved, (second, run(second))):
         first = None
@@ -265,7 +265,7 @@ def test_any_layout_starts_from_any(saved, tmp_path):
 
 
 def test_a_folder_of_converted_weights(saved, tmp_path):
-    """As launch/convert.py writes it: one file, no optimizer's state, the state of no run."""
+    """The checkpoint is as launch/convert.py writes it: one file, without optimizer state or run state."""
     job, source = saved
     write_tensors(tmp_path / "converted", read_tensors(job.save), {"source": "elsewhere"})
     new = run(stage(replace(job, save=str(tmp_path / "converted")), {"new": ("calls",)}, stage=3, stop=0))
@@ -275,7 +275,7 @@ def test_a_folder_of_converted_weights(saved, tmp_path):
 
 @pytest.mark.parametrize("zero", [1, 3])
 def test_the_optimizer_starts_afresh(zero, saved):
-    """AdamW's first step is lr * sign(gradient) where nothing decays; the checkpoint's moments would give another."""
+    """Without decay AdamW's first step is lr * sign(gradient). With the checkpoint's moments it would differ."""
     outcome = run(stage(saved[0], stage=zero, stop=1, eps=1e-8))
     step = outcome.at_end["master output.bias"] - outcome.at_save["master output.bias"]
     torch.testing.assert_close(step.abs(), torch.full_like(step, 0.01), rtol=1e-3, atol=0)
@@ -302,7 +302,7 @@ def test_new_parameters_keep_their_own_values(saved):
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_what_was_trained_may_be_frozen_and_the_other_way_round(zero, tmp_path):
-    """In bf16: a frozen weight has no master; it is rounded from the master it was, and a new master is its value."""
+    """In bf16, a weight that becomes frozen is its rounded master, and a new master equals the once frozen weight."""
     first = Job(bf16=True, stop=2, save=str(tmp_path / "step_00000002"), save_at=2)
     source = run(first)
     second = run(stage(first, stage=zero, bf16=True, trainable=("ffn.experts.*",), save=str(tmp_path / "step_2")))

@@ -1,6 +1,6 @@
-"""kill -9 at seeded places inside steps and saves: the checkpoints that were there stay, the run resumes bit for bit.
+"""After kill -9 at seeded places in steps and saves, existing checkpoints stay and the run resumes bit for bit.
 
-`make test` tries a place in most windows, `make test-long` several in each, at several layouts.
+`make test` tries one place in most windows; `make test-long` tries several in each, in several layouts.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def test_a_killed_rank(how, window, seed, undisturbed, tmp_path):
 
 
 def check_what_is_left(run_dir: Path, undisturbed: Undisturbed, kill: Kill) -> None:
-    """Every checkpoint is whole and the undisturbed run's; the newest is the last whose saving had ended."""
+    """Check that all checkpoints are complete and equal the undisturbed run's, and that the newest is the last saved."""
     left = {path.name for path in (run_dir / "checkpoints").iterdir()}
     for name in left:
         if not name.endswith(".tmp"):

@@ -1,4 +1,4 @@
-"""Nothing that is read is ever unpickled: a payload that would leave a trace when unpickled never does."""
+"""No file that is read is ever unpickled: a payload that would leave a trace when unpickled leaves none."""
 
 import hashlib
 import json
@@ -65,7 +65,7 @@ def test_a_load_reaches_no_unpickler(saved):
 
 
 def forge(folder, name, content):
-    """Put a file into a checkpoint, and its size and checksum into the manifest, as one who means harm would."""
+    """Put a file into a checkpoint, and its size and checksum into the manifest, as an attacker would."""
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

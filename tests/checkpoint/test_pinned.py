@@ -1,4 +1,4 @@
-"""Registering host memory with CUDA. Its runtime needs a GPU: a stand-in notes the calls, and refuses some."""
+"""Registration of host memory with CUDA, whose runtime needs a GPU. A stand-in records calls and refuses some."""
 
 import gc
 import mmap
@@ -17,7 +17,7 @@ PAGE = mmap.PAGESIZE
 
 
 class Runtime:
-    """cudaHostRegister and cudaHostUnregister: they return error codes."""
+    """A stand-in for cudaHostRegister and cudaHostUnregister, which return error codes."""
 
     def __init__(self, error=0):
         self.error, self.registered, self.calls, self.forgotten = error, {}, 0, 0
@@ -89,7 +89,7 @@ def test_snapshots_are_registered_once_and_released_when_they_grow(runtime):
 
 
 def test_memory_that_cannot_be_page_locked_is_used_as_it_is(runtime):
-    """Error 2: out of memory, for instance where a container limits locked pages."""
+    """The stand-in returns error 2, out of memory, as in a container that limits locked pages."""
     runtime.error = 2
     buffers, live = HostBuffers(pinned=True), [fragment("master/x", 2**20)]
     with pytest.warns(UserWarning, match=r"cannot page-lock 0\.00 GiB of host memory \(cudaHostRegister: error 2\)"):

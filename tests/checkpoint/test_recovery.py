@@ -1,4 +1,4 @@
-"""A run whose disk fails or whose checkpoints were damaged says what to do, and doing it leads to the same bits."""
+"""If a disk fails or a checkpoint is damaged, a run says what to do, and doing it gives the same bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HOW = How(stage=1, asynchronous=True)
 
 
 def the_error(codes: list[int], printed: list[str]) -> str:
-    """What the run that ended so says: one sentence, on rank 0."""
+    """Return the error of a failed run: one sentence, on rank 0."""
     assert codes == [2, 2], printed
     (error,) = [line for output in printed for line in output.splitlines() if line.startswith("error: ")]
     return error
@@ -23,7 +23,7 @@ def the_error(codes: list[int], printed: list[str]) -> str:
 
 @pytest.mark.slow
 def test_a_disk_that_becomes_full(undisturbed, tmp_path):
-    """It has room for one checkpoint and a half (or, where nothing can be mounted, for no file of one)."""
+    """The disk has room for one and a half checkpoints, or for no checkpoint file if nothing can be mounted."""
     reference = undisturbed(HOW)
     first = checkpoint_path(reference.run_dir, EVERY)
     size = sum(file.stat().st_size for file in first.iterdir())
@@ -47,7 +47,7 @@ def test_a_disk_that_becomes_full(undisturbed, tmp_path):
 
 @pytest.fixture
 def interrupted(undisturbed, tmp_path):
-    """A run with checkpoints of steps 2 and 4 and some way to go, its overrides, and where it must end."""
+    """Return an unfinished run with checkpoints of steps 2 and 4, its overrides, and the folder of its undisturbed run."""
     reference, run_dir = undisturbed(HOW), tmp_path / "run"
     shutil.copytree(reference.run_dir, run_dir)
     newest = newest_complete(run_dir)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, which recipes may, and what is removed."""
+"""Choice of the checkpoint to resume from, recipes that may resume, and removal of old checkpoints."""
 
 import json
 from contextlib import nullcontext
@@ -22,7 +22,7 @@ def recipe(*overrides):
 
 
 def put(run_dir, step, *, complete=True):
-    """A checkpoint folder with one file, as far as its completeness goes."""
+    """Make a checkpoint folder with one file, just enough to count as complete."""
     folder = checkpoint_path(run_dir, step)
     folder.mkdir(parents=True)
     write_manifest(folder, [write_json(folder / "state.json", {"step": step})])
@@ -68,7 +68,7 @@ def test_prune_keeps_the_newest_and_removes_leftovers(tmp_path):
 
 
 def test_checkpoints_of_later_steps_are_set_aside(tmp_path):
-    """A run that starts anew would else prune its own and resume the other one's."""
+    """Otherwise a run that starts anew would prune its own checkpoints and resume from the other run's."""
     put(tmp_path, 3).rename(tmp_path / "checkpoints" / "step_00000003.aside")
     for step in (1, 2, 3):
         put(tmp_path, step)
@@ -80,7 +80,7 @@ def test_checkpoints_of_later_steps_are_set_aside(tmp_path):
 
 
 def test_prune_keeps_every_mth(tmp_path):
-    """The newest two and those of steps 10, 20, 30; a step saved at the end of a stage is none of them."""
+    """The newest two and those of steps 10, 20 and 30 stay. A step saved at the end of a stage is not a multiple."""
     for step in (5, 10, 12, 20, 25, 30, 35):
         put(tmp_path, step)
         prune(tmp_path, keep=2, keep_every=10)

@@ -1,4 +1,4 @@
-"""Saving from the background: the bytes of a synchronous save, whatever training does meanwhile; no error is lost."""
+"""A background save writes the bytes of a synchronous one, whatever training does meanwhile, and loses no error."""
 
 import json
 import resource
@@ -25,7 +25,7 @@ FROZEN_EXPERTS = ("ffn.router.*", "gain")
 
 @contextmanager
 def held_back():
-    """The background writer of this process gets no tensor to write before the event is set."""
+    """Hold back the background writer of this process until the event is set."""
     event, original = threading.Event(), tensor_files._bytes_of
 
     def bytes_of(tensor):
@@ -110,7 +110,7 @@ def _save_every_step(rank, job, folder, asynchronous):
 
 @pytest.mark.parametrize(("world", "expert"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_saving_after_every_step_changes_neither_losses_nor_checkpoints(world, expert, tmp_path):
-    """Two threads of a rank communicate all the time: the writer's collectives and those of training stay apart."""
+    """Two threads of a rank communicate at the same time, and their collectives do not mix."""
     job = Job(world, expert)
     runs = {}
     for asynchronous in (True, False):
@@ -147,7 +147,7 @@ def _memory(rank, job, folder):
 
 @pytest.mark.parametrize(("expert", "stage", "trainable"), [(1, 1, ("*",)), (2, 3, ("*",)), (2, 2, FROZEN_EXPERTS)])
 def test_the_memory_of_a_snapshot(expert, stage, trainable, tmp_path):
-    """Adam: 12 bytes a trained parameter over all ranks, none for a frozen one; 16 bytes of buffers on each rank."""
+    """With Adam it is 12 bytes per trained parameter over all ranks, 0 per frozen one, and 16 of buffers per rank."""
     results = run_ranks(_memory, 2, Job(2, expert, stage, trainable=trainable), str(tmp_path))
     trained = sum({name: numel for mine, _, _ in results for name, numel in mine.items()}.values())
     assert sum(before for _, before, _ in results) == 4 * trained + 2 * 16
@@ -161,7 +161,7 @@ def test_no_memory_for_a_snapshot():
 
 
 def _fill_the_disk_of_rank_1(rank, job, folder, then_save):
-    """Sentences that this rank's next save or its end raises; training goes on until then."""
+    """Return the error sentences of this rank's next save or of its end. Training continues until then."""
     _, _, saver, train = make_saver(job, folder)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:

@@ -1,4 +1,4 @@
-"""A model that will not be trained is filled from a checkpoint under any layout, with frozen parameters and buffers."""
+"""A model that will not be trained is filled from a checkpoint in any layout, frozen parameters and buffers too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.distributed import run_ranks
 
 
 def filled(rank: int, job: Job, extra: str = "", lacks: str = "") -> dict[str, Tensor] | str:
-    """This rank's tensors of a spoilt toy after it was filled, expert by expert; the UserError's sentence."""
+    """Fill a corrupted toy model. Return this rank's tensors, expert by expert, or the UserError's sentence."""
     layout = make_layout(expert=job.expert, device=torch.device("cpu"))
     model = CheckpointToy(job.router, layout, job.gain)
     for tensor in (*model.parameters(), model.calls):

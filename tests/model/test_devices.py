@@ -149,7 +149,7 @@ def documents_of_real_lengths(monkeypatch):
 
 
 def once_each(device):
-    """Return the expected reads: one per layer and forward pass, and recomputation is a second pass."""
+    """Return the expected number of reads of each layer: one per forward pass, of which recomputation is a second."""
     model = device.model
     passes = 2 if model.config.recompute and device.kind == "meta" else 1
     return [passes] * len(readers(model))

@@ -1,11 +1,12 @@
-"""A run goes on at any layout of 1, 2 and 4 ranks: every kind of system with the real model, data and checkpoint.
+"""A run can resume in any layout of 1, 2 and 4 ranks, for every kind of system, with real model, data and checkpoint.
 
-What is held is compared for every ordered pair of layouts. The next losses follow from it: of MoMa those of four steps
-are compared for every pair, of the other systems the first step's, and all four by `make test-long`. Only that runs
-top_k, whose router lora_experts has too, and router_only: test_checkpoint.py resumes a partly frozen model as well.
+The loaded state is compared for every ordered pair of layouts. The next losses follow from it. For MoMa the losses of
+four steps are compared for every pair; for other systems those of the first step, and all four by `make test-long`.
+Only `make test-long` runs top_k, because lora_experts has the same router, and router_only, because test_checkpoint.py
+also resumes a partly frozen model.
 
-Losses are compared to rounding. Adam at eps 1e-8 turns a gradient of the size of rounding into a step of the size of
-lr, so eps is larger here. Selections follow those of the first layout, and logits are compared
+Losses are compared up to rounding. Adam with eps 1e-8 turns a gradient as small as a rounding error into a step as
+large as lr, so eps is larger here. Selections follow those of the first layout, and logits are compared
 (tests/support/selections.py).
 """
 
@@ -61,7 +62,7 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class At:
-    """A layout."""
+    """A layout of ranks for a run."""
 
     world: int
     expert: int
@@ -77,7 +78,7 @@ WORLDS = sorted({at.world for at in LAYOUTS})
 
 @dataclass(frozen=True)
 class Record:
-    """What a rank saw: digests of all it held when it saved or loaded; losses and selections of the steps after."""
+    """A rank's observations: digests of its state when it saved or loaded, then the losses and selections."""
 
     held: dict[str, str]
     losses: list[float]
@@ -108,7 +109,7 @@ def take_steps(run: Run, steps: int, follow: Selections | None) -> tuple[list[fl
 
 
 def record(run: Run, follow: Selections | None, steps: int = STEPS_AFTER, before: Selections | None = None) -> Record:
-    """Digests of every logical tensor in full and of the optimizer's step; then the losses of the next steps.
+    """Record digests of every logical tensor and of the optimizer's step, then the losses of the next steps.
 
     before: selections of the steps until now, kept with those of the steps after.
     """
@@ -127,7 +128,7 @@ def digest(tensor: Tensor) -> str:
 def save_all(
     rank: int, overrides: list[str], layouts: list[At], folder: Path, follow: Selections | None
 ) -> list[Record]:
-    """Train anew at each layout, and save; training goes on while the checkpoint is written."""
+    """Train from scratch in each layout, and save. Training continues while the checkpoint is written."""
     records = []
     for at in layouts:
         run = start(recipe(overrides, at, folder))
@@ -147,9 +148,9 @@ def load_all(
     follow: Selections,
     steps: int,
 ) -> list[list[Record]]:
-    """Load every checkpoint at every layout: the first as a run does that starts, the others after it has trained.
+    """Load every checkpoint in every layout: the first into a new run, the others into a run that has trained.
 
-    The first is followed by as many steps as the source took, the others by `steps`.
+    After the first, take as many steps as the source did; after the others, take `steps`.
     """
     records = []
     for number, at in enumerate(layouts):
@@ -166,7 +167,7 @@ def load_all(
 
 
 def reload(run: Run, path: Path) -> Run:
-    """The run as if it had started from this checkpoint."""
+    """Load a checkpoint into a run, as if the run had started from it."""
     state = TrainState.from_json(checkpoint.load(path, run.engine, run.layout))
     loader = make_loader(
         run.documents,
@@ -186,7 +187,7 @@ def of_world(world: int) -> list[At]:
 
 
 def unite(of_ranks: list[Record]) -> Record:
-    """What all ranks hold together; they must agree where they hold the same."""
+    """Merge the values of all ranks. Ranks that hold the same entry must agree on it."""
     held: dict[str, str] = {}
     for of_rank in of_ranks:
         assert of_rank.losses == of_ranks[0].losses
@@ -196,7 +197,7 @@ def unite(of_ranks: list[Record]) -> Record:
 
 
 def saved_at_every_layout(overrides: list[str], folder: Path) -> tuple[list[Path], list[Record]]:
-    """Checkpoints and records in the order of LAYOUTS; all follow the selections of the first."""
+    """Checkpoints and records in the order of LAYOUTS. All layouts follow the selections of the first."""
     records: list[Record] = []
     for world in WORLDS:
         follow = records[0].selections if records else None
@@ -248,7 +249,7 @@ def without(kind: str) -> Callable[[list[Fragment]], list[Fragment]]:
 
 
 def swapped(wanted: list[Fragment]) -> list[Fragment]:
-    """The masters of experts 0 and 1 of the first layer change places."""
+    """Swap the masters of experts 0 and 1 of the first layer."""
     other = {"[0]": "[1]", "[1]": "[0]"}
     return [
         replace(fragment, name=fragment.name[:-3] + other.get(fragment.name[-3:], fragment.name[-3:]))
@@ -275,7 +276,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], Any], str]] = {  # and wh
 def load_with_faults(
     rank: int, overrides: list[str], at: At, path: Path, folder: Path, follow: Selections
 ) -> dict[str, Record]:
-    """Load again and again into an engine with spoilt weights, with no fault at first ("none")."""
+    """Load repeatedly into an engine with corrupted weights, first without a fault ("none")."""
     run = start(recipe(overrides, at, folder, path))
     records = {}
     for name, plant in {"none": lambda patch: None, **{name: plant for name, (plant, _) in FAULTS.items()}}.items():
@@ -309,7 +310,7 @@ def test_planted_faults_show(overrides, tmp_path):
 
 
 def refusals(rank: int, overrides: list[str], changes: list[list[str]]) -> list[str]:
-    """The sentence with which each changed run ends on this rank."""
+    """Return the error sentence of each changed run on this rank."""
     sentences = []
     for change in changes:
         with pytest.raises(UserError) as caught:
@@ -354,5 +355,5 @@ def _loaders_device(rank, overrides, folder):
 
 
 def test_the_loader_knows_the_device_of_its_batches(overrides, tmp_path):
-    """On a GPU it leaves them in page-locked memory (tests/data/stream/test_loader.py)."""
+    """For a GPU the loader puts them in page-locked memory (tests/data/stream/test_loader.py)."""
     assert run_ranks(_loaders_device, 1, overrides, tmp_path) == [True]

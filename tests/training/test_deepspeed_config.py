@@ -1,4 +1,4 @@
-"""The deepspeed section: what is taken, what is refused in which words, and that DeepSpeed knows every key we pass."""
+"""The deepspeed section: accepted keys, refusals and their sentences, and DeepSpeed knows every key that is passed."""
 
 import pytest
 

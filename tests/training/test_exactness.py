@@ -69,7 +69,7 @@ def recipe(
     zero: dict | None = None,
     **section,
 ) -> Config:
-    """Every layout shares the global batch of GROUPS. Stage 3 partitions every parameter, however small."""
+    """Make a recipe. All layouts share the global batch of GROUPS, and stage 3 partitions even small parameters."""
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {}) | (zero or {})
     deepspeed = sgd(clip=CLIP) | {"zero_optimization": zero} | section
     micro = GROUPS // world // accumulation
@@ -79,7 +79,7 @@ def recipe(
 
 @cache
 def reference(router: str, bf16: bool = False) -> Trajectory:
-    """One process, one micro-batch; in bf16 four, added up in float32: on CPU long sums in bf16 lose what is small."""
+    """Run one process with one micro-batch, or in bf16 with four, because long bf16 sums on CPU lose small terms."""
     return train(build, recipe(router, accumulation=4, **BF16) if bf16 else recipe(router), 1)
 
 
@@ -122,7 +122,7 @@ def cases(layouts: Iterable[str], whole: str) -> list[Any]:
 
 
 def slow(cases: list[Any], fast: Callable[..., bool]) -> list[Any]:
-    """Mark cases slow, but for those of which `fast` says otherwise."""
+    """Mark cases slow, except those for which `fast` is true."""
     return [
         case if fast(*case.values) else pytest.param(*case.values, id=case.id, marks=[*case.marks, pytest.mark.slow])
         for case in cases
@@ -141,7 +141,7 @@ def test_float32(layout, router, stage):
 
 
 def test_gumbel_noise_is_the_same_on_every_layout():
-    """Drawn by token, so that ranks do not change it; and it matters."""
+    """The noise is seeded by token, so it does not depend on the ranks. It does change the result."""
     alone = train(build, recipe("noisy"), 1, steps=3)
     spread = train(build, recipe("noisy", world=2, expert=2), 2, steps=3, follow=alone)
     deviation = spread.deviation(alone)
@@ -205,7 +205,7 @@ COMMUNICATION = [  # expert, stage
 
 @pytest.mark.parametrize(("expert", "stage"), COMMUNICATION)
 def test_overlapped_reduction_changes_no_bit(expert, stage):
-    """On a CPU nothing runs at the same time, but the order of reductions and the two buckets in turn are the same."""
+    """On a CPU nothing overlaps in time, but the order of the reductions and the alternating buckets are the same."""
     runs = {}
     for overlap in (True, False):
         zero = {"overlap_comm": overlap, "reduce_bucket_size": 1000}
@@ -325,7 +325,7 @@ def expert_gradients_times_ep(engine, layout):
 
 
 def build_with_missing_reduction(config, layout):
-    """A norm that all ranks share passes for an expert's: its gradient is not summed over the expert-parallel ranks."""
+    """Treat a shared norm as an expert's parameter, so its gradient is not summed over the expert-parallel ranks."""
     model = build(config, layout)
     model.layers[0].ffn_norm.weight.expert_ids = (layout.ep_rank,)
     return model
@@ -337,7 +337,7 @@ def missing_reduction(engine, layout):
 
 
 def local_norm(engine, layout):
-    """Each rank clips by the norm of the gradients that it holds."""
+    """Make each rank clip by the norm of its own gradients only."""
     zero = engine.optimizer
     zero.scaled_global_norm = lambda: torch.cat(
         [g.flatten() for gs in zero.averaged_gradients.values() for g in gs]
@@ -368,7 +368,7 @@ FAULTS = {  # and what they show in
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("plant", FAULTS, ids=lambda plant: plant.__name__)
 def test_a_planted_fault_is_caught(plant, router, bf16):
-    """In the layout of test_float32[ep2] and of test_bf16[ep2], which are exact without it."""
+    """The layout is that of test_float32[ep2] and test_bf16[ep2], which are exact without the fault."""
     builder = build_with_missing_reduction if plant is missing_reduction else build
     config, expected = recipe(router, world=2, expert=2, **(BF16 if bf16 else {})), reference(router, bf16)
     with pytest.raises(AssertionError, match=FAULTS[plant]):

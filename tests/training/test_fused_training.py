@@ -38,7 +38,7 @@ MODELS = {
 
 
 def _steps(rank, name, stage, bf16, compiled):
-    """Loss and gradient norm of three steps; and how many of the functions were compiled."""
+    """Return the losses and gradient norms of three steps, and the number of compiled functions."""
     calls = set()
     with pytest.MonkeyPatch.context() as patch:
         for module, key in FUSED if compiled else ():

@@ -42,8 +42,10 @@ def recipe(
 
 
 def build(config: Config, layout: Layout) -> Transformer:
-    """B is drawn too: where it is zero, A has no gradient. Deltas twice as steep would amplify float32's rounding
-    a hundredfold over the eight steps."""
+    """Build a model with random B, because A has no gradient if B is zero.
+
+    Deltas twice as large would amplify float32's rounding a hundredfold over the eight steps.
+    """
     model = Transformer(config.model, VOCABULARY, layout, seed=3)
     for name, parameter in model.named_parameters():
         if name.endswith(".b"):
@@ -92,7 +94,7 @@ def test_weighted_deltas_too(expert, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize(("expert", "stage"), [(1, 2), pytest.param(2, 1, marks=REPEATED), (2, 3)])
 def test_bf16(expert, stage):
-    """So few trained parameters average out fewer of bfloat16's roundings: norms come within 1e-3."""
+    """With few trained parameters, bfloat16 rounding errors average out less, so norms agree only to 1e-3."""
     expected = train(build, recipe(accumulation=4, **BF16), 1)
     config = recipe(world=2, expert=expert, stage=stage, **BF16)
     trajectory = train(build, config, 2, follow=expected, guide=expected)
@@ -102,7 +104,7 @@ def test_bf16(expert, stage):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_recomputation_and_accumulation_change_nothing(stage):
-    """Dropout too: a recomputed block draws the same masks."""
+    """This includes dropout: a recomputed block draws the same masks."""
     recomputed = recipe(world=2, expert=2, stage=stage, recompute=True)
     check(train(build, recomputed, 2, follow=alone()), alone())
     check(train(build, recipe(accumulation=8, stage=stage), 1, follow=alone()), alone())

@@ -1,7 +1,7 @@
-"""Rounding and near-ties: what one ulp of noise in the gradients of one layout does to a comparison of layouts.
+"""Rounding and near-ties: the effect of one ulp of gradient noise in one layout on a comparison of layouts.
 
-With Adam at eps 1e-8 and free selections two right runs differ by more than rounding; the comparison that the tests of
-layouts make (eps 1e-3, the reference's selections, logits compared) does not see the noise, and still sees faults.
+With Adam at eps 1e-8 and free selections, two correct runs differ by more than rounding. The comparison in the tests of
+layouts (eps 1e-3, the reference's selections, compared logits) tolerates the noise and still finds faults.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Steps:
 def take_steps(
     rank: int, overrides: list[str], at: At, folder: Path, seeds: tuple[int, ...], follow: Selections | None
 ) -> list[Steps]:
-    """A run for each seed of noise; 0: without."""
+    """Run the steps once for each noise seed; seed 0 means no noise."""
     runs = []
     for seed in seeds:
         run = start(recipe(overrides, at, folder))
@@ -73,7 +73,7 @@ def take_steps(
 
 
 def first_difference(reference: Steps, of_ranks: list[Steps]) -> tuple[int, str, int, int, float] | None:
-    """(step, router, token, column, the margin there in the reference) of the first decision that differs."""
+    """Return (step, router, token, column, reference margin) of the first decision that differs."""
     for step, expected in enumerate(reference.decisions):
         names = {decisions.router: None for decisions in expected}  # in the order of the forward pass
         mine, theirs = ([_by_token(steps.decisions[step]) for steps in runs] for runs in (of_ranks, [reference]))
@@ -96,7 +96,7 @@ def _by_token(decisions: list[Decisions]) -> dict[str, dict[int, tuple[Tensor, T
 
 
 def compare(overrides: list[str], folder: Path, seeds: tuple[int, ...], *, follow: bool) -> tuple[float, float]:
-    """Largest deviation of a loss and of a logit between one layout and another one with noise, over the seeds."""
+    """Return the largest deviations of losses and logits between two layouts, one with noise, over all seeds."""
     ((expected,),) = run_ranks(take_steps, 1, overrides, REFERENCE, folder, (0,), None)
     selections = expected.selections if follow else None
     losses, logits = [0.0], [0.0]
@@ -113,7 +113,7 @@ def compare(overrides: list[str], folder: Path, seeds: tuple[int, ...], *, follo
 
 @pytest.mark.slow
 def test_noise_of_one_ulp_upsets_a_naive_comparison_and_not_ours(overrides, tmp_path):
-    """MoMa, one rank against two with noise: Adam turns rounding into steps, then a near-tie falls differently."""
+    """MoMa on one rank against two with noise: Adam turns rounding into steps, and then a near-tie flips."""
     overrides = [*overrides, *SYSTEMS["moma"]]
     naive = [*overrides, "deepspeed.optimizer.params.eps=1e-8"]
     assert any(compare(naive, tmp_path, seeds, follow=False)[0] > TOLERANCE for seeds in SEEDS)
@@ -128,7 +128,7 @@ def rounding(engine: Engine, layout: Layout) -> CrossEntropy:
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_noise_of_one_ulp_passes_where_faults_are_caught(router):
-    """In the layout in which test_exactness.py plants its faults."""
+    """The layout is the one in which test_exactness.py plants its faults."""
     expected = reference(router)
     noisy = train(build, toy_recipe(router, world=2, expert=2), 2, plant=rounding, follow=expected)
     assert_same(noisy, expected, FLOAT32)
@@ -136,7 +136,7 @@ def test_noise_of_one_ulp_passes_where_faults_are_caught(router):
 
 
 def first_losses(rank: int, overrides: list[str], at: At, folder: Path, same_share: bool) -> list[float]:
-    """Losses of two steps; same_share: every rank reads rank 0's data, as it would if it did not find its place."""
+    """Return the losses of two steps. same_share: every rank reads rank 0's data, as if it did not know its rank."""
     run = start(recipe(overrides, at, folder))
     if same_share:
         loader = make_loader(
@@ -154,7 +154,7 @@ def first_losses(rank: int, overrides: list[str], at: At, folder: Path, same_sha
 
 @pytest.mark.slow
 def test_runs_under_launchers_are_compared_closely_enough_to_see_a_wrong_share(overrides, tmp_path):
-    """They cannot follow each other, so one decision may change their losses (tests/launch/test_train.py)."""
+    """Such runs cannot share selections, so a flipped decision may change their losses (tests/launch/test_train.py)."""
     (alone,) = run_ranks(first_losses, 1, overrides, REFERENCE, tmp_path, False)
     spread, *_ = run_ranks(first_losses, 2, overrides, OTHER, tmp_path, False)
     wrong, *_ = run_ranks(first_losses, 2, overrides, OTHER, tmp_path, True)

@@ -1,4 +1,4 @@
-"""Every quickstart's own model and losses: over two ranks, experts spread as it says, as in one process, with SGD."""
+"""Every quickstart's model and losses, with SGD: two ranks with the recipe's expert parallelism equal one process."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def steps_of(
 
 
 def on_ranks(recipe: str, world: int, overrides: Sequence[str] = ()) -> Config:
-    """The recipe, with SGD and a small batch, not accumulated (a running share of the global batch would differ)."""
+    """Return the recipe with SGD and a small batch without accumulation, with which running shares would differ."""
     alone = ["parallel.expert=1"] if world == 1 else []
     config = load_config(FOLDER / f"{recipe}.yaml", [*overrides, *alone])
     train = config.train.model_copy(update={"global_batch_groups": 4, "micro_batch_groups": 4 // world})
@@ -78,7 +78,7 @@ def on_ranks(recipe: str, world: int, overrides: Sequence[str] = ()) -> Config:
 
 
 def assert_same(results: Sequence[Outcome], alone: Outcome) -> None:
-    """Every rank's figures, and every parameter that some rank holds."""
+    """Compare the losses and norms of every rank, and every parameter that any rank holds."""
     expected, before, after, selections = alone
     assert deviation(unite(result[3] for result in results), selections) < LOGITS
     for steps, *_ in results:
@@ -109,7 +109,7 @@ def test_two_ranks_train_the_same_model(recipe):
 @pytest.mark.slow
 @pytest.mark.parametrize("expert", [1, pytest.param(2, marks=REPEATED)], ids=["replicated", "spread"])
 def test_two_ranks_align_the_same_routers(expert):
-    """RoMA's recipe (its experts replicated) and the same with them spread: the routers move, and nothing else."""
+    """RoMA's recipe with replicated experts and with experts spread over ranks changes the routers only."""
     neighbours = partial(samples_of, values=5 * 4)  # of five layers of four experts
     (alone,) = run_ranks(steps_of, 1, on_ranks("roma_quickstart", 1, ROMA), neighbours)
     steps, before, after, selections = alone

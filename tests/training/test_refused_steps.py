@@ -1,4 +1,4 @@
-"""Steps that must not happen: what is not finite, and data that fails, on one rank alone. No rank changes anything."""
+"""Refused steps: if a value is not finite or data fails on only one rank, no rank changes anything."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 
 @dataclass(frozen=True)
 class Spoiled:
-    """The objective, but in micro-batch `when` of this rank's run something is not finite."""
+    """The objective, with a non-finite value in micro-batch `when` of this rank."""
 
     when: int
     how: str
@@ -48,7 +48,7 @@ class Spoiled:
 
 
 def _skip(rank, config, how):
-    """A run of 5 steps of which step 2 is spoiled on rank 1 alone, and one that leaves that step out."""
+    """Run 5 steps with step 2 spoiled on rank 1 only, and a second run that leaves step 2 out."""
     outcomes = []
     for spoiled in (True, False):
         engine, layout = toy_engine(config)

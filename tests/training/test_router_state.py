@@ -45,7 +45,7 @@ def reference() -> Trajectory:
 
 
 def test_the_bias_of_one_process_equals_the_oracle():
-    """By hand: the load is counted over the valid tokens of all groups, of which some end in padding."""
+    """The oracle counts the load over the valid tokens of all groups, some of which end in padding."""
     (found,) = run_ranks(biases_and_loads, 1, recipe(accumulation=4))
     for before_E, load_E, after_E in found:
         assert after_E == pytest.approx(bias_after(before_E, load_E, RATE), abs=1e-7)
@@ -56,7 +56,7 @@ def test_the_bias_of_one_process_equals_the_oracle():
 
 
 def biases_and_loads(rank: int, config: Config) -> list[tuple[list[float], list[int], list[float]]]:
-    """Bias before, load of the step, and bias after, of three steps."""
+    """Return, for three steps, the bias before, the load and the bias after."""
     layout = make_layout(expert=1, device=init_distributed())
     engine = make_engine(Transformer(config.model, VOCABULARY, layout, seed=3), config, layout)
     router, found = engine.module.layers[0].ffn.router, []
@@ -110,7 +110,7 @@ def test_a_load_that_is_not_the_global_batchs_is_caught(plant):
 
 
 class Spoiled:
-    """The objective, but the loss of step `when` is not a number on this rank."""
+    """The objective, with a NaN loss in step `when` on this rank."""
 
     names, counts = objective.names, staticmethod(objective.counts)
 
@@ -150,7 +150,7 @@ def _in_bf16(rank: int, config: Config) -> list[Tensor]:
 
 @pytest.mark.parametrize("router", [SMALL, IN_TEXT], ids=["alone", "in_text"])
 def test_the_bias_stays_float32_under_bf16(router):
-    """Also where the router plans one modality only: its load is that of its own experts."""
+    """This includes a child router of one modality, whose load is that of its own experts."""
     config = make_config(router=router, groups=4, micro=1, deepspeed=sgd(bf16={"enabled": True}))
     (first,), (second,) = run_ranks(_in_bf16, 2, config)
     assert first.dtype == torch.float32 and torch.equal(first, second)
@@ -171,7 +171,7 @@ def test_resume_is_bitwise_and_any_layout_reads_the_bias(tmp_path):
 
 
 def test_a_model_that_is_not_trained_further_gets_its_bias(tmp_path):
-    """As evaluation and generation open it."""
+    """The model is opened as for evaluation and generation."""
     path = tmp_path / "step_00000002"
     source = run(Job(router=SMALL, stop=2, save=str(path), save_at=2))
     model = CheckpointToy(SMALL, Layout(), gain=3)

@@ -1,4 +1,4 @@
-"""The schedule: its boundaries, its shape, and the single formula it is."""
+"""The learning-rate schedule: its boundaries, its shape and its formula."""
 
 import math
 from itertools import pairwise

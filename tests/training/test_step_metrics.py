@@ -28,7 +28,7 @@ def recipe(router: str, world: int, accumulation: int) -> Config:
 def metrics_of(
     rank: int, config: Config, follow: Selections | None, only_the_last: bool = False
 ) -> tuple[dict, Selections]:
-    """Metrics of one step, without those of time."""
+    """Return the metrics of one step, without times."""
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
     engine = make_engine(Transformer(config.model, VOCABULARY, layout, seed=3), config, layout)
     meter = StepMeter.of(engine.module, config, layout, domains=())

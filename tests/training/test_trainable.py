@@ -1,4 +1,4 @@
-"""A run that trains some parameters only: exact at every layout, the rest bit-identical, nothing spent on it."""
+"""A run that trains only some parameters is exact in every layout; frozen ones cost nothing and keep their bits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def recipe(trainable, *, router=TOP_K, world=1, expert=1, stage=1, recompute=Fal
 
 
 def is_trained(name: str, trainable: tuple[str, ...]) -> bool:
-    """Written without the code under test: all patterns of this file are `head*` or `head*middle*`."""
+    """Match a name without the code under test. All patterns here are `head*` or `head*middle*`."""
     name = name.partition("[")[0]
     for pattern in trainable:
         head, *middle = pattern.split("*")
@@ -51,7 +51,7 @@ def is_trained(name: str, trainable: tuple[str, ...]) -> bool:
 
 @cache
 def alone(trainable: tuple[str, ...], moma: bool = False) -> Trajectory:
-    """One process."""
+    """Run the recipe in one process."""
     return train(build, recipe(trainable, router=MOMA if moma else TOP_K), 1)
 
 
@@ -86,7 +86,7 @@ def check(trajectory: Trajectory, expected: Trajectory, trainable: tuple[str, ..
     ],
 )
 def test_two_ranks_equal_one_process(trainable, stage):
-    """Without an expert group, without a dense group, with both."""
+    """The cases have no expert group, no dense group, or both groups in the optimizer."""
     expected = alone(trainable)
     check(train(build, recipe(trainable, world=2, expert=2, stage=stage), 2, follow=expected), expected, trainable)
 
@@ -112,7 +112,7 @@ def test_recomputation_changes_nothing(stage):
 
 
 def _steps(rank, config):
-    """(forward passes of each block in a step, elements of optimizer state, frozen parameters that changed)"""
+    """Return (forward passes of each block per step, elements of optimizer state, frozen parameters that changed)."""
     layout = make_layout(expert=config.parallel.expert, device=init_distributed())
     engine = make_engine(build(config, layout), config, layout)
     blocks = [module for module in engine.module.modules() if isinstance(module, Block)]
@@ -136,7 +136,7 @@ def _steps(rank, config):
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_layers_below_the_lowest_trainable_one_have_no_backward_pass(stage):
-    """Recomputation tells: a block whose backward pass runs has its forward pass run twice."""
+    """Recomputation shows it: if the backward pass of a block runs, its forward pass runs twice."""
     config = recipe(("layers.1.ffn.router.*",), world=2, expert=2, stage=stage, recompute=True, **ADAM)
     for passes, _, changed in run_ranks(_steps, 2, config):
         micro_batches = 2 * 2

@@ -36,7 +36,7 @@ def logits_of(forward, run, store):
 
 
 def train_and_open(rank: int, overrides: list[str]) -> dict[str, object]:
-    """Take two steps with EP=2, save, take and save another; open the first checkpoint with EP=2 and EP=1."""
+    """With EP=2, save after two steps and after a third. Open the first checkpoint with EP=2 and with EP=1."""
     config = load_config(MOMA, [*overrides, "parallel.expert=2", "deepspeed.optimizer.params.lr=0.01"])
     folder = RunFolder(Path(config.run.dir))
     run = Run.build(config, make_layout(expert=2, device=init_distributed()), folder)

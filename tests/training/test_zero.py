@@ -25,7 +25,7 @@ PARTITIONED = {"stage": 3, "stage3_param_persistence_threshold": 0}
 
 
 def _both(rank, config, lrs):
-    """(engine's figures, plain torch's figures), parameters of both."""
+    """Return the losses and norms of the engine and of plain torch, and the parameters of both."""
     engine, layout = toy_engine(config)
     model = ToyModel(config.model.ffn.router, layout)
     freeze_others(model, config.trainable)
@@ -111,7 +111,7 @@ def test_layouts_and_batches_that_do_not_fit():
 
 
 class _Reads(TorchDispatchMode):
-    """Counts reads of the device: CPU and GPU alike pass through this operation."""
+    """A counter of device reads, all of which use one operation, on CPU as on GPU."""
 
     reads = 0
 
@@ -192,7 +192,7 @@ def _tiny_updates(rank, config):
 
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
 def test_bf16_adds_up_updates_below_its_own_precision(stage):
-    """Each step moves a weight by at most 1e-4 of its size; bfloat16 alone, with steps of 4e-3, would never move."""
+    """Each step changes a weight by at most 1e-4 of it. In bfloat16, whose spacing is 4e-3, it would never change."""
     adam = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
     config = make_config(expert=2, deepspeed=sgd(stage, bf16={"enabled": True}) | adam)
     moved = run_ranks(_tiny_updates, 2, config)
