@@ -30,7 +30,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The caches of all layers. Generation owns it; attention appends to it."""
+    """The key-value caches of all layers. The generating code owns them, and attention appends to them."""
 
     def __init__(self, config: ModelConfig, *, sequences: int, capacity: int, device: torch.device, dtype: torch.dtype):
         """capacity: the maximum number of tokens of a sequence, prompt included.

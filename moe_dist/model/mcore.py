@@ -99,8 +99,10 @@ class DocumentAttention(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention within documents, with RoPE, grouped queries (Ainslie et al., arXiv 2305.13245), optional
-    query and key norms and optional LoRA."""
+    """Causal self-attention within documents, with RoPE and grouped queries (Ainslie et al., arXiv 2305.13245).
+
+    Query and key norms and LoRA are optional.
+    """
 
     def __init__(self, config: ModelConfig, site: Site):
         super().__init__()

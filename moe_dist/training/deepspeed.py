@@ -57,7 +57,7 @@ def init_distributed() -> torch.device:
 def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
     """Put a model under ZeRO. Collective. The learning rate is each step's.
 
-    Freezes what config.trainable does not name. Raises UserError for what the recipe gets wrong.
+    Parameters that config.trainable does not match are frozen. Raises UserError if the recipe has an error.
     """
     section = config.deepspeed
     accumulation = accumulation_steps(config.train, layout.dp)

@@ -46,7 +46,7 @@ class StepResult:
 
 
 class Zero(Protocol):
-    """The part of DeepSpeed's engine that a step needs."""
+    """Interface of the part of DeepSpeed's engine that a step needs."""
 
     module: nn.Module
     global_steps: int

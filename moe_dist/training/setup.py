@@ -60,9 +60,10 @@ def check_recipe(config: Config, layout: Layout) -> None:
 
 
 def check_needs(config: Config, *, resumes: bool) -> None:
-    """Raise UserError, with the command that makes it, if the recipe reads something of its `needs` that is missing.
+    """Check that everything in the recipe's `needs` that this run reads exists.
 
-    What overrides have replaced is not missed, nor is what a new run alone would read, if this one resumes.
+    Raises UserError naming what is missing and the command that makes it. A need is not read if an override replaced
+    its path, or if only a new run reads it and this run resumes.
     """
     data = config.data
     read = [data.shards, data.validation_shards, data.text_tokenizer, data.image_tokenizer]

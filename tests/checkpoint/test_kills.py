@@ -59,7 +59,7 @@ def test_a_killed_rank(how, window, seed, undisturbed, tmp_path):
 
 
 def check_what_is_left(run_dir: Path, undisturbed: Undisturbed, kill: Kill) -> None:
-    """Check that all checkpoints are complete and equal the undisturbed run's, and that the newest is the last saved."""
+    """Check that all checkpoints are complete and equal the undisturbed run's, and the newest is the last saved."""
     left = {path.name for path in (run_dir / "checkpoints").iterdir()}
     for name in left:
         if not name.endswith(".tmp"):

@@ -47,7 +47,7 @@ def test_a_disk_that_becomes_full(undisturbed, tmp_path):
 
 @pytest.fixture
 def interrupted(undisturbed, tmp_path):
-    """Return an unfinished run with checkpoints of steps 2 and 4, its overrides, and the folder of its undisturbed run."""
+    """Return an unfinished run with checkpoints of steps 2 and 4, its overrides, and the undisturbed run's folder."""
     reference, run_dir = undisturbed(HOW), tmp_path / "run"
     shutil.copytree(reference.run_dir, run_dir)
     newest = newest_complete(run_dir)

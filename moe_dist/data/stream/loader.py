@@ -1,10 +1,10 @@
 """The training loader: `batch, state, waited = next(loader)`.
 
-Selection group j of a run is group j // lanes of lane j mod lanes, at every number of ranks; data-parallel rank r of dp
-takes the groups with j mod dp == r, batch_groups of them a micro-batch. After n micro-batches on every rank the run has
-read exactly its first n * batch_groups * dp groups, so a rank's state is that number and the states of its lanes.
-A checkpoint unites the states of all ranks (checkpoint/train_state.py) into one that does not depend on the layout: any
-number of ranks that divides the lanes continues the same sequence of groups.
+For any number of ranks, selection group j of a run is group j // lanes of lane j mod lanes. Data-parallel rank r of dp
+reads the groups with j mod dp == r, batch_groups of them per micro-batch. After n micro-batches on every rank, the run
+has read exactly its first n * batch_groups * dp groups. A rank's state is this number and the states of its lanes. A
+checkpoint merges the states of all ranks (checkpoint/train_state.py) into one that does not depend on the layout: any
+number of ranks that divides the number of lanes can continue the same sequence of groups.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ LoaderState = dict[str, Any]  # JSON-able
 
 
 class Loaded(NamedTuple):
-    """A micro-batch on the host, and what came with it."""
+    """A micro-batch on the host, the loader's state after it, and the time that it took to arrive."""
 
     batch: Batch
-    state: LoaderState  # a loader restored to it continues after this batch
+    state: LoaderState  # a loader restored from it continues after this batch
     waited: float  # seconds that next() waited for the batch
 
 
 class Loader:
-    """Endless iterator over micro-batches. A thread prepares one batch ahead; an error there is raised by next().
+    """Endless iterator over micro-batches. A thread prepares the next batch; next() raises the thread's errors.
 
-    device: where the batches will go. For a GPU the thread leaves them in page-locked memory.
+    device: the device that batches will be copied to. For a GPU, the thread puts them in page-locked memory.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class Loader:
         self._identity = identity
         self._neighbours = neighbours
         self._dp_rank, self._dp, self._batch_groups = dp_rank, dp, batch_groups
-        self._groups = 0  # groups that all ranks together have read
+        self._groups = 0  # groups read so far, over all ranks
         self._lane_states = {str(number): lane.state() for number, lane in lanes.items()}
         self._pin = device.type == "cuda"
-        start = partial(torch.cuda.set_device, device) if self._pin else None  # a new thread is on GPU 0 otherwise
+        start = partial(torch.cuda.set_device, device) if self._pin else None  # otherwise a new thread uses GPU 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader", initializer=start)
         self._ahead: Future[tuple[Batch, LoaderState]] | None = None
 
     def restore(self, state: LoaderState) -> None:
-        """Go on after the batch that came with this state. Call before the first next()."""
+        """Continue after the batch that came with this state. Call before the first next()."""
         self._groups = state["groups"]
         for number, lane in self._lanes.items():
             lane.restore(state["lanes"][str(number)])
@@ -80,7 +80,7 @@ class Loader:
         started = time.perf_counter()
         ahead = self._ahead or self._thread.submit(self._produce)
         self._ahead = ahead
-        batch, state = ahead.result()  # an error stays in `ahead`: every further call raises it again
+        batch, state = ahead.result()  # an error stays in `ahead`, so every later call raises it again
         self._ahead = self._thread.submit(self._produce)
         return Loaded(batch, state, time.perf_counter() - started)
 
@@ -114,11 +114,13 @@ def make_loader(
     state: LoaderState | None = None,
     device: torch.device = CPU,
 ) -> Loader:
-    """The loader of one data-parallel rank.
+    """Make the loader of one data-parallel rank. Raises UserError if `data` or `state` does not fit the run.
 
-    batch_groups: selection groups in a micro-batch. neighbours: joined to every batch. state: what came with the last
-    batch that was used, merged over the ranks as a checkpoint does; a rank's own state will do at an unchanged number
-    of ranks. device: see Loader.
+    batch_groups: selection groups per micro-batch.
+    neighbours: a store whose neighbours are joined to every batch.
+    state: the state of the last batch that was used, merged over ranks as in a checkpoint. If the number of ranks is
+    unchanged, a rank's own state is sufficient.
+    device: see Loader.
     """
     check_data(data, dp=dp)
     assembler = Assembler(
@@ -149,7 +151,7 @@ def make_loader(
 
 
 def check_data(data: DataConfig, *, dp: int) -> None:
-    """Raise UserError for what is wrong with any documents, on dp data-parallel ranks."""
+    """Check the settings that do not depend on the documents, for dp data-parallel ranks. Raises UserError."""
     if data.lanes % dp:
         raise UserError(f"data.lanes={data.lanes} is not a multiple of the {dp} data-parallel ranks")
     if data.sequence_length < SHORTEST_PIECE:
@@ -157,14 +159,14 @@ def check_data(data: DataConfig, *, dp: int) -> None:
 
 
 def _check_images(assembler: Assembler) -> None:
-    """Raise UserError if an image does not fit: now, not in the middle of the run."""
+    """Raise UserError now, not in the middle of the run, if an image does not fit into a sequence."""
     pairs = np.flatnonzero(assembler.store.has_image)
     if len(pairs):
         assembler(0, int(pairs[0]))
 
 
 def _identity(store: DocumentStore, data: DataConfig, seed: int, neighbours: NeighbourStore | None) -> LoaderState:
-    """Return what must be equal where a loader state is used again."""
+    """Return the settings that must be equal when a loader state is restored."""
     keys = ("lanes", "sequence_length", "group_sequences", "image_fraction")
     identity = {"seed": seed, "documents": len(store), **{f"data.{key}": getattr(data, key) for key in keys}}
     return identity if neighbours is None else identity | {"data.neighbours": neighbours.identity}
