@@ -14,7 +14,6 @@ import sys
 import tokenize
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 
 from tests.support import ROOT
 
@@ -34,7 +33,6 @@ PHRASES = (
     "for ever",
 )
 BANNED = re.compile(rf"\b(?:{'|'.join(PHRASES)})(?!\w)".replace(" ", r"\s+"))
-NOT_YET = Path(__file__).with_name("prose_not_yet.txt")  # files that are still to be rewritten, one a line
 
 
 def findings(path: str, source: str) -> Iterator[str]:
@@ -49,17 +47,11 @@ def findings(path: str, source: str) -> Iterator[str]:
         yield from _banned(path, line, text)
 
 
-def project_findings() -> dict[str, list[str]]:
-    """Return the faults of every file, by its path; files without one are left out."""
+def project_findings() -> list[str]:
+    """Return the faults of all files."""
     files = [file for folder in ("moe_dist", "launch") for file in sorted((ROOT / folder).rglob("*.py"))]
     files += [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    found = {str(file.relative_to(ROOT)): file.read_text() for file in files}
-    return {path: faults for path, source in found.items() if (faults := list(findings(path, source)))}
-
-
-def not_yet() -> set[str]:
-    """Return the files whose prose is still to be rewritten."""
-    return set(NOT_YET.read_text().split()) if NOT_YET.is_file() else set()
+    return [fault for file in files for fault in findings(str(file.relative_to(ROOT)), file.read_text())]
 
 
 def _banned(path: str, line: int, text: str) -> Iterator[str]:
@@ -117,11 +109,8 @@ def _prose_lines(source: str) -> list[tuple[int, str]]:
 
 
 def main() -> int:
-    found, later = project_findings(), not_yet()
-    faults = [fault for path in found.keys() - later for fault in found[path]]
-    print(*sorted(faults), sep="\n", end="\n" if faults else "")
-    if later - found.keys():
-        print(f"without a fault, to be removed from {NOT_YET.name}: {', '.join(sorted(later - found.keys()))}")
+    faults = project_findings()
+    print(*faults, sep="\n", end="\n" if faults else "")
     return int(bool(faults))
 
 

@@ -244,7 +244,7 @@ def collate(
     )
 
 
-def _place(sequences: Sequence[list[Piece]], sequence_length: int) -> tuple[list[tuple[int, Piece]], list[int]]:
+def _place(sequences: Group, sequence_length: int) -> tuple[list[tuple[int, Piece]], list[int]]:
     """Return each piece with the index of its first token, and the document lengths, runs of padding included."""
     placed: list[tuple[int, Piece]] = []
     document_lengths: list[int] = []
