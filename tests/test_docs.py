@@ -103,6 +103,6 @@ def test_the_list_of_files_is_up_to_date():
 def test_where_names_every_file():
     """docs/where.md: a new file belongs in a row of its own."""
     where = (ROOT / "docs" / "where.md").read_text()
-    files = [f for top in ("moe_dist", "launch", "slurm") for f in (ROOT / top).rglob("*.*") if f.suffix in (".py", ".sh")]
-    named = [str(f.relative_to(ROOT)).removeprefix("moe_dist/") for f in files if f.name != "__init__.py"]
-    assert not [path for path in named if f"`{path}`" not in where and path not in NOT_IN_GIT]
+    files = [file for top in ("moe_dist/**/*.py", "launch/*.py", "slurm/*.sh") for file in ROOT.glob(top)]
+    paths = [str(file.relative_to(ROOT)).removeprefix("moe_dist/") for file in files if file.name != "__init__.py"]
+    assert not [path for path in paths if f"`{path}`" not in where and path not in NOT_IN_GIT]

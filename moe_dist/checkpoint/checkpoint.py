@@ -7,6 +7,7 @@ RUN/checkpoints/step_XXXXXXXX/
     manifest.json            size and SHA-256 of the files above, written last
 
 A checkpoint is written to step_XXXXXXXX.tmp and renamed once all ranks' files are on disk. Nothing is pickled.
+A load refuses a checkpoint of another model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The exception for errors that a user can fix, its conversion from other errors, and hints for misspelt names."""
+"""The exception for errors that a user can fix, its conversion from file errors, and hints for misspelt names."""
 
 from __future__ import annotations
 

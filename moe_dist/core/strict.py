@@ -1,6 +1,6 @@
 """Strict settings: frozen pydantic models, YAML, `section.key=value` overrides, and errors that name the key.
 
-An unknown key, a wrong type or a value out of range raises a UserError of one sentence.
+An unknown key, a key given twice, a wrong type or a value out of range raises a UserError of one sentence.
 """
 
 from __future__ import annotations

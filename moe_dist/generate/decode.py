@@ -1,4 +1,5 @@
-"""Token-by-token decoding with a KV cache. Every rank decodes its own samples.
+"""Token-by-token decoding with a KV cache. Every rank decodes its own samples. Models that route by later tokens are
+refused.
 
 Expert-parallel ranks step together. A rank whose samples are all done feeds a padding token until every rank is done.
 A sample does not depend on its rank or on the other samples of the rank.

@@ -3,8 +3,10 @@
 
 A job is attempted until its run is done. A failed attempt is followed by another from the last checkpoint. The
 exceptions are an error that a person must fix, and `max_failures` failures in a row without a newer checkpoint. If an
-attempt's node dies, the attempt cannot record how it ended, so the next attempt works it out. This module does not
-import torch, since it runs before and after the ranks.
+attempt's node dies, the attempt cannot record how it ended, so the next attempt works it out. A
+second job in the same run folder is refused, and run.resume=none applies to a job's first start only (`begin`).
+
+This module does not import torch, since it runs before and after the ranks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Routing losses: load balance, LLaVA-MoLE's pooled balance, and the router z-loss. Padding never counts.
+"""Routing losses: load balance (with null experts as one pool), LLaVA-MoLE's pooled balance, and the router z-loss.
+Padding never counts.
 
 Each loss is a mean over layers, so its weight does not depend on the model's depth. In a composite router, each part (a
 modality of MoMa) has its own loss, and the losses are added.

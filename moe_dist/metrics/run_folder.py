@@ -1,7 +1,8 @@
 """The folder of a run: config.yaml, init_from.json, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/;
 health.json and stacks/ from the checks of the ranks; job.json and logs/ from a scheduler (docs/slurm.md).
 
-Only rank 0 writes. Rewritten files are replaced atomically, so a reader never sees half a file.
+Only rank 0 writes. Rewritten files are replaced atomically, so a reader never sees half a file. When a run resumes, the
+lines of metrics.jsonl after its step are removed.
 
 status.json is the authority on how a run ended, since launchers may exit with 0 after a signal or a failure:
     state     running | done | stopped (there is more to train) | failed

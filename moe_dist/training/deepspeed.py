@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO 1, 2 and 3 with experts. The only file that imports DeepSpeed.
 
 DeepSpeed passes expert groups to ZeRO only for its own MoE classes. A thin subclass of its engine does so for our
-experts, with the groups of our layout. training/engine.py computes a step.
+experts, with the groups of our layout. This file also chooses the optimizer and the parameters with weight decay.
+training/engine.py computes a step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Translation of a recipe's `deepspeed` section (config/deepspeed_section.py) to DeepSpeed's configuration.
+"""Translation of a recipe's `deepspeed` section (config/deepspeed_section.py) to DeepSpeed's configuration, and
+the number of accumulation steps.
 
 This file does not import DeepSpeed.
 """

@@ -13,7 +13,7 @@ HEAD = """# Every file
 
 Generated from the sources by `python -m tests.support.file_map`; a test keeps it up to date. The purpose is the
 beginning of the module's docstring; the names are its public classes and functions. [Architecture](architecture.md)
-says how the rooms fit together and where to change what.
+says how the rooms fit together; [where](where.md) names the file of each decision.
 """
 
 

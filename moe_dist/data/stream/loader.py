@@ -4,7 +4,8 @@ For any number of ranks, selection group j of a run is group j // lanes of lane 
 reads the groups with j mod dp == r, batch_groups of them per micro-batch. After n micro-batches on every rank, the run
 has read exactly its first n * batch_groups * dp groups. A rank's state is this number and the states of its lanes. A
 checkpoint merges the states of all ranks (checkpoint/train_state.py) into one that does not depend on the layout: any
-number of ranks that divides the number of lanes can continue the same sequence of groups.
+number of ranks that divides the number of lanes can continue the same sequence of groups. A state of other data or
+settings is refused.
 """
 
 from __future__ import annotations

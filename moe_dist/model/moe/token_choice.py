@@ -1,4 +1,5 @@
 """Token-choice routing: every token takes the k columns with its highest logits. A column is an expert or null expert.
+`drop_policy` sets which tokens have priority at a full expert.
 
 Shape suffixes: T tokens, D model width, V routed (valid) tokens, E experts, C columns (E experts, then null experts),
 k columns per token.
