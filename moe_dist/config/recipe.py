@@ -1,4 +1,5 @@
-"""The recipe: one YAML file plus overrides, read strictly (core/strict.py) into one typed tree with every key's default.
+"""The recipe: one YAML file plus overrides, read strictly (core/strict.py) into one typed tree
+with every key's default.
 
 Errors that depend on the recipe alone are found here. training/ checks what depends on the ranks or the data.
 """

@@ -3,8 +3,8 @@
 Example: "deciduous tree. forest, shedding, green, deciduous, tree, habitat. (animals & nature: other plants)"
 
 The order of the keywords is drawn by hash for each image. In emojibase's alphabetical order, the images of all vendors
-and most skin tones would share one caption, which a model would memorize. Variants of one emoji by skin tone, gender and
-vendor are in the same split (`base_concept`).
+and most skin tones would share one caption, which a model would memorize. Variants of one emoji by skin tone, gender
+and vendor are in the same split (`base_concept`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Metric sinks: metrics.jsonl always, TensorBoard and W&B if the recipe asks for them. metrics/metric_keys.py has the
 keys.
 
-metrics.jsonl is the record of a run, so the run ends if it cannot be written. Non-finite numbers become null in it. TensorBoard and W&B are conveniences: if
-one fails, a warning is printed and the sink is removed.
+metrics.jsonl is the record of a run, so the run ends if it cannot be written. Non-finite numbers become null in it.
+TensorBoard and W&B are conveniences: if one fails, a warning is printed and the sink is removed.
 """
 
 from __future__ import annotations

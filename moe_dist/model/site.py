@@ -1,5 +1,5 @@
-"""The place of a module in the model: the only source of parameter names, and the standard deviations of initial values,
-while a model is built.
+"""The place of a module in the model: the only source of parameter names, and the standard deviations of initial
+values, while a model is built.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A run, built from its recipe and trained: the order of steps, evaluations, log lines and checkpoints, and when each is
-due. Only this module and training/setup.py import all rooms."""
+"""A run, built from its recipe and trained: the order of steps, evaluations, log lines and checkpoints, and when each
+is due. Only this module and training/setup.py import all rooms.
+"""
 
 from __future__ import annotations
 
