@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_dist.config.recipe import Config, load_config
+from moe_dist.config.recipe import Config, load_config, save_config
 from moe_dist.core.errors import UserError
 from moe_dist.data.cache.token_cache import build_cache, load_vocabulary
 from moe_dist.data.shards.tars import Sample, write_shards
@@ -126,7 +126,7 @@ def test_an_evaluation_of_nothing_is_told_before_the_launcher_ends_the_ranks(tmp
     """The launcher ends the other ranks as soon as the first one exits."""
     for folder, sentence in ((tmp_path / "none", "none"), (tmp_path, "holds no complete checkpoint")):
         if folder.exists():
-            shutil.copy(ROOT / MOMA, folder / "config.yaml")
+            save_config(load_config(ROOT / MOMA), folder / "config.yaml")
         done = launch_tool(TORCHRUN, "evaluate.py", [str(folder), "parallel.expert=2"])
         assert done.returncode != 0
         told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

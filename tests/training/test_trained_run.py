@@ -37,7 +37,7 @@ def logits_of(forward, run, store):
 
 def train_and_open(rank: int, overrides: list[str]) -> dict[str, object]:
     """With EP=2, save after two steps and after a third. Open the first checkpoint with EP=2 and with EP=1."""
-    config = load_config(MOMA, [*overrides, "parallel.expert=2", "deepspeed.optimizer.params.lr=0.01"])
+    config = load_config(MOMA, [*overrides, "parallel.expert=2", "schedule.peak_lr=0.01"])
     folder = RunFolder(Path(config.run.dir))
     run = Run.build(config, make_layout(expert=2, device=init_distributed()), folder)
     if rank == 0:
