@@ -49,8 +49,7 @@ class Experts(Protocol):
     ) -> Tensor: ...
 
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
-        """Return the matrix products for `rows` (token, expert) assignments, including `gates`, the products of the
-        router.
+        """Return the matrix products for `rows` (token, expert) assignments. gates: the router's products to include.
 
         The order matters for the cost: the gradient of the combine weights flows back through the products that come
         after the gates, but not through those before the gates.
