@@ -112,7 +112,7 @@ class TokenInfo:
     def once_per_token(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """Return make(), an int64 tensor [T], cached as in `once`.
 
-        The TokenInfos that `select` and `of_modality` return inherit this cache.
+        The TokenInfo that `select` or `of_modality` returns inherits this cache.
         """
         if name not in self._made_per_token:
             self._made_per_token[name] = make()
