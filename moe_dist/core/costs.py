@@ -34,7 +34,7 @@ def num_weights(linear: nn.Linear) -> int:
 def no_products(*modules: nn.Module) -> Product:
     """Return an empty Product for modules without matrix products, such as norms.
 
-    It contains their parameters, because gradients must reach these if they are trained.
+    The Product contains the modules' parameters, because gradients must reach these parameters if they are trained.
     """
     return Product(0, tuple(parameter for module in modules for parameter in module.parameters()))
 

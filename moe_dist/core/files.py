@@ -34,7 +34,7 @@ class StoredFile:
 
 
 def partial_path(path: Path, *, shared: bool = False) -> Path:
-    """Return the temporary path to write to before `path` is replaced.
+    """Return the temporary path at which a new version of `path` is written.
 
     shared: True if other processes may write `path` at the same time.
     """

@@ -18,7 +18,8 @@ def compiled(pattern: str) -> re.Pattern[str]:
 def matching(patterns: Iterable[str], names: Collection[str], *, key: str, what: str) -> set[str]:
     """Return the names that match any of the patterns. Raises UserError naming a pattern that matches no name.
 
-    key, what: for the error message, the recipe's key that holds the patterns, and what the names are names of.
+    key, what: for the error message, the recipe's key that holds the patterns and the kind of thing that has these
+    names.
     """
     found: set[str] = set()
     for pattern in patterns:

@@ -59,7 +59,7 @@ class Objective(Protocol):
 
 
 class ShardedModel(Protocol):
-    """Interface that checkpointing needs of a model under ZeRO and its optimizer.
+    """Interface that checkpointing needs from a model under ZeRO and its optimizer.
 
     training/engine.py implements it.
     """

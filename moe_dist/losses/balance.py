@@ -33,7 +33,7 @@ class LoadBalance:
 
     scope: the set of tokens over which the load is balanced. "group" is a selection group and "sequence" a packed
     sequence; the loss is the mean over these sets. "global" is the global batch: f is exact over all data-parallel
-    ranks. Over accumulation steps it is a running mean of the micro-batches so far, because later ones are not known
+    ranks. Over accumulation steps, f is a running mean of the micro-batches so far, because later ones are not known
     yet.
     """
 

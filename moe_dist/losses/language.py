@@ -1,4 +1,5 @@
-"""Next-token cross-entropy as a sum. The objective divides it by the token count over all ranks and accumulation steps.
+"""Next-token cross-entropy as a sum. The objective divides the sum by the token count over all ranks and accumulation
+steps.
 
 Shape suffixes: T tokens, V vocabulary, M modalities.
 """

@@ -38,7 +38,7 @@ class Attending(Protocol):
 
 
 class Documents(Attending, Protocol):
-    """Interface of the document boundaries of a micro-batch, which also compute attention within each document."""
+    """Interface of a micro-batch's document boundaries. They also compute attention within each document."""
 
     def select(self, info: TokenInfo) -> Documents:
         """Return the same documents with only the tokens of `info`, a result of TokenInfo.select."""
@@ -48,7 +48,7 @@ class Documents(Attending, Protocol):
 def locate_documents(lengths: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> Documents:
     """Build the Documents of a micro-batch from the lengths (host values) of its concatenated documents.
 
-    device, dtype: device and dtype of the hidden states. They decide which attention kernel is used.
+    device, dtype: the device and the dtype of the hidden states. They decide which attention kernel is used.
     """
     if _uses_flash(device, dtype):
         return VarlenDocuments.build(lengths, device)
@@ -74,8 +74,8 @@ class BucketedDocuments:
 
     Each document is padded to a multiple of 16 tokens. Documents of equal padded length form a bucket, and attention is
     computed as one dense batch per bucket. The padded length of a document depends only on the document's own length,
-    not on its neighbours. Padding repeats the last token of the document. It comes after all real tokens, so no real
-    query sees it. The output at padding positions is dropped, so padding gets zero gradient.
+    not on its neighbours. Padding repeats the last token of the document. Padding comes after all real tokens, so no
+    real query sees it. The output at padding positions is dropped, so padding gets zero gradient.
     """
 
     gather_P: Tensor  # int64, the token at each padded position
@@ -121,9 +121,10 @@ class BucketedDocuments:
 
 @dataclass(frozen=True, slots=True)
 class VarlenDocuments:
-    """Document boundaries as cumulative lengths for flash attention, whose kernel needs CUDA and half precision.
+    """Document boundaries as cumulative lengths, the format of the flash attention kernel.
 
-    Tests without a GPU check the arguments of the kernel call with a stand-in for the kernel.
+    The kernel needs CUDA and half precision. Tests without a GPU use a stand-in for the kernel, which checks the
+    arguments of the call.
     """
 
     ends: Tensor  # int32: 0, then the end of each document

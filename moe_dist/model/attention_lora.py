@@ -50,8 +50,9 @@ class LoRALinear(nn.Linear):
     def with_dropout(self, x_TI: Tensor, token_id_T: Tensor) -> Tensor:
         """Return the input of `forward`: x_TI, followed by one copy of x_TI with dropout for each part.
 
-        Shape: [T, I * (1 + number of parts)]. If dropout is off (rate 0, or evaluation), x_TI itself is returned, [T,
-        I]. Dropout is seeded by the token ids. Megatron cannot pass them to `forward`, so dropout is applied here.
+        The shape is [T, I * (1 + number of parts)]. If dropout is off (rate 0, or evaluation), the result is x_TI
+        itself. Dropout is seeded by the token ids. Megatron cannot pass token ids to `forward`, so dropout is applied
+        here.
         """
         if not (self.training and self.dropout):
             return x_TI

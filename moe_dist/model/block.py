@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 def build_ffn(config: ModelConfig, site: Site, layout: Layout) -> SwiGLU | MoELayer:
-    """Build the feed-forward part of a block: SwiGLU if it is dense, otherwise an expert layer.
+    """Build the feed-forward part of a block: a SwiGLU if the recipe's is dense, otherwise an expert layer.
 
     Both are called with (x_TD, info) and return (y_TD, RoutingRecord or None).
     """

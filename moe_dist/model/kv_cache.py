@@ -53,7 +53,7 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """The cached sequences that the documents of a micro-batch continue. Every layer gets its documents from here."""
+    """A micro-batch whose documents continue cached sequences. It provides the documents for every layer."""
 
     cache: KVCache
     sequence_N: Tensor  # int64, the sequence that each document continues

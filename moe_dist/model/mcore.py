@@ -34,7 +34,10 @@ with warnings.catch_warnings():  # megatron warns four times about packages that
 
 
 class OneRankGroup:
-    """Stand-in for a process group of one rank, which megatron requires for each unused parallel dimension."""
+    """Stand-in for a process group of one rank.
+
+    Megatron requires a process group for each parallel dimension, even if the dimension is unused.
+    """
 
     def size(self) -> int:
         return 1

@@ -23,8 +23,8 @@ class MixtureOfDepths(nn.Module):
     """Wrapper of a block that computes x + s (block(x) - x) for admitted tokens and returns other tokens unchanged.
 
     Source: Raposo et al., arXiv 2404.02258, eq. 1. The gate value s multiplies the block's update of the residual
-    stream, so the gate gets a gradient. s is a sigmoid, as in MoMa (arXiv 2407.21770). MoMa does not say where s
-    enters. The block sees only the admitted tokens: each of them attends to the earlier admitted tokens of its
+    stream, so the gate gets a gradient. s is a sigmoid, as in MoMa (arXiv 2407.21770). MoMa does not say where s enters
+    the computation. The block sees only the admitted tokens: each of them attends to the earlier admitted tokens of its
     document, at their original positions, and expert choice selects among the admitted tokens.
 
     The wrapper is called with the same arguments as the block. The block is registered among the model's layers, not

@@ -114,8 +114,8 @@ class Transformer(nn.Module):
         info: facts about the tokens. With `info.causally()`, routing is causal, as inference requires. Otherwise,
         routing is the same as in training. Raises UserError if causal routing is requested and a router has no way to
         be causal (`can_route_causally`).
-        decoding: if given, the documents of the micro-batch continue cached sequences, and their positions in `info`
-        must continue the positions of these sequences.
+        decoding: if given, the documents of the micro-batch continue cached sequences. The positions in `info` must
+        then continue the positions of the cached sequences.
         """
         config = self.config
         x_TD = self.embedding(tokens_T)

@@ -74,7 +74,7 @@ def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
 
 
 class _ZeroEngine(DeepSpeedEngine):
-    """DeepSpeed's engine, changed to treat our experts as MoE layers, which it would not do by itself."""
+    """DeepSpeed's engine, adapted so that it treats our experts as MoE layers."""
 
     def __init__(self, model: nn.Module, config: dict[str, Any], optimizer: Any) -> None:
         super().__init__(
@@ -88,8 +88,8 @@ class _ZeroEngine(DeepSpeedEngine):
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         super()._configure_distributed_model(model)
-        # With has_moe_layers, stages 1 and 2 require experts in the optimizer, so frozen ones do not count. Stage 3 must
-        # place frozen experts as well.
+        # If this is set, stages 1 and 2 require a parameter group of experts in the optimizer, so only trained experts
+        # count. Stage 3 must place frozen experts as well.
         self.has_moe_layers = any(
             is_stacked(parameter) and (parameter.requires_grad or self.zero_optimization_partition_weights())
             for parameter in model.parameters()
@@ -109,15 +109,15 @@ class _ZeroEngine(DeepSpeedEngine):
         return zero
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
-        """Select the ZeRO optimizer class for every dtype.
+        """Use the same ZeRO optimizer class for every dtype.
 
-        By default DeepSpeed would use a class with a different layout for bf16 in stage 1.
+        For bf16 in stage 1, DeepSpeed would use a class whose state has a different layout.
         """
         return ZERO_OPTIMIZATION
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed prepares backward with hooks on the tensors that a model returns. Our model returns its tensors inside
-        # a record, where DeepSpeed does not find them, so the loss gets the hook.
+        # DeepSpeed prepares backward with hooks on the tensors that a model returns. Our model returns them inside
+        # a record, where DeepSpeed does not find them, so the hook is put on the loss.
         register_output_backward_hooks(loss, self._backward_prologue)
         super().backward(loss, scale_wrt_gas=False)
 

@@ -46,7 +46,7 @@ class StepResult:
 
 
 class Zero(Protocol):
-    """Interface that an optimizer step needs of DeepSpeed's engine."""
+    """Interface that an optimizer step needs from DeepSpeed's engine."""
 
     module: nn.Module
     global_steps: int

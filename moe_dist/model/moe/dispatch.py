@@ -50,7 +50,7 @@ class Receipt:
 
 class Dispatcher(Protocol):
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan, token_id_T: Tensor | None = None) -> tuple[Tensor, Receipt]:
-        """Send each assigned token to the rank of its expert. Returns this rank's rows and their receipt.
+        """Send each token to the ranks of its experts. Returns the rows that this rank received, and their receipt.
 
         token_id_T: global token ids to send with the rows.
         """

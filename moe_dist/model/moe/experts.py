@@ -37,8 +37,8 @@ class Experts(Protocol):
     """Interface of the experts of a rank: an nn.Module whose constructor takes (settings, HeldExperts).
 
     The rows of a call are sorted by local expert. counts_e (host values) is the number of rows of each local expert.
-    weights_R is the combine weight of each row. If an expert or the whole rank has no rows, the gradient of its
-    trainable parameters must be zero, not None.
+    weights_R is the combine weight of each row. If an expert has no rows, the gradient of its trainable parameters must
+    be zero, not None. This also holds if the whole rank has no rows.
     """
 
     experts_per_token: int | None  # number of experts that a router must choose for every token; None: any
@@ -69,7 +69,8 @@ class GroupedExperts(nn.Module):
 
     All experts are computed together in two grouped matrix products. The parameters are stacked, one row per expert
     (core/expert_rows.py). If experts are split into slices (Placement), this class treats each slice as an expert. The
-    hidden sizes of an expert's slices add up to the expert's hidden size F, and their outputs add up to its output.
+    hidden sizes of an expert's slices add up to the expert's hidden size F, and the outputs of the slices add up to the
+    expert's output.
     """
 
     experts_per_token = None
@@ -148,8 +149,8 @@ def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
     """Return True if torch has a correct grouped kernel for these rows.
 
     On CUDA there is a kernel for bfloat16 on compute capability 9.0 and 10.0. In other cases torch would sync with the
-    host. On 10.0 the kernel did not write the weight gradients of experts without rows (pytorch issue 172439), so it is
-    used only if every expert has rows.
+    host. On 10.0 the kernel did not write the weight gradients of experts without rows (pytorch issue 172439). There it
+    is used only if every expert has rows.
     """
     if x_RD.dtype != torch.bfloat16:
         return x_RD.is_cpu and x_RD.dtype == torch.float32

@@ -24,11 +24,11 @@ from moe_dist.model.site import Site
 
 
 class LowRank(nn.Module):
-    """The low-rank delta (alpha / r) dropout(x) A B of one weight, or a stack of such deltas, one per expert.
+    """The LoRA delta (alpha / r) dropout(x) A B for one weight, or a stack of such deltas, one per expert.
 
-    Source: LoRA, Hu et al., arXiv 2106.09685, eq. 3. A [D, r] has the scale of Kaiming initialisation with a = sqrt(5).
-    B [r, F] starts at zero, so the delta starts at zero. Dropout is a function of (seed, name, token, column), so it is
-    the same in every layout and after a resume.
+    Source: Hu et al., arXiv 2106.09685, eq. 3. A [D, r] has the scale of Kaiming initialisation with a = sqrt(5). B [r,
+    F] starts at zero, so the delta starts at zero. Dropout is a function of (seed, name, token, column), so it is the
+    same in every layout and after a resume.
     """
 
     def __init__(

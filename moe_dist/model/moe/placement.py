@@ -35,11 +35,12 @@ def slice_id(number: int, expert: int, num_experts: int) -> int:
 
 
 def make_placement(expert_groups: Sequence[Sequence[int]], ep: int, slices: int = 1) -> Placement:
-    """Place experts on ranks: the same number on every rank, and from each group (modality) equal numbers up to one.
+    """Place the same number of experts on every rank, and nearly the same number of each group (modality).
 
-    Group by group, each rank first gets an equal share, rounded down. The remaining experts of the group go to the
-    ranks with the fewest experts so far. The totals of the ranks therefore never differ by more than one, and they are
-    equal in the end. Raises UserError if `ep` does not divide the number of experts times slices.
+    The numbers of experts of one group differ by at most one between ranks: group by group, each rank first gets an
+    equal share, rounded down. The remaining experts of the group then go to the ranks with the fewest experts so far.
+    The totals of the ranks therefore never differ by more than one, and they are equal in the end. Raises UserError if
+    `ep` does not divide the number of experts times slices.
 
     Slices are placed like experts: the first slices of all experts in a group come before the second slices. If
     `slices` is ep / gcd(ep, sizes of the groups), every rank holds the same number of slices of each group, and never

@@ -22,9 +22,8 @@ from moe_dist.model.site import Site
 
 # Selection compares logits rounded to multiples of 2^-14 (the grid), so logits that differ only by rounding errors tie
 # in every layout. The high bits of a key are the grid position (logits beyond +-256 tie). The low 40 bits are a hash,
-# which breaks ties. The last bit of a float32
-# between 512 and 1024 is worth 2^-14, so adding 768 to a logit rounds it to the grid and leaves the grid position in
-# the low bits of the sum. In float64, 1.5 * 2^38 does the same.
+# which breaks ties. The last bit of a float32 between 512 and 1024 is worth 2^-14, so adding 768 to a logit rounds it
+# to the grid and leaves the grid position in the low bits of the sum. In float64, adding 1.5 * 2^38 does the same.
 _HASH_BITS = 40
 _LIMIT, _STEP = 256.0, 2.0**-14
 _MIDDLE = {torch.float32: (768.0, torch.int32), torch.float64: (1.5 * 2.0**38, torch.int64)}
@@ -104,9 +103,10 @@ class Gate(RouterPart):
 
 
 def router_products(router: nn.Module, scored: Sequence[int], *, detached: bool = False) -> list[list[Product]]:
-    """Return one list of matrix products for each part of a router that is detached, or with detached=False, is not.
+    """Return one list of matrix products for each detached part of a router, or for each of the other parts.
 
-    scored: the number of tokens in each Routing of the router's record. If `scored` is empty, the result is empty.
+    detached: selects the detached parts. scored: the number of tokens in each Routing of the router's record. If
+    `scored` is empty, the result is empty.
     """
     planners = zip(_planners(router), scored, strict=True) if scored else ()
     parts = [(part, tokens) for planner, tokens in planners for part in _parts_of(planner)]
@@ -132,7 +132,7 @@ def _parts_of(router: nn.Module) -> Iterator[RouterPart]:
 
 
 def precise_linear(x_VD: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    """Compute x W^T (+ b) in float32 (float64 for float64 input), whatever the weight dtype and autocast."""
+    """Compute x W^T (+ b) in float32 (float64 for float64 input), independently of the weight dtype and autocast."""
     dtype = torch.promote_types(x_VD.dtype, torch.float32)
     with _no_autocast(x_VD.device.type):
         bias = None if bias_C is None else bias_C.to(dtype)
