@@ -1,4 +1,6 @@
-"""Exceptions for errors that a user can fix and for bugs on other ranks, and hints for misspelt names."""
+"""Exceptions for errors that a user can fix and for bugs on other ranks, the conversion of file errors, and hints for
+misspelt names.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The place of a module in the model, from which parameter names and initial values are derived."""
+"""The place of a module in the model, from which parameter names and the standard deviations of initial values are
+derived.
+"""
 
 from __future__ import annotations
 

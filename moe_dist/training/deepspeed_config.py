@@ -1,5 +1,5 @@
-"""Translation of a recipe's `deepspeed` section (config/deepspeed_section.py) to DeepSpeed's configuration, and
-the number of accumulation steps.
+"""Translation of a recipe's `deepspeed` section (config/deepspeed_section.py) to DeepSpeed's configuration, and the
+number of accumulation steps.
 
 This file does not import DeepSpeed.
 """

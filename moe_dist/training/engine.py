@@ -3,7 +3,8 @@
 The terms of the objective are sums divided by counts, both over all ranks and micro-batches. The gradient is clipped by
 the norm over all parameters, with each expert counted once. DeepSpeed averages all gradients over all ranks. This
 includes the gradients of experts, which the all-to-all has already summed over the expert-parallel ranks. The loss of
-every rank is therefore scaled by the number of data-parallel ranks, and by nothing else.
+every rank is therefore scaled by the number of data-parallel ranks, and by nothing else. If a loss or gradient is
+non-finite, all ranks skip the step or end the run (train.non_finite).
 """
 
 from __future__ import annotations

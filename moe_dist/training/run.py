@@ -1,4 +1,6 @@
-"""A training run, from its recipe to its end. Only this module and training/setup.py import all rooms."""
+"""A training run, built from its recipe: the order of steps, evaluations, log lines and checkpoints, and when each is
+due. Only this module and training/setup.py import all rooms.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """Set-up of a run from its recipe: checks of the recipe, the data, and the checkpoint that the model starts from.
 
-Missing prerequisites and a checkpoint of other tokenizers are refused here; a warning counts the skipped samples.
+Missing prerequisites and checkpoints with different tokenizers are refused here. A warning reports the number of
+skipped samples.
 """
 
 from __future__ import annotations

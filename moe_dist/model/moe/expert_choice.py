@@ -1,5 +1,5 @@
-"""Expert-choice routing, over all tokens (moe_8x) or within each modality (MoMa, arXiv 2407.21770, eq. 1), with Gumbel
-noise in training if set.
+"""Expert-choice routing, over all tokens (moe_8x) or within each modality (MoMa, arXiv 2407.21770, eq. 1), with
+optional Gumbel noise in training.
 
 Shape suffixes: T tokens, D model width, E experts of this router, V routed tokens, K tokens that an expert takes from
 all selection groups together.

@@ -1,5 +1,5 @@
-"""The router interface, and the parts that routers share: gates, selection keys, which break ties between logits by a
-hash, and margins.
+"""The router interface, and the parts that routers share: gates, margins, and selection keys, in which a hash breaks
+ties between logits.
 
 Shape suffixes: T tokens, D model width, V routed (valid) tokens, C columns of the gate (experts, then null experts).
 """

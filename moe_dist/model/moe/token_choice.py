@@ -1,5 +1,5 @@
 """Token-choice routing: every token takes the k columns with the highest logits. A column is an expert or a null
-expert.
+expert. `drop_policy` sets which tokens have priority at a full expert.
 
 Shape suffixes: T tokens, D model width, V routed (valid) tokens, E experts, C columns (E experts, then null experts), k
 columns per token.
