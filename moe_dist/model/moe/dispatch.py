@@ -4,8 +4,8 @@ Shape suffixes: T tokens, D model width, E experts, e experts (or expert slices)
 expert-parallel group, N assignments made on this rank, R rows received on this rank.
 
 A dispatcher has no parameters: it follows a RoutingPlan. Rows are copies of tokens, sorted by expert. Each row is sent
-with its combine weight, which keeps its own dtype and its gradient. The Experts class applies the combine weights. If
-experts are split into slices (Placement), each slice gets all rows of its expert, and the expert's output is the sum
+together with a combine weight. Combine weights keep their dtype and their gradient, and the Experts class applies them.
+If experts are split into slices (Placement), each slice gets all rows of its expert, and the expert's output is the sum
 over its slices. `combine` and the gradient of `dispatch` sum the rows of a token in float32 or wider and round the sum
 once to the rows' dtype. The sum is bitwise repeatable on CPU, and on CUDA under
 torch.use_deterministic_algorithms(True).

@@ -158,10 +158,11 @@ def selection_keys(logits_VC: Tensor, info: TokenInfo, key: int, scope: str = "g
 
 
 def _ids(info: TokenInfo, columns: int, scope: str) -> Tensor:
-    """Return int64 [V, C], a well-mixed number for every (token, column). Routers that see the same tokens share it.
+    """Return a well-mixed number for every (token, column), int64 [V, C].
 
-    Each router multiplies the numbers by its own odd number. The high bits of the product are a hash (Dietzfelbinger et
-    al., "A Reliable Randomized Algorithm for the Closest-Pair Problem", J. Algorithms 1997).
+    Routers that see the same tokens share these numbers. Each router multiplies them by its own odd number. The high
+    bits of the product are a hash (Dietzfelbinger et al., "A Reliable Randomized Algorithm for the Closest-Pair
+    Problem", J. Algorithms 1997).
     """
 
     def make() -> Tensor:
