@@ -27,10 +27,11 @@ Record = TypeVar("Record", "TokenInfo", "Batch")
 
 @dataclass(frozen=True, kw_only=True)  # no slots: cached properties need a __dict__
 class TokenInfo:
-    """Facts about T tokens. Tensors are on the model's device; tuples are on the host, so reading them needs no sync.
+    """Facts about the T tokens of a micro-batch.
 
-    Results that every layer derives from these facts are computed once and cached (`once`, `once_per_token`). A copy
-    made by dataclasses.replace starts with empty caches.
+    Tensors are on the model's device. Tuples are on the host, so reading a tuple needs no sync. Results that every
+    layer derives from these facts are computed once and cached (`once`, `once_per_token`). A copy made by
+    dataclasses.replace starts with empty caches.
     """
 
     modality_T: Tensor  # int64, index into MODALITIES
@@ -56,10 +57,10 @@ class TokenInfo:
         num_groups: int,
         num_sequences: int | None = None,
     ) -> TokenInfo:
-        """Derive indices and host-side counts from CPU tensors.
+        """Build a TokenInfo from CPU tensors: derive its indices and its host-side counts.
 
-        Groups are contiguous and of equal size, and so are packed sequences. num_sequences: by default each group is
-        one sequence.
+        Selection groups are contiguous and of equal size, and so are packed sequences. num_sequences: the number of
+        packed sequences; by default each group is one sequence. Raises ValueError if the sizes do not match.
         """
         num_tokens, sequences = modality_T.numel(), num_sequences or num_groups
         if num_tokens % sequences or sequences % num_groups or sum(document_lengths) != num_tokens:
@@ -102,20 +103,23 @@ class TokenInfo:
         return {}
 
     def once(self, name: Any, make: Callable[[], Made]) -> Made:
-        """Return make(), cached: later calls with this name return the first result."""
+        """Return make() and cache the result. Later calls with the same `name` return the cached result."""
         if name not in self._made:
             self._made[name] = make()
         made: Made = self._made[name]
         return made
 
     def once_per_token(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """Return make(), int64 [T], cached as in `once`. Values made by `select` and `of_modality` inherit it."""
+        """Return make(), an int64 tensor [T], cached as in `once`.
+
+        The TokenInfo that `select` or `of_modality` returns inherits this cache.
+        """
         if name not in self._made_per_token:
             self._made_per_token[name] = make()
         return self._made_per_token[name]
 
     def of_modality(self, modality: int) -> TokenInfo:
-        """Return the same tokens with only those of one modality valid."""
+        """Return a TokenInfo of the same tokens in which only the tokens of one modality are valid."""
         return self.once(("modality", modality), lambda: self._of_modality(modality))
 
     def _of_modality(self, modality: int) -> TokenInfo:
@@ -132,10 +136,11 @@ class TokenInfo:
         return part
 
     def competing(self, scope: str = "group") -> tuple[Tensor, list[int]]:
-        """Return the indices of the valid tokens, set by set, and the number of tokens in each competing set.
+        """Return the indices of the valid tokens, set by set, and the number of valid tokens in each set.
 
-        The sets are selection groups (scope "group", in the order of `members`), the tokens of one modality within a
-        group ("modality"), or packed sequences ("sequence").
+        A set consists of tokens that compete with each other. `scope` says which: the tokens of a selection group
+        ("group", in the order of `members`), the tokens of one modality in a selection group ("modality"), or the
+        tokens of a packed sequence ("sequence").
         """
         return self.once(("competing", scope), lambda: self._competing(scope))
 
@@ -150,7 +155,10 @@ class TokenInfo:
         return torch.cat(self.members()), sizes
 
     def members(self, modality: int | None = None) -> list[Tensor]:
-        """Return the indices of the valid tokens of each selection group, of one modality or, by default, of all."""
+        """Return the indices of the valid tokens of each selection group.
+
+        modality: if given, return only the tokens of this modality.
+        """
         flat = [count for row in self.modality_counts for count in row]
         pieces = self.by_modality_V.split(flat)
         groups = self.num_groups
@@ -159,10 +167,11 @@ class TokenInfo:
         return [torch.cat([pieces[m * groups + g] for m in range(len(MODALITIES))]) for g in range(groups)]
 
     def select(self, keep_T: Tensor, read: Callable[[Tensor], list[int]]) -> tuple[Tensor, TokenInfo]:
-        """Select some of the valid tokens, in order. Returns their indices token_K, and their TokenInfo.
+        """Select the tokens for which keep_T is true, in order. Returns their indices token_K and their TokenInfo.
 
-        A document keeps its number and its place in document_lengths, even if no token of it is left (length 0).
-        read: copies int64 counts to the host (split_sizes in model/moe/dispatch.py). It is called once.
+        keep_T: must be false for padding. A document keeps its number and its place in document_lengths, even if no
+        token of the document is left (length 0).
+        read: a function that copies int64 counts to the host (split_sizes in model/moe/dispatch.py). It is called once.
         """
         of_groups = [count for row in self.modality_counts for count in row]
         keep = keep_T.index_select(0, self.once("orders", self._orders))  # keep_T in three orders, see _orders
@@ -185,12 +194,18 @@ class TokenInfo:
         return token_K, inner
 
     def _orders(self) -> Tensor:
-        """Return the indices of the valid tokens by modality, of the valid tokens by sequence, and of all tokens."""
+        """Return three lists of indices, concatenated.
+
+        They are the valid tokens by modality, the valid tokens by sequence, and all tokens.
+        """
         all_T = torch.arange(self.num_tokens, device=self.valid_T.device)
         return torch.cat([self.by_modality_V, self.competing("sequence")[0], all_T])
 
     def _of_tokens(self, token_K: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Gather the per-token fields and once_per_token results of some valid tokens, in one operation."""
+        """Gather facts about some valid tokens in one operation.
+
+        Returns the per-token fields, and the cached results of once_per_token.
+        """
         numbers = {name: getattr(self, name) for name in _OF_EACH_TOKEN} | self._made_per_token
         table_FT = self.once(("table", *numbers), lambda: torch.stack(list(numbers.values())))
         found = dict(zip(numbers, table_FT.index_select(1, token_K).unbind()))
@@ -198,7 +213,10 @@ class TokenInfo:
         return fields_K | {"valid_T": torch.ones_like(token_K, dtype=torch.bool)}, found
 
     def causally(self) -> TokenInfo:
-        """Return the same tokens with causal routing, for inference: expert choice uses auxiliary routers."""
+        """Return a copy that requests causal routing, for inference.
+
+        With causal routing, auxiliary routers replace routers whose choice depends on later tokens.
+        """
         return replace(self, causal=True)
 
     def to(self, device: torch.device | str) -> TokenInfo:
@@ -209,7 +227,7 @@ _OF_EACH_TOKEN = ("modality_T", "document_T", "position_T", "token_id_T")  # int
 
 
 def _sums(keep: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return the number of true values of `keep` in each of the consecutive runs of these lengths."""
+    """Divide `keep` into consecutive runs of these lengths. Return the number of true values in each run."""
     ends = torch.tensor([0, *accumulate(lengths)], device="cpu").to(keep.device, non_blocking=True)
     return F.pad(keep.cumsum(0), (1, 0)).index_select(0, ends).diff()
 
@@ -221,7 +239,7 @@ def _first(keep: Tensor, number: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """One micro-batch of whole selection groups."""
+    """One micro-batch: its tokens, their targets and facts about them. It consists of whole selection groups."""
 
     tokens_T: Tensor  # int64 vocabulary ids
     targets_T: Tensor  # int64, the next token of the same document
@@ -231,7 +249,7 @@ class Batch:
     sidecar: Mapping[str, Tensor] = field(default_factory=dict)  # optional tensors, such as neighbours
 
     def causally(self) -> Batch:
-        """Return the same micro-batch with causal routing (TokenInfo.causally)."""
+        """Return a copy that requests causal routing (TokenInfo.causally)."""
         return replace(self, info=self.info.causally())
 
     def to(self, device: torch.device | str) -> Batch:

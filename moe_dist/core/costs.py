@@ -1,7 +1,7 @@
-"""Descriptions of a model's arithmetic, which model/ makes and metrics/flops.py counts.
+"""Descriptions of the arithmetic that a model does. model/ creates them, and metrics/flops.py computes FLOPs from them.
 
-Only matrix products count, in multiply-adds; norms, activations and softmax do not. Neither do recomputed activations
-and the empty rows of pad_to_capacity.
+Only matrix products are counted, in multiply-adds. Norms, activations, softmax, recomputed activations and the padding
+rows of pad_to_capacity are not counted.
 """
 
 from __future__ import annotations
@@ -14,42 +14,45 @@ from torch import Tensor, nn
 
 
 class Product(NamedTuple):
-    """Matrix products of one kind in a forward pass."""
+    """Matrix products in a forward pass: their total number of multiply-adds, and the weights among their factors."""
 
     multiply_adds: int
     weights: tuple[Tensor, ...] | None  # the parameters among the factors; None: both factors are activations
-    beside_lora: bool = False  # the module itself keeps these weights frozen
+    beside_lora: bool = False  # True for weights that the module itself keeps frozen, next to LoRA deltas
 
 
 def linear_product(linear: nn.Linear, rows: int, *, beside_lora: bool = False) -> Product:
-    """Return the product of a linear layer and this number of rows."""
+    """Return the Product of applying a linear layer to `rows` rows."""
     return Product(num_weights(linear) * rows, (linear.weight,), beside_lora)
 
 
 def num_weights(linear: nn.Linear) -> int:
-    """Return the number of weights of a linear layer, even if ZeRO has partitioned them."""
+    """Return the number of weights of a linear layer, which is correct even if ZeRO has partitioned them."""
     return linear.in_features * linear.out_features
 
 
 def no_products(*modules: nn.Module) -> Product:
-    """Return an empty product with the parameters of modules such as norms: if trained, gradients must reach them."""
+    """Return an empty Product for modules without matrix products, such as norms.
+
+    The Product contains the modules' parameters, because gradients must reach these parameters if they are trained.
+    """
     return Product(0, tuple(parameter for module in modules for parameter in module.parameters()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWork:
-    """The amount of work in one layer for a micro-batch."""
+    """The amount of work that one layer does for a micro-batch."""
 
     tokens: int  # number of tokens that the layer processes
-    pairs: int  # (query, earlier or same key) within documents: L (L + 1) / 2 for a length L
-    rows: int  # (token, expert) assignments, whichever rank computes them; the tokens if the FFN is dense
+    pairs: int  # (query, key) pairs within documents: L (L + 1) / 2 for a document of length L
+    rows: int  # (token, expert) assignments of the tokens, on any rank; the number of tokens if the FFN is dense
     scored: Sequence[int] = ()  # tokens scored by each part of the expert layer's router; (): do not count the router
     depth_scored: Sequence[int] = ()  # the same for the layer's mixture-of-depths router
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """The amount of work in a model for a micro-batch. Mappings are by layer number."""
+    """The amount of work that a model does for a micro-batch. Mappings are keyed by layer number."""
 
     document_lengths: Sequence[int]  # of all tokens of the micro-batch
     rows: Sequence[int] | None = None  # LayerWork.rows of each layer; None: a dense model
@@ -75,11 +78,11 @@ class Work:
 
 
 class Costed(Protocol):
-    """A model that describes its own arithmetic."""
+    """Interface of a model that reports the matrix products it computes."""
 
     @property
     def num_layers(self) -> int: ...
 
     def products(self, work: Work) -> Iterable[Iterable[Product]]:
-        """Return chains of successive products. A chain begins where no gradient flows further back."""
+        """Return chains of successive products. No gradient flows further back than the beginning of a chain."""
         ...

@@ -1,4 +1,6 @@
-"""The exception for errors that a user can fix, its conversion from file errors, and hints for misspelt names."""
+"""Exceptions for errors that a user can fix and for bugs on other ranks, the conversion of file errors, and hints for
+misspelt names.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,21 @@ from collections.abc import Iterable
 class UserError(Exception):
     """An error that the user can fix. Its message is one sentence that names the wrong key, file or number.
 
-    Command lines print the sentence without a traceback and exit with status 2.
+    Command-line programs print the message without a traceback and exit with status 2.
     """
 
 
 class PeerError(Exception):
-    """A bug in moe_dist that another rank ran into. The message names it; the other rank has printed its traceback."""
+    """Raised when another rank hit a bug in moe_dist.
+
+    The message contains the exception and the number of the other rank, which has printed the traceback.
+    """
 
 
 def as_user_error(error: Exception) -> UserError | None:
-    """Return an exception as a UserError; None if it is a bug in moe_dist.
+    """Convert an exception to a UserError. Returns None if the exception is a bug in moe_dist.
 
-    An operating system's error about a file (no permission, no space) becomes a UserError, since the user can fix it.
+    An operating system's error about a file (no permission, no space) becomes a UserError, because the user can fix it.
     """
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return UserError(f"{error.filename}: {error.strerror}")
@@ -28,11 +33,11 @@ def as_user_error(error: Exception) -> UserError | None:
 
 
 def closest(name: str, names: Iterable[str]) -> str | None:
-    """Return the known name that is closest to a misspelt one; None if there is no close one."""
+    """Return the known name that is closest to the misspelt `name`, or None if no known name is close."""
     return next(iter(difflib.get_close_matches(name, list(names), n=1)), None)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return a hint to append to the error sentence of an unknown name; empty if there is no close known name."""
+    """Return a hint for an error message about an unknown name. The hint is empty if no known name is close."""
     close = closest(name, names)
     return f" (did you mean '{close}'?)" if close else ""

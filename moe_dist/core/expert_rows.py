@@ -1,7 +1,7 @@
 """Stacked expert parameters: the global expert of each row, and the names of single rows.
 
-A rank stacks the parameters of its experts, one row per expert. A row is named NAME[global expert id], which does not
-depend on the layout. Only this module accesses the attribute that stores the ids of a parameter.
+A rank stacks the parameters of its experts, one row per expert. The name of a row is NAME[global expert id], which does
+not depend on the layout. Only this module accesses the attribute that stores the expert ids of a parameter.
 """
 
 from __future__ import annotations
@@ -22,37 +22,44 @@ def set_expert_ids(parameter: Tensor, expert_ids: Sequence[int]) -> None:
 
 
 def expert_ids(parameter: Tensor) -> tuple[int, ...] | None:
-    """Return the global expert of each row; None for a parameter that is not stacked."""
+    """Return the global expert of each row, or None if the parameter is not stacked."""
     return getattr(parameter, _ATTRIBUTE, None)
 
 
 def is_stacked(parameter: Tensor) -> bool:
-    """Return True if each row of the parameter belongs to an expert."""
+    """Return True if the parameter is stacked, that is, if each of its rows belongs to an expert."""
     return expert_ids(parameter) is not None
 
 
 def row_name(name: str, expert: int) -> str:
-    """Return the name of one expert's row."""
+    """Return the name of one expert's row in the stacked parameter `name`."""
     return f"{name}[{expert}]"
 
 
 def split_row_name(name: str) -> tuple[str, int | None]:
-    """Split a row's name into the parameter's name and the global expert; None if it names a whole parameter."""
+    """Split the name of a row into the parameter's name and the global expert.
+
+    If `name` is the name of a whole parameter, return (name, None).
+    """
     found = _ROW.fullmatch(name)
     return (found[1], int(found[2])) if found else (name, None)
 
 
 def named_rows(name: str, parameter: Tensor) -> dict[str, Tensor]:
-    """Return the rows of a stacked parameter by name; for any other parameter, return it by its own name."""
+    """Return the rows of a stacked parameter, keyed by row name.
+
+    If the parameter is not stacked, return the whole parameter, keyed by `name`.
+    """
     ids = expert_ids(parameter)
     return {name: parameter} if ids is None else {row_name(name, e): row for e, row in zip(ids, parameter)}
 
 
 def rows_between(ids: Sequence[int], shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, slice]]:
-    """Cut elements [start, stop) of a flattened stacked parameter of this shape into its rows.
+    """Divide the elements [start, stop) of a flattened stacked parameter into pieces, one per row.
 
-    Yields for every row in the range: its global expert, the position of its first cut element in the row, and the
-    slice of its elements relative to `start`.
+    ids: the global expert of each row. shape: the shape of the parameter. For every row that has elements in the range,
+    yields the row's global expert, the position in the row at which the piece begins, and the slice of the piece
+    relative to `start`.
     """
     size = math.prod(shape[1:])
     for row, expert in enumerate(ids):

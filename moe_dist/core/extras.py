@@ -8,10 +8,13 @@ from moe_dist.core.errors import UserError
 
 
 class MissingExtra(UserError):
-    """The error for a package of an extra that is not installed."""
+    """Raised when an optional package is not installed. The message names the extra that contains the package."""
 
 
 def require_extra(package: str, extra: str, purpose: str) -> None:
-    """Raise MissingExtra, naming the purpose and the extra, if `package` is not installed."""
+    """Raise MissingExtra if `package` is not installed.
+
+    extra, purpose: for the message, the extra that contains the package and what needs the package.
+    """
     if importlib.util.find_spec(package) is None:
         raise MissingExtra(f"{purpose} needs the package {package}: pip install 'moe_dist[{extra}]'")

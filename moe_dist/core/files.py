@@ -1,8 +1,9 @@
 """Atomic writing of files and folders, and JSON. Imports no torch.
 
-A file or folder is written as NAME.tmp next to its final path, synced to the disk and renamed. A reader never sees an
-incomplete one, and a crash leaves the previous one. The next writer overwrites what a killed writer left. If several
-processes may write the same file or folder at once, each writes its own hidden .NAME.HOST.PID.tmp.
+A file or folder is written as NAME.tmp next to its final path, synced to the disk and renamed. Readers therefore never
+see an incomplete file or folder, and after a crash the previous one is still there. If a writer is killed, the next
+writer overwrites the leftover NAME.tmp. If several processes may write the same file or folder at once, each writes its
+own hidden .NAME.HOST.PID.tmp.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ class StoredFile:
 
 
 def partial_path(path: Path, *, shared: bool = False) -> Path:
-    """Return the temporary path at which `path` is written. shared: other processes may write it at the same time."""
+    """Return the temporary path at which a new version of `path` is written.
+
+    shared: True if other processes may write `path` at the same time.
+    """
     if shared:
         return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
     return path.with_name(path.name + PARTIAL)
@@ -41,7 +45,10 @@ def partial_path(path: Path, *, shared: bool = False) -> Path:
 
 @contextmanager
 def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yield the path of a temporary file to write. When the block ends, it replaces `path`. Raises OSError."""
+    """Yield the path of a temporary file to write. When the block ends, this file replaces `path`. Raises OSError.
+
+    If the block raises, the temporary file is deleted and `path` stays as it was.
+    """
     partial = partial_path(path, shared=shared)
     try:
         yield partial
@@ -59,9 +66,9 @@ def write_file(path: Path, content: str | bytes, *, shared: bool = False) -> Non
 
 @contextmanager
 def new_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder to fill. When the block ends, it is renamed to `path`. Raises OSError.
+    """Yield an empty temporary folder to fill. When the block ends, this folder is renamed to `path`. Raises OSError.
 
-    At that moment, `path` must not exist or must be an empty folder.
+    When the block ends, `path` must not exist or must be an empty folder.
     """
     partial = partial_path(path, shared=shared)
     try:
@@ -78,7 +85,7 @@ def new_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
 def put_in_place(partial: Path, path: Path) -> None:
     """Rename a complete file or folder to its final path and sync it to the disk. Raises OSError.
 
-    A folder's files must be synced already. An existing file or an empty folder is replaced.
+    The files in a folder must be synced already. An existing file or an empty folder at the final path is replaced.
     """
     _sync(partial)
     partial.rename(path)
@@ -86,7 +93,10 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds a mapping. Raises UserError naming the file."""
+    """Read a JSON file that holds a mapping.
+
+    Raises UserError naming the file if it is missing, unreadable or not a JSON mapping.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -99,7 +109,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> StoredFile:
-    """Write and fsync a JSON file, not atomically: for a folder that is not complete yet. Raises OSError."""
+    """Write and fsync a JSON file. Raises OSError.
+
+    The write is not atomic: use it inside a temporary folder (`new_folder`).
+    """
     data = json_text(value).encode()
     with path.open("wb") as stream:
         stream.write(data)
@@ -109,7 +122,7 @@ def write_json(path: Path, value: Any) -> StoredFile:
 
 
 def json_text(value: Any) -> str:
-    """Format a value as the text of a JSON file, in the layout used for all JSON files here."""
+    """Format a value as the text of a JSON file, in the layout that all JSON files of this project have."""
     return json.dumps(value, indent=1) + "\n"
 
 

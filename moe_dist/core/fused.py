@@ -1,9 +1,9 @@
 """Fusion of chains of small tensor operations into single GPU kernels.
 
-A function decorated with `fused` is compiled by torch.compile if its first tensor is on a GPU. Elsewhere it runs
-uncompiled, which is the reference for the compiled function. TORCH_COMPILE_DISABLE=1 and train.deterministic turn
-compilation off on a GPU too. Deterministic runs need this because the summation order of compiled code depends on the
-sizes that a process saw before, so a resumed run could round differently.
+A function decorated with `fused` is compiled by torch.compile if its first tensor is on a GPU. Elsewhere the function
+runs uncompiled, and the uncompiled result is the reference for the compiled one. TORCH_COMPILE_DISABLE=1 and
+train.deterministic turn compilation off on a GPU too. Deterministic runs need this because the summation order of
+compiled code depends on the sizes that a process has seen before, so a resumed run could round differently.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _VARIANTS = 32  # with and without gradients, static and dynamic sizes, each dty
 
 
 def fused(function: Function) -> Function:
-    """Compile `function` for GPUs. Its forward and backward become one kernel each if Inductor can fuse them.
+    """Compile `function` for GPUs. The forward and backward pass become one kernel each if Inductor can fuse them.
 
-    The first argument must be a tensor. The function is compiled on first use, in a few seconds, and again when a size
-    first changes, this time for all sizes. With no row or one row it runs uncompiled, because torch.compile would
-    specialise on these sizes.
+    The first argument must be a tensor. The function is compiled on first use, which takes a few seconds, and compiled
+    again when a size first changes, this time for all sizes. If the first argument has no row or one row, the function
+    runs uncompiled, because torch.compile would specialise on these sizes.
     """
 
     @cache
@@ -40,5 +40,5 @@ def fused(function: Function) -> Function:
 
 
 def is_compiled_for(x: Tensor) -> bool:
-    """Return True if a fused function with the first argument x runs compiled."""
+    """Return True if a fused function whose first argument is x runs compiled."""
     return x.is_cuda and not (torch._dynamo.config.disable or torch.are_deterministic_algorithms_enabled())

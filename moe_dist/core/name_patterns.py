@@ -11,14 +11,15 @@ from moe_dist.core.errors import UserError, closest
 
 @cache
 def compiled(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern to a regular expression for fullmatch, in which each `*` is a non-greedy group."""
+    """Compile a pattern to a regular expression for fullmatch. Each `*` becomes a non-greedy group."""
     return re.compile("(.*?)".join(re.escape(part) for part in pattern.split("*")))
 
 
 def matching(patterns: Iterable[str], names: Collection[str], *, key: str, what: str) -> set[str]:
     """Return the names that match any of the patterns. Raises UserError naming a pattern that matches no name.
 
-    For the error sentence: `key` is the recipe's key of the patterns, `what` is the kind of the names.
+    key, what: for the error message, the recipe's key that holds the patterns and the kind of thing that has these
+    names.
     """
     found: set[str] = set()
     for pattern in patterns:

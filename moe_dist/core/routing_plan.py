@@ -1,4 +1,4 @@
-"""Results of routing, as dispatchers, losses and metrics use them. Imports nothing of moe_dist.
+"""Results of routing, which dispatchers, losses and metrics read. Imports nothing of moe_dist.
 
 Shape suffixes: T tokens, V tokens that a router saw (the valid ones), E routed experts, C columns of a router (its E
 experts, then its null experts), N assignments.
@@ -16,20 +16,23 @@ from torch import Tensor
 class RoutingPlan:
     """Assignments of tokens to experts, with combine weights: everything that a dispatcher needs.
 
-    There is no fixed k or capacity: a token may have any number of assignments. Assignments beyond the sum of counts_E
-    have no expert (null experts, full experts) and become no rows. Their number is known on the device only, so the
-    dispatcher cuts them off when it reads the counts.
+    There is no fixed k or capacity: a token may have any number of assignments. Assignments with an index of
+    sum(counts_E) or more have no expert, because the token chose a null expert or a full one. They become no rows. The
+    sum is known only on the device, so the dispatcher cuts off these assignments when it reads the counts.
     """
 
     token_ids_N: Tensor  # int64 index (into the T tokens) of each assignment, sorted by expert
     weights_N: Tensor  # combine weights, with the router's gradient
     counts_E: Tensor  # int64 assignments per expert; sums to N at most
-    complete: bool = True  # whether counts_E is known to sum to N
+    complete: bool = True  # True if counts_E is known to sum to N
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Routing:
-    """Inputs and decisions of one router, for losses and telemetry. Rows are the tokens token_V, without padding."""
+    """Logits and decisions of one router, for losses and telemetry.
+
+    Rows stand for the tokens token_V, which include no padding.
+    """
 
     token_V: Tensor  # int64 index (into the T tokens)
     logits_VC: Tensor  # float32
@@ -55,7 +58,7 @@ class Routing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingRecord:
-    """The routing of one layer. It is never stored on a module.
+    """The routing of one layer in one forward pass. It is returned, never stored on a module.
 
     A composite router has one Routing per part, each with its own experts and tokens. The experts of all parts are
     numbered consecutively.
@@ -81,7 +84,10 @@ class RoutingRecord:
         return count_T
 
     def renumbered(self, token_K: Tensor) -> RoutingRecord:
-        """Convert a record over selected tokens (mixture-of-depths) to all tokens: token i becomes token_K[i]."""
+        """Convert a record about selected tokens (mixture-of-depths) to one about all tokens.
+
+        token_K: the index of each selected token among all tokens.
+        """
         parts = tuple(replace(part, token_V=token_K.index_select(0, part.token_V)) for part in self.routings)
         plan = replace(self.plan, token_ids_N=token_K.index_select(0, self.plan.token_ids_N))
         return replace(self, plan=plan, routings=parts)
@@ -89,7 +95,7 @@ class RoutingRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DepthRecord:
-    """The tokens that a layer with mixture-of-depths admitted."""
+    """The tokens that were admitted by a layer with mixture-of-depths."""
 
     layer: int
     routing: Routing  # of the valid tokens; its one column is the block

@@ -44,12 +44,18 @@ def _hash(state: Tensor, *ids: Tensor) -> Tensor:
 
 
 def uniform(key: int, *ids: Tensor) -> Tensor:
-    """Draw a float64 in (0, 1) for each of the broadcast ids: the centre of one of 2^40 equal parts."""
+    """Draw a float64 in (0, 1) for each element of the broadcast ids.
+
+    Each value is the centre of one of 2^40 equal intervals.
+    """
     return (_shift_right(hash_ids(key, *ids), 24).double() + 0.5) * 2.0**-40
 
 
 def logistic(key: int, *ids: Tensor) -> Tensor:
-    """Draw a float64 from the standard logistic distribution, which is that of two Gumbel variables' difference."""
+    """Draw a float64 from the standard logistic distribution for each element of the broadcast ids.
+
+    The difference of two independent Gumbel variables has this distribution.
+    """
     return uniform(key, *ids).logit()
 
 
@@ -79,7 +85,7 @@ def _splitmix64(z: Tensor) -> Tensor:
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Shift right logically; `>>` on int64 would copy the sign bit."""
+    """Shift right logically. The operator `>>` on int64 would copy the sign bit."""
     return (z >> bits) & (_MASK >> bits)
 
 
@@ -92,7 +98,7 @@ def seeded_normal_(parameter: Tensor, *, seed: int, name: str, std: float) -> No
     """Fill a parameter with N(0, std^2) from a separate generator, seeded by (seed, name).
 
     In a stacked expert parameter (core/expert_rows.py), each row is seeded by (seed, name, expert), so the weights do
-    not depend on the distribution of experts over ranks. A meta tensor is unchanged.
+    not depend on the distribution of experts over ranks. A meta tensor is left unchanged.
     """
     if parameter.is_meta:
         return

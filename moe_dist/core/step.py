@@ -17,7 +17,7 @@ from moe_dist.core.routing_plan import DepthRecord, RoutingRecord
 
 @dataclass(frozen=True)  # no slots: ZeRO-3 searches the attributes of what a model returns for tensors
 class ModelOutput:
-    """Logits of the next token, and the decisions of all routers."""
+    """The logits of the next token at each position, and the records of all routers."""
 
     logits_TV: Tensor  # in the model's dtype
     records: tuple[RoutingRecord, ...] = ()  # one for each expert layer, in order; none in a dense model
@@ -26,14 +26,17 @@ class ModelOutput:
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveOutput:
-    """Loss of one micro-batch on one rank, and the sums of its metrics."""
+    """The loss of one micro-batch on one rank, and the sums of its metrics."""
 
     loss: Tensor  # 0-d; its sum over micro-batches and ranks is the objective
-    sums: dict[str, Tensor]  # detached, by metric name; divided by the counts of the same name, they are means
+    sums: dict[str, Tensor]  # detached, keyed by metric name; divided by the count of the same name, a sum is a mean
 
 
 class Objective(Protocol):
-    """Interface of the objective of one optimizer step: sums over micro-batches and ranks, divided by their counts."""
+    """Interface of the objective of one optimizer step.
+
+    Each metric is a sum over micro-batches and ranks, divided by a count over micro-batches and ranks.
+    """
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -41,16 +44,25 @@ class Objective(Protocol):
         ...
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """Return the count of each metric in this host batch. A mean is the step's sum divided by the step's count."""
+        """Return the count of each metric in one micro-batch on the host.
+
+        The mean of a metric is its sum over the step divided by its count over the step.
+        """
         ...
 
     def __call__(self, output: ModelOutput, batch: Batch, counts: Mapping[str, int]) -> ObjectiveOutput:
-        """Compute the loss and the metrics of one micro-batch. counts: totals of the whole step, by metric name."""
+        """Compute the loss and the metrics of one micro-batch.
+
+        counts: the count of each metric over the whole step, keyed by metric name.
+        """
         ...
 
 
 class ShardedModel(Protocol):
-    """Interface of a model under ZeRO with its optimizer, as checkpoints need it. training/engine.py implements it."""
+    """Interface that checkpointing needs from a model under ZeRO and its optimizer.
+
+    training/engine.py implements it.
+    """
 
     steps: int
     skipped_steps: int
@@ -60,7 +72,7 @@ class ShardedModel(Protocol):
 
     @property
     def optimizer(self) -> Any:
-        """DeepSpeed's ZeRO optimizer; the torch optimizer of its partitions is `.optimizer.optimizer`."""
+        """DeepSpeed's ZeRO optimizer. The torch optimizer of its partitions is `.optimizer.optimizer`."""
         ...
 
     @property

@@ -38,7 +38,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """A tensor that is read from the disk or computed when needed."""
+    """A tensor of known shape and dtype that is read from the disk or computed only when needed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -75,9 +75,10 @@ def open_safetensors(file: Path) -> Iterator[Any]:
 
 
 def read_safetensors(file: Path, after: str = "") -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file by name. Raises UserError.
+    """Read the tensors of a safetensors file, keyed by name. Raises UserError if the file is missing or damaged.
 
-    after: read only the tensors whose name contains this text, and name them by the rest of the name after it.
+    after: if given, read only the tensors whose name contains this text, and key each by the part of its name after the
+    text.
     """
     with open_safetensors(file) as opened:
         names = [name for name in opened.keys() if after in name]  # noqa: SIM118 - not a mapping
@@ -87,7 +88,10 @@ def read_safetensors(file: Path, after: str = "") -> dict[str, Tensor]:
 def write_safetensors(
     path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
 ) -> StoredFile:
-    """Stream tensors to a file and hash them. safetensors.save_file would need a second copy of all tensors."""
+    """Write a safetensors file, one tensor at a time, and fsync and hash it.
+
+    safetensors.save_file would need a second copy of all tensors.
+    """
     order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)  # aligned, as the library itself orders them
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     size = 0

@@ -2,7 +2,7 @@
 Padding never counts.
 
 Each loss is a mean over layers, so its weight does not depend on the model's depth. In a composite router, each part (a
-modality of MoMa) has its own loss, and the losses are added.
+modality of MoMa) has its own loss, and the losses of the parts are added.
 
 Shape suffixes: V routed tokens, E experts, C columns of a router (experts, then null experts), B balanced sets of
 tokens (groups, sequences or documents).
@@ -24,16 +24,16 @@ from moe_dist.losses.term import Context
 class LoadBalance:
     """Load-balancing loss C * sum_c f_c P_c.
 
-    Source: Fedus et al., arXiv 2101.03961, eq. 4; with null experts AdaMoE, arXiv 2406.13233, eq. 6.
+    Source: Fedus et al., arXiv 2101.03961, eq. 4; with null experts, AdaMoE, arXiv 2406.13233, eq. 6.
 
-    Over a set of tokens, f_c is the fraction of tokens that chose column c (sum f = k), and P_c the mean of their gate
-    values, normalized to sum to 1 per token (sigmoid gates do not by themselves). Null experts are balanced as one
-    pool: each gets the mean f of all of them. The value at balance is k. Choices are counted before experts drop
-    tokens.
+    For a set of tokens, f_c is the fraction of tokens that chose column c (the sum of f is k). P_c is the mean gate
+    value of column c over the tokens of the set. Gate values are first normalized to sum to 1 per token (sigmoid gates
+    do not by themselves). Null experts are balanced as one pool: the f of each null expert is replaced by the mean f of
+    all null experts. The loss at balance is k. Choices are counted before full experts drop tokens.
 
     scope: the set of tokens over which the load is balanced. "group" is a selection group and "sequence" a packed
     sequence; the loss is the mean over these sets. "global" is the global batch: f is exact over all data-parallel
-    ranks, but over accumulation steps it is a running mean of the micro-batches so far, as later ones are not known
+    ranks. Over accumulation steps, f is a running mean of the micro-batches so far, because later ones are not known
     yet.
     """
 
@@ -62,7 +62,7 @@ class LoadBalance:
         return batch.info.num_groups * (self.context.group_sequences if self.scope == "sequence" else 1)
 
     def _of_sets(self, part: Routing, batch: Batch, sets: int) -> Tensor:
-        """Return the sum of the losses of a micro-batch's sets."""
+        """Return the loss of one router part, summed over the sets of a micro-batch."""
         set_V = part.token_V // (batch.info.num_tokens // sets)
         tokens_B1 = _by_set(torch.ones_like(part.probs_VC[:, :1]), set_V, sets).clamp(min=1.0)
         f_BC = _by_set(part.chosen_VC.to(part.probs_VC.dtype), set_V, sets) / tokens_B1
@@ -70,10 +70,11 @@ class LoadBalance:
         return _balance(p_BC, _pool_nulls(f_BC, part.num_experts))
 
     def _global_shares(self, parts: list[Routing], batch: Batch) -> list[Tensor]:
-        """Return f of each part over all ranks and the micro-batches so far. Collective: one all-reduce.
+        """Return f of each router part, over all ranks and the micro-batches so far. Collective: one all-reduce.
 
-        Each f is scaled by (all tokens / the part's tokens). The objective divides by the number of all tokens, so the
-        scale makes a part's loss a mean over the part's own tokens, whose number only the device knows.
+        Each f is scaled by (all tokens / the part's tokens). The objective divides by the number of all tokens, so with
+        this scale a part's loss is a mean over the part's own tokens. Their number over all ranks is known only on the
+        device.
         """
         columns = [part.chosen_VC.shape[1] for part in parts]
         choices = torch.cat([part.chosen_VC.sum(0) for part in parts])
@@ -89,10 +90,11 @@ class LoadBalance:
 
 
 class PooledBalance:
-    """Balance loss sum_c f_c P_c of each document, with its tokens pooled over all layers; averaged over documents.
+    """Balance loss sum_c f_c P_c of each document, averaged over documents.
 
-    This is the loss in LLaVA-MoLE's code (arXiv 2401.16160). It has no factor for the number of experts, so its value
-    at balance is k / C. f_c is the fraction of (token, layer) pairs that chose column c, P_c their mean gate value.
+    This is the loss in LLaVA-MoLE's code (arXiv 2401.16160). For one document, the tokens of all layers are pooled: f_c
+    is the fraction of (token, layer) pairs that chose column c, and P_c is the mean gate value of column c over all
+    pairs. The loss has no factor for the number of experts, so its value at balance is k / C.
     """
 
     def __init__(self, settings: PooledBalanceSettings, context: Context):
@@ -107,7 +109,7 @@ class PooledBalance:
         documents = len(batch.info.document_lengths)
         layers = [record.routings for record in output.records]
         losses = []
-        for parts in zip(*layers):  # the same part of all layers
+        for parts in zip(*layers):  # the same router part in all layers
             document_V = torch.cat([batch.info.document_T.index_select(0, part.token_V) for part in parts])
             probs_VC = torch.cat([_normalized(part.probs_VC) for part in parts])
             chosen_VC = torch.cat([part.chosen_VC for part in parts]).to(probs_VC.dtype)
@@ -119,9 +121,9 @@ class PooledBalance:
 
 
 class RouterZ:
-    """Router z-loss: mean over tokens of logsumexp(logits)^2 (Zoph et al., arXiv 2202.08906, eq. 5).
+    """Router z-loss, which keeps logits small: the mean over tokens of logsumexp(logits)^2.
 
-    It keeps logits small.
+    Source: Zoph et al., arXiv 2202.08906, eq. 5.
     """
 
     def __init__(self, settings: RouterZSettings, context: Context):
@@ -151,7 +153,7 @@ def _normalized(probs_VC: Tensor) -> Tensor:
 
 
 def _pool_nulls(f_C: Tensor, num_experts: int) -> Tensor:
-    """Replace the f of every null expert by the mean over null experts."""
+    """Replace the f of every null expert by the mean f of the null experts."""
     true, null = f_C[..., :num_experts], f_C[..., num_experts:]
     return torch.cat([true, null.mean(dim=-1, keepdim=True).expand_as(null)], dim=-1)
 

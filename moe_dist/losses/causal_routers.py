@@ -19,12 +19,12 @@ from moe_dist.losses.term import Context
 
 
 class CausalRouters:
-    """Binary cross-entropy of aux(x) against the main router's choice (MoMa, arXiv 2407.21770, on eq. 3-4).
+    """Binary cross-entropy between aux(x) and the main router's choice (MoMa, arXiv 2407.21770, on eq. 3-4).
 
-    It covers the auxiliary routers of experts and of mixture-of-depths. The value is the mean over a router's columns,
-    over the valid tokens of a micro-batch, and over the layers with auxiliary routers. A token that mixture-of-depths
-    did not admit contributes 0 for the experts in that layer. The inputs of auxiliary routers are detached, so the loss
-    has no gradient for other parameters.
+    The loss covers the auxiliary routers of experts and of mixture-of-depths. It is the mean over a router's columns,
+    over the valid tokens, and over the layers with auxiliary routers. If mixture-of-depths does not admit a token to a
+    layer, the token contributes 0 to the loss of that layer's expert router. The inputs of auxiliary routers are
+    detached, so the loss has no gradient for other parameters.
     """
 
     names = ("loss/causal_routers",)
@@ -47,7 +47,7 @@ class CausalRouters:
 
 
 def _cross_entropy(part: Routing) -> Tensor:
-    """Return the sum over tokens of the mean cross-entropy over columns."""
+    """Return the cross-entropy of one auxiliary router, averaged over columns and summed over tokens."""
     assert part.auxiliary_VC is not None
     target_VC = part.chosen_VC.to(part.auxiliary_VC.dtype)
     loss_VC = F.binary_cross_entropy_with_logits(part.auxiliary_VC, target_VC, reduction="none")

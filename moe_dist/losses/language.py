@@ -1,4 +1,5 @@
-"""Next-token cross-entropy as a sum, to be divided by the token count over all ranks and accumulation steps.
+"""Next-token cross-entropy as a sum. The objective divides the sum by the token count over all ranks and accumulation
+steps.
 
 Shape suffixes: T tokens, V vocabulary, M modalities.
 """
@@ -16,19 +17,22 @@ from moe_dist.core.batch import MODALITIES, Batch
 from moe_dist.core.fused import fused, is_compiled_for
 from moe_dist.core.step import ModelOutput
 
-_CHUNK = 2**26  # number of half-precision logits copied to float32 at a time: 1,024 tokens of 65,536 ids
+_CHUNK = 2**26  # number of logits converted to float32 at a time: 1,024 tokens if the vocabulary is 65,536
 _IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
     total: Tensor  # 0-d float32: nats, summed over the predictions in the loss mask
-    by_modality_M: Tensor  # the same by the target's modality, detached
+    by_modality_M: Tensor  # the same for each modality of the target, detached
     counts_M: Tensor  # int64 number of predictions of each modality
 
 
 class LanguageLoss:
-    """Mean next-token cross-entropy over all predictions in the loss mask, also reported by the target's modality."""
+    """Mean next-token cross-entropy over all predictions in the loss mask.
+
+    The mean is also reported separately for each modality of the target.
+    """
 
     names = ("loss", *(f"loss/{name}" for name in MODALITIES))
 
@@ -54,10 +58,11 @@ def language_loss(logits_TV: Tensor, batch: Batch) -> LossTerms:
 
 
 def token_losses(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """Return -log p(target) of each token, 0 where the target is -100.
+    """Return -log p(target) of each token, or 0 where the target is -100.
 
-    A float32 copy of all half-precision logits would take 1 GiB for 4,096 tokens of 65,536 ids. So they are copied one
-    chunk at a time, and again in the backward pass. Compiled for a GPU, the function makes no copy.
+    Converting all half-precision logits to float32 at once would take 1 GiB for 4,096 tokens and a vocabulary of
+    65,536. They are therefore converted one chunk at a time, and again in the backward pass. When compiled for a GPU,
+    the function makes no float32 copy.
     """
     if logits_TV.dtype in (torch.float32, torch.float64) or is_compiled_for(logits_TV):
         return _cross_entropy(logits_TV, targets_T)

@@ -1,4 +1,4 @@
-"""The terms of the objective for the sections of a recipe's `losses`.
+"""Registry of the loss classes that the sections of a recipe's `losses` can select.
 
 To add a term, write its settings (config/losses.py) and one class, and add one line here.
 """

@@ -1,4 +1,4 @@
-"""RoMA's manifold term: route a sample like its nearest neighbours among the samples the model answers correctly.
+"""RoMA's manifold term: route a sample like its nearest neighbours among the samples that the model answers correctly.
 
 Shape suffixes: T tokens, V tokens that a router saw, C columns of a router, S samples of a micro-batch, K neighbours of
 a sample, R routing values of a sample (the columns of all its layers, concatenated).
@@ -21,11 +21,12 @@ from moe_dist.losses.term import Context
 
 
 class Manifold:
-    """RoMA's loss mean_i sum_j W_ij ||r_i - r_j||^2 (Routing Manifold Alignment, 2025, its equation of L_manifold).
+    """RoMA's loss: mean_i sum_j W_ij ||r_i - r_j||^2.
 
-    r_i is the routing of sample i's last prompt token in the last `last_layers` expert layers. The neighbours' r_j and
-    W_ij are constants that data.neighbours adds to the batch (data/stream/neighbour_store.py). A sample without
-    neighbours (its weights are 0) is left out of the mean. manifold/coverage is the fraction of samples that have some.
+    Source: Routing Manifold Alignment, 2025, the paper's equation of L_manifold. r_i is the routing of sample i's last
+    prompt token in the last `last_layers` expert layers. For each neighbour j, r_j and W_ij are constants that
+    data.neighbours adds to the batch (data/stream/neighbour_store.py). A sample without neighbours has weights 0 and is
+    left out of the mean. manifold/coverage is the fraction of samples that have neighbours.
     """
 
     names = ("loss/manifold", "manifold/coverage")
@@ -57,10 +58,11 @@ class Manifold:
 
 
 def sample_routing(records: Sequence[RoutingRecord], token_S: Tensor, num_tokens: int) -> Tensor:
-    """Return the softmax [S, R] over the columns of each layer's router at the tokens token_S (indices into T tokens).
+    """Return the routing values of each sample [S, R]: the softmax over each layer's router columns.
 
-    It is taken of the raw logits, before top-k, whichever gate function the router uses. In a composite router, the
-    columns of a part that does not see the token are 0.
+    token_S: the token of each sample, as an index into the T tokens. The softmax is computed from the raw logits,
+    before top-k, whichever gate function the router uses. In a composite router, the columns of a part that does not
+    see the token are 0.
     """
     parts = [part for record in records for part in record.routings]
     return torch.cat([_part_routing(part, token_S, num_tokens) for part in parts], dim=1)

@@ -18,7 +18,10 @@ from moe_dist.losses.term import Context, Term
 
 @dataclass(frozen=True, slots=True)
 class WeightedTerms:
-    """An objective: (weight, term) by name. Made anew for each step, because a term may keep state during it."""
+    """The objective of one optimizer step: a weighted sum of loss terms.
+
+    It is built anew for each step, because a term may keep state during a step. terms: maps a name to (weight, term).
+    """
 
     terms: Mapping[str, tuple[float, Term]]
 
@@ -28,13 +31,17 @@ class WeightedTerms:
         return tuple(name for _, term in self.terms.values() for name in term.names)
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """Return the count of each metric in this host batch. A mean is the step's sum divided by the step's count."""
+        """Return the count of each metric in one micro-batch on the host.
+
+        The mean of a metric is its sum over the step divided by its count over the step.
+        """
         return tuple(count for _, term in self.terms.values() for count in term.counts(batch))
 
     def __call__(self, output: ModelOutput, batch: Batch, counts: Mapping[str, int]) -> ObjectiveOutput:
-        """Compute the loss and the metrics of one micro-batch. counts: totals of the whole step, by metric name.
+        """Compute the loss and the metrics of one micro-batch.
 
-        A term whose count is 0 contributes 0.
+        counts: the count of each metric over the whole step, keyed by metric name. A term whose count is 0 contributes
+        0.
         """
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}
@@ -46,7 +53,7 @@ class WeightedTerms:
 
 
 def make_objective(losses: Mapping[str, TermSettings], context: Context, step: int) -> Objective:
-    """Build the objective of optimizer step `step` (from 0): the language loss and the recipe's `losses`."""
+    """Build the objective of optimizer step `step` (from 0): the language loss plus the recipe's `losses`."""
     terms: dict[str, tuple[float, Term]] = {"language": (1.0, LanguageLoss())}
     for name, settings in losses.items():
         terms[name] = (settings.weight_at(step), LOSSES[type(settings)](settings, context))

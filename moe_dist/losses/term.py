@@ -1,7 +1,8 @@
-"""The interface of a term of the objective. losses/loss_registry.py lists the classes that implement it.
+"""The interface of a loss term. losses/loss_registry.py lists the classes that implement it.
 
-A term is a sum over micro-batches and ranks, divided by one count over all of them, which is known before the first
-backward pass. Its scale therefore depends neither on the layout nor on accumulation, and means are never averaged.
+A term is a sum over micro-batches and ranks, divided by one count over all of them. The count is known before the first
+backward pass. The scale of a term therefore depends neither on the layout nor on accumulation, and means are never
+averaged.
 """
 
 from __future__ import annotations
@@ -25,14 +26,20 @@ class Context:
 
 
 class Term(Protocol):
-    """Interface of a term, which is constructed as Term(settings, context) for each optimizer step."""
+    """Interface of a loss term.
+
+    A new term is constructed for each optimizer step, as Term(settings, context).
+    """
 
     names: tuple[str, ...]  # names of the metrics that it reports; the first is the loss itself
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """Return the count of each metric in this host batch. A mean is the step's sum divided by the step's count."""
+        """Return the count of each metric in one micro-batch on the host.
+
+        The mean of a metric is its sum over the step divided by its count over the step.
+        """
         ...
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the 0-d sum of each metric. The first is minimised; the others are detached."""
+        """Return the sum of each metric as a 0-d tensor. The first one is minimised; the others are detached."""
         ...

@@ -1,7 +1,7 @@
 """Causal attention over packed documents, and rotary embedding with positions that restart in each document.
 
 A micro-batch is a concatenation of documents, T tokens in all. A token attends to itself and to the earlier tokens of
-its own document. No T x T mask is built: the document boundaries are computed once per micro-batch and shared by all
+the same document. No T x T mask is built: the document boundaries are computed once per micro-batch and shared by all
 layers.
 
 Shape suffixes: T tokens, H heads, G query groups (G divides H; the heads of a group share key and value), d size per
@@ -26,11 +26,11 @@ from moe_dist.core.batch import TokenInfo
 from moe_dist.core.errors import UserError
 from moe_dist.core.fused import fused
 
-_MULTIPLE = 16  # documents are padded to a multiple of this: few distinct lengths, at most 15 padding tokens each
+_MULTIPLE = 16  # documents are padded to a multiple of 16: few distinct lengths, at most 15 padding tokens each
 
 
 class Attending(Protocol):
-    """Interface of attention within the documents of a micro-batch."""
+    """Interface of causal attention in which a token sees only tokens of its own document."""
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         """Compute softmax attention, scaled by 1/sqrt(d) and causal within each document. Returns [T, H, d]."""
@@ -38,17 +38,17 @@ class Attending(Protocol):
 
 
 class Documents(Attending, Protocol):
-    """The document boundaries of a micro-batch, with attention within them."""
+    """Interface of a micro-batch's document boundaries. They also compute attention within each document."""
 
     def select(self, info: TokenInfo) -> Documents:
-        """Return the same documents reduced to the tokens of `info`, which came from TokenInfo.select."""
+        """Return the same documents with only the tokens of `info`, a result of TokenInfo.select."""
         ...
 
 
 def locate_documents(lengths: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> Documents:
-    """Build the Documents for a concatenation of documents of these lengths (host values).
+    """Build the Documents of a micro-batch from the lengths (host values) of its concatenated documents.
 
-    device, dtype: those of the hidden states. They decide which attention kernel is used.
+    device, dtype: the device and the dtype of the hidden states. They decide which attention kernel is used.
     """
     if _uses_flash(device, dtype):
         return VarlenDocuments.build(lengths, device)
@@ -70,11 +70,12 @@ def _uses_flash(device: torch.device, dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class BucketedDocuments:
-    """Documents padded to a multiple of 16 and attended in one dense batch per padded length. Any device, any dtype.
+    """Document boundaries for attention on any device and in any dtype.
 
-    The padded length of a document depends on its own length only, not on its neighbours. Padding repeats the last
-    token of the document. It comes after all real tokens, so no real query sees it, and its own output is dropped (zero
-    gradient).
+    Each document is padded to a multiple of 16 tokens. Documents of equal padded length form a bucket, and attention is
+    computed as one dense batch per bucket. The padded length of a document depends only on the document's own length,
+    not on its neighbours. Padding repeats the last token of the document. Padding comes after all real tokens, so no
+    real query sees it. The output at padding positions is dropped, so padding gets zero gradient.
     """
 
     gather_P: Tensor  # int64, the token at each padded position
@@ -120,9 +121,10 @@ class BucketedDocuments:
 
 @dataclass(frozen=True, slots=True)
 class VarlenDocuments:
-    """Documents as cumulative lengths for flash attention, whose kernel needs CUDA and half precision.
+    """Document boundaries as cumulative lengths, the format of the flash attention kernel.
 
-    The tests have no GPU. They check the arguments of the call with a stand-in for the kernel.
+    The kernel needs CUDA and half precision. Tests without a GPU use a stand-in for the kernel, which checks the
+    arguments of the call.
     """
 
     ends: Tensor  # int32: 0, then the end of each document
@@ -140,7 +142,7 @@ class VarlenDocuments:
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         ends, longest, grouped = self.ends, self.longest, key_TGd.shape[1] != query_THd.shape[1]
-        # Fewer key-value heads than query heads need enable_gqa from torch 2.12 on. torch 2.11 does not have it.
+        # torch 2.12 needs enable_gqa if there are fewer key-value heads than query heads. torch 2.11 does not have it.
         extra: dict[str, Any] = {"enable_gqa": True} if grouped and _accepts(varlen_attn, "enable_gqa") else {}
         output = varlen_attn(query_THd, key_TGd, value_TGd, ends, ends, longest, longest, window_size=(-1, 0), **extra)
         assert isinstance(output, Tensor)  # a tuple is returned only if further outputs are requested
@@ -149,14 +151,15 @@ class VarlenDocuments:
 
 @cache
 def _accepts(function: Callable, name: str) -> bool:
-    """Return whether a function has a parameter of this name."""
+    """Return True if `function` has a parameter called `name`."""
     return name in inspect.signature(function).parameters
 
 
 def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:
-    """Compute the RoPE angles (Su et al., arXiv 2104.09864, eq. 15), float32 [T, 1, 1, d]. Both halves of d are equal.
+    """Compute the RoPE angles (Su et al., arXiv 2104.09864, eq. 15), float32 [T, 1, 1, d].
 
-    The frequencies are computed as 1 / base^x, not base^-x, for the same rounding as in the imported models.
+    Both halves of the last dimension hold the same d/2 angles. The frequencies are computed as 1 / base^x, not base^-x,
+    to get the same rounding as the imported models.
     """
     exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_T.device) / head_size
     angle_Td = position_T[:, None].float() * (1.0 / base**exponent)
@@ -164,7 +167,10 @@ def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:
 
 
 def rotation(angle_T11d: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute cosines and signed sines of the angles, [2, T, 1, d] in `dtype`. Once per micro-batch, for all layers."""
+    """Compute the cosines and signed sines that `rotate` needs, [2, T, 1, d] in `dtype`.
+
+    In the first half of d, the sines are negated. The result is computed once per micro-batch and shared by all layers.
+    """
     sin_T1d = angle_T11d.sin().squeeze(1)
     first, second = sin_T1d.chunk(2, dim=-1)
     return torch.stack([angle_T11d.cos().squeeze(1), torch.cat([-first, second], dim=-1)]).to(dtype)
@@ -172,13 +178,13 @@ def rotation(angle_T11d: Tensor, dtype: torch.dtype) -> Tensor:
 
 @fused
 def rotate(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
-    """Rotate each head, whose halves are x1 and x2, to (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    """Rotate each head (x1, x2) to (x1 cos - x2 sin, x2 cos + x1 sin). x1 and x2 are the two halves of the head."""
     return x_THd * cos_T1d + x_THd.roll(x_THd.shape[-1] // 2, -1) * sin_T1d
 
 
 @dataclass(frozen=True, slots=True)
 class RotatedDocuments:
-    """Attention that applies the rotary embedding to queries and keys first."""
+    """Attention that first applies the rotary embedding to queries and keys."""
 
     documents: Attending
     turn_2T1d: Tensor

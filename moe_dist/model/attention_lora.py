@@ -1,4 +1,4 @@
-"""LoRA on the projections of attention.
+"""LoRA on the query, key, value and output projections of attention.
 
 Shape suffixes: T tokens, I input width, O output width, H heads, G query groups, d size per head.
 """
@@ -20,11 +20,13 @@ from moe_dist.model.site import Site
 
 
 class LoRALinear(nn.Linear):
-    """x W^T with W frozen, plus a low-rank delta of x for each part of the output (Hu et al., arXiv 2106.09685, eq. 3).
+    """Linear layer x W^T with a frozen W, plus a LoRA delta for each part of the output.
 
-    The output consists of `groups` groups. Each group holds an equal share of every part, in the order of `parts`.
-    Megatron's fused projection, for example, is q q k v, q q k v, ...: the parts are q, k and v, and there is one group
-    per key-value head. No bias.
+    Source: Hu et al., arXiv 2106.09685, eq. 3.
+
+    The output consists of `groups` groups. Each group holds an equal share of every part, in the order of `parts`. For
+    example, the output of Megatron's fused projection is q q k v, q q k v, ...: its parts are q, k and v, and it has
+    one group per key-value head. There is no bias.
     """
 
     def __init__(
@@ -46,16 +48,21 @@ class LoRALinear(nn.Linear):
             self.lora[part] = LowRank(input_size, width, lora, site.child("lora").child(part))
 
     def with_dropout(self, x_TI: Tensor, token_id_T: Tensor) -> Tensor:
-        """Append to x_TI one copy with dropout per part: [T, I * (1 + parts)]. If dropout is off, return x_TI.
+        """Return the input of `forward`: x_TI, followed by one copy of x_TI with dropout for each part.
 
-        The result is the input of `forward`. Dropout needs the token ids, which megatron cannot pass to `forward`.
+        The shape is [T, I * (1 + number of parts)]. If dropout is off (rate 0, or evaluation), the result is x_TI
+        itself. Dropout is seeded by the token ids. Megatron cannot pass token ids to `forward`, so dropout is applied
+        here.
         """
         if not (self.training and self.dropout):
             return x_TI
         return torch.cat([x_TI, *(lora.drop(x_TI, token_id_T) for lora in self._deltas())], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [..., O]. x is the result of `with_dropout`, [..., I or I * (1 + parts)]."""
+        """Return [..., O]. x: the result of `with_dropout`.
+
+        The last dimension of x is I * (1 + number of parts) if dropout is on, else I.
+        """
         x, *dropped = x.split(self.in_features, dim=-1)
         inputs = dropped or [x] * len(self.lora)
         deltas = [lora(piece).unflatten(-1, (self.groups, -1)) for lora, piece in zip(self._deltas(), inputs)]
@@ -71,13 +78,13 @@ class LoRALinear(nn.Linear):
 
 @dataclass(frozen=True, slots=True)
 class DroppedDocuments:
-    """Attention whose output is followed by a copy with dropout, as the LoRA of the output projection expects."""
+    """Attention for an output projection with LoRA: it appends to its output a copy with dropout."""
 
     documents: Attending
     projection: LoRALinear
     token_id_T: Tensor
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
-        """Return [T, H, d] if dropout is off, else [T, 2 H, d]."""
+        """Return [T, 2 H, d] if dropout is on: H heads, then the same heads with dropout. Otherwise [T, H, d]."""
         y_THd = self.documents.attend(query_THd, key_TGd, value_TGd)
         return self.projection.with_dropout(y_THd.flatten(1), self.token_id_T).unflatten(1, (-1, y_THd.shape[2]))

@@ -20,7 +20,7 @@ from moe_dist.parallel.layout import Layout
 
 
 class Block(nn.Module):
-    """Residual block with one of two placements of the norms, `model.norm`.
+    """Residual block of attention and a feed-forward part. `model.norm` selects the placement of the norms.
 
     swin: h = x + norm(attn(x)), out = h + norm(ffn(h)) (Chameleon, arXiv 2405.09818; MoMa, arXiv 2407.21770).
     pre: h = x + attn(norm(x)), out = h + ffn(norm(h)).
@@ -56,17 +56,20 @@ class Block(nn.Module):
         ]
 
     def detached_products(self, work: LayerWork) -> list[list[Product]]:
-        """Return the chains of products whose input is detached, which are those of auxiliary routers."""
+        """Return the product chains of the block's auxiliary routers, whose inputs are detached."""
         return self.ffn.detached_products(work) if isinstance(self.ffn, MoELayer) else []
 
     def num_parameters(self, experts: float | None) -> float:
-        """Count the parameters. experts: see MoELayer.num_parameters."""
+        """Count the parameters of the block. experts: see MoELayer.num_parameters."""
         norms = 2 * self.attention_norm.normalized_shape[0]
         return self.attention.num_parameters() + norms + self.ffn.num_parameters(experts)
 
 
 def build_ffn(config: ModelConfig, site: Site, layout: Layout) -> SwiGLU | MoELayer:
-    """Build the feed-forward part of a block. Its call is (x_TD, info) -> (y_TD, RoutingRecord or None)."""
+    """Build the feed-forward part of a block: a SwiGLU if the recipe's is dense, otherwise an expert layer.
+
+    Both are called with (x_TD, info) and return (y_TD, RoutingRecord or None).
+    """
     if isinstance(config.ffn, DenseFFN):
         return SwiGLU(config.ffn.hidden_size, site)
     return build_moe_layer(config.ffn, site, layout)

@@ -1,12 +1,13 @@
-"""The key-value cache: generation continues a sequence token by token without recomputing its earlier tokens.
+"""The key-value cache, with which generation continues a sequence token by token without recomputing earlier tokens.
 
-A cache holds S sequences. If the documents of a micro-batch continue cached sequences, attention uses a Decoding
-instead of the micro-batch's own Documents. Each layer counts its own tokens: if a layer skips a token
-(mixture-of-depths), its cached sequence is shorter. Keys are rotated by their position in TokenInfo before they are
-stored, so the positions of a sequence may have gaps.
+A cache holds S sequences. If the documents of a micro-batch continue cached sequences, attention uses the documents of
+a Decoding instead of the micro-batch's own Documents. Each layer counts its cached tokens separately, because a layer
+that skips tokens (mixture-of-depths) caches fewer. Before a key is stored, it is rotated by its token's position in
+TokenInfo. The positions of a cached sequence may therefore have gaps.
 
-Shape suffixes: T tokens, N documents of a micro-batch, n tokens of the longest one, S sequences, C capacity (tokens
-of a sequence), L tokens of the longest sequence so far, H heads, G query groups, d size per head.
+Shape suffixes: T tokens, N documents of a micro-batch, n tokens of the longest document, S sequences, C capacity
+(maximum number of tokens per sequence), L tokens of the longest sequence so far, H heads, G query groups, d size per
+head.
 """
 
 from __future__ import annotations
@@ -33,34 +34,41 @@ class KVCache:
     """The key-value caches of all layers. The generating code owns them, and attention appends to them."""
 
     def __init__(self, config: ModelConfig, *, sequences: int, capacity: int, device: torch.device, dtype: torch.dtype):
-        """capacity: the maximum number of tokens of a sequence, prompt included.
+        """Allocate the caches. capacity: the maximum number of tokens per sequence, including the prompt.
 
-        One more sequence is allocated, number `padding`. Its tokens are discarded after each call.
+        One extra sequence is allocated for padding. Its number is `padding`, and its tokens are discarded after each
+        call.
         """
         self.padding = sequences
         shape = (sequences + 1, capacity, config.query_groups, config.size_per_head)
         self.layers = [LayerCache(shape, device, dtype) for _ in range(config.num_layers)]
 
     def go_on(self, sequences: list[int]) -> Decoding:
-        """Return the Decoding of a micro-batch whose documents continue these (distinct) sequences, in this order."""
+        """Return the Decoding for a micro-batch whose documents continue `sequences`.
+
+        sequences: the number of the sequence that each document continues, all different.
+        """
         return Decoding(self, torch.tensor(sequences, device=self.layers[0].length_S.device))
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """A micro-batch whose documents continue sequences of a cache."""
+    """A micro-batch whose documents continue cached sequences. It provides the documents for every layer."""
 
     cache: KVCache
     sequence_N: Tensor  # int64, the sequence that each document continues
 
     def documents(self, layer: int, info: TokenInfo) -> CachedDocuments:
-        """Return the documents for the attention of one layer."""
+        """Return the micro-batch's documents for attention in one layer. info: facts about the micro-batch's tokens."""
         return CachedDocuments(self.cache.layers[layer], self.cache.padding, self.sequence_N, info.document_T)
 
 
 @dataclass(frozen=True, slots=True)
 class CachedDocuments:
-    """Documents that continue cached sequences of one layer. Call `attend` once: it appends the tokens to the cache."""
+    """Documents that continue sequences in the cache of one layer.
+
+    `attend` appends the tokens to the cache, so it must be called only once.
+    """
 
     layer: LayerCache
     padding: int
@@ -68,11 +76,14 @@ class CachedDocuments:
     document_T: Tensor
 
     def select(self, info: TokenInfo) -> CachedDocuments:
-        """Return the same documents reduced to the tokens of `info`. The layer caches no others."""
+        """Return the same documents with only the tokens of `info`. The layer caches only these tokens."""
         return replace(self, document_T=info.document_T)
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
-        """Append the tokens to the cache, then attend from each to its sequence up to itself. Returns [T, H, d]."""
+        """Append the tokens to the cache, then compute attention. Returns [T, H, d].
+
+        Each token attends to the cached tokens of its sequence, up to and including itself.
+        """
         layer, document_T, sequence_N = self.layer, self.document_T, self.sequence_N
         count_N = torch.bincount(document_T, minlength=len(sequence_N))
         offset_T = torch.arange(len(document_T), device=document_T.device) - (count_N.cumsum(0) - count_N)[document_T]

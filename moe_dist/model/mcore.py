@@ -1,9 +1,9 @@
 """The attention module, built from megatron-core's SelfAttention. The only file that imports megatron.
 
-Megatron's code provides the fused projection of queries, keys and values and the order of the steps. The spec fills its
-slots with modules that need neither Transformer Engine nor CUDA nor megatron's global parallel state. The rotary
-embedding is ours, because megatron recomputes cosines and sines in every layer. There is no tensor or context
-parallelism: megatron gets groups of one rank.
+SelfAttention provides the fused projection of queries, keys and values, and the order of the steps. `attention_spec`
+fills the slots of SelfAttention with modules that need neither Transformer Engine nor CUDA nor megatron's global
+parallel state. The rotary embedding is ours, because megatron recomputes cosines and sines in every layer. There is no
+tensor or context parallelism, so megatron gets groups of one rank.
 
 Shape suffixes: T tokens, D model width, H heads, G query groups, d size per head.
 """
@@ -24,7 +24,7 @@ from moe_dist.model.attention import Attending, Documents, RotatedDocuments, loc
 from moe_dist.model.attention_lora import DroppedDocuments, LoRALinear
 from moe_dist.model.site import Site
 
-with warnings.catch_warnings():  # the warning comes four times, about packages that are not used here
+with warnings.catch_warnings():  # megatron warns four times about packages that are not used here
     warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -34,7 +34,10 @@ with warnings.catch_warnings():  # the warning comes four times, about packages 
 
 
 class OneRankGroup:
-    """A process group of one rank, as megatron needs for the parallel dimensions that are not used."""
+    """Stand-in for a process group of one rank.
+
+    Megatron requires a process group for each parallel dimension, even if the dimension is unused.
+    """
 
     def size(self) -> int:
         return 1
@@ -44,7 +47,10 @@ class OneRankGroup:
 
 
 class Linear(nn.Linear):
-    """torch's Linear with megatron's constructor and its (output, bias) result."""
+    """torch's Linear with the interface of megatron's linear layers.
+
+    It has megatron's constructor and returns (output, bias). The bias is None.
+    """
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool, **_tensor_parallel_settings):
         super().__init__(input_size, output_size, bias=bias)
@@ -57,7 +63,10 @@ class Linear(nn.Linear):
 
 
 class AdaptedLinear(LoRALinear):
-    """LoRALinear with megatron's constructor and result."""
+    """LoRALinear with the interface of megatron's linear layers.
+
+    adapters: the keyword arguments of LoRALinear.
+    """
 
     def __init__(
         self, input_size: int, output_size: int, *, adapters: dict[str, Any], bias: bool, **_tensor_parallel_settings
@@ -70,7 +79,7 @@ class AdaptedLinear(LoRALinear):
 
 
 class HeadNorm(nn.LayerNorm):
-    """LayerNorm over one head of a query or key, before the rotary embedding (Chameleon, arXiv 2405.09818)."""
+    """LayerNorm of each query or key head, applied before the rotary embedding (Chameleon, arXiv 2405.09818)."""
 
     def __init__(self, *, hidden_size: int, config: TransformerConfig, eps: float):
         super().__init__(hidden_size, eps=eps)
@@ -81,12 +90,18 @@ class HeadNorm(nn.LayerNorm):
 
 @fused
 def _layer_norm(x: Tensor, weight_d: Tensor, bias_d: Tensor, eps: float) -> Tensor:
-    """Normalise each head. Fused: torch's own kernel uses a thread block per head, which is slow for small heads."""
+    """Normalise each head.
+
+    The function is fused because torch's own kernel uses one thread block per head, which is slow for small heads.
+    """
     return F.layer_norm(x, weight_d.shape, weight_d, bias_d, eps)
 
 
 class DocumentAttention(nn.Module):
-    """The module in megatron's core-attention slot. SelfAttention passes an Attending value on as `attention_mask`."""
+    """Attention within documents, for megatron's core-attention slot.
+
+    attention_mask: an Attending object, which SelfAttention passes on unchanged.
+    """
 
     def __init__(self, **_settings):
         super().__init__()
@@ -101,7 +116,7 @@ class DocumentAttention(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention within documents, with RoPE and grouped queries (Ainslie et al., arXiv 2305.13245).
 
-    Query and key norms and LoRA are optional.
+    Norms of queries and keys are optional, and so is LoRA.
     """
 
     def __init__(self, config: ModelConfig, site: Site):
@@ -117,8 +132,11 @@ class Attention(nn.Module):
         core.draw(self.core.linear_proj.weight, "linear_proj.weight", onto_residual=True)
 
     def forward(self, x_TD: Tensor, token_id_T: Tensor, documents: Documents, turn_2T1d: Tensor) -> Tensor:
-        """Return y_TD. turn_2T1d: the result of `rotation`. The global token ids seed LoRA's dropout. T may be 0."""
-        if not len(x_TD):  # megatron fails on 0 tokens: add one of zeros and cut it off, so weights get a zero gradient
+        """Return y_TD. T may be 0.
+
+        token_id_T: global token ids, which seed the dropout of LoRA. turn_2T1d: the result of `rotation`.
+        """
+        if not len(x_TD):  # megatron fails on 0 tokens: add a zero token and cut it off. Weights get zero gradients.
             alone, ids, turn = locate_documents([1], device=x_TD.device, dtype=x_TD.dtype), token_id_T, turn_2T1d
             return self(F.pad(x_TD, (0, 0, 0, 1)), F.pad(ids, (0, 1)), alone, F.pad(turn, (0, 0) * 2 + (0, 1)))[:0]
         attending: Attending = RotatedDocuments(documents, turn_2T1d)
@@ -137,7 +155,10 @@ class Attention(nn.Module):
         ]
 
     def num_parameters(self) -> int:
-        """Count the parameters: a projection has one per multiply-add of a token, a head norm weights and biases."""
+        """Count the parameters of the projections and the head norms.
+
+        A projection has no bias, so it has one parameter per multiply-add for one token.
+        """
         matrices = self.products(LayerWork(tokens=1, pairs=0, rows=0))
         norms = sum(2 * norm.normalized_shape[0] for norm in self._head_norms())
         return sum(product.multiply_adds for product in matrices) + norms
@@ -172,7 +193,7 @@ def attention_spec(config: ModelConfig, site: Site) -> ModuleSpec:
 
 
 def megatron_config(config: ModelConfig) -> TransformerConfig:
-    """Build megatron's configuration, with the settings that SelfAttention reads."""
+    """Build the megatron configuration. It contains the settings that SelfAttention reads."""
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,

@@ -20,16 +20,18 @@ from moe_dist.model.site import Site
 
 
 class MixtureOfDepths(nn.Module):
-    """x + s (block(x) - x) for the admitted tokens, x for the others (Raposo et al., arXiv 2404.02258, eq. 1).
+    """Wrapper of a block that computes x + s (block(x) - x) for admitted tokens and returns other tokens unchanged.
 
-    The gate value s multiplies the block's update of the residual stream, so the gate gets a gradient. s is a sigmoid,
-    as in MoMa (arXiv 2407.21770), which does not say where it enters. The block sees the admitted tokens only: they
-    attend to earlier admitted tokens of their document, at their original positions, and experts choose among them.
+    Source: Raposo et al., arXiv 2404.02258, eq. 1. The gate value s multiplies the block's update of the residual
+    stream, so the gate gets a gradient. s is a sigmoid, as in MoMa (arXiv 2407.21770). MoMa does not say where s enters
+    the computation. The block sees only the admitted tokens: each of them attends to the earlier admitted tokens of its
+    document, at their original positions, and expert choice selects among the admitted tokens.
 
-    It has the same call as its block. The block is registered among the model's layers, not here. Its parameters
-    therefore keep their names, and a stage with mixture-of-depths can start from a checkpoint without it. The numbers
-    of admitted tokens per document, sequence and modality are read on the host through `split_sizes`. This costs one
-    device-to-host synchronisation, in addition to that of the expert layer.
+    The wrapper is called with the same arguments as the block. The block is registered among the model's layers, not
+    here. The block's parameters therefore have the same names as without mixture-of-depths, and a stage with
+    mixture-of-depths can start from a checkpoint without it. `split_sizes` copies the numbers of admitted tokens per
+    document, sequence and modality to the host. This costs one device-to-host sync, in addition to that of the expert
+    layer.
     """
 
     def __init__(self, block: Block, settings: DepthConfig, site: Site, split_sizes: SplitSizes = split_sizes):
@@ -45,7 +47,10 @@ class MixtureOfDepths(nn.Module):
     def forward(
         self, x_TD: Tensor, info: TokenInfo, documents: Documents, turn_2T1d: Tensor
     ) -> tuple[Tensor, RoutingRecord | None, DepthRecord]:
-        """Return the block's results over all T tokens (records index those, too), and the record of the admission."""
+        """Return the hidden states of all T tokens, the block's routing record and the record of admitted tokens.
+
+        The block's routing record (None for a dense block) is renumbered, so it also refers to all T tokens.
+        """
         admitted_T, routing = self.router(x_TD, info)
         token_K, inner = info.select(admitted_T, self.split_sizes)
         x_KD = x_TD.index_select(0, token_K)

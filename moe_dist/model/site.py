@@ -1,5 +1,5 @@
-"""The place of a module in the model: the only source of parameter names, and the standard deviations of initial
-values, while a model is built.
+"""The place of a module in the model, from which parameter names and the standard deviations of initial values are
+derived.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from moe_dist.core.seeding import fold_key, seeded_normal_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """The place of a module in the model: everything its constructor needs besides its settings.
+    """The place of a module in the model: everything that the module's constructor needs besides its settings.
 
-    A module passes `child(ATTRIBUTE)` to each of its parts, so that `name` is the part's name in the module tree.
+    A module passes `child(ATTRIBUTE)` to each of its parts. The child's `name` is then the part's name in the module
+    tree.
     """
 
     hidden_size: int
@@ -42,7 +43,7 @@ class Site:
 
 
 def block_name(layer: int) -> str:
-    """Return the prefix of the parameter names of block number `layer`."""
+    """Return the prefix of all parameter names of block number `layer`."""
     return f"layers.{layer}"
 
 

@@ -27,11 +27,11 @@ from moe_dist.parallel.layout import Layout
 
 
 class Transformer(nn.Module):
-    """MoMa's base model (arXiv 2407.21770), which follows Chameleon.
+    """Decoder with the architecture of MoMa's base model (arXiv 2407.21770), which follows Chameleon.
 
-    With pre-norm and without query and key norms it is a Llama. tie_embeddings: the output shares the embedding's
-    matrix. The initial value of a parameter is a function of (seed, name, global expert), so it does not depend on the
-    layout. Under `torch.device("meta")`, construction allocates nothing.
+    With pre-norm and without query and key norms, the model is a Llama. If tie_embeddings is set, the output layer uses
+    the embedding's matrix. The initial value of a parameter is a function of (seed, name, global expert), so it does
+    not depend on the layout. Under `torch.device("meta")`, construction allocates nothing.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, layout: Layout, seed: int):
@@ -56,12 +56,18 @@ class Transformer(nn.Module):
 
     @property
     def causal_routing(self) -> bool:
-        """True if routing is causal. Otherwise a token's experts or blocks, and so its loss, depend on later tokens."""
+        """True if all routing is causal.
+
+        Otherwise the experts or blocks that process a token depend on later tokens, and so does the token's loss.
+        """
         return all(router.causal for router in self._routers())
 
     @property
     def can_route_causally(self) -> bool:
-        """True if every router decides causally with TokenInfo.causal, by itself or with its auxiliary router."""
+        """True if all routing is causal when TokenInfo.causal is set.
+
+        This requires that every router is causal or has an auxiliary router.
+        """
         return all(router.causal or router.has_auxiliary for router in self._routers())
 
     @property
@@ -69,7 +75,10 @@ class Transformer(nn.Module):
         return len(self.layers)
 
     def products(self, work: Work) -> Iterator[list[Product]]:
-        """Yield the chain from embedding to logits, then those of auxiliary routers, whose input is detached."""
+        """Yield the chain of products from embedding to logits, then one chain for each auxiliary router.
+
+        The input of an auxiliary router is detached, so its products are a separate chain.
+        """
         of_layers = [(block, work.of_layer(layer)) for layer, block in enumerate(self._blocks())]
         products = (product for block, of_layer in of_layers for product in block.products(of_layer))
         output = linear_product(self.output, work.tokens)
@@ -80,7 +89,7 @@ class Transformer(nn.Module):
     def num_parameters(self, experts: float | None = None) -> float:
         """Count the parameters over all ranks. experts: the number of experts per layer to count, by default all.
 
-        If `experts` is the average number of experts of a token, the result is the number of active parameters.
+        If `experts` is the average number of experts per token, the result is the number of active parameters.
         """
         vocabulary = num_weights(self.output) * (1 if self.config.tie_embeddings else 2)
         return sum(block.num_parameters(experts) for block in self._blocks()) + self.config.hidden_size + vocabulary
@@ -89,7 +98,7 @@ class Transformer(nn.Module):
         return cast(Block, self.layers[layer])
 
     def _blocks(self) -> Iterator[Block | MixtureOfDepths]:
-        """Yield the blocks in order, or the mixture-of-depths around a block if it has one."""
+        """Yield the blocks in order. If a block has mixture-of-depths, yield its MixtureOfDepths wrapper instead."""
         for layer in range(self.num_layers):
             key = str(layer)
             yield cast(MixtureOfDepths, self.depth[key]) if key in self.depth else self._block(layer)
@@ -102,9 +111,11 @@ class Transformer(nn.Module):
     def forward(self, tokens_T: Tensor, info: TokenInfo, decoding: Decoding | None = None) -> ModelOutput:
         """Return the next-token logits at each of the T tokens, and the records of the routers.
 
-        info: with `info.causally()` routing is causal, as inference needs it; otherwise it is the routing of training.
-        Raises UserError if a router cannot be causal (`can_route_causally`).
-        decoding: if given, the documents and their positions continue sequences of its cache.
+        info: facts about the tokens. With `info.causally()`, routing is causal, as inference requires. Otherwise,
+        routing is the same as in training. Raises UserError if causal routing is requested and a router has no way to
+        be causal (`can_route_causally`).
+        decoding: if given, the documents of the micro-batch continue cached sequences. The positions in `info` must
+        then continue the positions of the cached sequences.
         """
         config = self.config
         x_TD = self.embedding(tokens_T)
@@ -120,7 +131,7 @@ class Transformer(nn.Module):
         for block, documents in zip(self._blocks(), of_layers):
             run: Any = block
             if config.recompute and self.training:
-                # The reentrant kind would drop the gradient of the tensors in the records.
+                # Reentrant checkpointing would drop the gradients of the tensors in the records.
                 run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
             x_TD, record, *depth = run(x_TD, info, documents, turn_2T1d)
             depths += depth

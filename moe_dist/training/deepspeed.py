@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO 1, 2 and 3 with experts. The only file that imports DeepSpeed.
+"""DeepSpeed ZeRO stages 1, 2 and 3 for models with experts. The only file that imports DeepSpeed.
 
-DeepSpeed passes expert groups to ZeRO only for its own MoE classes. A thin subclass of its engine does so for our
-experts, with the groups of our layout. This file also chooses the optimizer and the parameters with weight decay.
-training/engine.py computes a step.
+DeepSpeed passes the process groups of experts to ZeRO only for its own MoE classes. A thin subclass of DeepSpeed's
+engine does the same for our experts, with the groups of our layout. This file also chooses the optimizer and the
+parameters that get weight decay. training/engine.py computes an optimizer step.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from moe_dist.training.trainable import freeze_others
 
 
 def init_distributed() -> torch.device:
-    """Find this process's rank (parallel/discovery.py), start torch.distributed, and return its device. Collective.
+    """Find this process's rank (parallel/discovery.py), start torch.distributed, and return the device. Collective.
 
     Raises UserError on every rank if ranks share a GPU (parallel/gpus.py).
     """
@@ -56,7 +56,7 @@ def init_distributed() -> torch.device:
 
 
 def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
-    """Put a model under ZeRO. Collective. The learning rate is each step's.
+    """Put a model under ZeRO and return its Engine. Collective. The learning rate is set anew for each step.
 
     Parameters that config.trainable does not match are frozen. Raises UserError if the recipe has an error.
     """
@@ -75,7 +75,7 @@ def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
 
 
 class _ZeroEngine(DeepSpeedEngine):
-    """DeepSpeed's engine for our experts, which it would not recognise as MoE layers."""
+    """DeepSpeed's engine, adapted so that it treats our experts as MoE layers."""
 
     def __init__(self, model: nn.Module, config: dict[str, Any], optimizer: Any) -> None:
         super().__init__(
@@ -89,40 +89,49 @@ class _ZeroEngine(DeepSpeedEngine):
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         super()._configure_distributed_model(model)
-        # Stages 1 and 2 need a group of experts in the optimizer; stage 3 must place frozen experts as well.
+        # If this is set, stages 1 and 2 require a parameter group of experts in the optimizer, so only trained experts
+        # count. Stage 3 must place frozen experts as well.
         self.has_moe_layers = any(
             is_stacked(parameter) and (parameter.requires_grad or self.zero_optimization_partition_weights())
             for parameter in model.parameters()
         )
 
     def _validate_zero3_moe_compatibility(self) -> None:
-        """Skip DeepSpeed's check, which allows only AutoEP layers in stage 3. Our experts have the same marks."""
+        """Skip DeepSpeed's check, which allows only AutoEP layers in stage 3.
+
+        Our experts have the same marks as AutoEP layers (_mark_experts).
+        """
 
     def _configure_zero_optimizer(self, optimizer: Any) -> Any:
         # DeepSpeed checks every gradient for inf and nan (11 launches per parameter, a collective and a host sync), and
-        # then their float64 norm. Any inf or nan also makes the norm inf or nan, so the norm alone is checked.
+        # then their float64 norm. Any inf or nan also makes this norm inf or nan, so checking the norm is enough.
         zero = super()._configure_zero_optimizer(optimizer)
         zero.check_overflow = zero.update_offload_overflow_tracker = _check_nothing
         return zero
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
-        """Use one optimizer class per stage. For bf16 in stage 1, DeepSpeed would use a class with another layout."""
+        """Use the same ZeRO optimizer class for every dtype.
+
+        For bf16 in stage 1, DeepSpeed would use a class whose state has a different layout.
+        """
         return ZERO_OPTIMIZATION
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed prepares backward with hooks on the tensors that a model returns. Ours returns them inside a record.
+        # DeepSpeed prepares backward with hooks on the tensors that a model returns. Our model returns them inside
+        # a record, where DeepSpeed does not find them, so the hook is put on the loss.
         register_output_backward_hooks(loss, self._backward_prologue)
         super().backward(loss, scale_wrt_gas=False)
 
 
 def _check_nothing(*arguments: Any, **settings: Any) -> None:
-    """Replace DeepSpeed's check for inf and nan."""
+    """Do nothing. This replaces DeepSpeed's check for inf and nan."""
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Group trained parameters: matrices (embeddings, routers and experts too) decay, vectors (norms, biases) do not.
+    """Group the trainable parameters by weight decay.
 
-    Expert parameters are stacked, so they have one more dimension.
+    Matrices (including embeddings, routers and experts) get weight decay; vectors (norms and biases) do not. The
+    leading dimension of a stacked expert parameter is ignored here: a stack of vectors gets no weight decay.
     """
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
@@ -136,7 +145,10 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def make_optimizer(params: list[dict[str, Any]], section: DeepSpeedSection, lr: float) -> torch.optim.Optimizer:
-    """Make torch's optimizer for ZeRO's flat partitions. Fused Adam runs on CPU (also for offloading) and on GPU."""
+    """Create the torch optimizer for ZeRO's flat partitions.
+
+    Adam and AdamW use torch's fused version, which also runs on CPU and therefore works with offloading.
+    """
     settings = section.optimizer.params.model_dump() | {"lr": lr}
     if section.optimizer.type == "SGD":
         return torch.optim.SGD(params, **settings)
@@ -145,7 +157,7 @@ def make_optimizer(params: list[dict[str, Any]], section: DeepSpeedSection, lr: 
 
 
 def _mark_experts(model: nn.Module, layout: Layout) -> None:
-    """Mark expert parameters for DeepSpeed, and register the process groups that share them."""
+    """Mark expert parameters for DeepSpeed, and register the process groups that share experts."""
     name = f"ep_size_{layout.expert}"
     marks = {"allreduce": False, "group_name": name}
     marks |= {"ds_zero_placement_family": "autoep_expert", "ds_zero_partition_group_name": name}  # stage 3

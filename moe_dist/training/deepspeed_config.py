@@ -1,5 +1,5 @@
-"""Translation of a recipe's `deepspeed` section (config/deepspeed_section.py) to DeepSpeed's configuration, and
-the number of accumulation steps.
+"""Translation of a recipe's `deepspeed` section (config/deepspeed_section.py) to DeepSpeed's configuration, and the
+number of accumulation steps.
 
 This file does not import DeepSpeed.
 """
@@ -14,7 +14,10 @@ from moe_dist.core.errors import UserError
 
 
 def accumulation_steps(train: TrainConfig, dp: int) -> int:
-    """Return the micro-batches per rank and step, global_batch_groups / (dp * micro_batch_groups). Raises UserError."""
+    """Return the number of micro-batches per rank and step: global_batch_groups / (dp * micro_batch_groups).
+
+    Raises UserError if this is not a whole number.
+    """
     per_pass = dp * train.micro_batch_groups
     if train.global_batch_groups % per_pass:
         raise UserError(

@@ -1,10 +1,10 @@
 """One optimizer step over all ranks, with an exact loss and an exact global gradient norm.
 
 The terms of the objective are sums divided by counts, both over all ranks and micro-batches. The gradient is clipped by
-the norm over all parameters, with each expert counted once. DeepSpeed averages gradients over all ranks, including
-those of experts, which the all-to-all has already summed over the expert-parallel ranks. The loss of every rank is
-therefore scaled by the number of data-parallel ranks, and by nothing else.
-If a loss or gradient is non-finite, all ranks skip the step or end the run (train.non_finite).
+the norm over all parameters, with each expert counted once. DeepSpeed averages all gradients over all ranks. This
+includes the gradients of experts, which the all-to-all has already summed over the expert-parallel ranks. The loss of
+every rank is therefore scaled by the number of data-parallel ranks, and by nothing else. If a loss or gradient is
+non-finite, all ranks skip the step or end the run (train.non_finite).
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ class StepResult:
     """Result of one optimizer step over all its micro-batches. Equal on every rank, except for `counted`."""
 
     loss_sums: dict[str, float]  # metrics of the objective, summed over all ranks
-    counts: dict[str, int]  # counts that divide loss_sums, by the same names; "loss": the predictions that counted
+    counts: dict[str, int]  # counts that divide loss_sums, with the same keys; "loss": number of predictions
     grad_norm: float  # over all parameters, before clipping; inf if not finite
     skipped: bool  # a loss or gradient was not finite, so nothing was changed
     counted: StepCounts | None  # this rank's routing and work, on the device; None if the step was not counted
 
     @property
     def losses(self) -> dict[str, float]:
-        """Means of the metrics, sums divided by counts. A metric whose count is 0 is left out."""
+        """The mean of each metric: its sum divided by its count. A metric whose count is 0 is left out."""
         return {name: total / self.counts[name] for name, total in self.loss_sums.items() if self.counts[name]}
 
 
 class Zero(Protocol):
-    """Interface of the part of DeepSpeed's engine that a step needs."""
+    """Interface that an optimizer step needs from DeepSpeed's engine."""
 
     module: nn.Module
     global_steps: int
@@ -67,9 +67,10 @@ class Zero(Protocol):
 
 
 class Engine:
-    """A model under ZeRO, with `train_step` and `eval_forward`, which are collective.
+    """A model under ZeRO, with methods to take an optimizer step (`train_step`) and to evaluate (`eval_forward`).
 
-    `steps` and `skipped_steps` are part of a run's state: a checkpoint stores them, and a resumed run sets them.
+    Both methods are collective. `steps` and `skipped_steps` are part of a run's state: a checkpoint stores them, and a
+    resumed run sets them.
     """
 
     def __init__(self, zero: Zero, settings: TrainConfig, layout: Layout, accumulation: int) -> None:
@@ -102,7 +103,7 @@ class Engine:
 
     @property
     def optimizer(self) -> Any:
-        """DeepSpeed's ZeRO optimizer; the torch optimizer of its partitions is `.optimizer.optimizer`."""
+        """DeepSpeed's ZeRO optimizer. The torch optimizer of its partitions is `.optimizer.optimizer`."""
         return self._zero.optimizer
 
     @property
@@ -114,13 +115,14 @@ class Engine:
     ) -> StepResult:
         """Accumulate gradients over this rank's micro-batches and take one optimizer step at rate `lr`. Collective.
 
-        micro_batches: on the host; each is moved to the device once. Iterating over them may read data. An error of one
-        rank is raised on all ranks before anything is computed.
-        count: counts the routing and the work of a micro-batch; StepResult.counted is the sum.
+        micro_batches: on the host; each is moved to the device once. Iterating over the micro-batches may read data. If
+        this fails on one rank, the error is raised on all ranks before anything is computed.
+        count: if given, a function that counts the routing and the work of a micro-batch. StepResult.counted is the sum
+        of its results.
 
-        If a loss or gradient is not finite on any rank, no rank changes its parameters or optimizer, and
-        train.non_finite decides whether the run stops (UserError) or continues. After a step that was applied, stateful
-        routers update their state (StatefulRouter).
+        If a loss or gradient is not finite on any rank, no rank changes its parameters or optimizer state.
+        train.non_finite then decides whether the run stops (UserError) or continues. After a step that was applied,
+        stateful routers update their state (StatefulRouter).
         """
         batches, counts = self._collect(micro_batches, objective)
         for group in self.optimizer.param_groups:
@@ -159,9 +161,9 @@ class Engine:
             self._zero.train()
 
     def _collect(self, micro_batches: Iterable[Batch], objective: Objective) -> tuple[list[Batch], dict[str, int]]:
-        """Read this rank's micro-batches and sum the counts over all ranks.
+        """Read this rank's micro-batches, and sum the counts of the metrics over all ranks. Collective.
 
-        The one all-reduce also reports failures: an error of one rank is raised on every rank.
+        The same all-reduce also reports failures: if one rank fails, its error is raised on every rank.
         """
         problem: Exception | None = None
         batches: list[Batch] = []
@@ -192,7 +194,10 @@ class Engine:
         return dict(zip(names, total.tolist()))
 
     def _stop_or_go_on(self, loss_sums: dict[str, float]) -> None:
-        """Apply train.non_finite to a step that DeepSpeed skipped. All ranks have the same values, so they agree."""
+        """Apply train.non_finite to a step that DeepSpeed skipped: raise UserError, or return to continue.
+
+        All ranks have the same values, so they make the same decision.
+        """
         terms = [f"loss term '{name}'" for name, value in loss_sums.items() if not math.isfinite(value)]
         problem = f"step {self.steps}: the {' and '.join(terms) or 'gradient norm'} is not finite"
         if self._train.non_finite == "stop":
@@ -202,5 +207,8 @@ class Engine:
 
 
 def _poison(loss: Tensor) -> Tensor:
-    """If the loss is non-finite, make its gradients non-finite too. Their shared norm then makes every rank skip."""
+    """If the loss is non-finite, make its gradients non-finite too.
+
+    The gradient norm, which all ranks share, then makes every rank skip the step.
+    """
     return loss * (loss.detach() * 0.0 + 1.0)

@@ -1,10 +1,10 @@
-"""Choice of the number of ranks for a recipe on one machine, and of overrides that fit it. Used by the Makefile.
+"""Command that chooses the number of ranks for a recipe on one machine, and overrides that adapt the recipe to it.
 
   python -m moe_dist.training.fit configs/NAME.yaml [RANKS]
 
-Prints shell assignments: ranks, placement (arguments of DeepSpeed's launcher), overrides. The GPUs are those in
-CUDA_VISIBLE_DEVICES, or by default all that nvidia-smi lists. A recipe with an error gets no overrides; launch/train.py
-reports the error.
+The Makefile uses it. It prints shell assignments: ranks, placement (arguments of DeepSpeed's launcher), overrides. The
+GPUs are those in CUDA_VISIBLE_DEVICES, or by default all that nvidia-smi lists. If the recipe has an error, there are
+no overrides; launch/train.py reports the error.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ WITHOUT_GPU = 2  # ranks
 
 
 def fit(config: Config, *, gpus: int, ranks: int | None = None) -> tuple[int, list[str]]:
-    """Return the number of ranks, and overrides for it that do not change the training result.
+    """Return the number of ranks for a recipe, and overrides that adapt the recipe to this number.
 
     ranks: by default the largest number of GPUs that divides the lanes and the global batch, or WITHOUT_GPU if there is
-    no GPU. Expert parallelism and micro-batches are reduced as far as the number of ranks requires. On GPUs training
-    uses bfloat16 unless the recipe sets bf16.
+    no GPU. The overrides reduce expert parallelism and micro-batches as far as the number of ranks requires, which does
+    not change the training result. On GPUs they also enable bfloat16, unless the recipe has a bf16 section.
     """
     lanes, groups = config.data.lanes, config.train.global_batch_groups
     if ranks is None:

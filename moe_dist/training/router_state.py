@@ -15,7 +15,10 @@ from moe_dist.model.moe.router import StatefulRouter
 
 
 class RouterStates:
-    """The stateful routers of a model, and their load in the current step. Loads stay on the device."""
+    """The stateful routers of a model, and the load of each router in the current step.
+
+    After the step, the loads update the routers. Loads stay on the device.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         stateful = [cast(StatefulRouter, router) for router in routers(model) if router.has_state]
@@ -23,18 +26,21 @@ class RouterStates:
         self._loads: dict[int, Tensor] = {}
 
     def start_step(self) -> None:
-        """Discard the load of an earlier step that did not finish."""
+        """Reset the loads. A step that did not finish may have left some."""
         self._loads = {}
 
     def add(self, records: Iterable[RoutingRecord]) -> None:
-        """Add the load of one micro-batch on this rank."""
+        """Add the loads of one micro-batch on this rank."""
         for record in records:
             if record.layer in self._routers:
                 load_E = record.load_E
                 self._loads[record.layer] = self._loads.get(record.layer, torch.zeros_like(load_E)) + load_E
 
     def after_step(self, group: dist.ProcessGroup | None) -> None:
-        """Update every stateful router. Collective if there is any: one all-reduce, no host sync."""
+        """Update every stateful router with its load over all ranks.
+
+        Collective if the model has stateful routers: one all-reduce, no host sync.
+        """
         if not self._loads:
             return
         total = torch.cat(list(self._loads.values()))

@@ -1,5 +1,5 @@
-"""A run, built from its recipe and trained: the order of steps, evaluations, log lines and checkpoints, and when each
-is due. Only this module and training/setup.py import all rooms.
+"""A training run, built from its recipe: the order of steps, evaluations, log lines and checkpoints, and when each is
+due. Only this module and training/setup.py import all rooms.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from moe_dist.training.step_metrics import StepMeter
 
 
 def train(config: Config, stop: StopSignals | None = None) -> None:
-    """Train a recipe up to train.steps or train.stop_after, or until `stop` has noted a signal on any rank.
+    """Train a recipe up to train.steps or train.stop_after, or until `stop` has received a signal on any rank.
 
     Collective. A UserError is raised on every rank. RUN/status.json records how the run ended.
     """
@@ -78,7 +78,7 @@ def train(config: Config, stop: StopSignals | None = None) -> None:
 
 @dataclass(kw_only=True)
 class Run:
-    """The parts of a run, and its progress."""
+    """A training run: its parts, its progress so far and its training loop."""
 
     config: Config
     layout: Layout
@@ -99,7 +99,7 @@ class Run:
     def build(cls, config: Config, layout: Layout, folder: RunFolder, stop: StopSignals | None = None) -> Run:
         """Read the data, build the model and its engine, and continue from a checkpoint if there is one. Collective.
 
-        Raises Stopped on every rank if `stop` has noted a signal on any rank.
+        Raises Stopped on every rank if `stop` has received a signal on any rank.
         """
         stop = stop or StopSignals()
         origin = find_origin(config)
@@ -136,7 +136,7 @@ class Run:
 
     @cached_property
     def meter(self) -> StepMeter:
-        """The meter of this run's steps."""
+        """The object that counts the routing and the work of this run's steps."""
         return StepMeter.of(self.model, self.config, self.layout, self.documents.domains)
 
     @property
@@ -145,7 +145,7 @@ class Run:
         return min(self.config.train.steps, self.config.train.stop_after or self.config.train.steps)
 
     def loop(self) -> None:
-        """Train, evaluate and save until the last step, or until a signal is noted. Collective."""
+        """Train, evaluate and save until the last step, or until a signal has been received. Collective."""
         is_new, saved, signal, config = self.step < self.last, self.step, None, self.config
         sinks, stragglers, watch = self._open()
         shown = Progress(self.last, step=self.step, is_main=self.layout.is_main, causal=self._is_causal)
@@ -175,7 +175,7 @@ class Run:
 
     @raise_on_all_ranks()
     def _open(self) -> tuple[Sinks, Stragglers, HangWatch]:
-        """Open the run folder, the metric sinks and the watchers of the run."""
+        """Open the run folder and the metric sinks, and create the watchers for stragglers and hangs. Collective."""
         main, health = self.layout.is_main, self.config.health
         if main:
             for path in checkpoint.set_aside_later(self.folder.path, self.step):
@@ -200,7 +200,7 @@ class Run:
         return bool(self.engine.module.causal_routing)
 
     def _is_logged(self, step: int) -> bool:
-        """Return whether the metrics of this step are written to metrics.jsonl."""
+        """Return True if the metrics of step number `step` are written to metrics.jsonl."""
         every = self.config.telemetry.every
         return step % every == 0 or step == self.last or _due(step, self.config.eval.every, self.last)
 
@@ -208,7 +208,11 @@ class Run:
         self.folder.write_status("failed", self.step, sentence, restart=True)
 
     def _tell_the_start(self) -> None:
-        """Print the account of init_from, and write it to RUN/init_from.json."""
+        """Report how the run starts.
+
+        If it starts from init_from, print the account of loaded parameters and write it to RUN/init_from.json. If it
+        resumes, say that init_from is not read again.
+        """
         if self.initial is not None:
             self.folder.write_initial(self.initial.to_json())
             Console().print(self.initial.table())
@@ -216,7 +220,7 @@ class Run:
             print(f"resumed after step {self.step}: init_from is not read again", flush=True)
 
     def train_step(self) -> dict[str, Any]:
-        """Take one optimizer step. Return its metrics (metrics/metric_keys.py). Collective."""
+        """Take one optimizer step and return its metrics (metrics/metric_keys.py). Collective."""
         started, config, read = time.perf_counter(), self.config, list[Loaded]()
         lr = learning_rate(self.step, config=config.schedule, steps=config.train.steps)
         context = Context(layout=self.layout, group_sequences=config.data.group_sequences)
@@ -240,13 +244,13 @@ class Run:
         return metrics if result.counted is None else metrics | self.meter.metrics(result.counted, seconds)
 
     def _read(self, read: list[Loaded]) -> Iterator[Batch]:
-        """Yield the micro-batches of a step, and append each with its loader state to `read`."""
+        """Yield the micro-batches of a step. Append each one, with its loader state, to `read`."""
         for item in islice(self.loader, self.engine.accumulation):
             read.append(item)
             yield item.batch
 
     def evaluate(self) -> dict[str, float]:
-        """Return the held-out losses, with the routing of training. Collective."""
+        """Return the held-out losses, computed with the routing of training. Collective."""
         batches = self.held_out_split.batches(self.held_out)
         return evaluate(self.engine.eval_forward, batches, self.layout, self.held_out.domains)
 
@@ -256,7 +260,7 @@ class Run:
         return HeldOutSplit.of(self.config, self.vocabulary, self.layout)
 
     def save(self) -> int:
-        """Save a checkpoint of the current step. Return the step. Collective."""
+        """Save a checkpoint of the current step, and return the number of the step. Collective."""
         state = TrainState(
             step=self.step,
             tokens=self.tokens,

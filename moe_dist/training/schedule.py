@@ -11,10 +11,10 @@ from moe_dist.config.recipe import ScheduleConfig
 
 
 def learning_rate(step: int, *, config: ScheduleConfig, steps: int) -> float:
-    """Return the learning rate of optimizer step `step` (from 0) in a run whose horizon is `steps`.
+    """Return the learning rate of optimizer step `step` (from 0) in a run that is planned for `steps` steps.
 
-    It rises linearly to `peak_lr` over the first `warmup_steps` steps; no step has rate 0. Then it decays and reaches
-    `end_lr` in the last step, `steps - 1`. Beyond the horizon it stays at `end_lr`.
+    The rate rises linearly to `peak_lr` over the first `warmup_steps` steps; no step has rate 0. Then the rate decays
+    and reaches `end_lr` in the last planned step, `steps - 1`. In later steps it stays at `end_lr`.
     """
     if step < config.warmup_steps:
         return config.peak_lr * (step + 1) / config.warmup_steps

@@ -1,6 +1,7 @@
 """Set-up of a run from its recipe: checks of the recipe, the data, and the checkpoint that the model starts from.
 
-Missing prerequisites and a checkpoint of other tokenizers are refused here; a warning counts the skipped samples.
+Missing prerequisites and checkpoints with different tokenizers are refused here. A warning reports the number of
+skipped samples.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ TRAINING_SPLITS: tuple[Split, Split] = ("train", "validation")
 
 @raise_on_all_ranks()  # no rank may fail while another still sets up its groups
 def check_recipe(config: Config, layout: Layout) -> None:
-    """Check a recipe, by itself and for this number of ranks, before any data are read. Collective. Raises UserError.
+    """Check a recipe, and whether it fits the number of ranks, before any data are read. Collective. Raises UserError.
 
     The model is built on the meta device, so that the checks of routers, experts and frozen parameters run.
     """
@@ -63,10 +64,10 @@ def check_recipe(config: Config, layout: Layout) -> None:
 
 
 def check_needs(config: Config, *, resumes: bool) -> None:
-    """Check that everything in the recipe's `needs` that this run reads exists.
+    """Check that everything in the recipe's `needs` exists, as far as this run reads it.
 
-    Raises UserError naming what is missing and the command that makes it. A need is not read if an override replaced
-    its path, or if only a new run reads it and this run resumes.
+    Two kinds of needs are not read, and so not checked: a need whose path an override has replaced, and, if this run
+    resumes, a need that only a new run reads. Raises UserError naming what is missing and the command that makes it.
     """
     data = config.data
     read = [data.shards, data.validation_shards, data.text_tokenizer, data.image_tokenizer]
@@ -86,7 +87,10 @@ def open_data(
     stop: StopSignals,
     splits: Sequence[Split] = TRAINING_SPLITS,
 ) -> tuple[TokenStore, ...]:
-    """Open the tokens of splits, and tokenise those that are missing. Collective. Raises Stopped on a signal."""
+    """Open the tokens of splits. Splits that are not tokenised yet are tokenised first. Collective.
+
+    Raises Stopped on every rank if a signal has been received.
+    """
     with raise_on_all_ranks(patient=True):  # each rank tokenises its share of the shards
         for split in splits:
             build_cache(
@@ -103,9 +107,10 @@ def open_data(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """The checkpoint that a run starts from: its own (resume_from, state) or an earlier stage's (source).
+    """The checkpoint that a run starts from.
 
-    If all three are None, the run starts from initial values.
+    If the run resumes, resume_from is its own checkpoint, and state is the training state in it. If the run starts from
+    an earlier stage, source is the checkpoint of that stage. If all three are None, the run starts from initial values.
     """
 
     resume_from: Path | None
@@ -113,12 +118,15 @@ class Origin:
     source: InitFrom | None
 
     def check(self, vocabulary: Vocabulary) -> None:
-        """Raise UserError if the run's own checkpoint was trained with other tokenizers."""
+        """Raise UserError if the run's own checkpoint was trained with different tokenizers."""
         if self.state is not None and self.state.vocabulary != vocabulary.fingerprint():
             raise UserError(f"{self.resume_from} was trained with other tokenizers than {vocabulary.describe()}")
 
     def fill(self, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account | None:
-        """Load the checkpoint into a new engine. Return an account if it is an earlier stage's. Collective."""
+        """Load the checkpoint, if there is one, into a new engine. Collective.
+
+        Returns the account of loaded parameters if the checkpoint is an earlier stage's, otherwise None.
+        """
         if self.resume_from is not None:
             checkpoint.load(self.resume_from, engine, layout)
         return None if self.source is None else start_from(self.source, engine, layout, vocabulary)
@@ -132,7 +140,11 @@ class Origin:
 
 
 def find_origin(config: Config) -> Origin:
-    """Find the checkpoint that a run starts from. Collective. Raises UserError if its own does not fit the recipe."""
+    """Find the checkpoint that a run starts from. Collective.
+
+    Raises UserError if something in the recipe's `needs` is missing, or if the run's own checkpoint does not fit the
+    recipe.
+    """
     resume_from = checkpoint.resolve_resume(config)
     with raise_on_all_ranks():
         check_needs(config, resumes=resume_from is not None)
@@ -145,7 +157,10 @@ def find_origin(config: Config) -> Origin:
 
 
 def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account:
-    """Load the checkpoint of an earlier stage into a new model. Collective. Raises UserError if tokenizers differ."""
+    """Load the checkpoint of an earlier stage into a new model. Collective.
+
+    Raises UserError if the embedding is loaded and the earlier stage used different tokenizers.
+    """
     with raise_on_all_ranks():
         before = checkpoint.read_state(source.checkpoint).get("vocabulary", vocabulary.fingerprint())
     account = init_from(source, engine, layout)
@@ -173,7 +188,10 @@ def open_loader(
 
 
 def open_neighbours(data: DataConfig, source: InitFrom | None) -> NeighbourStore | None:
-    """Open the recipe's neighbour store, if any. It must belong to the model of `source` (None if the run resumes)."""
+    """Open the recipe's neighbour store. Returns None if the recipe has none.
+
+    source: the checkpoint that the store must belong to. If it is None, because the run resumes, this is not checked.
+    """
     if data.neighbours is None:
         return None
     return NeighbourStore(data.neighbours, model=identity(source.checkpoint) if source is not None else None)

@@ -23,7 +23,10 @@ StepMetrics = dict[str, float | list[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMeter:
-    """Counter of routing and work in micro-batches, from which it computes a step's metrics."""
+    """Meter of optimizer steps, which computes the metrics of a step.
+
+    It counts the routing and the work of each micro-batch, and computes the metrics from the sum of these counts.
+    """
 
     model: Costed
     layout: Layout
@@ -33,7 +36,7 @@ class StepMeter:
 
     @classmethod
     def of(cls, model: Transformer, config: Config, layout: Layout, domains: Sequence[str]) -> StepMeter:
-        """Make the meter for a model in training."""
+        """Create the meter for a model in training."""
         router = next(iter(routers(model)), None)
         placement = None
         if router is not None and isinstance(config.model.ffn, MoEFFN):
@@ -51,7 +54,10 @@ class StepMeter:
         return StepCounts.of(batch, output, self.layout, len(self.domains))
 
     def metrics(self, counted: StepCounts, seconds: float) -> StepMetrics:
-        """Return the metrics of a step that took `seconds`. Only moe/flops_saved differs between ranks. Collective."""
+        """Return the metrics of a step that took `seconds`. Collective.
+
+        Only moe/flops_saved differs between ranks.
+        """
         flops = counted.flops(self.model)
         totals = counted.over_ranks(flops, self.layout)
         found: StepMetrics = {"model_flops": totals.flops, "model_flops_per_second": totals.flops / seconds}

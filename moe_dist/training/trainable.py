@@ -1,4 +1,6 @@
-"""Selection of trained parameters by the recipe's `trainable`. Others are frozen: no gradient, no optimizer state."""
+"""Selection of the trained parameters by the recipe's `trainable`. Other parameters are frozen: they have no gradient
+and no optimizer state.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,10 @@ from moe_dist.core.name_patterns import matching
 
 
 def freeze_others(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Freeze every parameter whose name matches none of the patterns. Parameters that modules freeze stay frozen.
+    """Freeze every parameter whose name matches none of the patterns.
 
-    Raises UserError naming a pattern that matches nothing.
+    Parameters that modules have frozen themselves stay frozen. Raises UserError naming a pattern that matches no other
+    parameter.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     chosen = matching(patterns, parameters, key="trainable", what="parameter that the model can train")

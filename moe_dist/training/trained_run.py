@@ -1,4 +1,4 @@
-"""Opening of a trained run for evaluation or sampling: its model without an optimizer, in any layout."""
+"""A trained run, opened for evaluation or sampling: its model without an optimizer, in any layout."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from moe_dist.training.setup import open_data
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
-    """The newest checkpoint of a run, and its recipe with overrides. Nothing large has been read yet."""
+    """The checkpoint of a run to evaluate, and the run's recipe with overrides. Nothing large has been read yet."""
 
     config: Config
     checkpoint: Path
@@ -48,10 +48,11 @@ class TrainedRun:
         return cls(config=config, checkpoint=resolve_resume(config) or newest, device=device)
 
     def open(self, *splits: Split) -> OpenedRun:
-        """Build the model, load the checkpoint, and open the tokens of `splits`, tokenised if missing. Collective.
+        """Build the model, load the checkpoint, and open the tokens of `splits`. Collective.
 
-        Raises UserError if the checkpoint is damaged or was made with another model or other tokenizers, or if there
-        are splits and the run could not be resumed with this recipe.
+        Splits that are not tokenised yet are tokenised first. Raises UserError if the checkpoint is damaged or was made
+        with a different model or different tokenizers. If any splits are given, also raises UserError if the run could
+        not be resumed with this recipe.
         """
         config, layout = self.config, make_layout(expert=self.config.parallel.expert, device=self.device)
         dtype = torch.bfloat16 if config.deepspeed.bf16.enabled else torch.float32
@@ -79,7 +80,7 @@ class TrainedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class OpenedRun:
-    """A trained model with its vocabulary and the documents for its evaluation."""
+    """A trained model, with its vocabulary and the documents to evaluate it on."""
 
     config: Config
     layout: Layout

@@ -1,10 +1,10 @@
 """Auxiliary routers: causal substitutes for routers whose choice depends on later tokens (MoMa, arXiv 2407.21770, eq.
 3-4).
 
-An expert-choice router or depth gate gets one if its settings say `auxiliary: true`. It sees one token alone and is
-trained to predict the main router's choice for it (losses/causal_routers.py), usually in a separate stage with
-everything else frozen. Its input is detached, so its gradient never reaches the model. Its logits are stored in
-Routing.auxiliary_VC.
+An expert-choice router or a mixture-of-depths router gets an auxiliary router if its settings say `auxiliary: true`.
+The auxiliary router sees one token alone and is trained to predict the main router's choice for this token
+(losses/causal_routers.py), usually in a separate stage in which all other parameters are frozen. Its input is detached,
+so its gradient never reaches the rest of the model. Its logits are stored in Routing.auxiliary_VC.
 
 Shape suffixes: D model width, H hidden width D/2, V routed tokens, C columns of the main router.
 """
@@ -22,12 +22,15 @@ from moe_dist.model.site import Site
 
 
 class AuxiliaryRouter(RouterPart):
-    """aux(x) = sigmoid(SiLU(x W1) W2) in float32, with one output per column of the main router."""
+    """Small network that predicts the main router's choices: aux(x) = sigmoid(SiLU(x W1) W2), in float32.
+
+    It has one output per column of the main router.
+    """
 
     detached = True
 
     def __init__(self, columns: int, site: Site):
-        """site: the site of the main router, whose attribute `auxiliary` this module is."""
+        """site: the site of the main router, which holds this module as its attribute `auxiliary`."""
         super().__init__()
         width, hidden = site.hidden_size, site.hidden_size // 2
         self.width, self.hidden, self.columns = width, hidden, columns
@@ -49,7 +52,10 @@ class AuxiliaryRouter(RouterPart):
 
 
 def decide_alone(auxiliary_VC: Tensor | None, layer: int) -> Tensor:
-    """Return bool [V, C], true where aux(x) > 0.5 (a logit above 0). Raises UserError if auxiliary_VC is None."""
+    """Return the choices of an auxiliary router, bool [V, C]: true where aux(x) > 0.5 (a logit above 0).
+
+    auxiliary_VC: the logits. Raises UserError if it is None, that is, if the layer has no auxiliary router.
+    """
     if auxiliary_VC is None:
         raise UserError(
             f"layer {layer} has no auxiliary router, so its routing is not causal: train one first "

@@ -1,7 +1,7 @@
 """Expert capacity per selection group, which tokens are kept when an expert is full, and plans built without a host
 sync.
 
-Shape suffixes: T tokens, V routed tokens, b of them in one group, E experts, k experts per token, N assignments.
+Shape suffixes: T tokens, V routed tokens, b tokens of one group, E experts, k experts per token, N assignments.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from moe_dist.core.routing_plan import RoutingPlan
 
 
 def expert_capacity(num_tokens: int, capacity_factor: float, columns: int, top_k: int = 1) -> int:
-    """Return an expert's capacity in a selection group, ceil(b * k * c / columns) but at most b, in exact arithmetic.
+    """Return an expert's capacity in a selection group of b tokens: min(b, ceil(b * k * c / columns)).
 
-    num_tokens: b. top_k: k. capacity_factor: c. columns: the number of experts.
+    num_tokens: b. top_k: k. capacity_factor: c. columns: the number of columns of the router, including null experts.
+    The arithmetic is exact.
     """
     return min(num_tokens, math.ceil(num_tokens * top_k * Fraction(str(capacity_factor)) / columns))
 
@@ -27,9 +28,10 @@ def expert_capacity(num_tokens: int, capacity_factor: float, columns: int, top_k
 def keep_within_capacity(
     chosen_VE: Tensor, priority_VE: Tensor, group_sizes: Sequence[int], capacities: Sequence[int]
 ) -> Tensor:
-    """Keep, per group and expert, the `capacity` tokens of highest priority among those that chose the expert.
+    """For each group and expert, keep the tokens of highest priority among those that chose the expert.
 
-    chosen_VE: bool. priority_VE: int64, all different within an expert's column. Returns bool [V, E]. No host sync.
+    chosen_VE: bool. priority_VE: int64, all different within an expert's column. capacities: the maximum number of
+    tokens that an expert keeps in each group. Returns bool [V, E]. No host sync.
     """
     lowest = torch.iinfo(torch.int64).min
     wish_VE = priority_VE.masked_fill(~chosen_VE, lowest)
@@ -45,10 +47,10 @@ def keep_within_capacity(
 def plan_assignments(
     token_V: Tensor, expert_Vk: Tensor, weight_Vk: Tensor, num_experts: int, slots: int | None = None
 ) -> RoutingPlan:
-    """Build the plan of the k assignments of every token. The expert number `num_experts` means "no expert".
+    """Build a routing plan from the k experts of every token. The expert number `num_experts` means "no expert".
 
-    slots: pad every expert to exactly this number of assignments, which must not be less than it has. Padding assigns
-    token 0 with weight 0: outputs and gradients do not change, and every shape is static.
+    slots: if given, pad every expert to exactly this number of assignments. No expert may have more. The padding
+    assigns token 0 with weight 0: outputs and gradients do not change, and every shape is static.
     """
     expert_N = expert_Vk.flatten()
     order_N = expert_N.argsort(stable=True)
@@ -77,7 +79,7 @@ def _pad(plan: RoutingPlan, expert_N: Tensor, slots: int) -> RoutingPlan:
 
 
 def join_plans(plans: Sequence[RoutingPlan]) -> RoutingPlan:
-    """Concatenate plans into one. Its experts are numbered consecutively, in the order of the plans."""
+    """Concatenate plans into one plan, whose experts are numbered consecutively in the order of the plans."""
     counts_E = torch.cat([plan.counts_E for plan in plans])
     token_ids_N = torch.cat([plan.token_ids_N for plan in plans])
     weights_N = torch.cat([plan.weights_N for plan in plans])

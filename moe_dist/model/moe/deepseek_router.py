@@ -21,7 +21,10 @@ LOWEST, HIGHEST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 
 
 class ExpertBias(nn.Module):
-    """One number per expert, float32 even if the model is cast. It is a buffer, so checkpoints include it."""
+    """The selection bias of each expert, float32 even if the model is cast.
+
+    The bias is a buffer, so checkpoints include it.
+    """
 
     value: Tensor
 
@@ -36,12 +39,14 @@ class ExpertBias(nn.Module):
 
 
 class DeepSeekV3Router(TokenChoiceRouter):
-    """Every valid token takes the k experts with its highest s + b. s = sigmoid(x W), b is their bias (eq. 15, 16).
+    """Router in which every valid token takes the k experts with the highest s + b (eq. 15, 16).
 
-    The experts form `groups` equal groups (DeepSeek-V2's device-limited routing). A token takes experts only from the
-    `top_groups` groups whose two highest s + b have the highest sum. The combine weight is s without the bias, divided
-    by its sum over the chosen experts (eq. 13), times `scale`. After every optimizer step, the bias of an expert rises
-    by `bias_rate` if its load is below the mean over the experts, and falls by `bias_rate` if it is above.
+    s = sigmoid(x W) is the token's score for an expert, and b is the expert's bias. The experts form `groups` equal
+    groups (DeepSeek-V2's device-limited routing). A token's score for a group is the sum of the two highest s + b in
+    the group. The token takes experts only from the `top_groups` groups with the highest scores. The combine weight is
+    s without the bias, divided by the sum of s over the chosen experts (eq. 13) and multiplied by `scale`. After every
+    optimizer step, an expert's bias rises by `bias_rate` if the expert's load is below the mean over the experts, and
+    falls by `bias_rate` if the load is above the mean.
     """
 
     has_state = True
@@ -69,11 +74,11 @@ class DeepSeekV3Router(TokenChoiceRouter):
         return keys_VE.topk(self.settings.top_k, dim=1).indices
 
     def biased_scores(self, logits_VE: Tensor) -> Tensor:
-        """Return s + b, detached."""
+        """Return s + b for every expert, [V, E], detached."""
         return logits_VE.detach().sigmoid() + self.bias.value
 
     def group_scores(self, scores_VE: Tensor) -> Tensor:
-        """Return the sum of the two highest scores of each group, [V, G]."""
+        """Return the sum of the two highest scores in each group, [V, G]."""
         scores_VGe: Tensor = scores_VE.unflatten(1, (self.settings.groups, -1))
         return scores_VGe.topk(2, dim=2).values.sum(dim=2)
 
@@ -83,11 +88,14 @@ class DeepSeekV3Router(TokenChoiceRouter):
         return torch.zeros_like(keys_VG, dtype=torch.bool).scatter(1, first, True)
 
     def of_experts(self, groups_VG: Tensor) -> Tensor:
-        """Expand values of groups to their experts, [V, E]."""
+        """Repeat the value of each group for every expert in the group: [V, G] -> [V, E]."""
         return groups_VG.repeat_interleave(self.num_experts // self.settings.groups, dim=1)
 
     @torch.no_grad()
     def after_step(self, load_E: Tensor) -> None:
-        """Move each bias towards balance. load_E: assignments of the step's whole global batch, without padding."""
+        """Move each bias by `bias_rate` towards a balanced load.
+
+        load_E: the number of assignments of each expert in the step's global batch, without padding.
+        """
         below_E = (load_E.sum() - load_E * self.num_experts).sign()  # integers, so exact in every layout
         self.bias.value.add_(below_E, alpha=self.settings.bias_rate)

@@ -19,7 +19,9 @@ from moe_dist.model.site import Site
 
 
 class DepthRouter(nn.Module):
-    """s = sigmoid(x W), W in R^{D x 1}. Of b competing tokens, the k_d = ceil(b c_d) with the highest s are admitted.
+    """Router that admits the highest-scoring tokens to a block. The score is s = sigmoid(x W), W in R^{D x 1}.
+
+    Among b competing tokens, the k_d = ceil(b c_d) tokens with the highest s are admitted. c_d is `depth.capacity`.
 
     `depth.scope` sets which tokens compete:
     group: all tokens of a selection group, whatever their modality (MoMa's choice over "the batch").
@@ -27,7 +29,7 @@ class DepthRouter(nn.Module):
     sequence: the tokens of one packed sequence, as in Raposo et al.
 
     Padding is never admitted. Ties are broken as in selection_keys. With TokenInfo.causal, the auxiliary router decides
-    about each token alone; the gate value is still s.
+    about each token alone. The gate value is still s.
     """
 
     causal = False
@@ -41,7 +43,10 @@ class DepthRouter(nn.Module):
         self.auxiliary = AuxiliaryRouter(1, site) if settings.auxiliary else None
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, Routing]:
-        """Return admitted_T (bool) and the Routing of the valid tokens, whose one column is the gate."""
+        """Return admitted_T (bool) and the Routing of the valid tokens.
+
+        The Routing has one column, which stands for the block.
+        """
         token_V, sizes = info.competing(self.settings.scope)
         x_VD = x_TD.index_select(0, token_V)
         logits_V1 = self.gate(x_VD)

@@ -3,11 +3,12 @@
 Shape suffixes: T tokens, D model width, E experts, e experts (or expert slices) on a rank, r ranks of the
 expert-parallel group, N assignments made on this rank, R rows received on this rank.
 
-A dispatcher has no parameters: it follows a RoutingPlan. Rows are copies of tokens, sorted by expert. Combine weights
-are sent with their rows, in their own dtype and with gradients; the Experts class applies them. If experts are in
-slices (Placement), each slice gets all rows of its expert, and the expert's output is the sum over its slices.
-`combine` and the gradient of `dispatch` sum the rows of a token in float32 or wider and round once to the rows' dtype.
-The sum is bitwise repeatable on CPU, and on CUDA under torch.use_deterministic_algorithms(True).
+A dispatcher has no parameters: it follows a RoutingPlan. Rows are copies of tokens, sorted by expert. Each row is sent
+together with a combine weight. Combine weights keep their dtype and their gradient, and the Experts class applies them.
+If experts are split into slices (Placement), each slice gets all rows of its expert, and the expert's output is the sum
+over its slices. `combine` and the gradient of `dispatch` sum the rows of a token in float32 or wider and round the sum
+once to the rows' dtype. The sum is bitwise repeatable on CPU, and on CUDA under
+torch.use_deterministic_algorithms(True).
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ SplitSizes = Callable[[Tensor], Any]
 
 
 def split_sizes(counts: Tensor) -> list[Any]:
-    """Read counts on the host, as nested lists: the one device-to-host synchronisation of an expert layer."""
+    """Copy counts to the host, as nested lists. This is the one device-to-host sync of an expert layer."""
     return counts.tolist()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """Result of a dispatch besides the rows: the information that the experts and `combine` need."""
+    """The information about a dispatch that the experts and `combine` need, in addition to the rows."""
 
     counts_e: tuple[int, ...]  # rows of each local expert; sums to R
     weights_R: Tensor
@@ -49,14 +50,17 @@ class Receipt:
 
 class Dispatcher(Protocol):
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan, token_id_T: Tensor | None = None) -> tuple[Tensor, Receipt]:
-        """Return the rows for this rank's experts, and their receipt. token_id_T: global token ids to send along."""
+        """Send each token to the ranks of its experts. Returns the rows that this rank received, and their receipt.
+
+        token_id_T: global token ids to send with the rows.
+        """
         ...
 
     def combine(self, y_RD: Tensor, receipt: Receipt) -> Tensor: ...
 
 
 class LocalDispatcher:
-    """Dispatcher for one rank that holds all experts, each in `slices` slices."""
+    """Dispatcher for a single rank, which holds all experts. slices: the number of slices per expert."""
 
     def __init__(self, slices: int = 1, split_sizes: SplitSizes = split_sizes):
         self.slices, self.split_sizes = slices, split_sizes
@@ -83,7 +87,7 @@ class LocalDispatcher:
 
 
 class AllToAllDispatcher:
-    """Dispatcher for experts that `placement` spreads over the ranks of `group`.
+    """Dispatcher for experts that `placement` distributes over the ranks of `group`.
 
     Collective: every rank of the group must call dispatch and combine, even if it has no tokens.
     """
@@ -120,7 +124,11 @@ class AllToAllDispatcher:
         return add_up_rows(y_ND, receipt.token_ids_N, receipt.num_tokens)
 
     def _exchange_counts(self, counts_E: Tensor) -> Tensor:
-        """Return [2, r, e]: the number of rows to send to each expert of each rank, and to receive from each rank."""
+        """Exchange row counts with the other ranks. Returns int64 [2, r, e]. Collective.
+
+        [0]: the number of rows to send to each expert of each rank. [1]: the number of rows to receive from each rank
+        for each local expert.
+        """
         order_E = self.order_E.to(counts_E.device, non_blocking=True)
         sent_re = counts_E.repeat(self.placement.slices).index_select(0, order_E).view(self.placement.num_ranks, -1)
         received_re = torch.empty_like(sent_re)
@@ -137,7 +145,7 @@ def make_dispatcher(placement: Placement, layout: Layout) -> Dispatcher:
 
 
 def _by_rank(x_N: Tensor, placement: Placement, sent_re: list[list[int]]) -> Tensor:
-    """Reorder assignments from expert order to placement order, rank by rank, and repeat them for each expert slice.
+    """Reorder assignments from expert order to placement order, rank by rank. Repeat them for each slice of an expert.
 
     Assignments to no expert are cut off.
     """
@@ -148,7 +156,7 @@ def _by_rank(x_N: Tensor, placement: Placement, sent_re: list[list[int]]) -> Ten
 
 
 def _swap_blocks(x_R: Tensor, sizes: list[list[int]]) -> Tensor:
-    """Reorder blocks of rows, of sizes[a][b] rows each, from a-major to b-major order."""
+    """Reorder blocks of rows from a-major to b-major order. Block (a, b) has sizes[a][b] rows."""
     pieces = x_R.split([size for row in sizes for size in row])
     inner = len(sizes[0])
     return torch.cat([pieces[a * inner + b] for b in range(inner) for a in range(len(sizes))])

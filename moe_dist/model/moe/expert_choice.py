@@ -1,8 +1,8 @@
-"""Expert-choice routing, over all tokens (moe_8x) or within each modality (MoMa, arXiv 2407.21770, eq. 1), with Gumbel
-noise in training if set.
+"""Expert-choice routing, over all tokens (moe_8x) or within each modality (MoMa, arXiv 2407.21770, eq. 1), with
+optional Gumbel noise in training.
 
 Shape suffixes: T tokens, D model width, E experts of this router, V routed tokens, K tokens that an expert takes from
-all selection groups.
+all selection groups together.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from moe_dist.model.site import Site
 
 
 class ExpertChoiceRouter(nn.Module):
-    """Each expert takes its highest-scoring valid tokens from each selection group; a token may get 0 to E experts.
+    """Router in which each expert takes the highest-scoring valid tokens of each selection group.
 
-    s = sigmoid(x W). The combine weight is s, not normalised over experts. With capacity factor 1, a token gets one
-    expert on average.
+    A token may get 0 to E experts, and with capacity factor 1 it gets one on average. The score of a token is s =
+    sigmoid(x W). The combine weight is s, not normalised over experts.
 
-    gumbel_noise: in training, s = sigmoid(x W + G' - G'') with Gumbel noise (MoMa, section on upcycling), both for
-    selection and as the weight. The noise is a function of (seed, layer, token id, expert). A token id is unique over
-    the whole run, so each step has different noise, but every layout and a resumed run have the same.
+    gumbel_noise: in training, s = sigmoid(x W + G' - G'') with Gumbel noise G' and G'' (MoMa, section on upcycling).
+    This s is used both for selection and as the combine weight. The noise is a function of (seed, layer, token id,
+    expert). Token ids are unique over the whole run, so the noise differs in each step, but it is the same in every
+    layout and after a resume.
 
-    With TokenInfo.causal, the auxiliary router decides which experts a token gets; the weight is still s (MoMa, eq.
-    3-4).
+    With TokenInfo.causal, the auxiliary router decides which experts a token gets. The combine weight is still s (MoMa,
+    eq. 3-4).
     """
 
     causal = has_state = False
@@ -81,7 +82,10 @@ class ExpertChoiceRouter(nn.Module):
         return plan, RoutingRecord(layer=self.layer, plan=plan, routings=(routing,))
 
     def _add_noise(self, logits_VE: Tensor, token_V: Tensor, info: TokenInfo) -> Tensor:
-        """Add Gumbel noise in training, unless the gate is frozen, as in the stage that trains auxiliary routers."""
+        """Add Gumbel noise to the logits in training if `gumbel_noise` is set.
+
+        No noise is added while the gate is frozen, as in the stage that trains auxiliary routers.
+        """
         if not (self.settings.gumbel_noise and self.training and self.gate.weight.requires_grad):
             return logits_VE
         token_id_V = info.token_id_T.index_select(0, token_V)
@@ -89,7 +93,7 @@ class ExpertChoiceRouter(nn.Module):
         return logits_VE + logistic(self.noise_key, token_id_V[:, None], expert_E).to(logits_VE.dtype)
 
     def _choose(self, keys_VE: Tensor, group_sizes: list[int]) -> Tensor:
-        """Return int64 [E, K], the rows of keys_VE that each expert takes: the highest ones of each group in turn."""
+        """Return int64 [E, K]: for each expert, the rows of its highest keys in each group, group after group."""
         chosen, start = [], 0
         for size, keys_bE in zip(group_sizes, keys_VE.split(group_sizes)):
             capacity = expert_capacity(size, self.settings.capacity_factor, self.num_experts)
@@ -100,7 +104,7 @@ class ExpertChoiceRouter(nn.Module):
 
 
 class ModalityRouter(nn.Module):
-    """Modality-aware routing: each modality has its own child router with its own experts.
+    """Composite router for modality-aware routing: each modality has its own child router with its own experts.
 
     The experts of all modalities are numbered consecutively, text first. A child sees the tokens of other modalities as
     padding, so any router class can be a child.
@@ -133,7 +137,7 @@ class ModalityRouter(nn.Module):
         return plan, RoutingRecord(layer=self.layer, plan=plan, routings=parts)
 
     def after_step(self, load_E: Tensor) -> None:
-        """Pass to each stateful child the load of its own experts."""
+        """Update each stateful child with the load of the child's own experts."""
         children = [getattr(self, name) for name in MODALITIES]
         for child, of_child_E in zip(children, load_E.split([child.num_experts for child in children]), strict=True):
             if child.has_state:

@@ -1,4 +1,5 @@
-"""The experts of one rank. Each Experts class applies the combine weights itself, where its formula has them.
+"""The experts of one rank. Each Experts class applies the combine weights itself, at the place that its formula
+requires.
 
 Shape suffixes: R rows (sorted by expert), D model width, F expert width, e local experts.
 """
@@ -26,20 +27,21 @@ from moe_dist.model.site import Site
 class HeldExperts:
     """The experts that a rank holds: everything the constructor of an Experts class needs besides its settings."""
 
-    expert_ids: tuple[int, ...]  # global ids; slice ids if experts are in slices (Placement)
-    size: int  # hidden size of each expert or slice; for LoRA experts, of the dense part that they share
+    expert_ids: tuple[int, ...]  # global ids; slice ids if experts are split into slices (Placement)
+    size: int  # hidden size of each expert or slice; for LoRA experts, that of the shared dense base
     slices: int = 1  # slices per expert
     site: Site
 
 
 class Experts(Protocol):
-    """Interface of experts: an nn.Module whose constructor takes (settings, HeldExperts).
+    """Interface of the experts of a rank: an nn.Module whose constructor takes (settings, HeldExperts).
 
-    Its rows are sorted by local expert. counts_e (host values) is the number of rows of each, weights_R their combine
-    weights. If an expert or the whole rank has no rows, its trainable parameters must get a gradient of zero, not None.
+    The rows of a call are sorted by local expert. counts_e (host values) is the number of rows of each local expert.
+    weights_R is the combine weight of each row. If an expert has no rows, the gradient of its trainable parameters must
+    be zero, not None. This also holds if the whole rank has no rows.
     """
 
-    experts_per_token: int | None  # the number that a router must choose for every token; None: any
+    experts_per_token: int | None  # number of experts that a router must choose for every token; None: any
     needs_token_ids: bool  # the call needs token_id_R, the global token id of each row, to seed random numbers
 
     def __call__(
@@ -47,22 +49,28 @@ class Experts(Protocol):
     ) -> Tensor: ...
 
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
-        """Return the products for this number of (token, expert) assignments, including `gates`, those of the router.
+        """Return the matrix products for `rows` (token, expert) assignments. gates: the router's products to include.
 
-        The gates come after the products that the gradient of the combine weights does not need.
+        The order matters for the cost: the gradient of the combine weights flows back through the products that come
+        after the gates, but not through those before the gates.
         """
         ...
 
     def num_parameters(self, experts: float) -> float:
-        """Count the parameters of this number of whole experts, including the modules that they share."""
+        """Count the parameters of `experts` whole experts, not of slices.
+
+        The count includes the modules that all experts share.
+        """
         ...
 
 
 class GroupedExperts(nn.Module):
-    """SwiGLU experts, y = w * (silu(x W_gate) * (x W_up)) W_down, as two grouped matrix products over stacked weights.
+    """SwiGLU experts with combine weight w: y = w * (silu(x W_gate) * (x W_up)) W_down, without biases.
 
-    No biases. The parameters are stacked, one row per expert (core/expert_rows.py). An expert of hidden size F equals
-    the sum of its slices (Placement), whose hidden sizes add up to F. This class treats each slice as an expert.
+    All experts are computed together in two grouped matrix products. The parameters are stacked, one row per expert
+    (core/expert_rows.py). If experts are split into slices (Placement), this class treats each slice as an expert. The
+    hidden sizes of an expert's slices add up to the expert's hidden size F, and the outputs of the slices add up to the
+    expert's output.
     """
 
     experts_per_token = None
@@ -84,7 +92,7 @@ class GroupedExperts(nn.Module):
     def forward(
         self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
     ) -> Tensor:
-        """Return y_RD in the dtype of the rows. The weights (float32) are rounded to that dtype first."""
+        """Return y_RD in the dtype of the rows. The combine weights (float32) are rounded to that dtype first."""
         h_RF = gated(matmul_by_expert(rows_RD, self.gate_up, counts_e))
         return weighted(matmul_by_expert(h_RF, self.down, counts_e), weights_R)
 
@@ -108,13 +116,16 @@ def weighted(y_RD: Tensor, weights_R: Tensor) -> Tensor:
 
 
 def matmul_by_expert(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
-    """Multiply the rows of each expert by its matrix. Returns [R, F]."""
+    """Multiply the rows of each expert by the matrix of that expert. Returns [R, F]."""
     multiply = grouped_matmul if _has_grouped_kernel(x_RD, counts_e) else looped_matmul
     return multiply(x_RD, weight_eDF, counts_e)
 
 
 def grouped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
-    """Compute matmul_by_expert with one kernel. It needs D and F in multiples of 8, so other sizes are padded."""
+    """Compute matmul_by_expert with one kernel.
+
+    The kernel needs D and F to be multiples of 8, so other sizes are padded.
+    """
     inner, outer = -weight_eDF.shape[1] % 8, -weight_eDF.shape[2] % 8
     if inner:
         x_RD = F.pad(x_RD, (0, inner))
@@ -128,16 +139,18 @@ def grouped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) ->
 def looped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
     """Compute matmul_by_expert in a loop, as a readable reference and for dtypes without a grouped kernel (float64).
 
-    The weights are unbound once, because the gradient of each slice weight[i] would be a tensor of full size.
+    The weights are unbound once. With indexing, the gradient of each weight[i] would be a tensor of the size of the
+    whole stack.
     """
     return torch.cat([x @ weight for x, weight in zip(x_RD.split(list(counts_e)), weight_eDF.unbind())])
 
 
 def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
-    """Return whether torch has a correct grouped kernel for these rows.
+    """Return True if torch has a correct grouped kernel for these rows.
 
-    On CUDA there is one for bfloat16 on compute capability 9.0 and 10.0. In other cases torch would sync with the host.
-    On 10.0 the kernel did not write the weight gradients of experts without rows (pytorch issue 172439).
+    On CUDA there is a kernel for bfloat16 on compute capability 9.0 and 10.0. In other cases torch would sync with the
+    host. On 10.0 the kernel did not write the weight gradients of experts without rows (pytorch issue 172439). There it
+    is used only if every expert has rows.
     """
     if x_RD.dtype != torch.bfloat16:
         return x_RD.is_cpu and x_RD.dtype == torch.float32
@@ -148,5 +161,5 @@ def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Copy x if it does not start at a multiple of 16 bytes. ZeRO-3 can return such views of its buffers."""
+    """Copy x if it does not start at a multiple of 16 bytes. Under ZeRO-3, x can be such a view of a buffer."""
     return x.clone() if x.storage_offset() * x.element_size() % 16 else x

@@ -1,4 +1,4 @@
-"""LoRA: low-rank deltas of frozen weights, and experts that are such deltas (LLaVA-MoLE, arXiv 2401.16160).
+"""LoRA: low-rank deltas of frozen weights, and experts that consist of such deltas (LLaVA-MoLE, arXiv 2401.16160).
 
 Shape suffixes: R rows (sorted by expert if there are experts), D input width, r rank, F output width, e local experts.
 """
@@ -24,10 +24,11 @@ from moe_dist.model.site import Site
 
 
 class LowRank(nn.Module):
-    """(alpha / r) dropout(x) A B (LoRA, Hu et al., arXiv 2106.09685, eq. 3), or a stack with one such delta per expert.
+    """The LoRA delta (alpha / r) dropout(x) A B for one weight, or a stack of such deltas, one per expert.
 
-    A [D, r] has the scale of Kaiming initialisation with a = sqrt(5). B [r, F] starts at zero, so the delta starts at
-    zero. Dropout is a function of (seed, name, token, column), so it is the same in every layout and after a resume.
+    Source: Hu et al., arXiv 2106.09685, eq. 3. A [D, r] has the scale of Kaiming initialisation with a = sqrt(5). B [r,
+    F] starts at zero, so the delta starts at zero. Dropout is a function of (seed, name, token, column), so it is the
+    same in every layout and after a resume.
     """
 
     def __init__(
@@ -38,7 +39,10 @@ class LowRank(nn.Module):
         site: Site,
         expert_ids: Sequence[int] | None = None,
     ):
-        """expert_ids: if given, the parameters are stacked, [e, D, r] and [e, r, F]."""
+        """expert_ids: the global expert of each delta in a stack; by default there is a single delta.
+
+        In a stack, A is [e, D, r] and B is [e, r, F].
+        """
         super().__init__()
         self.scale, self.rate, rank = lora.alpha / lora.rank, lora.dropout, lora.rank
         self.key = site.key("dropout")
@@ -52,7 +56,10 @@ class LowRank(nn.Module):
         site.draw(self.a, "a", std=1 / math.sqrt(3 * input_size))
 
     def drop(self, x_RD: Tensor, token_id_R: Tensor | None) -> Tensor:
-        """Apply dropout to the input, seeded by the global token ids of its rows. Without ids, return it unchanged."""
+        """Apply dropout to the input. The random numbers are seeded by the global token ids of the rows.
+
+        If token_id_R is None, return the input unchanged.
+        """
         return x_RD if token_id_R is None else dropout(x_RD, token_id_R, key=self.key, rate=self.rate)
 
     def forward(
@@ -61,18 +68,21 @@ class LowRank(nn.Module):
         matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
         weights_R1: Tensor | float = 1.0,
     ) -> Tensor:
-        """Return the delta [R, F] for an input that `drop` returned. weights_R1 scale the rows of the delta."""
+        """Return the delta [R, F]. x_RD: a result of `drop`.
+
+        matmul: the function that multiplies rows by A and by B. weights_R1: factors that scale the rows of the delta.
+        """
         return matmul(matmul(x_RD, self.a) * (self.scale * weights_R1), self.b)
 
 
 class LoRAExperts(nn.Module):
-    """Experts k that are deltas E_k of the base, one dense SwiGLU feed-forward. Every rank holds the base, frozen.
+    """Experts that share one dense SwiGLU feed-forward, the frozen base. Expert k adds its LoRA deltas E_k to the base.
 
     h = silu(W_g u + w E^g_k(u)) * (W_u u + w E^u_k(u));  y = W_d h + w E^d_k(h)
 
-    The combine weight w scales the deltas only. If its value is 1 (`weighting: straight_through`), this is the formula
-    of the released code, otherwise the weighted variant. Every row includes the base's output, so a token must have
-    exactly one expert.
+    Every rank holds the base. The combine weight w scales only the deltas. If the value of w is 1 (`weighting:
+    straight_through`), this is the formula of the released code, otherwise the weighted variant. Every row includes the
+    base's output, so a token must have exactly one expert.
     """
 
     experts_per_token = 1
@@ -93,7 +103,10 @@ class LoRAExperts(nn.Module):
     def forward(
         self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
     ) -> Tensor:
-        """Return y_RD in the dtype of the rows, to which weights (float32) are rounded. Dropout needs token_id_R."""
+        """Return y_RD in the dtype of the rows. The combine weights (float32) are rounded to that dtype first.
+
+        token_id_R: global token ids of the rows, which dropout needs.
+        """
         matmul = partial(matmul_by_expert, counts_e=counts_e)
         weights_R1 = weights_R.to(rows_RD.dtype)[:, None]
 
@@ -108,7 +121,10 @@ class LoRAExperts(nn.Module):
         return y_RD
 
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
-        """Return the products in order. The gates follow the base's first one, as their weights scale only deltas."""
+        """Return the matrix products in order. `gates` (the router's products) come second, after the base's gate_up.
+
+        The combine weights scale only the LoRA deltas, so their gradient does not flow back through gate_up.
+        """
         return [
             linear_product(self.base.gate_up, rows, beside_lora=True),
             *gates,
@@ -120,5 +136,5 @@ class LoRAExperts(nn.Module):
         return self.base.num_parameters() + self._num_weights() * experts
 
     def _num_weights(self) -> int:
-        """Return the number of weights in the deltas of one expert."""
+        """Return the number of weights in the LoRA deltas of one expert."""
         return sum(cast(LowRank, delta).num_weights for delta in self.lora.values())

@@ -1,8 +1,8 @@
 """Decisions of a model's routers and their margins, that is, how close each decision is to its opposite.
 
-A decision is whether a column (an expert, a null expert, a block with mixture-of-depths) takes a token. Its margin is
-the distance that the token's logit must move to reverse it (`selection_margins` in model/moe/router.py). Two layouts
-make the same decisions as long as their rounding differences stay below the margins.
+A decision is whether a column (an expert, a null expert, a block with mixture-of-depths) takes a token. The margin of a
+decision is the distance that the token's logit must move to reverse the decision (`selection_margins` in
+model/moe/router.py). Two layouts make the same decisions as long as their rounding differences stay below the margins.
 
 Shape suffixes: V routed tokens, C columns.
 """
@@ -28,7 +28,7 @@ from moe_dist.model.moe.token_choice import TokenChoiceRouter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decisions:
-    """Decisions of one router in one forward pass, before full experts drop tokens."""
+    """The decisions of one router in one forward pass, before full experts drop tokens, and their margins."""
 
     router: str
     token_id_V: Tensor
@@ -38,7 +38,10 @@ class Decisions:
 
 @contextmanager
 def watch_decisions(model: nn.Module) -> Iterator[list[Decisions]]:
-    """Collect the decisions of every forward pass in the body, in order. A recomputed block counts twice."""
+    """Collect the decisions of every forward pass in the body, in order.
+
+    If a block is recomputed in the backward pass, its decisions are collected twice.
+    """
     found: list[Decisions] = []
 
     def note(name: str) -> Any:
@@ -75,9 +78,11 @@ def _decisions(name: str, router: Any, info: TokenInfo, output: Any) -> Iterator
 
 
 def _biased_decisions(name: str, router: DeepSeekV3Router, info: TokenInfo, routing: Routing) -> Iterator[Decisions]:
-    """Yield the decisions about expert groups (named NAME.groups), and about the experts of the groups that were taken.
+    """Yield the decisions of a DeepSeek-V3 router: about groups of experts (as router NAME.groups), then about experts.
 
-    Margins refer to the values that are compared: the sum of scores of a group, and the biased score of an expert.
+    The margin of a group refers to the sum of its two highest scores, the margin of an expert to its biased score.
+    Experts outside the chosen groups have margin inf. If a token may use all groups, there are no decisions about
+    groups.
     """
     scores_VE, chosen_VE = router.biased_scores(routing.logits_VC), routing.chosen_VC
     keys_VE = selection_keys(scores_VE, info, router.key)

@@ -21,7 +21,10 @@ from moe_dist.parallel.layout import Layout
 
 
 class MoELayer(nn.Module):
-    """The expert layer. A token without an expert (padding, or not chosen by expert choice) gets zero."""
+    """Expert layer, which sends each token to its experts and adds up the results.
+
+    The output for a token without an expert (padding, or not chosen by expert choice) is zero.
+    """
 
     def __init__(self, router: Router, dispatcher: Dispatcher, experts: Experts):
         super().__init__()
@@ -49,9 +52,10 @@ class MoELayer(nn.Module):
 
 
 def build_moe_layer(ffn: MoEFFN, site: Site, layout: Layout) -> MoELayer:
-    """Build an expert layer with this rank's experts. Initial values depend on parameter names only.
+    """Build an expert layer with this rank's experts.
 
-    Raises UserError if the recipe does not fit the number of ranks.
+    The initial values depend on the seed and the parameter names, not on the layout. Raises UserError if the recipe
+    does not fit the number of ranks.
     """
     router = build_router(ffn.router, site.child("router"))
     placement = make_placement(router.expert_groups, layout.expert, ffn.slices)
@@ -60,5 +64,5 @@ def build_moe_layer(ffn: MoEFFN, site: Site, layout: Layout) -> MoELayer:
 
 
 def routers(model: nn.Module) -> list[Router]:
-    """Return the routers of the expert layers in order. A dense model has none."""
+    """Return the routers of the expert layers in order. The list is empty for a dense model."""
     return [module.router for module in model.modules() if isinstance(module, MoELayer)]

@@ -10,9 +10,10 @@ from moe_dist.core.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Global ids of the experts on each rank: local_experts[ep rank], in local order, the same number on every rank.
+    """The global ids of the experts on each rank.
 
-    If experts are in slices, the ids are those of slices: slice k of expert e of E experts has the id k E + e.
+    local_experts[ep rank] lists the ids in local order. Every rank has the same number of experts. If experts are split
+    into slices, the ids are slice ids: slice k of expert e has the id k * E + e, where E is the number of experts.
     """
 
     local_experts: tuple[tuple[int, ...], ...]
@@ -24,7 +25,7 @@ class Placement:
 
     @property
     def order(self) -> tuple[int, ...]:
-        """Return the global ids of all ranks, rank by rank."""
+        """Return the ids on all ranks, rank by rank."""
         return tuple(expert for rank in self.local_experts for expert in rank)
 
 
@@ -34,14 +35,16 @@ def slice_id(number: int, expert: int, num_experts: int) -> int:
 
 
 def make_placement(expert_groups: Sequence[Sequence[int]], ep: int, slices: int = 1) -> Placement:
-    """Give each rank the same number of experts, and from each group (modality) equally many up to a difference of one.
+    """Place the same number of experts on every rank, and nearly the same number of each group (modality).
 
-    Group by group, each rank gets the rounded-down share; the remainder goes to the ranks with the fewest experts so
-    far. The totals therefore never differ by more than one, and end equal if `ep` divides the number of experts. Raises
-    UserError if it does not.
+    The numbers of experts of one group differ by at most one between ranks: group by group, each rank first gets an
+    equal share, rounded down. The remaining experts of the group then go to the ranks with the fewest experts so far.
+    The totals of the ranks therefore never differ by more than one, and they are equal in the end. Raises UserError if
+    `ep` does not divide the number of experts times slices.
 
-    Slices are placed like experts, all first slices of a group before its second ones. If `slices` is
-    ep / gcd(ep, sizes of the groups), every rank holds equally many slices of each group, and never two of one expert.
+    Slices are placed like experts: the first slices of all experts in a group come before the second slices. If
+    `slices` is ep / gcd(ep, sizes of the groups), every rank holds the same number of slices of each group, and never
+    two slices of one expert.
     """
     num_experts = sum(len(group) for group in expert_groups)
     if num_experts * slices % ep:

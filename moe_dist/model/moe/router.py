@@ -1,7 +1,7 @@
-"""The router interface, and the parts that routers share: gates, selection keys, which break ties between logits by a
-hash, and margins.
+"""The router interface, and the parts that routers share: gates, margins, and selection keys, in which a hash breaks
+ties between logits.
 
-Shape suffixes: T tokens, D model width, V routed (valid) tokens, C columns of the gate: experts, then null experts.
+Shape suffixes: T tokens, D model width, V routed (valid) tokens, C columns of the gate (experts, then null experts).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from moe_dist.core.routing_plan import RoutingPlan, RoutingRecord
 from moe_dist.core.seeding import hash_ids
 from moe_dist.model.site import Site
 
-# Selection compares logits on a grid of 2^-14, so that tokens that differ only by rounding tie in every layout. A key
-# packs the grid position (logits beyond +-256 tie) above 40 bits of hash, which break ties. The last bit of a float32
-# between 512 and 1024 is worth 2^-14, so adding 768 to a logit rounds it to the grid and leaves the grid position in
-# the low bits of the sum. In float64, 1.5 * 2^38 does the same.
+# Selection compares logits rounded to multiples of 2^-14 (the grid), so logits that differ only by rounding errors tie
+# in every layout. The high bits of a key are the grid position (logits beyond +-256 tie). The low 40 bits are a hash,
+# which breaks ties. The last bit of a float32 between 512 and 1024 is worth 2^-14, so adding 768 to a logit rounds it
+# to the grid and leaves the grid position in the low bits of the sum. In float64, adding 1.5 * 2^38 does the same.
 _HASH_BITS = 40
 _LIMIT, _STEP = 256.0, 2.0**-14
 _MIDDLE = {torch.float32: (768.0, torch.int32), torch.float64: (1.5 * 2.0**38, torch.int64)}
@@ -32,7 +32,7 @@ _COLUMN_STEP = 0x9E3779B97F4B  # odd; its multiples, one per column, differ in m
 
 
 class Router(Protocol):
-    """Interface of a router, an nn.Module that plans which valid tokens of `info` go to which expert.
+    """Interface of a router: an nn.Module that decides which experts process each valid token.
 
     Padding is never routed.
     """
@@ -40,20 +40,23 @@ class Router(Protocol):
     layer: int
     num_experts: int
     causal: bool  # False: the decision about a token depends on later tokens (expert choice)
-    has_auxiliary: bool  # with TokenInfo.causal its decisions are causal (model/moe/auxiliary_router.py)
-    experts_per_token: int | None  # the number that every valid token gets; None if it can vary
+    has_auxiliary: bool  # with TokenInfo.causal, decisions are causal (model/moe/auxiliary_router.py)
+    experts_per_token: int | None  # number of experts of every valid token; None if it can vary
     expert_groups: tuple[tuple[int, ...], ...]  # experts to spread evenly over ranks, one tuple per modality
-    reference_top_k: int | None  # experts per token with which telemetry compares FLOPs
-    has_state: bool  # whether it is a StatefulRouter
+    reference_top_k: int | None  # experts per token of the model that telemetry compares FLOPs with
+    has_state: bool  # True for a StatefulRouter
 
     def __call__(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]: ...
 
 
 class StatefulRouter(Router, Protocol):
-    """A router whose state changes between optimizer steps. The state is in buffers, so checkpoints include it."""
+    """Interface of a router whose state changes between optimizer steps.
+
+    The state is stored in buffers, so checkpoints include it.
+    """
 
     def after_step(self, load_E: Tensor) -> None:
-        """Update the state. Called after every optimizer step that was applied, with equal arguments on all ranks.
+        """Update the state. Called after every applied (not skipped) optimizer step, with equal arguments on all ranks.
 
         load_E: int64 on the device, the number of tokens that each expert processed in the step, summed over
         micro-batches and data-parallel ranks, without padding.
@@ -62,12 +65,12 @@ class StatefulRouter(Router, Protocol):
 
 
 class RouterPart(nn.Module):
-    """A part of a router that holds parameters and reports their cost."""
+    """Base class of the parts of a router that hold parameters. A part reports its matrix products and parameters."""
 
-    detached = False  # whether its input is detached, so that no gradient flows further back
+    detached = False  # True if the part's input is detached: no gradient flows further back
 
     def products(self, tokens: int) -> list[Product]:
-        """Return the products for this number of routed tokens."""
+        """Return the matrix products for `tokens` routed tokens."""
         raise NotImplementedError
 
     def num_parameters(self) -> int:
@@ -75,13 +78,14 @@ class RouterPart(nn.Module):
 
 
 class Gate(RouterPart):
-    """logits = x W^T (+ b), in float32 (float64 for float64 input), independent of weight dtype and autocast.
+    """Linear layer that computes the logits of a router: x W^T (+ b), in float32 (float64 for float64 input).
 
-    It is a separate module that returns a tensor, because ZeRO-3 gathers parameters with hooks on such modules.
+    The weight dtype and autocast do not change this precision. The gate is a separate module that returns a tensor,
+    because ZeRO-3 gathers parameters with hooks on such modules.
     """
 
     def __init__(self, columns: int, site: Site, *, bias: bool = False):
-        """site: the site of the router, whose attribute `gate` this module is."""
+        """site: the site of the router, which holds this module as its attribute `gate`."""
         super().__init__()
         self.width, self.columns = site.hidden_size, columns
         self.weight = nn.Parameter(torch.empty(columns, site.hidden_size, dtype=torch.float32))
@@ -99,9 +103,10 @@ class Gate(RouterPart):
 
 
 def router_products(router: nn.Module, scored: Sequence[int], *, detached: bool = False) -> list[list[Product]]:
-    """Return the products of each detached part of a router, or of each part that is not detached.
+    """Return one list of matrix products for each detached part of a router, or for each of the other parts.
 
-    scored: the number of tokens of each routing in the router's record. If empty, there are no products.
+    detached: selects the detached parts. scored: the number of tokens in each Routing of the router's record. If
+    `scored` is empty, the result is empty.
     """
     planners = zip(_planners(router), scored, strict=True) if scored else ()
     parts = [(part, tokens) for planner, tokens in planners for part in _parts_of(planner)]
@@ -114,7 +119,10 @@ def router_parameters(router: nn.Module) -> int:
 
 
 def _planners(router: nn.Module) -> list[nn.Module]:
-    """Return the routers that produce the routings of a record, in order: the children, or else the router."""
+    """Return the routers that produce the Routings of a RoutingRecord, in the same order.
+
+    These are the router's children, or the router itself if it has none.
+    """
     children = [child for child in router.children() if hasattr(child, "expert_groups")]
     return [planner for child in children for planner in _planners(child)] or [router]
 
@@ -124,7 +132,7 @@ def _parts_of(router: nn.Module) -> Iterator[RouterPart]:
 
 
 def precise_linear(x_VD: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
-    """Compute x W^T (+ b) in float32, or in float64 for float64 input, independent of weight dtype and autocast."""
+    """Compute x W^T (+ b) in float32 (float64 for float64 input), independently of the weight dtype and autocast."""
     dtype = torch.promote_types(x_VD.dtype, torch.float32)
     with _no_autocast(x_VD.device.type):
         bias = None if bias_C is None else bias_C.to(dtype)
@@ -137,10 +145,10 @@ def _no_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 def selection_keys(logits_VC: Tensor, info: TokenInfo, key: int, scope: str = "group") -> Tensor:
-    """Return int64 [V, C] keys whose order is that of the logits, rounded to the selection grid.
+    """Return int64 keys [V, C] that are ordered like the logits after rounding to the selection grid.
 
-    The rows are the tokens of info.competing(scope). Ties are broken by a hash of (key, token id, column). Everything
-    but one rounding is integer arithmetic, so every device computes the same bits.
+    The rows are the tokens of info.competing(scope). Ties are broken by a hash of (key, token id, column). Except for
+    the rounding, all arithmetic is on integers, so every device computes the same bits.
     """
     middle, integer = _MIDDLE[logits_VC.dtype]
     sum_VC = (logits_VC.detach() + middle).clamp(middle - _LIMIT, middle + _LIMIT - _STEP)
@@ -150,10 +158,11 @@ def selection_keys(logits_VC: Tensor, info: TokenInfo, key: int, scope: str = "g
 
 
 def _ids(info: TokenInfo, columns: int, scope: str) -> Tensor:
-    """Return a well-mixed int64 [V, C] for every (token, column), shared by all routers that see the same tokens.
+    """Return a well-mixed number for every (token, column), int64 [V, C].
 
-    Each router multiplies it by its own odd number. The high bits of the product are a hash (Dietzfelbinger et al.,
-    "A Reliable Randomized Algorithm for the Closest-Pair Problem", J. Algorithms 1997).
+    Routers that see the same tokens share these numbers. Each router multiplies them by its own odd number. The high
+    bits of the product are a hash (Dietzfelbinger et al., "A Reliable Randomized Algorithm for the Closest-Pair
+    Problem", J. Algorithms 1997).
     """
 
     def make() -> Tensor:
@@ -165,10 +174,10 @@ def _ids(info: TokenInfo, columns: int, scope: str) -> Tensor:
 
 
 def selection_margins(logits_VC: Tensor, keys_VC: Tensor, chosen_VC: Tensor) -> Tensor:
-    """Return float64 [V, C]: the distance that a logit must move to reverse the choice of its row in its column.
+    """Return the distance that each logit must move to reverse the choice made with it, float64 [V, C].
 
-    The rows of a column compete for a fixed number of places; the rows with the highest selection_keys get them. If all
-    rows of a column are chosen, or none, no choice can change, and the distance is inf.
+    The rows of a column compete for a fixed number of places. The rows with the highest selection_keys get the places.
+    If all rows of a column are chosen, or none, no choice can change, and the distance is inf.
     """
     lowest, highest = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
     last_in_C = keys_VC.masked_fill(~chosen_VC, highest).amin(dim=0)

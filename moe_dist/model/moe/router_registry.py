@@ -1,4 +1,4 @@
-"""The classes of routers and experts for the settings `model.ffn.router` and `model.ffn.experts`.
+"""Registry of the router and expert classes that `model.ffn.router` and `model.ffn.experts` can select.
 
 To add a routing method, write its settings (config/routers.py) and one class, and add one line here.
 """
@@ -40,7 +40,7 @@ EXPERTS: dict[str, Any] = {
 
 
 def build_router(settings: RouterSettings, site: Site) -> Router:
-    """Build a router from its settings. If it has children, build them first."""
+    """Build a router from its settings. If the router has children, they are built first."""
     children = {name: build_router(child, site.child(name)) for name, child in settings.children().items()}
     router: Router = ROUTERS[type(settings)](settings, site, **children)
     return router
@@ -49,7 +49,7 @@ def build_router(settings: RouterSettings, site: Site) -> Router:
 def build_experts(ffn: MoEFFN, router: Router, expert_ids: tuple[int, ...], site: Site) -> Experts:
     """Build the experts of a rank from `model.ffn.experts`.
 
-    Raises UserError if they need a fixed number of experts per token, which the router does not guarantee.
+    Raises UserError if the expert class needs a fixed number of experts per token and the router does not guarantee it.
     """
     needed = EXPERTS[ffn.experts.type].experts_per_token
     if needed is not None and router.experts_per_token != needed:

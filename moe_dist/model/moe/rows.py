@@ -12,13 +12,16 @@ from torch import Tensor
 
 
 def take_rows(x_TD: Tensor, token_ids_N: Tensor) -> Tensor:
-    """Return x_TD[token_ids_N]. The gradient of a token is the sum over its rows, computed as in add_up_rows."""
+    """Return x_TD[token_ids_N].
+
+    The gradient of a token is the sum of the gradients of its rows, computed as in add_up_rows.
+    """
     rows_ND: Tensor = _TakeRows.apply(x_TD, token_ids_N)
     return rows_ND
 
 
 def add_up_rows(y_ND: Tensor, token_ids_N: Tensor, num_tokens: int) -> Tensor:
-    """Sum the rows of each token in float32 or wider, and round once to their dtype. Returns [T, D]."""
+    """Sum the rows of each token in float32 or wider, and round the sum once to the rows' dtype. Returns [T, D]."""
     total_TD: Tensor = _AddUpRows.apply(y_ND, token_ids_N, num_tokens)
     return total_TD
 

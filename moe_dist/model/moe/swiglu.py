@@ -15,7 +15,10 @@ from moe_dist.model.site import Site
 
 
 class SwiGLU(nn.Module):
-    """y = (silu(x W_gate) * (x W_up)) W_down, without biases (Shazeer, arXiv 2002.05202, eq. 6)."""
+    """Dense feed-forward part: y = (silu(x W_gate) * (x W_up)) W_down, without biases.
+
+    Source: Shazeer, arXiv 2002.05202, eq. 6.
+    """
 
     def __init__(self, ffn_size: int, site: Site):
         super().__init__()
@@ -25,14 +28,17 @@ class SwiGLU(nn.Module):
         site.draw(self.down.weight, "down.weight", onto_residual=True)
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, None]:
-        """Return y_TD, and None for the routing record. `info` is unused; it makes the call the same as MoELayer's."""
+        """Return y_TD, and None instead of a routing record.
+
+        `info` is unused. MoELayer needs it, and both are called in the same way.
+        """
         return self.down(gated(self.gate_up(x_TD))), None
 
     def products(self, work: LayerWork) -> list[Product]:
         return [linear_product(self.gate_up, work.rows), linear_product(self.down, work.rows)]
 
     def num_parameters(self, experts: float | None = None) -> int:
-        """Count the parameters. `experts` is unused; it makes the call the same as MoELayer's."""
+        """Count the parameters. `experts` is unused. MoELayer needs it, and both are called in the same way."""
         return num_weights(self.gate_up) + num_weights(self.down)
 
 

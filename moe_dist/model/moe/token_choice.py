@@ -1,8 +1,8 @@
-"""Token-choice routing: every token takes the k columns with its highest logits. A column is an expert or null expert.
-`drop_policy` sets which tokens have priority at a full expert.
+"""Token-choice routing: every token takes the k columns with the highest logits. A column is an expert or a null
+expert. `drop_policy` sets which tokens have priority at a full expert.
 
-Shape suffixes: T tokens, D model width, V routed (valid) tokens, E experts, C columns (E experts, then null experts),
-k columns per token.
+Shape suffixes: T tokens, D model width, V routed (valid) tokens, E experts, C columns (E experts, then null experts), k
+columns per token.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from moe_dist.model.site import Site
 
 
 class TokenChoiceRouter(nn.Module):
-    """Base of the token-choice routers. A subclass defines the combine weights of the chosen columns.
+    """Base class of the token-choice routers. A subclass defines the combine weights of the chosen columns.
 
-    Full experts drop assignments after the weights are computed, so the other weights of a token do not change.
+    Full experts drop assignments after the combine weights are computed, so a token's other weights do not change.
     """
 
     has_auxiliary = has_state = False
     experts_per_token: int | None = None
-    reference_top_k: int | None = None  # experts per token of the model with which FLOPs are compared
+    reference_top_k: int | None = None  # experts per token of the model that FLOPs are compared with
 
     def __init__(self, settings: TokenChoiceSettings, site: Site):
         super().__init__()
@@ -46,7 +46,7 @@ class TokenChoiceRouter(nn.Module):
         return logits_VC.softmax(dim=1)
 
     def weights(self, logits_VC: Tensor, chosen_Vk: Tensor) -> Tensor:
-        """Compute the combine weight of each chosen column [V, k], in float32 or wider."""
+        """Compute the combine weight of each chosen column, [V, k], in float32 or wider."""
         raise NotImplementedError
 
     def choose(self, logits_VC: Tensor, info: TokenInfo) -> Tensor:
@@ -77,10 +77,10 @@ class TokenChoiceRouter(nn.Module):
         return expert_capacity(num_tokens, self.settings.capacity_factor, self.settings.columns, self.settings.top_k)
 
     def _slots(self, info: TokenInfo, sizes: list[int]) -> int | None:
-        """Return the number of rows of every expert with pad_to_capacity, else None.
+        """With pad_to_capacity, return the number of rows to which every expert is padded, else None.
 
-        It is the capacity for all groups, padding tokens included, so that it is constant. With mixture-of-depths the
-        groups can differ in their number of tokens; then the largest group counts.
+        The number is an expert's capacity over all groups. Padding tokens count too, so the number is constant. With
+        mixture-of-depths, groups can differ in their number of tokens; the capacity is then that of the largest group.
         """
         if not self.settings.pad_to_capacity:
             return None
@@ -94,11 +94,11 @@ class TokenChoiceRouter(nn.Module):
 
 
 class TopKRouter(TokenChoiceRouter):
-    """Top-k routing: every valid token takes the k experts with its highest logits. There are no null experts.
+    """Top-k routing: every valid token takes the k experts with the highest logits. There are no null experts.
 
     The combine weight is the gate value, a softmax over all experts or a sigmoid, optionally renormalised over the k
-    chosen experts. With `weighting: straight_through` the weight is p / stop_gradient(p) of the gate value p: its value
-    is 1, and its gradient is that of log p.
+    chosen experts. With `weighting: straight_through`, the combine weight is p / stop_gradient(p), where p is the gate
+    value. The value of this weight is 1, and its gradient is that of log p.
     """
 
     settings: TopKSettings
@@ -121,8 +121,8 @@ class TopKRouter(TokenChoiceRouter):
 class NullExpertRouter(TokenChoiceRouter):
     """AdaMoE routing (arXiv 2406.13233): top-k over true and null experts, so a token takes 0 to k true experts.
 
-    The weights are a softmax over the chosen true experts. A token that chose only null experts gets zero. Assignments
-    to null experts become no rows, so they cost neither FLOPs nor communication.
+    The combine weights are a softmax over the chosen true experts. If a token chose only null experts, its output is
+    zero. Assignments to null experts become no rows, so they cost neither FLOPs nor communication.
     """
 
     settings: NullExpertSettings
