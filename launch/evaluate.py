@@ -68,8 +68,16 @@ def table(results: dict[str, float], step: int, causal: bool) -> Table:
         keys = [prefix, *(f"{prefix}/{modality}" for modality in MODALITIES)]
         keys += [f"{given[name]}{task}" if name in given else "" for task in ("image_to_text", "text_to_image")]
         values = [results.get(f"eval/{key}") for key in keys]
-        grid.add_row(name, *("-" if value is None else f"{value:.3f} / {math.exp(value):,.1f}" for value in values))
+        grid.add_row(name, *("-" if value is None else f"{value:.3f} / {perplexity(value):,.1f}" for value in values))
     return grid
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), infinite where it is too large for a float: a loss above 709 nats per token."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def worth_of_captions(results: dict[str, float], prefix: str, routing: str) -> str:

@@ -127,7 +127,7 @@ def set_aside_later(run_dir: str | Path, step: int) -> list[Path]:
 
 
 def resolve_resume(config: Config) -> Path | None:
-    """Return the checkpoint that `run.resume` (auto | none | a path) selects; None: start fresh.
+    """Return the checkpoint that `run.resume` (auto | none | a folder) selects; None: start fresh.
 
     Collective: rank 0 decides. Raises UserError.
     """
@@ -153,13 +153,7 @@ def _on_rank_0(decide: Callable[[], Answer]) -> Answer:
 
 
 def _resolve_init(settings: InitFrom) -> InitFrom:
-    path = newest_complete(settings.checkpoint) or Path(settings.checkpoint)
-    try:
-        _manifest(path)
-    except UserError as error:
-        raise UserError(
-            f"init_from.checkpoint={path} is neither a complete checkpoint nor a run folder with one: {error}"
-        ) from None
+    path = _named_checkpoint("init_from.checkpoint", settings.checkpoint)
     return settings.model_copy(update={"checkpoint": str(path)})
 
 
@@ -168,11 +162,16 @@ def _resolve_resume(config: Config) -> Path | None:
         return None
     if config.run.resume == "auto":
         return newest_complete(config.run.dir)
-    path = Path(config.run.resume)
+    return _named_checkpoint("run.resume", config.run.resume)
+
+
+def _named_checkpoint(key: str, folder: str) -> Path:
+    """Return the checkpoint that a recipe's key names: a checkpoint folder, or a run folder's newest one."""
+    path = newest_complete(folder) or Path(folder)
     try:
         _manifest(path)
     except UserError as error:
-        raise UserError(f"run.resume={path} is not a complete checkpoint: {error}") from None
+        raise UserError(f"{key}={path} is neither a complete checkpoint nor a run folder with one: {error}") from None
     return path
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_dist.core.errors import UserError
+from moe_dist.core.paths import expand
 from moe_dist.core.strict import parse_yaml
 
 
@@ -28,7 +29,10 @@ def _read(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
     base = data.pop("extends")
     if not isinstance(base, str):
         raise UserError(f"{path}: key 'extends': give the path of one recipe, not {base!r}")
-    source, chain = path.parent / base, (*before, path)
+    try:
+        source, chain = path.parent / expand(base), (*before, path)
+    except ValueError as error:
+        raise UserError(f"{path}: key 'extends': {error}") from None
     if source.resolve() in [recipe.resolve() for recipe in chain]:
         circle = " -> ".join(str(recipe) for recipe in (*chain, source))
         raise UserError(f"{path}: key 'extends': recipes extend each other in a circle: {circle}")

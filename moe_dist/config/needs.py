@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from moe_dist.core.paths import PathText
 from moe_dist.core.strict import Positive, Strict
 
 
@@ -14,7 +15,7 @@ class CorpusNeed(Strict):
 
     type: Literal["corpus"]
     corpus: str
-    out: str
+    out: PathText
     settings: dict[str, str | int] = Field({})  # further arguments of launch/prepare_data.py
 
 
@@ -22,8 +23,8 @@ class TokenizersNeed(Strict):
     """Tokenizers that launch/train_tokenizers.py trains."""
 
     type: Literal["tokenizers"]
-    shards: str
-    out: str
+    shards: PathText
+    out: PathText
     vocab_size: Positive
     images: bool = True  # false if the shards have no images and no image tokenizer is needed
 
@@ -32,14 +33,14 @@ class RunNeed(Strict):
     """An earlier stage: another recipe's run, trained to its last step."""
 
     type: Literal["run"]
-    recipe: str
+    recipe: PathText
 
 
 class FileNeed(Strict):
     """A file for which the Makefile has a rule."""
 
     type: Literal["file"]
-    path: str
+    path: PathText
 
 
 Need = Annotated[CorpusNeed | TokenizersNeed | RunNeed | FileNeed, Field(discriminator="type")]

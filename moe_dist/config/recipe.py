@@ -19,28 +19,30 @@ from moe_dist.config.losses import LossesSection
 from moe_dist.config.needs import Need
 from moe_dist.config.renamed import check_names, with_new_names
 from moe_dist.config.routers import RouterSection
+from moe_dist.core.paths import Paths, PathText
 from moe_dist.core.strict import Count, Fraction, Positive, Strict, apply_override, validate
 
 Patterns = Annotated[tuple[str, ...], Field(strict=False)]  # name patterns; not strict, so that a list is accepted
 
 
 class RunConfig(Strict):
-    dir: str  # the run folder: config.yaml, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/
-    resume: str = "auto"  # auto: newest complete checkpoint of run.dir; none: start fresh; or a checkpoint folder
+    dir: PathText  # the run folder: config.yaml, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/
+    resume: PathText = "auto"  # auto: newest complete checkpoint of run.dir; none: start fresh; or a checkpoint folder,
+    # or another run's folder: its newest complete checkpoint
 
 
 class DataConfig(Strict):
-    shards: str | tuple[str, ...]  # folder(s), brace-expanded tar paths or remote URLs, as webdataset takes them
-    validation_shards: str | tuple[str, ...] | None = None  # default: validation/ next to train/, or a split by hash
-    text_tokenizer: str  # SentencePiece .model file, or a Hugging Face folder with a tokenizer.json
-    image_tokenizer: str | None = None  # folder of a trained VQ tokenizer or of Hugging Face ChameleonVQVAE weights
+    shards: Paths  # folder(s), brace-expanded tar paths or remote URLs, as webdataset takes them
+    validation_shards: Paths | None = None  # default: validation/ next to train/, or a split by hash
+    text_tokenizer: PathText  # SentencePiece .model file, or a Hugging Face folder with a tokenizer.json
+    image_tokenizer: PathText | None = None  # folder of a trained VQ tokenizer or Hugging Face ChameleonVQVAE weights
     sequence_length: Positive = 512
     group_sequences: Positive = 4  # packed sequences that compete together in expert-choice routing
     lanes: Positive = 8  # fixed number of data streams; the data-parallel size must divide it
     image_first: Fraction = 0.5  # fraction of pairs in image-before-text order
     caption_dropout: Fraction = 0.1  # fraction of pairs without their caption (guidance needs it)
     image_fraction: Fraction | None = None  # fraction of image tokens in a group; None: as in the data
-    neighbours: str | None = None  # store that launch/align.py makes, for losses.manifold (docs/roma.md)
+    neighbours: PathText | None = None  # store that launch/align.py makes, for losses.manifold (docs/roma.md)
     max_bad_fraction: Fraction = 0.01  # the run fails if more samples than this cannot be decoded
 
 

@@ -34,7 +34,12 @@ Settings = TypeVar("Settings", bound=Strict)
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that reads 1e-4 as a number, as YAML 1.2 does, and rejects a duplicate key."""
+    """A YAML loader that reads 1e-4 as a number and a date as text, as YAML 1.2 does, and rejects a duplicate key."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -50,12 +55,51 @@ _Loader.add_implicit_resolver(
 )
 
 
+# How numbers are written. YAML 1.1 has more integers and fractions: 010 is 8 there, 0x10 is 16, 1:30 is 90.
+_DECIMAL = re.compile(r"[-+]?(0|[1-9]\d*|(\d+\.\d*|\.\d+|\d+(?=e))(e[-+]?\d+)?|\.inf|\.nan)", re.IGNORECASE)
+_KINDS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
+
+
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML. Raises UserError with a message that begins with `where`."""
+    loader = _Loader(text)
     try:
-        return yaml.load(text, Loader=_Loader)
+        node = loader.get_single_node()
+        for keys, part in _nodes(node, ()):
+            if problem := _foreign(part):
+                name = f"key '{'.'.join(keys)}': " if keys else ""
+                raise UserError(f"{where}: {name}{problem}")
+        return loader.construct_document(node) if node is not None else None
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{where}: a value contains itself or is nested too deeply") from None
+    finally:
+        loader.dispose()
+
+
+def _nodes(node: yaml.Node | None, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], yaml.Node]]:
+    """Yield every node of a YAML document with the keys that lead to it."""
+    if node is None:
+        return
+    yield keys, node
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from _nodes(key, keys)
+            yield from _nodes(value, (*keys, str(key.value)))
+    elif isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            yield from _nodes(item, (*keys, str(number)))
+
+
+def _foreign(node: yaml.Node) -> str | None:
+    """Return an error sentence if a node's value has no place in settings."""
+    if node.tag not in _KINDS:
+        return f"{node.tag.rpartition(':')[2]} is not a kind of value that settings have"
+    number = node.tag.endswith((":int", ":float"))
+    if number and not _DECIMAL.fullmatch(node.value):
+        return f"{node.value} is not a decimal number; write it with the digits 0 to 9, or in quotes if it is a text"
+    return None
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
@@ -102,8 +146,6 @@ def within(where: str, read: Callable[[], V], prefix: str = "") -> V:
     """Return read(). Turn its Faults into one UserError that begins with `where` and names the keys after `prefix`."""
     try:
         return read()
-    except TypeError as error:  # YAML has values that JSON lacks, such as dates
-        raise UserError(f"{where}: {error}") from None
     except Faults as faults:
         raise UserError(f"{where}: " + "; ".join(fault.sentence() for fault in faults.below(prefix))) from None
 
