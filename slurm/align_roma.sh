@@ -6,5 +6,6 @@
 #SBATCH --output=%x-%j.log --open-mode=append
 #SBATCH --requeue --signal=B:USR1@120
 recipe=roma_quickstart
-command=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p;T;q') folder=${command%%.sh*} folder=${folder%/*}
-source "${folder:-$SLURM_SUBMIT_DIR/slurm}/stage.sh" "$@"
+text=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p;T;q') script=''
+until [ -e "${script%/*}/stage.sh" ] || [[ $text != *.sh* ]]; do script+=${text%%.sh*}.sh text=${text#*.sh}; done
+folder=${script%/*} && source "${folder:-$SLURM_SUBMIT_DIR/slurm}/stage.sh" "$@"

@@ -34,9 +34,10 @@ MASTER_ADDR=${NODES%%$'\n'*}
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 
-# One process, where the packages are.
+# One process, where the packages are. srun always passes on the environment of this script: after `sbatch --export=NONE`
+# it would withhold what is set above.
 once() {
-  if [ -n "$CONTAINER" ]; then srun --nodes=1 --ntasks=1 --overlap "${container[@]}" python "$@"; else python "$@"; fi
+  if [ -n "$CONTAINER" ]; then srun --export=ALL --nodes=1 --ntasks=1 --overlap "${container[@]}" python "$@"; else python "$@"; fi
 }
 
 # A question to the controller, which may be busy.
@@ -45,7 +46,7 @@ insist() { "$@" || { sleep 2; "$@"; } || { sleep 10; "$@"; }; }
 # A program of launch/ on every rank, in the way that START says; the output of rank N is in $logs/rank-N.log, and that of
 # rank 0 is shown here as well. A rank that ends alone gives the others a while to say what has happened to them.
 ranks() {
-  local launcher=(srun --kill-on-bad-exit=0 --wait=60 "${container[@]}") shown
+  local launcher=(srun --export=ALL --kill-on-bad-exit=0 --wait=60 "${container[@]}") shown
   mkdir -p "$logs"
   export LOGS=$logs
   case $START in
@@ -88,7 +89,7 @@ train() {
     once launch/job.py end --code "$code" --max-failures "$MAX_FAILURES" "$run" || verdict=$?
   fi
   echo "run folder: $run"
-  [ "$verdict" = 0 ] && [ "$code" = 0 ] || echo "to go on by hand: CONFIG=$CONFIG sbatch ${command%%.sh*}.sh $*"
+  [ "$verdict" = 0 ] && [ "$code" = 0 ] || echo "to go on by hand: CONFIG=$CONFIG sbatch $script $*"
   [ "$verdict" = 75 ] || exit "$verdict"
   if [ "$(insist squeue --noheader --jobs="$job" --format=%T)" != RUNNING ]; then
     exit "$code"  # cancelled, or Slurm is starting it again already

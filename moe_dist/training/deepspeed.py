@@ -28,15 +28,18 @@ from moe_dist.core.expert_rows import is_stacked
 from moe_dist.parallel.discovery import discover
 from moe_dist.parallel.gpus import check_gpus
 from moe_dist.parallel.layout import Layout
+from moe_dist.parallel.meeting import meet
+from moe_dist.parallel.signals import StopSignals
 from moe_dist.training.deepspeed_config import accumulation_steps, to_deepspeed
 from moe_dist.training.engine import Engine
 from moe_dist.training.trainable import freeze_others
 
 
-def init_distributed() -> torch.device:
+def init_distributed(stop: StopSignals | None = None) -> torch.device:
     """Find this process's rank (parallel/discovery.py), start torch.distributed, and return the device. Collective.
 
-    Raises UserError on every rank if ranks share a GPU (parallel/gpus.py).
+    Raises UserError on every rank if ranks share a GPU (parallel/gpus.py), and Stopped if `stop` has noted a signal and
+    the other ranks do not come (parallel/meeting.py).
     """
     # DeepSpeed calls collectives by their deprecated names, thousands of times.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
@@ -49,9 +52,10 @@ def init_distributed() -> torch.device:
     place.export()
     accelerator.set_device(place.local_rank)
     device = torch.device(accelerator.current_device_name())
+    met = meet(place, stop or StopSignals())
     store = check_gpus(place, device)
     deepspeed.init_distributed(accelerator.communication_backend_name(), auto_mpi_discovery=False, verbose=False)
-    del store
+    del met, store
     return device
 
 

@@ -57,7 +57,7 @@ def train(config: Config, stop: StopSignals | None = None) -> None:
     try:
         if config.train.deterministic:
             make_deterministic()
-        device = init_distributed()
+        device = init_distributed(stop)
         health = check_health(config, device)  # first: ranks that differ would hang in later collectives
         layout = make_layout(expert=config.parallel.expert, device=device)
         check_recipe(config, layout)

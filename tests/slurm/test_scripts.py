@@ -20,8 +20,14 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NTASKS": "1", "SLURM_JOB
 @pytest.mark.parametrize("answers", [True, False], ids=["the controller answers", "it is busy"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_copy_of_the_script_finds_its_body_and_recipe(script, answers, tmp_path):
-    """As Slurm runs it: a copy elsewhere, submitted with a path among its arguments. What is wrong names the recipe."""
-    command = f"   Command={ROOT}/slurm/{script}.sh run.dir=/scratch/a.sh/b" if answers else ""
+    """As Slurm runs it: a copy elsewhere, submitted with a path among its arguments. What is wrong names the recipe.
+
+    The checkout is below folders that have .sh and a blank in their names.
+    """
+    checkout = tmp_path / "lab.sh" / "my.sh work" / "checkout"
+    checkout.parent.mkdir(parents=True)
+    checkout.symlink_to(ROOT)
+    command = f"   Command={checkout}/slurm/{script}.sh run.dir=/scratch/a.sh/b" if answers else ""
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\ncase $2 in job) echo "{command}" ;; *) echo n1 ;; esac\n')
     (tmp_path / "scontrol").chmod(0o755)
     copy = tmp_path / "slurm_script"

@@ -1,0 +1,142 @@
+"""The meeting of all ranks at one address, before torch.distributed is initialised.
+
+torch waits for missing ranks inside one call, in which a process prints nothing and handles no signal. This wait says
+which ranks are missing, and a signal ends it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from moe_dist.core.errors import PeerError
+from moe_dist.parallel.discovery import Place
+from moe_dist.parallel.signals import Stopped, StopSignals
+
+POLL = 0.05  # seconds between two looks for the other ranks
+SILENCE = 3.0  # seconds before the wait is reported, and
+REPEAT = 60.0  # between two reports
+GRACE = 10.0  # seconds that a rank waits on after a signal: if the others come, all of them stop together
+LIMIT = 1800.0  # seconds after which a rank gives up, as torch does
+ANSWER = timedelta(seconds=60)  # time that rank 0 may take to answer a rank that has reached it
+
+
+def meet(place: Place, stop: StopSignals) -> dist.Store | None:
+    """Wait until all ranks have connected. Collective: every rank calls it after Place.export.
+
+    Raises Stopped if this rank has received a signal and the others do not come within GRACE seconds, and PeerError
+    after LIMIT seconds. Keep the returned store until torch.distributed is initialised, which reuses it; None if there
+    is only one rank.
+    """
+    if place.world == 1:
+        return None
+    wait = _Wait(place, stop)
+    while True:
+        store = _connect(wait)
+        try:
+            _gather(store, wait)
+        except dist.DistError:
+            if wait.hosts:
+                raise
+            continue  # rank 0 has gone: another may come to its address
+        return store
+
+
+@dataclass
+class _Wait:
+    """The wait of one rank, over all its attempts to connect."""
+
+    place: Place
+    stop: StopSignals
+    began: float = field(default_factory=time.monotonic)
+    reported: float | None = None  # time of the last report
+    signalled: float | None = None  # time at which a signal was noticed
+
+    @property
+    def address(self) -> str:
+        return f"{self.place.master_addr}:{self.place.master_port}"
+
+    @property
+    def hosts(self) -> bool:
+        """Whether the other ranks connect to this one. Under torchrun all of them connect to its agent."""
+        return self.place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+    def pause(self, describe: Callable[[], str]) -> None:
+        """Sleep for POLL seconds, and report the wait if it is time. Raises Stopped and PeerError."""
+        now = time.monotonic()
+        if self.stop.pending():
+            self._end_soon(now)
+        if now - self.began > LIMIT:
+            raise PeerError(f"the ranks have not met within {LIMIT:.0f} seconds: waiting for {describe()}")
+        due = self.began + SILENCE if self.reported is None else self.reported + REPEAT
+        if now >= due:
+            self.reported = now
+            self._print(f"waiting for {describe()}")
+        time.sleep(POLL)
+
+    def _end_soon(self, now: float) -> None:
+        name = signal.Signals(self.stop.received).name
+        if self.signalled is None:
+            self.signalled = now
+            self._print(f"{name}: stops in {GRACE:.0f} seconds if the other ranks do not come to {self.address}")
+        if now - self.signalled >= GRACE:
+            raise Stopped(name)
+
+    def _print(self, text: str) -> None:
+        print(f"rank {self.place.rank}: {text}", file=sys.stderr, flush=True)
+
+
+def _connect(wait: _Wait) -> dist.Store:
+    """Return the store of rank 0, once it can be reached."""
+    place, why = wait.place, ""
+
+    def describe() -> str:
+        return f"{place.world - 1} of {place.world} ranks at {wait.address}: nobody answers there ({why})"
+
+    while True:
+        try:
+            if not wait.hosts:  # torch would try for minutes, without a look at signals
+                socket.create_connection((place.master_addr, place.master_port), timeout=1.0).close()
+            return dist.TCPStore(
+                place.master_addr,
+                place.master_port,
+                place.world,
+                is_master=wait.hosts,
+                timeout=ANSWER,
+                wait_for_workers=False,
+                multi_tenant=True,  # torch.distributed, which asks for a store at this address, gets this one
+            )
+        except (OSError, dist.DistNetworkError) as error:
+            if wait.hosts:
+                raise
+            why = getattr(error, "strerror", None) or "no answer"
+        wait.pause(describe)
+
+
+def _gather(store: dist.Store, wait: _Wait) -> None:
+    """Wait until all ranks have put their numbers into the store. Rank 0 looks for them and tells the others."""
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's agent keeps its store over restarts
+    here, place = dist.PrefixStore(f"meeting {start}", store), wait.place
+    mine, ranks = str(place.rank), [str(rank) for rank in range(place.world)]
+
+    def describe() -> str:
+        missing = [rank for rank in ranks if not here.check([rank])]
+        return f"{len(missing)} of {place.world} ranks at {wait.address} ({', '.join(missing)})"
+
+    here.set(mine, "")
+    while not here.check(ranks if place.rank == 0 else ["all"]):
+        try:
+            wait.pause(describe)
+        except Stopped:
+            here.delete_key(mine)
+            raise
+    if place.rank == 0:
+        here.set("all", "")
