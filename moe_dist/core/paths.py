@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from pydantic import AfterValidator
-
-Text = TypeVar("Text", str, str | None, str | tuple[str, ...], str | tuple[str, ...] | None)
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
@@ -34,10 +32,8 @@ def _value(found: re.Match[str]) -> str:
     return os.environ[name]
 
 
-def _expand_all(paths: Text) -> Text:
-    if isinstance(paths, tuple):
-        return tuple(expand(path) for path in paths)
-    return paths if paths is None else expand(paths)
+def _expand_all(paths: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    return expand(paths) if isinstance(paths, str) else tuple(expand(path) for path in paths)
 
 
 PathText = Annotated[str, AfterValidator(expand)]

@@ -36,7 +36,7 @@ Settings = TypeVar("Settings", bound=Strict)
 class _Loader(yaml.SafeLoader):
     """A YAML loader that reads 1e-4 as a number and a date as text, as YAML 1.2 does, and rejects a duplicate key."""
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers = {  # noqa: RUF012, declared by PyYAML
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

@@ -108,7 +108,8 @@ class RunFolder:
         `run.dir` becomes this folder, which may have been moved, and training-only data are left out. `overrides` come
         last.
         """
-        fixed = ["parallel.expert=1", "run.resume=auto", f"run.dir={self.path}", "data.neighbours=null"]
+        own = json.dumps(str(self.path))  # quoted: a name such as 2026 is a text, too
+        fixed = ["parallel.expert=1", "run.resume=auto", f"run.dir={own}", "data.neighbours=null"]
         return load_stored_config(self.config, [*fixed, *overrides])
 
     def write_status(self, state: RunState, step: int, reason: str | None = None, *, restart: bool) -> None:

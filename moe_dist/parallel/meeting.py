@@ -24,7 +24,7 @@ from moe_dist.parallel.signals import Stopped, StopSignals
 POLL = 0.05  # seconds between two looks for the other ranks
 SILENCE = 3.0  # seconds before the wait is reported, and
 REPEAT = 60.0  # between two reports
-GRACE = 10.0  # seconds that a rank waits on after a signal: if the others come, all of them stop together
+LAST_WAIT = 10.0  # seconds that a rank waits on after a signal: if the others come, all of them stop together
 LIMIT = 1800.0  # seconds after which a rank gives up, as torch does
 ANSWER = timedelta(seconds=60)  # time that rank 0 may take to answer a rank that has reached it
 
@@ -32,7 +32,7 @@ ANSWER = timedelta(seconds=60)  # time that rank 0 may take to answer a rank tha
 def meet(place: Place, stop: StopSignals) -> dist.Store | None:
     """Wait until all ranks have connected. Collective: every rank calls it after Place.export.
 
-    Raises Stopped if this rank has received a signal and the others do not come within GRACE seconds, and PeerError
+    Raises Stopped if this rank has received a signal and the others do not come within LAST_WAIT seconds, and PeerError
     after LIMIT seconds. Keep the returned store until torch.distributed is initialised, which reuses it; None if there
     is only one rank.
     """
@@ -86,8 +86,8 @@ class _Wait:
         name = signal.Signals(self.stop.received).name
         if self.signalled is None:
             self.signalled = now
-            self._print(f"{name}: stops in {GRACE:.0f} seconds if the other ranks do not come to {self.address}")
-        if now - self.signalled >= GRACE:
+            self._print(f"{name}: stops in {LAST_WAIT:.0f} seconds if the other ranks do not come to {self.address}")
+        if now - self.signalled >= LAST_WAIT:
             raise Stopped(name)
 
     def _print(self, text: str) -> None:
@@ -129,7 +129,8 @@ def _gather(store: dist.Store, wait: _Wait) -> None:
 
     def describe() -> str:
         missing = [rank for rank in ranks if not here.check([rank])]
-        return f"{len(missing)} of {place.world} ranks at {wait.address} ({', '.join(missing)})"
+        listed = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        return f"{len(missing)} of {place.world} ranks at {wait.address} (missing: {listed})"
 
     here.set(mine, "")
     while not here.check(ranks if place.rank == 0 else ["all"]):

@@ -99,10 +99,21 @@ def test_resolve_resume(tmp_path):
     assert resolve("none") is None
     assert resolve(first) == first
     (second / "state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"run\.resume=.*step_00000002 is not a complete .*state\.json has 2 bytes"):
+    with pytest.raises(UserError, match=r"run\.resume=.*step_00000002 is neither a .*state\.json has 2 bytes"):
         resolve(second)
-    with pytest.raises(UserError, match=r"run\.resume=.*nowhere is not a complete checkpoint"):
+    with pytest.raises(UserError, match=r"run\.resume=.*nowhere is neither a complete checkpoint nor a run"):
         resolve(tmp_path / "nowhere")
+
+
+def test_resume_from_the_folder_of_another_run(tmp_path):
+    """Its newest complete checkpoint is taken, as init_from takes it; run.dir's own checkpoints do not count."""
+    put(tmp_path / "earlier", 1)
+    newest, _ = put(tmp_path / "earlier", 2), put(tmp_path / "own", 3)
+    settings = [f"run.dir={tmp_path / 'own'}", f"run.resume={tmp_path / 'earlier'}"]
+    assert resolve_resume(recipe(*settings)) == newest
+    (newest / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"step_00000002/state\.json has 2 bytes.*; restore it, or move"):
+        resolve_resume(recipe(*settings))
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,18 @@ def test_overrides_come_after_all_bases(tmp_path):
         load_config(own, ["extends=other.yaml"])
 
 
+def test_the_path_of_a_base_may_have_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECIPES", str(tmp_path / "base"))
+    (tmp_path / "base").mkdir()
+    write(tmp_path / "base", first="seed: 1\n")
+    assert read_recipe(write(tmp_path, own="extends: $RECIPES/first.yaml\n")) == {"seed": 1}
+    monkeypatch.delenv("RECIPES")
+    with pytest.raises(
+        UserError, match=r"own\.yaml: key 'extends': the environment variable RECIPES is not set or empty"
+    ):
+        read_recipe(tmp_path / "own.yaml")
+
+
 @pytest.mark.parametrize(
     ("recipes", "sentence"),
     [

@@ -1,9 +1,12 @@
 """The recipe: strictness, overrides and the sentences a user reads."""
 
+import operator
+
 import pytest
 
-from moe_dist.config.recipe import load_config, save_config
+from moe_dist.config.recipe import load_config, load_stored_config, save_config
 from moe_dist.core.errors import UserError
+from moe_dist.core.strict import parse_yaml
 from tests.support.permissions import public_folder, unprivileged
 
 RECIPE = "configs/moma_quickstart.yaml"
@@ -83,11 +86,85 @@ def test_a_recipe_that_may_not_be_read():
         ("train.steps", "override 'train.steps' is not of the form section.key=value"),
         ("seed.x=1", "override 'seed.x=1': 'seed' is a value, not a section"),
         ("run.dir=[", r"override 'run.dir=\[': not valid YAML"),
+        ("run.dir=2026", "key 'run.dir': input should be a valid string, got 2026"),
+        ("seed=010", "override 'seed=010': 010 is not a decimal number"),
+        ("seed=08", "key 'seed': input should be a valid integer, got '08'"),
+        ("train.steps=1:30", "override 'train.steps=1:30': 1:30 is not a decimal number"),
+        ("train.steps=0x10", "0x10 is not a decimal number"),
+        ("train.steps=0b11", "0b11 is not a decimal number"),
+        ("train.steps=1_000", "1_000 is not a decimal number"),
+        ("schedule.peak_lr=1:30.5", "1:30.5 is not a decimal number"),
+        ("train={steps: [5, -010]}", r"override 'train=.*': key 'steps.1': -010 is not a decimal number"),
+        ("run.dir=!!binary aGk=", "override 'run.dir=.*': binary is not a kind of value that settings have"),
+        ("run=&a [*a]", "override 'run=.*': a value contains itself or is nested too deeply"),
     ],
 )
 def test_bad_overrides_are_named(override, sentence):
     with pytest.raises(UserError, match=sentence):
         load_config(RECIPE, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("10", 10), ("-3", -3), ("0", 0), ("1e-4", 1e-4), ("2E3", 2e3), ("1.", 1.0), (".5", 0.5), ("00.5", 0.5)],
+)
+def test_decimal_numbers(text, value):
+    parsed = parse_yaml(f"key: {text}", "here")["key"]
+    assert parsed == value and type(parsed) is type(value)
+
+
+def test_a_number_of_another_kind_is_named_by_its_key_in_a_file(tmp_path):
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text("seed: 0\ntrain: {steps: 1:30}\n")
+    with pytest.raises(UserError, match=r"a.yaml: key 'train.steps': 1:30 is not a decimal number"):
+        load_config(recipe)
+
+
+def test_a_date_is_a_name(tmp_path):
+    config = load_config(RECIPE, ["run.dir=2026-11-28"])
+    assert config.run.dir == "2026-11-28"
+    save_config(config, tmp_path / "config.yaml")
+    assert load_stored_config(tmp_path / "config.yaml") == config
+
+
+PATHS = ["run.dir", "run.resume", "data.shards", "data.validation_shards", "data.text_tokenizer"]
+PATHS += ["data.image_tokenizer", "data.neighbours", "init_from.checkpoint"]
+
+
+def path_at(config, key):
+    return operator.attrgetter(key)(config)
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_home_and_variables_in_every_path(key, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    for text, path in (
+        ("~/a", "/home/me/a"),
+        ("$SCRATCH/a", "/scratch/me/a"),
+        ("${SCRATCH}_2/$SCRATCH", "/scratch/me_2//scratch/me"),
+        ("a~b/$1", "a~b/$1"),
+    ):
+        config = load_config(RECIPE, [f"{key}={text}"])
+        assert path_at(config, key) == path
+        save_config(config, tmp_path / "config.yaml")
+        assert load_stored_config(tmp_path / "config.yaml") == config
+    with pytest.raises(UserError, match=f"key '{key}': the environment variable NOWHERE is not set or empty"):
+        load_config(RECIPE, [f"{key}=$NOWHERE/a"])
+    with pytest.raises(UserError, match=f"key '{key}': there is no user no-such-user; a folder of this name is ./~no-"):
+        load_config(RECIPE, [f"{key}=~no-such-user/a"])
+
+
+def test_paths_in_lists_braces_pipes_and_needs(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/s")
+    shards = "data.shards=[$SCRATCH/a, '${SCRATCH}/{000..010}.tar', 'pipe:cat $UNKNOWN/a']"
+    needs = "needs=[{type: corpus, corpus: emoji, out: $SCRATCH/b}]"
+    config = load_config(RECIPE, [shards, needs, "init_from=$SCRATCH/c"])
+    assert config.data.shards == ("/s/a", "/s/{000..010}.tar", "pipe:cat $UNKNOWN/a"), "a shell expands a pipe"
+    assert config.needs[0].out == "/s/b" and config.init_from.checkpoint == "/s/c"
+    with pytest.raises(UserError, match=r"key 'data\.shards': the environment variable NOWHERE is not set"):
+        load_config(RECIPE, ["data.shards=[a, $NOWHERE/b]"])
 
 
 def test_missing_file_missing_key_and_doubled_key(tmp_path):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from moe_dist.checkpoint.checkpoint import read_state
 from moe_dist.metrics.run_folder import read_status
+from moe_dist.parallel.discovery import free_port
 from tests.launch.test_failing_runs import all_failed_with
 from tests.launch.test_train import metrics_of, same_but_for_time, stored
-from tests.support.launching import DEEPSPEED, bare_ranks, launch, signals_at
+from tests.support import ROOT
+from tests.support.launching import DEEPSPEED, MOMA, bare_ranks, environment, launch, signals_at
 
 STEP, SAVE, TOKENISE = "Run.train_step", "ShardWriter.write_data", "build_cache"
 
@@ -76,3 +82,29 @@ def test_failures_that_starting_again_can_help_and_those_it_cannot(overrides, tm
     all_failed_with(bare_ranks([*overrides, "seed=5"]), "seed was")
     state, step, reason, restart = status_of(tmp_path / "run")
     assert (state, step, restart) == ("failed", 2, False) and "seed was" in reason
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_rank_whose_peers_never_come(overrides, tmp_path):
+    meeting = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    waits = f"waiting for 1 of 2 ranks at 127.0.0.1:{(port := free_port())} (missing: 1)\n"
+    rank = subprocess.Popen(
+        [sys.executable, "launch/train.py", "--config", MOMA, *overrides],
+        cwd=ROOT,
+        env=environment() | meeting | {"MASTER_PORT": str(port)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        printed = ""
+        while waits not in printed:
+            line = rank.stdout.readline()
+            assert line, printed
+            printed += line
+        rank.send_signal(signal.SIGTERM)
+        printed = rank.communicate(timeout=120)[0]
+    finally:
+        rank.kill()
+    assert rank.returncode == 0 and f"stopped (SIGTERM) before the first step: {tmp_path / 'run'}" in printed
+    assert status_of(tmp_path / "run") == ("stopped", 0, "SIGTERM", True)

@@ -148,7 +148,7 @@ def test_adamoe_trains_on_text_and_says_what_it_saves(overrides, tmp_path):
         ("parallel.expert=2", "parallel.expert=2 does not divide the 1 ranks of this run"),
         ("data.shards=/nowhere", "/nowhere"),
         ("data.text_tokenizer=/nowhere.model", "/nowhere.model"),
-        ("run.resume=/nowhere", "run.resume=/nowhere is not a complete checkpoint"),
+        ("run.resume=/nowhere", "run.resume=/nowhere is neither a complete checkpoint nor a run folder with one: "),
         ("data.lanes=4", None),
     ],
 )

@@ -106,21 +106,22 @@ def test_a_sibling_trains_on_the_ranks_of_one_node_in_a_container(slurm, tiny, t
         assert f" {image} " in line and program in line
 
 
-@pytest.mark.parametrize("start", ["srun", "deepspeed"])
-def test_a_job_that_inherits_no_environment(slurm, tiny, tmp_path, start):
-    """With sbatch --export=NONE, in a checkout below a folder with .sh in its name, and a path in its settings."""
+@pytest.mark.parametrize("export", ["NONE", "START=deepspeed"])
+def test_a_job_that_inherits_no_environment(slurm, tiny, tmp_path, export):
+    """Nothing, or one variable: in a checkout below a folder with .sh in its name, with a variable in a path."""
     checkout = tmp_path / "lab.sh" / "checkout"
     shutil.copytree(ROOT / "slurm", checkout / "slurm", ignore=shutil.ignore_patterns("site.sh"))
     for name in ("moe_dist", "launch", "configs"):
         (checkout / name).symlink_to(ROOT / name)
-    site = f"VENV={sys.prefix}\nSTART={start}\nexport MOE_DIST_SCRATCH={tmp_path}\n"
+    site = f"VENV={sys.prefix}\nexport MOE_DIST_SCRATCH={tmp_path}\n"
     (checkout / "slurm" / "site.sh").write_text(site)
     overrides = [*tiny, "run.dir=$MOE_DIST_SCRATCH/run", "train.stop_after=1"]
-    job = slurm.sbatch(checkout / "slurm" / "pretrain_moma.sh", *overrides, options=("--export=NONE",))
+    job = slurm.sbatch(checkout / "slurm" / "pretrain_moma.sh", *overrides, options=(f"--export={export}",))
     shown = slurm.ended(job)
     assert shown["Restarts"] == "0"
     log = slurm.log(job)
     assert f"stopped after 1 steps: train.stop_after\nrun folder: {tmp_path / 'run'}\n" in log, log
+    assert f"by {export.rpartition('=')[2].replace('NONE', 'srun')}; logs of all ranks" in log
 
 
 MPI = """#!/bin/bash
