@@ -145,7 +145,7 @@ class InitFrom(Strict):
     Patterns match whole parameter names; `*` matches any text (docs/stages.md).
     """
 
-    checkpoint: str  # a checkpoint folder, or a run folder for its newest complete checkpoint
+    checkpoint: PathText  # a checkpoint folder, or a run folder for its newest complete checkpoint
     rename: dict[str, str] = Field({})  # the checkpoint's names -> the model's; text matched by `*` is kept
     new: Patterns = ()  # parameters of the model that keep their own initial values
     left_out: Patterns = ()  # parameters of the checkpoint that are not used

@@ -66,7 +66,7 @@ class _Wait:
 
     @property
     def hosts(self) -> bool:
-        """Whether the other ranks connect to this one. Under torchrun all of them connect to its agent."""
+        """True if the other ranks connect to this one. Under torchrun all ranks connect to its agent."""
         return self.place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     def pause(self, describe: Callable[[], str]) -> None:
