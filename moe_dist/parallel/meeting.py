@@ -46,7 +46,9 @@ def meet(place: Place, stop: StopSignals) -> dist.Store | None:
         except dist.DistError:
             if wait.hosts:
                 raise
-            continue  # rank 0 has gone: another may come to its address
+            # Rank 0 has gone. Another may come to its address.
+            wait.pause(lambda: f"{place.world - 1} of {place.world} ranks at {wait.address}: the connection was lost")
+            continue
         return store
 
 
