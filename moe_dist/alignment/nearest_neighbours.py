@@ -1,4 +1,4 @@
-"""The k nearest correctly answered questions of each sample, whose routing the sample should imitate.
+"""The neighbours whose routing each sample should imitate: its k nearest correctly answered questions.
 
 RoMA (Routing Manifold Alignment, 2025): sim(i, j) = exp(-||E_i - E_j||^2 / (2 sigma^2)); N(i) are the k nearest samples
 in the success set (the samples answered correctly); W_ij = sim(i, j) / (sum of sim(i, l) over l in N(i)).

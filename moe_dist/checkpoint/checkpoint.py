@@ -6,8 +6,8 @@ RUN/checkpoints/step_XXXXXXXX/
     state.json               state of the run, counters of the optimizer and the engine, layout of the writing run
     manifest.json            size and SHA-256 of the files above, written last
 
-A checkpoint is written to step_XXXXXXXX.tmp and renamed once all ranks' files are on disk. Nothing is pickled.
-A load refuses a checkpoint of another model.
+A checkpoint is written to step_XXXXXXXX.tmp and renamed once all ranks' files are on disk. Nothing is pickled. A
+checkpoint of a different model is refused when it is loaded.
 """
 
 from __future__ import annotations

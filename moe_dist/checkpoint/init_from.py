@@ -31,7 +31,7 @@ from moe_dist.parallel.layout import Layout
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The properties in which a stored tensor must equal the one it is loaded into. The precision is not one of them.
+    """The properties of a parameter or buffer that must be equal in checkpoint and model. Its precision may differ.
 
     experts: the global ids of the experts in a stacked parameter; `shape` is then the shape of one expert. None: the
     parameter or buffer is not stacked.

@@ -1,4 +1,4 @@
-"""Conversion between config.json and a recipe's `model:` section for Hugging Face's Llama and Mixtral."""
+"""Conversion between the config.json of Hugging Face's Llama and Mixtral and the `model:` section of a recipe."""
 
 from __future__ import annotations
 

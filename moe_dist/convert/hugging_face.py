@@ -1,4 +1,4 @@
-"""Conversion of a local Hugging Face folder to a checkpoint and back, one tensor at a time."""
+"""Conversion of a local Hugging Face folder to a checkpoint, and of a checkpoint to such a folder, tensor by tensor."""
 
 from __future__ import annotations
 

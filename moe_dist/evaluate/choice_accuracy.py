@@ -73,8 +73,8 @@ def answer_all(
 def answer(forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Choice], layout: Layout) -> Answers:
     """Answer all items of the batches. Collective: every rank calls it with the same number of batches.
 
-    forward: Batch -> an output with logits_TV and records. choices: items by sample hash, all with the same number of
-    options (data/tasks/choice_items.py). Raises UserError if there is no item.
+    forward: Batch -> an output with logits_TV and records. choices: the items, keyed by sample hash; all have the same
+    number of options (data/tasks/choice_items.py). Raises UserError if there is no item.
     """
     mine = []
     for batch in batches:

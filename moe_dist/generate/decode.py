@@ -1,8 +1,8 @@
-"""Token-by-token decoding with a KV cache. Every rank decodes its own samples. Models that route by later tokens are
-refused.
+"""Token-by-token decoding with a KV cache. Every rank decodes its own samples.
 
-All ranks decode in step, because experts may be on other ranks. A rank whose samples are all done feeds a padding token
-until every rank is done. A sample does not depend on its rank or on the other samples of the rank.
+Models whose routing depends on later tokens are refused. All ranks decode in step, because experts may be on other
+ranks. A rank whose samples are all done feeds a padding token until every rank is done. A sample does not depend on its
+rank or on the other samples of the rank.
 
 Shape suffixes: R rows (documents in the cache), S samples, T tokens, V vocabulary.
 """

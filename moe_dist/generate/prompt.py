@@ -155,7 +155,7 @@ class Format:
         return GenerationState(number, prompt, min(self.context, len(prompt.tokens) + max_tokens))
 
     def next(self, sample: GenerationState) -> int:
-        """Return the kind of token allowed next, as a row number of masks_KV."""
+        """Return which kind of token may come next (TEXT, TEXT_OR_IMAGE, CODE or EOI), a row number of masks_KV."""
         if sample.codes_left:
             return self.CODE if sample.codes_left > 0 else self.EOI
         fits = sample.length + self.num_codes + 2 <= sample.limit
@@ -194,7 +194,7 @@ class Format:
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """Read a picture file. Raises UserError if it is missing or not a picture."""
+    """Read a picture file. Raises UserError if the file is missing or is not a picture."""
     try:
         return decode_image(Path(path).read_bytes())
     except OSError as error:

@@ -94,7 +94,7 @@ def check_health(config: Config, device: torch.device) -> Health:
 
 
 def report(config: Config, device: torch.device) -> RankReport:
-    """Collect this rank's report."""
+    """Return the report about this rank: its host, hardware and software."""
     is_cuda = device.type == "cuda"
     name = f" {torch.cuda.get_device_name(device)}" if is_cuda else ""
     versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
