@@ -1,4 +1,4 @@
-"""Build RoMA's neighbour store (docs/roma.md), which a recipe names as data.neighbours, in two steps:
+"""Build RoMA's neighbour store (docs/roma.md) in two steps. A recipe names the store as data.neighbours.
 
 launch/align.py collect RUN STORE [section.key=value ...]
     Record how RUN's newest checkpoint routes and answers each sample of data.shards. Runs on one process or under any
@@ -45,7 +45,10 @@ def main() -> None:
 
 
 def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
-    """Run the model on every training sample and write the routing and the correctness of its answers. Collective."""
+    """Run the model on every training sample. Store the sample's routing and whether it is answered correctly.
+
+    Collective.
+    """
     found = TrainedRun.find(folder, overrides)
     run, config = found.open("train"), found.config
     answers = answer_all(
@@ -70,7 +73,7 @@ def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
 
 
 def find_neighbours(store: Path, embedder: Path, k: int, sigma: float | None) -> None:
-    """Embed the questions of the store's samples and add their nearest neighbours to the store."""
+    """Embed the questions of the store's samples, and add each sample's nearest neighbours to the store."""
     samples, about = read_samples(store)
     data = validate(DataConfig, about["data"], str(store))
     instructions = read_instructions(data, "train")

@@ -5,10 +5,11 @@
     launch/convert.py upcycle --from CHECKPOINT --to OUT --experts N [model.ffn.router.KEY=VALUE ...]
     launch/convert.py verify FOLDER                       check every byte of a checkpoint, or of all those of a run
 
-upcycle: every layer's experts become copies of the FFN of a dense checkpoint. If the model has one expert per modality
-(1t1i), they become copies of their modality's expert. CHECKPOINT may be a run folder, which means its newest
-checkpoint. In addition to the checkpoint, import and upcycle write OUT/model.yaml, the matching `model:` section of a
-recipe. A run starts from the checkpoint by init_from. verify needs no model.
+upcycle makes a sparse model from a dense checkpoint: the experts of each layer are copies of the layer's FFN. If the
+checkpoint has one expert per modality (1t1i), the experts of a modality are copies of that expert. CHECKPOINT may be a
+run folder, which stands for its newest checkpoint. In addition to the checkpoint, import and upcycle write
+OUT/model.yaml, the matching `model:` section of a recipe. The key init_from of a recipe makes a run start from the
+checkpoint. verify does not build the model.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Compare a run's held-out loss with references: launch/evaluate.py RUN [section.key=value ...]
 
-The references are a smoothed bigram model and the run's own loss with shuffled captions.
+The references are the loss of a smoothed bigram model and the run's own loss with shuffled captions.
 
-Reads RUN/config.yaml and the newest checkpoint, and writes RUN/evaluation.json. Runs on one process, or under any
+Reads RUN/config.yaml and the run's newest checkpoint, and writes RUN/evaluation.json. Runs on one process, or under any
 launcher with a suitable parallel.expert (a checkpoint does not depend on the layout). eval.groups sets the number of
 selection groups to evaluate.
 """

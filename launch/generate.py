@@ -4,10 +4,10 @@
   --picture cat.png dog.png            generate a text for each picture
   --mixed "Two hearts:" @heart.png     continue a prompt of texts and pictures (@FILE); may be given several times
 
-Reads RUN/config.yaml and the newest checkpoint, but no shards. Writes PNGs, samples.jsonl and a contact sheet
+Reads RUN/config.yaml and the run's newest checkpoint, but no shards. Writes PNGs, samples.jsonl and a contact sheet
 (sheet.png) to a new folder under RUN/samples/. Runs on one process, or under any launcher with a suitable
-parallel.expert; the samples do not depend on the layout. Overrides of the recipe (section.key=value) come right after
-RUN.
+parallel.expert; the samples do not depend on the layout. On the command line, overrides of the recipe
+(section.key=value) follow directly after RUN.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 
 
 def generate_samples(arguments: argparse.Namespace) -> None:
-    """Generate, print and write the samples that the command line requests. Collective."""
+    """Generate the samples that the command line requests, then print and write them. Collective."""
     folder = RunFolder(arguments.run)
     found = TrainedRun.find(folder, arguments.overrides)
     with raise_on_all_ranks():
@@ -80,9 +80,9 @@ def generate_samples(arguments: argparse.Namespace) -> None:
 
 
 def start_samples(arguments: argparse.Namespace, form: Format, sampling: Sampling) -> list[GenerationState]:
-    """Create the states of all samples, in the order of the options. Raises UserError.
+    """Create the states of all samples, in the order of the command line's options. Raises UserError.
 
-    Every rank creates all of them, so that their numbers agree.
+    Every rank creates the states of all samples, so that a sample has the same number on all ranks.
     """
     for name in ("samples", "batch"):
         if getattr(arguments, name) < 1:
@@ -106,7 +106,7 @@ def start_samples(arguments: argparse.Namespace, form: Format, sampling: Samplin
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Return parent/name, or parent/name-N with the first free N, so that earlier samples are kept."""
+    """Return parent/name. If it exists, return parent/name-N with the first free N, to keep earlier samples."""
     number = 1
     while (parent / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
@@ -114,7 +114,7 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 class Bar:
-    """A progress bar of one round on rank 0: the number of finished samples over all ranks, and tokens per sample."""
+    """A progress bar on rank 0 for one round: how many samples are finished on all ranks, and the tokens per sample."""
 
     def __init__(self, title: str, total: int, *, is_main: bool):
         columns = (TextColumn(title), BarColumn(), TextColumn("{task.completed} of {task.total} done"))

@@ -1,7 +1,7 @@
-"""Decide for slurm/env.sh whether a job may start and whether to start it again (docs/slurm.md, "The life of a job"):
+"""Decide for slurm/env.sh whether a job may start, and afterwards whether to start it again (docs/slurm.md):
 
 launch/job.py begin --job ID --restarts N --max-failures N --config configs/NAME.yaml [section.key=value ...]
-    Called before the ranks start. Prints the run folder, then the overrides to add. Exit status 10: the run is done
+    Called before the ranks start. Prints the run folder, then the overrides to append. Exit status 10: the run is done
     already.
 launch/job.py end --code STATUS --max-failures N RUN
     Called after the ranks have ended. Prints the outcome. Exit status 0: done, or stopped on purpose; 75: start it

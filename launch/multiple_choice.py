@@ -2,9 +2,10 @@
 
   launch/multiple_choice.py RUN [RUN ...] [--out FILE.json] [section.key=value ...]
 
-Each RUN's newest checkpoint answers the items. The answers are stored in RUN/multiple_choice.json, and a second call
-reuses them. Prints the accuracies and the difference of every later run to every earlier one, with 95 % intervals. Runs
-on one process or under any launcher. `data.validation_shards=FOLDER` uses the items of another folder.
+The newest checkpoint of each RUN answers the items. The answers are stored in RUN/multiple_choice.json, and a second
+call reuses them. Prints the accuracy of each run, and its difference from every run named before it. All have 95 %
+intervals. Runs on one process or under any launcher. With `data.validation_shards=FOLDER`, the items of that folder are
+used.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def main() -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Answer the items with every run that the command line names, and compare the runs. Collective."""
+    """Let every run that the command line names answer the items, then compare the runs. Collective."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="+", metavar="RUN or section.key=value")
     parser.add_argument("--out", type=Path, help="also write the comparison to this JSON file")
@@ -54,7 +55,7 @@ def run(argv: list[str]) -> None:
 
 
 def result_of(folder: RunFolder, overrides: list[str]) -> Result:
-    """Return a run's answers: the stored ones if they match its checkpoint and the items, else new ones. Collective."""
+    """Return a run's answers. Stored answers are reused if they are of the same checkpoint and items. Collective."""
     found = TrainedRun.find(folder, overrides)
     config, kept = found.config, folder.path / ANSWERS
     with raise_on_all_ranks():
@@ -80,7 +81,7 @@ def result_of(folder: RunFolder, overrides: list[str]) -> Result:
 
 
 def compare(results: dict[str, Result]) -> dict[str, Any]:
-    """Return the accuracies of every run, and a comparison of every later run with every earlier one."""
+    """Return the accuracies of each run, and a comparison of each run with every run named before it."""
     return {
         "accuracy": {name: result.to_json()["accuracy"] for name, result in results.items()},
         "comparisons": [
@@ -98,7 +99,7 @@ def compare(results: dict[str, Result]) -> dict[str, Any]:
 
 
 def show(summary: dict[str, Any], console: Console) -> None:
-    """Print two tables: accuracies in per cent, and differences in percentage points."""
+    """Print a table of accuracies in per cent, and a table of differences in percentage points."""
     accuracy = summary["accuracy"]
     table = Table("accuracy, % [95 % interval]", "items", *accuracy)
     for task, first in accuracy[next(iter(accuracy))].items():

@@ -1,6 +1,7 @@
 """Plot the curves of finished or running runs: `python launch/report.py RUN [RUN ...]`.
 
-Writes loss.png and routing.png to every run folder. With several runs, also writes a plot that overlays them (--out).
+Writes loss.png and routing.png to every run folder. With several runs, also plots all their losses into one file,
+--out.
 """
 
 from __future__ import annotations

@@ -69,6 +69,7 @@ def small_run(emoji_shards, tokenizers) -> Callable[[Path], list[str]]:
         f"data.text_tokenizer={tokenizers / 'text.model'}",
         f"data.image_tokenizer={tokenizers / 'vq'}",
         *["data.sequence_length=128", "data.group_sequences=2", "data.lanes=4"],
+        "data.max_bad_fraction=0.1",  # two captions are cut
         *["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.ffn.hidden_size=32"],
         *["train.steps=8", "schedule.warmup_steps=2", "eval.every=4", "eval.groups=2", "checkpoint.every=4"],
     ]

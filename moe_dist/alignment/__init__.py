@@ -1,1 +1,4 @@
-"""Neighbours for RoMA: embeds questions and finds the nearest ones. Imports core and data."""
+"""Neighbours for RoMA: embedding of questions, and search for each question's nearest neighbours.
+
+Imports core and data.
+"""

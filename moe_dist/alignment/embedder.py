@@ -1,4 +1,4 @@
-"""Sentence embeddings by a frozen model in Hugging Face format, mean-pooled and normalised (Sentence-BERT).
+"""Sentence embeddings from a pretrained model in Hugging Face format, mean-pooled and normalised (Sentence-BERT).
 
 Shape suffixes: N texts, P tokens of the longest text, E embedding size.
 """

@@ -1,4 +1,4 @@
-"""The k nearest correctly answered questions of each sample, whose routing the sample should imitate.
+"""The neighbours whose routing each sample should imitate: its k nearest correctly answered questions.
 
 RoMA (Routing Manifold Alignment, 2025): sim(i, j) = exp(-||E_i - E_j||^2 / (2 sigma^2)); N(i) are the k nearest samples
 in the success set (the samples answered correctly); W_ij = sim(i, j) / (sum of sim(i, l) over l in N(i)).
@@ -19,11 +19,13 @@ BLOCK = 1024  # samples whose distances to the success set are in memory at once
 
 
 def nearest(embedding_NE: Tensor, right_N: Tensor, *, k: int, sigma: float | None) -> tuple[Neighbours, float]:
-    """Find every sample's k nearest neighbours in the success set, without itself. Returns them and the sigma used.
+    """Find every sample's k nearest neighbours in the success set. Returns the neighbours and the sigma used.
 
-    right_N: True for the samples in the success set. sigma None: the median distance to the neighbours found, which
-    adapts to the embedder and the density of the questions. If there are fewer than k neighbours, the missing ones have
-    weight 0. Raises UserError if the success set is empty, or if k or sigma is not positive.
+    A sample is never its own neighbour. If a sample has fewer than k neighbours, the missing ones have weight 0.
+    right_N: true for the samples in the success set.
+    sigma: if None, use the median distance between samples and their neighbours. It adapts to the embedder and to how
+    similar the questions are.
+    Raises UserError if the success set is empty, or if k or sigma is not positive.
     """
     if k < 1:
         raise UserError(f"k={k}: a sample needs at least one neighbour")
@@ -45,8 +47,11 @@ def nearest(embedding_NE: Tensor, right_N: Tensor, *, k: int, sigma: float | Non
 
 
 def _nearest_of(block_B: Tensor, embedding_NE: Tensor, candidate_C: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the indices [B, K] of the nearest candidates and their squared distances; inf for missing candidates."""
-    # Exact distances: computed by a matrix product, those of equal questions would not be 0.
+    """Return the nearest candidates' indices [B, K] and squared distances [B, K].
+
+    If there are fewer than k candidates, the distances of the missing ones are infinite.
+    """
+    # Compute the distances without a matrix product, which would give equal questions a distance other than 0.
     mode = "donot_use_mm_for_euclid_dist"
     distance_BC = torch.cdist(embedding_NE[block_B], embedding_NE[candidate_C], compute_mode=mode)
     distance_BC = distance_BC.masked_fill(block_B[:, None] == candidate_C, torch.inf)

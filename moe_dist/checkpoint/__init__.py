@@ -1,3 +1,4 @@
-"""Sharded checkpoints that are independent of the parallel layout: file formats, the manifest, loading, saving in the
-background, and starting a stage from another stage's checkpoint. Imports core, config and parallel.
+"""Sharded checkpoints that any parallel layout can load: file formats, the manifest, loading, background saving.
+
+Also the start of a stage from an earlier stage's checkpoint. Imports core, config and parallel.
 """

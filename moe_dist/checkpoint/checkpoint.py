@@ -1,4 +1,4 @@
-"""Sharded checkpoints that are independent of the parallel layout, committed atomically and verified when read.
+"""Sharded checkpoints that any parallel layout can load, committed atomically and verified when read.
 
 RUN/checkpoints/step_XXXXXXXX/
     rank_RRRRR.safetensors   fragments of logical tensors (see fragments.py), each written by one rank
@@ -6,8 +6,8 @@ RUN/checkpoints/step_XXXXXXXX/
     state.json               state of the run, counters of the optimizer and the engine, layout of the writing run
     manifest.json            size and SHA-256 of the files above, written last
 
-A checkpoint is written to step_XXXXXXXX.tmp and renamed once all ranks' files are on disk. Nothing is pickled.
-A load refuses a checkpoint of another model.
+A checkpoint is written to step_XXXXXXXX.tmp and renamed once all ranks' files are on disk. Nothing is pickled. A
+checkpoint of a different model is refused when it is loaded.
 """
 
 from __future__ import annotations
@@ -76,17 +76,17 @@ __all__ = [
 
 
 def save(path: str | Path, engine: ShardedModel, layout: Layout, *, state: dict[str, Any]) -> None:
-    """Write a checkpoint between two optimizer steps, and wait for the disk. Collective. (A run uses saver.py instead.)
+    """Write a checkpoint and wait until it is on disk. Collective, between two optimizer steps.
 
-    `state` must be JSON-serializable. Mappings in it (the loader's lanes) are merged over the ranks; all other values
-    must be equal on all ranks. An error on any rank (disk full, read-only) raises the same UserError on every rank.
-    Earlier checkpoints stay intact.
+    A run uses saver.py instead. `state` must be JSON-serializable. Mappings in `state` (such as the loader's lanes) are
+    merged over the ranks; all other values must be equal on all ranks. An error on any rank (disk full, read-only)
+    raises the same UserError on every rank. Earlier checkpoints stay intact.
     """
     write(path, fragments(engine), describe(engine, layout, state), layout)
 
 
 def describe(engine: ShardedModel, layout: Layout, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the current content of state.json, before ranks' states are merged. Later steps do not change it."""
+    """Return the content of state.json, with this rank's state only. Later steps do not change the returned values."""
     return {
         "format": CHECKPOINT_FORMAT,
         "state": state,
@@ -109,9 +109,10 @@ def write(
     layout: Layout,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write this rank's fragments and commit, as `save` does. Collective over `group`, a group of all ranks.
+    """Write this rank's fragments and commit the checkpoint. Collective over `group`, a group of all ranks.
 
-    It does not use the engine, so a background thread may run it. The thread needs its own process group.
+    The second half of `save`. It does not use the engine, so a background thread may run it. Such a thread needs its
+    own process group.
     """
     path = Path(path)
     partial = partial_path(path)
@@ -135,11 +136,11 @@ def write(
 
 
 def load(path: str | Path, engine: ShardedModel, layout: Layout) -> dict[str, Any]:
-    """Verify a checkpoint, load it into the engine at the engine's layout, and return the state. Collective.
+    """Verify a checkpoint, load it into the engine, whose layout may differ, and return the state. Collective.
 
     Master weights, moments, the optimizer's step, frozen parameters and buffers become exactly the stored ones. The
-    working parameters are recomputed from the master weights. A damaged file or a checkpoint of another model raises
-    UserError on every rank.
+    working parameters are recomputed from the master weights. Raises UserError on every rank if a file is damaged or
+    the checkpoint is of a different model.
     """
     path = Path(path)
     metadata = open_index(path, layout)
@@ -160,9 +161,9 @@ def load(path: str | Path, engine: ShardedModel, layout: Layout) -> dict[str, An
 
 
 def open_index(path: Path, layout: Layout) -> Metadata:
-    """Verify a checkpoint and read its index. Each rank verifies a share of the files. Collective.
+    """Verify a checkpoint and read its index. Each rank verifies only some of the files. Collective.
 
-    Call this before reading anything else. Raises UserError on every rank if a file is damaged.
+    Must be called before anything else of the checkpoint is read. Raises UserError on every rank if a file is damaged.
     """
     with raise_on_all_ranks():
         verified = verify_checkpoint(path, share=layout.rank, shares=layout.world)
@@ -170,13 +171,13 @@ def open_index(path: Path, layout: Layout) -> Metadata:
 
 
 def read_fragments(path: Path, metadata: Metadata, wanted: list[Fragment]) -> None:
-    """Fill the `wanted` fragments from the checkpoint by name. Values are cast to each fragment's dtype. Collective."""
+    """Read the values of the `wanted` fragments from the checkpoint, cast to each fragment's dtype. Collective."""
     with _dcp(f"cannot read the checkpoint {path}"):
         dcp.load({}, storage_reader=ShardReader(path, metadata), planner=FragmentLoadPlanner(wanted))
 
 
 def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> None:
-    """Write state and manifest, then make the checkpoint visible by one rename."""
+    """Write state and manifest into the folder `partial`, then make the checkpoint visible by renaming it to `path`."""
     seal(partial, files, header)
     replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
     if path.exists():  # this step was saved before, which does not happen in a run
@@ -186,12 +187,12 @@ def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[
 
 
 def seal(partial: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> None:
-    """Complete a checkpoint that is not visible yet: write its state, then the manifest of all files."""
+    """Complete a checkpoint folder before it is renamed: write state.json, then the manifest of all files."""
     write_manifest(partial, {*files, write_json(partial / STATE, header)})
 
 
 def _check_same_model(path: Path, wanted: list[Fragment], metadata: Metadata) -> None:
-    """Raise UserError if the model's logical tensors (over all ranks) differ from the checkpoint's. Collective."""
+    """Raise UserError if the logical tensors that all ranks together want differ from the checkpoint's. Collective."""
     mine = {f.name: (f.shape, f.tensor.dtype) for f in wanted if kind_of(f.name) in MODEL_KINDS}
     model = {name: form for of_rank in gather_objects(mine) for name, form in of_rank.items()}
     stored = {
@@ -222,7 +223,10 @@ def _show(form: tuple[tuple[int, ...], torch.dtype]) -> str:
 
 @contextmanager
 def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Run a rank-local step that uses the disk. An OSError becomes a UserError on every rank. Collective at its end."""
+    """Context manager for a rank-local step that uses the disk. It turns an OSError into a UserError on every rank.
+
+    The end of the block is collective.
+    """
     with raise_on_all_ranks(group=group):
         try:
             yield
@@ -232,7 +236,10 @@ def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
 
 @contextmanager
 def _dcp(what: str) -> Iterator[None]:
-    """Convert a DCP error, which every rank receives, to UserError if the disk caused it, otherwise to RuntimeError."""
+    """Context manager that turns a DCP error into UserError if the disk caused it, otherwise into RuntimeError.
+
+    DCP raises its error on every rank, so every rank raises the same error.
+    """
     try:
         yield
     except CheckpointException as error:

@@ -1,12 +1,14 @@
-"""A rank's part of model and optimizer, as fragments of logical tensors. Only this file depends on ZeRO's internals.
+"""A rank's part of the model and optimizer, as fragments of logical tensors.
 
-A logical tensor does not depend on the layout. There is `master/NAME` (fp32), `MOMENT/NAME` for each moment of the
-optimizer (exp_avg, exp_avg_sq, momentum_buffer, ...), and `frozen/NAME` and `buffer/NAME` in their own dtype. Each row
-of a stacked expert parameter is a separate logical tensor, `NAME[global expert id]`, so that later any rank can hold
-it.
+Among the files of checkpoint/, only this one depends on ZeRO's internals. A logical tensor is a whole tensor as a
+single rank would hold it, so it does not depend on the layout. The logical tensors are `master/NAME` (fp32),
+`MOMENT/NAME` for each moment of the optimizer (exp_avg, exp_avg_sq, momentum_buffer, ...), and `frozen/NAME` and
+`buffer/NAME` in their own dtype. Each row of a stacked expert parameter is a separate logical tensor, `NAME[global
+expert id]`, so a later run may place any expert on any rank.
 
-ZeRO splits the flattened parameters of a group into one contiguous fp32 partition per rank (stages 1, 2), or every
-parameter into equal pieces (stage 3). Both end in padding, which belongs to no fragment.
+In stages 1 and 2, ZeRO flattens the parameters of a group and splits them into one contiguous fp32 partition per rank.
+In stage 3, it splits every parameter into equal pieces. The last partition or piece ends in padding, which belongs to
+no fragment.
 """
 
 from __future__ import annotations
@@ -26,7 +28,10 @@ MASTER, FROZEN, BUFFER = MODEL_KINDS = "master", "frozen", "buffer"  # all other
 
 
 class _Piece(NamedTuple):
-    """Elements [start, start + numel) of a rank's flattened parameter are flat[flat_start : flat_start + numel]."""
+    """Where ZeRO keeps a piece of a parameter on this rank.
+
+    Elements [start, start + numel) of the flattened parameter are flat[flat_start : flat_start + numel].
+    """
 
     name: str
     param: nn.Parameter
@@ -37,7 +42,10 @@ class _Piece(NamedTuple):
 
 
 def fragments(engine: ShardedModel) -> list[Fragment]:
-    """Return this rank's part of model and optimizer as fragments. They are views: write them, or read into them."""
+    """Return this rank's part of the model and optimizer as fragments.
+
+    The fragments are views of the live tensors: a save reads their values, a load overwrites them.
+    """
     found: list[Fragment] = []
     for name, param, start, numel, flat, flat_start in _pieces(engine):
         for kind, tensor in {MASTER: flat.detach(), **_moments(engine, flat)}.items():
@@ -55,17 +63,17 @@ def fragments(engine: ShardedModel) -> list[Fragment]:
 
 
 def kind_of(name: str) -> str:
-    """Return the kind of a logical tensor, the first part of its name."""
+    """Return the kind of a logical tensor, which is the part of its name before the first slash."""
     return name.split("/", 1)[0]
 
 
 def moment_names(engine: ShardedModel) -> set[str]:
-    """Return the names of the optimizer's moments. There are none before its first step."""
+    """Return the names of the optimizer's moments. Before the optimizer's first step there are none."""
     return {name for flat in _flats(engine) for name in _moments(engine, flat)}
 
 
 def optimizer_scalars(engine: ShardedModel) -> dict[str, float]:
-    """Return the optimizer's scalar state, such as Adam's step. All partitions step together, so they agree."""
+    """Return the optimizer's scalar state, such as Adam's step. It is the same for all partitions."""
     states = [_state(engine, flat) for flat in _flats(engine)]
     states += [{"step": group["step"]} for group in _base(engine).param_groups if "step" in group]
     scalars: dict[str, float] = {}
@@ -78,7 +86,7 @@ def optimizer_scalars(engine: ShardedModel) -> dict[str, float]:
 
 
 def set_optimizer_scalars(engine: ShardedModel, scalars: dict[str, float]) -> None:
-    """Set the optimizer's scalar state, in whichever form this optimizer stores it."""
+    """Set the optimizer's scalar state, which may be tensors or numbers, per partition or per parameter group."""
     for state in [*(_state(engine, flat) for flat in _flats(engine)), *_base(engine).param_groups]:
         for key, value in scalars.items():
             if isinstance(state.get(key), Tensor):
@@ -89,9 +97,10 @@ def set_optimizer_scalars(engine: ShardedModel, scalars: dict[str, float]) -> No
 
 @torch.no_grad()
 def reset_optimizer(engine: ShardedModel, *, with_moments: bool) -> None:
-    """Clear the optimizer's state. with_moments: let it create new state, into which a checkpoint can be read.
+    """Clear the optimizer's state. If with_moments, then create new moments, into which a checkpoint can be read.
 
-    A step with gradient and learning rate zero creates the moments. Read the masters after it.
+    The moments are created by an optimizer step with zero gradients and learning rate zero. Read the masters from a
+    checkpoint only after this step.
     """
     base, flats = _base(engine), _flats(engine)
     base.state.clear()
@@ -116,7 +125,7 @@ def reset_optimizer(engine: ShardedModel, *, with_moments: bool) -> None:
 
 @torch.no_grad()
 def refresh_working_parameters(engine: ShardedModel) -> None:
-    """Copy the masters to the parameters that the forward pass uses, as after an optimizer step. Collective."""
+    """Copy the fp32 masters to the parameters that the forward pass uses, as ZeRO does after a step. Collective."""
     zero = engine.optimizer
     if engine.zero_stage != 3:
         zero.update_lp_params()
@@ -148,7 +157,7 @@ def _pieces(engine: ShardedModel) -> Iterator[_Piece]:
 
 
 def _stage3_range(param: Any) -> tuple[int, int]:
-    """Return the start and the number of elements of a parameter's piece on this rank, without padding."""
+    """Return start and number of elements of this rank's piece of a parameter in stage 3, without padding."""
     size = param.partition_numel()
     start = min(dist.get_rank(param.ds_process_group) * size, param.ds_numel)
     return start, min(size, param.ds_numel - start)
@@ -162,7 +171,10 @@ def _frozen_values(param: Any) -> tuple[int, Tensor]:
 
 
 def _logical(name: str, owner: Any, start: int, values: Tensor) -> Iterator[Fragment]:
-    """Yield the fragments of elements [start, start + n) of a rank's flattened tensor, split into rows if stacked."""
+    """Yield the fragments that consist of elements [start, start + n) of a rank's flattened tensor.
+
+    values: the n elements. If `owner` is a stacked expert parameter, there is one fragment per expert.
+    """
     shape, stop = tuple(getattr(owner, "ds_shape", owner.shape)), start + values.numel()
     ids = expert_ids(owner)
     if ids is None:
@@ -174,12 +186,15 @@ def _logical(name: str, owner: Any, start: int, values: Tensor) -> Iterator[Frag
 
 
 def _base(engine: ShardedModel) -> Any:
-    """Return the torch optimizer that ZeRO wraps."""
+    """Return the PyTorch optimizer that ZeRO wraps."""
     return engine.optimizer.optimizer
 
 
 def _flats(engine: ShardedModel) -> list[Tensor]:
-    """Return this rank's fp32 partitions. In stage 3 the base optimizer has them only during a step."""
+    """Return this rank's fp32 partitions.
+
+    In stage 3 they come from ZeRO, because the wrapped optimizer has them only during a step.
+    """
     if engine.zero_stage == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)
     return [param for group in _base(engine).param_groups for param in group["params"]]

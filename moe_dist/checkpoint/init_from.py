@@ -1,9 +1,8 @@
-"""Start of a stage from an earlier stage's checkpoint, with an account of every tensor on both sides.
+"""Start of a stage from an earlier stage's checkpoint, with an account of what happened to every tensor.
 
 Only parameters (from float32 masters if there are any) and buffers are read. The optimizer and the schedule start anew.
-The data also start from their beginning, unless `data_position` is set. Every tensor of the checkpoint must be loaded
-or left out, and every tensor of the model loaded or new. Anything else is an error, so that no tensor is skipped
-silently.
+The data start from the beginning, too, unless `data_position` is set. Every tensor of the checkpoint must be loaded or
+left out. Every tensor of the model must be loaded or new. Anything else is an error, so no tensor is skipped silently.
 """
 
 from __future__ import annotations
@@ -32,9 +31,10 @@ from moe_dist.parallel.layout import Layout
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """Shape and kind of a parameter or buffer, without its precision. A tensor can be loaded as any of equal form.
+    """The properties of a parameter or buffer that must be equal in checkpoint and model. Its precision may differ.
 
-    experts: the global experts of a stacked parameter. `shape` is then that of one expert.
+    experts: the global ids of the experts in a stacked parameter; `shape` is then the shape of one expert. None: the
+    parameter or buffer is not stacked.
     """
 
     shape: tuple[int, ...]
@@ -55,7 +55,7 @@ Forms = Mapping[str, Form]  # by name, without kind and expert
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """The fate of every tensor of a checkpoint and of a model, by name: loaded, new or left out."""
+    """The fate of every tensor of a checkpoint and of a model: loaded, new or left out."""
 
     settings: InitFrom
     stored: Forms
@@ -65,7 +65,10 @@ class Account:
     left_out: list[str]  # the checkpoint's names
 
     def to_json(self) -> dict[str, Any]:
-        """Return, for each fate, the totals `tensors` and `parameters`, and every tensor's shape (experts stacked)."""
+        """Return, for each fate, the numbers of tensors and parameters, and the name and shape of each tensor.
+
+        The shape of a stacked parameter includes the experts.
+        """
         return {
             "init_from": self.settings.model_dump(mode="json"),
             "loaded": _listed(
@@ -76,7 +79,7 @@ class Account:
         }
 
     def table(self) -> Table:
-        """Return a table of the numbers of tensors and parameters that were loaded, new and left out."""
+        """Return a table for printing: how many tensors and parameters were loaded, new and left out."""
         renamed = sum(name != old for name, old in self.loaded.items())
         notes = {
             "loaded": f"{renamed} renamed" if renamed else "",
@@ -93,10 +96,11 @@ class Account:
 
 
 def init_from(settings: InitFrom, engine: ShardedModel, layout: Layout) -> Account:
-    """Load the parameters and buffers of a checkpoint into a new engine. Their layouts may differ. Collective.
+    """Load the parameters and buffers of a checkpoint into a new engine, whose layout may differ. Collective.
 
-    `settings.checkpoint` must be a checkpoint folder (see manifest.resolve_init). Raises UserError, before anything is
-    changed, if a file is damaged, or if a tensor has no fate, two fates or a different form.
+    `settings.checkpoint` must be a checkpoint folder (see manifest.resolve_init). Before anything is changed, raises
+    UserError if a file is damaged, if a tensor has no fate or two fates, or if the forms of a tensor differ between
+    checkpoint and model.
     """
     path = Path(settings.checkpoint)
     metadata = open_index(path, layout)
@@ -121,9 +125,9 @@ def init_from(settings: InitFrom, engine: ShardedModel, layout: Layout) -> Accou
 
 
 def loader_state(settings: InitFrom) -> dict[str, Any] | None:
-    """Return the loader state of the checkpoint's run, merged over ranks, or None if `data_position` is not set.
+    """Return the loader state in the checkpoint, merged over ranks. Return None if `data_position` is not set.
 
-    Raises UserError if the checkpoint has no loader state.
+    Raises UserError if `data_position` is set but the checkpoint has no loader state.
     """
     if not settings.data_position:
         return None
@@ -134,7 +138,10 @@ def loader_state(settings: InitFrom) -> dict[str, Any] | None:
 
 
 def match(settings: InitFrom, stored: Forms, model: Forms) -> Account:
-    """Determine the fate of every tensor. Raises UserError if one has no fate, two fates or a different form."""
+    """Determine the fate of every tensor.
+
+    Raises UserError if a tensor has no fate or two fates, or if its forms in the checkpoint and the model differ.
+    """
     left_out = matching(settings.left_out, stored, key="init_from.left_out", what="parameter of the checkpoint")
     new = matching(settings.new, model, key="init_from.new", what="parameter of the model")
     loaded: dict[str, str] = {}
@@ -181,7 +188,10 @@ def _check_fates(loaded: Mapping[str, str], new: set[str], model: Forms) -> None
 
 
 def _renamed(rename: Mapping[str, str], names: list[str]) -> dict[str, str]:
-    """Map each of the checkpoint's names to the name that `rename` gives it. Raises UserError if two patterns match."""
+    """Map each of the checkpoint's names to its new name according to `rename`.
+
+    A name that no pattern matches stays. Raises UserError if two patterns match the same name.
+    """
     matching(rename, names, key="init_from.rename", what="parameter of the checkpoint that is not left out")
     result = {}
     for name in names:
@@ -193,9 +203,9 @@ def _renamed(rename: Mapping[str, str], names: list[str]) -> dict[str, str]:
 
 
 def _forms(logical: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Form]:
-    """Return the forms of the parameters and buffers that consist of these logical tensors.
+    """Return the forms of the parameters and buffers that these logical tensors make up, keyed by name.
 
-    Keys are `kind/name` or `kind/name[expert]`.
+    logical: shape and dtype, keyed by `kind/name` or `kind/name[expert]`.
     """
     experts = defaultdict(list)
     parts = {}
@@ -211,7 +221,7 @@ def _forms(logical: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[s
 
 
 def _split(logical: str) -> tuple[str, int | None]:
-    """Split `kind/name[expert]` into the name and the global expert."""
+    """Split `kind/name[expert]` into the name and the global expert id. The id is None for `kind/name`."""
     return split_row_name(logical.split("/", 1)[1])
 
 

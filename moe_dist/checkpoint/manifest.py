@@ -1,8 +1,9 @@
-"""Management of a run folder's checkpoints: finding complete ones, verifying them, resuming from and removing them.
+"""Management of the checkpoints in a run folder: finding, verifying, selecting one to start from, and removing.
 
-A manifest names every file of a checkpoint with its size and SHA-256. It is written last, before the folder is renamed
-from step_XXXXXXXX.tmp to step_XXXXXXXX. A folder named step_XXXXXXXX was therefore a complete checkpoint. If it is
-incomplete, it was damaged later, and the user must decide whether to continue without it.
+A manifest names every file of a checkpoint with the file's size and SHA-256. The manifest is written last. Then the
+folder is renamed from step_XXXXXXXX.tmp to step_XXXXXXXX. A folder named step_XXXXXXXX was therefore complete at that
+time. If a file is missing or truncated now, the checkpoint was damaged later, and the user must decide whether to
+continue without it.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def checkpoint_path(run_dir: str | Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int:
-    """Return the number of optimizer steps done before a checkpoint, from the name of its folder."""
+    """Return the number of optimizer steps done when a checkpoint was saved. It is part of the folder's name."""
     return int(path.name.removeprefix("step_"))
 
 
@@ -45,10 +46,10 @@ def write_manifest(folder: Path, files: Iterable[StoredFile]) -> None:
 
 
 def verify_checkpoint(path: str | Path, *, share: int = 0, shares: int = 1) -> dict[str, int]:
-    """Check the sizes of all files and the checksums of every `shares`-th file, starting with number `share`.
+    """Check the sizes of all files of a checkpoint, and the checksums of every `shares`-th file from number `share` on.
 
-    Raises UserError naming the bad file. Returns the size of every file in bytes. Only these files may be
-    read later: see storage.read_index.
+    Returns a dict from file name to size in bytes. Only these files may be read later: see storage.read_index. Raises
+    UserError naming the bad file.
     """
     path = Path(path)
     files = _manifest(path)
@@ -58,7 +59,7 @@ def verify_checkpoint(path: str | Path, *, share: int = 0, shares: int = 1) -> d
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Read and verify only the trainer's state, to compare a recipe with it before building the model.
+    """Verify and return only the run's state, to compare a recipe with it before the model is built.
 
     Raises UserError.
     """
@@ -68,18 +69,22 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def identity(path: str | Path) -> str:
-    """Return a digest that identifies a checkpoint: that of its manifest, which holds the checksum of every file."""
+    """Return a digest that identifies a checkpoint: the digest of its manifest, which holds every file's checksum."""
     return hashlib.sha256((Path(path) / MANIFEST).read_bytes()).hexdigest()
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
-    """Return the checkpoints of a run, complete or not, oldest first."""
+    """Return the checkpoints of a run, oldest first. Damaged ones are included, unfinished saves (.tmp) are not."""
     folder = Path(run_dir) / "checkpoints"
     return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)), key=step_of)
 
 
 def newest_complete(run_dir: str | Path) -> Path | None:
-    """Return a run's newest checkpoint; None if there is none. Raises UserError if files are missing or truncated."""
+    """Return a run's newest checkpoint, or None if the run has none.
+
+    Unfinished saves (.tmp) are skipped. If the newest checkpoint is damaged (files are missing or truncated), older
+    ones are not tried: raises UserError.
+    """
     path = next(reversed(checkpoints(run_dir)), None)
     if path is not None:
         try:
@@ -90,7 +95,7 @@ def newest_complete(run_dir: str | Path) -> Path | None:
 
 
 def require_checkpoint(run_dir: str | Path) -> Path:
-    """Return a run's newest checkpoint. Raises UserError if there is none, or if files are missing or truncated."""
+    """Return a run's newest checkpoint. Raises UserError if the run has none, or if the newest one is damaged."""
     path = newest_complete(run_dir)
     if path is None:
         raise UserError(f"{run_dir} holds no complete checkpoint")
@@ -98,7 +103,7 @@ def require_checkpoint(run_dir: str | Path) -> Path:
 
 
 def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
-    """Remove old checkpoints and the leftovers of interrupted saves. Only one rank calls it.
+    """Remove old checkpoints and the leftovers of interrupted saves. Only one rank may call it.
 
     Keep the newest `keep` complete checkpoints and those whose step is a multiple of `keep_every` (0: none). Damaged
     checkpoints are kept for inspection. Errors are ignored, so a checkpoint that cannot be removed stays.
@@ -114,9 +119,10 @@ def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
 
 
 def set_aside_later(run_dir: str | Path, step: int) -> list[Path]:
-    """Rename and return the checkpoints later than `step`, the step at which a run starts. Only one rank calls it.
+    """Rename the checkpoints later than `step`, at which a run starts, and return them. Only one rank may call it.
 
-    The run has not written them. Pruning and the next start would otherwise treat them as the run's newest ones.
+    These checkpoints are from an earlier run in the same folder. If they kept their names, pruning and the next start
+    would treat them as the newest checkpoints of the new run.
     """
     later = [path for path in checkpoints(run_dir) if step_of(path) > step]
     for path in later:
@@ -127,17 +133,18 @@ def set_aside_later(run_dir: str | Path, step: int) -> list[Path]:
 
 
 def resolve_resume(config: Config) -> Path | None:
-    """Return the checkpoint that `run.resume` (auto | none | a folder) selects; None: start fresh.
+    """Return the checkpoint that `run.resume` (auto | none | a folder) selects, or None to start fresh.
 
-    Collective: rank 0 decides. Raises UserError.
+    Collective: rank 0 decides for all ranks. Raises UserError.
     """
     return _on_rank_0(lambda: _resolve_resume(config))
 
 
 def resolve_init(config: Config) -> InitFrom | None:
-    """Return `init_from` with a run folder replaced by the run's newest checkpoint; None if it is not set.
+    """Return the recipe's `init_from`, or None if it is not set.
 
-    Collective: rank 0 decides. Raises UserError.
+    If `init_from` names a run folder, this folder is replaced by the path of the run's newest checkpoint.
+    Collective: rank 0 decides for all ranks. Raises UserError.
     """
     return _on_rank_0(lambda: config.init_from and _resolve_init(config.init_from))
 
@@ -196,7 +203,7 @@ def _verify_checksum(file: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Read a manifest's entries and check that every file exists with its size. Raises UserError naming a bad file."""
+    """Read the entries of a manifest. Raises UserError naming a file that is missing or has a different size."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files, version = manifest["files"], manifest["format"]

@@ -1,7 +1,7 @@
 """Page-locked host memory of exactly the requested size.
 
-torch rounds pinned memory up to a power of two, so a snapshot of 17.8 GB would take 32. Here ordinary memory is
-registered with CUDA instead, in whole pages that hold nothing else.
+PyTorch rounds the size of pinned memory up to a power of two, so a snapshot of 17.8 GB would take 32 GB. This module
+allocates ordinary memory instead, in whole pages that hold nothing else, and registers it with CUDA.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 
 
 def empty_pinned(numel: int, dtype: torch.dtype) -> Tensor:
-    """Return uninitialised page-locked host memory, which is released with the tensor.
+    """Return a tensor in uninitialised page-locked host memory. The memory is released with the tensor.
 
-    If CUDA cannot page-lock it, warn and return ordinary memory. Copies from a GPU are then slower, but still correct.
-    Raises RuntimeError if there is not enough memory.
+    If CUDA cannot page-lock the memory, warn and return it as ordinary memory. Copies from a GPU are then slower, but
+    still correct. Raises RuntimeError if there is not enough memory.
     """
     size, page = numel * dtype.itemsize, mmap.PAGESIZE
     whole = -(-size // page) * page
@@ -44,7 +44,7 @@ def empty_pinned(numel: int, dtype: torch.dtype) -> Tensor:
 
 
 def register(address: int, size: int) -> int:
-    """Page-lock memory. Return CUDA's error code, 0 on success."""
+    """Page-lock `size` bytes of host memory at `address`. Return CUDA's error code, which is 0 on success."""
     if error := int(torch.cuda.cudart().cudaHostRegister(address, size, PORTABLE)):
         _forget_error()
     return error
@@ -56,6 +56,6 @@ def _unregister(address: int) -> None:
 
 
 def _forget_error() -> None:
-    """Clear the error of a failed CUDA runtime call by launching a kernel. Otherwise the next launch would raise it."""
+    """Clear the error that a failed CUDA call left, by launching a kernel. Otherwise the next launch raises it."""
     with suppress(RuntimeError):
         torch.ones(1, device="cuda")

@@ -1,7 +1,7 @@
-"""Synchronous saves of a run, and asynchronous saves by a background thread during training (checkpoint.asynchronous).
+"""Saves of a run: synchronous, or asynchronous by a background thread during training (checkpoint.asynchronous).
 
-An asynchronous save copies this rank's fragments into host memory, which is all that training waits for. A thread then
-plans, hashes, writes, fsyncs and commits as a synchronous save does. It uses its own gloo process group, so its
+An asynchronous save copies this rank's fragments into host memory. Training waits only for this copy. A thread then
+plans, hashes, writes, fsyncs and commits as a synchronous save does. The thread uses its own gloo process group, so its
 collectives never interleave with those of training, whatever backend training uses.
 
 A thread is used instead of a process because hashing, writing and fsync, which take nearly all of its time, release
@@ -40,9 +40,10 @@ from moe_dist.parallel.layout import Layout
 
 
 class Saver:
-    """Writer of a run's checkpoints, one at a time, that also prunes old ones. All methods are collective.
+    """Writer of a run's checkpoints. It writes one checkpoint at a time and prunes old ones.
 
-    Use `with saver:` around training. On exit it waits for the last write, also if an exception is propagating.
+    All methods are collective. Use `with saver:` around training. At the end of the block, the saver waits for the last
+    write, even if an exception is propagating.
     """
 
     def __init__(self, run_dir: str | Path, engine: ShardedModel, layout: Layout, settings: CheckpointConfig) -> None:
@@ -53,9 +54,9 @@ class Saver:
         self._stalls: list[float] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Save the current state, between two optimizer steps. Collective.
+        """Save a checkpoint of the current step. Collective, between two optimizer steps.
 
-        Raises UserError on every rank if this checkpoint, or the previous asynchronous one, cannot be written.
+        Raises UserError on every rank if this checkpoint or the previous asynchronous one cannot be written.
         """
         started = time.perf_counter()
         self.wait()
@@ -70,13 +71,16 @@ class Saver:
         self._stalls.append(time.perf_counter() - started)
 
     def wait(self) -> None:
-        """Wait until no write is pending. Raises the error of the last write, the same on every rank."""
+        """Wait until the last write has ended. If the write failed, raise its error, the same one on every rank."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def metrics(self) -> dict[str, float]:
-        """Return the time that training waited for saves since the last call, or no metrics if there were no saves."""
+        """Return as a metric how long training has waited for saves since the last call.
+
+        Without saves, return no metric.
+        """
         stalls, self._stalls = self._stalls, []
         return {"checkpoint_stall_seconds": sum(stalls)} if stalls else {}
 
@@ -99,7 +103,10 @@ class Saver:
 
 
 class HostBuffers:
-    """Host memory for one snapshot of a rank, reused by every save. pinned: page-locked, for copies from a GPU."""
+    """Host memory that holds a snapshot of this rank's fragments. Every save reuses it.
+
+    pinned: allocate page-locked memory, which makes copies from a GPU fast.
+    """
 
     def __init__(self, *, pinned: bool) -> None:
         self.pinned = pinned
@@ -109,15 +116,16 @@ class HostBuffers:
     def nbytes(self) -> int:
         """Size of the snapshot in bytes.
 
-        It has 4 bytes for each trained parameter in this rank's ZeRO partition and 4 for each of its moments (12 with
-        Adam), plus the model's buffers.
+        This is 4 bytes for each trained parameter in this rank's ZeRO partition, 4 more for each of the parameter's
+        moments (so 12 in all with Adam), and the size of the model's buffers.
         """
         return sum(buffer.nbytes for buffer in self._of.values())
 
     def copy(self, held: Sequence[Fragment]) -> list[Fragment]:
-        """Copy the fragments' current values, overwriting the previous snapshot. Frozen parameters are not copied.
+        """Copy the current values of fragments over the previous snapshot. Return the fragments of the snapshot.
 
-        Raises UserError if there is not enough memory.
+        Frozen parameters are not copied: their fragments are returned as they are. Raises UserError if there is not
+        enough memory.
         """
         sizes = Counter[torch.dtype]()
         for fragment in held:
@@ -148,12 +156,12 @@ class HostBuffers:
 
 
 def _size(fragment: Fragment) -> int:
-    """Return the number of elements to copy: none for frozen parameters, which training does not change."""
+    """Return the number of elements to copy. It is 0 for a frozen parameter, since training does not change it."""
     return 0 if kind_of(fragment.name) == FROZEN else fragment.tensor.numel()
 
 
 def _in_background(work: Callable[[], None]) -> Future[None]:
-    """Run `work` in a daemon thread, so that a rank that must exit does not wait for it."""
+    """Run `work` in a daemon thread. A rank that must exit does not wait for such a thread."""
     future: Future[None] = Future()
 
     def run() -> None:

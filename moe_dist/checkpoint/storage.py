@@ -1,8 +1,8 @@
-"""Storage and planning for torch.distributed.checkpoint (DCP): one safetensors file per rank and one JSON index.
+"""Storage and planning for torch.distributed.checkpoint (DCP), with one safetensors file per rank and a JSON index.
 
 DCP decides which rank writes which pieces, and which stored pieces fill the pieces of a new layout. The file format is
-ours, because DCP's metadata file is a pickle and a checkpoint must never be unpickled. A rank's file can be opened with
-the safetensors library; its keys are `name@offset`, for pieces of flattened tensors.
+ours, because DCP's metadata file is a pickle, and a checkpoint must never be unpickled. A rank's file can be opened
+with the safetensors library. Each entry is a piece of a flattened tensor, with the key `name@offset`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FRAGMENT_INDEX = "index.json"
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """A contiguous piece of one flattened logical tensor. `tensor` is a 1-D view of the live data."""
+    """A contiguous piece of one flattened logical tensor. `tensor` is a 1-D view of the piece's live data."""
 
     name: str
     shape: tuple[int, ...]  # shape of the whole logical tensor
@@ -69,9 +69,10 @@ class Fragment:
 
 
 class FragmentSavePlanner(DefaultSavePlanner):
-    """A planner that offers this rank's fragments to DCP.
+    """A planner that offers this rank's fragments to DCP for writing.
 
-    If several ranks offer the same fragment, DCP chooses one to write it. DCP also raises the error for a gap.
+    If several ranks offer the same fragment, DCP chooses one of the ranks to write it. If the fragments of all ranks
+    leave a gap in a logical tensor, DCP raises an error.
     """
 
     def __init__(self, fragments: Sequence[Fragment]) -> None:
@@ -104,7 +105,7 @@ class FragmentSavePlanner(DefaultSavePlanner):
 
 
 class FragmentLoadPlanner(DefaultLoadPlanner):
-    """A planner that requests exactly this rank's fragments, however they are divided in the stored files."""
+    """A planner that requests exactly this rank's fragments, whatever pieces the files are divided into."""
 
     def __init__(self, fragments: Sequence[Fragment]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -127,7 +128,7 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
 
 
 class ShardWriter(StorageWriter):
-    """A writer of rank_RRRRR.safetensors on each rank, one tensor at a time, and of the index on rank 0, with fsync."""
+    """A DCP writer. Each rank writes rank_RRRRR.safetensors, tensor by tensor, and rank 0 the index, with fsync."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -178,7 +179,7 @@ class ShardWriter(StorageWriter):
 
 
 class ShardReader(StorageReader):
-    """A reader of the parts of stored pieces that a plan requests. It memory-maps the files."""
+    """A DCP reader. It memory-maps the files and reads only the parts of the stored pieces that a plan requests."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         self.folder, self.metadata = folder, metadata
@@ -218,10 +219,10 @@ class ShardReader(StorageReader):
 
 
 def read_index(folder: Path, verified: Container[str]) -> Metadata:
-    """Read the index as DCP's metadata.
+    """Read a checkpoint's index and return it as DCP's metadata.
 
-    storage_data holds the file of each piece, planner_data the shape of each tensor. Raises UserError if a piece is in
-    a file that was not verified.
+    The metadata's storage_data maps each piece to its file, planner_data each tensor to its shape. verified: names of
+    the files that were verified. Raises UserError if a piece is in any other file.
     """
     metadata = Metadata({}, planner_data={}, storage_data={})
     for name, entry in read_json(folder / FRAGMENT_INDEX)["tensors"].items():

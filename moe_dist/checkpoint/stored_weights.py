@@ -1,7 +1,7 @@
-"""Reading and writing a checkpoint's parameters one whole tensor at a time, without an optimizer or the ranks' layout.
+"""Reading and writing of a checkpoint's parameters as whole tensors, one at a time, in one process.
 
-Names are those of the model's parameters; an expert's row of a stacked parameter is `NAME[global expert id]` (see
-fragments.py). This module is for conversions and for models that will not be trained. A resumed run loads its
+A tensor's name is that of the model's parameter. An expert's row of a stacked parameter is called `NAME[global expert
+id]` (see fragments.py). This module is for conversions and for models that will not be trained. A resumed run loads its
 checkpoint with checkpoint.py.
 """
 
@@ -32,9 +32,9 @@ FILE = "rank_00000.safetensors"
 
 
 def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
-    """Return a checkpoint's parameters by name: the float32 masters, and frozen parameters in their own dtype.
+    """Return a checkpoint's parameters, keyed by name: float32 masters, and frozen parameters in their own dtype.
 
-    The files are verified at once; tensors are read when they are used. Raises UserError naming a damaged file.
+    All files are verified now, but a tensor is read only when it is used. Raises UserError naming a damaged file.
     """
     path = Path(path)
     return _stored(path, read_index(path, verify_checkpoint(path)), (MASTER, FROZEN))
@@ -42,10 +42,10 @@ def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
 
 @torch.no_grad()
 def fill_model(model: nn.Module, path: str | Path, layout: Layout) -> None:
-    """Fill a model's parameters and buffers from a checkpoint. Collective. Use it for models that will not be trained.
+    """Fill the parameters and buffers of a model that will not be trained from a checkpoint. Collective.
 
     Stacked expert parameters get the experts of this rank. Parameters keep their dtype; buffers get the stored dtype,
-    as in a resumed run. Raises UserError if the checkpoint is damaged or belongs to another model.
+    as in a resumed run. Raises UserError if the checkpoint is damaged or is of a different model.
     """
     path = Path(path)
     stored = _stored(path, open_index(path, layout), MODEL_KINDS)
@@ -64,7 +64,7 @@ def fill_model(model: nn.Module, path: str | Path, layout: Layout) -> None:
 
 
 def _fitting(path: Path, stored: Mapping[str, LazyTensor], name: str, target: Tensor) -> LazyTensor:
-    """Return the stored tensor of this name. Raises UserError if it is missing or has another shape than `target`."""
+    """Return the stored tensor called `name`. Raises UserError if it is missing or its shape is not `target`'s."""
     if name not in stored or stored[name].shape != tuple(target.shape):
         found = f"is {list(stored[name].shape)}" if name in stored else "is missing"
         raise UserError(f"{path} is a checkpoint of another model: '{name}' {found}, not {list(target.shape)}")
@@ -72,7 +72,7 @@ def _fitting(path: Path, stored: Mapping[str, LazyTensor], name: str, target: Te
 
 
 def _stored(path: Path, metadata: Metadata, kinds: Collection[str]) -> dict[str, LazyTensor]:
-    """Return the logical tensors of these kinds in a verified checkpoint, by name without the kind."""
+    """Return a verified checkpoint's logical tensors whose kind is in `kinds`, keyed by name without the kind."""
     pieces: dict[str, list[tuple[int, str]]] = {}
     for index, file in metadata.storage_data.items():
         pieces.setdefault(index.fqn, []).append((index.offset[0], file))
@@ -89,10 +89,10 @@ def _stored(path: Path, metadata: Metadata, kinds: Collection[str]) -> dict[str,
 def write_tensors(
     path: str | Path, tensors: Mapping[str, LazyTensor], state: dict[str, Any], files: Mapping[str, bytes] | None = None
 ) -> None:
-    """Write parameters (float32) as a checkpoint without an optimizer's state, with one tensor in memory at a time.
+    """Write parameters (float32) as a checkpoint without optimizer state, with one tensor in memory at a time.
 
-    state: JSON-able, as returned by `read_state`. files: small files to add to the folder, by relative path. The folder
-    is written atomically. Raises UserError if it exists already or cannot be written.
+    state: JSON-serializable; read_state will return it. files: small files to add to the folder, keyed by relative
+    path. The folder is written atomically. Raises UserError if the folder exists already or cannot be written.
     """
     path = Path(path)
     if path.exists():

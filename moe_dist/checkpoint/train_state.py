@@ -1,8 +1,8 @@
-"""The state of a run in a checkpoint, which is plain JSON, and the recipe keys that may change on resume.
+"""The state of a run that a checkpoint stores as plain JSON, and the recipe keys that may change on resume.
 
-MAY_CHANGE lists all recipe keys that a resumed run may change. `train.steps` may also grow if the learning rate does
-not depend on it. Any other change is an error, since it would make this a different run. Paths of data and tokenizers
-are compared as written.
+MAY_CHANGE lists the recipe keys that a resumed run may change. `train.steps` may also grow if the learning rate does
+not depend on it. Any other change is an error, since it would make the resumed run a different run. Paths of data and
+tokenizers are compared as text, as the recipe writes them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "model.recompute",
     "data.validation_shards",
     "data.max_bad_fraction",
+    "data.expect",
     "data.neighbours",  # the loader's state identifies the store by its content
     "deepspeed.zero_optimization",
     "deepspeed.wall_clock_breakdown",
@@ -41,7 +42,10 @@ MAY_CHANGE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainState:
-    """State of a run between two steps. Only `loader` differs between ranks; a checkpoint merges all ranks' parts."""
+    """The state of a run between two steps.
+
+    Only `loader` differs between ranks; a checkpoint holds it merged over ranks.
+    """
 
     step: int  # optimizer steps done, which is the schedule's position
     tokens: int  # number of tokens trained on so far, over all ranks
@@ -54,14 +58,17 @@ class TrainState:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TrainState:
-        """Build the state from a checkpoint's JSON. Raises UserError if the checkpoint holds no run's state."""
+        """Build the state from a checkpoint's JSON. Raises UserError if the checkpoint holds only weights."""
         if data.keys() != {field.name for field in fields(cls)}:
             raise UserError("the checkpoint holds only weights, so no run can be resumed from it: use init_from")
         return cls(**data)
 
 
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Merge the ranks' states key by key. Values other than mappings must be equal, or RuntimeError names the key."""
+    """Merge the ranks' states. Mappings are merged key by key.
+
+    All other values must be equal on all ranks; if they are not, raises RuntimeError naming the key.
+    """
     merged: dict[str, Any] = {}
     for state in states:
         _merge_into(merged, json.loads(json.dumps(state)), "")
@@ -69,7 +76,7 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_resumable(old_config: dict[str, Any], new_config: Config) -> None:
-    """Raise UserError, naming keys and values, if a key outside MAY_CHANGE differs from the checkpoint's recipe."""
+    """Raise UserError, naming keys and values, if the recipes differ in a key that may not change."""
     old = _leaves(stored_config(old_config, "the checkpoint's configuration").model_dump(mode="json"))
     new = _leaves(new_config.model_dump(mode="json"))
     allowed = (*MAY_CHANGE, "train.steps") if _only_longer(old, new) else MAY_CHANGE
@@ -85,9 +92,9 @@ def _is_of(key: str, sections: Iterable[str]) -> bool:
 
 
 def _only_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Return whether the new run is longer but its steps so far would be the same.
+    """Return whether the new recipe only adds steps at the end, without changing the steps that are done.
 
-    This holds if the learning rate is constant after warm-up.
+    This is so if train.steps grows and the learning rate is constant after warm-up.
     """
     constant = new["schedule.end_lr"] == new["schedule.peak_lr"]
     return constant and new["train.steps"] >= old["train.steps"]

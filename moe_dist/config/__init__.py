@@ -1,1 +1,4 @@
-"""The recipe: a YAML file with base and overrides, read into one typed tree, and its prerequisites. Imports core."""
+"""Recipes: reading a YAML file with its bases and overrides into one typed tree, and finding its prerequisites.
+
+Imports core.
+"""

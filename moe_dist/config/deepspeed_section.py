@@ -1,7 +1,7 @@
-"""DeepSpeed settings that a recipe may set, in the section `deepspeed`. The keys are DeepSpeed's.
+"""The section `deepspeed` of a recipe: the DeepSpeed settings that it may set, under DeepSpeed's own keys.
 
-DeepSpeed silently ignores misspelt keys (`gradient_cliping: 0.3` trains with 1.0), so this is an allow-list of the
-settings that the exactness tests cover. training/deepspeed_config.py translates it.
+DeepSpeed silently ignores misspelt keys (`gradient_cliping: 0.3` trains with 1.0). So only the keys listed here are
+accepted, and the exactness tests cover all of them. training/deepspeed_config.py translates the section for DeepSpeed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moe_dist.core.strict import Fraction, Strict
 Size = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, float) and v.is_integer() else v), Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 
-# Keys of DeepSpeed that would conflict with a key of the recipe or with a guarantee.
+# DeepSpeed's keys that are refused, because they conflict with another key of the recipe or with a guarantee.
 OWNED = {
     "train_batch_size": "the global batch is train.global_batch_groups",
     "train_micro_batch_size_per_gpu": "the micro-batch is train.micro_batch_groups",

@@ -1,7 +1,8 @@
-"""Inheritance of recipes: `extends: base.yaml` at the top of a recipe, which then lists only the differences.
+"""Inheritance of recipes: a recipe with `extends: base.yaml` at the top lists only its differences from base.yaml.
 
-The path is relative to the recipe's folder. Mappings are merged key by key. Any other value, and a mapping with another
-`type`, replaces the base's value. A base may extend another recipe.
+The path of the base is relative to the folder of the recipe that extends it. Mappings are merged key by key. A value
+that is not a mapping, or is a mapping with a different `type`, replaces the base's value. A base may itself extend a
+recipe.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from moe_dist.core.strict import parse_yaml
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe, merged with the recipes that it extends, as plain YAML data. Raises UserError."""
+    """Read a recipe, merge it with the recipes that it extends, and return plain YAML data. Raises UserError."""
     return _read(path, ())
 
 
 def _read(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
-    """Read a recipe and its bases. before: the recipes that led here, each of which extends the next."""
+    """Read a recipe and its bases.
+
+    before: the recipes that extend this one. Each extends the next, and the last one extends `path`.
+    """
     data = parse_yaml(_text(path), str(path))
     if not isinstance(data, dict):
         raise UserError(f"{path}: a recipe must be a mapping of sections")
@@ -42,7 +46,7 @@ def _read(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Merge the values of `own` into a copy of `base`."""
+    """Return a copy of `base` with the values of `own` merged into it. If both have a value, `own` takes precedence."""
     return base | {key: _merged(base.get(key), value) for key, value in own.items()}
 
 

@@ -1,6 +1,7 @@
-"""Settings of the auxiliary loss terms: the section `losses`, which maps a term's name to its settings.
+"""Settings of the auxiliary loss terms. The section `losses` of a recipe maps the name of a term to its settings.
 
-A settings class registers itself when it is defined. losses/loss_registry.py maps it to the class of its term.
+A settings class registers itself when it is defined. losses/loss_registry.py maps each settings class to the term's
+class.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ Steps = Annotated[
 
 
 class TermSettings(Strict):
-    """Base of every term's settings. A subclass sets the name for recipes: `class X(TermSettings, name="x")`.
+    """Base class of the settings of a loss term. A subclass also sets the term's name in recipes.
 
-    `weight`: a number, or a list of [first step, weight] with ascending first steps. Before the first one it is 0.
+    The name is an argument of the class: `class X(TermSettings, name="x")`.
+    weight: a number, or a list of [first step, weight] with ascending first steps. Before the earliest of these steps,
+    the weight is 0.
     """
 
     kinds: ClassVar[dict[str, type[TermSettings]]] = {}
@@ -62,7 +65,7 @@ LossesSection = Annotated[dict[str, SerializeAsAny[TermSettings]], BeforeValidat
 
 
 def loss_settings(raw: Mapping[str, Any]) -> dict[str, TermSettings]:
-    """Validate a `losses` section outside a recipe. Raises UserError naming the key."""
+    """Validate loss settings that do not come from a recipe. Raises UserError naming the invalid key."""
     return within("recipe", lambda: _parse(raw), "losses")
 
 

@@ -11,7 +11,7 @@ from moe_dist.core.strict import Positive, Strict
 
 
 class CorpusNeed(Strict):
-    """Shards that launch/prepare_data.py makes."""
+    """A prepared corpus: shards that launch/prepare_data.py writes."""
 
     type: Literal["corpus"]
     corpus: str
@@ -20,7 +20,7 @@ class CorpusNeed(Strict):
 
 
 class TokenizersNeed(Strict):
-    """Tokenizers that launch/train_tokenizers.py trains."""
+    """Trained tokenizers, which launch/train_tokenizers.py writes."""
 
     type: Literal["tokenizers"]
     shards: PathText
@@ -30,14 +30,14 @@ class TokenizersNeed(Strict):
 
 
 class RunNeed(Strict):
-    """An earlier stage: another recipe's run, trained to its last step."""
+    """An earlier stage: the run of another recipe, which must be trained to its last step."""
 
     type: Literal["run"]
     recipe: PathText
 
 
 class FileNeed(Strict):
-    """A file for which the Makefile has a rule."""
+    """A file that `make PATH` creates, because the Makefile has a rule for it."""
 
     type: Literal["file"]
     path: PathText

@@ -1,9 +1,9 @@
-"""The prerequisites of a recipe (its section `needs`), and the commands that make them.
+"""The prerequisites of a recipe (the section `needs`), and the commands that create them.
 
   python -m moe_dist.config.prerequisites configs/NAME.yaml
 
 Prints the command for each missing prerequisite, in the recipe's order. `make data` and `make train` run them. If an
-earlier stage is missing, the `make train` that trains it also makes its prerequisites.
+earlier stage is missing, the command is a `make train`, which also creates that stage's own prerequisites.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ class Prerequisite:
 
 
 def prerequisite(need: Need) -> Prerequisite:
-    """Return the path of a need and the command that makes it. Raises UserError if an earlier stage's recipe is bad."""
+    """Return the files that a need consists of, and the command that creates them.
+
+    Raises UserError if the need is an earlier stage whose recipe is invalid.
+    """
     if isinstance(need, CorpusNeed):
         more = "".join(f" {key}={value}" for key, value in need.settings.items())
         command = f"python launch/prepare_data.py corpus={need.corpus} out={need.out}{more}"
@@ -42,7 +45,7 @@ def prerequisite(need: Need) -> Prerequisite:
 
 
 def missing(config: Config) -> Iterator[Prerequisite]:
-    """Yield the prerequisites that are not complete, in the recipe's order. Raises UserError."""
+    """Yield the prerequisites of a recipe that are missing or incomplete, in the recipe's order. Raises UserError."""
     return (needed for needed in map(prerequisite, config.needs) if not needed.last.exists())
 
 

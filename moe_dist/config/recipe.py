@@ -1,7 +1,7 @@
-"""The recipe: one YAML file plus overrides, read strictly (core/strict.py) into one typed tree
-with every key's default.
+"""The typed tree of a recipe's settings, with every key's default.
 
-Errors that depend on the recipe alone are found here. training/ checks what depends on the ranks or the data.
+A YAML file plus overrides is read into it strictly (core/strict.py). Errors that depend only on the recipe are found
+here. Errors that depend on the ranks or the data are found in training/.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class DataConfig(Strict):
     caption_dropout: Fraction = 0.1  # fraction of pairs without their caption (guidance needs it)
     image_fraction: Fraction | None = None  # fraction of image tokens in a group; None: as in the data
     neighbours: PathText | None = None  # store that launch/align.py makes, for losses.manifold (docs/roma.md)
-    max_bad_fraction: Fraction = 0.01  # the run fails if more samples than this cannot be decoded
+    max_bad_fraction: Fraction = 0.01  # the run fails if more samples than this cannot be decoded or lose a part
+    expect: Literal["pairs", "images", "text", "any"] = "any"  # what every training sample has to hold (docs/data.md)
 
 
 class DenseFFN(Strict):
@@ -52,7 +53,7 @@ class DenseFFN(Strict):
 
 
 class LoRAConfig(Strict):
-    """LoRA: low-rank deltas of frozen weights, (alpha / rank) B A dropout(x) (Hu et al., arXiv 2106.09685)."""
+    """LoRA (Hu et al., arXiv 2106.09685): adds (alpha / rank) B A dropout(x) to the output of a frozen weight."""
 
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
@@ -88,7 +89,10 @@ class MoEFFN(Strict):
 
 
 class DepthConfig(Strict):
-    """Mixture-of-depths (MoMa, arXiv 2407.21770): some blocks process a fraction of the tokens; the rest skip them."""
+    """Mixture-of-depths (MoMa, arXiv 2407.21770): some blocks process only a fraction of the tokens.
+
+    The other tokens skip these blocks.
+    """
 
     capacity: Annotated[float, Field(gt=0, le=1)] = 0.25  # fraction of the competing tokens that a block admits
     every: Positive = 2  # every N-th block uses mixture-of-depths, starting with block 0
@@ -135,14 +139,15 @@ class ModelConfig(Strict):
 
     @property
     def depth_layers(self) -> range:
-        """The layers with mixture-of-depths."""
+        """The indices of the layers with mixture-of-depths."""
         return range(0, self.num_layers if self.depth else 0, self.depth.every if self.depth else 1)
 
 
 class InitFrom(Strict):
-    """The earlier stage's checkpoint whose parameters a run starts with. A plain path is short for `checkpoint` alone.
+    """The section `init_from`: the earlier stage's checkpoint from which a run takes its initial parameters.
 
-    Patterns match whole parameter names; `*` matches any text (docs/stages.md).
+    A recipe may give just a path, which means `checkpoint` with no other keys. Patterns match whole parameter names;
+    `*` matches any text (docs/stages.md).
     """
 
     checkpoint: PathText  # a checkpoint folder, or a run folder for its newest complete checkpoint
@@ -212,7 +217,7 @@ class HealthConfig(Strict):
 
 
 class Config(Strict):
-    """The settings of a whole recipe."""
+    """All settings of a recipe, one field per section."""
 
     seed: int = 0
     run: RunConfig
@@ -233,17 +238,20 @@ class Config(Strict):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe and apply `section.key=value` overrides (values are YAML). Raises UserError."""
+    """Read a recipe, apply overrides of the form `section.key=value` (values are YAML), and validate it.
+
+    Raises UserError.
+    """
     return _resolve(read_recipe(Path(path)), overrides, str(path))
 
 
 def load_stored_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a file written by save_config, also of an earlier version with other keys. Raises UserError."""
+    """Read a file that save_config wrote. Old keys of earlier versions are accepted, too. Raises UserError."""
     return _resolve(with_new_names(read_recipe(Path(path))), overrides, str(path))
 
 
 def stored_config(data: dict[str, Any], where: str) -> Config:
-    """Validate the config stored in a checkpoint, also of an earlier version. Raises UserError."""
+    """Validate the recipe stored in a checkpoint. Old keys of earlier versions are accepted, too. Raises UserError."""
     return validate(Config, with_new_names(data), where)
 
 
@@ -255,5 +263,5 @@ def _resolve(data: dict[str, Any], overrides: Sequence[str], where: str) -> Conf
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write the resolved recipe as YAML. load_config reads it back to an equal value."""
+    """Write a recipe with all its settings as YAML. load_config reads the file back to an equal Config."""
     Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

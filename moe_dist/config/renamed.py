@@ -1,4 +1,4 @@
-"""Renamed keys of recipes. CHANGELOG.md has the same table."""
+"""The table of recipe keys that were renamed, which CHANGELOG.md repeats, and how old keys are handled."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ RENAMED = {
 
 
 def check_names(data: dict[str, Any], where: str) -> None:
-    """Raise UserError if a recipe uses old keys. The sentence begins with `where` and gives the new names."""
+    """Raise UserError if a recipe uses old keys. The message begins with `where` and gives the new keys."""
     found = [f"key '{old}' is now '{new}'" for old, new in RENAMED.items() if _section(data, old) is not None]
     if found:
         raise UserError(f"{where}: {'; '.join(found)}")
 
 
 def with_new_names(data: dict[str, Any]) -> dict[str, Any]:
-    """Convert a recipe that an earlier version stored, in a checkpoint or a run folder, to the new keys."""
+    """Return a copy of a recipe, which an earlier version stored in a checkpoint or run folder, with the new keys."""
     data = copy.deepcopy(data)
     for old, new in RENAMED.items():
         if (section := _section(data, old)) is not None:
@@ -34,7 +34,7 @@ def with_new_names(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(data: Any, key: str) -> dict[str, Any] | None:
-    """Return the mapping that contains `key` (a path), or None."""
+    """Return the mapping that directly contains the entry `key` (a dotted path), or None if there is no such entry."""
     *parents, last = key.split(".")
     for parent in parents:
         data = data.get(parent) if isinstance(data, dict) else None

@@ -1,7 +1,7 @@
-"""Settings of routers: the section `model.ffn.router`, whose `type` selects one of the classes below.
+"""Settings of routers. In the section `model.ffn.router` of a recipe, `type` selects one of the classes below.
 
-A settings class registers itself when it is defined. model/moe/router_registry.py maps it to its router class. This
-file does not import torch, so that a recipe is checked in milliseconds.
+A settings class registers itself when it is defined. model/moe/router_registry.py maps each settings class to the
+router's class. This file does not import torch, so a recipe can be checked in milliseconds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from moe_dist.core.strict import Count, Positive, Strict, nested, pick, within
 
 
 class RouterSettings(Strict):
-    """Base of every router's settings. A subclass whose `type` is a Literal registers itself under that name."""
+    """Base class of the settings of a router. A subclass registers itself under each name in its Literal `type`."""
 
     kinds: ClassVar[dict[str, type[RouterSettings]]] = {}
     type: str
@@ -25,7 +25,7 @@ class RouterSettings(Strict):
             RouterSettings.kinds[name] = cls
 
     def children(self) -> dict[str, RouterSettings]:
-        """Return the settings of the child routers, by name."""
+        """Return the settings of the router's child routers, keyed by name; empty if it has none."""
         return {}
 
 
@@ -40,15 +40,15 @@ RouterSection = Annotated[SerializeAsAny[RouterSettings], BeforeValidator(_parse
 
 
 def router_settings(raw: dict[str, Any]) -> RouterSettings:
-    """Validate a router's section outside a recipe. Raises UserError naming the key."""
+    """Validate router settings that do not come from a recipe. Raises UserError naming the invalid key."""
     return within("recipe", lambda: _parse(raw), "model.ffn.router")
 
 
 class TokenChoiceSettings(RouterSettings):
-    """Common settings of token choice.
+    """Settings that all token-choice routers have.
 
-    capacity_factor: c. An expert takes at most ceil(c * tokens * top_k / columns) valid tokens of a selection group.
-    null: no limit (dropless).
+    capacity_factor: if it is c, an expert takes at most ceil(c * tokens * top_k / columns) valid tokens of a selection
+    group. If it is null, there is no limit (dropless).
     """
 
     num_experts: Positive

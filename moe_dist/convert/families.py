@@ -1,4 +1,4 @@
-"""Conversion between config.json and a recipe's `model:` section for Hugging Face's Llama and Mixtral."""
+"""Conversion between the config.json of Hugging Face's Llama and Mixtral and the `model:` section of a recipe."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ROUTER_SETTINGS = {
 
 
 def model_section(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:
-    """Convert the config.json of a Llama or Mixtral to a `model:` section. Also return its vocabulary size.
+    """Convert the config.json of a Llama or Mixtral to a `model:` section. Also return the vocabulary size.
 
     Raises UserError naming a key that is not supported.
     """
@@ -77,9 +77,10 @@ def model_section(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]
 
 
 def _rope_base(raw: Mapping[str, Any], where: str) -> float:
-    """Return rope_theta, from the top level (transformers 4) or from rope_parameters (transformers 5).
+    """Return a config.json's rope_theta.
 
-    Raises UserError if the rotary embedding is scaled or partial.
+    It is at the top level (transformers 4) or in rope_parameters (transformers 5). Raises UserError if the rotary
+    embedding is scaled or partial.
     """
     parameters = raw.get("rope_parameters") or {}
     for key, settings in (("rope_scaling", raw.get("rope_scaling") or {}), ("rope_parameters", parameters)):
@@ -93,7 +94,7 @@ def _rope_base(raw: Mapping[str, Any], where: str) -> float:
 
 
 def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> dict[str, Any]:
-    """Return the config.json of a model, for transformers 4 and 5. `model_section` converts it back to an equal model.
+    """Return the config.json of a model, for transformers 4 and 5. `model_section` converts it back to equal settings.
 
     Raises UserError naming the first setting that neither Llama nor Mixtral supports.
     """
@@ -139,7 +140,7 @@ def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Hugging Face models with the same config.json and tensor names."""
+    """Conversion of a family of Hugging Face models, which share the keys of config.json and the tensor names."""
 
     model_section: Callable[[Mapping[str, Any], str], tuple[ModelConfig, int]]  # config.json, its path
     tensor_mappings: Callable[[ModelConfig, int], Iterator[TensorMapping]]  # the section, the vocabulary size
@@ -152,7 +153,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
 
 
 def family_of(raw: Mapping[str, Any], where: str) -> Family:
-    """Return the family of a config.json. Raises UserError if its model_type is not supported."""
+    """Return the family that a config.json's model_type belongs to. Raises UserError if the type is not supported."""
     kind = raw.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type={kind!r} is not supported, only {', '.join(FAMILIES)} are")

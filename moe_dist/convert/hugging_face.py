@@ -1,4 +1,4 @@
-"""Conversion of a local Hugging Face folder to a checkpoint and back, one tensor at a time."""
+"""Conversion of a local Hugging Face folder to a checkpoint, and of a checkpoint to such a folder, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SHARD_BYTES = 5 * 10**9  # per file, the default of transformers
 
 
 def import_folder(folder: str | Path, out: str | Path) -> None:
-    """Import a Hugging Face folder: write a checkpoint, model.yaml and, if it has one, its tokenizer/ to `out`.
+    """Import a Hugging Face folder: write a checkpoint, model.yaml and the tokenizer (if the folder has one) to `out`.
 
     Raises UserError.
     """
@@ -46,9 +46,10 @@ def import_folder(folder: str | Path, out: str | Path) -> None:
 def export_folder(
     source: str | Path, out: str | Path, *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Export a checkpoint, or the newest one of a run, to the Hugging Face folder `out`.
+    """Export a checkpoint, or a run's newest checkpoint, to the Hugging Face folder `out`.
 
-    The folder holds sharded safetensors, their index, config.json and, if the checkpoint has any, tokenizer files.
+    The folder holds sharded safetensors, their index and config.json, and the checkpoint's tokenizer files if it has
+    any.
     dtype: float32 (the dtype of checkpoints), bfloat16 or float16. Raises UserError.
     """
     path = newest_complete(source) or Path(source)
@@ -63,7 +64,7 @@ def export_folder(
 def write_folder(
     out: str | Path, config: dict[str, Any], tensors: Mapping[str, LazyTensor], *, tokenizer: Path, shard_bytes: int
 ) -> None:
-    """Write a Hugging Face folder with one tensor in memory at a time. It appears at `out` only when it is complete.
+    """Write a Hugging Face folder, one tensor at a time. The folder appears at `out` only when it is complete.
 
     Raises UserError if `out` exists or cannot be written.
     """
@@ -87,7 +88,10 @@ def write_folder(
 
 
 def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:
-    """Split the tensors, in order, into shards of at most `limit` bytes. A larger tensor is a shard of its own."""
+    """Split the tensors, in order, into shards of at most `limit` bytes.
+
+    A tensor above the limit has a shard of its own.
+    """
     shards: list[dict[str, LazyTensor]] = [{}]
     for name, tensor in tensors.items():
         if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > limit:
@@ -97,7 +101,7 @@ def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, Laz
 
 
 def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
-    """Return the tensors of a Hugging Face folder, to be read lazily.
+    """Return a Hugging Face folder's tensors. Each is read from disk only when it is used.
 
     They come from the safetensors files that the index names, or from all such files if there is no index. Raises
     UserError naming a file or tensor that is missing, duplicated or unreadable.

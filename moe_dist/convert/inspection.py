@@ -1,4 +1,4 @@
-"""Verification of checkpoints without their model or their number of ranks."""
+"""Verification of checkpoints in one process, without building their models."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from moe_dist.core.errors import UserError
 
 
 def inspect(folder: str | Path, tell: Callable[[str], None]) -> None:
-    """Verify every byte of a checkpoint, or of all checkpoints of a run, and report one line about each to `tell`.
+    """Verify every byte of a checkpoint, or of all checkpoints of a run.
 
-    If any is damaged, raises the UserError of the first one, after all have been verified.
+    Call `tell` with one line about each checkpoint. If checkpoints are damaged, verify the remaining ones too, then
+    raise the UserError of the first damaged one.
     """
     problems = []
     for path in checkpoints(folder) or [Path(folder)]:

@@ -29,10 +29,10 @@ def write_model(
     files: Mapping[str, bytes],
     state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the checkpoint `out` with model.yaml and `files` (by relative path). Raises UserError if that fails.
+    """Write the checkpoint `out` with model.yaml and `files` (keyed by relative path). Raises UserError if that fails.
 
     state: entries of the source run's state that a later stage may need.
-    tensors: must be the parameters of `model`. They are checked against a model on the meta device (RuntimeError).
+    tensors: the parameters of `model`. Raises RuntimeError if their names or shapes are not those of such a model.
     """
     expected, given = parameter_shapes(model, vocab_size), {name: tensor.shape for name, tensor in tensors.items()}
     if expected != given:
@@ -45,9 +45,10 @@ def write_model(
 
 
 def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter of a whole model. Each expert has its own entry, `NAME[global expert id]`.
+    """Return the shape of every parameter of an unsharded model.
 
-    Raises UserError if no model can be built from the settings.
+    Each expert has its own entry, `NAME[global expert id]`. Raises UserError if no model can be built from the
+    settings.
     """
     with torch.device("meta"):
         built = Transformer(model, vocab_size, Layout(), seed=0)

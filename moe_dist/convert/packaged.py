@@ -29,7 +29,7 @@ MINILM_FILES = (CONFIG, "model.safetensors", "tokenizer.json", "tokenizer_config
 def prepare_smollm2(out: str | Path) -> bool:
     """Write SmolLM2 to the Hugging Face folder `out`. Returns False if `out` already holds a model.
 
-    Raises UserError if the extra `models` is not installed, or as _prepare does.
+    Raises UserError if the `models` extra is not installed, and in the cases listed at _prepare.
     """
     if not (Path(out) / CONFIG).is_file():
         for name in ("transformers", "gguf", "accelerate"):
@@ -40,16 +40,16 @@ def prepare_smollm2(out: str | Path) -> bool:
 def prepare_minilm(out: str | Path) -> bool:
     """Write MiniLM to the Hugging Face folder `out`. Returns False if `out` already holds a model.
 
-    Raises UserError as _prepare does.
+    Raises UserError in the cases listed at _prepare.
     """
     return _prepare(out, MINILM, _copy_minilm)
 
 
 def _prepare(out: str | Path, name: str, make: Callable[[zipfile.ZipFile, Path], None]) -> bool:
-    """Download the package `name` to downloads/ next to `out`, and write the folder `out` with `make`, atomically.
+    """Download the package called `name` to downloads/ next to `out`, and let `make` write the folder `out` atomically.
 
     Returns False if `out` already holds a model. Raises UserError if the package cannot be downloaded or read, or if
-    `out` is something else.
+    `out` exists but holds no model.
     """
     out = Path(out)
     if (out / CONFIG).is_file():

@@ -1,4 +1,4 @@
-"""Exact conversion between the tensors of Hugging Face's Llama and Mixtral ("theirs") and our parameters.
+"""Exact conversion between the tensors of Hugging Face's Llama and Mixtral ("theirs") and our parameters ("ours").
 
 Shape suffixes: V vocabulary, D model width, F feed-forward width, E experts, H heads, G query groups, d size per head.
 """
@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class TensorMapping:
-    """One of our parameters, and the Hugging Face tensors that it consists of."""
+    """The conversion between one of our parameters and the Hugging Face tensors that it consists of."""
 
     name: str
     shape: Shape
@@ -33,7 +33,11 @@ class TensorMapping:
 
 
 def tensor_mappings(model: ModelConfig, vocab_size: int) -> Iterator[TensorMapping]:
-    """Yield the mapping of every parameter. Head layouts agree: both rotary embeddings pair the halves of a head."""
+    """Yield the mapping of every parameter.
+
+    Heads need no reordering: Hugging Face's rotary embedding and ours both pair the first half of a head with the
+    second.
+    """
     D = model.hidden_size
     matrix, vector = (vocab_size, D), (D,)
     yield TensorMapping("embedding.weight", matrix, {"model.embed_tokens.weight": matrix})
@@ -54,9 +58,9 @@ def tensor_mappings(model: ModelConfig, vocab_size: int) -> Iterator[TensorMappi
 
 
 def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorMapping]:
-    """Yield the mappings of attention. Theirs has three projections; ours is megatron's, fused group by group.
+    """Yield the mappings of an attention layer. Theirs has three projections; ours has Megatron's single fused one.
 
-    A group is the queries of its heads, its key and its value.
+    The rows of the fused projection are ordered by query group: the queries of the group's heads, its key, its value.
     """
     D, H, G, d = model.hidden_size, model.num_heads, model.query_groups, model.size_per_head
 
@@ -80,7 +84,7 @@ def _dense(D: int, F: int, ours: str, theirs: str) -> Iterator[TensorMapping]:
 
 
 def _experts(D: int, F: int, E: int, ours: str, theirs: str) -> Iterator[TensorMapping]:
-    """Yield the mappings of a router and its experts. Our stacked weights compute x W, theirs x W^T."""
+    """Yield the mappings of a router and its experts. The experts are transposed: ours compute x W, theirs x W^T."""
     yield TensorMapping(f"{ours}.router.gate.weight", (E, D), {f"{theirs}.gate.weight": (E, D)})
     for expert in range(E):
         of_expert = f"{theirs}.experts.{expert}"
@@ -104,9 +108,10 @@ def _experts(D: int, F: int, E: int, ours: str, theirs: str) -> Iterator[TensorM
 def from_theirs(
     of_model: Iterable[TensorMapping], source: Mapping[str, LazyTensor], where: str
 ) -> dict[str, LazyTensor]:
-    """Convert Hugging Face tensors to our parameters, float32, lazily.
+    """Convert Hugging Face tensors to our parameters in float32.
 
-    Raises UserError naming a tensor that is missing or unexpected, or has the wrong shape or a non-float dtype.
+    Each tensor is read and converted only when it is used. Raises UserError naming a tensor that is missing or
+    unexpected, or has the wrong shape or a non-float dtype.
     """
     ours = list(of_model)
     wanted = {name: shape for part in ours for name, shape in part.sources.items()}
@@ -123,9 +128,10 @@ def from_theirs(
 def to_theirs(
     of_model: Iterable[TensorMapping], stored: Mapping[str, LazyTensor], dtype: torch.dtype, where: str
 ) -> dict[str, LazyTensor]:
-    """Convert our parameters to Hugging Face tensors in `dtype`, lazily. Raises UserError as from_theirs does.
+    """Convert our parameters to Hugging Face tensors in `dtype`. Each is read and converted only when it is used.
 
-    A parameter that is split into several tensors is read once for each, so memory holds only one at a time.
+    A parameter that becomes several tensors is read once for each of them, so only one parameter is in memory at a
+    time. Raises UserError in the same cases as from_theirs.
     """
     ours = list(of_model)
     _check(stored, {part.name: part.shape for part in ours}, where)

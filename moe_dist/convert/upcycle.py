@@ -1,9 +1,9 @@
 """Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): the experts of every layer start as copies of one FFN.
 
 The seed is a dense model, or a model with one expert per modality (MoMa's 1t1i, arXiv 2407.21770). From a dense seed,
-all experts are copies of its FFN. From a 1t1i seed, the experts of a modality are copies of that modality's expert. If
-the router is token choice with weights that sum to 1, the new model computes the same function as the seed. With expert
-choice it does not, because a token gets any number of experts.
+all experts are copies of the seed's FFN. From a 1t1i seed, the experts of a modality are copies of that modality's
+expert. If the new router is token choice with weights that sum to 1, the new model computes the same function as the
+seed. If it is expert choice, the new model does not, because a token gets any number of experts.
 """
 
 from __future__ import annotations
@@ -51,13 +51,14 @@ def upcycle(
     overrides: Sequence[str] = (),
     seed: int = 0,
 ) -> None:
-    """Upcycle the checkpoint `source`, or the newest one of a run, to the folder `out`. Raises UserError.
+    """Upcycle the checkpoint `source`, or the newest checkpoint of the run `source`, to the folder `out`.
 
-    experts: the experts of each layer. `8`, for a dense seed: top-2 of 8 with weights that sum to 1. `4t4i`: expert
-    choice among 4 text and 4 image experts.
-    overrides: model.ffn.router.KEY=VALUE, changes to the router that `experts` describes.
-    gates: fresh gates are drawn with `seed`, as in a new model. Copied gates of a modality all equal the one gate that
-    a 1t1i seed has for it.
+    Raises UserError.
+    experts: the number of experts per layer. `8` (dense seed only): top-2 of 8 with weights that sum to 1. `4t4i`:
+    expert choice among 4 text and 4 image experts.
+    overrides: changes to the router that `experts` describes, each model.ffn.router.KEY=VALUE.
+    gates: "fresh" draws the gates with `seed`, as in a new model. "copied" gives every expert of a modality the gate of
+    that modality's expert in a 1t1i seed.
     """
     path = newest_complete(source) or Path(source)
     state = read_state(path)
@@ -129,7 +130,7 @@ def _sparse(old: ModelConfig, router: dict[str, Any], overrides: Sequence[str]) 
 
 
 def _on_meta(model: ModelConfig, vocab_size: int) -> Transformer:
-    """Build the model on the meta device, without memory, for the names of its parameters."""
+    """Build a model on the meta device, without allocating memory, to learn the names of its parameters."""
     with torch.device("meta"):
         return Transformer(model, vocab_size, Layout(), seed=0)
 
@@ -143,7 +144,7 @@ def _moe_layers(model: Transformer) -> list[MoELayer]:
 
 
 def _routers(model: ModelConfig, built: Transformer, seed: int) -> dict[str, Router]:
-    """Build the router of every layer, with the initial values of a new model of this random seed, by name."""
+    """Build the router of every layer, keyed by name, with the initial values of a new model with this random seed."""
     assert isinstance(model.ffn, MoEFFN)
     names = [_name(built, layer.get_submodule("router")) for layer in _moe_layers(built)]
     sites = [replace(block_site(model, layer, seed), name=name) for layer, name in enumerate(names)]
@@ -151,14 +152,14 @@ def _routers(model: ModelConfig, built: Transformer, seed: int) -> dict[str, Rou
 
 
 def _not_copied(before: Transformer) -> set[str]:
-    """Return the names of the parameters that are not copied: those of the seed's routers and auxiliary routers."""
+    """Return the names of the seed's parameters that are not copied: those of its routers and auxiliary routers."""
     parts = [layer.get_submodule("router") for layer in _moe_layers(before)]
     parts += [module for module in before.modules() if isinstance(module, AuxiliaryRouter)]
     return {f"{_name(before, part)}.{key}" for part in parts for key, _ in part.named_parameters()}
 
 
 def _stacked(before: Transformer, after: Transformer) -> dict[str, str]:
-    """Map the name of each feed-forward weight of the seed to the stacked parameter that holds its copies."""
+    """Map each name of a feed-forward weight in the seed to the stacked parameter that holds its copies."""
     found: dict[str, str] = {}
     experts = [layer.get_submodule("experts") for layer in _moe_layers(after)]
     sources = [layer.get_submodule("experts") for layer in _moe_layers(before)]
@@ -172,11 +173,12 @@ def _stacked(before: Transformer, after: Transformer) -> dict[str, str]:
 def _copies(
     name: str, tensor: LazyTensor, stacked: Mapping[str, str], groups: Sequence[Sequence[int]]
 ) -> dict[str, LazyTensor]:
-    """Return the tensors of the new model that one tensor of the seed becomes, by name.
+    """Return the tensors of the new model that are made from one tensor of the seed, keyed by name.
 
     A weight of a dense FFN is copied to all experts. A weight of a 1t1i expert is copied to the experts of its
-    modality, slice by slice if it has slices (model/moe/placement.py). Any other tensor is kept. A linear layer's
-    weight is [out, in]; an expert's row of a stacked parameter is [in, out].
+    modality, slice by slice if experts are split into slices (model/moe/placement.py). Any other tensor is kept. A
+    linear layer's weight is [out, in], but an expert's row of a stacked parameter is [in, out], so weights of a dense
+    FFN are transposed.
     """
     parameter, expert = split_row_name(name)
     if parameter not in stacked:
@@ -191,5 +193,5 @@ def _copies(
 
 
 def _repeated(gate: LazyTensor, like: LazyTensor) -> LazyTensor:
-    """Repeat a gate with one column to the number of columns that `like` has."""
+    """Repeat a gate for one expert until it has the shape of `like`."""
     return LazyTensor(like.shape, gate.dtype, lambda: gate.read().expand(like.shape))

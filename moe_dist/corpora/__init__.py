@@ -1,8 +1,9 @@
-"""Demonstration corpora: each downloads packages from a package registry and turns them into samples for shards. A new
-corpus is one class and one line here. Imports core and data.
+"""Demonstration corpora: each downloads packages from a package registry and turns them into samples for shards.
 
-A corpus class is its own settings: a frozen, strict model whose fields are the `key=value` arguments of
-prepare_data.py.
+To add a corpus, write one class and add one line here. Imports core and data.
+
+A corpus class also holds its settings. It is an immutable, strict Pydantic model (core/strict.py) whose fields are the
+`key=value` arguments of prepare_data.py.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from moe_dist.data.shards.tars import Sample
 
 
 class Corpus(Protocol):
-    """Interface of a corpus, used by prepare()."""
+    """Interface of a corpus: prepare() downloads its packages and writes its entries as samples."""
 
     licence: ClassVar[str]
 
@@ -28,10 +29,10 @@ class Corpus(Protocol):
         """Download the packages that are not in `downloads` yet. Raises UserError."""
 
     def entries(self, downloads: Path) -> Sequence[Any]:
-        """Return all entries of the corpus. This is cheap, since nothing is decoded yet."""
+        """Return all entries of the corpus, without decoding their images yet."""
 
     def sample(self, entry: Any) -> Sample | None:
-        """Turn an entry into a sample, or return None to leave it out."""
+        """Turn an entry into a sample, or return None if the entry is left out."""
 
 
 BUILDERS: dict[str, Any] = {  # each a Corpus and a Strict model

@@ -1,10 +1,10 @@
 """Multiple-choice questions with four options about words (WordNet, Princeton's licence) and emoji (emojibase, MIT).
 choice_tasks.py has the tasks.
 
-Wrong options are drawn by hash from the answers to other questions of the same task, split and category, in proportion
-to how often they are answers there. So neither category, nor frequency, nor having been an answer in training
-distinguishes them from the correct option. In every task and split, each letter is correct equally often. All questions
-about one synset or emoji and its opposites are in the same split, whatever their task.
+Wrong options are drawn by hash from the answers to other questions of the same task, split and category. An answer that
+occurs more often is drawn more often. A wrong option therefore differs from a correct one neither in category, nor in
+frequency, nor in having been an answer in training. In every task and split, each letter is correct equally often. All
+questions about a synset and its opposites, or about an emoji, are in the same split, whatever their task.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class ChoiceQuestion:
 
 
 class MultipleChoice(Strict):
-    """Corpus of multiple-choice questions.
+    """Corpus of multiple-choice questions about words and emoji.
 
-    per_task: maximum number of questions of each task over all splits, chosen by hash.
+    per_task: maximum number of questions per task, over all splits. The questions are chosen by hash.
     answer: the form of the answer. "letter" lists options A to D after the question. "text" lists the options before
-    the question and answers with an option's own words. Small models can distinguish words that they have just read,
+    the question and answers with the words of an option. Small models can tell apart words that they have just read,
     but not letters.
     """
 
@@ -84,7 +84,7 @@ def by_text(choice: ChoiceQuestion) -> tuple[str, str]:
 
 
 def with_wrong_options(questions: Sequence[Question]) -> Iterator[tuple[Question, list[str]]]:
-    """Yield each question with three wrong options. Questions without enough wrong options are left out."""
+    """Yield each question with three wrong options. A question for which three cannot be found is left out."""
     answers: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for question in questions:
         for category in set(question.categories):
@@ -102,7 +102,7 @@ def with_wrong_options(questions: Sequence[Question]) -> Iterator[tuple[Question
 
 
 def balanced(questions: Iterable[tuple[Question, list[str]]], per_task: int | None) -> list[ChoiceQuestion]:
-    """Choose at most `per_task` questions of each task, and place their correct options.
+    """Choose at most `per_task` questions per task, and decide at which letter each question's correct option is.
 
     In every task and split, each letter is correct equally often.
     """

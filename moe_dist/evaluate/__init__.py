@@ -1,3 +1,4 @@
-"""Evaluation of trained models: held-out losses with reference losses, the value of captions, multiple choice and
-confidence intervals. Imports core, config, parallel, data and losses.
+"""Evaluation of trained models: held-out losses, reference losses, the value of captions, multiple choice, intervals.
+
+Imports core, config, parallel, data and losses.
 """

@@ -4,10 +4,11 @@ Interpolated absolute discounting (Ney, Essen and Kneser 1994; Chen and Goodman 
   P(w|v) = max(c(v,w) - D, 0) / c(v) + f(v) B(w),   f(v) = probability mass freed by discounting v's successors
   B(w) = a c(w) / N + b k(w) / K + (1 - a - b) / V
 where k(w) is the number of different predecessors of w (Kneser and Ney 1995), K is the sum of all k(w) and V is the
-size of the vocabulary. Each modality of the context has its own model. D, a and b are fitted on a tenth of the TRAINING
-documents, which are left out of the counts; then all documents are counted. Documents of equal text are either all in
-this tenth or all outside it. Otherwise a corpus with repeated captions would hide how often the held-out split contains
-new bigrams. D may exceed 1 for the same reason.
+size of the vocabulary. There is one model for contexts that are text tokens and one for contexts that are image tokens.
+D, a and b are fitted on a tenth of the TRAINING documents, with counts of the other nine tenths. The final counts are
+those of all training documents. Documents of equal text are either all in this tenth or all outside it. Otherwise
+repeated captions would make new bigrams look rarer in the fit than they are in the held-out split. D may exceed 1,
+because a bigram of a repeated caption is counted once for every repetition.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DISCOUNTS = np.geomspace(0.1, 20, 28)
 
 @dataclass(frozen=True)
 class Bigrams:
-    """Pairs (context, following token), for counting or for evaluation."""
+    """Pairs (context, following token), which are counted to fit a model or whose probability is wanted."""
 
     context: np.ndarray
     following: np.ndarray
@@ -49,7 +50,7 @@ class Bigrams:
 
 
 class Counts:
-    """Bigram counts over a vocabulary of `size` ids, and the lower-order distributions that B mixes."""
+    """Counts of the bigrams over a vocabulary of `size` ids, and the three distributions that B mixes."""
 
     def __init__(self, bigrams: Bigrams, size: int):
         self._size = size
@@ -60,7 +61,7 @@ class Counts:
         self._lower = np.stack([counts / max(counts.sum(), 1) for counts in (unigram, predecessors, np.ones(size))])
 
     def estimates(self, bigrams: Bigrams, discount: float) -> np.ndarray:
-        """Return the terms of P for n bigrams, [4, n]: the discounted bigram, then f(v) times each lower order."""
+        """Return the terms of P for n bigrams, [4, n]: the discounted bigram, then f(v) times each term of B."""
         freed = np.bincount(self._keys // self._size, np.minimum(self._pairs, discount), minlength=self._size)
         total = self._totals[bigrams.context]
         f = np.where(total > 0, freed[bigrams.context] / np.maximum(total, 1), 1.0)
@@ -77,7 +78,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class ContextModel:
-    """The distribution P(w|v) for the contexts v of one modality."""
+    """The fitted distribution P(w|v) for the contexts v of one modality."""
 
     counts: Counts
     discount: float
@@ -96,7 +97,10 @@ class ContextModel:
 
 
 def fit_weights(parts: np.ndarray) -> tuple[np.ndarray, float]:
-    """Fit the weights of the lower orders by expectation maximisation. Returns them and their mean loss in nats."""
+    """Fit the weights of the three terms of B by expectation maximisation.
+
+    parts: as returned by Counts.estimates. Returns the weights and the mean loss in nats with these weights.
+    """
     weights = np.full(3, 1 / 3)
     for _ in range(30):
         joint = weights[:, None] * parts[1:]
@@ -106,7 +110,10 @@ def fit_weights(parts: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 class Bigram:
-    """The whole bigram model. `mean_losses(bigram.token_losses, ...)` gives losses comparable with evaluate's."""
+    """The bigram model: one ContextModel per modality.
+
+    `mean_losses(bigram.token_losses, ...)` returns losses that can be compared with those of perplexity.evaluate.
+    """
 
     def __init__(self, models: Sequence[ContextModel], modality_of: np.ndarray):
         self._models = models
@@ -142,7 +149,7 @@ class Bigram:
         return result
 
     def token_losses(self, batch: Batch) -> Tensor:
-        """Return the loss [T] of each prediction in nats; 0 where the loss mask is False."""
+        """Return the loss of each prediction in nats, [T]. It is 0 where the loss mask is False."""
         losses_T = torch.zeros(batch.tokens_T.shape, dtype=torch.float64)
         mask_T = batch.loss_mask_T.cpu()
         bigrams = Bigrams(batch.tokens_T.cpu()[mask_T].numpy(), batch.targets_T.cpu()[mask_T].numpy())

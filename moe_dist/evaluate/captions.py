@@ -1,7 +1,8 @@
 """Caption gain: how much better a model predicts an image after its own caption than after another image's caption.
 
-The model evaluates every image twice, each time in a separate document. The differences are paired by image and first
-averaged by caption, because several vendors' drawings of one thing share a caption and are not independent.
+Every image is evaluated twice, each time in a separate document: once after its own caption, once after another's. The
+two losses of an image give a difference. The differences of all images with the same caption are averaged first,
+because such images (several vendors' drawings of one thing) are not independent. The gain is the mean over captions.
 
 Shape suffixes: T tokens of a micro-batch, N documents of a micro-batch.
 """
@@ -31,9 +32,9 @@ def caption_gain(forward: Callable, store: DocumentStore, held_out: HeldOutSplit
     """Measure the caption gain on a store's image-text pairs, in nats per image code. Collective.
 
     Returns eval/caption_gain, its 95 % interval as eval/caption_gain/low and eval/caption_gain/high, and the number of
-    captions as eval/caption_gain/captions; empty with fewer than two captions.
-    forward: Batch -> an output with logits_TV. held_out: the part of the pairs to evaluate, with their own captions
-    and with shuffled ones. Only images in both evaluations count.
+    captions as eval/caption_gain/captions. The result is empty if there are fewer than two captions.
+    forward: Batch -> an output with logits_TV. held_out: the part of the pairs to evaluate, once with the images' own
+    captions and once with shuffled ones. Only images that occur in both evaluations count.
     """
     pairs, held_out = Pairs(store), held_out.ordered(image_first=False)
     if len({_key(pairs.document(i).text) for i in range(len(pairs))}) < 2:
@@ -58,7 +59,7 @@ def caption_gain(forward: Callable, store: DocumentStore, held_out: HeldOutSplit
 
 @torch.no_grad()
 def _image_losses(forward: Callable, batches: Iterable[Batch]) -> dict[Image, float]:
-    """Return every image's mean loss per code, over all ranks' batches; equal images are averaged. Collective."""
+    """Return every image's mean loss per code, from the batches of all ranks. Equal images are averaged. Collective."""
     found = defaultdict(list)
     for batch in batches:
         losses_T = F.cross_entropy(forward(batch).logits_TV.float(), batch.targets_T, reduction="none").double()

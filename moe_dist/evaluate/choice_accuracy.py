@@ -1,7 +1,7 @@
 """Accuracy on multiple-choice items. A model's answer is the option whose first token is most likely after the prompt.
 
-Each item takes one forward pass, whether its options are letters or words. If the correct option begins with the same
-token as another one, the item counts as wrong.
+An item needs only one forward pass, whether its options are letters or words. If the correct option begins with the
+same token as another option, the item counts as answered wrongly.
 
 Shape suffixes: T tokens of a micro-batch, S samples of a micro-batch, N items, O options, R routing values of an item.
 """
@@ -34,7 +34,7 @@ OVERALL = "overall"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """A model's answers to N items, without duplicates and sorted by sample_N. On the CPU."""
+    """A model's answers to N items, sorted by sample_N, each item once. The tensors are on the CPU."""
 
     sample_N: Tensor  # int64 hash of the prompt, from the batch's sidecar
     domain_N: Tensor  # int64 index into the data's domain names
@@ -44,7 +44,7 @@ class Answers:
 
     @property
     def right_N(self) -> Tensor:
-        """Return True (bool [N]) where the correct option is more likely than every other one."""
+        """Return bool [N]: true where the correct option is more likely than every other option."""
         right_N1 = self.log_probs_NO.gather(1, self.correct_N[:, None])
         return (self.log_probs_NO >= right_N1).sum(dim=1) == 1
 
@@ -59,7 +59,7 @@ def answer_all(
     split: Split,
     batch_groups: int,
 ) -> Answers:
-    """Answer every item of a split. store: the split's tokens. Rank 0 shows the progress. Collective."""
+    """Answer every item of a split, with a progress display on rank 0. Collective. store: the tokens of this split."""
     with raise_on_all_ranks():
         choices = read_choices(data, split, vocabulary.text)
     batches = held_out_batches(
@@ -73,8 +73,8 @@ def answer_all(
 def answer(forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Choice], layout: Layout) -> Answers:
     """Answer all items of the batches. Collective: every rank calls it with the same number of batches.
 
-    forward: Batch -> an output with logits_TV and records. choices: items by sample hash, all with the same number of
-    options (data/tasks/choice_items.py). Raises UserError if there is no item.
+    forward: Batch -> an output with logits_TV and records. choices: the items, keyed by sample hash; all have the same
+    number of options (data/tasks/choice_items.py). Raises UserError if there is no item.
     """
     mine = []
     for batch in batches:
@@ -108,7 +108,7 @@ def _answer_batch(output: Any, batch: Batch, choices: Mapping[int, Choice]) -> A
 
 
 def _first_of_each(sample_N: Tensor) -> Tensor:
-    """Return the index of the first occurrence of each distinct sample, in ascending order of the samples."""
+    """Return the index of each distinct sample's first occurrence, in ascending order of the samples' hashes."""
     unique_M, inverse_N = sample_N.unique(return_inverse=True)
     position_N = torch.arange(len(sample_N))
     return position_N.new_full((len(unique_M),), len(sample_N)).scatter_reduce(0, inverse_N, position_N, "amin")
@@ -119,7 +119,7 @@ def _first_of_each(sample_N: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Correctness of a model's answer to each item, by task."""
+    """A model's result: per task, which items it answered correctly."""
 
     right: Mapping[str, Mapping[int, bool]]  # task -> sample -> right
 
@@ -132,7 +132,7 @@ class Result:
         return cls(right)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the accuracies with their intervals, and every item so that two models can be compared later."""
+        """Return accuracies with intervals, and which items were answered correctly (to compare models later)."""
         return {
             "accuracy": {
                 task: {"right": sum(items.values()), "items": len(items), "share": share, "interval_95": interval}
@@ -148,19 +148,19 @@ class Result:
         return cls({task: {int(sample): bool(r) for sample, r in items.items()} for task, items in right})
 
     def tasks(self) -> dict[str, Mapping[int, bool]]:
-        """Return the items of each task, and the items of all tasks under "overall"."""
+        """Return a dict from task to the task's items. Key "overall" has the items of all tasks."""
         return {**self.right, OVERALL: {sample: r for items in self.right.values() for sample, r in items.items()}}
 
 
 def accuracy(items: Mapping[int, bool]) -> tuple[float, Interval]:
-    """Return the fraction of correct answers and its 95 % Wilson interval."""
+    """Return the fraction of items that are answered correctly, and the fraction's 95 % Wilson interval."""
     right = sum(items.values())
     return right / len(items), wilson(right, len(items))
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A comparison of two models on the same items."""
+    """A comparison of two models that answered the same items: on how many only one of them was correct."""
 
     gained: int  # items that only the second model answers correctly
     lost: int  # items that only the first model answers correctly
@@ -168,7 +168,7 @@ class Comparison:
 
     @classmethod
     def of(cls, first: Mapping[int, bool], second: Mapping[int, bool]) -> Comparison:
-        """Compare two models' results. Raises UserError if they did not answer the same items."""
+        """Compare the results of two models. Raises UserError if the models did not answer the same items."""
         if first.keys() != second.keys():
             common = len(first.keys() & second.keys())
             raise UserError(

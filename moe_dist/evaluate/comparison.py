@@ -1,8 +1,9 @@
 """Comparison of a trained model's held-out loss with two references.
 
-The first is the loss of a smoothed bigram model of the training split. It must be higher than the model's. The second
-is the model's own loss when captions are shuffled against images. It must be higher too, or the model does not use one
-modality to predict the other.
+The first reference is the loss of a smoothed bigram model that is fitted on the training split. A trained model must
+have a lower loss than this. The second reference is the model's own loss when captions are shuffled among the images.
+It must also be higher than the model's loss with the true captions; otherwise the model does not use one modality to
+predict the other.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from moe_dist.evaluate.perplexity import evaluate, mean_losses
 def compare_with_references(
     forward: Callable, held_out: HeldOutSplit, *, train: DocumentStore, store: DocumentStore, causal_too: bool = False
 ) -> dict[str, float]:
-    """Measure the held-out losses in nats per token, under the keys of metrics/metric_keys.py. Collective.
+    """Measure the model's and the references' held-out losses in nats per token. Collective.
 
-    forward: Batch -> an output with logits_TV. train, store: the training and the held-out split.
-    causal_too: also measure causal routing (eval/causal/...), for a model that was trained with another routing.
+    Returns a dict whose keys are in metrics/metric_keys.py.
+    forward: Batch -> an output with logits_TV. train: the training split. store: the held-out split.
+    causal_too: also measure the losses with causal routing (eval/causal/...), for a model trained with non-causal
+    routing.
     """
     layout = held_out.layout
 

@@ -1,6 +1,7 @@
 """Held-out loss of one modality given the other: captions after their image, and images after their caption.
 
-Its exp is the conditional perplexity in the MoMa paper (arXiv 2407.21770, table of auxiliary routers).
+The exponential of this loss is the conditional perplexity of the MoMa paper (arXiv 2407.21770, table of auxiliary
+routers).
 
 Shape suffixes: T tokens of a micro-batch.
 """
@@ -23,7 +24,7 @@ from moe_dist.evaluate.perplexity import evaluate
 
 
 class Pairs:
-    """The image-text pairs of a store, without its texts and instructions."""
+    """A document store with only the image-text pairs of another store, without its texts and instructions."""
 
     domains: tuple[str, ...] = ()
 
@@ -45,7 +46,8 @@ class Pairs:
 def conditional_losses(forward: Callable, store: DocumentStore, held_out: HeldOutSplit) -> dict[str, float]:
     """Measure the conditional losses of a store's pairs in nats per token. Collective.
 
-    Returns eval/image_to_text (captions and their EOS) and eval/text_to_image (image codes); empty without pairs.
+    Returns eval/image_to_text (loss of captions and their EOS) and eval/text_to_image (loss of image codes). The result
+    is empty if the store has no pairs.
     held_out: the part of the pairs to evaluate for each loss.
     """
     pairs = Pairs(store)
@@ -62,7 +64,10 @@ def conditional_losses(forward: Callable, store: DocumentStore, held_out: HeldOu
 
 
 def _counted(batch: Batch, vocabulary: Vocabulary, image_first: bool) -> Tensor:
-    """Return the mask (bool [T]) of the conditional predictions: caption and EOS if image_first, else image codes."""
+    """Return a mask, bool [T], of the predictions to evaluate.
+
+    If image_first, these are the caption and EOS of each pair, otherwise the image codes.
+    """
     if not image_first:
         return batch.loss_mask_T & (batch.target_modality_T == IMAGE)
     assert vocabulary.eoi is not None

@@ -9,14 +9,20 @@ import numpy as np
 
 
 def smoothed(values_S: np.ndarray, window: int) -> np.ndarray:
-    """Average over every `window` consecutive steps: [W], W = S - window + 1. Raises ValueError if S < window."""
+    """Return the mean of every `window` consecutive steps, [W] with W = S - window + 1.
+
+    Raises ValueError if S < window.
+    """
     if len(values_S) < window:
         raise ValueError(f"{len(values_S)} steps are fewer than the window of {window}")
     return np.convolve(values_S, np.full(window, 1 / window), mode="valid")
 
 
 def flops_to_reach(flops_W: np.ndarray, loss_W: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return the FLOPs at which a curve first reaches each target loss, interpolated linearly; nan if it never does."""
+    """Return the FLOPs at which a loss curve first reaches each target.
+
+    The curve is interpolated linearly between its points. The result is nan for a target that it never reaches.
+    """
     lowest_W = np.minimum.accumulate(loss_W)
     after = np.searchsorted(-lowest_W, -targets)  # the first point at or below the target
     reached = after < len(lowest_W)
@@ -30,9 +36,10 @@ def flops_to_reach(flops_W: np.ndarray, loss_W: np.ndarray, targets: np.ndarray)
 def eta(dense_flops_W: np.ndarray, dense_loss_W: np.ndarray, flops_W: np.ndarray, loss_W: np.ndarray) -> np.ndarray:
     """Return (FLOPs at which the dense model first reaches a loss) / (FLOPs at which the other model first does).
 
-    The losses are the dense model's lowest ones up to each point of its curve. More than 1: the other model is better.
-    nan: the other model never reaches that loss. The numerator is not the point's own FLOPs, because these would reward
-    the other model wherever the dense model's loss stagnates.
+    There is one ratio per point of the dense model's curve, for the lowest loss that the dense model has reached by
+    then. Above 1, the other model is better. The ratio is nan if the other model never reaches that loss. The numerator
+    is not the number of FLOPs at the point itself, because this would reward the other model wherever the dense model's
+    loss stagnates.
     """
     targets = np.minimum.accumulate(dense_loss_W)
     return flops_to_reach(dense_flops_W, dense_loss_W, targets) / flops_to_reach(flops_W, loss_W, targets)

@@ -1,4 +1,4 @@
-"""Iteration over a held-out split: number of groups, order and this rank's share."""
+"""Iteration over a held-out split: how many groups to evaluate, in which order, and which of them this rank reads."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from moe_dist.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class HeldOutSplit:
-    """The part of a held-out split to evaluate.
+    """The part of a held-out split that is evaluated, and how it is divided into this rank's micro-batches.
 
-    groups: number of selection groups over all ranks. batch_groups: selection groups of a rank in one forward pass.
+    groups: number of selection groups over all ranks. batch_groups: number of selection groups per micro-batch.
     """
 
     vocabulary: Vocabulary
@@ -28,11 +28,11 @@ class HeldOutSplit:
 
     @classmethod
     def of(cls, config: Config, vocabulary: Vocabulary, layout: Layout) -> HeldOutSplit:
-        """Return the part that a recipe's `eval` section selects."""
+        """Return the part of the split that the recipe's `eval` section selects."""
         return cls(vocabulary, config.data, layout, config.eval.groups, config.train.micro_batch_groups)
 
     def batches(self, store: DocumentStore) -> Iterator[Batch]:
-        """Yield this rank's micro-batches of a store."""
+        """Yield this rank's micro-batches of the documents in `store`."""
         return held_out_batches(
             store,
             self.vocabulary,
@@ -44,7 +44,10 @@ class HeldOutSplit:
         )
 
     def ordered(self, *, image_first: bool) -> HeldOutSplit:
-        """Return a copy in which every pair has this order and the recipe's mix of text and images is ignored."""
+        """Return a copy in which every pair begins with its image (image_first) or with its caption (not image_first).
+
+        The copy ignores the recipe's data.image_fraction.
+        """
         return replace(
             self, data=self.data.model_copy(update={"image_first": float(image_first), "image_fraction": None})
         )

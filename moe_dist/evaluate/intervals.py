@@ -1,4 +1,4 @@
-"""Confidence intervals of an accuracy, and of the difference between two models that answered the same items."""
+"""Confidence intervals of an accuracy, and of the difference between two models' accuracies on the same items."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ Interval = tuple[float, float]
 
 
 def wilson(right: int, items: int) -> Interval:
-    """Return the 95 % interval of a fraction (Wilson 1927, eq. 7; Brown, Cai and DasGupta 2001, eq. 4); items > 0."""
+    """Return the 95 % interval of the fraction right / items, where items > 0.
+
+    Sources: Wilson 1927, eq. 7; Brown, Cai and DasGupta 2001, eq. 4.
+    """
     share, z2 = right / items, Z95**2
     centre = (share + z2 / (2 * items)) / (1 + z2 / items)
     half = Z95 * math.sqrt(share * (1 - share) / items + z2 / (4 * items**2)) / (1 + z2 / items)
@@ -18,7 +21,7 @@ def wilson(right: int, items: int) -> Interval:
 
 
 def paired_difference(gained: int, lost: int, items: int) -> Interval:
-    """Return the 95 % interval of accuracy_2 - accuracy_1 on the same items (Bonett and Price 2012, eq. 3).
+    """Return the 95 % interval of accuracy_2 - accuracy_1, both on the same items (Bonett and Price 2012, eq. 3).
 
     gained: items that only the second model answers correctly. lost: items that only the first answers correctly.
     """
@@ -29,6 +32,6 @@ def paired_difference(gained: int, lost: int, items: int) -> Interval:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Return the two-sided p-value of the exact McNemar test of equally likely gains and losses."""
+    """Return the two-sided p-value of the exact McNemar test. Null hypothesis: gains and losses are equally likely."""
     n, fewer = gained + lost, min(gained, lost)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n)

@@ -24,9 +24,10 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a model's mean cross-entropy in nats per token.
 
-    Returns eval/loss, eval/loss/text, eval/loss/image and eval/loss/domain/NAME; keys without predictions are absent.
-    forward: Batch -> an output with logits_TV. domains: names for the indices in the batches' domain_T, if there are
-    domains. Collective: every rank calls it with the same number of batches, which held_out_batches ensures.
+    Returns eval/loss, eval/loss/text, eval/loss/image and eval/loss/domain/NAME. A key is absent if it has no
+    predictions.
+    forward: Batch -> an output with logits_TV. domains: the names that the batches' domain_T indexes; empty if the data
+    have no domains. Collective: every rank calls it with the same number of batches, which held_out_batches ensures.
     """
 
     def of_batch(batch: Batch) -> Tensor:
@@ -38,7 +39,10 @@ def evaluate(
 def mean_losses(
     token_losses: TokenLosses, batches: Iterable[Batch], layout: Layout, domains: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Average any per-token loss over the unmasked predictions of all ranks; domains and keys as in evaluate."""
+    """Return the mean of any per-token loss over the unmasked predictions of all ranks. Collective.
+
+    The argument `domains` and the returned keys are as in evaluate.
+    """
     names = [*(f"eval/loss/{name}" for name in MODALITIES), *(f"eval/loss/domain/{name}" for name in domains)]
     # One row per name: sum, count. The last row is for predictions without a domain.
     totals = torch.zeros(len(names) + 1, 2, dtype=torch.float64, device=layout.device)

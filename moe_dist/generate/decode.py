@@ -1,8 +1,8 @@
-"""Token-by-token decoding with a KV cache. Every rank decodes its own samples. Models that route by later tokens are
-refused.
+"""Token-by-token decoding with a KV cache. Every rank decodes its own samples.
 
-Expert-parallel ranks step together. A rank whose samples are all done feeds a padding token until every rank is done.
-A sample does not depend on its rank or on the other samples of the rank.
+Models whose routing depends on later tokens are refused. All ranks decode in step, because experts may be on other
+ranks. A rank whose samples are all done feeds a padding token until every rank is done. A sample does not depend on its
+rank or on the other samples of the rank.
 
 Shape suffixes: R rows (documents in the cache), S samples, T tokens, V vocabulary.
 """
@@ -30,7 +30,7 @@ OnStep = Callable[[int], None]  # called after every step with the number of unf
 
 
 def check_can_generate(model: Transformer) -> None:
-    """Raise UserError if a token's routing in the model depends on other tokens."""
+    """Raise UserError if the model cannot generate: a token's routing depends on later tokens or on other samples."""
     if not model.can_route_causally:
         raise UserError(
             "the model's routing depends on later tokens (expert choice, mixture-of-depths), so it cannot generate "
@@ -46,7 +46,7 @@ def check_can_generate(model: Transformer) -> None:
 
 @dataclass(slots=True)
 class _Row:
-    """A document in the cache: a sample, or its unconditional copy for guidance."""
+    """A document in the KV cache: a sample, or the sample's copy without caption, which guidance compares it with."""
 
     sample: GenerationState
     unconditional: bool
@@ -63,7 +63,7 @@ def generate(
     layout: Layout,
     on_step: OnStep,
 ) -> None:
-    """Complete this rank's samples. Collective: every rank calls it, even without samples."""
+    """Generate the remaining tokens of this rank's samples. Collective: a rank without samples must call it, too."""
     device, dtype = layout.device, model.embedding.weight.dtype
     rows = [_Row(sample, False, sample.prompt.tokens) for sample in samples]
     if sampling.guidance != 1:
@@ -87,7 +87,7 @@ def generate(
 
 
 def _micro_batch(rows: Sequence[_Row], form: Format) -> tuple[Tensor, TokenInfo]:
-    """Join the tokens that each row reads next; without rows, use one padding token. On the CPU."""
+    """Concatenate the tokens that each row reads next. Without rows, return a padding token. On the CPU."""
     feeds = [row.feed for row in rows] or [(form.vocabulary.pad,)]
     starts = [row.read for row in rows] or [0]
     # Token ids are unique, and those of a sample do not depend on the other samples.
@@ -109,7 +109,7 @@ def _micro_batch(rows: Sequence[_Row], form: Format) -> tuple[Tensor, TokenInfo]
 
 
 def _extend(rows: Sequence[_Row], logits_RV: Tensor, form: Format, sampling: Sampling, masks_KV: Tensor) -> None:
-    """Draw the next token of every sample and feed it to the sample's rows."""
+    """Draw the next token of every sample, and make it the next token that the sample's rows read."""
     device = logits_RV.device
     place = {(row.sample.number, row.unconditional): number for number, row in enumerate(rows)}
     samples = [row.sample for row in rows if not row.unconditional]

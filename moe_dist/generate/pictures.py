@@ -22,7 +22,7 @@ LINE_HEIGHT, CHARACTERS, COLUMNS = 14, 27, 6
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A finished sample. Its parts are texts and images (lists of the image tokenizer's codes)."""
+    """A finished sample. `parts` are the generated texts and images (lists of the image tokenizer's codes)."""
 
     number: int
     task: Task
@@ -44,7 +44,7 @@ class Generated:
 
     @property
     def names(self) -> list[str]:
-        """Return the file names of the sample's images."""
+        """Return the file names of the sample's generated images."""
         return [f"{self.number:04d}{f'_{i}' if i > 1 else ''}.png" for i in range(1, len(self.images) + 1)]
 
     def to_json(self) -> dict[str, Any]:
@@ -59,7 +59,10 @@ class Generated:
 
 
 def write_generated(folder: Path, samples: Sequence[Generated], image: ImageTokenizer | None, settings: dict) -> None:
-    """Write samples.jsonl, NUMBER.png (NUMBER_2.png, ...) and sheet.png. settings: added to each line."""
+    """Write samples.jsonl, NUMBER.png (NUMBER_2.png, ...) and sheet.png.
+
+    Each line of samples.jsonl contains `settings`.
+    """
     folder.mkdir(parents=True)
     lines = [sample.to_json() | settings for sample in samples]  # written first: an error in an image loses none
     (folder / "samples.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -81,7 +84,7 @@ def _draw(codes: Sequence[int], image: ImageTokenizer | None) -> Image.Image:
 
 
 def contact_sheet(cells: Sequence[tuple[Image.Image | None, str]]) -> Image.Image:
-    """Draw pictures (or blanks) in rows, each above its text."""
+    """Draw a sheet of cells in rows. A cell is a picture (blank if None) above its text."""
     columns = min(COLUMNS, len(cells))
     width, height = CELL + MARGIN, CELL + LINES * LINE_HEIGHT + MARGIN
     sheet = Image.new("RGB", (columns * width + MARGIN, -(-len(cells) // columns) * height + MARGIN), "white")

@@ -1,4 +1,4 @@
-"""Prompts for a model, and the tokens allowed next, following the document format of data/stream/packing.py.
+"""Prompts for a model, and which tokens may follow, according to the document format of data/stream/packing.py.
 
   text -> image   BOS caption BOI | codes     unconditional: BOS BOI | codes, as in training with data.caption_dropout
   image -> text   BOS BOI codes EOI | caption EOS
@@ -33,7 +33,7 @@ Part = str | Image.Image
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt: its parts and their token ids."""
+    """A prompt as parts (texts and pictures), and as token ids."""
 
     task: Task
     parts: tuple[Part, ...]
@@ -43,7 +43,7 @@ class Prompt:
 
 @dataclass(slots=True)
 class GenerationState:
-    """The state of one sample: its prompt and the tokens generated so far."""
+    """The state of a sample that is being generated: the prompt and the tokens generated so far."""
 
     number: int  # index among the samples of all ranks; keys the random draws
     prompt: Prompt
@@ -58,7 +58,10 @@ class GenerationState:
 
 
 class Format:
-    """Rules of the document format for one vocabulary and context length (data.sequence_length)."""
+    """The document format for one vocabulary and context length: builds prompts, and tells which tokens may follow.
+
+    context: the maximum length of a document, data.sequence_length.
+    """
 
     TEXT, TEXT_OR_IMAGE, CODE, EOI = range(4)  # kinds of token allowed next
 
@@ -76,7 +79,7 @@ class Format:
         self.masks_KV: Tensor = torch.stack([text_V, text_V | boi_V, code_V, eoi_V])  # bool; K: kind of token
 
     def _try_to_draw(self) -> UserError | None:
-        """Return the error if images cannot be decoded (no image tokenizer, or no decoder), else None."""
+        """Decode an image to see if it is possible. Return the error (no image tokenizer or no decoder), else None."""
         try:
             self._image_tokenizer("make").decode(torch.zeros(1, self.num_codes, dtype=torch.int64))
         except UserError as error:
@@ -86,7 +89,10 @@ class Format:
     # ------------------------------------------------------------------------------------------------------- prompts
 
     def text_to_image(self, caption: str) -> Prompt:
-        """Build a prompt that asks for an image. Raises UserError if it is too long or images cannot be decoded."""
+        """Build a prompt for generating the image of a caption.
+
+        Raises UserError if the prompt with its image is too long, or if images cannot be decoded.
+        """
         if self.cannot_draw:
             raise self.cannot_draw
         v = self.vocabulary
@@ -101,11 +107,17 @@ class Format:
         return Prompt("image", (caption,), (v.bos, *text, v.boi), (v.bos, v.boi))
 
     def image_to_text(self, picture: Image.Image) -> Prompt:
-        """Build a prompt that asks for a picture's text. Raises UserError if it is too long or cannot be encoded."""
+        """Build a prompt for generating a picture's caption.
+
+        Raises UserError if the prompt is too long, or if pictures cannot be encoded.
+        """
         return self._checked("text", (picture,))
 
     def mixed(self, parts: Sequence[Part]) -> Prompt:
-        """Build a prompt of texts and pictures. Raises UserError if it is too long or cannot be encoded."""
+        """Build a prompt of texts and pictures, to be continued with both.
+
+        Raises UserError if the prompt is too long, or if pictures cannot be encoded.
+        """
         return self._checked("mixed", parts)
 
     def _checked(self, task: Task, parts: Sequence[Part]) -> Prompt:
@@ -133,20 +145,24 @@ class Format:
     # ------------------------------------------------------------------------------------------------------- samples
 
     def start(self, number: int, prompt: Prompt, max_tokens: int) -> GenerationState:
-        """Create the state of a sample without generated tokens."""
+        """Create the initial state of sample `number`, without generated tokens.
+
+        max_tokens: limit on the generated tokens. It is ignored if the prompt asks for an image, which has a fixed
+        number.
+        """
         if prompt.task == "image":
             return GenerationState(number, prompt, len(prompt.tokens) + self.num_codes, codes_left=self.num_codes)
         return GenerationState(number, prompt, min(self.context, len(prompt.tokens) + max_tokens))
 
     def next(self, sample: GenerationState) -> int:
-        """Return the kind of token allowed next, as a row number of masks_KV."""
+        """Return which kind of token may come next (TEXT, TEXT_OR_IMAGE, CODE or EOI), a row number of masks_KV."""
         if sample.codes_left:
             return self.CODE if sample.codes_left > 0 else self.EOI
         fits = sample.length + self.num_codes + 2 <= sample.limit
         return self.TEXT_OR_IMAGE if sample.prompt.task == "mixed" and not self.cannot_draw and fits else self.TEXT
 
     def add(self, sample: GenerationState, token: int) -> None:
-        """Append a token allowed by `next`; mark the sample as done if it is complete."""
+        """Append a token, which `next` must allow, to the sample. If this completes the sample, mark it as done."""
         sample.generated.append(token)
         if sample.codes_left > 0:
             sample.codes_left -= 1
@@ -178,7 +194,7 @@ class Format:
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """Read a picture file. Raises UserError if it is missing or not a picture."""
+    """Read a picture file. Raises UserError if the file is missing or is not a picture."""
     try:
         return decode_image(Path(path).read_bytes())
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Sampling of the next token from logits: guidance, temperature, top-p, and a draw independent of the layout.
+"""Sampling of the next token from logits: guidance, temperature, top-p, and a draw that is the same in every layout.
 
 Shape suffixes: S samples, V vocabulary.
 """
@@ -17,7 +17,7 @@ from moe_dist.core.strict import Positive, Strict
 
 
 class Sampling(Strict):
-    """Settings for drawing tokens."""
+    """Settings that determine how tokens are drawn."""
 
     temperature: Annotated[float, Field(ge=0)] = 1.0  # 0: always the most likely token
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # draw from the most likely tokens whose sum reaches this
@@ -32,9 +32,10 @@ def guide(logits_SV: Tensor, unconditional_SV: Tensor, scale: float) -> Tensor:
 
 
 def nucleus(probs_SV: Tensor, top_p: float) -> Tensor:
-    """Zero all but the most likely tokens whose sum reaches top_p (Holtzman et al., arXiv 1904.09751, eq. 2-3).
+    """Keep the smallest set of most likely tokens whose probabilities sum to at least top_p, and zero the others.
 
-    The result is not renormalised. Among equally likely tokens, lower ids come first.
+    Source: Holtzman et al., arXiv 1904.09751, eq. 2-3. The result is not renormalised. Among equally likely tokens,
+    those with lower ids are kept first.
     """
     sorted_SV, order_SV = probs_SV.sort(dim=1, descending=True, stable=True)
     before_SV = F.pad(sorted_SV.cumsum(dim=1)[:, :-1], (1, 0))
@@ -46,7 +47,8 @@ def choose(logits_SV: Tensor, allowed_SV: Tensor, sampling: Sampling, sample_S: 
     """Draw the next token of each sample, int64 [S], from the allowed ones (bool [S, V], at least one per sample).
 
     The random number depends only on (seed, sample, position). The draw inverts the cumulative distribution in the
-    order of the ids, so a rounding difference between layouts moves the limits between tokens by no more than its size.
+    order of the ids. If the logits differ between layouts by rounding, the boundaries between tokens therefore move by
+    no more than that difference, and the same token is almost always drawn.
     """
     logits_SV = logits_SV.double().masked_fill(~allowed_SV, -torch.inf)
     if sampling.temperature == 0:

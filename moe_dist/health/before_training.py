@@ -1,7 +1,8 @@
 """Checks before training: all ranks run the same software and recipe, and data sent between them arrives unchanged.
 
-A rank that differs in a package, in the code, in the recipe or in its number of devices trains something else or hangs
-in the first collective. These checks find it first and name its host. They also measure the network's speed.
+A rank that differs from the others in a package, in the code, in the recipe or in its number of devices would train a
+different model or hang in the first collective. These checks find such a rank before training and name its host. They
+also measure the network's speed.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ ROUNDS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
-    """One rank's host, hardware and software. All fields but host and device must be the same on every rank."""
+    """One rank's host, hardware and software. All fields except `host` and `device` must be equal on all ranks."""
 
     host: str  # Slurm's name for it, if there is one
     device: str
@@ -48,7 +49,7 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """Result of the checks: every rank's report, and its sending rate in the all-to-all."""
+    """The result of the checks: every rank's report, and the rate at which each rank sent in the all-to-all."""
 
     ranks: tuple[RankReport, ...]
     bytes_per_second: tuple[float, ...]  # by rank; empty for a single rank
@@ -57,7 +58,7 @@ class Health:
         return asdict(self)
 
     def summary(self) -> str:
-        """Return one line for each host, and a last line for what all ranks have in common."""
+        """Return one line per host, and a last line with the software and the network speed that all ranks share."""
         lines = []
         for host, group in groupby(enumerate(self.ranks), lambda item: item[1].host):
             ranks, reports = zip(*group)
@@ -74,7 +75,7 @@ class Health:
 
 
 def check_health(config: Config, device: torch.device) -> Health:
-    """Compare the ranks and test an all-to-all. Collective on the default group. Raises UserError naming the host."""
+    """Compare the ranks and test an all-to-all. Raises UserError naming the host. Collective on the default group."""
     ranks = tuple(gather_objects(report(config, device)))
     differences = compare(ranks)
     if differences:
@@ -93,7 +94,7 @@ def check_health(config: Config, device: torch.device) -> Health:
 
 
 def report(config: Config, device: torch.device) -> RankReport:
-    """Collect this rank's report."""
+    """Return the report about this rank: its host, hardware and software."""
     is_cuda = device.type == "cuda"
     name = f" {torch.cuda.get_device_name(device)}" if is_cuda else ""
     versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
@@ -110,7 +111,7 @@ def report(config: Config, device: torch.device) -> RankReport:
 
 
 def compare(ranks: tuple[RankReport, ...]) -> list[str]:
-    """Return a phrase for each value in which a rank differs from the majority (with two ranks, from rank 0)."""
+    """Return one phrase for each value in which a rank differs from the most common value (in a tie, from rank 0's)."""
     differences = []
     for name in ranks[0].comparable():
         values = [rank.comparable().get(name) for rank in ranks]
@@ -125,10 +126,10 @@ def compare(ranks: tuple[RankReport, ...]) -> list[str]:
 
 
 def exchange(device: torch.device) -> tuple[float, list[int]]:
-    """Send every rank a block of numbers that it expects, and check the received blocks. Collective.
+    """Send a block of known numbers to every rank, and check the blocks received from every rank. Collective.
 
-    Return the bytes per second sent to other ranks, and the ranks whose blocks arrived wrong. The rate is the best of
-    several rounds, since the first round also opens the connections.
+    Return the bytes per second sent to other ranks, and the ranks whose blocks arrived with wrong numbers. The rate is
+    that of the fastest of several rounds, since the first round also opens the connections.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     numbers = torch.arange(max(SENT_BYTES // 8 // world, 1), device=device)

@@ -15,12 +15,13 @@ GRACE = 5.0  # seconds for all ranks to write their stacks, before the first exi
 
 
 class HangWatch:
-    """Context manager around a training loop that ends a hanging run. Call `beat` after each step, evaluation and save.
+    """Context manager around a training loop. It ends the run if the loop hangs.
 
-    If no beat comes for `seconds` (0 turns the watch off), the stacks of all threads are appended to
-    FOLDER/rank-RANK.txt. A C thread writes them, so a held interpreter lock does not matter. The process then exits
-    with status 1, so that a scheduler starts the run again. Every rank watches itself. If one hangs, the others wait
-    for it, so all of them write their stacks.
+    The loop must call `beat` after each step, evaluation and save. If `beat` is not called for `seconds` (0 turns the
+    watch off), the stacks of all threads are appended to FOLDER/rank-RANK.txt. A C thread writes the stacks, so it does
+    not matter if another thread holds the interpreter lock. The process then exits with status 1, which makes a
+    scheduler start the run again. Every rank watches itself. If one rank hangs, the other ranks wait for it, so all
+    ranks write their stacks.
     tell: called on rank 0 before the exit, with one sentence that says why the run ended.
     Raises OSError if FOLDER cannot be written.
     """
@@ -39,7 +40,7 @@ class HangWatch:
         return self
 
     def beat(self) -> None:
-        """Report progress, which restarts the timeout."""
+        """Restart the timeout, because the loop has made progress."""
         if self.seconds:
             self._deadline = time.monotonic() + self.seconds
             faulthandler.dump_traceback_later(self.seconds, file=self._file)

@@ -1,10 +1,13 @@
-"""The decision whether a scheduler runs a job again, based on RUN/status.json (how the attempt ended) and RUN/job.json
-(its start and earlier failures).
+"""The decision whether a scheduler runs a job again.
 
-A job is attempted until its run is done. A failed attempt is followed by another from the last checkpoint. The
-exceptions are an error that a person must fix, and `max_failures` failures in a row without a newer checkpoint. If an
-attempt's node dies, the attempt cannot record how it ended, so the next attempt works it out. A
-second job in the same run folder is refused, and run.resume=none applies to a job's first start only (`begin`).
+It is based on RUN/status.json (how the last attempt ended) and RUN/job.json (how the attempt started, and the failures
+before it).
+
+A job is attempted until its run is done. After a failed attempt, the next attempt resumes from the last checkpoint.
+There is no next attempt after an error that a person must fix, or after `max_failures` failures in a row without a
+newer checkpoint. If an attempt's node dies, the attempt cannot record how it ended. The next attempt then determines it
+from the files. A second job in the same run folder is refused, and run.resume=none applies only to a job's first start
+(`begin`).
 
 This module does not import torch, since it runs before and after the ranks.
 """
@@ -29,7 +32,7 @@ Verdict = Literal["done", "stopped", "again", "wrong", "given up"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One start of a job, as stored in RUN/job.json."""
+    """One attempt to run a job, as stored in RUN/job.json."""
 
     job: str
     step: int  # step of the newest checkpoint when the attempt started
@@ -41,7 +44,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The start of an attempt: the step to resume after, and overrides to add to the recipe's."""
+    """The start of an attempt: the step after which it resumes, and overrides to append to the recipe's overrides."""
 
     step: int
     overrides: list[str]
@@ -55,9 +58,9 @@ class Ending:
 
 
 def begin(config: Config, job: str, restarts: int, max_failures: int) -> Plan | None:
-    """Open the next attempt of `job`. Returns None if its run is done. Raises UserError if the job must not start.
+    """Record the start of the next attempt of `job` and return its plan, or None if the run is already done.
 
-    restarts: number of times that Slurm has restarted this job.
+    restarts: number of times that Slurm has restarted this job. Raises UserError if the job must not start.
     """
     folder = RunFolder(Path(config.run.dir))
     before = _read(folder)
@@ -88,7 +91,10 @@ def begin(config: Config, job: str, restarts: int, max_failures: int) -> Plan | 
 
 
 def end(run: Path, code: int, max_failures: int) -> Ending:
-    """Judge and close the attempt that has just exited with status `code`. Raises UserError if job.json is damaged."""
+    """Judge the attempt whose launcher has just exited with status `code`, and record that it is closed.
+
+    Raises UserError if job.json is missing or damaged.
+    """
     folder = RunFolder(run)
     attempt = _read(folder)
     if attempt is None:
@@ -99,7 +105,10 @@ def end(run: Path, code: int, max_failures: int) -> Ending:
 
 
 def settle(folder: RunFolder, attempt: Attempt, code: int | None, max_failures: int) -> Ending:
-    """Judge an attempt by its status file and checkpoints. code: the launcher's exit status; None if it is unknown."""
+    """Judge how an attempt ended, from status.json and the run's checkpoints.
+
+    code: the launcher's exit status; None if it is unknown.
+    """
     status = _status(folder) if _written(folder) != attempt.status else {}  # if unchanged, it is an earlier attempt's
     state, reason = status.get("state"), status.get("reason")
     where = f"after {status.get('step', attempt.step)} steps"
@@ -147,7 +156,10 @@ def _written(folder: RunFolder) -> int:
 
 
 def _checkpoints(folder: RunFolder) -> dict[str, int]:
-    """Return the finished checkpoints with their times of writing, ns. A folder gets its final name once complete."""
+    """Return the names of the finished checkpoints, each with the time when it was written, in ns.
+
+    A checkpoint is finished once its folder has its final name.
+    """
     found = sorted(path for path in folder.checkpoints.glob("step_*") if path.name[5:].isdecimal())
     return {path.name: path.stat().st_mtime_ns for path in found}
 

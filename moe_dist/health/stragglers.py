@@ -1,7 +1,8 @@
-"""Detection of slow ranks. A step takes equally long on all ranks, so their own work is compared.
+"""Detection of slow ranks.
 
-A rank's own seconds in a step are the step's seconds minus those spent waiting inside collectives. They can be measured
-only if the host waits (gloo). On GPUs the stream waits instead, so all ranks look equal and nothing is reported.
+All ranks wait for the slowest in every step, so only the time of their own work is compared. A rank's own seconds in a
+step are the step's seconds minus the seconds spent waiting inside collectives. The waiting can be measured only if the
+host waits (gloo). On GPUs the stream waits instead, so all ranks look equally fast and no slow rank is reported.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from moe_dist.parallel.discovery import host_name
 
 
 class Stragglers:
-    """Context manager around each step, on every rank, that reports a slow rank.
+    """Context manager around each training step. It reports slow ranks. Every rank enters it.
 
-    Every `straggler_every` steps the ranks exchange their own seconds, which is collective. If the slowest rank takes
-    at least `straggler_factor` times the median of the others, rank 0 prints that and appends it to
+    Every `straggler_every` steps the ranks exchange their own seconds (collective). If the slowest rank's seconds are
+    at least `straggler_factor` times the median of the others, rank 0 prints this and appends it to
     RUN/stragglers.jsonl.
     """
 
@@ -73,8 +74,9 @@ class Stragglers:
 
 
 def find(everyone: list[tuple[float, str]], factor: float) -> dict[str, Any] | None:
-    """Return the slowest rank if its own seconds are at least `factor` times the others' median, otherwise None.
+    """Return the line to report about the slowest rank, or None if the rank is not slow.
 
+    The rank is slow if its own seconds are at least `factor` times the median of the other ranks.
     everyone: (own seconds, host) of each rank.
     """
     if len(everyone) < 2:

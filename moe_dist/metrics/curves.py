@@ -1,7 +1,7 @@
-"""Plots of runs from their metrics.jsonl: losses (of one run, or of several overlaid), routing over time, and the
-experts that receive each domain's tokens.
+"""Plots of runs, drawn from metrics.jsonl: losses, routing over time, and which experts receive each domain's tokens.
 
-Losses are in nats per predicted token. They are labelled non-causal if routing sees later tokens (expert choice).
+The losses of several runs can be overlaid in one plot. Losses are in nats per predicted token. The losses of a run
+whose routing sees later tokens (expert choice) are labelled non-causal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_COLUMNS = 300  # largest number of heat map columns; longer runs are average
 
 @dataclass(frozen=True, slots=True)
 class RunMetrics:
-    """The lines of one run's metrics.jsonl, in order."""
+    """One run's metrics: the lines of metrics.jsonl, in order."""
 
     name: str
     lines: tuple[dict[str, Any], ...]
@@ -45,14 +45,20 @@ class RunMetrics:
         return list(dict.fromkeys(key for line in self.lines for key in line))
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return (tokens, values) of the lines that have this key. If its values are lists, each line gives a row."""
+        """Return (tokens, values) from the lines that contain `key`.
+
+        If the values are lists, `values` has one row per line.
+        """
         pairs = [(line["tokens"], line[key]) for line in self.lines if line.get(key) is not None]
         tokens, values = zip(*pairs) if pairs else ((), ())
         return np.array(tokens, dtype=float), np.array(values, dtype=float)
 
 
 def read_run(path: str | Path) -> RunMetrics:
-    """Read a run folder. Raises UserError if metrics.jsonl is missing, empty or damaged, or has no loss."""
+    """Read the metrics of a run folder.
+
+    Raises UserError if metrics.jsonl is missing, empty or damaged, or contains no loss.
+    """
     folder = RunFolder(Path(path))
     if not folder.metrics.is_file():
         raise UserError(f"{path} is not a run folder: there is no {folder.metrics}")
@@ -72,7 +78,7 @@ def read_run(path: str | Path) -> RunMetrics:
 
 
 def read_baseline(path: str | Path) -> dict[str, float]:
-    """Read a baseline's losses from a JSON file such as {"text": 4.1, "image": 5.8}. Raises UserError."""
+    """Read the losses of a baseline from a JSON file such as {"text": 4.1, "image": 5.8}. Raises UserError."""
     try:
         baseline = json.loads(Path(path).read_text())
         return {modality: float(baseline[modality]) for modality in MODALITIES if modality in baseline}
@@ -81,9 +87,9 @@ def read_baseline(path: str | Path) -> dict[str, float]:
 
 
 def write_report(path: str | Path, baseline: Mapping[str, float] | None = None) -> list[Path]:
-    """Plot RUN/loss.png and, if the run has experts, RUN/routing.png. If its data have domains, plot RUN/domains.png.
+    """Plot RUN/loss.png, RUN/routing.png (if the run has experts) and RUN/domains.png (if its data have domains).
 
-    Return the files. Raises UserError.
+    Return the paths of the files. Raises UserError.
     """
     run = read_run(path)
     figures = {"loss.png": loss_figure([run], baseline or {})}
@@ -98,7 +104,7 @@ def write_report(path: str | Path, baseline: Mapping[str, float] | None = None) 
 
 
 def report_or_explain(path: str | Path) -> None:
-    """Write the report; without matplotlib, print which extra draws it. Raises UserError."""
+    """Write the report. If matplotlib is not installed, print which extra installs it instead. Raises UserError."""
     try:
         write_report(path)
     except MissingExtra as error:
@@ -122,7 +128,7 @@ def _make_figure(width: float, height: float) -> Figure:
 def loss_figure(runs: Sequence[RunMetrics], baseline: Mapping[str, float]) -> Figure:
     """Plot each loss (all tokens, text, image) in its own panel.
 
-    A panel shows the training loss raw and smoothed, held-out losses as points and the bigram baseline as a line.
+    A panel shows the training loss (raw and smoothed), the held-out losses as points and the bigram baseline as a line.
     """
     parts = [part for part in ("", *MODALITIES) if any(run.series(_key("loss", part))[0].size for run in runs)]
     figure = _make_figure(1.2 + 4.4 * len(parts), 4.6)
@@ -145,9 +151,9 @@ def loss_figure(runs: Sequence[RunMetrics], baseline: Mapping[str, float]) -> Fi
 
 
 def routing_figure(run: RunMetrics) -> Figure:
-    """Plot expert utilization as a heat map (experts of each layer over time), unrouted tokens and rank imbalance.
+    """Plot a heat map of each layer's expert utilization over time, and curves of unrouted tokens and rank imbalance.
 
-    If every expert always has its fair share (expert choice), the title says so and the heat map is left out.
+    If every expert always has its fair share (expert choice), leave out the heat map and say so in the title.
     """
     loads = {key.split("/")[1]: run.series(key) for key in run.keys if key.endswith("/utilization")}
     even = all(np.nanmax(np.abs(load - 1), initial=0) < 0.01 for _, load in loads.values())
@@ -171,7 +177,8 @@ def routing_figure(run: RunMetrics) -> Figure:
 def domain_figure(run: RunMetrics) -> Figure:
     """Plot one heat map per layer, with domains as rows and experts as columns.
 
-    Each cell is the share of the domain's assignments that the expert receives, over the last tenth of the run.
+    A cell shows the fraction of the domain's assignments that go to the expert, averaged over the last tenth of the
+    run.
     """
     keys = [key for key in run.keys if "/domain_share/" in key]
     layers = sorted({int(key.split("/", 3)[1]) for key in keys})
@@ -284,12 +291,15 @@ def _key(name: str, part: str) -> str:
 
 
 def _mean(rows: np.ndarray) -> np.ndarray:
-    """Return the mean over rows, ignoring nan entries. A column that is all nan gives nan."""
+    """Return the mean of each column, ignoring nan entries. The mean of a column with only nan entries is nan."""
     known = ~np.isnan(rows)
     return np.where(known, rows, 0).sum(0) / np.where(known.any(0), known.sum(0), np.nan)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Return a moving average over about 4 % of the run (less at its ends). It is centred, so it does not lag."""
+    """Return a centred moving average, which does not lag.
+
+    The window is about 4 % of the run, and less at the run's ends.
+    """
     window = np.hanning(max(1, len(values) // 25) + 2)[1:-1]
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")

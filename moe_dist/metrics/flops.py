@@ -1,9 +1,10 @@
 """FLOPs of training, computed from the matrix products that each module of a model reports (core/costs.py).
 
 A multiply-add is 2 FLOPs. A product counts once for the forward pass, once more for the gradient of its weights if they
-are trained, and once more for the gradient of its input if anything before it is trained. A model that is trained as a
-whole therefore counts three times its forward pass, frozen weights with LoRA count twice, and products before the first
-trained weight once. The input of an auxiliary router is detached, so its products are a separate chain.
+are trained, and once more for the gradient of its input if an earlier product has trained weights. Therefore the FLOPs
+of a model that is trained as a whole are three times those of the forward pass. Products with frozen weights and LoRA
+count twice, and products before the first trained weight count once. An auxiliary router detaches its input, so the
+router's products are a separate chain.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from moe_dist.core.costs import Costed, Product, Work
 
 
 def model_flops(model: Costed, work: Work) -> int:
-    """Return the forward and backward FLOPs of one micro-batch, given which parameters are trained (requires_grad)."""
+    """Return the FLOPs of one micro-batch, forward and backward. The gradients of frozen parameters are not counted."""
     return _flops(model, work, _is_trained)
 
 
@@ -27,12 +28,15 @@ def flops_saved(
     top_k: int,
     admitted: Mapping[int, Sequence[int]] | None = None,
 ) -> float:
-    """Return AdaMoE's "FLOPs saved" (arXiv 2406.13233): the fraction of FLOPs saved by `experts` experts per token and
-    layer on average, compared with `top_k`.
+    """Return AdaMoE's "FLOPs saved" (arXiv 2406.13233): 1 - (FLOPs of this model) / (FLOPs with top_k experts).
 
-    Both sides leave out the routers. A stage that freezes parameters changes neither side.
+    In this model, a token reaches `experts` experts per layer on average. In the model that it is compared with, every
+    token reaches `top_k` experts in every layer.
+
+    Neither number of FLOPs includes the routers. Both count all parameters as trained that any stage can train, so a
+    stage that freezes parameters does not change the result.
     tokens: the number of routed tokens, without padding.
-    experts: a mean over all of `tokens`, including those that skip a layer.
+    experts: the mean over all `tokens`, including those that skip a layer with mixture-of-depths.
     admitted: as in Work.
     """
     admitted = admitted or {}
@@ -49,7 +53,7 @@ def _flops(model: Costed, work: Work, trained: Callable[[Product], bool]) -> int
 
 
 def _with_backward(chain: Iterable[Product], trained: Callable[[Product], bool]) -> int:
-    """Return the multiply-adds of a chain of products, for the forward pass and the gradients that training needs."""
+    """Return the multiply-adds of a chain of products: those of the forward pass and of all gradients needed."""
     total, before = 0, False  # before: an earlier product of the chain is trained
     for product in chain:
         own = before if product.weights is None else trained(product)

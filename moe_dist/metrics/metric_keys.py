@@ -1,8 +1,8 @@
-"""The table of all metric keys, used by metrics.jsonl, TensorBoard and W&B.
+"""The table of all metric keys. metrics.jsonl, TensorBoard and W&B all use these keys.
 
-{layer} stands for a layer's number, {modality} for text or image, {domain} for a domain named by the instructions. All
-losses are in nats per predicted token. The moe/ keys and model_flops count all micro-batches of the step, on all
-ranks.
+{layer} stands for a layer's number, {modality} for text or image, {domain} for the name of a domain of the
+instructions. All losses are in nats per predicted token. The moe/ keys and model_flops cover all micro-batches of the
+step on all ranks.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The progress display of rank 0: step, losses, tokens per second, time left. A log file gets a plain line at intervals
-instead of the live display.
+"""The progress display of rank 0: step, losses, tokens per second, time left.
+
+If the output is a log file instead of a terminal, a plain line is printed at intervals instead of the live display.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ WINDOW = 50  # number of updates over which the speed is averaged
 
 
 class Progress:
-    """Context manager around a training loop that shows its progress. It is silent unless `is_main`.
+    """Context manager around a training loop. It shows the loop's progress if `is_main`, otherwise nothing.
 
-    The loop starts after `step` of `total` steps. causal: `Transformer.causal_routing`; False labels the losses
-    "non-causal".
+    The loop starts after `step` of `total` steps. causal: `Transformer.causal_routing`. If it is False, the losses are
+    labelled "non-causal".
     """
 
     def __init__(
@@ -56,7 +57,10 @@ class Progress:
             self.live.stop()
 
     def update(self, step: int, metrics: Metrics) -> None:
-        """Show the newest metrics. A log file always gets those of the last step and those with a held-out loss."""
+        """Show the metrics of a step. In a log file, skip them if the last line is only seconds old.
+
+        Metrics of the last step and metrics with a held-out loss are never skipped.
+        """
         if not self.is_main:
             return
         now = self.clock()

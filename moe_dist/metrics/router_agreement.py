@@ -19,9 +19,10 @@ Ratio = tuple[str, Tensor, Tensor]  # name, numerator, denominator: counts of th
 def decision_counts(
     records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], info: TokenInfo
 ) -> dict[str, Tensor]:
-    """Count numerator and denominator (int64 [2]) of each key admitted, auxiliary_* and depth_* of metric_keys.py.
+    """Count, for one micro-batch of this rank, the metrics admitted, auxiliary_* and depth_* of metric_keys.py.
 
-    Counts of one micro-batch of this rank; those of several micro-batches and ranks add up.
+    Returns a dict from metric key to [numerator, denominator], int64 [2]. The counts of several micro-batches and ranks
+    can be added.
     """
     counts: dict[str, Tensor] = {}
     for name, numerator, denominator in _ratios(records, depths, info):
@@ -31,7 +32,7 @@ def decision_counts(
 
 
 def decision_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
-    """Divide summed decision_counts. A ratio whose denominator is 0 has no key."""
+    """Return the ratios of summed decision_counts. If the denominator of a ratio is 0, its key is left out."""
     pairs = {name: total.tolist() for name, total in totals.items()}
     return {name: numerator / of for name, (numerator, of) in pairs.items() if of}
 
@@ -50,15 +51,15 @@ def _ratios(records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], inf
 
 
 def _members(part: Routing, info: TokenInfo) -> dict[str, Tensor]:
-    """Return a mask, bool [V], of the tokens of each modality."""
+    """Return, for each modality, a mask (bool [V]) of the modality's tokens."""
     modality_V = info.modality_T.index_select(0, part.token_V)
     return {name: modality_V == index for index, name in enumerate(MODALITIES)}
 
 
 def _agreement(part: Routing, member_V: Tensor, prefix: str, suffix: str = "") -> Iterator[Ratio]:
-    """Yield accuracy, precision and recall of the auxiliary router on these tokens.
+    """Yield the auxiliary router's accuracy, precision and recall on the tokens where member_V is true.
 
-    Each pair of token and column is one decision.
+    Each pair of a token and a router column is one decision, and the main router's decision counts as correct.
     """
     if part.auxiliary_VC is None:
         return

@@ -1,12 +1,14 @@
-"""Routing metrics: how evenly experts and ranks are used, how many experts process a token of each modality, and which
-experts receive the tokens of each domain.
+"""Routing metrics: how evenly experts and ranks are used, and which tokens they process.
+
+They include the number of experts per token of each modality, and the experts that receive the tokens of each domain.
 
 Shape suffixes: L MoE layers, G expert-parallel groups (edp of them), R ranks of one group, E experts, M modalities,
 D domains, T tokens of a micro-batch.
 
-Utilization of an expert = its assignments / fair share; fair share = the assignments that all experts of its group
-(`Router.expert_groups`: the experts of one modality, or all experts) received, divided by the number of experts in the
-group. 1 is even, 0 is unused. Under expert choice it is 1 by construction, so look at unrouted_fraction instead.
+An expert's utilization is its number of assignments divided by its fair share. The fair share is the mean number of
+assignments of the experts in the same group (`Router.expert_groups`: the experts of one modality, or all experts). A
+utilization of 1 is even, 0 is unused. Under expert choice, every utilization is 1 by construction, so unrouted_fraction
+is the metric to watch.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from moe_dist.parallel.layout import Layout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingCounts:
-    """Counts of one rank, on its device. Counts of several micro-batches can be added."""
+    """Routing counts of one rank, on the rank's device. The counts of several micro-batches can be added."""
 
     layers: tuple[int, ...]
     load_LGE: Tensor  # int64 assignments; a rank fills the row of its own expert-parallel group
@@ -63,9 +65,10 @@ def routing_counts(
     domain_T: Tensor | None = None,
     num_domains: int = 0,
 ) -> RoutingCounts:
-    """Count the assignments of one micro-batch of this rank, without communication or device synchronisation.
+    """Count the assignments in one micro-batch of this rank. Neither communicates nor synchronises with the device.
 
-    domain_T: int64 index of each token's domain, -1 for no domain (Batch.sidecar). None if the data have no domains.
+    domain_T: int64 index of each token's domain, from Batch.sidecar. -1: the token has no domain. None: the data have
+    no domains.
     """
     device = records[0].plan.counts_E.device
     hits_LT = torch.stack([record.experts_of_T(info.num_tokens) for record in records])
@@ -92,7 +95,7 @@ def _dropped(records: Sequence[RoutingRecord], load_LE: Tensor) -> Tensor:
 
 
 def _by_domain(record: RoutingRecord, domain_T: Tensor | None, num_domains: int) -> Tensor:
-    """Count the assignments per domain and expert, [D, E]. Tokens without a domain are not counted."""
+    """Return the number of assignments per domain and expert, [D, E]. Tokens without a domain are not counted."""
     if domain_T is None:
         return record.plan.counts_E.new_zeros(0, record.plan.counts_E.numel())
     row_T = torch.where(domain_T < 0, num_domains, domain_T)
@@ -110,12 +113,13 @@ def routing_metrics(
     local_experts: Sequence[Sequence[int]],
     domains: Sequence[str] = (),
 ) -> dict[str, float | list[float]]:
-    """Compute the moe/ keys of metric_keys.py from counts that are summed over all ranks, on the host.
+    """Compute the metrics moe/* of metric_keys.py on the host, from counts that are summed over all ranks.
 
-    A modality without valid tokens has no keys, and neither has a
-    domain without assignments. A ratio whose denominator is 0 is nan.
-    local_experts: the experts, or slices of experts, on each expert-parallel rank (Placement.local_experts).
-    domains: names by index.
+    Keys of a modality without valid tokens and of a domain without assignments are left out. Any other ratio whose
+    denominator is 0 is nan.
+    local_experts: the ids of the experts, or of the slices of experts, on each expert-parallel rank
+    (Placement.local_experts).
+    domains: the names of the domains, in the order of the counts' domain index.
     """
     load_LE = total.load_LGE.sum(1).double()
     fair_LE = torch.zeros_like(load_LE)
@@ -142,7 +146,11 @@ def routing_metrics(
 
 
 def _rank_imbalance(load_LGE: Tensor, local_experts: Sequence[Sequence[int]]) -> float:
-    """Return the largest ratio of a rank's rows to its group's mean. Each slice of an expert gets all of its rows."""
+    """Return the largest ratio of a rank's rows to the mean over the ranks of its expert-parallel group.
+
+    The maximum is over layers, groups and ranks. If experts are split into slices, each slice processes all rows of its
+    expert.
+    """
     held = [[number % load_LGE.shape[-1] for number in numbers] for numbers in local_experts]
     rows_LGR = torch.stack([load_LGE[..., experts].sum(-1) for experts in held], dim=-1).double()
     ratio_LG = rows_LGR.amax(-1) / rows_LGR.mean(-1)

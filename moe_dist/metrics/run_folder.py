@@ -1,8 +1,8 @@
-"""The folder of a run: config.yaml, init_from.json, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/;
-health.json and stacks/ from the checks of the ranks; job.json and logs/ from a scheduler (docs/slurm.md).
+"""The folder of a run: config.yaml, init_from.json, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/.
 
-Only rank 0 writes. Rewritten files are replaced atomically, so a reader never sees half a file. When a run resumes, the
-lines of metrics.jsonl after its step are removed.
+The health checks add health.json and stacks/. A job under a scheduler adds job.json and logs/ (docs/slurm.md). Only
+rank 0 writes to the folder. A file that is rewritten is replaced atomically, so a reader never sees half a file. When a
+run resumes, the lines of metrics.jsonl after the step at which it resumes are removed.
 
 status.json is the authority on how a run ended, since launchers may exit with 0 after a signal or a failure:
     state     running | done | stopped (there is more to train) | failed
@@ -10,8 +10,9 @@ status.json is the authority on how a run ended, since launchers may exit with 0
     reason    why it stopped (a signal's name, or the recipe's train.stop_after) or failed; else null
     restart   for schedulers: whether starting the run again without changes can help
     updated   time of writing, UTC
-If a run is killed, `state` stays running and `restart` stays true. If the launcher has returned, `running` thus means
-that the run was killed. Otherwise look at `updated`, which a training run renews with its logged steps (`beat`).
+If a run is killed, `state` stays running and `restart` stays true. So if the launcher has returned and `state` is
+running, the run was killed. If it is not known whether the launcher has returned, look at `updated`, which a run renews
+while it trains (`beat`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ RunState = Literal["running", "done", "stopped", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Paths and writers of a run's files. Every rank may hold one, but only rank 0 writes."""
+    """The paths of a run's files, and methods that write the files. Any rank may have one, but only rank 0 writes."""
 
     path: Path
 
@@ -74,10 +75,11 @@ class RunFolder:
         return self.path / "stacks"
 
     def open(self, config: Config, *, step: int = 0) -> None:
-        """Prepare the folder for a run that starts after `step` steps. Raises UserError if it cannot be written.
+        """Prepare the folder for a run that starts after `step` steps.
 
-        Lines of metrics.jsonl after `step` are removed, so that a resumed curve has no step twice. A fresh start
-        (step 0) renames the previous run's file to metrics.previous.jsonl.
+        Raises UserError if the folder cannot be written. If the run resumes, remove the lines of metrics.jsonl after
+        `step`, because the run writes these steps again. If it starts fresh (step 0), rename the previous run's
+        metrics.jsonl to metrics.previous.jsonl.
         """
         with self._writing():
             for folder in (self.checkpoints, self.tensorboard, self.samples):
@@ -92,28 +94,28 @@ class RunFolder:
         self.write_status("running", step, restart=True)
 
     def write_health(self, health: dict[str, Any]) -> None:
-        """Write the result of the checks before training to health.json. Raises UserError."""
+        """Write health.json, the result of the checks before training. Raises UserError."""
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             write_file(self.path / "health.json", json_text(health))
 
     def write_initial(self, account: dict[str, Any]) -> None:
-        """Write init_from.json, the account of what the run started from. Raises UserError."""
+        """Write init_from.json: which tensors were loaded from an earlier stage's checkpoint. Raises UserError."""
         with self._writing():
             write_file(self.initial, json_text(account))
 
     def evaluation_config(self, overrides: Sequence[str]) -> Config:
-        """Return the run's recipe, changed so that one process can open its newest checkpoint. Raises UserError.
+        """Return the run's recipe, changed so that one process can evaluate the run's newest checkpoint.
 
-        `run.dir` becomes this folder, which may have been moved, and training-only data are left out. `overrides` come
-        last.
+        Raises UserError. `run.dir` becomes this folder, which may have been moved since training. data.neighbours is
+        removed, because only training needs it. `overrides` are applied last.
         """
         own = json.dumps(str(self.path))  # quoted: a name such as 2026 is a text, too
         fixed = ["parallel.expert=1", "run.resume=auto", f"run.dir={own}", "data.neighbours=null"]
         return load_stored_config(self.config, [*fixed, *overrides])
 
     def write_status(self, state: RunState, step: int, reason: str | None = None, *, restart: bool) -> None:
-        """Write status.json (fields: top of this file). Raises UserError."""
+        """Write status.json. The top of this file describes its fields. Raises UserError."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         status = {"state": state, "step": step, "reason": reason, "restart": restart, "updated": now}
         with self._writing():
@@ -121,15 +123,17 @@ class RunFolder:
             write_file(self.status, json.dumps(status) + "\n")
 
     def beat(self, step: int) -> None:
-        """Renew status.json if it is older than BEAT_SECONDS, to show that the run is alive. Raises UserError."""
+        """Rewrite status.json if it is older than BEAT_SECONDS, to show that the run is alive. Raises UserError."""
         with self._writing():
             if time.time() - self.status.stat().st_mtime >= BEAT_SECONDS:
                 self.write_status("running", step, restart=True)
 
     def write_end(self, step: int, steps: int, signal: str | None) -> str:
-        """Write that the run is done or was stopped, and return the line to print. Raises UserError.
+        """Write to status.json that the run is done or was stopped. Return the line to print about it.
 
-        signal: name of the signal that stopped the run. If it is None, the recipe's train.stop_after did.
+        Raises UserError.
+        signal: name of the signal that stopped the run. If it is None and the run is not done, the recipe's
+        train.stop_after stopped it.
         """
         done = step >= steps
         reason = None if done else signal or "train.stop_after"
@@ -137,11 +141,14 @@ class RunFolder:
         return f"{'done' if done else f'stopped ({reason})'} after {step} of {steps} steps: {self.path}"
 
     def write_failure(self, error: BaseException, step: int | None) -> None:
-        """Write which error ended the run. step: the steps done, or None for an error during set-up, before `open`.
+        """Write to status.json which error ended the run.
 
-        After a UserError, a person must act first. After any other error (a lost rank, a bug, a signal during set-up),
-        starting again can help. Set-up changes nothing of an earlier run in the folder, so that run's step is kept, and
-        if it was done it stays done. If status.json cannot be written, do nothing: the disk may be the cause.
+        step: the steps done, or None if the error came during set-up, before `open`.
+
+        `restart` becomes false after a UserError, because a person must act first. It becomes true after any other
+        error (a lost rank, a bug, a signal during set-up), because starting again can help. Set-up changes nothing of
+        an earlier run in the folder, so after an error during set-up, the earlier run's step is kept, and a run that
+        was done stays done. If status.json cannot be written, do nothing: the disk may be the cause of the error.
         """
         before: dict[str, Any] = {}
         if step is None:
@@ -174,7 +181,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _step(line: str) -> float:
-    """Return the step of a metrics line, or infinity for a line cut off by a crash, so that it is removed."""
+    """Return the step of a metrics line. A line cut off by a crash counts as step infinity, so `open` removes it."""
     try:
         return json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):

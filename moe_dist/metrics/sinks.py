@@ -1,8 +1,8 @@
-"""Metric sinks: metrics.jsonl always, TensorBoard and W&B if the recipe asks for them. metrics/metric_keys.py has the
-keys.
+"""Metric sinks, which write metrics: always metrics.jsonl, and TensorBoard and W&B if the recipe asks for them.
 
-metrics.jsonl is the record of a run, so the run ends if it cannot be written. Non-finite numbers become null in it.
-TensorBoard and W&B are conveniences: if one fails, a warning is printed and the sink is removed.
+metrics/metric_keys.py has the keys. metrics.jsonl is the record of a run, so the run ends if this file cannot be
+written. Non-finite numbers become null in it. TensorBoard and W&B are conveniences: if one of them fails, a warning is
+printed and no more metrics are sent to it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ class Sink(Protocol):
 
 
 class JSONLines:
-    """The metrics.jsonl file: one JSON object per line, flushed after each line. Non-finite values become null."""
+    """Sink that appends to metrics.jsonl: one JSON object per line, flushed after each line.
+
+    Non-finite values become null.
+    """
 
     def __init__(self, folder: RunFolder, *, causal: bool):
         self.path, self.causal = folder.metrics, causal
@@ -50,7 +53,10 @@ class JSONLines:
 
 
 class TensorBoard:
-    """TensorBoard event files. Those of a non-causal run go to a folder `non-causal`, which TensorBoard shows."""
+    """Sink that writes TensorBoard event files.
+
+    For a non-causal run, the folder is `non-causal`, which TensorBoard shows.
+    """
 
     def __init__(self, folder: RunFolder, *, causal: bool, step: int):
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
@@ -68,7 +74,10 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases. Its run id is stored in RUN/wandb_id, so that a resumed run continues the same W&B run."""
+    """Sink for Weights & Biases.
+
+    RUN/wandb_id stores the id of the W&B run, so a resumed run continues the same W&B run.
+    """
 
     def __init__(self, folder: RunFolder, config: Config, *, causal: bool, step: int):
         import wandb
@@ -94,10 +103,10 @@ class WandB:
 
 
 class Sinks:
-    """All sinks that `config.telemetry` asks for on the main rank; no sinks on other ranks.
+    """All sinks of a run. On rank 0 they are metrics.jsonl and what `config.telemetry` asks for; other ranks have none.
 
-    step: the steps done when the run starts. causal: `Transformer.causal_routing`. Raises UserError on every rank if a
-    configured package is missing. Open the run folder first.
+    The run folder must be open already (RunFolder.open). step: number of steps done when the run starts. causal:
+    `Transformer.causal_routing`. Raises UserError on every rank if a package that the recipe asks for is not installed.
     """
 
     def __init__(self, folder: RunFolder, config: Config, *, is_main: bool, causal: bool, step: int = 0):
@@ -113,7 +122,7 @@ class Sinks:
             self._add("W&B", lambda: WandB(folder, config, causal=causal, step=step))
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Write metrics to every sink. `step` and `causal` are added; other keys are in metrics/metric_keys.py."""
+        """Write the metrics of a step, whose keys are in metrics/metric_keys.py, to every sink."""
         for sink in list(self.sinks):
             self._call(sink, lambda sink=sink: sink.log(step, metrics))
 
@@ -148,7 +157,7 @@ def _finite(value: Any) -> Any:
 
 
 def _scalars(metrics: Metrics) -> dict[str, float]:
-    """Split each list into one scalar per entry, such as moe/0/utilization/3."""
+    """Replace each list by one scalar per entry, whose key ends with the index, such as moe/0/utilization/3."""
     flat: dict[str, float] = {}
     for key, value in metrics.items():
         if isinstance(value, list | tuple):

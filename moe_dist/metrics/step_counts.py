@@ -1,4 +1,4 @@
-"""Routing and work of a step's micro-batches: counted on the device, summed over micro-batches, read once.
+"""Counts of a step's routing and work. They stay on the device and are summed over micro-batches, then read once.
 
 Shape suffixes: L expert layers, V tokens that a router saw, C columns of a router.
 """
@@ -23,7 +23,7 @@ from moe_dist.parallel.layout import Layout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTotals:
-    """Counts over all micro-batches and ranks, on the host."""
+    """The counts of a step, summed over all micro-batches and ranks, on the host."""
 
     routing: RoutingCounts | None
     decisions: dict[str, Tensor]  # as in StepCounts
@@ -32,7 +32,7 @@ class StepTotals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCounts:
-    """Counts of one rank. Those of several micro-batches add up."""
+    """The counts of one rank. The counts of several micro-batches can be added."""
 
     tokens: int  # without padding
     document_lengths: tuple[int, ...]
@@ -44,9 +44,10 @@ class StepCounts:
 
     @classmethod
     def of(cls, batch: Batch, output: ModelOutput, layout: Layout, num_domains: int = 0) -> StepCounts:
-        """Count one micro-batch, which lies on the device. Neither communicates nor synchronises.
+        """Count one micro-batch, whose tensors are on the device.
 
-        num_domains: number of domains that the data name.
+        Neither communicates nor synchronises with the device.
+        num_domains: number of domains in the data; 0 if the data have no domains.
         """
         domain_T = batch.sidecar.get("domain_T") if num_domains else None
         routing = None
@@ -74,7 +75,10 @@ class StepCounts:
         )
 
     def flops(self, model: Costed) -> int:
-        """FLOPs of the forward and backward passes of this rank's tokens (metrics/flops.py). Reads the device once."""
+        """Return the FLOPs of the forward and backward passes of this rank's tokens (metrics/flops.py).
+
+        Synchronises with the device once.
+        """
         work = Work(
             document_lengths=self.document_lengths,
             rows=None if self.routing is None else self.routing.load_LGE.sum((1, 2)).tolist(),
@@ -85,7 +89,7 @@ class StepCounts:
         return model_flops(model, work)
 
     def flops_saved(self, model: Costed, *, experts: float, top_k: int) -> float:
-        """Fraction of this rank's FLOPs saved (metrics/flops.py) where a token reaches `experts` experts on average."""
+        """Return the fraction of FLOPs that this rank saves (metrics/flops.py), given the mean experts per token."""
         return flops_saved(
             model,
             document_lengths=self.document_lengths,
@@ -96,8 +100,10 @@ class StepCounts:
         )
 
     def over_ranks(self, flops: int, layout: Layout) -> StepTotals:
-        """Sum over the data-parallel ranks. flops: those of this rank. Collective: one all-reduce, one copy to the
-        host."""
+        """Return the sums over the data-parallel ranks. flops: the FLOPs of this rank.
+
+        Collective: one all-reduce, then one copy from device to host.
+        """
         routing = [] if self.routing is None else self.routing.tensors()
         own = torch.full((), flops, dtype=torch.float64, device=layout.device)
         totals = sum_over_ranks([own, *routing, *self.decisions.values()], layout.dp_group)

@@ -17,15 +17,16 @@ PATIENCE = timedelta(days=2)
 
 @contextmanager
 def raise_on_all_ranks(*, patient: bool = False, group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Run a rank-local step of the set-up. If it fails on any rank, raise that rank's UserError on every rank.
+    """Context manager for a rank-local step of the set-up.
 
-    Any other exception is a bug in moe_dist. It keeps its type on the rank that raised it; the others raise PeerError.
+    If the step raises UserError on any rank, raise it on every rank. An exception of any other type is a bug in
+    moe_dist. The rank with the bug raises that exception again, with the traceback; the other ranks raise PeerError.
 
-    Collective when the block ends: every rank must reach the end, and the body must not communicate.
+    The end of the block is collective: every rank must reach it, and the body must not communicate.
     patient: ranks that finish early wait up to PATIENCE for the others, instead of the usual timeout of a few minutes.
-    The beginning of the block is then collective, too.
-    group: a group of all ranks to use instead of the default group, for a thread that runs beside the main thread's
-    collectives.
+    If it is set, the beginning of the block is collective, too.
+    group: a group of all ranks to use instead of the default group. A background thread needs it, because the main
+    thread uses the default group at the same time.
     """
     alone = not dist.is_initialized() or dist.get_world_size() == 1
     own = dist.new_group(backend="gloo", timeout=PATIENCE) if patient and not alone else None
@@ -54,7 +55,10 @@ def raise_on_all_ranks(*, patient: bool = False, group: dist.ProcessGroup | None
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Gather a picklable value from every rank, ordered by rank. Collective over `group` or the default group."""
+    """Gather a picklable value from every rank. Return the values in the order of the ranks.
+
+    Collective over `group`, which must contain all ranks, or over the default group.
+    """
     if not dist.is_initialized():
         return [value]
     gathered = [None] * dist.get_world_size()

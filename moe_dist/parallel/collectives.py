@@ -1,4 +1,4 @@
-"""Rows exchanged between ranks, with their gradients; and sums over ranks.
+"""Differentiable exchange of rows between ranks, and sums over ranks.
 
 Shape suffixes: S rows sent, R rows received. Both may have further dimensions.
 """
@@ -17,8 +17,8 @@ def all_to_all_rows(
 ) -> Tensor:
     """Send the first send_splits[0] rows of x_S to rank 0 of the group, the next send_splits[1] to rank 1, and so on.
 
-    Return the received rows, ordered by sender. Collective, also for ranks that send and receive nothing. The backward
-    pass sends each row's gradient back to the rank that the row came from.
+    Return the received rows, ordered by sender. The backward pass sends each row's gradient back to the rank that sent
+    the row. Collective: ranks that send and receive nothing must call it, too.
     """
     return _AllToAllRows.apply(x_S, list(send_splits), list(recv_splits), group)
 
@@ -41,10 +41,11 @@ def _exchange(x_S, send_splits, recv_splits, group):
 
 
 def sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Sum tensors over a group (None: this rank alone), and return them on the host in their own dtypes.
+    """Sum tensors over the ranks of a group (None: this rank alone).
 
-    Collective: one all-reduce and one device-to-host copy for all. They travel as float64, exact for integers up to
-    2^53.
+    Return the sums on the host in the tensors' dtypes.
+    Collective: all tensors share one all-reduce and one device-to-host copy. The sums are computed in float64, which is
+    exact for integers up to 2^53.
     """
     flat = torch.cat([tensor.detach().flatten().double() for tensor in tensors])
     if group is not None:

@@ -1,5 +1,6 @@
-"""Discovery of rank and world size under the DeepSpeed launcher, torchrun, srun and mpiexec, or in a single process;
-and the end of a rank: its exit status, and who prints the error or the traceback.
+"""Discovery of rank and world size under the DeepSpeed launcher, torchrun, srun and mpiexec, or in a single process.
+
+Also the end of a rank: its exit status, and which rank prints the error or the traceback.
 
 Sources in order of precedence: RANK and WORLD_SIZE in the environment (DeepSpeed's launcher, torchrun); Slurm's own
 variables (srun); mpi4py, if an MPI launcher's variables are set (mpiexec, mpirun); otherwise a single process.
@@ -28,7 +29,7 @@ _MPI_VARIABLES = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A process's rank, the world size, and the address at which all processes connect."""
+    """Where this process is in the run: its rank, the world size, and the address at which all processes connect."""
 
     rank: int
     world: int
@@ -38,7 +39,7 @@ class Place:
     launcher: str  # environment, slurm, mpi or single
 
     def export(self) -> None:
-        """Set the variables that torch.distributed and DeepSpeed read."""
+        """Set the environment variables that torch.distributed and DeepSpeed read."""
         os.environ.update(
             RANK=str(self.rank),
             WORLD_SIZE=str(self.world),
@@ -49,7 +50,7 @@ class Place:
 
 
 def discover(environment: Mapping[str, str] = os.environ) -> Place:
-    """Find this process's rank and world size. Collective under MPI. Raises UserError if variables are missing."""
+    """Find this process's rank and the world size. Raises UserError if variables are missing. Collective under MPI."""
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _from_environment(environment)
     if _started_by_srun(environment):
@@ -67,9 +68,9 @@ def discover(environment: Mapping[str, str] = os.environ) -> Place:
 
 
 def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether this process is rank 0 according to the launcher's variables. Rank 0 prints for all ranks.
+    """Return whether this process is rank 0, which prints for all ranks, according to the launcher's variables.
 
-    If the rank variable is not a number, treat this process as rank 0 so that its error is printed.
+    If the rank variable is not a number, return True, so that this process prints the error about it.
     """
     names = ("RANK", *(rank for rank, _ in _MPI_VARIABLES), "SLURM_PROCID")
     rank = next((environment[name] for name in names if name in environment), "0")
@@ -85,10 +86,10 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
     """Run a command line's `main` on this rank, then exit the process.
 
     The exit status is 0 after success, 2 after a UserError (printed by rank 0) and 1 after a bug in moe_dist.
-    docs/resuming.md, "Stopping and starting again", lists them with the contents of RUN/status.json.
+    docs/resuming.md, "Stopping and starting again", lists the exit statuses with the contents of RUN/status.json.
 
-    After an error, other ranks may still wait in a collective, and Python's clean-up would wait with them. Skip it, so
-    that the launcher sees this exit at once and ends the other ranks.
+    After an error, other ranks may still wait in a collective, and Python's clean-up would wait with them. So the
+    clean-up is skipped: the launcher sees this exit at once and ends the other ranks.
     """
     gc.freeze()  # imported objects stay: do not scan them during the run and, for two seconds, at exit
     code = 0
@@ -113,7 +114,7 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
 
 
 def free_port() -> int:
-    """Return a TCP port that is free on this machine now."""
+    """Return a TCP port that is free on this machine at the moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]
@@ -151,9 +152,10 @@ def _integer(environment: Mapping[str, str], name: str, default: int = 0) -> int
 
 
 def _started_by_srun(environment: Mapping[str, str]) -> bool:
-    """Return whether Slurm's variables describe this process.
+    """Return whether Slurm's variables describe this process, because srun started it.
 
-    Under mpiexec they may be inherited from the surrounding job step. They then differ from MPI's, which are used.
+    A process that mpiexec started may have inherited the variables of the surrounding job step. These differ from MPI's
+    variables. MPI's variables are then the ones to use, so return False.
     """
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NUM_TASKS" not in environment:
         return False
@@ -206,5 +208,8 @@ def _from_mpi(environment: Mapping[str, str]) -> Place:
 
 
 def host_name() -> str:
-    """Return Slurm's name for this node, which an operator needs to drain it, or else the host name."""
+    """Return Slurm's name for this node, which an operator needs to drain the node.
+
+    Without Slurm, return the host name.
+    """
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

@@ -1,8 +1,8 @@
-"""Garbage collection at the same step on every rank.
+"""Garbage collection at the same steps on every rank.
 
-Python collects automatically once enough objects have been allocated, which happens at a different moment on each rank.
-All other ranks then wait for the collecting rank in the next collective. In a large job some rank is nearly always
-collecting. torchtitan aligns the collections, too.
+Python collects garbage automatically once enough objects have been allocated. This happens at a different moment on
+each rank, and all other ranks then wait for the collecting rank in the next collective. In a large job, some rank would
+be collecting nearly all the time. torchtitan aligns the collections, too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ FULL = 1000  # steps between two collections of all generations: cycles can outl
 
 
 class AlignedCollection:
-    """Context manager around a training loop that turns off automatic collection. Call `after` after every step."""
+    """Context manager around a training loop.
+
+    It turns automatic collection off; the loop calls `after` after every step.
+    """
 
     def __enter__(self) -> AlignedCollection:
         self._automatic = gc.isenabled()
@@ -23,7 +26,7 @@ class AlignedCollection:
         return self
 
     def after(self, step: int) -> None:
-        """Collect garbage if it is due after this step, which all ranks have finished. step: its number in the run."""
+        """Collect garbage if it is due after this step. step: number of the step in the run, equal on all ranks."""
         if step % FULL == 0:
             gc.collect()
         elif step % EVERY == 0:

@@ -1,4 +1,4 @@
-"""A check that every rank has its own GPU. It reports shared GPUs in one sentence, before NCCL fails on them."""
+"""A check that every rank has its own GPU. It reports shared GPUs clearly, before NCCL would fail on them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from moe_dist.parallel.discovery import Place, host_name
 def check_gpus(place: Place, device: torch.device) -> dist.Store | None:
     """Raise UserError on every rank if two ranks share a GPU. Collective: every rank calls it after Place.export.
 
-    Ranks may share a GPU on purpose if each sets its own NCCL_HOSTID, by which NCCL distinguishes hosts.
+    Ranks may share a GPU on purpose if each of them sets a different NCCL_HOSTID, since NCCL distinguishes hosts by it.
 
-    NCCL connects the ranks when torch.distributed is initialised, so this check must come before that. It communicates
-    through the store at the same address and port. Keep the returned store until torch.distributed is initialised,
-    which reuses it. Returns None if there is no GPU or only one rank.
+    NCCL connects the ranks when torch.distributed is initialised, so this check must come before that. The check
+    communicates through a store at the address and port that torch.distributed will use. Keep the returned store until
+    torch.distributed is initialised, because torch.distributed reuses it. Returns None if there is no GPU or only one
+    rank.
     """
     gpu = gpu_of(device)
     if gpu is None or place.world == 1:
@@ -39,9 +40,10 @@ def check_gpus(place: Place, device: torch.device) -> dist.Store | None:
 
 
 def shared_gpu(seats: list[tuple[str, str, str]]) -> str | None:
-    """Return an error sentence if two ranks share a GPU, otherwise None. seats: (host, GPU, NCCL_HOSTID) of each rank.
+    """Return an error sentence if two ranks share a GPU, otherwise None. seats: each rank's (host, GPU, NCCL_HOSTID).
 
-    NCCL considers two ranks to be on one host if their NCCL_HOSTIDs are equal. If it is not set, the host name is used.
+    NCCL considers two ranks to be on the same host if their NCCL_HOSTIDs are equal. For a rank that has not set
+    NCCL_HOSTID, NCCL uses the host name.
     """
     taken = Counter((gpu, hostid or host) for host, gpu, hostid in seats)
     host = next((host for host, gpu, hostid in seats if taken[gpu, hostid or host] > 1), None)

@@ -1,7 +1,8 @@
 """The parallel layout: process groups for data, expert and expert-data parallelism.
 
-world: all ranks. dp: ranks that read their own data, which today is every rank. ep ranks together hold all experts.
-edp = dp / ep ranks hold the same experts. EP groups are consecutive ranks (0..ep-1, ep..2ep-1, ...), as in Megatron.
+world is the number of ranks. dp is the number of ranks that read their own data; today this is every rank. Each group
+of ep ranks together holds all experts. edp = dp / ep ranks hold the same experts. EP groups are consecutive ranks
+(0..ep-1, ep..2ep-1, ...), as in Megatron.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from moe_dist.parallel.agreement import raise_on_all_ranks
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """The parallel layout as seen from one rank. Groups are None in a single process without torch.distributed."""
+    """The parallel layout as seen from one rank. The groups are None if torch.distributed is not initialised."""
 
     rank: int = 0
     world: int = 1
@@ -57,9 +58,9 @@ def check_layout(*, world: int, expert: int) -> None:
 
 
 def make_layout(*, expert: int, device: torch.device) -> Layout:
-    """Create the process groups. Collective: every rank calls it. Raises UserError if `expert` does not fit the ranks.
+    """Create the process groups. Collective. Raises UserError if `expert` does not divide the number of ranks.
 
-    If torch.distributed is not initialised, return the layout of a single process.
+    If torch.distributed is not initialised, return the layout of a single process, without groups.
     """
     if not dist.is_initialized():
         check_layout(world=1, expert=expert)

@@ -1,7 +1,8 @@
-"""Stop requests by signal. A signal sets a flag on the rank that receives it; between steps the ranks share the flags.
+"""Stop requests by signal. A signal sets a flag on the rank that receives it.
 
-The handlers are installed before torch is imported: the import takes seconds in which a signal would kill the process.
-Therefore this module imports only the standard library at its top.
+The ranks exchange the flags between steps. The handlers are installed before torch is imported. The import takes
+seconds, and a signal during these seconds would otherwise kill the process. Therefore this module imports only the
+standard library at its top.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """Raised on every rank after a signal during set-up, when there is nothing to save. Its text names the signal."""
+    """Raised on every rank if any rank receives a signal during set-up, when there is nothing to save.
+
+    The message names the signal.
+    """
 
 
 class StopSignals:
     """Context manager that turns SIGTERM, SIGUSR1, SIGUSR2 and SIGINT (Ctrl-C) into requests to stop at the next step.
 
-    The handler only sets a flag, so it interrupts no collective and no write. Further signals change nothing, except
+    The handler only sets a flag, so it interrupts no collective and no write. Further signals have no effect, except
     that a second Ctrl-C kills the process at once. If SIGINT is ignored already, as in background jobs of a shell, it
-    stays ignored. On exit the earlier handlers are restored. If the process itself is exiting, the signals are ignored
-    instead, since a launcher's late SIGTERM must not change exit status 0.
-    If the context manager was never entered, no signal is ever reported. It must be entered in the main thread.
+    stays ignored. When the block ends, the earlier handlers are restored. If the process itself is exiting, the signals
+    are ignored from then on instead, so that a launcher's late SIGTERM does not change exit status 0. The context
+    manager must be entered in the main thread. If it was never entered, no signal is ever reported.
     """
 
     def __init__(self) -> None:
@@ -53,7 +57,7 @@ class StopSignals:
         return bool(self.received)
 
     def agreed(self, device: Any) -> str | None:
-        """Return the name of a signal that any rank has received, or None; the same on all ranks. Collective."""
+        """Return the name of a signal that any rank has received, or None; equal on all ranks. Collective."""
         from moe_dist.parallel.agreement import largest  # imports torch
 
         number = largest(self.received, device)

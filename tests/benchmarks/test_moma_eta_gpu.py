@@ -26,6 +26,7 @@ TINY = [
     "deepspeed.log_level=error",
 ]
 DATA = ["data.sequence_length=128", "data.group_sequences=2", "data.lanes=1", "data.image_fraction=null"]
+DATA += ["data.max_bad_fraction=0.1"]  # two captions are cut
 TOKENS = 12 * 256
 
 

@@ -125,6 +125,7 @@ def _data(emoji_shards, tokenizers, tmp_path_factory) -> list[str]:
         f"data.text_tokenizer={tokenizers / 'text.model'}",
         f"data.image_tokenizer={tokenizers / 'vq'}",
         *["data.sequence_length=128", "data.group_sequences=2", "data.lanes=4"],
+        "data.max_bad_fraction=0.1",  # two captions are cut
         *["model.hidden_size=32", "model.num_layers=2", "model.num_heads=2", "model.ffn.hidden_size=32"],
     ]
 

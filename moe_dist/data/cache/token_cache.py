@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
+from moe_dist.data.cache.split_checks import check_expected, count_cut_captions
 from moe_dist.data.cache.token_shard import (
     TOKEN_SHARD_FORMAT,
     TOKEN_SHARD_MANIFEST,
@@ -31,7 +32,8 @@ from moe_dist.data.cache.token_shard import (
     TokenShard,
     TokenShardWriter,
 )
-from moe_dist.data.shards.samples import RawSample, SampleReport
+from moe_dist.data.shards.sample_report import CAPTION_LOSS, IMAGE_LOSS, SampleReport
+from moe_dist.data.shards.samples import RawSample
 from moe_dist.data.shards.shard_index import local_path, user_cache, verify_shard
 from moe_dist.data.shards.tars import TAR_SUFFIXES, Shard, Split, iterate, resolve_shards
 from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
@@ -54,7 +56,8 @@ def load_vocabulary(data: DataConfig) -> Vocabulary:
 class TokenStore:
     """The documents of a split, ordered by part of the recipe's list, then by shard, then by sample.
 
-    An instruction is never cut. One that is longer than a sequence is left out and counted in the report.
+    An instruction is never cut. One that is longer than a sequence is left out and counted in the report. A caption
+    that has no room beside its image is cut and counted.
     """
 
     def __init__(self, parts: Sequence[Sequence[TokenShard]], sequence_length: int) -> None:
@@ -66,10 +69,16 @@ class TokenStore:
         text_lengths = np.concatenate([np.diff(shard.text_ends, prepend=0) for shard in shards])
         image_codes = self.image_tokens // max(1, int(has_image.sum()))
         lengths = text_lengths + image_codes * has_image
-        self.report = SampleReport()  # samples that became documents, and skipped samples
+        self.report = SampleReport()  # samples that became documents, skipped samples and lost parts
         for shard in shards:
             self.report.merge(shard.report)
+        if sequence_length >= image_codes + 4:  # otherwise packing says that no image fits
+            room = sequence_length - image_codes - 4
+            count_cut_captions(self.report, shards, np.where(has_image, text_lengths, 0), room)
         self._kept = self._without_long_instructions(lengths + 2 + 2 * has_image, sequence_length)
+        with_text = text_lengths[self._kept] > 0
+        self.pairs = int((has_image[self._kept] & with_text).sum())
+        self.texts = int((~has_image[self._kept]).sum())
         self.has_image, self.lengths = has_image[self._kept], lengths[self._kept]  # text and image tokens, no markers
         self.domains = tuple(sorted({domain for shard in shards for domain in shard.domains}))
         self.part_ends = np.searchsorted(self._kept, np.cumsum([sum(map(len, part)) for part in parts]))
@@ -84,6 +93,12 @@ class TokenStore:
                 self.report.add_bad(f"instruction longer than data.sequence_length={sequence_length}", key)
                 kept[number] = False
         return np.flatnonzero(kept)
+
+    @property
+    def contents(self) -> str:
+        """Return a line such as `90 pairs of picture and text, 8 pictures alone, 2 texts alone`."""
+        pictures = len(self) - self.pairs - self.texts
+        return f"{self.pairs} pairs of picture and text, {pictures} pictures alone, {self.texts} texts alone"
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -101,8 +116,9 @@ class TokenStore:
 def open_store(data: DataConfig, split: Split, vocabulary: Vocabulary) -> TokenStore:
     """Open the tokens of a split. build_cache must have run on every rank.
 
-    Raises UserError if a shard's tokens are missing or damaged, if shipped tokens were made with other tokenizers, or
-    if more than data.max_bad_fraction of the split's samples could not be used.
+    Raises UserError if a shard's tokens are missing or damaged, if shipped tokens were made with other tokenizers, if
+    more than data.max_bad_fraction of the split's samples could not be used or lost a part, or if the training samples
+    are not what data.expect says.
     """
     parts: list[list[TokenShard]] = []
     for part in _parts(data, split):
@@ -112,7 +128,11 @@ def open_store(data: DataConfig, split: Split, vocabulary: Vocabulary) -> TokenS
             folders = [_Source.of(shard, vocabulary, content=False).made() for shard in part]
         parts.append([TokenShard(folder) for folder in folders])
     store = TokenStore(parts, data.sequence_length)
-    store.report.check(data.max_bad_fraction)
+    no_pictures = IMAGE_LOSS if vocabulary.image is None or data.expect == "text" else ()
+    no_captions = CAPTION_LOSS if data.expect == "images" else ()
+    store.report.check(data.max_bad_fraction, (*no_pictures, *no_captions))
+    if split == "train":
+        check_expected(data, len(store), store.pairs, store.texts, store.contents)
     return store
 
 

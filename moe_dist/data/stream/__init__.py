@@ -1,3 +1,4 @@
-"""Batches from cached tokens: packing, lanes, the training loader, held-out batches and RoMA's neighbour store. Imports
-core, config, data/tasks and data/tokenizers.
+"""Batches from tokenised documents: packing, lanes, the training loader, held-out batches and RoMA's neighbour store.
+
+Imports core, config, data/tasks and data/tokenizers.
 """

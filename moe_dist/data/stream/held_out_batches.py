@@ -1,8 +1,9 @@
 """Held-out batches: a finite sequence, the same for every run and every parallel layout.
 
-They are one pass over the held-out store in a fixed order, independent of the seed and the number of ranks, packed as
-in training but without caption dropout. Rank r takes the groups j with j mod dp == r. If a rank has one group fewer, it
-gets a group of padding. So all ranks run the same number of forward passes, and sums over ranks count every token once.
+The sequence is one pass over the held-out store, in an order that depends neither on the seed nor on the number of
+ranks. Documents are packed as in training, but without caption dropout. Rank r takes the groups j with j mod dp == r. A
+rank that would have one group fewer than others gets a group of padding. So all ranks run the same number of forward
+passes, and sums over ranks count every token once.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def held_out_batches(
     dp: int,
     batch_groups: int,
 ) -> Iterator[Batch]:
-    """Yield this rank's micro-batches of the first `groups` held-out groups (fewer if the store ends earlier)."""
+    """Yield this rank's micro-batches from the first `groups` groups of the store, or from all if there are fewer."""
     assembler = Assembler(
         store=store,
         vocabulary=vocabulary,
@@ -69,10 +70,10 @@ class _Mixed:
 
 
 class ShuffledCaptions:
-    """A store with captions shuffled among its pairs. No image keeps its own caption or gets an equal one.
+    """A document store with captions shuffled among the pairs. No image keeps its own caption or gets an equal one.
 
     A caption moves to a pair whose own caption has about the same length, so the packing hardly changes. A model that
-    uses captions should predict the images of this store worse.
+    uses captions should have a higher loss on the images of this store than on those of the original store.
     """
 
     def __init__(self, store: DocumentStore):
@@ -81,8 +82,8 @@ class ShuffledCaptions:
         self.domains, self.part_ends = store.domains, store.part_ends
         pairs = np.flatnonzero(self.has_image)
         captions = {int(i): np.ascontiguousarray(store.document(int(i)).text).tobytes() for i in pairs}
-        # Sort by length, in random order within a length but with equal captions adjacent. A shift by the size of the
-        # largest set of equal captions then gives every pair a different caption.
+        # Sort by length. Captions of one length are in random order, but equal captions are adjacent. A shift by the
+        # size of the largest set of equal captions then gives every pair a different caption.
         order = sorted(captions, key=lambda i: (len(captions[i]), hashlib.sha256(captions[i]).digest(), i))
         shift = max(Counter(captions.values()).values(), default=0)
         if 2 * shift > len(order):

@@ -1,14 +1,14 @@
-"""Lanes: a fixed number of data streams that make the order of the data independent of the number of ranks.
+"""Lanes: a fixed number of data streams, which make the order of the data independent of the number of ranks.
 
 The documents of a store are split into data.lanes contiguous ranges whose sizes differ by at most one. If data.shards
-lists several corpora, each corpus is split separately, so that every lane has its share of every corpus. A lane is
-infinite: it reads its documents again in every epoch, each time in a new order. A lane with fewer or shorter documents
-begins its next epoch earlier. No lane waits for another, and no document is left out. Everything that depends on order
-happens inside a lane: shuffling, packing, and mixing of modalities and corpora. Selection group j of a run is group
-j // lanes of lane j mod lanes.
+lists several corpora, each corpus is split separately, so every lane has its share of every corpus. A lane is infinite:
+it reads its documents again in every epoch, each time in a new order. A lane with fewer or shorter documents begins its
+next epoch earlier than the others. No lane waits for another, and no document is left out. Everything that depends on
+the order of documents happens inside a lane: shuffling, packing, and mixing of modalities and corpora. Selection group
+j of a run is group j // lanes of lane j mod lanes.
 
-State: the epoch and position of each stream, and the (epoch, document, start) of the pieces read but not yet packed. On
-resume their tokens are assembled again.
+A lane's state is the epoch and position of each of its streams, and the (epoch, document, start) of each piece that is
+read but not yet packed. On resume, the tokens of these pieces are assembled again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ LOOK_AHEAD = 64  # number of pieces that a stream holds for the packer to choose
 
 
 class Stream:
-    """A stream of the pieces of given documents over epochs. `pending` holds the next pieces, oldest first."""
+    """A stream of pieces, made from the given documents in a new order in each epoch.
+
+    `pending` holds the pieces that were read ahead, oldest first.
+    """
 
     def __init__(self, documents: np.ndarray, assembler: Assembler, *, lane: int, epochs: int | None = None):
         self._documents = documents
@@ -38,7 +41,7 @@ class Stream:
         self.pending: list[Piece] = []
 
     def refill(self) -> list[Piece]:
-        """Read ahead and return `pending`, which is empty only at the end of a finite stream."""
+        """Fill `pending` by reading ahead, and return it. It is empty only at the end of a finite stream."""
         while len(self.pending) < LOOK_AHEAD and self._epoch != self._epochs:
             self.pending.append(self._assemble(self._epoch, int(self._order[self._cursor])))
             self._cursor += 1
@@ -62,14 +65,14 @@ class Stream:
 
 
 class Lane:
-    """A stream of selection groups, packed from one stream of documents."""
+    """A stream of selection groups, packed from one stream of pieces."""
 
     def __init__(self, stream: Stream, data: DataConfig):
         self._stream = stream
         self._data = data
 
     def next_group(self) -> Group:
-        """Return the pieces of each sequence of the next group. All are empty at the end of a finite stream."""
+        """Return the next group, the pieces of each sequence. All sequences are empty at the end of a finite stream."""
         length = self._data.sequence_length
         return [fill_sequence(self._stream.refill(), length) for _ in range(self._data.group_sequences)]
 
@@ -83,10 +86,10 @@ class Lane:
 class SteeredLane:
     """A stream of selection groups in which a fraction data.image_fraction of the valid tokens are image tokens.
 
-    Pairs and texts come from separate streams. Each sequence first gets the pairs that bring the group's image tokens
-    as near to the target as whole images allow. Text then fills the sequence as far as the target permits. A group thus
-    misses the target by about half an image at most. Near the largest fraction that pairs can reach, sequences are
-    padded.
+    Pairs and texts come from separate streams. Each sequence first gets as many pairs as bring the group's image tokens
+    closest to the target. Then texts fill the sequence, unless more text would bring the group below the target
+    fraction. A group thus misses the target by about half an image at most. If data.image_fraction is close to the
+    largest fraction that pairs can reach, little text is allowed and sequences end in padding.
     """
 
     def __init__(self, pairs: Stream, texts: Stream, data: DataConfig, fraction: float):
@@ -95,7 +98,7 @@ class SteeredLane:
         self._fraction = fraction
 
     def next_group(self) -> Group:
-        """Return the pieces of each sequence of the next group, as Lane.next_group does."""
+        """Return the next group, the pieces of each sequence. See Lane.next_group."""
         group: list[list[Piece]] = []
         used = image = 0
         for i in range(self._data.group_sequences):
@@ -112,9 +115,9 @@ class SteeredLane:
         return group
 
     def _take_pairs(self, wanted: float) -> tuple[list[Piece], float]:
-        """Take pairs for one sequence whose image tokens come nearest to `wanted`.
+        """Take the pairs of one sequence: the number of pairs whose image tokens come closest to `wanted`.
 
-        Return the pairs and half the number of an image's tokens.
+        Return the pairs, and half the number of tokens of an image.
         """
         taken: list[Piece] = []
         room, half = self._data.sequence_length, 0.0
@@ -143,7 +146,7 @@ Lanes = dict[int, Lane | SteeredLane]
 def make_lanes(
     assembler: Assembler, data: DataConfig, *, numbers: Iterable[int], lanes: int, epochs: int | None = None
 ) -> Lanes:
-    """Split the store into `lanes` lanes and return those in `numbers`.
+    """Split the store's documents into `lanes` lanes. Return the lanes whose numbers are in `numbers`.
 
     Raises UserError if the store has too few documents or cannot reach data.image_fraction.
     """
@@ -166,7 +169,7 @@ def make_lanes(
 
 
 def _ranges(documents: np.ndarray, part_ends: np.ndarray, lanes: int, kind: str) -> list[np.ndarray]:
-    """Return the documents (ascending) of each lane."""
+    """Return the document numbers of each lane, in ascending order."""
     if len(documents) < lanes:
         raise UserError(f"data.lanes={lanes} needs at least as many {kind}, the shards hold {len(documents)}")
     ranges: list[list[np.ndarray]] = [[] for _ in range(lanes)]

@@ -2,10 +2,10 @@
 
 For any number of ranks, selection group j of a run is group j // lanes of lane j mod lanes. Data-parallel rank r of dp
 reads the groups with j mod dp == r, batch_groups of them per micro-batch. After n micro-batches on every rank, the run
-has read exactly its first n * batch_groups * dp groups. A rank's state is this number and the states of its lanes. A
-checkpoint merges the states of all ranks (checkpoint/train_state.py) into one that does not depend on the layout: any
-number of ranks that divides the number of lanes can continue the same sequence of groups. A state of other data or
-settings is refused.
+has read exactly its first n * batch_groups * dp groups. A rank's state is this number of groups and the states of the
+rank's lanes. A checkpoint merges the states of all ranks (checkpoint/train_state.py) into one state that does not
+depend on the layout. Any number of ranks that divides the number of lanes can continue the same sequence of groups from
+it. A state that was saved with different data or settings is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LoaderState = dict[str, Any]  # JSON-able
 
 
 class Loaded(NamedTuple):
-    """A micro-batch on the host, the loader's state after it, and the time that it took to arrive."""
+    """A micro-batch on the host, the loader's state after this batch, and how long next() waited for it."""
 
     batch: Batch
     state: LoaderState  # a loader restored from it continues after this batch
@@ -38,9 +38,9 @@ class Loaded(NamedTuple):
 
 
 class Loader:
-    """Endless iterator over micro-batches. A thread prepares the next batch; next() raises the thread's errors.
+    """Endless iterator over micro-batches. A thread prepares the next batch; next() raises any error of the thread.
 
-    device: the device that batches will be copied to. For a GPU, the thread puts them in page-locked memory.
+    device: the device to which the caller will copy the batches. For a GPU, the thread puts them in page-locked memory.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Loader:
         self._ahead: Future[tuple[Batch, LoaderState]] | None = None
 
     def restore(self, state: LoaderState) -> None:
-        """Continue after the batch that came with this state. Call before the first next()."""
+        """Continue after the batch that was returned with this state. Must be called before the first next()."""
         self._groups = state["groups"]
         for number, lane in self._lanes.items():
             lane.restore(state["lanes"][str(number)])
@@ -115,12 +115,12 @@ def make_loader(
     state: LoaderState | None = None,
     device: torch.device = CPU,
 ) -> Loader:
-    """Make the loader of one data-parallel rank. Raises UserError if `data` or `state` does not fit the run.
+    """Create the loader of one data-parallel rank. Raises UserError if `data` or `state` does not fit the run.
 
     batch_groups: selection groups per micro-batch.
-    neighbours: a store whose neighbours are joined to every batch.
-    state: the state of the last batch that was used, merged over ranks as in a checkpoint. If the number of ranks is
-    unchanged, a rank's own state is sufficient.
+    neighbours: a store that adds the neighbours' routing to every batch.
+    state: where to continue: the state that came with the last batch that was used, merged over ranks as in a
+    checkpoint. If the number of ranks is unchanged, this rank's own state is sufficient.
     device: see Loader.
     """
     check_data(data, dp=dp)
@@ -152,7 +152,10 @@ def make_loader(
 
 
 def check_data(data: DataConfig, *, dp: int) -> None:
-    """Check the settings that do not depend on the documents, for dp data-parallel ranks. Raises UserError."""
+    """Check the settings that do not depend on the documents. dp: number of data-parallel ranks.
+
+    Raises UserError.
+    """
     if data.lanes % dp:
         raise UserError(f"data.lanes={data.lanes} is not a multiple of the {dp} data-parallel ranks")
     if data.sequence_length < SHORTEST_PIECE:
@@ -160,14 +163,14 @@ def check_data(data: DataConfig, *, dp: int) -> None:
 
 
 def _check_images(assembler: Assembler) -> None:
-    """Raise UserError now, not in the middle of the run, if an image does not fit into a sequence."""
+    """Raise UserError if an image does not fit into a sequence. Otherwise the run would fail at the first image."""
     pairs = np.flatnonzero(assembler.store.has_image)
     if len(pairs):
         assembler(0, int(pairs[0]))
 
 
 def _identity(store: DocumentStore, data: DataConfig, seed: int, neighbours: NeighbourStore | None) -> LoaderState:
-    """Return the settings that must be equal when a loader state is restored."""
+    """Return the settings that must be the same when a loader state is saved and when it is restored."""
     keys = ("lanes", "sequence_length", "group_sequences", "image_fraction")
     identity = {"seed": seed, "documents": len(store), **{f"data.{key}": getattr(data, key) for key in keys}}
     return identity if neighbours is None else identity | {"data.neighbours": neighbours.identity}

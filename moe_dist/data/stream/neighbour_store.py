@@ -1,4 +1,4 @@
-"""The neighbour store of RoMA (docs/roma.md): each training sample's routing, and the neighbours it should imitate.
+"""RoMA's neighbour store (docs/roma.md): each training sample's routing, and the neighbours it should imitate.
 
 The store is a folder of three files:
   store.json             format, the model's identity, and how the neighbours were found (embedder, k, sigma)
@@ -8,7 +8,7 @@ The store is a folder of three files:
   neighbours.safetensors neighbour_NK int64 rows of samples.safetensors; weight_NK float32, whose rows sum to 1, or are
                          all 0 for a sample without neighbours
 
-It is written in two steps: collecting samples, then finding neighbours. Training needs both.
+The store is written in two steps: first samples are collected, then neighbours are found. Training needs both.
 
 Shape suffixes: N samples of the store, S samples of a micro-batch, K neighbours, R routing values of a sample.
 """
@@ -36,7 +36,7 @@ ABOUT, SAMPLES, NEIGHBOURS = "store.json", "samples.safetensors", "neighbours.sa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """Content of samples.safetensors."""
+    """The content of samples.safetensors: the routing of each sample, and whether the model answers it correctly."""
 
     sample_N: Tensor
     right_N: Tensor
@@ -45,16 +45,17 @@ class Samples:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Neighbours:
-    """Content of neighbours.safetensors."""
+    """The content of neighbours.safetensors: each sample's neighbours and their weights."""
 
     neighbour_NK: Tensor
     weight_NK: Tensor
 
 
 def write_samples(folder: Path, samples: Samples, about: Mapping[str, Any]) -> None:
-    """Begin a store, deleting the neighbours of an earlier one. about: `model` and other provenance for store.json.
+    """Create a store with samples but no neighbours yet. If the folder holds an older store, delete its neighbours.
 
-    Raises UserError if no sample was answered correctly.
+    about: provenance to write to store.json, with the identity of the model as `model`. Raises UserError if no sample
+    was answered correctly.
     """
     right = int(samples.right_N.sum())
     if not right:
@@ -70,7 +71,7 @@ def write_samples(folder: Path, samples: Samples, about: Mapping[str, Any]) -> N
 
 
 def read_samples(folder: Path) -> tuple[Samples, dict[str, Any]]:
-    """Read the samples and store.json. Raises UserError if they are missing or damaged."""
+    """Return the samples and the content of store.json. Raises UserError if one of the files is missing or damaged."""
     about = read_json(folder / ABOUT)
     if about.get("format") != NEIGHBOURS_FORMAT:
         raise UserError(
@@ -80,19 +81,20 @@ def read_samples(folder: Path) -> tuple[Samples, dict[str, Any]]:
 
 
 def write_neighbours(folder: Path, neighbours: Neighbours, about: Mapping[str, Any]) -> None:
-    """Complete a store. about: how the neighbours were found, added to store.json under `neighbours`."""
+    """Complete a store by adding the neighbours. about: how they were found, for store.json under `neighbours`."""
     stored = read_json(folder / ABOUT)
     _write_tensors(folder / NEIGHBOURS, neighbours)
     write_file(folder / ABOUT, json_text({**stored, "neighbours": dict(about)}))
 
 
 class NeighbourStore:
-    """A complete neighbour store, opened for training."""
+    """A complete neighbour store, opened for training: adds the neighbours' routing to batches."""
 
     def __init__(self, folder: str | Path, *, model: str | None):
-        """Open a store. Raises UserError unless it is complete and was collected with `model`.
+        """Open a store. Raises UserError if it is incomplete or was collected with a different model from `model`.
 
-        model: identity of the checkpoint that training starts from. None, on resume, skips the comparison.
+        model: identity of the checkpoint from which training starts. If it is None (on resume), models are not
+        compared.
         """
         self.folder = Path(folder)
         self._samples, about = read_samples(self.folder)
@@ -107,7 +109,7 @@ class NeighbourStore:
 
     @property
     def identity(self) -> str:
-        """A digest of the store's samples and neighbours. Two stores have the same digest only if these are equal."""
+        """A digest of the store's samples and neighbours, to check on resume that the store is unchanged."""
         digest = hashlib.sha256()
         for name in (SAMPLES, NEIGHBOURS):
             with (self.folder / name).open("rb") as stream:
@@ -115,9 +117,9 @@ class NeighbourStore:
         return digest.hexdigest()
 
     def join(self, batch: Batch) -> Batch:
-        """Add neighbour_routing_SKR and neighbour_weights_SK to the batch's sidecar.
+        """Return the batch with neighbour_routing_SKR and neighbour_weights_SK added to its sidecar.
 
-        Raises UserError unless the store has every instruction sample of the batch.
+        Raises UserError if the store lacks an instruction sample of the batch.
         """
         if "sample_S" not in batch.sidecar:
             raise UserError(f"data.neighbours={self.folder} needs instructions, but data.shards holds none")

@@ -5,15 +5,15 @@ Assembly (a document is an image-text pair, a text or an instruction):
   pair whose caption is dropped (data.caption_dropout)   BOS BOI codes EOI EOS
   text only  BOS text EOS
   instruction   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
-Order and dropout depend only on (seed, epoch, document number), so they are the same at every parallel layout and after
-a resume.
+The order of caption and image, and whether the caption is dropped, depend only on (seed, epoch, document number). They
+are therefore the same in every parallel layout and after a resume.
 
 Lengths: an image is never split over two sequences. If a pair is longer than a sequence, the end of its caption is
-removed. A text may be cut anywhere and continue in a later sequence. Each piece is then a separate document for
-attention and positions; only the first piece begins with BOS and only the last ends with EOS. An instruction is never
-cut: if it does not fit into the rest of a sequence, it goes into a later one.
+removed. A text may be cut anywhere and continue in a later sequence. Each piece of a cut text is a separate document
+for attention and positions. Only the first piece begins with BOS, and only the last piece ends with EOS. An instruction
+is never cut: if it does not fit into the rest of a sequence, it goes into a later sequence.
 
-Every token is predicted from the tokens before it, except that in an instruction only the answer and EOS are predicted.
+Every token of a piece except the first is predicted. In an instruction, only the answer and EOS are predicted.
 
 Shape suffixes: T tokens of one micro-batch, S its instructions.
 """
@@ -37,7 +37,7 @@ SHORTEST_PIECE = 8  # tokens: a text is not cut to fill less room than this
 
 
 class Document(Protocol):
-    """One sample as vocabulary ids, without markers."""
+    """Interface of a tokenised sample: the vocabulary ids of its text and image, without markers."""
 
     @property
     def text(self) -> np.ndarray: ...  # ids of the caption or text (may be empty), or of a prompt and its answer
@@ -50,7 +50,7 @@ class Document(Protocol):
 
 
 class DocumentStore(Protocol):
-    """Tokenised documents with random access. data/cache/token_cache.py implements it."""
+    """Interface of a collection of tokenised documents with random access, implemented in data/cache/token_cache.py."""
 
     has_image: np.ndarray  # bool per document
     lengths: np.ndarray  # text and image tokens per document, without markers
@@ -63,7 +63,7 @@ class DocumentStore(Protocol):
 
 
 def random_bits(seed: int, counter: tuple[int, int, int], count: int) -> np.ndarray:
-    """Draw `count` uint64 numbers from Philox, a counter-based generator. They depend on the arguments alone."""
+    """Return `count` uint64 numbers from Philox, a counter-based generator. They depend only on the arguments."""
     mask = (1 << 64) - 1
     key = np.array([seed & mask, 0], dtype=np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, *counter], dtype=np.uint64)).random_raw(count)
@@ -71,7 +71,7 @@ def random_bits(seed: int, counter: tuple[int, int, int], count: int) -> np.ndar
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """An assembled document, or a slice of one that begins at its token `start`."""
+    """The tokens of an assembled document from its token `start` on, or a part of these tokens if the text was cut."""
 
     epoch: int
     document: int
@@ -99,7 +99,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembler:
-    """Function that turns documents of a store into pieces."""
+    """A function, with its settings, that turns a document of the store into a piece."""
 
     store: DocumentStore
     vocabulary: Vocabulary
@@ -109,9 +109,10 @@ class Assembler:
     caption_dropout: float
 
     def __call__(self, epoch: int, index: int, start: int = 0) -> Piece:
-        """Assemble the document's tokens for this epoch, beginning at token `start`.
+        """Assemble document `index` for this epoch, and return its tokens from `start` on.
 
-        Raises UserError if its image does not fit into a sequence.
+        `start` can be above 0 only for a text, since no other document is cut. Raises UserError if the document's image
+        does not fit into a sequence.
         """
         document = self.store.document(index)
         v, text, image = self.vocabulary, document.text, document.image
@@ -143,9 +144,10 @@ class Assembler:
 
 
 def fill_sequence(pending: list[Piece], room: int) -> list[Piece]:
-    """Remove from `pending` (oldest first) the pieces that best fill `room` tokens. Cut a text if that fills more.
+    """Remove from `pending` (oldest first) and return the pieces that best fill `room` tokens.
 
-    The oldest piece is taken whenever it fits, so no piece waits forever. The rest of a cut text keeps its place.
+    If room remains, a text that is too long for it is cut. The rest of the text keeps its place in `pending`. The
+    oldest piece is taken whenever it fits, so no piece waits forever.
     """
     if not pending:
         return []
@@ -169,16 +171,19 @@ def _must_cut(piece: Piece, room: int) -> bool:
 
 
 def _cut(pending: list[Piece], i: int, room: int) -> Piece:
-    """Take the first `room` tokens of a text. If a single token (nothing to predict) would remain, take one less."""
+    """Cut off and return the first `room` tokens of the text pending[i].
+
+    If only one token would remain, which leaves nothing to predict, take one token less.
+    """
     piece, pending[i] = pending[i].split(min(room, len(pending[i]) - 2))
     return piece
 
 
 def best_subset(lengths: Sequence[int], room: int) -> list[int]:
-    """Return the indices whose lengths have the largest sum up to `room`. Index 0 is included if it fits.
+    """Return the indices of lengths whose sum is as large as possible, but at most `room`.
 
-    Among equally good subsets, prefer earlier items. The algorithm is subset sum over bit sets: bit s of reach[k] is 1
-    if some of the first k lengths add up to s.
+    Index 0 is included if lengths[0] is at most `room`. Among equally good subsets, earlier items are preferred. The
+    algorithm is subset sum over bit sets: bit s of reach[k] is 1 if some of the first k lengths add up to s.
     """
     mask = (1 << (room + 1)) - 1
     reach = [1]
@@ -200,14 +205,16 @@ Group = Sequence[Sequence[Piece]]  # the pieces of each packed sequence of a sel
 def collate(
     groups: Sequence[tuple[int, Group]], vocabulary: Vocabulary, sequence_length: int, *, instructions: bool
 ) -> Batch:
-    """Concatenate groups, given as (global group number, group), into one micro-batch on the CPU.
+    """Concatenate groups into one micro-batch on the CPU.
 
-    The target of a token is the next token of its piece. Padding, the last token of a piece, and prompt tokens before
-    the last one have no target. Every run of padding is a document of its own, so the document lengths add up to T.
+    The target of a token is the next token of the same piece. Three kinds of tokens have no target: padding, the last
+    token of a piece, and all tokens of a prompt except its last. Every run of padding is a separate document, so the
+    document lengths add up to T.
 
-    instructions: true if the data contain instructions. The sidecar then describes those in this micro-batch: domain_T
-    (index into the store's domains, -1 elsewhere), prompt_end_S (index of the last prompt token) and sample_S
-    (sample_hash).
+    groups: each as (number of the group in the run, group).
+    instructions: whether the data contain instructions. If so, the sidecar describes the micro-batch's instructions:
+    domain_T (index into the store's domains, -1 for other tokens), prompt_end_S (index of the last prompt token) and
+    sample_S (sample_hash).
     """
     group_tokens = len(groups[0][1]) * sequence_length
     num_tokens = len(groups) * group_tokens
@@ -245,7 +252,7 @@ def collate(
 
 
 def _place(sequences: Group, sequence_length: int) -> tuple[list[tuple[int, Piece]], list[int]]:
-    """Return each piece with the index of its first token, and the document lengths, runs of padding included."""
+    """Return (index of the first token, piece) for each piece, and the lengths of all documents and runs of padding."""
     placed: list[tuple[int, Piece]] = []
     document_lengths: list[int] = []
     for number, sequence in enumerate(sequences):
@@ -269,9 +276,9 @@ def _sidecar(placed: Sequence[tuple[int, Piece]], num_tokens: int) -> dict[str, 
 
 
 def reachable_image_fraction(assembler: Assembler) -> float:
-    """Return the largest data.image_fraction that the store allows: the fraction if every document were a pair.
+    """Return the largest data.image_fraction that the store allows: the fraction of image tokens in its pairs.
 
-    Markers count as tokens.
+    The markers of a pair count as tokens that are not image tokens.
     """
     pairs = np.flatnonzero(assembler.store.has_image)
     if not len(pairs):
