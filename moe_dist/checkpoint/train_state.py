@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "model.recompute",
     "data.validation_shards",
     "data.max_bad_fraction",
+    "data.expect",
     "data.neighbours",  # the loader's state identifies the store by its content
     "deepspeed.zero_optimization",
     "deepspeed.wall_clock_breakdown",

@@ -40,7 +40,8 @@ class DataConfig(Strict):
     caption_dropout: Fraction = 0.1  # fraction of pairs without their caption (guidance needs it)
     image_fraction: Fraction | None = None  # fraction of image tokens in a group; None: as in the data
     neighbours: str | None = None  # store that launch/align.py makes, for losses.manifold (docs/roma.md)
-    max_bad_fraction: Fraction = 0.01  # the run fails if more samples than this cannot be decoded
+    max_bad_fraction: Fraction = 0.01  # the run fails if more samples than this cannot be decoded or lose a part
+    expect: Literal["pairs", "images", "text", "any"] = "any"  # what every training sample has to hold (docs/data.md)
 
 
 class DenseFFN(Strict):

@@ -93,9 +93,18 @@ def open_data(
     with raise_on_all_ranks():
         stores = tuple(open_store(data, split, vocabulary) for split in splits)
     for split, store in zip(splits, stores, strict=True):
-        if layout.is_main and store.report.bad:
-            print(f"warning: {split}: {store.report.summary()}", file=sys.stderr, flush=True)
+        if layout.is_main:
+            _show(split, store)
     return stores
+
+
+def _show(split: Split, store: TokenStore) -> None:
+    """Print what a split's samples are, what of them is unused by design, and what is bad or lost."""
+    unused = ", ".join(f"{name} ({number})" for name, number in store.report.unused.most_common())
+    lines = [f"{split}: {store.contents}" + (f"; unused by design: {unused}" if unused else "")]
+    if store.report.bad or store.report.lost:
+        lines.append(f"warning: {split}: {store.report.summary()}")
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,7 +31,7 @@ from moe_dist.data.cache.token_shard import (
     TokenShard,
     TokenShardWriter,
 )
-from moe_dist.data.shards.samples import RawSample, SampleReport
+from moe_dist.data.shards.samples import CAPTION_LOSS, IMAGE_LOSS, Loss, RawSample, SampleReport
 from moe_dist.data.shards.shard_index import local_path, user_cache, verify_shard
 from moe_dist.data.shards.tars import TAR_SUFFIXES, Shard, Split, iterate, resolve_shards
 from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
@@ -54,7 +54,8 @@ def load_vocabulary(data: DataConfig) -> Vocabulary:
 class TokenStore:
     """The documents of a split, ordered by part of the recipe's list, then by shard, then by sample.
 
-    An instruction is never cut. One that is longer than a sequence is left out and counted in the report.
+    An instruction is never cut. One that is longer than a sequence is left out and counted in the report. A caption
+    that has no room beside its image is cut and counted.
     """
 
     def __init__(self, parts: Sequence[Sequence[TokenShard]], sequence_length: int) -> None:
@@ -66,10 +67,15 @@ class TokenStore:
         text_lengths = np.concatenate([np.diff(shard.text_ends, prepend=0) for shard in shards])
         image_codes = self.image_tokens // max(1, int(has_image.sum()))
         lengths = text_lengths + image_codes * has_image
-        self.report = SampleReport()  # samples that became documents, and skipped samples
+        self.report = SampleReport()  # samples that became documents, skipped samples and lost parts
         for shard in shards:
             self.report.merge(shard.report)
+        if sequence_length >= image_codes + 4:  # otherwise packing says that no image fits
+            self._count_cut_captions(text_lengths, has_image, sequence_length - image_codes - 4)
         self._kept = self._without_long_instructions(lengths + 2 + 2 * has_image, sequence_length)
+        with_text = text_lengths[self._kept] > 0
+        self.pairs = int((has_image[self._kept] & with_text).sum())
+        self.texts = int((~has_image[self._kept]).sum())
         self.has_image, self.lengths = has_image[self._kept], lengths[self._kept]  # text and image tokens, no markers
         self.domains = tuple(sorted({domain for shard in shards for domain in shard.domains}))
         self.part_ends = np.searchsorted(self._kept, np.cumsum([sum(map(len, part)) for part in parts]))
@@ -84,6 +90,25 @@ class TokenStore:
                 self.report.add_bad(f"instruction longer than data.sequence_length={sequence_length}", key)
                 kept[number] = False
         return np.flatnonzero(kept)
+
+    def _count_cut_captions(self, text_lengths: np.ndarray, has_image: np.ndarray, room: int) -> None:
+        """Report the captions of more than `room` tokens, except those of samples that have lost another part."""
+        cut = has_image & (text_lengths > room)
+        ends = dict(zip(self._ends.tolist(), self._shards, strict=True))
+        for end, shard in ends.items():
+            cut[shard.prompts[:, 0] + end - len(shard)] = False
+            cut[np.array(shard.manifest["short_documents"], dtype=np.int64) + end - len(shard)] = False
+        lost, written = int((text_lengths[cut] - room).sum()), int(text_lengths[cut].sum())
+        for number in np.flatnonzero(cut):
+            end = self._ends[np.searchsorted(self._ends, number, side="right")]
+            key = f"{ends[int(end)].manifest['shard']} number {number - end + len(ends[int(end)])}"
+            self.report.add_lost(Loss(f"caption cut: {lost} of {written} tokens", key))
+
+    @property
+    def contents(self) -> str:
+        """Return a line such as `90 pairs of picture and text, 8 pictures alone, 2 texts alone`."""
+        pictures = len(self) - self.pairs - self.texts
+        return f"{self.pairs} pairs of picture and text, {pictures} pictures alone, {self.texts} texts alone"
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -101,8 +126,9 @@ class TokenStore:
 def open_store(data: DataConfig, split: Split, vocabulary: Vocabulary) -> TokenStore:
     """Open the tokens of a split. build_cache must have run on every rank.
 
-    Raises UserError if a shard's tokens are missing or damaged, if shipped tokens were made with other tokenizers, or
-    if more than data.max_bad_fraction of the split's samples could not be used.
+    Raises UserError if a shard's tokens are missing or damaged, if shipped tokens were made with other tokenizers, if
+    more than data.max_bad_fraction of the split's samples could not be used or lost a part, or if the training samples
+    are not what data.expect says.
     """
     parts: list[list[TokenShard]] = []
     for part in _parts(data, split):
@@ -112,8 +138,27 @@ def open_store(data: DataConfig, split: Split, vocabulary: Vocabulary) -> TokenS
             folders = [_Source.of(shard, vocabulary, content=False).made() for shard in part]
         parts.append([TokenShard(folder) for folder in folders])
     store = TokenStore(parts, data.sequence_length)
-    store.report.check(data.max_bad_fraction)
+    no_pictures = IMAGE_LOSS if vocabulary.image is None or data.expect == "text" else ()
+    no_captions = CAPTION_LOSS if data.expect == "images" else ()
+    store.report.check(data.max_bad_fraction, (*no_pictures, *no_captions))
+    if split == "train":
+        _check_expected(data, store)
     return store
+
+
+def _check_expected(data: DataConfig, store: TokenStore) -> None:
+    """Raise UserError if more than data.max_bad_fraction of the samples lack what data.expect asks for."""
+    if data.image_tokenizer is not None and data.expect != "text" and not store.has_image.any():
+        raise UserError(
+            f"data.image_tokenizer is set, but no training sample has a picture ({store.contents}); leave it out, or "
+            "set data.expect=text"
+        )
+    pictures = len(store) - store.texts
+    holding = {"pairs": store.pairs, "images": pictures, "text": store.pairs + store.texts, "any": len(store)}
+    if len(store) - holding[data.expect] > data.max_bad_fraction * len(store):
+        raise UserError(
+            f"data.expect={data.expect}, but the training samples are {store.contents}; mend them, or set data.expect"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ making

@@ -6,8 +6,8 @@
   image_rows.npy  int64 [documents]: the document's row of image.npy, -1 without an image
   prompts.npy     int64 [instructions, 4]: document, length of the prompt in its text, index into the manifest's
                   `domains`, sample_hash; in the order of the documents
-  manifest.json   the shard and tokenizers they were made from, the numbers of documents, tokens and skipped samples,
-                  and the files' sizes
+  manifest.json   the shard and tokenizers they were made from, the numbers of documents, tokens, skipped samples and
+                  lost parts, the documents that lack a lost part, and the files' sizes
 
 The folder is written under a temporary name and renamed when it is complete, so a token shard that exists is complete.
 """
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from moe_dist.data.tokenizers.image_tokenizer import ImageTokenizer
 from moe_dist.data.tokenizers.pixels import crop_and_resize, scale_pixels
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
-TOKEN_SHARD_FORMAT = 2  # part of a token shard's name; increase it when the files change
+TOKEN_SHARD_FORMAT = 3  # part of a token shard's name; increase it when the files change
 TOKEN_SHARD_MANIFEST = "manifest.json"
+TEXTLESS = "pictures without text, since the recipe has no data.image_tokenizer"
 IMAGES_AT_ONCE = 128  # images per call of the image tokenizer
 
 
@@ -61,8 +62,9 @@ class TokenShard:
 
     @property
     def report(self) -> SampleReport:
-        skipped = self.manifest["samples"]
-        return SampleReport(skipped["total"], Counter(skipped["bad"]), skipped["first_keys"])
+        stored = self.manifest["samples"]
+        counts = (Counter(stored[name]) for name in ("bad", "lost", "unused"))
+        return SampleReport(stored["total"], *counts, first_keys=stored["first_keys"])
 
     @cached_property
     def text_ends(self) -> np.ndarray:
@@ -115,6 +117,8 @@ class TokenShardWriter:
         self.vocabulary, self.device = vocabulary, device
         self._texts: list[np.ndarray] = []
         self._rows: list[int] = []
+        self._short: list[int] = []  # numbers of the documents of which a part is lost
+        self._textless = 0
         self._prompts: list[tuple[int, InstructionPrompt]] = []  # number of the document, its prompt
         self._pixels: list[np.ndarray] = []  # images not yet encoded
         self._codes: list[np.ndarray] = []
@@ -126,7 +130,10 @@ class TokenShardWriter:
         for sample in samples:
             picture = sample.image if tokenizer is not None else None
             if picture is None and sample.text is None:
+                self._textless += 1
                 continue
+            if sample.loss is not None:
+                self._short.append(len(self._texts))
             self._texts.append(np.array(self._text_ids(sample), dtype=self._dtype))
             self._rows.append(-1 if picture is None else images)
             if tokenizer is not None and picture is not None:
@@ -157,6 +164,8 @@ class TokenShardWriter:
         codes = self.vocabulary.image.num_codes if self.vocabulary.image else 0
         domains = sorted({prompt.domain for _, prompt in self._prompts})
         prompts = [(i, prompt.length, domains.index(prompt.domain), prompt.sample) for i, prompt in self._prompts]
+        if self._textless:
+            report.unused[TEXTLESS] += self._textless
         arrays = {
             "text.npy": np.concatenate([np.empty(0, self._dtype), *self._texts]),
             "text_ends.npy": np.cumsum([len(text) for text in self._texts], dtype=np.int64),
@@ -173,7 +182,8 @@ class TokenShardWriter:
             "text_tokens": arrays["text.npy"].size,
             "image_tokens": arrays["image.npy"].size,
             "domains": domains,
-            "samples": {"total": report.total, "bad": dict(report.bad), "first_keys": report.first_keys},
+            "short_documents": self._short,
+            "samples": asdict(report),
         }
         try:
             with new_folder(folder, shared=True) as partial:

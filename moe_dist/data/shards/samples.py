@@ -1,30 +1,54 @@
-"""Decoding of a shard's raw samples, and a report of those that could not be decoded.
+"""Decoding of a shard's raw samples, and a report of those that could not be decoded or lost a part.
 
 A decoded sample is an RGB image, a caption or both, or an instruction with or without an image. A raw sample is the
-group of a tar's members that share a key: `.jpg`, `.jpeg`, `.png` or `.webp` for the image, `.txt` for the caption, or
-`.json` with the field `caption` or `text`, else with `prompt` and `answer` (data/tasks/instructions.py). Other members
-are ignored.
+group of a tar's members that share a key: an image (IMAGE_SUFFIXES), `.txt` for the caption, or `.json` with the field
+`caption` or `text`, else with `prompt` and `answer` (data/tasks/instructions.py). docs/data.md has the table of what is
+used, unused by design, lost or bad.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from moe_dist.core.errors import UserError
+from moe_dist.data.shards.sample_groups import SampleFiles
 from moe_dist.data.tasks.instructions import Instruction, is_instruction, read_instruction, sample_hash
 
 MAX_MEGAPIXELS = 64.0  # checked in the header, so that a larger image (a decompression bomb) is never decoded
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+AVIF = features.check("avif")  # Pillow may be built without it
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if AVIF else []))
+IMAGE_SUFFIXES = (
+    *("jpg", "jpeg", "png", "webp", "jpe", "jfif", "gif", "bmp", "tif", "tiff"),  # the first that is there is used
+    *(["avif"] if AVIF else []),
+)
+_MORE_IMAGES = (
+    "apng arw avif avifs cr2 dds dng eps exr hdr heic heif icns ico j2c j2k jp2 jpx jxl nef pbm pcx pgm pnm ppm psd "
+    "qoi raw svg tga"
+)
+UNSUPPORTED_IMAGES = tuple(suffix for suffix in _MORE_IMAGES.split() if suffix not in IMAGE_SUFFIXES)
+UNREAD_CAPTIONS = ("caption", "captions", "text")  # endings
 CAPTION_FIELDS = ("caption", "text")
 KEYS_SHOWN = 3
+FIELDS_SHOWN = 8
+REASONS_KEPT = 100  # later reasons and names are counted as one
+OTHERS = "of other kinds"
+IMAGE_LOSS, CAPTION_LOSS = ("image ",), ("caption ", "json ")  # beginnings of the reasons
+
+
+class Loss(NamedTuple):
+    """A part of a sample that is neither used nor unused by design."""
+
+    reason: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +60,8 @@ class RawSample:
     caption: str | None
     instruction: Instruction | None = None
     hash: int = 0  # sample_hash if this is an instruction, else 0
+    loss: Loss | None = None  # the first lost part
+    unused: tuple[str, ...] = ()  # names of members and fields that are unused by design
 
     @property
     def text(self) -> str | None:
@@ -47,65 +73,124 @@ class BadSample(Exception):
     """A sample that cannot be used. The message is the reason in two or three words, under which it is counted."""
 
 
+class LostSample(Exception):
+    """A sample of which nothing can be used once its lost part is gone."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(loss.reason)
+        self.loss = loss
+
+
 @dataclass(slots=True)
 class SampleReport:
-    """Number of samples read and skipped, by reason. merge() adds up the reports of several shards."""
+    """Number of samples read, skipped (bad) and short of a part (lost), by reason. A sample counts as bad or lost once.
+
+    merge() adds up the reports of several shards.
+    """
 
     total: int = 0
     bad: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)  # members and json fields unused by design: name -> samples
     first_keys: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few keys
 
+    @property
+    def used(self) -> int:
+        """Return the number of samples that are neither bad nor lost."""
+        return self.total - self.bad.total() - self.lost.total()
+
     def add_bad(self, reason: str, key: str) -> None:
-        self.bad[reason] += 1
+        self._add(self.bad, reason, key)
+
+    def add_lost(self, loss: Loss) -> None:
+        self._add(self.lost, *loss)
+
+    def _add(self, counts: Counter[str], reason: str, key: str) -> None:
+        reason = _bounded(counts, reason)
+        counts[reason] += 1
         keys = self.first_keys.setdefault(reason, [])
         if len(keys) < KEYS_SHOWN:
             keys.append(key)
 
+    def add_unused(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.unused[_bounded(self.unused, name)] += 1
+
     def merge(self, other: SampleReport) -> None:
         """Add the counts of another report to this one."""
         self.total += other.total
-        self.bad.update(other.bad)
+        for mine, others in ((self.bad, other.bad), (self.lost, other.lost), (self.unused, other.unused)):
+            for name, number in others.items():
+                mine[_bounded(mine, name)] += number
         for reason, keys in other.first_keys.items():
             self.first_keys[reason] = (self.first_keys.get(reason, []) + keys)[:KEYS_SHOWN]
 
     def summary(self) -> str:
         """Return one line such as `3 of 200 samples skipped: 2 undecodable image (a, b), 1 oversized image (c)`."""
-        reasons = [f"{n} {reason} ({', '.join(self.first_keys[reason])})" for reason, n in self.bad.most_common()]
-        return f"{self.bad.total()} of {self.total} samples skipped" + (f": {', '.join(reasons)}" if reasons else "")
+        line = f"{self.bad.total()} of {self.total} samples skipped{self._reasons(self.bad)}"
+        if self.lost:
+            line += f"; {self.lost.total()} of {self.total} lost a part{self._reasons(self.lost)}"
+        return line
 
-    def check(self, max_bad_fraction: float) -> None:
-        """Raise UserError if more than this fraction of the samples was skipped, or if there were no samples."""
+    def _reasons(self, counts: Counter[str]) -> str:
+        reasons = [f"{n} {reason} ({', '.join(self.first_keys.get(reason, []))})" for reason, n in counts.most_common()]
+        return f": {', '.join(reasons)}" if reasons else ""
+
+    def check(self, max_bad_fraction: float, unwanted: tuple[str, ...] = ()) -> None:
+        """Raise UserError if more than this fraction of the samples is bad or lost, or if there are no samples.
+
+        unwanted: beginnings of the reasons that do not matter, since the recipe does not want the lost part.
+        """
         if self.total == 0:
             raise UserError("the shards hold no samples of this split")
-        if self.bad.total() > max_bad_fraction * self.total:
+        lost = sum(number for reason, number in self.lost.items() if not reason.startswith(unwanted))
+        if self.bad.total() + lost > max_bad_fraction * self.total:
             raise UserError(f"{self.summary()}; data.max_bad_fraction={max_bad_fraction} allows fewer")
 
 
-def decode_sample(members: Mapping[str, bytes], *, max_megapixels: float = MAX_MEGAPIXELS) -> RawSample:
-    """Decode one sample. members: suffix -> content, plus `__key__` and `__url__`.
+def _bounded(counts: Counter[str], name: str) -> str:
+    return name if name in counts or len(counts) < REASONS_KEPT else OTHERS
 
-    Raises BadSample if the sample cannot be used. Raises UserError naming shard and sample for a malformed instruction.
+
+def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MAX_MEGAPIXELS) -> RawSample:
+    """Decode one sample, and name what of it is lost or unused by design.
+
+    Raises BadSample or LostSample if the sample cannot be used. Raises UserError naming shard and sample for a
+    malformed instruction.
     """
-    key, file = str(members["__key__"]), next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
+    key, files = sample.key, sample.files
+    picture = next((suffix for suffix in IMAGE_SUFFIXES if files.get(suffix) is not None), None)
+    file = None if picture is None else files[picture]
     image = None if file is None else decode_image(file, max_megapixels)
-    record = _decode_json(members) if "txt" not in members else {}
-    caption = _decode_caption(members, record)
-    if caption is None and is_instruction(record):
-        instruction = read_instruction(record, f"shard {members['__url__']!s}, sample '{key}'")
-        return RawSample(key, image, None, instruction, sample_hash(instruction.prompt, file or b""))
-    if image is None and caption is None:
-        raise BadSample("neither image nor caption")
-    return RawSample(key, image, caption)
+    caption, name = _text_caption(files), None
+    record = _read_json(files, needed=caption is None)
+    if caption is None:
+        name, caption = _json_caption(record or {}, key)
+    asks = caption is None and is_instruction(record or {})
+    lost = _lost_members(files, picture, told=caption is not None or asks)
+    loss = next((Loss(reason, f"{key}.{end}" if "." in end else key) for end, reason in lost.items()), None)
+    if loss is None and image is not None and caption is None and not asks:
+        loss = _lost_json(record, key)
+    if image is None and (loss is not None if asks else caption is None):
+        raise BadSample("neither image nor caption") if loss is None else LostSample(loss)
+    fields = set(Instruction.model_fields) if asks else {name}
+    unused = (*_unused_members(files, picture, lost), *_unused_fields(record or {}, fields))
+    if not asks:
+        return RawSample(key, image, caption, loss=loss, unused=unused)
+    instruction = read_instruction(record or {}, f"shard {shard}, sample '{key}'")
+    return RawSample(key, image, None, instruction, sample_hash(instruction.prompt, file or b""), loss, unused)
 
 
 def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
-    """Decode a JPEG, PNG or WebP file to mode RGB, upright, with transparency on white. Raises BadSample."""
+    """Decode an image file (the first frame) to mode RGB, upright, with transparency on white. Raises BadSample."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = Image.open(io.BytesIO(content), formats=("JPEG", "PNG", "WEBP"))
+            image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
             if image.width * image.height > max_megapixels * 1e6:
                 raise BadSample("oversized image")
+            if image.format == "TIFF" and image.mode in ("I", "F"):  # their range is unknown
+                raise BadSample("image of 32-bit values")
             return to_rgb(ImageOps.exif_transpose(image))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise BadSample("oversized image") from None
@@ -133,19 +218,77 @@ def encode_png(image: Image.Image, size: int) -> bytes:
     return out.getvalue()
 
 
-def _decode_json(members: Mapping[str, bytes]) -> dict[str, Any]:
+def _text_caption(files: Mapping[str, bytes | None]) -> str | None:
     try:
-        record = json.loads(members.get("json", b"{}"))
-    except ValueError:  # not UTF-8, or not JSON
+        return (files.get("txt") or b"").decode().strip() or None
+    except ValueError:
         raise BadSample("undecodable caption") from None
-    return record if isinstance(record, dict) else {}
 
 
-def _decode_caption(members: Mapping[str, bytes], record: Mapping[str, Any]) -> str | None:
-    if "txt" in members:
-        try:
-            return members["txt"].decode().strip() or None
-        except ValueError:
+def _read_json(files: Mapping[str, bytes | None], *, needed: bool) -> dict[str, object] | None:
+    """Return the object in the .json member ({} without one); None if it is no object or is broken but not needed."""
+    content = files.get("json")
+    if content is None:
+        return {}
+    try:
+        record = json.loads(content)
+    except ValueError:  # not UTF-8, or not JSON
+        if needed:
             raise BadSample("undecodable caption") from None
-    captions = [record[name] for name in CAPTION_FIELDS if name in record]
-    return next((text.strip() for text in captions if isinstance(text, str) and text.strip()), None)
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _json_caption(record: Mapping[str, object], key: str) -> tuple[str | None, str | None]:
+    """Return the name of a field with a caption, and the caption. One of a list is chosen by the hash of the key."""
+    fields = [(name, record[name]) for name in CAPTION_FIELDS if name in record]
+    for name, value in sorted(fields, key=lambda item: isinstance(item[1], list)):  # a list, if there is no other
+        texts = [text.strip() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        texts = [text for text in texts if text]
+        if texts:
+            digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+            return name, texts[int.from_bytes(digest[8:16]) % len(texts)]
+    return None, None
+
+
+def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, told: bool) -> dict[str, str]:
+    """Return ending -> reason of the members that are lost. told: the sample has a caption or is an instruction."""
+    lost: dict[str, str] = {}
+    for suffix, content in files.items():
+        last = suffix.rpartition(".")[2]
+        is_image = last in IMAGE_SUFFIXES or last in UNSUPPORTED_IMAGES
+        if not is_image and last not in ("txt", "json", *UNREAD_CAPTIONS):
+            continue
+        kind = "image" if is_image else "caption"
+        if suffix != last:
+            lost[suffix] = f"{kind} member whose name has a second dot before .{last}"
+        elif picture is not None if is_image else told:
+            continue
+        elif content is None:
+            lost[suffix] = f"{kind} member is a link"
+        elif is_image:
+            lost[suffix] = f"image member .{suffix} is not supported"
+        elif suffix in UNREAD_CAPTIONS:
+            lost[suffix] = f"caption member .{suffix} is not read, .txt is"
+    return lost
+
+
+def _lost_json(record: Mapping[str, object] | None, key: str) -> Loss | None:
+    """Return the loss of a picture's .json member that holds no caption; None without such a member."""
+    if record is None:
+        return Loss("json has no caption, it is no object", key)
+    keys = ", ".join(sorted(record)[:FIELDS_SHOWN]) + (", ..." if len(record) > FIELDS_SHOWN else "")
+    return Loss(f"json has no caption, its keys are {keys}", key) if record else None
+
+
+def _unused_members(files: Mapping[str, bytes | None], picture: str | None, lost: Mapping[str, str]) -> Iterator[str]:
+    return (f".{suffix}" for suffix in files if suffix not in (picture, "txt", "json") and suffix not in lost)
+
+
+def _unused_fields(record: Mapping[str, object], used: Iterable[str | None]) -> Iterator[str]:
+    """Yield the names of json fields that are not read, and of those of whose captions only one is."""
+    for name, value in record.items():
+        if name not in used:
+            yield f"json field {name}"
+        elif isinstance(value, list) and name in CAPTION_FIELDS and len(value) > 1:
+            yield f"further captions of json field {name}"

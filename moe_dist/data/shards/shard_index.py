@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from webdataset.tariterators import group_by_keys
-
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import read_json, write_file
-from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_members
+from moe_dist.data.shards.sample_groups import sample_groups
+from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +63,8 @@ def verify_shard(shard: str | Path, *, content: bool = True) -> ShardIndex:
 def _scan(shard: Path) -> ShardIndex:
     with shard.open("rb") as stream:
         try:
-            names = [{"fname": name, "data": b"", "__url__": str(shard)} for name, _ in tar_members(stream)]
-            count = sum(1 for _ in group_by_keys(names))
+            names = ((name, None) for name, _ in tar_entries(stream))
+            count = sum(1 for _ in sample_groups(names, str(shard)))
         except DAMAGE as error:
             raise UserError(f"shard {shard} is corrupt or truncated: {explain(error)}") from None
     if count == 0:

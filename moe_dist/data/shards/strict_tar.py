@@ -1,7 +1,7 @@
 """Strict reading of a tar, plain or compressed, from a stream: damage raises an error.
 
 Python's tarfile (hence webdataset) treats a damaged header, or a file truncated between two members, as the end of the
-archive. This reader accepts only the end-of-archive marker.
+archive. This reader accepts only the end-of-archive marker, with nothing but zeros after it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, Self
 
-DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError)  # ValueError: webdataset's, for a duplicate member
+DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError)
+AFTER_END = (
+    "bytes follow its end-of-archive marker, as `cat a.tar b.tar` writes them, and would be lost; join tars with "
+    "`tar --concatenate --file=a.tar b.tar`"
+)
+GZIP_TRAILER = 8  # bytes: checksum and size
 
 
 def explain(error: BaseException) -> str:
-    """Return the message of one of the DAMAGE errors, without the streams and URLs that webdataset appends to it."""
+    """Return the message of one of the DAMAGE errors."""
     return str(error) if isinstance(error, OSError) or not error.args else str(error.args[0])
 
 
@@ -33,6 +38,11 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 def tar_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
     """Yield (name, content) of each regular file in a tar. Raises one of DAMAGE if the tar is damaged."""
+    return ((name, content) for name, content in tar_entries(stream) if content is not None)
+
+
+def tar_entries(stream: BinaryIO) -> Iterator[tuple[str, bytes | None]]:
+    """Yield (name, content) of each member but folders; the content of a link or device is None. Raises as above."""
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
         for member in tar:
             if member.isreg():
@@ -40,6 +50,20 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
                 if len(content) != member.size:
                     raise tarfile.ReadError(f"truncated tar: {member.name} has {len(content)} of {member.size} bytes")
                 yield member.name, content
+            elif not member.isdir():
+                yield member.name, None
             tar.members.clear()  # type: ignore[attr-defined]  # or tarfile would keep every header in memory
+        _check_end(tar.fileobj)
     while stream.read(1 << 20):  # let a pipe's writer finish
         pass
+
+
+def _check_end(unpacked) -> None:
+    """Raise ReadError unless only zeros follow the end marker. unpacked: tarfile's stream of the uncompressed tar."""
+    while chunk := unpacked.read(1 << 20):
+        if chunk.strip(b"\0"):
+            raise tarfile.ReadError(AFTER_END)
+    # tarfile reads the first of several gzip members; what follows it is left over in the decompressor.
+    rest = getattr(getattr(unpacked, "cmp", None), "unused_data", b"")
+    if unpacked.comptype == "gz" and rest[GZIP_TRAILER:].strip(b"\0"):
+        raise tarfile.ReadError(AFTER_END)

@@ -8,6 +8,7 @@ user's own tar gets its index on first use, from one strict pass that rejects a 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +17,19 @@ from typing import Any, Literal, get_args
 from webdataset import ShardWriter
 from webdataset.gopen import gopen, set_options
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import group_by_keys
 
 from moe_dist.core.errors import UserError
-from moe_dist.data.shards.samples import MAX_MEGAPIXELS, BadSample, RawSample, SampleReport, decode_sample
+from moe_dist.data.shards.sample_groups import SampleFiles, sample_groups
+from moe_dist.data.shards.samples import (
+    MAX_MEGAPIXELS,
+    BadSample,
+    LostSample,
+    RawSample,
+    SampleReport,
+    decode_sample,
+)
 from moe_dist.data.shards.shard_index import local_path, verify_shard
-from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_members
+from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_entries
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -151,29 +159,34 @@ def verify_shards(shards: Iterable[Shard]) -> int:
 def iterate(
     shard: Shard | str, report: SampleReport | None = None, *, max_megapixels: float = MAX_MEGAPIXELS
 ) -> Iterator[RawSample]:
-    """Read a shard's samples in order. Skip those that cannot be used and count them in `report`.
+    """Read a shard's samples in order. Skip those that cannot be used. Count them and all lost parts in `report`.
 
-    Raises UserError naming the shard if the tar is damaged or the URL cannot be read.
+    Raises UserError naming the shard if the tar is damaged, is not in order, or the URL cannot be read.
     """
     shard = Shard(shard) if isinstance(shard, str) else shard
     report = SampleReport() if report is None else report
-    for members in _groups(shard.url):
-        key = members["__key__"]
-        if shard.split is not None and split_of(key) != shard.split:
+    for files in _groups(shard.url, report.unused):
+        if shard.split is not None and split_of(files.key) != shard.split:
             continue
         report.total += 1
         try:
-            sample = decode_sample(members, max_megapixels=max_megapixels)
+            sample = decode_sample(files, shard.url, max_megapixels=max_megapixels)
         except BadSample as reason:
-            report.add_bad(str(reason), key)
+            report.add_bad(str(reason), files.key)
             continue
+        except LostSample as error:
+            report.add_lost(error.loss)
+            continue
+        report.add_unused(sample.unused)
+        if sample.loss is not None:
+            report.add_lost(sample.loss)
         yield sample
 
 
-def _groups(url: str) -> Iterator[dict[str, Any]]:
+def _groups(url: str, unused: Counter[str]) -> Iterator[SampleFiles]:
     try:
         with gopen(url) as stream:
             set_options(stream, ignore_status=SIGPIPE_STATUS)
-            yield from group_by_keys({"fname": n, "data": d, "__url__": url} for n, d in tar_members(stream))
+            yield from sample_groups(tar_entries(stream), url, unused)
     except DAMAGE as error:
         raise UserError(f"cannot read shard {url}: {explain(error)}") from None

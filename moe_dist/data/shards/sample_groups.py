@@ -1,0 +1,59 @@
+"""Grouping of a tar's members to samples by WebDataset's rule: a key ends at the first dot of the file's name.
+
+A sample's members stand next to each other. Otherwise the tar is refused, since the parts would be read as several
+samples.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from webdataset.tariterators import base_plus_ext
+
+from moe_dist.core.errors import UserError
+
+NO_KEY = "members without key and ending"
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFiles:
+    """The members of one sample by their ending (lower case, without the first dot). The content of a link is None."""
+
+    key: str
+    files: dict[str, bytes | None] = field(default_factory=dict)
+
+
+def sample_groups(
+    entries: Iterable[tuple[str, bytes | None]], shard: str, unused: Counter[str] | None = None
+) -> Iterator[SampleFiles]:
+    """Group (name, content) of a tar's members. unused: counts the members that belong to no sample.
+
+    Raises UserError naming shard and key if a key comes back after other samples, or a member stands twice.
+    """
+    seen: set[str] = set()
+    sample: SampleFiles | None = None
+    for name, content in entries:
+        key, suffix = base_plus_ext(name)
+        if key is None:
+            if unused is not None:
+                unused[NO_KEY] += 1
+            continue
+        if sample is None or key != sample.key:
+            if sample is not None:
+                yield sample
+            if key in seen:
+                raise UserError(
+                    f"shard {shard}: the key '{key}' comes back after other samples, but the members of a sample must "
+                    "stand together; write the tar again with `tar --sort=name`"
+                )
+            seen.add(key)
+            sample = SampleFiles(key)
+        if suffix.lower() in sample.files:
+            raise UserError(
+                f"shard {shard}: the sample '{key}' has two members .{suffix.lower()}; leave one of them out"
+            )
+        sample.files[suffix.lower()] = content
+    if sample is not None:
+        yield sample
