@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
+from moe_dist.data.cache.split_checks import check_expected, count_cut_captions
 from moe_dist.data.cache.token_shard import (
     TOKEN_SHARD_FORMAT,
     TOKEN_SHARD_MANIFEST,
@@ -31,7 +32,8 @@ from moe_dist.data.cache.token_shard import (
     TokenShard,
     TokenShardWriter,
 )
-from moe_dist.data.shards.samples import CAPTION_LOSS, IMAGE_LOSS, Loss, RawSample, SampleReport
+from moe_dist.data.shards.sample_report import CAPTION_LOSS, IMAGE_LOSS, SampleReport
+from moe_dist.data.shards.samples import RawSample
 from moe_dist.data.shards.shard_index import local_path, user_cache, verify_shard
 from moe_dist.data.shards.tars import TAR_SUFFIXES, Shard, Split, iterate, resolve_shards
 from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
@@ -71,7 +73,8 @@ class TokenStore:
         for shard in shards:
             self.report.merge(shard.report)
         if sequence_length >= image_codes + 4:  # otherwise packing says that no image fits
-            self._count_cut_captions(text_lengths, has_image, sequence_length - image_codes - 4)
+            room = sequence_length - image_codes - 4
+            count_cut_captions(self.report, shards, np.where(has_image, text_lengths, 0), room)
         self._kept = self._without_long_instructions(lengths + 2 + 2 * has_image, sequence_length)
         with_text = text_lengths[self._kept] > 0
         self.pairs = int((has_image[self._kept] & with_text).sum())
@@ -90,19 +93,6 @@ class TokenStore:
                 self.report.add_bad(f"instruction longer than data.sequence_length={sequence_length}", key)
                 kept[number] = False
         return np.flatnonzero(kept)
-
-    def _count_cut_captions(self, text_lengths: np.ndarray, has_image: np.ndarray, room: int) -> None:
-        """Report the captions of more than `room` tokens, except those of samples that have lost another part."""
-        cut = has_image & (text_lengths > room)
-        ends = dict(zip(self._ends.tolist(), self._shards, strict=True))
-        for end, shard in ends.items():
-            cut[shard.prompts[:, 0] + end - len(shard)] = False
-            cut[np.array(shard.manifest["short_documents"], dtype=np.int64) + end - len(shard)] = False
-        lost, written = int((text_lengths[cut] - room).sum()), int(text_lengths[cut].sum())
-        for number in np.flatnonzero(cut):
-            end = self._ends[np.searchsorted(self._ends, number, side="right")]
-            key = f"{ends[int(end)].manifest['shard']} number {number - end + len(ends[int(end)])}"
-            self.report.add_lost(Loss(f"caption cut: {lost} of {written} tokens", key))
 
     @property
     def contents(self) -> str:
@@ -142,23 +132,8 @@ def open_store(data: DataConfig, split: Split, vocabulary: Vocabulary) -> TokenS
     no_captions = CAPTION_LOSS if data.expect == "images" else ()
     store.report.check(data.max_bad_fraction, (*no_pictures, *no_captions))
     if split == "train":
-        _check_expected(data, store)
+        check_expected(data, len(store), store.pairs, store.texts, store.contents)
     return store
-
-
-def _check_expected(data: DataConfig, store: TokenStore) -> None:
-    """Raise UserError if more than data.max_bad_fraction of the samples lack what data.expect asks for."""
-    if data.image_tokenizer is not None and data.expect != "text" and not store.has_image.any():
-        raise UserError(
-            f"data.image_tokenizer is set, but no training sample has a picture ({store.contents}); leave it out, or "
-            "set data.expect=text"
-        )
-    pictures = len(store) - store.texts
-    holding = {"pairs": store.pairs, "images": pictures, "text": store.pairs + store.texts, "any": len(store)}
-    if len(store) - holding[data.expect] > data.max_bad_fraction * len(store):
-        raise UserError(
-            f"data.expect={data.expect}, but the training samples are {store.contents}; mend them, or set data.expect"
-        )
 
 
 # ------------------------------------------------------------------------------------------------------------ making

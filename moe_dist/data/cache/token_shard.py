@@ -14,9 +14,8 @@ The folder is written under a temporary name and renamed when it is complete, so
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ import torch
 
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import new_folder, read_json, write_json
-from moe_dist.data.shards.samples import RawSample, SampleReport
+from moe_dist.data.shards.sample_report import SampleReport
+from moe_dist.data.shards.samples import RawSample
 from moe_dist.data.tasks.instructions import InstructionPrompt, instruction_ids
 from moe_dist.data.tokenizers.image_tokenizer import ImageTokenizer
 from moe_dist.data.tokenizers.pixels import crop_and_resize, scale_pixels
@@ -62,9 +62,7 @@ class TokenShard:
 
     @property
     def report(self) -> SampleReport:
-        stored = self.manifest["samples"]
-        counts = (Counter(stored[name]) for name in ("bad", "lost", "unused"))
-        return SampleReport(stored["total"], *counts, first_keys=stored["first_keys"])
+        return SampleReport.from_json(self.manifest["samples"])
 
     @cached_property
     def text_ends(self) -> np.ndarray:
@@ -183,7 +181,7 @@ class TokenShardWriter:
             "image_tokens": arrays["image.npy"].size,
             "domains": domains,
             "short_documents": self._short,
-            "samples": asdict(report),
+            "samples": report.to_json(),
         }
         try:
             with new_folder(folder, shared=True) as partial:

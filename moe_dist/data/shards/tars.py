@@ -20,12 +20,12 @@ from webdataset.shardlists import expand_urls
 
 from moe_dist.core.errors import UserError
 from moe_dist.data.shards.sample_groups import SampleFiles, sample_groups
+from moe_dist.data.shards.sample_report import SampleReport
 from moe_dist.data.shards.samples import (
     MAX_MEGAPIXELS,
     BadSample,
     LostSample,
     RawSample,
-    SampleReport,
     decode_sample,
 )
 from moe_dist.data.shards.shard_index import local_path, verify_shard

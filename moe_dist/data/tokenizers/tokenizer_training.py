@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from moe_dist.core.strict import Fraction, Positive, Strict
-from moe_dist.data.shards.samples import RawSample, SampleReport
+from moe_dist.data.shards.sample_report import SampleReport
+from moe_dist.data.shards.samples import RawSample
 from moe_dist.data.shards.tars import Shard, Split, iterate, resolve_shards, verify_shards
 from moe_dist.data.tokenizers.pixels import crop_and_resize
 from moe_dist.data.tokenizers.text_tokenizer import VOCAB_SIZE, SentencePieceTokenizer, train_text_tokenizer

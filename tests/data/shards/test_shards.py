@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from moe_dist.core.errors import UserError
-from moe_dist.data.shards.samples import MAX_MEGAPIXELS, SampleReport, to_rgb
+from moe_dist.data.shards.sample_report import SampleReport
+from moe_dist.data.shards.samples import MAX_MEGAPIXELS, to_rgb
 from moe_dist.data.shards.shard_index import user_cache, verify_shard
 from moe_dist.data.shards.tars import SPLITS, Shard, iterate, resolve_shards, split_of, verify_shards, write_shards
 from moe_dist.parallel.agreement import raise_on_all_ranks

@@ -1,0 +1,48 @@
+"""Checks of a split's documents: captions cut for want of room, and what data.expect asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.errors import UserError
+from moe_dist.data.cache.token_shard import TokenShard
+from moe_dist.data.shards.sample_report import Loss, SampleReport
+
+
+def count_cut_captions(report: SampleReport, shards: Sequence[TokenShard], lengths: np.ndarray, room: int) -> None:
+    """Report the captions of more than `room` tokens, except those of samples that have lost another part.
+
+    lengths: text tokens of each document with an image, 0 without an image.
+    """
+    cut = lengths > room
+    keys = []
+    start = 0
+    for shard in shards:
+        cut[start + shard.prompts[:, 0]] = False  # an instruction is never cut
+        cut[start + np.array(shard.manifest["short_documents"], dtype=np.int64)] = False
+        numbers = np.flatnonzero(cut[start : start + len(shard)])
+        keys += [f"{shard.manifest['shard']} number {number}" for number in numbers]
+        start += len(shard)
+    lost, written = int((lengths[cut] - room).sum()), int(lengths[cut].sum())
+    for key in keys:
+        report.add_lost(Loss(f"caption cut: {lost} of {written} tokens", key))
+
+
+def check_expected(data: DataConfig, documents: int, pairs: int, texts: int, contents: str) -> None:
+    """Raise UserError if more than data.max_bad_fraction of the documents lack what data.expect asks for.
+
+    pairs: documents of text and picture. texts: those without a picture. contents: describes the documents.
+    """
+    if data.image_tokenizer is not None and data.expect != "text" and documents == texts:
+        raise UserError(
+            f"data.image_tokenizer is set, but no training sample has a picture ({contents}); leave it out, or set "
+            "data.expect=text"
+        )
+    holding = {"pairs": pairs, "images": documents - texts, "text": pairs + texts, "any": documents}[data.expect]
+    if documents - holding > data.max_bad_fraction * documents:
+        raise UserError(
+            f"data.expect={data.expect}, but the training samples are {contents}; mend the shards, or set data.expect"
+        )

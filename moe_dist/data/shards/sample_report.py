@@ -1,0 +1,103 @@
+"""A report of the samples that could not be used or lost a part, by reason, and of what is unused by design."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from moe_dist.core.errors import UserError
+
+KEYS_SHOWN = 3
+REASONS_KEPT = 100  # later reasons and names are counted as one
+OTHERS = "of other kinds"
+IMAGE_LOSS, CAPTION_LOSS = ("image ",), ("caption ", "json ")  # beginnings of the reasons
+
+
+class Loss(NamedTuple):
+    """A part of a sample that is neither used nor unused by design."""
+
+    reason: str
+    key: str
+
+
+@dataclass(slots=True)
+class SampleReport:
+    """Number of samples read, skipped (bad) and short of a part (lost), by reason. A sample counts as bad or lost once.
+
+    merge() adds up the reports of several shards.
+    """
+
+    total: int = 0
+    bad: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)  # members and json fields unused by design: name -> samples
+    first_keys: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first few keys
+
+    @property
+    def used(self) -> int:
+        """Return the number of samples that are neither bad nor lost."""
+        return self.total - self.bad.total() - self.lost.total()
+
+    def add_bad(self, reason: str, key: str) -> None:
+        self._add(self.bad, reason, key)
+
+    def add_lost(self, loss: Loss) -> None:
+        self._add(self.lost, *loss)
+
+    def _add(self, counts: Counter[str], reason: str, key: str) -> None:
+        reason = _bounded(counts, reason)
+        counts[reason] += 1
+        keys = self.first_keys.setdefault(reason, [])
+        if len(keys) < KEYS_SHOWN:
+            keys.append(key)
+
+    def add_unused(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.unused[_bounded(self.unused, name)] += 1
+
+    def to_json(self) -> dict[str, Any]:
+        counts = {"bad": dict(self.bad), "lost": dict(self.lost), "unused": dict(self.unused)}
+        return {"total": self.total, **counts, "first_keys": self.first_keys}
+
+    @classmethod
+    def from_json(cls, stored: dict[str, Any]) -> SampleReport:
+        """Return the report that to_json() turned into `stored`."""
+        bad, lost, unused = (Counter(stored[name]) for name in ("bad", "lost", "unused"))
+        return cls(stored["total"], bad, lost, unused, stored["first_keys"])
+
+    def merge(self, other: SampleReport) -> None:
+        """Add the counts of another report to this one."""
+        self.total += other.total
+        for mine, others in ((self.bad, other.bad), (self.lost, other.lost), (self.unused, other.unused)):
+            for name, number in others.items():
+                mine[_bounded(mine, name)] += number
+        for reason, keys in other.first_keys.items():
+            self.first_keys[reason] = (self.first_keys.get(reason, []) + keys)[:KEYS_SHOWN]
+
+    def summary(self) -> str:
+        """Return one line such as `3 of 200 samples skipped: 2 undecodable image (a, b), 1 oversized image (c)`."""
+        line = f"{self.bad.total()} of {self.total} samples skipped{self._reasons(self.bad)}"
+        if self.lost:
+            line += f"; {self.lost.total()} of {self.total} lost a part{self._reasons(self.lost)}"
+        return line
+
+    def _reasons(self, counts: Counter[str]) -> str:
+        reasons = [f"{n} {reason} ({', '.join(self.first_keys.get(reason, []))})" for reason, n in counts.most_common()]
+        return f": {', '.join(reasons)}" if reasons else ""
+
+    def check(self, max_bad_fraction: float, unwanted: tuple[str, ...] = ()) -> None:
+        """Raise UserError if more than this fraction of the samples is bad or lost, or if there are no samples.
+
+        unwanted: beginnings of the reasons that do not matter, since the recipe does not want the lost part.
+        """
+        if self.total == 0:
+            raise UserError("the shards hold no samples of this split")
+        lost = sum(number for reason, number in self.lost.items() if not reason.startswith(unwanted))
+        if self.bad.total() + lost > max_bad_fraction * self.total:
+            raise UserError(f"{self.summary()}; data.max_bad_fraction={max_bad_fraction} allows fewer")
+
+
+def _bounded(counts: Counter[str], name: str) -> str:
+    return name if name in counts or len(counts) < REASONS_KEPT else OTHERS
