@@ -36,7 +36,7 @@ def check_expected(data: DataConfig, documents: int, pairs: int, texts: int, con
 
     pairs: documents of text and picture. texts: those without a picture. contents: describes the documents.
     """
-    if data.image_tokenizer is not None and data.expect != "text" and documents == texts:
+    if data.image_tokenizer is not None and data.expect != "text" and 0 < documents == texts:
         raise UserError(
             f"data.image_tokenizer is set, but no training sample has a picture ({contents}); leave it out, or set "
             "data.expect=text"

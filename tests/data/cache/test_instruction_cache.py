@@ -10,6 +10,7 @@ from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
 from moe_dist.data.cache.token_cache import build_cache, load_vocabulary, open_store
+from moe_dist.data.cache.token_shard import TOKEN_SHARD_FORMAT
 from moe_dist.data.shards.tars import Sample, iterate, resolve_shards, write_shards
 from moe_dist.data.stream.loader import make_loader
 from moe_dist.data.tasks.instructions import sample_hash
@@ -117,14 +118,14 @@ def test_an_instruction_longer_than_a_sequence_is_left_out_and_counted(recipe, t
         r"\(shard-000000.tar number \d\); data.max_bad_fraction=0.01 allows fewer",
     ):
         store_of(recipe(sequence_length=64))
-    v, store = store_of(recipe(sequence_length=64, max_bad_fraction=0.5))
+    v, store = store_of(recipe(sequence_length=64, max_bad_fraction=0.5, expect="text"))
     assert len(store) == 2 == len(store.lengths) == store.part_ends[-1]
     texts = {v.text.decode(store.document(i).text) for i in range(2)}
     assert texts == {CHOICE["prompt"] + " A", CHOICE["prompt"] + " B"}
     tokenizer = SentencePieceTokenizer(tokenizers / "text.model")
     ids = len(tokenizer.encode(CHOICE["prompt"]) + tokenizer.encode_continuation(" A"))
     for length, kept in ((ids + 2, 2), (ids + 1, 0)):  # BOS and EOS take a position each
-        store = store_of(recipe(sequence_length=length, max_bad_fraction=1.0))[1]
+        store = store_of(recipe(sequence_length=length, max_bad_fraction=1.0, expect="text"))[1]
         assert len(store) == kept, f"{ids} ids and two markers in a sequence of {length}"
 
 
@@ -160,21 +161,22 @@ def test_a_question_about_a_picture_needs_an_image_tokenizer(recipe, tmp_path, p
 
 def test_another_format_of_the_cache_makes_new_tokens(recipe, tmp_path, monkeypatch):
     write(tmp_path / "shards", [CHOICE])
-    _, store = store_of(recipe())
+    data = recipe(expect="text")
+    _, store = store_of(data)
     for module in ("token_cache", "token_shard"):
         monkeypatch.setattr(f"moe_dist.data.cache.{module}.TOKEN_SHARD_FORMAT", 1)
-    _, old = store_of(recipe())
+    _, old = store_of(data)
     assert old.document(0).text.tolist() == store.document(0).text.tolist()
     manifests = sorted(tmp_path.glob("shards/train/tokens/*/*/manifest.json"))
-    assert sorted(json.loads(path.read_text())["format"] for path in manifests) == [1, 2]
+    assert sorted(json.loads(path.read_text())["format"] for path in manifests) == [1, TOKEN_SHARD_FORMAT]
     monkeypatch.undo()
     next(tmp_path.glob("shards/train/*.tar")).unlink()
-    assert len(store_of(recipe())[1]) == 1, "of shipped tokens those of our format are taken"
+    assert len(store_of(data)[1]) == 1, "of shipped tokens those of our format are taken"
     for path in manifests:
-        if json.loads(path.read_text())["format"] == 2:
+        if json.loads(path.read_text())["format"] == TOKEN_SHARD_FORMAT:
             path.unlink()
-    with pytest.raises(UserError, match=r"in format 1, but the recipe names .* in format 2"):
-        store_of(recipe())
+    with pytest.raises(UserError, match=rf"in format 1, but the recipe names .* in format {TOKEN_SHARD_FORMAT}"):
+        store_of(data)
 
 
 def test_a_text_tokenizer_is_trained_on_prompts_and_answers(tmp_path):
