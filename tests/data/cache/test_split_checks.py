@@ -1,0 +1,148 @@
+"""What a split holds and lacks: data.expect, captions that are cut, pictures that nobody tokenises."""
+
+import io
+import tarfile
+
+import pytest
+
+from moe_dist.config.recipe import DataConfig
+from moe_dist.core.errors import UserError
+from moe_dist.core.strict import validate
+from moe_dist.data.cache.token_cache import TokenStore, build_cache, load_vocabulary, open_store
+from moe_dist.data.cache.token_shard import TEXTLESS
+from moe_dist.data.shards.tars import Sample, write_shards
+from moe_dist.training.setup import _show
+
+WORDS = "a red cross on a white ground"
+INSTRUCTION = {"prompt": "What is it?\nAnswer:", "answer": " joker", "domain": "emoji"}
+
+
+@pytest.fixture
+def store_of(tokenizers, tmp_path):
+    """Return a function that opens the tokens of the given samples, or of the tars already in `shards`."""
+
+    def make(samples=(), *, split="train", **changes) -> TokenStore:
+        folder = tmp_path / "shards"
+        if samples:
+            write_shards([*samples, Sample("held-out", "validation", None, "held out")], folder)
+        raw = {"shards": str(folder), "text_tokenizer": str(tokenizers / "text.model"), "sequence_length": 128}
+        raw["image_tokenizer"] = str(tokenizers / "vq")
+        data = validate(DataConfig, raw | changes, "test", "data")
+        vocabulary = load_vocabulary(data)
+        build_cache(data, split, vocabulary)
+        return open_store(data, split, vocabulary)
+
+    return make
+
+
+@pytest.fixture
+def png(emoji_samples):
+    return emoji_samples[0].png
+
+
+@pytest.fixture
+def pairs(png):
+    return [Sample(f"pair{i}", "train", png, WORDS) for i in range(4)]
+
+
+def test_what_is_used_is_told(store_of, pairs, png, capsys):
+    picture, text = Sample("picture", "train", png), Sample("text", "train", None, WORDS, {"id": 3})
+    asked = Sample("asked", "train", png, None, INSTRUCTION)
+    store = store_of([*pairs, picture, text, asked])
+    assert store.contents == "5 pairs of picture and text, 1 pictures alone, 1 texts alone"
+    assert store.report.used == len(store) == store.report.total == 7
+    _show("train", store)
+    assert capsys.readouterr().err == f"train: {store.contents}; unused by design: json field id (1)\n"
+
+
+EXPECTED = [
+    ("pairs", {"pair"}),
+    ("images", {"pair", "picture"}),
+    ("text", {"pair", "text"}),
+    ("any", {"pair", "picture", "text"}),
+]
+
+
+@pytest.mark.parametrize(("expect", "allowed"), EXPECTED)
+@pytest.mark.parametrize("kind", ["pair", "picture", "text"])
+def test_the_run_stops_if_the_corpus_is_not_what_is_expected(store_of, pairs, png, expect, allowed, kind):
+    other = {"pair": (png, WORDS), "picture": (png, None), "text": (None, WORDS)}[kind]
+    samples = [*pairs, Sample("other", "train", *other)]
+    if kind in allowed:
+        assert len(store_of(samples, expect=expect)) == 5
+        return
+    with pytest.raises(UserError, match=rf"data\.expect={expect}, but the training samples are 4 pairs of .*mend the"):
+        store_of(samples, expect=expect)
+    assert len(store_of(expect=expect, max_bad_fraction=0.2)) == 5
+    assert len(store_of(expect=expect, split="validation")) == 1, "the held-out samples may be others"
+
+
+def test_an_image_tokenizer_without_pictures_is_refused(store_of):
+    texts = [Sample(f"t{i}", "train", None, WORDS) for i in range(3)]
+    with pytest.raises(UserError, match=r"no training sample has a picture \(0 pairs .* 3 texts alone\); leave it out"):
+        store_of(texts)
+    assert len(store_of(expect="text")) == 3
+    assert len(store_of(image_tokenizer=None)) == 3
+
+
+def test_pictures_without_an_image_tokenizer_are_counted(store_of, pairs, png):
+    store = store_of([*pairs, Sample("picture", "train", png)], image_tokenizer=None)
+    assert store.contents == "0 pairs of picture and text, 0 pictures alone, 4 texts alone"
+    assert store.report.unused == {TEXTLESS: 1}
+
+
+def test_a_caption_without_room_is_lost(store_of, pairs, png):
+    short = Sample("short", "train", png)
+    asked = Sample("asked", "train", png, None, INSTRUCTION)
+    store = store_of([*pairs, short, asked])
+    assert not store.report.lost
+    codes = store.image_tokens // 6
+    length = max(len(store.document(i).text) for i in range(6) if store.document(i).prompt is None)
+    room = {"sequence_length": codes + 4 + length}
+    assert not store_of(**room, max_bad_fraction=1.0).report.lost, "room for the whole caption"
+    room = {"sequence_length": codes + 4 + 2}
+    with pytest.raises(
+        UserError, match=rf"4 of 6 lost a part: 4 caption cut: {4 * (length - 2)} of {4 * length} tokens \("
+    ):
+        store_of(**room)
+    report = store_of(**room, max_bad_fraction=1.0).report
+    assert dict(report.lost) == {f"caption cut: {4 * (length - 2)} of {4 * length} tokens": 4}
+    assert report.used + report.lost.total() + report.bad.total() == report.total == 6
+    assert len(store_of(**room, max_bad_fraction=1.0, expect="images")) > 0, "captions do not matter"
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def own_tar(tmp_path, png):
+    """Write 20 training samples whose picture cannot be read, and 20 good ones."""
+    for split in ("train", "validation"):
+        (tmp_path / "shards" / split).mkdir(parents=True)
+        members = {}
+        for i in range(20):
+            members |= {f"a{i}.psd": b"8BPS", f"a{i}.txt": WORDS.encode()}
+            members |= {f"b{i}.png": png, f"b{i}.v2.jpg": png, f"b{i}.txt": WORDS.encode()}
+            members |= {f"c{i}.png": png, f"c{i}.txt": WORDS.encode()}
+        write_tar(tmp_path / "shards" / split / "a.tar", members)
+
+
+def test_lost_parts_stop_the_run_and_are_kept_with_the_tokens(store_of, own_tar):
+    sentence = (
+        r"0 of 60 samples skipped; 40 of 60 lost a part: 20 image member \.psd is not supported \(a0, a1, a2\), 20 "
+    )
+    for _ in range(2):  # tokens made, then found
+        with pytest.raises(UserError, match=sentence):
+            store_of()
+    store = store_of(max_bad_fraction=0.7)
+    assert store.contents == "40 pairs of picture and text, 0 pictures alone, 20 texts alone"
+    assert store.report.used == 20
+    cut = store_of(max_bad_fraction=1.0, sequence_length=store.image_tokens // 40 + 4 + 2).report
+    assert cut.lost.total() == 60 and cut.used == 0, "a sample that lost two parts is counted once"
+    texts = store_of(image_tokenizer=None)
+    assert len(texts) == 60 and texts.report.lost.total() == 40, "a text model misses no pictures"
