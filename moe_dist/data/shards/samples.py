@@ -83,7 +83,7 @@ def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MA
     if caption is None:
         name, caption = _json_caption(record or {}, key)
     asks = caption is None and is_instruction(record or {})
-    lost = _lost_members(files, picture, told=caption is not None or asks)
+    lost = _lost_members(files, picture, has_text=caption is not None or asks)
     loss = next((Loss(reason, f"{key}.{end}" if "." in end else key) for end, reason in lost.items()), None)
     if loss is None and image is not None and caption is None and not asks:
         loss = _lost_json(record, key)
@@ -167,8 +167,8 @@ def _json_caption(record: Mapping[str, object], key: str) -> tuple[str | None, s
     return None, None
 
 
-def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, told: bool) -> dict[str, str]:
-    """Return ending -> reason of the members that are lost. told: the sample has a caption or is an instruction."""
+def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, has_text: bool) -> dict[str, str]:
+    """Return ending -> reason of the members that are lost. has_text: the sample has a caption or is an instruction."""
     lost: dict[str, str] = {}
     for suffix, content in files.items():
         last = suffix.rpartition(".")[2]
@@ -178,7 +178,7 @@ def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, tol
         kind = "image" if is_image else "caption"
         if suffix != last:
             lost[suffix] = f"{kind} member whose name has a second dot before .{last}"
-        elif picture is not None if is_image else told:
+        elif picture is not None if is_image else has_text:
             continue
         elif content is None:
             lost[suffix] = f"{kind} member is a link"
