@@ -81,6 +81,11 @@ class SampleReport:
             raise UserError(f"{self.summary()}; data.max_bad_fraction={max_bad_fraction} allows fewer")
 
 
+def readable(key: str) -> str:
+    """Return a key that can be printed and stored: a byte of its name that is not UTF-8 is written as \\xe9."""
+    return key.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
 def decode_sample(members: Mapping[str, bytes], *, max_megapixels: float = MAX_MEGAPIXELS) -> RawSample:
     """Decode one sample. members: suffix -> content, plus `__key__` and `__url__`.
 
@@ -91,6 +96,7 @@ def decode_sample(members: Mapping[str, bytes], *, max_megapixels: float = MAX_M
     record = _decode_json(members) if "txt" not in members else {}
     caption = _decode_caption(members, record)
     if caption is None and is_instruction(record):
+        _check_unicode(json.dumps([record.get(name) for name in Instruction.model_fields], ensure_ascii=False))
         instruction = read_instruction(record, f"shard {members['__url__']!s}, sample '{key}'")
         return RawSample(key, image, None, instruction, sample_hash(instruction.prompt, file or b""))
     if image is None and caption is None:
@@ -136,7 +142,7 @@ def encode_png(image: Image.Image, size: int) -> bytes:
 def _decode_json(members: Mapping[str, bytes]) -> dict[str, Any]:
     try:
         record = json.loads(members.get("json", b"{}"))
-    except ValueError:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested too deeply
         raise BadSample("undecodable caption") from None
     return record if isinstance(record, dict) else {}
 
@@ -144,8 +150,22 @@ def _decode_json(members: Mapping[str, bytes]) -> dict[str, Any]:
 def _decode_caption(members: Mapping[str, bytes], record: Mapping[str, Any]) -> str | None:
     if "txt" in members:
         try:
-            return members["txt"].decode().strip() or None
+            return _text(members["txt"].decode()) or None
         except ValueError:
             raise BadSample("undecodable caption") from None
     captions = [record[name] for name in CAPTION_FIELDS if name in record]
-    return next((text.strip() for text in captions if isinstance(text, str) and text.strip()), None)
+    return next((_text(text) for text in captions if isinstance(text, str) and _text(text)), None)
+
+
+def _text(caption: str) -> str:
+    """Return a caption without blanks around it and without a byte-order mark. Raises BadSample, see _check_unicode."""
+    _check_unicode(caption)
+    return caption.removeprefix("\ufeff").strip()
+
+
+def _check_unicode(text: str) -> None:
+    """Raise BadSample if a text holds a lone surrogate, which JSON can spell (\\ud83d) and no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadSample("text with a lone surrogate") from None

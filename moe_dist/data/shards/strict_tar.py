@@ -32,8 +32,11 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def tar_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) of each regular file in a tar. Raises one of DAMAGE if the tar is damaged."""
-    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
+    """Yield (name, content) of each regular file in a tar. Raises one of DAMAGE if the tar is damaged.
+
+    The bytes of a name that is not UTF-8 are kept as Python's surrogate escapes, whatever the locale.
+    """
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo, encoding="utf-8") as tar:
         for member in tar:
             if member.isreg():
                 content = tar.extractfile(member).read()  # type: ignore[union-attr]

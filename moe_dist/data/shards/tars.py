@@ -19,7 +19,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys
 
 from moe_dist.core.errors import UserError
-from moe_dist.data.shards.samples import MAX_MEGAPIXELS, BadSample, RawSample, SampleReport, decode_sample
+from moe_dist.data.shards.samples import MAX_MEGAPIXELS, BadSample, RawSample, SampleReport, decode_sample, readable
 from moe_dist.data.shards.shard_index import local_path, verify_shard
 from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_members
 
@@ -78,7 +78,7 @@ def _write_split(samples: Sequence[Sample], folder: Path, samples_per_shard: int
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
 # ------------------------------------------------------------------------------------------------------ finding
@@ -161,6 +161,7 @@ def iterate(
         key = members["__key__"]
         if shard.split is not None and split_of(key) != shard.split:
             continue
+        members["__key__"] = key = readable(key)
         report.total += 1
         try:
             sample = decode_sample(members, max_megapixels=max_megapixels)
