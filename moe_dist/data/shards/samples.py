@@ -96,7 +96,8 @@ def decode_sample(members: Mapping[str, bytes], *, max_megapixels: float = MAX_M
     record = _decode_json(members) if "txt" not in members else {}
     caption = _decode_caption(members, record)
     if caption is None and is_instruction(record):
-        _check_unicode(json.dumps([record.get(name) for name in Instruction.model_fields], ensure_ascii=False))
+        record = {name: record[name] for name in Instruction.model_fields if name in record}
+        _check_unicode(json.dumps(record, ensure_ascii=False))
         instruction = read_instruction(record, f"shard {members['__url__']!s}, sample '{key}'")
         return RawSample(key, image, None, instruction, sample_hash(instruction.prompt, file or b""))
     if image is None and caption is None:
