@@ -1,13 +1,14 @@
 """Accuracy on multiple-choice items. A model's answer is the option whose first token is most likely after the prompt.
 
-An item needs only one forward pass, whether its options are letters or words. If the correct option begins with the
-same token as another option, the item counts as answered wrongly.
+Each item takes one forward pass, whether its options are letters or words. If the correct option begins with the same
+token as another one, the item counts as wrong; data/tasks/choice_items.py refuses a split with no other items.
 
 Shape suffixes: T tokens of a micro-batch, S samples of a micro-batch, N items, O options, R routing values of an item.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
+from moe_dist.data.shards.sample_report import SampleReport
 from moe_dist.data.shards.tars import Split
 from moe_dist.data.stream.held_out_batches import held_out_batches
 from moe_dist.data.stream.packing import DocumentStore
@@ -61,7 +63,9 @@ def answer_all(
 ) -> Answers:
     """Answer every item of a split, with a progress display on rank 0. Collective. store: the tokens of this split."""
     with raise_on_all_ranks():
-        choices = read_choices(data, split, vocabulary.text)
+        choices, report = read_choices(data, split, vocabulary.text)
+    if layout.is_main:
+        _warn(choices, report)
     batches = held_out_batches(
         store, vocabulary, data, groups=len(store), dp_rank=layout.dp_rank, dp=layout.dp, batch_groups=batch_groups
     )
@@ -69,18 +73,28 @@ def answer_all(
     return answer(forward, shown, choices, layout)
 
 
+def _warn(choices: Mapping[int, Choice], report: SampleReport) -> None:
+    """Print how many items were left out, and how many count as wrong whatever the model prefers."""
+    if report.bad:
+        print(f"warning: {report.summary()}", file=sys.stderr, flush=True)
+    ambiguous = sum(choice.ambiguous for choice in choices.values())
+    if ambiguous:
+        sentence = "count as wrong, because their correct option begins with the same token as another one"
+        print(f"warning: {ambiguous} of {len(choices)} items {sentence}", file=sys.stderr, flush=True)
+
+
 @torch.no_grad()
 def answer(forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Choice], layout: Layout) -> Answers:
     """Answer all items of the batches. Collective: every rank calls it with the same number of batches.
 
-    forward: Batch -> an output with logits_TV and records. choices: the items, keyed by sample hash; all have the same
-    number of options (data/tasks/choice_items.py). Raises UserError if there is no item.
+    forward: Batch -> an output with logits_TV and records. choices: items by sample hash, all with the same number of
+    options (data/tasks/choice_items.py). Samples that are not in it are left out. Raises UserError if there is no item.
     """
     mine = []
     for batch in batches:
         batch = batch.to(layout.device)
         output = forward(batch)
-        if len(batch.sidecar.get("sample_S", ())):
+        if any(sample in choices for sample in batch.sidecar.get("sample_S", torch.empty(0)).tolist()):
             mine.append(_answer_batch(output, batch, choices))
     everyone = [answers for rank in gather_objects(mine) for answers in rank]
     if not everyone:
@@ -91,7 +105,9 @@ def answer(forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Ch
 
 
 def _answer_batch(output: Any, batch: Batch, choices: Mapping[int, Choice]) -> Answers:
-    end_S, sample_S = batch.sidecar["prompt_end_S"], batch.sidecar["sample_S"].cpu()
+    samples = batch.sidecar["sample_S"].tolist()
+    kept_S = [place for place, sample in enumerate(samples) if sample in choices]
+    end_S, sample_S = batch.sidecar["prompt_end_S"][kept_S], batch.sidecar["sample_S"][kept_S].cpu()
     items = [choices[sample] for sample in sample_S.tolist()]
     option_SO = torch.tensor([item.tokens for item in items], device=end_S.device)
     log_probs_SV = output.logits_TV[end_S].float().log_softmax(dim=1)

@@ -45,10 +45,7 @@ class RunMetrics:
         return list(dict.fromkeys(key for line in self.lines for key in line))
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return (tokens, values) from the lines that contain `key`.
-
-        If the values are lists, `values` has one row per line.
-        """
+        """Return (tokens, values) from the lines with `key`. If values are lists, `values` has one row per line."""
         pairs = [(line["tokens"], line[key]) for line in self.lines if line.get(key) is not None]
         tokens, values = zip(*pairs) if pairs else ((), ())
         return np.array(tokens, dtype=float), np.array(values, dtype=float)
@@ -297,9 +294,6 @@ def _mean(rows: np.ndarray) -> np.ndarray:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Return a centred moving average, which does not lag.
-
-    The window is about 4 % of the run, and less at the run's ends.
-    """
+    """Return a centred moving average. Its window is about 4 % of the run, and less at the run's ends."""
     window = np.hanning(max(1, len(values) // 25) + 2)[1:-1]
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")

@@ -67,6 +67,17 @@ def test_the_likeliest_option_is_the_answer():
     assert answers.log_probs_NO[0].tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def test_samples_that_are_no_items_are_left_out():
+    """data/tasks/choice_items.py leaves out the items whose prompt and options merge."""
+    fewer = {sample: choice for sample, choice in CHOICES.items() if sample not in (13, 101)}
+    answers = answer(forward, BATCHES, fewer, Layout())
+    whole = answer(forward, BATCHES, CHOICES, Layout())
+    assert answers.sample_N.tolist() == [26, 40] == whole.sample_N[1:3].tolist()
+    assert torch.equal(answers.log_probs_NO, whole.log_probs_NO[1:3])
+    with pytest.raises(UserError, match="no instruction samples"):
+        answer(forward, BATCHES, {}, Layout())
+
+
 def test_routing_is_that_of_the_last_prompt_token():
     layers = [make_layer("top_1").float(), make_layer("null").float()]
     x_TD = torch.randn(TOKENS, WIDTH)

@@ -27,7 +27,7 @@ from moe_dist.core.errors import UserError
 from moe_dist.core.files import new_folder, read_json, write_json
 from moe_dist.data.shards.sample_report import SampleReport
 from moe_dist.data.shards.samples import RawSample
-from moe_dist.data.tasks.instructions import InstructionPrompt, instruction_ids
+from moe_dist.data.tasks.instructions import InstructionPrompt, NoBoundary, instruction_ids
 from moe_dist.data.tokenizers.image_tokenizer import ImageTokenizer
 from moe_dist.data.tokenizers.pixels import crop_and_resize, scale_pixels
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
@@ -118,6 +118,7 @@ class TokenShardWriter:
         self._short: list[int] = []  # numbers of the documents of which a part is lost
         self._textless = 0
         self._prompts: list[tuple[int, InstructionPrompt]] = []  # number of the document, its prompt
+        self._bad: list[tuple[str, str]] = []  # reason and key of each sample that cannot be tokenised
         self._pixels: list[np.ndarray] = []  # images not yet encoded
         self._codes: list[np.ndarray] = []
         self._dtype = np.uint16 if vocabulary.size <= 1 << 16 else np.int32
@@ -130,9 +131,14 @@ class TokenShardWriter:
             if picture is None and sample.text is None:
                 self._textless += 1
                 continue
+            try:
+                ids = self._text_ids(sample)
+            except NoBoundary as reason:
+                self._bad.append((str(reason), sample.key))
+                continue
             if sample.loss is not None:
                 self._short.append(len(self._texts))
-            self._texts.append(np.array(self._text_ids(sample), dtype=self._dtype))
+            self._texts.append(np.array(ids, dtype=self._dtype))
             self._rows.append(-1 if picture is None else images)
             if tokenizer is not None and picture is not None:
                 images += 1
@@ -158,7 +164,12 @@ class TokenShardWriter:
         self._pixels.clear()
 
     def write(self, folder: Path, origin: dict[str, Any], report: SampleReport) -> None:
-        """Write the token shard to `folder`, unless another process wrote it meanwhile. Raises UserError on failure."""
+        """Write the token shard to `folder`, unless another process wrote it meanwhile. Raises UserError on failure.
+
+        Samples that could not be tokenised are added to the report.
+        """
+        for reason, key in self._bad:
+            report.add_bad(reason, key)
         codes = self.vocabulary.image.num_codes if self.vocabulary.image else 0
         domains = sorted({prompt.domain for _, prompt in self._prompts})
         prompts = [(i, prompt.length, domains.index(prompt.domain), prompt.sample) for i, prompt in self._prompts]

@@ -68,6 +68,14 @@ class LostSample(Exception):
         self.loss = loss
 
 
+def readable(name: str) -> str:
+    """Return a name that can be printed and stored: bytes that are not UTF-8 are written as \\xe9."""
+    try:
+        return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
+        return name.encode(errors="backslashreplace").decode()
+
+
 def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MAX_MEGAPIXELS) -> RawSample:
     """Decode one sample, and name what of it is lost or unused by design.
 
@@ -93,7 +101,9 @@ def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MA
     unused = (*_unused_members(files, picture, lost), *_unused_fields(record or {}, fields))
     if not asks:
         return RawSample(key, image, caption, loss=loss, unused=unused)
-    instruction = read_instruction(record or {}, f"shard {shard}, sample '{key}'")
+    asked = {field: value for field, value in (record or {}).items() if field in fields}
+    _check_unicode(json.dumps(asked, ensure_ascii=False))
+    instruction = read_instruction(asked, f"shard {shard}, sample '{key}'")
     return RawSample(key, image, None, instruction, sample_hash(instruction.prompt, file or b""), loss, unused)
 
 
@@ -136,7 +146,7 @@ def encode_png(image: Image.Image, size: int) -> bytes:
 
 def _text_caption(files: Mapping[str, bytes | None]) -> str | None:
     try:
-        return (files.get("txt") or b"").decode().strip() or None
+        return _text((files.get("txt") or b"").decode()) or None
     except ValueError:
         raise BadSample("undecodable caption") from None
 
@@ -148,7 +158,7 @@ def _read_json(files: Mapping[str, bytes | None], *, needed: bool) -> dict[str, 
         return {}
     try:
         record = json.loads(content)
-    except ValueError:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError):  # not UTF-8, not JSON, or nested too deeply
         if needed:
             raise BadSample("undecodable caption") from None
         return None
@@ -159,12 +169,26 @@ def _json_caption(record: Mapping[str, object], key: str) -> tuple[str | None, s
     """Return the name of a field with a caption, and the caption. One of a list is chosen by the hash of the key."""
     fields = [(name, record[name]) for name in CAPTION_FIELDS if name in record]
     for name, value in sorted(fields, key=lambda item: isinstance(item[1], list)):  # a list, if there is no other
-        texts = [text.strip() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        texts = [_text(text) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
         texts = [text for text in texts if text]
         if texts:
             digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
             return name, texts[int.from_bytes(digest[8:16]) % len(texts)]
     return None, None
+
+
+def _text(caption: str) -> str:
+    """Return a caption without blanks around it and without a byte-order mark. Raises BadSample, see _check_unicode."""
+    _check_unicode(caption)
+    return caption.removeprefix("\ufeff").strip()
+
+
+def _check_unicode(text: str) -> None:
+    """Raise BadSample if a text holds a lone surrogate, which JSON can spell (\\ud83d) and no tokenizer can encode."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadSample("text with a lone surrogate") from None
 
 
 def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, has_text: bool) -> dict[str, str]:
@@ -193,7 +217,7 @@ def _lost_json(record: Mapping[str, object] | None, key: str) -> Loss | None:
     """Return the loss of a picture's .json member that holds no caption; None without such a member."""
     if record is None:
         return Loss("json has no caption, it is no object", key)
-    keys = ", ".join(sorted(record)[:FIELDS_SHOWN]) + (", ..." if len(record) > FIELDS_SHOWN else "")
+    keys = readable(", ".join(sorted(record)[:FIELDS_SHOWN])) + (", ..." if len(record) > FIELDS_SHOWN else "")
     return Loss(f"json has no caption, its keys are {keys}", key) if record else None
 
 
@@ -205,6 +229,6 @@ def _unused_fields(record: Mapping[str, object], used: Iterable[str | None]) -> 
     """Yield the names of json fields that are not read, and of those of whose captions only one is."""
     for name, value in record.items():
         if name not in used:
-            yield f"json field {name}"
+            yield readable(f"json field {name}")
         elif isinstance(value, list) and name in CAPTION_FIELDS and len(value) > 1:
             yield f"further captions of json field {name}"

@@ -78,7 +78,7 @@ def _sha256(shard: Path) -> str:
 
 
 def _index_paths(shard: Path) -> tuple[Path, Path]:
-    name = hashlib.sha256(str(shard.resolve()).encode()).hexdigest()[:32]
+    name = hashlib.sha256(str(shard.resolve()).encode(errors="surrogateescape")).hexdigest()[:32]
     return shard.with_name(shard.name + ".index.json"), user_cache() / "shards" / f"{name}.index.json"
 
 

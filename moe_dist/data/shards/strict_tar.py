@@ -42,8 +42,11 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
 
 
 def tar_entries(stream: BinaryIO) -> Iterator[tuple[str, bytes | None]]:
-    """Yield (name, content) of each member but folders; the content of a link or device is None. Raises as above."""
-    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo) as tar:
+    """Yield (name, content) of each member but folders; the content of a link or device is None. Raises as above.
+
+    The bytes of a name that is not UTF-8 are kept as Python's surrogate escapes, whatever the locale.
+    """
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo, encoding="utf-8") as tar:
         for member in tar:
             if member.isreg():
                 content = tar.extractfile(member).read()  # type: ignore[union-attr]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,6 +27,7 @@ from moe_dist.data.shards.samples import (
     LostSample,
     RawSample,
     decode_sample,
+    readable,
 )
 from moe_dist.data.shards.shard_index import local_path, verify_shard
 from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_entries
@@ -86,7 +87,7 @@ def _write_split(samples: Sequence[Sample], folder: Path, samples_per_shard: int
 
 
 def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+    return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
 # ------------------------------------------------------------------------------------------------------ finding
@@ -168,6 +169,7 @@ def iterate(
     for files in _groups(shard.url, report.unused):
         if shard.split is not None and split_of(files.key) != shard.split:
             continue
+        files = replace(files, key=readable(files.key))
         report.total += 1
         try:
             sample = decode_sample(files, shard.url, max_megapixels=max_megapixels)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
+from moe_dist.data.shards.sample_report import SampleReport
 from moe_dist.data.shards.tars import Split, iterate, resolve_shards
-from moe_dist.data.tasks.instructions import Instruction
+from moe_dist.data.tasks.instructions import Instruction, NoBoundary, instruction_ids
 from moe_dist.data.tokenizers.text_tokenizer import TextTokenizer
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -21,6 +22,11 @@ class Choice:
     tokens: tuple[int, ...]
     correct: int  # index into tokens
 
+    @property
+    def ambiguous(self) -> bool:
+        """True if the correct option begins with the same token as another one, so that no model can be right."""
+        return self.tokens.count(self.tokens[self.correct]) > 1
+
 
 def read_instructions(data: DataConfig, split: Split) -> dict[int, Instruction]:
     """Read the instruction samples of a split by sample hash, which is sample_S in the batch's sidecar."""
@@ -32,28 +38,51 @@ def read_instructions(data: DataConfig, split: Split) -> dict[int, Instruction]:
     }
 
 
-def read_choices(data: DataConfig, split: Split, tokenizer: TextTokenizer) -> Mapping[int, Choice]:
-    """Read a split's multiple-choice items by sample hash.
+def read_choices(data: DataConfig, split: Split, tokenizer: TextTokenizer) -> tuple[Mapping[int, Choice], SampleReport]:
+    """Read a split's multiple-choice items by sample hash. Leave out and count those whose prompt and options merge.
 
-    Raises UserError if a sample is not a multiple-choice item, or if items differ in their number of options.
+    Raises UserError if a sample is not a multiple-choice item, if items differ in their number of options, if more than
+    data.max_bad_fraction of them are left out, or if all items are ambiguous.
     """
     instructions = read_instructions(data, split)
-    choices = {sample: _choice(instruction, tokenizer) for sample, instruction in instructions.items()}
+    report = SampleReport(len(instructions))
+    choices = {}
+    for sample, instruction in instructions.items():
+        try:
+            choices[sample] = _choice(instruction, tokenizer)
+        except NoBoundary as reason:
+            report.add_bad(str(reason), f"'{instruction.prompt[:60]}...'")
+    if report.bad:
+        report.check(data.max_bad_fraction)
+    _check_options(choices)
+    return choices, report
+
+
+def _check_options(choices: Mapping[int, Choice]) -> None:
+    """Raise UserError if the items cannot be compared, or if the first tokens of options decide nothing."""
     counts = sorted({len(choice.tokens) for choice in choices.values()})
     if len(counts) > 1:
         raise UserError(
             f"the multiple-choice items have {' or '.join(map(str, counts))} options, but all must have the same number"
         )
-    return choices
+    if choices and all(choice.ambiguous for choice in choices.values()):
+        raise UserError(
+            "in every multiple-choice item the correct option begins with the same token as another one, so no model "
+            "can be right: an option is scored by its first token, so answer by letter or use another text tokenizer"
+        )
 
 
 def _choice(instruction: Instruction, tokenizer: TextTokenizer) -> Choice:
-    """Tokenize the options as the answer is written: by letter or by their text. Raises UserError."""
-    options, correct = instruction.options, instruction.correct
+    """Tokenize the options as the answer is written: by letter or by their text, after the same blanks.
+
+    Raises UserError, and NoBoundary if an option and the prompt merge.
+    """
+    prompt, answer, options, correct = instruction.prompt, instruction.answer, instruction.options, instruction.correct
+    blanks = answer[: len(answer) - len(answer.lstrip())]
     for names in (LETTERS, options or ()):
-        if options is not None and correct is not None and instruction.answer == f" {names[correct]}":
-            tokens = [tokenizer.encode_continuation(f" {name}")[0] for name, _ in zip(names, options)]
-            return Choice(tuple(tokens), correct)
+        if options is not None and correct is not None and answer == blanks + names[correct]:
+            written = [blanks + name for name, _ in zip(names, options)]
+            return Choice(tuple(instruction_ids(tokenizer, prompt, option)[1][0] for option in written), correct)
     raise UserError(
         f"the sample '{instruction.prompt[:60]}...' is not a multiple-choice item: its answer '{instruction.answer}' "
         "is neither the letter nor the text of its correct option"

@@ -5,8 +5,8 @@ The .json member of such a sample has `prompt`, `answer` and `domain`. A multipl
 
   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
 
-Prompt and answer are tokenised separately, so a prompt's ids do not depend on the answer. Only the answer and EOS
-contribute to the loss.
+The ids are those of the joined text, cut where the prompt's own ids end, so a prompt's ids do not depend on the answer.
+Only the answer and EOS contribute to the loss.
 """
 
 from __future__ import annotations
@@ -70,9 +70,24 @@ def read_instruction(record: dict[str, Any], where: str) -> Instruction:
     return validate(Instruction, record, where)
 
 
+class NoBoundary(Exception):
+    """A prompt and an answer whose joined ids cannot be cut between them. The message is the reason in a few words."""
+
+
 def instruction_ids(tokenizer: TextTokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Return the ids of the prompt and of the answer, which together decode to prompt + answer."""
-    return tokenizer.encode(prompt), tokenizer.encode_continuation(answer)
+    """Return the ids of the prompt and of the answer. Joined, they are the ids of prompt + answer.
+
+    The rule is that of lm-evaluation-harness (`_encode_pair`): blanks that end the prompt are moved to the answer, and
+    the ids of the joined text are cut at the number of the prompt's ids. It needs no knowledge of what a tokenizer puts
+    before a text. Raises NoBoundary if the joined ids do not begin with the prompt's ids, or if the answer has no ids.
+    """
+    before = tokenizer.encode(prompt.rstrip())
+    joined = tokenizer.encode(prompt + answer)
+    if joined[: len(before)] != before:
+        raise NoBoundary("prompt and answer merge")
+    if len(joined) == len(before):
+        raise NoBoundary("the tokenizer drops the answer")
+    return before, joined[len(before) :]
 
 
 def sample_hash(prompt: str, image: bytes = b"") -> int:

@@ -48,10 +48,6 @@ class HuggingFaceTokenizer:
         """Encode a text as ids, without BOS or EOS."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_continuation(self, text: str) -> list[int]:
-        """Encode a text that continues another one. Byte-level tokenizers add no prefix, so this equals encode."""
-        return self.encode(text)
-
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text; special tokens are dropped."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

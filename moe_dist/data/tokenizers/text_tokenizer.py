@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import write_file
@@ -33,8 +32,6 @@ class TextTokenizer(Protocol):
     sha256: str  # equal exactly if every text gets the same ids
 
     def encode(self, text: str) -> list[int]: ...
-
-    def encode_continuation(self, text: str) -> list[int]: ...  # of a text that continues another one
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -59,7 +56,6 @@ class SentencePieceTokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError):
             raise UserError(f"{path} is not a SentencePiece model") from None
-        self._continuation = sentencepiece.SentencePieceProcessor(model_proto=_without_blank_before(content))
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.size: int = self._processor.get_piece_size()
         ids = (self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id())
@@ -73,20 +69,9 @@ class SentencePieceTokenizer:
         """Encode a text as ids, without BOS or EOS."""
         return self._processor.encode(text)
 
-    def encode_continuation(self, text: str) -> list[int]:
-        """Encode a text that continues another one. Unlike encode, put no space before it."""
-        return self._continuation.encode(text)
-
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text; control pieces (pad, bos, eos) are dropped."""
         return self._processor.decode([int(i) for i in ids])
-
-
-def _without_blank_before(content: bytes) -> bytes:
-    """Return the SentencePiece model changed so that it puts no space before a text."""
-    model = sentencepiece_model_pb2.ModelProto.FromString(content)  # type: ignore[attr-defined]  # generated at import
-    model.normalizer_spec.add_dummy_prefix = False
-    return model.SerializeToString()
 
 
 def train_text_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int = VOCAB_SIZE) -> SentencePieceTokenizer:

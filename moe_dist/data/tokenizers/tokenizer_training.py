@@ -9,6 +9,7 @@ OUT/vq/reconstructions.png   rows of held-out images, each above its reconstruct
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -71,6 +72,8 @@ def _read(recipe: TokenizerRecipe, split: Split, max_images: int) -> tuple[list[
         if sample.image is not None and len(images) < max_images:
             images.append(crop_and_resize(sample.image, recipe.vq.image_size))
     report.check(recipe.max_bad_fraction)
+    if report.bad:
+        print(f"warning: {split}: {report.summary()}", file=sys.stderr, flush=True)
     return texts, np.stack(images) if images else None
 
 

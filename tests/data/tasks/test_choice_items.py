@@ -33,10 +33,11 @@ def tokenizer(tmp_path):
 def test_options_are_named_as_the_answer_is(tmp_path, tokenizer):
     data = shards(tmp_path / "shards", LETTER, TEXT, captions=["no item"])
     assert {i.prompt for i in read_instructions(data, "train").values()} == {LETTER["prompt"], TEXT["prompt"]}
-    choices = read_choices(data, "train", tokenizer)
+    choices, report = read_choices(data, "train", tokenizer)
+    assert (report.total, report.bad.total()) == (2, 0)
 
     def first(*names):
-        return tuple(tokenizer.encode_continuation(f" {name}")[0] for name in names)
+        return tuple(tokenizer.encode(f": {name}")[len(tokenizer.encode(":")) :][0] for name in names)
 
     assert choices[sample_hash(LETTER["prompt"])] == Choice(first(*"ABCD"), 1)
     assert choices[sample_hash(TEXT["prompt"])] == Choice(first(*ITEM["options"]), 1)
