@@ -110,7 +110,7 @@ class TokenInfo:
         return made
 
     def once_per_token(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """Return make(), an int64 tensor [T], cached as in `once`.
+        """Return make(), an int64 tensor [T], and cache it as `once` does.
 
         The TokenInfo that `select` or `of_modality` returns inherits this cache.
         """
@@ -194,15 +194,16 @@ class TokenInfo:
         return token_K, inner
 
     def _orders(self) -> Tensor:
-        """Return three lists of indices, concatenated.
+        """Return three lists of token indices, concatenated into one tensor.
 
-        They are the valid tokens by modality, the valid tokens by sequence, and all tokens.
+        The first lists the valid tokens by modality, the second lists the valid tokens by sequence, and the third lists
+        all tokens.
         """
         all_T = torch.arange(self.num_tokens, device=self.valid_T.device)
         return torch.cat([self.by_modality_V, self.competing("sequence")[0], all_T])
 
     def _of_tokens(self, token_K: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Gather facts about some valid tokens in one operation.
+        """Gather the facts about the valid tokens token_K in one operation.
 
         Returns the per-token fields, and the cached results of once_per_token.
         """
@@ -227,7 +228,7 @@ _OF_EACH_TOKEN = ("modality_T", "document_T", "position_T", "token_id_T")  # int
 
 
 def _sums(keep: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Divide `keep` into consecutive runs of these lengths. Return the number of true values in each run."""
+    """Divide `keep` into consecutive runs of the given lengths. Return the number of true values in each run."""
     ends = torch.tensor([0, *accumulate(lengths)], device="cpu").to(keep.device, non_blocking=True)
     return F.pad(keep.cumsum(0), (1, 0)).index_select(0, ends).diff()
 

@@ -122,7 +122,7 @@ def write_json(path: Path, value: Any) -> StoredFile:
 
 
 def json_text(value: Any) -> str:
-    """Format a value as the text of a JSON file, in the layout that all JSON files of this project have."""
+    """Format a value as the text of a JSON file, in the layout that all JSON files of this project use."""
     return json.dumps(value, indent=1) + "\n"
 
 

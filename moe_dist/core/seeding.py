@@ -1,7 +1,7 @@
 """Random numbers that depend only on names and ids, not on rank, device, layout or earlier draws.
 
-`hash_ids` hashes token and expert ids on the device. `uniform`, `logistic` and `dropout` draw from such a hash.
-`seeded_normal_` initialises a parameter from its name.
+The function `hash_ids` hashes token and expert ids on the device. The functions `uniform`, `logistic` and `dropout`
+draw from such a hash, and `seeded_normal_` initialises a parameter from its name.
 
 Shape suffixes: R rows, D columns.
 """

@@ -33,7 +33,7 @@ class ObjectiveOutput:
 
 
 class Objective(Protocol):
-    """Interface of the objective of one optimizer step.
+    """Interface for the objective of one optimizer step.
 
     Each metric is a sum over micro-batches and ranks, divided by a count over micro-batches and ranks.
     """
@@ -44,7 +44,7 @@ class Objective(Protocol):
         ...
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """Return the count of each metric in one micro-batch on the host.
+        """Return the count of each metric in a micro-batch that is on the host.
 
         The mean of a metric is its sum over the step divided by its count over the step.
         """

@@ -26,7 +26,7 @@ class Context:
 
 
 class Term(Protocol):
-    """Interface of a loss term.
+    """Interface for loss terms.
 
     A new term is constructed for each optimizer step, as Term(settings, context).
     """
@@ -34,7 +34,7 @@ class Term(Protocol):
     names: tuple[str, ...]  # names of the metrics that it reports; the first is the loss itself
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """Return the count of each metric in one micro-batch on the host.
+        """Return the count of each metric in a micro-batch that is on the host.
 
         The mean of a metric is its sum over the step divided by its count over the step.
         """

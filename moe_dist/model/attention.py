@@ -30,7 +30,7 @@ _MULTIPLE = 16  # documents are padded to a multiple of 16: few distinct lengths
 
 
 class Attending(Protocol):
-    """Interface of causal attention in which a token sees only tokens of its own document."""
+    """Interface for causal attention in which a token sees only tokens of its own document."""
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         """Compute softmax attention, scaled by 1/sqrt(d) and causal within each document. Returns [T, H, d]."""
@@ -38,10 +38,13 @@ class Attending(Protocol):
 
 
 class Documents(Attending, Protocol):
-    """Interface of a micro-batch's document boundaries. They also compute attention within each document."""
+    """Interface for the document boundaries of a micro-batch.
+
+    An implementation also computes the attention within each document.
+    """
 
     def select(self, info: TokenInfo) -> Documents:
-        """Return the same documents with only the tokens of `info`, a result of TokenInfo.select."""
+        """Return the same documents, reduced to the tokens of `info`, which is a result of TokenInfo.select."""
         ...
 
 
@@ -121,10 +124,10 @@ class BucketedDocuments:
 
 @dataclass(frozen=True, slots=True)
 class VarlenDocuments:
-    """Document boundaries as cumulative lengths, the format of the flash attention kernel.
+    """Document boundaries as cumulative lengths, which is the format that the flash attention kernel expects.
 
-    The kernel needs CUDA and half precision. Tests without a GPU use a stand-in for the kernel, which checks the
-    arguments of the call.
+    The kernel needs CUDA and half precision. On machines without a GPU, tests replace the kernel with a stand-in that
+    checks the arguments of the call.
     """
 
     ends: Tensor  # int32: 0, then the end of each document
@@ -169,7 +172,8 @@ def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:
 def rotation(angle_T11d: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute the cosines and signed sines that `rotate` needs, [2, T, 1, d] in `dtype`.
 
-    In the first half of d, the sines are negated. The result is computed once per micro-batch and shared by all layers.
+    In the first half of the last dimension, the sines are negated. The result is computed once per micro-batch and
+    shared by all layers.
     """
     sin_T1d = angle_T11d.sin().squeeze(1)
     first, second = sin_T1d.chunk(2, dim=-1)
@@ -178,7 +182,7 @@ def rotation(angle_T11d: Tensor, dtype: torch.dtype) -> Tensor:
 
 @fused
 def rotate(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
-    """Rotate each head (x1, x2) to (x1 cos - x2 sin, x2 cos + x1 sin). x1 and x2 are the two halves of the head."""
+    """Rotate each head, whose halves are x1 and x2, to (x1 cos - x2 sin, x2 cos + x1 sin)."""
     return x_THd * cos_T1d + x_THd.roll(x_THd.shape[-1] // 2, -1) * sin_T1d
 
 

@@ -46,14 +46,14 @@ class KVCache:
     def go_on(self, sequences: list[int]) -> Decoding:
         """Return the Decoding for a micro-batch whose documents continue `sequences`.
 
-        sequences: the number of the sequence that each document continues, all different.
+        sequences: for each document, the number of the sequence that it continues. The numbers must all be different.
         """
         return Decoding(self, torch.tensor(sequences, device=self.layers[0].length_S.device))
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """A micro-batch whose documents continue cached sequences. It provides the documents for every layer."""
+    """A micro-batch whose documents continue cached sequences. It provides the documents of each layer."""
 
     cache: KVCache
     sequence_N: Tensor  # int64, the sequence that each document continues

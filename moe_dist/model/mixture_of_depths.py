@@ -49,7 +49,7 @@ class MixtureOfDepths(nn.Module):
     ) -> tuple[Tensor, RoutingRecord | None, DepthRecord]:
         """Return the hidden states of all T tokens, the block's routing record and the record of admitted tokens.
 
-        The block's routing record (None for a dense block) is renumbered, so it also refers to all T tokens.
+        The block's routing record (None for a dense block) is renumbered, so that it refers to all T tokens.
         """
         admitted_T, routing = self.router(x_TD, info)
         token_K, inner = info.select(admitted_T, self.split_sizes)

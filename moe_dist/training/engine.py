@@ -32,7 +32,7 @@ Counting = Callable[[Batch, ModelOutput], StepCounts]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Result of one optimizer step over all its micro-batches. Equal on every rank, except for `counted`."""
+    """Result of one optimizer step over all its micro-batches. All fields except `counted` are equal on every rank."""
 
     loss_sums: dict[str, float]  # metrics of the objective, summed over all ranks
     counts: dict[str, int]  # counts that divide loss_sums, with the same keys; "loss": number of predictions
@@ -82,7 +82,7 @@ class Engine:
 
     @property
     def steps(self) -> int:
-        """The number of optimizer steps taken, including skipped ones."""
+        """The number of optimizer steps so far, including skipped steps."""
         return self._zero.global_steps
 
     @steps.setter
@@ -115,8 +115,9 @@ class Engine:
     ) -> StepResult:
         """Accumulate gradients over this rank's micro-batches and take one optimizer step at rate `lr`. Collective.
 
-        micro_batches: on the host; each is moved to the device once. Iterating over the micro-batches may read data. If
-        this fails on one rank, the error is raised on all ranks before anything is computed.
+        micro_batches: the micro-batches, on the host. Each one is moved to the device once. Iterating over the
+        micro-batches may read data. If this fails on one rank, the error is raised on all ranks before anything is
+        computed.
         count: if given, a function that counts the routing and the work of a micro-batch. StepResult.counted is the sum
         of its results.
 
@@ -161,9 +162,10 @@ class Engine:
             self._zero.train()
 
     def _collect(self, micro_batches: Iterable[Batch], objective: Objective) -> tuple[list[Batch], dict[str, int]]:
-        """Read this rank's micro-batches, and sum the counts of the metrics over all ranks. Collective.
+        """Read this rank's micro-batches, and sum each metric's count over the micro-batches and all ranks. Collective.
 
-        The same all-reduce also reports failures: if one rank fails, its error is raised on every rank.
+        The mean of a metric is its sum divided by its count. The all-reduce that sums the counts also reports failures:
+        if one rank fails, its error is raised on every rank.
         """
         problem: Exception | None = None
         batches: list[Batch] = []
@@ -194,7 +196,7 @@ class Engine:
         return dict(zip(names, total.tolist()))
 
     def _stop_or_go_on(self, loss_sums: dict[str, float]) -> None:
-        """Apply train.non_finite to a step that DeepSpeed skipped: raise UserError, or return to continue.
+        """Apply train.non_finite to a step that DeepSpeed skipped: raise UserError, or return if the run continues.
 
         All ranks have the same values, so they make the same decision.
         """

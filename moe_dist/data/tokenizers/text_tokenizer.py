@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class TextTokenizer(Protocol):
-    """A tokenizer that encodes text as ids and decodes ids. pad, bos and eos are None if the tokenizer lacks them."""
+    """Interface for tokenizers that encode text as ids and decode ids to text.
+
+    The ids pad, bos and eos are None if the tokenizer lacks them.
+    """
 
     size: int
     pad: int | None
@@ -70,7 +73,7 @@ class SentencePieceTokenizer:
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids to text; control pieces (pad, bos, eos) are dropped."""
+        """Decode ids to text, dropping control pieces (pad, bos, eos)."""
         return self._processor.decode([int(i) for i in ids])
 
 
