@@ -138,9 +138,9 @@ class TokenInfo:
     def competing(self, scope: str = "group") -> tuple[Tensor, list[int]]:
         """Return the indices of the valid tokens, set by set, and the number of valid tokens in each set.
 
-        A set consists of tokens that compete with each other. `scope` says which: the tokens of a selection group
-        ("group", in the order of `members`), the tokens of one modality in a selection group ("modality"), or the
-        tokens of a packed sequence ("sequence").
+        A set consists of tokens that compete with each other. The argument `scope` says which tokens do: the tokens of
+        a selection group ("group", in the order of `members`), the tokens of one modality in a selection group
+        ("modality"), or the tokens of a packed sequence ("sequence").
         """
         return self.once(("competing", scope), lambda: self._competing(scope))
 
@@ -234,7 +234,7 @@ def _sums(keep: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def _first(keep: Tensor, number: int) -> Tensor:
-    """Return the indices where `keep` is true. `number` is their known count, so no host sync is needed."""
+    """Return the indices where `keep` is true. Their number is known to be `number`, so no host sync is needed."""
     return torch.nonzero_static(keep, size=number).squeeze(1)
 
 

@@ -1,5 +1,5 @@
-"""Descriptions of the arithmetic that a model performs. model/ creates them, and metrics/flops.py computes FLOPs from
-them.
+"""Descriptions of the arithmetic that a model performs. The modules in model/ create them, and metrics/flops.py
+computes FLOPs from them.
 
 Only matrix products are counted, in multiply-adds. Norms, activations, softmax, recomputed activations and the padding
 rows of pad_to_capacity are not counted.

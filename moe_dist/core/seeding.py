@@ -1,4 +1,4 @@
-"""Random numbers that depend only on names and ids, not on rank, device, layout or earlier draws.
+"""Random numbers that depend only on names and ids, not on the rank, the device, the layout or earlier draws.
 
 The function `hash_ids` hashes token and expert ids on the device. The functions `uniform`, `logistic` and `dropout`
 draw from such a hash, and `seeded_normal_` initialises a parameter from its name.

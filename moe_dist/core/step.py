@@ -59,9 +59,9 @@ class Objective(Protocol):
 
 
 class ShardedModel(Protocol):
-    """Interface that checkpointing needs from a model under ZeRO and its optimizer.
+    """The interface that checkpointing needs from a model under ZeRO and its optimizer.
 
-    training/engine.py implements it.
+    The class Engine in training/engine.py implements it.
     """
 
     steps: int

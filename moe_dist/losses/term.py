@@ -1,7 +1,7 @@
-"""The interface of a loss term. losses/loss_registry.py lists the classes that implement it.
+"""The interface for loss terms. The classes that implement it are listed in losses/loss_registry.py.
 
 A term is a sum over micro-batches and ranks, divided by one count over all of them. The count is known before the first
-backward pass. The scale of a term therefore depends neither on the layout nor on accumulation, and means are never
+backward pass. Therefore the scale of a term depends neither on the layout nor on accumulation, and means are never
 averaged.
 """
 

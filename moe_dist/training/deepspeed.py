@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO stages 1, 2 and 3 for models with experts. This is the only file that imports DeepSpeed.
 
 DeepSpeed passes the process groups of experts to ZeRO only for its own MoE classes. A thin subclass of DeepSpeed's
-engine does the same for our experts, with the groups of our layout. This file also chooses the optimizer and the
-parameters that get weight decay. training/engine.py computes an optimizer step.
+engine does the same for our experts, using the groups of our layout. This file also chooses the optimizer and the
+parameters that get weight decay. The optimizer step is computed in training/engine.py.
 """
 
 from __future__ import annotations

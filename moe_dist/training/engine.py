@@ -47,7 +47,7 @@ class StepResult:
 
 
 class Zero(Protocol):
-    """Interface that an optimizer step needs from DeepSpeed's engine."""
+    """The interface that an optimizer step needs from DeepSpeed's engine."""
 
     module: nn.Module
     global_steps: int
@@ -69,8 +69,8 @@ class Zero(Protocol):
 class Engine:
     """A model under ZeRO, with methods to take an optimizer step (`train_step`) and to evaluate (`eval_forward`).
 
-    Both methods are collective. `steps` and `skipped_steps` are part of a run's state: a checkpoint stores them, and a
-    resumed run sets them.
+    Both methods are collective. The attributes `steps` and `skipped_steps` are part of a run's state: a checkpoint
+    stores them, and a resumed run sets them.
     """
 
     def __init__(self, zero: Zero, settings: TrainConfig, layout: Layout, accumulation: int) -> None:
@@ -113,16 +113,16 @@ class Engine:
     def train_step(
         self, micro_batches: Iterable[Batch], objective: Objective, lr: float, count: Counting | None = None
     ) -> StepResult:
-        """Accumulate gradients over this rank's micro-batches and take one optimizer step at rate `lr`. Collective.
+        """Accumulate gradients over this rank's micro-batches, then take one step at learning rate `lr`. Collective.
 
         micro_batches: the micro-batches, on the host. Each one is moved to the device once. Iterating over the
-        micro-batches may read data. If this fails on one rank, the error is raised on all ranks before anything is
+        micro-batches may read data. If reading fails on one rank, the error is raised on all ranks before anything is
         computed.
         count: if given, a function that counts the routing and the work of a micro-batch. StepResult.counted is the sum
         of its results.
 
-        If a loss or gradient is not finite on any rank, no rank changes its parameters or optimizer state.
-        train.non_finite then decides whether the run stops (UserError) or continues. After a step that was applied,
+        If a loss or gradient is not finite on any rank, no rank changes its parameters or optimizer state. The setting
+        train.non_finite then decides whether the run stops (UserError) or continues. After a step that was not skipped,
         stateful routers update their state (StatefulRouter).
         """
         batches, counts = self._collect(micro_batches, objective)

@@ -1,4 +1,4 @@
-"""Metrics of an optimizer step, computed from the engine's result. metrics/metric_keys.py lists their names."""
+"""Metrics of an optimizer step, computed from the engine's result. Their names are listed in metrics/metric_keys.py."""
 
 from __future__ import annotations
 

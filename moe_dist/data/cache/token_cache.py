@@ -2,9 +2,9 @@
 
 A shard's tokens are stored next to it in tokens/<vocabulary>/<shard>/, or in the user's cache folder if the shard is
 remote or its folder is read-only. <vocabulary> is a digest of both tokenizers. <shard> ends in a digest of the tar's
-checksum (a remote shard's URL), the split read from it and the files' format. A change of tokenizer, tar or format
-therefore makes new tokens and never reuses old ones. A folder may be shipped with tokens/ but without tars; the
-tokenizers and the format must then match the recipe's.
+checksum (for a remote shard, its URL), the split read from it and the files' format. A change of tokenizer, tar or
+format therefore makes new tokens and never reuses old ones. A folder may be shipped with tokens/ but without tars; the
+tokenizers and the format must then match those of the recipe.
 
 Call order on every rank: load_vocabulary, build_cache, a barrier, open_store.
 """
@@ -54,7 +54,7 @@ def load_vocabulary(data: DataConfig) -> Vocabulary:
 
 
 class TokenStore:
-    """The documents of a split, in the order of the recipe's list of parts, then by shard, then by sample.
+    """The documents of a split, ordered by their part in the recipe's list, then by shard, then by sample.
 
     An instruction is never cut. If an instruction is longer than a sequence, it is left out and counted in the report.
     If a caption does not fit into a sequence together with its image, it is cut and counted in the report.
@@ -114,7 +114,7 @@ class TokenStore:
 
 
 def open_store(data: DataConfig, split: Split, vocabulary: Vocabulary) -> TokenStore:
-    """Open the tokens of a split. build_cache must have run on every rank.
+    """Open the tokens of a split. Before this, build_cache must have run on every rank.
 
     Raises UserError if a shard's tokens are missing or damaged, if shipped tokens were made with other tokenizers, if
     more than data.max_bad_fraction of the split's samples could not be used or lost a part, or if the training samples

@@ -2,8 +2,8 @@
 
 A decoded sample is an RGB image, a caption or both, or an instruction with or without an image. A raw sample is the
 group of a tar's members that share a key: an image (IMAGE_SUFFIXES), `.txt` for the caption, or `.json` with the field
-`caption` or `text`, or otherwise with the fields `prompt` and `answer` (data/tasks/instructions.py). docs/data.md has
-the table of what is used, unused by design, lost or bad.
+`caption` or `text`, or otherwise with the fields `prompt` and `answer` (data/tasks/instructions.py). A table in
+docs/data.md shows what is used, unused by design, lost or bad.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ class RawSample:
 
 
 class BadSample(Exception):
-    """A sample that cannot be used. The message is a reason of two or three words; samples are counted by reason."""
+    """A sample that cannot be used.
+
+    The message is a reason of two or three words. Bad samples are counted by reason.
+    """
 
 
 class LostSample(Exception):
@@ -108,7 +111,7 @@ def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MA
 
 
 def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
-    """Decode an image file (the first frame) to mode RGB, upright, with transparency on white. Raises BadSample."""
+    """Decode the first frame of an image file to an upright RGB image on a white background. Raises BadSample."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -127,7 +130,7 @@ def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Imag
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to mode RGB, with transparency on white and 16-bit grey scaled to 8 bits."""
+    """Convert an image to mode RGB on a white background. Scales 16-bit grey to 8 bits."""
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.has_transparency_data:
@@ -137,7 +140,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def encode_png(image: Image.Image, size: int) -> bytes:
-    """Encode an image as a PNG of size x size pixels; add white margins if it is not square."""
+    """Encode an image as a PNG of size x size pixels, adding white margins if the image is not square."""
     square = ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, color="white")
     out = io.BytesIO()
     square.save(out, "PNG")
@@ -236,7 +239,8 @@ def _unused_members(files: Mapping[str, bytes | None], picture: str | None, lost
 
 
 def _unused_fields(record: Mapping[str, object], used: Iterable[str | None]) -> Iterator[str]:
-    """Yield the names of the JSON fields that are not read or that hold several captions, of which one is read."""
+    """Yield the names of JSON fields that are not read, and of lists of captions from which only one caption is read.
+    """
     for name, value in record.items():
         if name not in used:
             yield readable(f"json field {name}")

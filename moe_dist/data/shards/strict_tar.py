@@ -1,7 +1,7 @@
 """Strict reading of a tar, plain or compressed, from a stream: if the tar is damaged, an error is raised.
 
-Python's tarfile (hence webdataset) treats a damaged header, or a file truncated between two members, as the end of the
-archive. This reader accepts only the end-of-archive marker, with nothing but zeros after it.
+Python's tarfile (and therefore webdataset) treats a damaged header, or a file truncated between two members, as the end
+of the archive. This reader accepts only the end-of-archive marker, with nothing but zeros after it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """WebDataset shards: writing a corpus as tars, finding the tars that a recipe names, checking and reading them.
 
 A prepared corpus is OUT/{train,validation,test}/shard-%06d.tar. Every local tar has an index (count, bytes, sha256).
-webdataset ends a broken tar early without an exception, so a shard is checked against its index before it is read. A
-user's own tar gets its index on first use, from one strict pass that rejects a damaged header or a missing end.
+The webdataset library ends a broken tar early without an exception, so a shard is checked against its index before it
+is read. A user's own tar gets its index on first use, from one strict pass that rejects a damaged header or a missing
+end.
 """
 
 from __future__ import annotations

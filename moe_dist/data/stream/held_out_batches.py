@@ -2,8 +2,8 @@
 
 The sequence is one pass over the held-out store, in an order that depends neither on the seed nor on the number of
 ranks. Documents are packed as in training, but without caption dropout. Rank r takes the groups j with j mod dp == r. A
-rank that would have one group fewer than others gets a group of padding. Therefore all ranks run the same number of
-forward passes, and sums over ranks count every token once.
+rank that would have one group fewer than other ranks gets a group of padding. Therefore all ranks run the same number
+of forward passes, and sums over ranks count every token once.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ LOOK_AHEAD = 64  # number of pieces that a stream holds for the packer to choose
 class Stream:
     """A stream of pieces, made from the given documents in a new order in each epoch.
 
-    `pending` holds the pieces that were read ahead, oldest first.
+    The list `pending` holds the pieces that were read ahead, oldest first.
     """
 
     def __init__(self, documents: np.ndarray, assembler: Assembler, *, lane: int, epochs: int | None = None):
@@ -72,7 +72,9 @@ class Lane:
         self._data = data
 
     def next_group(self) -> Group:
-        """Return the next group, as the pieces of each sequence. All sequences are empty at the end of a finite stream.
+        """Return the next group: the list of pieces of each sequence.
+
+        At the end of a finite stream, all lists are empty.
         """
         length = self._data.sequence_length
         return [fill_sequence(self._stream.refill(), length) for _ in range(self._data.group_sequences)]
@@ -89,9 +91,9 @@ class SteeredLane:
 
     The fraction refers to the valid tokens of a group. Pairs and texts come from separate streams. Each sequence first
     takes the number of pairs that brings the group's number of image tokens closest to the target. Texts then fill the
-    sequence, but stop before they would push the fraction below the target. A group therefore misses the target by at
-    most about half an image. If data.image_fraction is close to the largest fraction that pairs alone can reach, there
-    is room for little text, and sequences end in padding.
+    sequence, but stop before the group falls more than half an image below the target. A group therefore misses the
+    target by at most about half an image. If data.image_fraction is close to the largest fraction that pairs alone can
+    reach, there is room for little text, and sequences end in padding.
     """
 
     def __init__(self, pairs: Stream, texts: Stream, data: DataConfig, fraction: float):

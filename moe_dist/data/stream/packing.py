@@ -99,7 +99,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembler:
-    """A callable with settings that turns a document of the store into a piece."""
+    """A callable that assembles pieces from the documents of a store."""
 
     store: DocumentStore
     vocabulary: Vocabulary

@@ -76,7 +76,7 @@ def _check_options(choices: Mapping[int, Choice]) -> None:
 def _choice(instruction: Instruction, tokenizer: TextTokenizer) -> Choice:
     """Tokenize the options in the form of the answer: as letters or as texts, after the same blanks.
 
-    Raises UserError, and NoBoundary if an option and the prompt merge.
+    Raises UserError if the sample is not a multiple-choice item, and NoBoundary if an option and the prompt merge.
     """
     prompt, answer, options, correct = instruction.prompt, instruction.answer, instruction.options, instruction.correct
     blanks = answer[: len(answer) - len(answer.lstrip())]

@@ -1,8 +1,8 @@
 """Chameleon's image tokenizer (arXiv 2405.09818): 512 x 512 pixels -> 1024 codes over 8192 entries.
 
 The tokenizer is read from a local folder of Hugging Face weights. The folder holds a ChameleonVQVAE or a whole
-Chameleon model, of which only the `vqmodel` is used. transformers ships the encoder and the codebook but no decoder, so
-images can be encoded and codes cannot be decoded.
+Chameleon model, of which only the `vqmodel` is used. The transformers library ships the encoder and the codebook but no
+decoder, so images can be encoded and codes cannot be decoded.
 
 Shape suffixes: B images, H and W pixels, n codes of an image.
 """

@@ -19,8 +19,8 @@ TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL)  # the files to copy wi
 class HuggingFaceTokenizer:
     """A TextTokenizer read from a Hugging Face folder. Raises UserError if the folder holds no tokenizer.
 
-    bos, eos and pad are the tokens that tokenizer_config.json (or special_tokens_map.json) names. If there is no pad
-    token, eos is used for padding. That keeps a pretrained model's vocabulary size, and is safe because padding is
+    The tokens bos, eos and pad are those that tokenizer_config.json (or special_tokens_map.json) names. If there is no
+    pad token, eos is used for padding. That keeps a pretrained model's vocabulary size, and is safe because padding is
     masked.
     """
 

@@ -19,9 +19,9 @@ from moe_dist.data.tokenizers.vq import VQTokenizer
 
 
 class ImageTokenizer(Protocol):
-    """A tokenizer that encodes images as discrete codes and, if its weights hold a decoder, decodes them.
+    """Interface for tokenizers that encode images as discrete codes and, if they have a decoder, decode codes.
 
-    The pixels it expects are made by pixels.py.
+    The pixels that a tokenizer expects are made by pixels.py.
     """
 
     image_size: int  # pixels of one side

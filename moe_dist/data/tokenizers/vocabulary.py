@@ -25,7 +25,7 @@ Codes = TypeVar("Codes", int, np.ndarray, Tensor)
 
 
 class Vocabulary:
-    """Ids of all text pieces, markers and image codes of a model. V = size."""
+    """The ids of all text pieces, markers and image codes of a model. Their number, V, is `size`."""
 
     def __init__(self, text: TextTokenizer, image: ImageTokenizer | None = None) -> None:
         self.text, self.image = text, image

@@ -32,7 +32,7 @@ DEAD_CODE = 0.25  # a code used by fewer vectors of a batch (moving average) is 
 
 
 class VQConfig(Strict):
-    """Sizes of the tokenizer and settings of its quantizer, stored in config.json."""
+    """The sizes of the tokenizer and the settings of its quantizer, stored in config.json."""
 
     type: Literal["moe_dist_vq"] = "moe_dist_vq"
     image_size: Positive = 64  # side in pixels
@@ -51,7 +51,7 @@ class VQConfig(Strict):
 
 
 class Residual(nn.Sequential):
-    """Residual block x + f(x), where f is norm, 3 x 3 convolution, norm, 1 x 1 convolution."""
+    """Residual block x + f(x), where f is a norm, a 3 x 3 convolution, a norm and a 1 x 1 convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__(
