@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders, and JSON. Imports no torch.
+"""Atomic writing of files and folders, and reading and writing of JSON. Does not import torch.
 
 A file or folder is written as NAME.tmp next to its final path, synced to the disk and renamed. Readers therefore never
 see an incomplete file or folder, and after a crash the previous one is still there. If a writer is killed, the next

@@ -85,7 +85,7 @@ def _splitmix64(z: Tensor) -> Tensor:
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Shift right logically. The operator `>>` on int64 would copy the sign bit."""
+    """Shift `z` to the right, filling with zeros. The operator `>>` on int64 would copy the sign bit."""
     return (z >> bits) & (_MASK >> bits)
 
 

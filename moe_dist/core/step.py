@@ -40,7 +40,7 @@ class Objective(Protocol):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all metrics."""
+        """The names of all metrics."""
         ...
 
     def counts(self, batch: Batch) -> tuple[int, ...]:

@@ -141,12 +141,13 @@ class Faults(ValueError):
 
 
 def validate(model: type[Settings], data: Any, where: str, prefix: str = "") -> Settings:
-    """Validate plain YAML data. Raises one UserError for all problems, with each key's name after `prefix`."""
+    """Validate plain YAML data. Raises one UserError for all problems, in which `prefix` precedes each key."""
     return within(where, lambda: nested(model, data), prefix)
 
 
 def within(where: str, read: Callable[[], V], prefix: str = "") -> V:
-    """Return read(). Turn its Faults into one UserError that begins with `where` and names the keys after `prefix`."""
+    """Return read(), turning its Faults into one UserError that begins with `where` and puts `prefix` before each key.
+    """
     try:
         return read()
     except Faults as faults:
@@ -162,7 +163,7 @@ def nested(model: type[Settings], data: Any) -> Settings:
 
 
 def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict[str, V]:
-    """Read every item of a mapping. Raises the Faults of all items together, each with its item's name as a key."""
+    """Read every item of a mapping. Raises the Faults of all items together, with the item's name as the first key."""
     values: dict[str, V] = {}
     faults: list[Fault] = []
     for name, item in data.items():

@@ -20,7 +20,8 @@ from moe_dist.losses.term import Context, Term
 class WeightedTerms:
     """The objective of one optimizer step: a weighted sum of loss terms.
 
-    It is built anew for each step, because a term may keep state during a step. terms: maps a name to (weight, term).
+    It is built anew for each step, because a term may keep state during a step. terms: a mapping from the name of each
+    term to (weight, term).
     """
 
     terms: Mapping[str, tuple[float, Term]]

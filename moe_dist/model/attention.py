@@ -75,10 +75,10 @@ def _uses_flash(device: torch.device, dtype: torch.dtype) -> bool:
 class BucketedDocuments:
     """Document boundaries for attention on any device and in any dtype.
 
-    Each document is padded to a multiple of 16 tokens. Documents of equal padded length form a bucket, and attention is
-    computed as one dense batch per bucket. The padded length of a document depends only on the document's own length,
-    not on its neighbours. Padding repeats the last token of the document. Padding comes after all real tokens, so no
-    real query sees it. The output at padding positions is dropped, so padding gets zero gradient.
+    Each document is padded to a multiple of 16 tokens. Documents with equal padded lengths form a bucket, and attention
+    is computed as one dense batch per bucket. The padded length of a document depends only on the document's own
+    length, not on its neighbours. Padding repeats the last token of the document. Padding comes after all real tokens,
+    so no real query sees it. The output at padding positions is dropped, so padding gets zero gradient.
     """
 
     gather_P: Tensor  # int64, the token at each padded position
@@ -159,10 +159,10 @@ def _accepts(function: Callable, name: str) -> bool:
 
 
 def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:
-    """Compute the RoPE angles (Su et al., arXiv 2104.09864, eq. 15), float32 [T, 1, 1, d].
+    """Compute the RoPE angles (Su et al., arXiv 2104.09864, eq. 15). Returns float32 [T, 1, 1, d].
 
-    Both halves of the last dimension hold the same d/2 angles. The frequencies are computed as 1 / base^x, not base^-x,
-    to get the same rounding as the imported models.
+    Both halves of the last dimension hold the same d/2 angles. The frequencies are computed as 1 / base^x, not as
+    base^-x, to get the same rounding as the imported models.
     """
     exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_T.device) / head_size
     angle_Td = position_T[:, None].float() * (1.0 / base**exponent)
@@ -170,7 +170,7 @@ def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:
 
 
 def rotation(angle_T11d: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the cosines and signed sines that `rotate` needs, [2, T, 1, d] in `dtype`.
+    """Compute the cosines and signed sines that `rotate` needs. Returns [2, T, 1, d] in `dtype`.
 
     In the first half of the last dimension, the sines are negated. The result is computed once per micro-batch and
     shared by all layers.

@@ -39,7 +39,7 @@ class LoRALinear(nn.Linear):
         lora: LoRAConfig,
         site: Site,
     ):
-        """parts: maps the name of each part to its output width."""
+        """parts: a mapping from the name of each part to its output width."""
         super().__init__(input_size, output_size, bias=False)
         self.weight.requires_grad_(False)
         self.groups, self.dropout = groups, lora.dropout
@@ -78,7 +78,9 @@ class LoRALinear(nn.Linear):
 
 @dataclass(frozen=True, slots=True)
 class DroppedDocuments:
-    """Attention whose output projection has LoRA.
+    """Attention that prepares its output for an output projection with LoRA.
+
+
 
     If dropout is on, `attend` returns the attention output followed by a copy of it with dropout. The copy is the input
     for the LoRA delta.

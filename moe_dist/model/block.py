@@ -68,7 +68,7 @@ class Block(nn.Module):
 def build_ffn(config: ModelConfig, site: Site, layout: Layout) -> SwiGLU | MoELayer:
     """Build the feed-forward part of a block: a SwiGLU if the recipe's model is dense, otherwise an expert layer.
 
-    Both are called with (x_TD, info) and return (y_TD, RoutingRecord or None).
+    Both modules are called with (x_TD, info) and return (y_TD, RoutingRecord or None).
     """
     if isinstance(config.ffn, DenseFFN):
         return SwiGLU(config.ffn.hidden_size, site)

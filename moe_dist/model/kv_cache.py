@@ -2,8 +2,8 @@
 
 A cache holds S sequences. If the documents of a micro-batch continue cached sequences, attention uses the documents of
 a Decoding instead of the micro-batch's own Documents. Each layer counts its cached tokens separately, because a layer
-that skips tokens (mixture-of-depths) caches fewer. Before a key is stored, it is rotated by its token's position in
-TokenInfo. The positions of a cached sequence may therefore have gaps.
+that skips tokens (mixture-of-depths) caches fewer tokens. Before a key is stored, it is rotated by its token's position
+in TokenInfo. The positions of a cached sequence may therefore have gaps.
 
 Shape suffixes: T tokens, N documents of a micro-batch, n tokens of the longest document, S sequences, C capacity
 (maximum number of tokens per sequence), L tokens of the longest sequence so far, H heads, G query groups, d size per
@@ -67,7 +67,7 @@ class Decoding:
 class CachedDocuments:
     """Documents that continue sequences in the cache of one layer.
 
-    `attend` appends the tokens to the cache, so it must be called only once.
+    The method `attend` appends the tokens to the cache, so it must be called only once.
     """
 
     layer: LayerCache

@@ -47,9 +47,9 @@ class OneRankGroup:
 
 
 class Linear(nn.Linear):
-    """torch's Linear with the interface of megatron's linear layers.
+    """PyTorch's Linear with the interface of megatron's linear layers.
 
-    It has megatron's constructor and returns (output, bias). The bias is None.
+    Its constructor takes megatron's arguments, and it returns (output, bias). The bias is None.
     """
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool, **_tensor_parallel_settings):

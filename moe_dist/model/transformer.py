@@ -105,7 +105,7 @@ class Transformer(nn.Module):
             yield cast(MixtureOfDepths, self.depth[key]) if key in self.depth else self._block(layer)
 
     def _routers(self) -> Iterator[Any]:
-        """Yield the routers of the expert layers, then those of mixture-of-depths."""
+        """Yield the routers of the expert layers, then the routers of mixture-of-depths."""
         yield from (block.ffn.router for block in self.layers if isinstance(block.ffn, MoELayer))
         yield from (depth.router for depth in self.depth.values())
 

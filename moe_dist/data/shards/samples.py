@@ -239,8 +239,7 @@ def _unused_members(files: Mapping[str, bytes | None], picture: str | None, lost
 
 
 def _unused_fields(record: Mapping[str, object], used: Iterable[str | None]) -> Iterator[str]:
-    """Yield the names of JSON fields that are not read, and of lists of captions from which only one caption is read.
-    """
+    """Yield the names of JSON fields that are not read, and of caption lists from which only one caption is read."""
     for name, value in record.items():
         if name not in used:
             yield readable(f"json field {name}")

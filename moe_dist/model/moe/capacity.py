@@ -1,5 +1,5 @@
-"""Expert capacity per selection group, which tokens are kept when an expert is full, and plans built without a host
-sync.
+"""The capacity of experts per selection group, the choice of the tokens that a full expert keeps, and the construction
+of routing plans without a host sync.
 
 Shape suffixes: T tokens, V routed tokens, b tokens of one group, E experts, k experts per token, N assignments.
 """

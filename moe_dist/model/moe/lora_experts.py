@@ -121,7 +121,8 @@ class LoRAExperts(nn.Module):
         return y_RD
 
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
-        """Return the matrix products in order. `gates` (the router's products) come second, after the base's gate_up.
+        """Return the matrix products in order: first the base's gate_up, then `gates` (the router's products), then the
+        rest.
 
         The combine weights scale only the LoRA deltas, so their gradient does not flow back through gate_up.
         """
