@@ -146,8 +146,7 @@ def validate(model: type[Settings], data: Any, where: str, prefix: str = "") -> 
 
 
 def within(where: str, read: Callable[[], V], prefix: str = "") -> V:
-    """Return read(), turning its Faults into one UserError that begins with `where` and puts `prefix` before each key.
-    """
+    """Return read(), turning its Faults into a UserError that begins with `where` and puts `prefix` before each key."""
     try:
         return read()
     except Faults as faults:

@@ -74,7 +74,7 @@ class DeepSeekV3Router(TokenChoiceRouter):
         return keys_VE.topk(self.settings.top_k, dim=1).indices
 
     def biased_scores(self, logits_VE: Tensor) -> Tensor:
-        """Return s + b for every expert, [V, E], detached from the gradient graph."""
+        """Return s + b for every expert, [V, E], detached from the autograd graph."""
         return logits_VE.detach().sigmoid() + self.bias.value
 
     def group_scores(self, scores_VE: Tensor) -> Tensor:

@@ -121,10 +121,10 @@ class LoRAExperts(nn.Module):
         return y_RD
 
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
-        """Return the matrix products in order: first the base's gate_up, then `gates` (the router's products), then the
-        rest.
+        """Return the matrix products in order.
 
-        The combine weights scale only the LoRA deltas, so their gradient does not flow back through gate_up.
+        The `gates` (the router's products) come after the base's gate_up and before the other products. The combine
+        weights scale only the LoRA deltas, so their gradient does not flow back through gate_up.
         """
         return [
             linear_product(self.base.gate_up, rows, beside_lora=True),
