@@ -30,7 +30,7 @@ class TokenizersNeed(Strict):
 
 
 class RunNeed(Strict):
-    """An earlier stage: the run of another recipe, which must be trained to its last step."""
+    """An earlier stage: a run of another recipe. The run must have completed its last training step."""
 
     type: Literal["run"]
     recipe: PathText

@@ -2,8 +2,9 @@
 
   python -m moe_dist.config.prerequisites configs/NAME.yaml
 
-Prints the command for each missing prerequisite, in the recipe's order. `make data` and `make train` run them. If an
-earlier stage is missing, the command is a `make train`, which also creates that stage's own prerequisites.
+Prints the command for each missing prerequisite, in the recipe's order. The targets `make data` and `make train` run
+these commands. If an earlier stage is missing, the command is a `make train`, which also creates that stage's own
+prerequisites.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The typed tree of a recipe's settings, with every key's default.
 
-A YAML file plus overrides is read into it strictly (core/strict.py). Errors that depend only on the recipe are found
-here. Errors that depend on the ranks or the data are found in training/.
+A YAML file plus overrides is read into this tree strictly (core/strict.py). Errors that depend only on the recipe are
+found here. Errors that depend on the ranks or the data are found in training/.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ class DenseFFN(Strict):
 
 
 class LoRAConfig(Strict):
-    """LoRA (Hu et al., arXiv 2106.09685): adds (alpha / rank) B A dropout(x) to the output of a frozen weight."""
+    """Settings of LoRA (Hu et al., arXiv 2106.09685).
+
+    LoRA adds (alpha / rank) B A dropout(x) to the output of a frozen weight.
+    """
 
     rank: Positive
     alpha: Annotated[float, Field(gt=0)]
@@ -89,7 +92,7 @@ class MoEFFN(Strict):
 
 
 class DepthConfig(Strict):
-    """Mixture-of-depths (MoMa, arXiv 2407.21770): some blocks process only a fraction of the tokens.
+    """Settings of mixture-of-depths (MoMa, arXiv 2407.21770): some blocks process only a fraction of the tokens.
 
     The other tokens skip these blocks.
     """
@@ -146,8 +149,8 @@ class ModelConfig(Strict):
 class InitFrom(Strict):
     """The section `init_from`: the earlier stage's checkpoint from which a run takes its initial parameters.
 
-    A recipe may give just a path, which means `checkpoint` with no other keys. Patterns match whole parameter names;
-    `*` matches any text (docs/stages.md).
+    If a recipe gives only a path instead of a mapping, the path is the `checkpoint`, and the other keys have their
+    defaults. Patterns match whole parameter names; `*` matches any text (docs/stages.md).
     """
 
     checkpoint: PathText  # a checkpoint folder, or a run folder for its newest complete checkpoint
@@ -246,12 +249,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_stored_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a file that save_config wrote. Old keys of earlier versions are accepted, too. Raises UserError."""
+    """Read a file that save_config wrote. Old keys from earlier versions are accepted, too. Raises UserError."""
     return _resolve(with_new_names(read_recipe(Path(path))), overrides, str(path))
 
 
 def stored_config(data: dict[str, Any], where: str) -> Config:
-    """Validate the recipe stored in a checkpoint. Old keys of earlier versions are accepted, too. Raises UserError."""
+    """Validate a recipe stored in a checkpoint. Old keys from earlier versions are accepted, too. Raises UserError."""
     return validate(Config, with_new_names(data), where)
 
 
@@ -263,5 +266,5 @@ def _resolve(data: dict[str, Any], overrides: Sequence[str], where: str) -> Conf
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Write a recipe with all its settings as YAML. load_config reads the file back to an equal Config."""
+    """Write a recipe with all its settings as YAML. Reading the file with load_config gives an equal Config."""
     Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

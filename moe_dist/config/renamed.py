@@ -1,4 +1,4 @@
-"""The table of recipe keys that were renamed, which CHANGELOG.md repeats, and how old keys are handled."""
+"""The table of renamed recipe keys, which CHANGELOG.md repeats, and the handling of the old keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def check_names(data: dict[str, Any], where: str) -> None:
 
 
 def with_new_names(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of a recipe, which an earlier version stored in a checkpoint or run folder, with the new keys."""
+    """Return a copy of `data` in which old keys are renamed to the new keys.
+
+    data: a recipe that an earlier version stored in a checkpoint or a run folder.
+    """
     data = copy.deepcopy(data)
     for old, new in RENAMED.items():
         if (section := _section(data, old)) is not None:

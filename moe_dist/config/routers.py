@@ -25,7 +25,7 @@ class RouterSettings(Strict):
             RouterSettings.kinds[name] = cls
 
     def children(self) -> dict[str, RouterSettings]:
-        """Return the settings of the router's child routers, keyed by name; empty if it has none."""
+        """Return the settings of the router's child routers, keyed by name. The dict is empty if there are none."""
         return {}
 
 

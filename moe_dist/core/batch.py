@@ -110,7 +110,7 @@ class TokenInfo:
         return made
 
     def once_per_token(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """Return make(), an int64 tensor [T], cached as in `once`.
+        """Return make(), an int64 tensor [T], and cache it as `once` does.
 
         The TokenInfo that `select` or `of_modality` returns inherits this cache.
         """
@@ -138,9 +138,9 @@ class TokenInfo:
     def competing(self, scope: str = "group") -> tuple[Tensor, list[int]]:
         """Return the indices of the valid tokens, set by set, and the number of valid tokens in each set.
 
-        A set consists of tokens that compete with each other. `scope` says which: the tokens of a selection group
-        ("group", in the order of `members`), the tokens of one modality in a selection group ("modality"), or the
-        tokens of a packed sequence ("sequence").
+        A set consists of tokens that compete with each other. The argument `scope` says which tokens do: the tokens of
+        a selection group ("group", in the order of `members`), the tokens of one modality in a selection group
+        ("modality"), or the tokens of a packed sequence ("sequence").
         """
         return self.once(("competing", scope), lambda: self._competing(scope))
 
@@ -194,15 +194,16 @@ class TokenInfo:
         return token_K, inner
 
     def _orders(self) -> Tensor:
-        """Return three lists of indices, concatenated.
+        """Return three lists of token indices, concatenated into one tensor.
 
-        They are the valid tokens by modality, the valid tokens by sequence, and all tokens.
+        The first lists the valid tokens by modality, the second lists the valid tokens by sequence, and the third lists
+        all tokens.
         """
         all_T = torch.arange(self.num_tokens, device=self.valid_T.device)
         return torch.cat([self.by_modality_V, self.competing("sequence")[0], all_T])
 
     def _of_tokens(self, token_K: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Gather facts about some valid tokens in one operation.
+        """Gather the facts about the valid tokens token_K in one operation.
 
         Returns the per-token fields, and the cached results of once_per_token.
         """
@@ -227,13 +228,13 @@ _OF_EACH_TOKEN = ("modality_T", "document_T", "position_T", "token_id_T")  # int
 
 
 def _sums(keep: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Divide `keep` into consecutive runs of these lengths. Return the number of true values in each run."""
+    """Divide `keep` into consecutive runs of the given lengths. Return the number of true values in each run."""
     ends = torch.tensor([0, *accumulate(lengths)], device="cpu").to(keep.device, non_blocking=True)
     return F.pad(keep.cumsum(0), (1, 0)).index_select(0, ends).diff()
 
 
 def _first(keep: Tensor, number: int) -> Tensor:
-    """Return the indices where `keep` is true. `number` is their known count, so no host sync is needed."""
+    """Return the indices where `keep` is true. Their number is known to be `number`, so no host sync is needed."""
     return torch.nonzero_static(keep, size=number).squeeze(1)
 
 

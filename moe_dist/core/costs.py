@@ -1,4 +1,5 @@
-"""Descriptions of the arithmetic that a model does. model/ creates them, and metrics/flops.py computes FLOPs from them.
+"""Descriptions of the arithmetic that a model performs. The modules in model/ create them, and metrics/flops.py
+computes FLOPs from them.
 
 Only matrix products are counted, in multiply-adds. Norms, activations, softmax, recomputed activations and the padding
 rows of pad_to_capacity are not counted.
@@ -27,7 +28,7 @@ def linear_product(linear: nn.Linear, rows: int, *, beside_lora: bool = False) -
 
 
 def num_weights(linear: nn.Linear) -> int:
-    """Return the number of weights of a linear layer, which is correct even if ZeRO has partitioned them."""
+    """Return the number of weights of a linear layer. The result is correct even if ZeRO has partitioned them."""
     return linear.in_features * linear.out_features
 
 
@@ -78,7 +79,7 @@ class Work:
 
 
 class Costed(Protocol):
-    """Interface of a model that reports the matrix products it computes."""
+    """Interface for models that report the matrix products they compute."""
 
     @property
     def num_layers(self) -> int: ...

@@ -1,4 +1,4 @@
-"""Optional packages, grouped as extras in setup.cfg. Modules import them inside the functions that need them."""
+"""Optional packages, grouped as extras in setup.cfg. They are imported inside the functions that need them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class MissingExtra(UserError):
 def require_extra(package: str, extra: str, purpose: str) -> None:
     """Raise MissingExtra if `package` is not installed.
 
-    extra, purpose: for the message, the extra that contains the package and what needs the package.
+    extra: the name of the extra that contains the package. purpose: what needs the package. Both are part of the
+    message.
     """
     if importlib.util.find_spec(package) is None:
         raise MissingExtra(f"{purpose} needs the package {package}: pip install 'moe_dist[{extra}]'")

@@ -1,4 +1,4 @@
-"""Atomic writing of files and folders, and JSON. Imports no torch.
+"""Atomic writing of files and folders, and reading and writing of JSON. Does not import torch.
 
 A file or folder is written as NAME.tmp next to its final path, synced to the disk and renamed. Readers therefore never
 see an incomplete file or folder, and after a crash the previous one is still there. If a writer is killed, the next
@@ -122,7 +122,7 @@ def write_json(path: Path, value: Any) -> StoredFile:
 
 
 def json_text(value: Any) -> str:
-    """Format a value as the text of a JSON file, in the layout that all JSON files of this project have."""
+    """Format a value as the text of a JSON file, in the layout that all JSON files of this project use."""
     return json.dumps(value, indent=1) + "\n"
 
 

@@ -23,7 +23,7 @@ def fused(function: Function) -> Function:
     """Compile `function` for GPUs. The forward and backward pass become one kernel each if Inductor can fuse them.
 
     The first argument must be a tensor. The function is compiled on first use, which takes a few seconds, and compiled
-    again when a size first changes, this time for all sizes. If the first argument has no row or one row, the function
+    again when a size first changes, this time for all sizes. If the first argument has no rows or one row, the function
     runs uncompiled, because torch.compile would specialise on these sizes.
     """
 

@@ -18,8 +18,8 @@ def compiled(pattern: str) -> re.Pattern[str]:
 def matching(patterns: Iterable[str], names: Collection[str], *, key: str, what: str) -> set[str]:
     """Return the names that match any of the patterns. Raises UserError naming a pattern that matches no name.
 
-    key, what: for the error message, the recipe's key that holds the patterns and the kind of thing that has these
-    names.
+    key: the recipe's key that holds the patterns. what: the kind of thing that has these names. Both are part of the
+    error message.
     """
     found: set[str] = set()
     for pattern in patterns:

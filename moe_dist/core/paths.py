@@ -14,7 +14,7 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 def expand(path: str) -> str:
     """Replace `~`, `~user`, `$NAME` and `${NAME}` in a path. Raises ValueError if there is no such user or variable.
 
-    A `pipe:` URL is left as it is, since a shell will expand it.
+    A `pipe:` URL is returned unchanged, because a shell will expand it.
     """
     if path.startswith("pipe:"):
         return path

@@ -1,4 +1,4 @@
-"""Results of routing, which dispatchers, losses and metrics read. Imports nothing of moe_dist.
+"""Results of routing, which are read by dispatchers, losses and metrics. Imports nothing from moe_dist.
 
 Shape suffixes: T tokens, V tokens that a router saw (the valid ones), E routed experts, C columns of a router (its E
 experts, then its null experts), N assignments.
@@ -17,7 +17,7 @@ class RoutingPlan:
     """Assignments of tokens to experts, with combine weights: everything that a dispatcher needs.
 
     There is no fixed k or capacity: a token may have any number of assignments. Assignments with an index of
-    sum(counts_E) or more have no expert, because the token chose a null expert or a full one. They become no rows. The
+    sum(counts_E) or more have no expert, because the token chose a null expert or a full one. They produce no rows. The
     sum is known only on the device, so the dispatcher cuts off these assignments when it reads the counts.
     """
 
@@ -31,7 +31,7 @@ class RoutingPlan:
 class Routing:
     """Logits and decisions of one router, for losses and telemetry.
 
-    Rows stand for the tokens token_V, which include no padding.
+    Each row stands for one of the tokens token_V. Padding is not included.
     """
 
     token_V: Tensor  # int64 index (into the T tokens)
@@ -58,7 +58,7 @@ class Routing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingRecord:
-    """The routing of one layer in one forward pass. It is returned, never stored on a module.
+    """The routing of one layer in one forward pass. A record is returned by the layer, never stored on a module.
 
     A composite router has one Routing per part, each with its own experts and tokens. The experts of all parts are
     numbered consecutively.

@@ -1,7 +1,7 @@
-"""Random numbers that depend only on names and ids, not on rank, device, layout or earlier draws.
+"""Random numbers that depend only on names and ids, not on the rank, the device, the layout or earlier draws.
 
-`hash_ids` hashes token and expert ids on the device. `uniform`, `logistic` and `dropout` draw from such a hash.
-`seeded_normal_` initialises a parameter from its name.
+The function `hash_ids` hashes token and expert ids on the device. The functions `uniform`, `logistic` and `dropout`
+draw from such a hash, and `seeded_normal_` initialises a parameter from its name.
 
 Shape suffixes: R rows, D columns.
 """
@@ -85,7 +85,7 @@ def _splitmix64(z: Tensor) -> Tensor:
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Shift right logically. The operator `>>` on int64 would copy the sign bit."""
+    """Shift `z` to the right, filling with zeros. The operator `>>` on int64 would copy the sign bit."""
     return (z >> bits) & (_MASK >> bits)
 
 

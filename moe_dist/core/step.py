@@ -33,18 +33,18 @@ class ObjectiveOutput:
 
 
 class Objective(Protocol):
-    """Interface of the objective of one optimizer step.
+    """Interface for the objective of one optimizer step.
 
     Each metric is a sum over micro-batches and ranks, divided by a count over micro-batches and ranks.
     """
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of all metrics."""
+        """The names of all metrics."""
         ...
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """Return the count of each metric in one micro-batch on the host.
+        """Return the count of each metric in a micro-batch that is on the host.
 
         The mean of a metric is its sum over the step divided by its count over the step.
         """
@@ -59,9 +59,9 @@ class Objective(Protocol):
 
 
 class ShardedModel(Protocol):
-    """Interface that checkpointing needs from a model under ZeRO and its optimizer.
+    """The interface that checkpointing needs from a model under ZeRO and its optimizer.
 
-    training/engine.py implements it.
+    The class Engine in training/engine.py implements it.
     """
 
     steps: int

@@ -1,4 +1,4 @@
-"""Strict settings: frozen pydantic models, YAML, `section.key=value` overrides, and errors that name the key.
+"""Strict settings: immutable pydantic models, YAML, `section.key=value` overrides, and errors that name the key.
 
 An unknown key, a key given twice, a wrong type or a value out of range raises a UserError of one sentence.
 """
@@ -24,7 +24,7 @@ V = TypeVar("V")
 
 
 class Strict(BaseModel):
-    """Base class of every settings model: immutable, without type coercion, unknown keys or infinite numbers."""
+    """Base class of all settings models: immutable, and strict about types, unknown keys and infinite numbers."""
 
     refused: ClassVar[Mapping[str, str]] = {}  # unsupported keys that a user may expect -> reason, after "key 'KEY' "
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
@@ -93,7 +93,7 @@ def _nodes(node: yaml.Node | None, keys: tuple[str, ...]) -> Iterator[tuple[tupl
 
 
 def _foreign(node: yaml.Node) -> str | None:
-    """Return an error sentence if a node's value has no place in settings."""
+    """Return an error sentence if a node's value is not allowed in settings, otherwise None."""
     if node.tag not in _KINDS:
         return f"{node.tag.rpartition(':')[2]} is not a kind of value that settings have"
     number = node.tag.endswith((":int", ":float"))
@@ -103,7 +103,7 @@ def _foreign(node: yaml.Node) -> str | None:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Apply one `section.key=value` to a nested mapping, in place. Raises UserError."""
+    """Apply one override `section.key=value` to a nested mapping, in place. Raises UserError."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override '{override}' is not of the form section.key=value")
@@ -128,7 +128,10 @@ class Fault:
 
 
 class Faults(ValueError):
-    """Errors found by a validator that parses settings itself. pydantic would join them into one text without keys."""
+    """Errors found by a validator that parses settings itself.
+
+    If the validator raised a plain ValueError, pydantic would keep one text without the keys.
+    """
 
     def __init__(self, faults: Iterable[Fault]):
         self.faults = tuple(faults)
@@ -138,12 +141,12 @@ class Faults(ValueError):
 
 
 def validate(model: type[Settings], data: Any, where: str, prefix: str = "") -> Settings:
-    """Validate plain YAML data. Raises one UserError for all problems, with each key's name after `prefix`."""
+    """Validate plain YAML data. Raises one UserError for all problems, in which `prefix` precedes each key."""
     return within(where, lambda: nested(model, data), prefix)
 
 
 def within(where: str, read: Callable[[], V], prefix: str = "") -> V:
-    """Return read(). Turn its Faults into one UserError that begins with `where` and names the keys after `prefix`."""
+    """Return read(), turning its Faults into a UserError that begins with `where` and puts `prefix` before each key."""
     try:
         return read()
     except Faults as faults:
@@ -159,7 +162,7 @@ def nested(model: type[Settings], data: Any) -> Settings:
 
 
 def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict[str, V]:
-    """Read every item of a mapping. Raises the Faults of all items together, each with its item's name as a key."""
+    """Read every item of a mapping. Raises the Faults of all items together, with the item's name as the first key."""
     values: dict[str, V] = {}
     faults: list[Fault] = []
     for name, item in data.items():
@@ -173,7 +176,7 @@ def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict
 
 
 def pick(kinds: Mapping[str, V], name: Any, key: str, missing: str) -> V:
-    """Return kinds[name]. If there is none, raise Faults for `key` with the sentence `missing` and the closest name."""
+    """Return kinds[name]. If it is missing, raise Faults for `key` with the sentence `missing` and the closest name."""
     if isinstance(name, str) and name in kinds:
         return kinds[name]
     raise Faults([Fault((key,), f"key '{{key}}': {missing}{_alternatives(name, kinds)}")])
@@ -184,7 +187,7 @@ def _alternatives(name: Any, known: Iterable[str]) -> str:
 
 
 def _faults(model: type[BaseModel], item: Any) -> Iterator[Fault]:
-    """Convert one pydantic error to Faults with sentences of ours."""
+    """Convert one pydantic error to Faults with our own sentences."""
     location, context = [str(part) for part in item["loc"]], item.get("ctx", {})
     keys = tuple(_walk(model, location)[0])
     if isinstance(inner := context.get("error"), Faults):
@@ -212,9 +215,9 @@ def _unknown(section: Any, key: str) -> str:
 
 
 def _walk(model: Any, location: list[str]) -> tuple[list[str], Any]:
-    """Return the keys of a pydantic error path as in the user's file, and the type at the end of the path.
+    """Return the keys of a pydantic error path as they are in the user's file, and the type at the end of the path.
 
-    pydantic inserts a part for the union member that it tried; a user's file has no such key.
+    The path contains a part for each union member that pydantic tried. The user's file has no such key.
     """
     keys, kind = [], _plain(model)
     for part in location:
@@ -230,7 +233,7 @@ def _walk(model: Any, location: list[str]) -> tuple[list[str], Any]:
 
 
 def _plain(annotation: Any) -> Any:
-    """Strip Annotated, and Optional around one type, from an annotation."""
+    """Remove Annotated from an annotation, and Optional if it wraps a single type."""
     if get_origin(annotation) is Annotated:
         return _plain(get_args(annotation)[0])
     types = [kind for kind in get_args(annotation) if kind is not NoneType]

@@ -90,7 +90,7 @@ def write_safetensors(
 ) -> StoredFile:
     """Write a safetensors file, one tensor at a time, and fsync and hash it.
 
-    safetensors.save_file would need a second copy of all tensors.
+    The library's own safetensors.save_file would need a second copy of all tensors.
     """
     order = sorted(tensors, key=lambda key: -tensors[key].dtype.itemsize)  # aligned, as the library itself orders them
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

@@ -1,5 +1,5 @@
 """Routing losses: load balance (with null experts as one pool), LLaVA-MoLE's pooled balance, and the router z-loss.
-Padding never counts.
+Padding is never counted.
 
 Each loss is a mean over layers, so its weight does not depend on the model's depth. In a composite router, each part (a
 modality of MoMa) has its own loss, and the losses of the parts are added.
@@ -26,15 +26,16 @@ class LoadBalance:
 
     Source: Fedus et al., arXiv 2101.03961, eq. 4; with null experts, AdaMoE, arXiv 2406.13233, eq. 6.
 
-    For a set of tokens, f_c is the fraction of tokens that chose column c (the sum of f is k). P_c is the mean gate
-    value of column c over the tokens of the set. Gate values are first normalized to sum to 1 per token (sigmoid gates
-    do not by themselves). Null experts are balanced as one pool: the f of each null expert is replaced by the mean f of
-    all null experts. The loss at balance is k. Choices are counted before full experts drop tokens.
+    For a set of tokens, f_c is the fraction of tokens that chose column c (the sum of f is k), and P_c is the mean gate
+    value of column c over the tokens of the set. Gate values are first normalized to sum to 1 per token (sigmoid gate
+    values do not sum to 1 by themselves). Null experts are balanced as one pool: the f of each null expert is replaced
+    by the mean f of all null experts. If the load is balanced, the loss is k. Choices are counted before full experts
+    drop tokens.
 
     scope: the set of tokens over which the load is balanced. "group" is a selection group and "sequence" a packed
     sequence; the loss is the mean over these sets. "global" is the global batch: f is exact over all data-parallel
-    ranks. Over accumulation steps, f is a running mean of the micro-batches so far, because later ones are not known
-    yet.
+    ranks. Over accumulation steps, f is a running mean of the micro-batches so far, because later micro-batches are not
+    known yet.
     """
 
     def __init__(self, settings: LoadBalanceSettings, context: Context):
@@ -70,11 +71,11 @@ class LoadBalance:
         return _balance(p_BC, _pool_nulls(f_BC, part.num_experts))
 
     def _global_shares(self, parts: list[Routing], batch: Batch) -> list[Tensor]:
-        """Return f of each router part, over all ranks and the micro-batches so far. Collective: one all-reduce.
+        """Return f for each router part, over all ranks and all micro-batches so far. Collective: one all-reduce.
 
-        Each f is scaled by (all tokens / the part's tokens). The objective divides by the number of all tokens, so with
-        this scale a part's loss is a mean over the part's own tokens. Their number over all ranks is known only on the
-        device.
+        Each f is scaled by (number of all tokens / number of the part's tokens). The objective divides by the number of
+        all tokens, so with this scale a part's loss is a mean over the part's own tokens. The number of a part's tokens
+        over all ranks is known only on the device.
         """
         columns = [part.chosen_VC.shape[1] for part in parts]
         choices = torch.cat([part.chosen_VC.sum(0) for part in parts])
@@ -90,11 +91,11 @@ class LoadBalance:
 
 
 class PooledBalance:
-    """Balance loss sum_c f_c P_c of each document, averaged over documents.
+    """The balance loss sum_c f_c P_c of each document, averaged over documents.
 
     This is the loss in LLaVA-MoLE's code (arXiv 2401.16160). For one document, the tokens of all layers are pooled: f_c
     is the fraction of (token, layer) pairs that chose column c, and P_c is the mean gate value of column c over all
-    pairs. The loss has no factor for the number of experts, so its value at balance is k / C.
+    pairs. The loss has no factor for the number of experts, so its value is k / C if the load is balanced.
     """
 
     def __init__(self, settings: PooledBalanceSettings, context: Context):
@@ -121,7 +122,7 @@ class PooledBalance:
 
 
 class RouterZ:
-    """Router z-loss, which keeps logits small: the mean over tokens of logsumexp(logits)^2.
+    """The router z-loss, which keeps logits small: the mean over tokens of logsumexp(logits)^2.
 
     Source: Zoph et al., arXiv 2202.08906, eq. 5.
     """
@@ -153,7 +154,7 @@ def _normalized(probs_VC: Tensor) -> Tensor:
 
 
 def _pool_nulls(f_C: Tensor, num_experts: int) -> Tensor:
-    """Replace the f of every null expert by the mean f of the null experts."""
+    """Replace the f of every null expert with the mean f of all null experts."""
     true, null = f_C[..., :num_experts], f_C[..., num_experts:]
     return torch.cat([true, null.mean(dim=-1, keepdim=True).expand_as(null)], dim=-1)
 

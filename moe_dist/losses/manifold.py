@@ -23,10 +23,10 @@ from moe_dist.losses.term import Context
 class Manifold:
     """RoMA's loss: mean_i sum_j W_ij ||r_i - r_j||^2.
 
-    Source: Routing Manifold Alignment, 2025, the paper's equation of L_manifold. r_i is the routing of sample i's last
-    prompt token in the last `last_layers` expert layers. For each neighbour j, r_j and W_ij are constants that
-    data.neighbours adds to the batch (data/stream/neighbour_store.py). A sample without neighbours has weights 0 and is
-    left out of the mean. manifold/coverage is the fraction of samples that have neighbours.
+    Source: Routing Manifold Alignment, 2025, the equation that defines L_manifold. The vector r_i is the routing of
+    sample i's last prompt token in the last `last_layers` expert layers. For each neighbour j, r_j and W_ij are
+    constants that data.neighbours adds to the batch (data/stream/neighbour_store.py). A sample without neighbours has
+    weights 0 and is left out of the mean. The metric manifold/coverage is the fraction of samples that have neighbours.
     """
 
     names = ("loss/manifold", "manifold/coverage")

@@ -20,18 +20,19 @@ from moe_dist.losses.term import Context, Term
 class WeightedTerms:
     """The objective of one optimizer step: a weighted sum of loss terms.
 
-    It is built anew for each step, because a term may keep state during a step. terms: maps a name to (weight, term).
+    It is built anew for each step, because a term may keep state during a step. terms: a mapping from the name of each
+    term to (weight, term).
     """
 
     terms: Mapping[str, tuple[float, Term]]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the metrics of all terms."""
+        """The names of all terms' metrics."""
         return tuple(name for _, term in self.terms.values() for name in term.names)
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """Return the count of each metric in one micro-batch on the host.
+        """Return the count of each metric in a micro-batch that is on the host.
 
         The mean of a metric is its sum over the step divided by its count over the step.
         """
@@ -53,7 +54,7 @@ class WeightedTerms:
 
 
 def make_objective(losses: Mapping[str, TermSettings], context: Context, step: int) -> Objective:
-    """Build the objective of optimizer step `step` (from 0): the language loss plus the recipe's `losses`."""
+    """Build the objective of optimizer step `step` (counted from 0): the language loss plus the recipe's `losses`."""
     terms: dict[str, tuple[float, Term]] = {"language": (1.0, LanguageLoss())}
     for name, settings in losses.items():
         terms[name] = (settings.weight_at(step), LOSSES[type(settings)](settings, context))

@@ -1,7 +1,7 @@
-"""The interface of a loss term. losses/loss_registry.py lists the classes that implement it.
+"""The interface for loss terms. The classes that implement it are listed in losses/loss_registry.py.
 
 A term is a sum over micro-batches and ranks, divided by one count over all of them. The count is known before the first
-backward pass. The scale of a term therefore depends neither on the layout nor on accumulation, and means are never
+backward pass. Therefore the scale of a term depends neither on the layout nor on accumulation, and means are never
 averaged.
 """
 
@@ -26,7 +26,7 @@ class Context:
 
 
 class Term(Protocol):
-    """Interface of a loss term.
+    """Interface for loss terms.
 
     A new term is constructed for each optimizer step, as Term(settings, context).
     """
@@ -34,7 +34,7 @@ class Term(Protocol):
     names: tuple[str, ...]  # names of the metrics that it reports; the first is the loss itself
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """Return the count of each metric in one micro-batch on the host.
+        """Return the count of each metric in a micro-batch that is on the host.
 
         The mean of a metric is its sum over the step divided by its count over the step.
         """

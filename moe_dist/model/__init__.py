@@ -1,3 +1,3 @@
 """The decoder: attention over packed documents, blocks, mixture-of-depths, LoRA and the key-value cache. Imports core,
-config and parallel. mcore.py is the only file that imports megatron.
+config and parallel. Only mcore.py imports megatron.
 """

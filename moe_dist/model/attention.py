@@ -30,7 +30,7 @@ _MULTIPLE = 16  # documents are padded to a multiple of 16: few distinct lengths
 
 
 class Attending(Protocol):
-    """Interface of causal attention in which a token sees only tokens of its own document."""
+    """Interface for causal attention in which a token sees only tokens of its own document."""
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
         """Compute softmax attention, scaled by 1/sqrt(d) and causal within each document. Returns [T, H, d]."""
@@ -38,10 +38,13 @@ class Attending(Protocol):
 
 
 class Documents(Attending, Protocol):
-    """Interface of a micro-batch's document boundaries. They also compute attention within each document."""
+    """Interface for the document boundaries of a micro-batch.
+
+    An implementation also computes the attention within each document.
+    """
 
     def select(self, info: TokenInfo) -> Documents:
-        """Return the same documents with only the tokens of `info`, a result of TokenInfo.select."""
+        """Return the same documents, reduced to the tokens of `info`, which is a result of TokenInfo.select."""
         ...
 
 
@@ -72,10 +75,10 @@ def _uses_flash(device: torch.device, dtype: torch.dtype) -> bool:
 class BucketedDocuments:
     """Document boundaries for attention on any device and in any dtype.
 
-    Each document is padded to a multiple of 16 tokens. Documents of equal padded length form a bucket, and attention is
-    computed as one dense batch per bucket. The padded length of a document depends only on the document's own length,
-    not on its neighbours. Padding repeats the last token of the document. Padding comes after all real tokens, so no
-    real query sees it. The output at padding positions is dropped, so padding gets zero gradient.
+    Each document is padded to a multiple of 16 tokens. Documents with equal padded lengths form a bucket, and attention
+    is computed as one dense batch per bucket. The padded length of a document depends only on the document's own
+    length, not on its neighbours. Padding repeats the last token of the document. Padding comes after all real tokens,
+    so no real query sees it. The output at padding positions is dropped, so padding gets zero gradient.
     """
 
     gather_P: Tensor  # int64, the token at each padded position
@@ -121,10 +124,10 @@ class BucketedDocuments:
 
 @dataclass(frozen=True, slots=True)
 class VarlenDocuments:
-    """Document boundaries as cumulative lengths, the format of the flash attention kernel.
+    """Document boundaries as cumulative lengths, which is the format that the flash attention kernel expects.
 
-    The kernel needs CUDA and half precision. Tests without a GPU use a stand-in for the kernel, which checks the
-    arguments of the call.
+    The kernel needs CUDA and half precision. On machines without a GPU, tests replace the kernel with a stand-in that
+    checks the arguments of the call.
     """
 
     ends: Tensor  # int32: 0, then the end of each document
@@ -156,10 +159,10 @@ def _accepts(function: Callable, name: str) -> bool:
 
 
 def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:
-    """Compute the RoPE angles (Su et al., arXiv 2104.09864, eq. 15), float32 [T, 1, 1, d].
+    """Compute the RoPE angles (Su et al., arXiv 2104.09864, eq. 15). Returns float32 [T, 1, 1, d].
 
-    Both halves of the last dimension hold the same d/2 angles. The frequencies are computed as 1 / base^x, not base^-x,
-    to get the same rounding as the imported models.
+    Both halves of the last dimension hold the same d/2 angles. The frequencies are computed as 1 / base^x, not as
+    base^-x, to get the same rounding as the imported models.
     """
     exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_T.device) / head_size
     angle_Td = position_T[:, None].float() * (1.0 / base**exponent)
@@ -167,9 +170,10 @@ def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:
 
 
 def rotation(angle_T11d: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the cosines and signed sines that `rotate` needs, [2, T, 1, d] in `dtype`.
+    """Compute the cosines and signed sines that `rotate` needs. Returns [2, T, 1, d] in `dtype`.
 
-    In the first half of d, the sines are negated. The result is computed once per micro-batch and shared by all layers.
+    In the first half of the last dimension, the sines are negated. The result is computed once per micro-batch and
+    shared by all layers.
     """
     sin_T1d = angle_T11d.sin().squeeze(1)
     first, second = sin_T1d.chunk(2, dim=-1)
@@ -178,7 +182,7 @@ def rotation(angle_T11d: Tensor, dtype: torch.dtype) -> Tensor:
 
 @fused
 def rotate(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
-    """Rotate each head (x1, x2) to (x1 cos - x2 sin, x2 cos + x1 sin). x1 and x2 are the two halves of the head."""
+    """Rotate each head, whose halves are x1 and x2, to (x1 cos - x2 sin, x2 cos + x1 sin)."""
     return x_THd * cos_T1d + x_THd.roll(x_THd.shape[-1] // 2, -1) * sin_T1d
 
 

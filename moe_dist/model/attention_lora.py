@@ -39,7 +39,7 @@ class LoRALinear(nn.Linear):
         lora: LoRAConfig,
         site: Site,
     ):
-        """parts: maps the name of each part to its output width."""
+        """parts: a mapping from the name of each part to its output width."""
         super().__init__(input_size, output_size, bias=False)
         self.weight.requires_grad_(False)
         self.groups, self.dropout = groups, lora.dropout
@@ -48,7 +48,7 @@ class LoRALinear(nn.Linear):
             self.lora[part] = LowRank(input_size, width, lora, site.child("lora").child(part))
 
     def with_dropout(self, x_TI: Tensor, token_id_T: Tensor) -> Tensor:
-        """Return the input of `forward`: x_TI, followed by one copy of x_TI with dropout for each part.
+        """Return the input for `forward`: x_TI, followed by one copy of x_TI per part, each with its own dropout.
 
         The shape is [T, I * (1 + number of parts)]. If dropout is off (rate 0, or evaluation), the result is x_TI
         itself. Dropout is seeded by the token ids. Megatron cannot pass token ids to `forward`, so dropout is applied
@@ -59,9 +59,9 @@ class LoRALinear(nn.Linear):
         return torch.cat([x_TI, *(lora.drop(x_TI, token_id_T) for lora in self._deltas())], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [..., O]. x: the result of `with_dropout`.
+        """Apply the layer to x, a result of `with_dropout`. Returns [..., O].
 
-        The last dimension of x is I * (1 + number of parts) if dropout is on, else I.
+        The last dimension of x is I * (1 + number of parts) if dropout is on, otherwise I.
         """
         x, *dropped = x.split(self.in_features, dim=-1)
         inputs = dropped or [x] * len(self.lora)
@@ -78,13 +78,19 @@ class LoRALinear(nn.Linear):
 
 @dataclass(frozen=True, slots=True)
 class DroppedDocuments:
-    """Attention for an output projection with LoRA: it appends to its output a copy with dropout."""
+    """Attention that prepares its output for an output projection with LoRA.
+
+
+
+    If dropout is on, `attend` returns the attention output followed by a copy of it with dropout. The copy is the input
+    for the LoRA delta.
+    """
 
     documents: Attending
     projection: LoRALinear
     token_id_T: Tensor
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
-        """Return [T, 2 H, d] if dropout is on: H heads, then the same heads with dropout. Otherwise [T, H, d]."""
+        """Return [T, H, d], or [T, 2 H, d] if dropout is on: the H heads, then the same heads with dropout."""
         y_THd = self.documents.attend(query_THd, key_TGd, value_TGd)
         return self.projection.with_dropout(y_THd.flatten(1), self.token_id_T).unflatten(1, (-1, y_THd.shape[2]))

@@ -20,7 +20,7 @@ from moe_dist.parallel.layout import Layout
 
 
 class Block(nn.Module):
-    """Residual block of attention and a feed-forward part. `model.norm` selects the placement of the norms.
+    """Residual block with attention and a feed-forward part. The setting `model.norm` says where the norms are.
 
     swin: h = x + norm(attn(x)), out = h + norm(ffn(h)) (Chameleon, arXiv 2405.09818; MoMa, arXiv 2407.21770).
     pre: h = x + attn(norm(x)), out = h + ffn(norm(h)).
@@ -66,9 +66,9 @@ class Block(nn.Module):
 
 
 def build_ffn(config: ModelConfig, site: Site, layout: Layout) -> SwiGLU | MoELayer:
-    """Build the feed-forward part of a block: a SwiGLU if the recipe's is dense, otherwise an expert layer.
+    """Build the feed-forward part of a block: a SwiGLU if the recipe's model is dense, otherwise an expert layer.
 
-    Both are called with (x_TD, info) and return (y_TD, RoutingRecord or None).
+    Both modules are called with (x_TD, info) and return (y_TD, RoutingRecord or None).
     """
     if isinstance(config.ffn, DenseFFN):
         return SwiGLU(config.ffn.hidden_size, site)

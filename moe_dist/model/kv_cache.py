@@ -2,8 +2,8 @@
 
 A cache holds S sequences. If the documents of a micro-batch continue cached sequences, attention uses the documents of
 a Decoding instead of the micro-batch's own Documents. Each layer counts its cached tokens separately, because a layer
-that skips tokens (mixture-of-depths) caches fewer. Before a key is stored, it is rotated by its token's position in
-TokenInfo. The positions of a cached sequence may therefore have gaps.
+that skips tokens (mixture-of-depths) caches fewer tokens. Before a key is stored, it is rotated by its token's position
+in TokenInfo. The positions of a cached sequence may therefore have gaps.
 
 Shape suffixes: T tokens, N documents of a micro-batch, n tokens of the longest document, S sequences, C capacity
 (maximum number of tokens per sequence), L tokens of the longest sequence so far, H heads, G query groups, d size per
@@ -46,14 +46,14 @@ class KVCache:
     def go_on(self, sequences: list[int]) -> Decoding:
         """Return the Decoding for a micro-batch whose documents continue `sequences`.
 
-        sequences: the number of the sequence that each document continues, all different.
+        sequences: for each document, the number of the sequence that it continues. The numbers must all be different.
         """
         return Decoding(self, torch.tensor(sequences, device=self.layers[0].length_S.device))
 
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """A micro-batch whose documents continue cached sequences. It provides the documents for every layer."""
+    """A micro-batch whose documents continue cached sequences. It provides the documents of each layer."""
 
     cache: KVCache
     sequence_N: Tensor  # int64, the sequence that each document continues
@@ -67,7 +67,7 @@ class Decoding:
 class CachedDocuments:
     """Documents that continue sequences in the cache of one layer.
 
-    `attend` appends the tokens to the cache, so it must be called only once.
+    The method `attend` appends the tokens to the cache, so it must be called only once.
     """
 
     layer: LayerCache

@@ -1,9 +1,9 @@
-"""The attention module, built from megatron-core's SelfAttention. The only file that imports megatron.
+"""The attention module, built from megatron-core's SelfAttention. This is the only file that imports megatron.
 
-SelfAttention provides the fused projection of queries, keys and values, and the order of the steps. `attention_spec`
-fills the slots of SelfAttention with modules that need neither Transformer Engine nor CUDA nor megatron's global
-parallel state. The rotary embedding is ours, because megatron recomputes cosines and sines in every layer. There is no
-tensor or context parallelism, so megatron gets groups of one rank.
+SelfAttention provides the fused projection of queries, keys and values, and the order of the computation. The function
+`attention_spec` fills the slots of SelfAttention with modules that need neither Transformer Engine nor CUDA nor
+megatron's global parallel state. The rotary embedding is ours, because megatron recomputes cosines and sines in every
+layer. There is no tensor or context parallelism, so megatron gets groups of one rank.
 
 Shape suffixes: T tokens, D model width, H heads, G query groups, d size per head.
 """
@@ -47,9 +47,9 @@ class OneRankGroup:
 
 
 class Linear(nn.Linear):
-    """torch's Linear with the interface of megatron's linear layers.
+    """PyTorch's Linear with the interface of megatron's linear layers.
 
-    It has megatron's constructor and returns (output, bias). The bias is None.
+    Its constructor takes megatron's arguments, and it returns (output, bias). The bias is None.
     """
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool, **_tensor_parallel_settings):
@@ -65,7 +65,7 @@ class Linear(nn.Linear):
 class AdaptedLinear(LoRALinear):
     """LoRALinear with the interface of megatron's linear layers.
 
-    adapters: the keyword arguments of LoRALinear.
+    adapters: the keyword arguments for LoRALinear.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class AdaptedLinear(LoRALinear):
 
 
 class HeadNorm(nn.LayerNorm):
-    """LayerNorm of each query or key head, applied before the rotary embedding (Chameleon, arXiv 2405.09818)."""
+    """LayerNorm over each query or key head, applied before the rotary embedding (Chameleon, arXiv 2405.09818)."""
 
     def __init__(self, *, hidden_size: int, config: TransformerConfig, eps: float):
         super().__init__(hidden_size, eps=eps)
@@ -98,7 +98,7 @@ def _layer_norm(x: Tensor, weight_d: Tensor, bias_d: Tensor, eps: float) -> Tens
 
 
 class DocumentAttention(nn.Module):
-    """Attention within documents, for megatron's core-attention slot.
+    """Module that computes attention within documents, for the core-attention slot of SelfAttention.
 
     attention_mask: an Attending object, which SelfAttention passes on unchanged.
     """
@@ -132,7 +132,7 @@ class Attention(nn.Module):
         core.draw(self.core.linear_proj.weight, "linear_proj.weight", onto_residual=True)
 
     def forward(self, x_TD: Tensor, token_id_T: Tensor, documents: Documents, turn_2T1d: Tensor) -> Tensor:
-        """Return y_TD. T may be 0.
+        """Return the attention output y_TD. T may be 0.
 
         token_id_T: global token ids, which seed the dropout of LoRA. turn_2T1d: the result of `rotation`.
         """
@@ -157,7 +157,7 @@ class Attention(nn.Module):
     def num_parameters(self) -> int:
         """Count the parameters of the projections and the head norms.
 
-        A projection has no bias, so it has one parameter per multiply-add for one token.
+        A projection has no bias, so its number of parameters equals its number of multiply-adds for one token.
         """
         matrices = self.products(LayerWork(tokens=1, pairs=0, rows=0))
         norms = sum(2 * norm.normalized_shape[0] for norm in self._head_norms())

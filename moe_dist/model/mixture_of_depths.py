@@ -23,15 +23,15 @@ class MixtureOfDepths(nn.Module):
     """Wrapper of a block that computes x + s (block(x) - x) for admitted tokens and returns other tokens unchanged.
 
     Source: Raposo et al., arXiv 2404.02258, eq. 1. The gate value s multiplies the block's update of the residual
-    stream, so the gate gets a gradient. s is a sigmoid, as in MoMa (arXiv 2407.21770). MoMa does not say where s enters
+    stream, so the gate gets a gradient. As in MoMa (arXiv 2407.21770), s is a sigmoid. MoMa does not say where s enters
     the computation. The block sees only the admitted tokens: each of them attends to the earlier admitted tokens of its
     document, at their original positions, and expert choice selects among the admitted tokens.
 
     The wrapper is called with the same arguments as the block. The block is registered among the model's layers, not
     here. The block's parameters therefore have the same names as without mixture-of-depths, and a stage with
-    mixture-of-depths can start from a checkpoint without it. `split_sizes` copies the numbers of admitted tokens per
-    document, sequence and modality to the host. This costs one device-to-host sync, in addition to that of the expert
-    layer.
+    mixture-of-depths can start from a checkpoint without it. The function `split_sizes` copies the numbers of admitted
+    tokens per document, sequence and modality to the host. This costs one device-to-host sync, in addition to that of
+    the expert layer.
     """
 
     def __init__(self, block: Block, settings: DepthConfig, site: Site, split_sizes: SplitSizes = split_sizes):
@@ -49,7 +49,7 @@ class MixtureOfDepths(nn.Module):
     ) -> tuple[Tensor, RoutingRecord | None, DepthRecord]:
         """Return the hidden states of all T tokens, the block's routing record and the record of admitted tokens.
 
-        The block's routing record (None for a dense block) is renumbered, so it also refers to all T tokens.
+        The block's routing record (None for a dense block) is renumbered, so that it refers to all T tokens.
         """
         admitted_T, routing = self.router(x_TD, info)
         token_K, inner = info.select(admitted_T, self.split_sizes)

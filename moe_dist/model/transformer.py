@@ -29,9 +29,9 @@ from moe_dist.parallel.layout import Layout
 class Transformer(nn.Module):
     """Decoder with the architecture of MoMa's base model (arXiv 2407.21770), which follows Chameleon.
 
-    With pre-norm and without query and key norms, the model is a Llama. If tie_embeddings is set, the output layer uses
-    the embedding's matrix. The initial value of a parameter is a function of (seed, name, global expert), so it does
-    not depend on the layout. Under `torch.device("meta")`, construction allocates nothing.
+    With pre-norm and without query and key norms, the model has the architecture of Llama. If tie_embeddings is set,
+    the output layer uses the embedding's matrix. The initial value of a parameter is a function of (seed, name, global
+    expert), so it does not depend on the layout. Under `torch.device("meta")`, construction allocates nothing.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, layout: Layout, seed: int):
@@ -58,7 +58,8 @@ class Transformer(nn.Module):
     def causal_routing(self) -> bool:
         """True if all routing is causal.
 
-        Otherwise the experts or blocks that process a token depend on later tokens, and so does the token's loss.
+        Otherwise, the choice of the experts or blocks that process a token can depend on later tokens, and so can the
+        token's loss.
         """
         return all(router.causal for router in self._routers())
 
@@ -104,12 +105,12 @@ class Transformer(nn.Module):
             yield cast(MixtureOfDepths, self.depth[key]) if key in self.depth else self._block(layer)
 
     def _routers(self) -> Iterator[Any]:
-        """Yield the routers of the expert layers, then those of mixture-of-depths."""
+        """Yield the routers of the expert layers, then the routers of mixture-of-depths."""
         yield from (block.ffn.router for block in self.layers if isinstance(block.ffn, MoELayer))
         yield from (depth.router for depth in self.depth.values())
 
     def forward(self, tokens_T: Tensor, info: TokenInfo, decoding: Decoding | None = None) -> ModelOutput:
-        """Return the next-token logits at each of the T tokens, and the records of the routers.
+        """Return the next-token logits at each of the T positions, and the records of the routers.
 
         info: facts about the tokens. With `info.causally()`, routing is causal, as inference requires. Otherwise,
         routing is the same as in training. Raises UserError if causal routing is requested and a router has no way to

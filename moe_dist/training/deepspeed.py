@@ -1,8 +1,8 @@
-"""DeepSpeed ZeRO stages 1, 2 and 3 for models with experts. The only file that imports DeepSpeed.
+"""DeepSpeed ZeRO stages 1, 2 and 3 for models with experts. This is the only file that imports DeepSpeed.
 
 DeepSpeed passes the process groups of experts to ZeRO only for its own MoE classes. A thin subclass of DeepSpeed's
-engine does the same for our experts, with the groups of our layout. This file also chooses the optimizer and the
-parameters that get weight decay. training/engine.py computes an optimizer step.
+engine does the same for our experts, using the groups of our layout. This file also chooses the optimizer and the
+parameters that get weight decay. The optimizer step is computed in training/engine.py.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from moe_dist.training.trainable import freeze_others
 def init_distributed(stop: StopSignals | None = None) -> torch.device:
     """Find this process's rank (parallel/discovery.py), start torch.distributed, and return the device. Collective.
 
-    Raises UserError on every rank if ranks share a GPU (parallel/gpus.py), and Stopped if `stop` has noted a signal and
-    the other ranks do not come (parallel/meeting.py).
+    Raises UserError on every rank if ranks share a GPU (parallel/gpus.py), and Stopped if `stop` has received a signal
+    and the other ranks do not arrive (parallel/meeting.py).
     """
     # DeepSpeed calls collectives by their deprecated names, thousands of times.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
@@ -60,9 +60,10 @@ def init_distributed(stop: StopSignals | None = None) -> torch.device:
 
 
 def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
-    """Put a model under ZeRO and return its Engine. Collective. The learning rate is set anew for each step.
+    """Put a model under ZeRO and return its Engine. Collective.
 
-    Parameters that config.trainable does not match are frozen. Raises UserError if the recipe has an error.
+    The learning rate is set anew for each step. Parameters that config.trainable does not match are frozen. Raises
+    UserError if the recipe has an error.
     """
     section = config.deepspeed
     accumulation = accumulation_steps(config.train, layout.dp)
@@ -161,7 +162,10 @@ def make_optimizer(params: list[dict[str, Any]], section: DeepSpeedSection, lr: 
 
 
 def _mark_experts(model: nn.Module, layout: Layout) -> None:
-    """Mark expert parameters for DeepSpeed, and register the process groups that share experts."""
+    """Mark expert parameters for DeepSpeed, and register the process groups of expert parallelism.
+
+    These are the group over which the experts are divided, and the group whose ranks hold copies of the same experts.
+    """
     name = f"ep_size_{layout.expert}"
     marks = {"allreduce": False, "group_name": name}
     marks |= {"ds_zero_placement_family": "autoep_expert", "ds_zero_partition_group_name": name}  # stage 3

@@ -1,4 +1,4 @@
-"""Translation of a recipe's `deepspeed` section (config/deepspeed_section.py) to DeepSpeed's configuration, and the
+"""Translation of a recipe's `deepspeed` section (config/deepspeed_section.py) into DeepSpeed's configuration, and the
 number of accumulation steps.
 
 This file does not import DeepSpeed.

@@ -10,8 +10,8 @@ import torch
 def make_deterministic() -> None:
     """Make torch use bitwise repeatable operations. Call it before anything runs on the device.
 
-    index_add and the backward pass of flash attention then add in a fixed order. The call must come first because
-    cuBLAS reads its workspace setting from the environment when it starts.
+    The operation index_add and the backward pass of flash attention then add in a fixed order. The call must come first
+    because cuBLAS reads its workspace setting from the environment when it starts.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

@@ -32,7 +32,7 @@ Counting = Callable[[Batch, ModelOutput], StepCounts]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Result of one optimizer step over all its micro-batches. Equal on every rank, except for `counted`."""
+    """Result of one optimizer step over all its micro-batches. All fields except `counted` are equal on every rank."""
 
     loss_sums: dict[str, float]  # metrics of the objective, summed over all ranks
     counts: dict[str, int]  # counts that divide loss_sums, with the same keys; "loss": number of predictions
@@ -47,7 +47,7 @@ class StepResult:
 
 
 class Zero(Protocol):
-    """Interface that an optimizer step needs from DeepSpeed's engine."""
+    """The interface that an optimizer step needs from DeepSpeed's engine."""
 
     module: nn.Module
     global_steps: int
@@ -69,8 +69,8 @@ class Zero(Protocol):
 class Engine:
     """A model under ZeRO, with methods to take an optimizer step (`train_step`) and to evaluate (`eval_forward`).
 
-    Both methods are collective. `steps` and `skipped_steps` are part of a run's state: a checkpoint stores them, and a
-    resumed run sets them.
+    Both methods are collective. The attributes `steps` and `skipped_steps` are part of a run's state: a checkpoint
+    stores them, and a resumed run sets them.
     """
 
     def __init__(self, zero: Zero, settings: TrainConfig, layout: Layout, accumulation: int) -> None:
@@ -82,7 +82,7 @@ class Engine:
 
     @property
     def steps(self) -> int:
-        """The number of optimizer steps taken, including skipped ones."""
+        """The number of optimizer steps so far, including skipped steps."""
         return self._zero.global_steps
 
     @steps.setter
@@ -113,15 +113,16 @@ class Engine:
     def train_step(
         self, micro_batches: Iterable[Batch], objective: Objective, lr: float, count: Counting | None = None
     ) -> StepResult:
-        """Accumulate gradients over this rank's micro-batches and take one optimizer step at rate `lr`. Collective.
+        """Accumulate gradients over this rank's micro-batches, then take one step at learning rate `lr`. Collective.
 
-        micro_batches: on the host; each is moved to the device once. Iterating over the micro-batches may read data. If
-        this fails on one rank, the error is raised on all ranks before anything is computed.
+        micro_batches: the micro-batches, on the host. Each one is moved to the device once. Iterating over the
+        micro-batches may read data. If reading fails on one rank, the error is raised on all ranks before anything is
+        computed.
         count: if given, a function that counts the routing and the work of a micro-batch. StepResult.counted is the sum
         of its results.
 
-        If a loss or gradient is not finite on any rank, no rank changes its parameters or optimizer state.
-        train.non_finite then decides whether the run stops (UserError) or continues. After a step that was applied,
+        If a loss or gradient is not finite on any rank, no rank changes its parameters or optimizer state. The setting
+        train.non_finite then decides whether the run stops (UserError) or continues. After a step that was not skipped,
         stateful routers update their state (StatefulRouter).
         """
         batches, counts = self._collect(micro_batches, objective)
@@ -161,9 +162,10 @@ class Engine:
             self._zero.train()
 
     def _collect(self, micro_batches: Iterable[Batch], objective: Objective) -> tuple[list[Batch], dict[str, int]]:
-        """Read this rank's micro-batches, and sum the counts of the metrics over all ranks. Collective.
+        """Read this rank's micro-batches, and sum each metric's count over the micro-batches and all ranks. Collective.
 
-        The same all-reduce also reports failures: if one rank fails, its error is raised on every rank.
+        The mean of a metric is its sum divided by its count. The all-reduce that sums the counts also reports failures:
+        if one rank fails, its error is raised on every rank.
         """
         problem: Exception | None = None
         batches: list[Batch] = []
@@ -194,7 +196,7 @@ class Engine:
         return dict(zip(names, total.tolist()))
 
     def _stop_or_go_on(self, loss_sums: dict[str, float]) -> None:
-        """Apply train.non_finite to a step that DeepSpeed skipped: raise UserError, or return to continue.
+        """Apply train.non_finite to a step that DeepSpeed skipped: raise UserError, or return if the run continues.
 
         All ranks have the same values, so they make the same decision.
         """

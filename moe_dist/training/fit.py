@@ -2,9 +2,9 @@
 
   python -m moe_dist.training.fit configs/NAME.yaml [RANKS]
 
-The Makefile uses it. It prints shell assignments: ranks, placement (arguments of DeepSpeed's launcher), overrides. The
-GPUs are those in CUDA_VISIBLE_DEVICES, or by default all that nvidia-smi lists. If the recipe has an error, there are
-no overrides; launch/train.py reports the error.
+The Makefile runs this command. The command prints shell assignments: ranks, placement (arguments for DeepSpeed's
+launcher), overrides. The GPUs are those in CUDA_VISIBLE_DEVICES, or by default all that nvidia-smi lists. If the recipe
+has an error, there are no overrides; launch/train.py reports the error.
 """
 
 from __future__ import annotations

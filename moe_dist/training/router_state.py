@@ -1,4 +1,4 @@
-"""Updates of the state that routers keep between optimizer steps, from the load of the global batch."""
+"""Updates of the state that routers keep between optimizer steps, based on the load in the global batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_dist.model.moe.router import StatefulRouter
 class RouterStates:
     """The stateful routers of a model, and the load of each router in the current step.
 
-    After the step, the loads update the routers. Loads stay on the device.
+    After the step, each router updates its state from its load. The loads stay on the device.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -26,7 +26,7 @@ class RouterStates:
         self._loads: dict[int, Tensor] = {}
 
     def start_step(self) -> None:
-        """Reset the loads. A step that did not finish may have left some."""
+        """Reset the loads. A step that did not finish may have left loads behind."""
         self._loads = {}
 
     def add(self, records: Iterable[RoutingRecord]) -> None:
@@ -39,7 +39,7 @@ class RouterStates:
     def after_step(self, group: dist.ProcessGroup | None) -> None:
         """Update every stateful router with its load over all ranks.
 
-        Collective if the model has stateful routers: one all-reduce, no host sync.
+        Collective if the model has stateful routers. This takes one all-reduce and no host sync.
         """
         if not self._loads:
             return

@@ -136,7 +136,7 @@ class Run:
 
     @cached_property
     def meter(self) -> StepMeter:
-        """The object that counts the routing and the work of this run's steps."""
+        """The meter that counts the routing and the work of this run's steps."""
         return StepMeter.of(self.model, self.config, self.layout, self.documents.domains)
 
     @property
@@ -210,8 +210,8 @@ class Run:
     def _tell_the_start(self) -> None:
         """Report how the run starts.
 
-        If it starts from init_from, print the account of loaded parameters and write it to RUN/init_from.json. If it
-        resumes, say that init_from is not read again.
+        If the run starts from init_from, print the account of loaded parameters and write it to RUN/init_from.json. If
+        the run resumes, print that init_from is not read again.
         """
         if self.initial is not None:
             self.folder.write_initial(self.initial.to_json())
@@ -244,13 +244,13 @@ class Run:
         return metrics if result.counted is None else metrics | self.meter.metrics(result.counted, seconds)
 
     def _read(self, read: list[Loaded]) -> Iterator[Batch]:
-        """Yield the micro-batches of a step. Append each one, with its loader state, to `read`."""
+        """Yield the micro-batches of a step. Append each one, together with its loader state, to `read`."""
         for item in islice(self.loader, self.engine.accumulation):
             read.append(item)
             yield item.batch
 
     def evaluate(self) -> dict[str, float]:
-        """Return the held-out losses, computed with the routing of training. Collective."""
+        """Return the held-out losses, computed with the same routing as in training. Collective."""
         batches = self.held_out_split.batches(self.held_out)
         return evaluate(self.engine.eval_forward, batches, self.layout, self.held_out.domains)
 

@@ -11,7 +11,7 @@ from moe_dist.config.recipe import ScheduleConfig
 
 
 def learning_rate(step: int, *, config: ScheduleConfig, steps: int) -> float:
-    """Return the learning rate of optimizer step `step` (from 0) in a run that is planned for `steps` steps.
+    """Return the learning rate of optimizer step `step` (counted from 0) in a run that is planned for `steps` steps.
 
     The rate rises linearly to `peak_lr` over the first `warmup_steps` steps; no step has rate 0. Then the rate decays
     and reaches `end_lr` in the last planned step, `steps - 1`. In later steps it stays at `end_lr`.

@@ -1,7 +1,7 @@
 """Set-up of a run from its recipe: checks of the recipe, the data, and the checkpoint that the model starts from.
 
-Missing prerequisites and checkpoints with different tokenizers are refused here. A warning reports the number of
-skipped samples.
+A run is refused here if a prerequisite is missing or if a checkpoint was trained with different tokenizers. A warning
+reports the number of skipped samples.
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ def check_recipe(config: Config, layout: Layout) -> None:
 
 
 def check_needs(config: Config, *, resumes: bool) -> None:
-    """Check that everything in the recipe's `needs` exists, as far as this run reads it.
+    """Check that all entries of the recipe's `needs` that this run reads exist.
 
-    Two kinds of needs are not read, and so not checked: a need whose path an override has replaced, and, if this run
-    resumes, a need that only a new run reads. Raises UserError naming what is missing and the command that makes it.
+    Two kinds of needs are not read, and therefore not checked: a need whose path an override has replaced, and, if this
+    run resumes, a need that only a new run reads. Raises UserError naming what is missing and the command that makes
+    it.
     """
     data = config.data
     read = [data.shards, data.validation_shards, data.text_tokenizer, data.image_tokenizer]
@@ -87,7 +88,7 @@ def open_data(
     stop: StopSignals,
     splits: Sequence[Split] = TRAINING_SPLITS,
 ) -> tuple[TokenStore, ...]:
-    """Open the tokens of splits. Splits that are not tokenised yet are tokenised first. Collective.
+    """Open the tokens of the given splits. Splits that are not tokenised yet are tokenised first. Collective.
 
     Raises Stopped on every rank if a signal has been received.
     """
@@ -106,7 +107,7 @@ def open_data(
 
 
 def _show(split: Split, store: TokenStore) -> None:
-    """Print what a split's samples are, what of them is unused by design, and what is bad or lost."""
+    """Print what samples a split has, which parts of them are unused by design, and which samples are bad or lost."""
     unused = ", ".join(f"{name} ({number})" for name, number in store.report.unused.most_common())
     lines = [f"{split}: {store.contents}" + (f"; unused by design: {unused}" if unused else "")]
     if store.report.bad or store.report.lost:
@@ -199,7 +200,8 @@ def open_loader(
 def open_neighbours(data: DataConfig, source: InitFrom | None) -> NeighbourStore | None:
     """Open the recipe's neighbour store. Returns None if the recipe has none.
 
-    source: the checkpoint that the store must belong to. If it is None, because the run resumes, this is not checked.
+    source: the checkpoint that the store must belong to. If the run resumes, source is None and the store is not
+    checked.
     """
     if data.neighbours is None:
         return None

@@ -1,4 +1,4 @@
-"""Metrics of an optimizer step, computed from the engine's result. metrics/metric_keys.py lists their names."""
+"""Metrics of an optimizer step, computed from the engine's result. Their names are listed in metrics/metric_keys.py."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ StepMetrics = dict[str, float | list[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMeter:
-    """Meter of optimizer steps, which computes the metrics of a step.
+    """A meter that computes the metrics of an optimizer step.
 
-    It counts the routing and the work of each micro-batch, and computes the metrics from the sum of these counts.
+    The meter counts the routing and the work of each micro-batch, and computes the metrics from the sum of these
+    counts.
     """
 
     model: Costed
@@ -54,9 +55,9 @@ class StepMeter:
         return StepCounts.of(batch, output, self.layout, len(self.domains))
 
     def metrics(self, counted: StepCounts, seconds: float) -> StepMetrics:
-        """Return the metrics of a step that took `seconds`. Collective.
+        """Return the metrics of a step that took `seconds` seconds. Collective.
 
-        Only moe/flops_saved differs between ranks.
+        The metrics are the same on all ranks, except for moe/flops_saved.
         """
         flops = counted.flops(self.model)
         totals = counted.over_ranks(flops, self.layout)

@@ -1,5 +1,5 @@
-"""Selection of the trained parameters by the recipe's `trainable`. Other parameters are frozen: they have no gradient
-and no optimizer state.
+"""Selection of the parameters to train, according to the recipe's `trainable`. Other parameters are frozen: they have
+no gradient and no optimizer state.
 """
 
 from __future__ import annotations

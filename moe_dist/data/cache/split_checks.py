@@ -1,4 +1,6 @@
-"""Checks of a split's documents: captions cut for want of room, and what data.expect asks for."""
+"""Checks of a split's documents: captions that are cut because they do not fit into a sequence, and what data.expect
+requires.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ from moe_dist.data.shards.sample_report import Loss, SampleReport
 
 
 def count_cut_captions(report: SampleReport, shards: Sequence[TokenShard], lengths: np.ndarray, room: int) -> None:
-    """Report the captions of more than `room` tokens, except those of samples that have lost another part.
+    """Add to `report` the captions of more than `room` tokens, unless their sample has already lost another part.
 
-    lengths: text tokens of each document with an image, 0 without an image.
+    lengths: the number of text tokens of each document that has an image, and 0 for each document without an image.
     """
     cut = lengths > room
     keys = []
@@ -32,9 +34,10 @@ def count_cut_captions(report: SampleReport, shards: Sequence[TokenShard], lengt
 
 
 def check_expected(data: DataConfig, documents: int, pairs: int, texts: int, contents: str) -> None:
-    """Raise UserError if more than data.max_bad_fraction of the documents lack what data.expect asks for.
+    """Raise UserError if more than data.max_bad_fraction of the documents lack what data.expect requires.
 
-    pairs: documents of text and picture. texts: those without a picture. contents: describes the documents.
+    pairs: the number of documents with both text and a picture. texts: the number of documents without a picture.
+    contents: a description of the documents for the error message.
     """
     if data.image_tokenizer is not None and data.expect != "text" and 0 < documents == texts:
         raise UserError(

@@ -2,9 +2,9 @@
 
 A shard's tokens are stored next to it in tokens/<vocabulary>/<shard>/, or in the user's cache folder if the shard is
 remote or its folder is read-only. <vocabulary> is a digest of both tokenizers. <shard> ends in a digest of the tar's
-checksum (a remote shard's URL), the split read from it and the files' format. A change of tokenizer, tar or format
-therefore makes new tokens and never reuses old ones. A folder may be shipped with tokens/ and no tars; its tokenizers
-and format must match.
+checksum (for a remote shard, its URL), the split read from it and the files' format. A change of tokenizer, tar or
+format therefore makes new tokens and never reuses old ones. A folder may be shipped with tokens/ but without tars; the
+tokenizers and the format must then match those of the recipe.
 
 Call order on every rank: load_vocabulary, build_cache, a barrier, open_store.
 """
@@ -54,10 +54,10 @@ def load_vocabulary(data: DataConfig) -> Vocabulary:
 
 
 class TokenStore:
-    """The documents of a split, ordered by part of the recipe's list, then by shard, then by sample.
+    """The documents of a split, ordered by their part in the recipe's list, then by shard, then by sample.
 
-    An instruction is never cut. One that is longer than a sequence is left out and counted in the report. A caption
-    that has no room beside its image is cut and counted.
+    An instruction is never cut. If an instruction is longer than a sequence, it is left out and counted in the report.
+    If a caption does not fit into a sequence together with its image, it is cut and counted in the report.
     """
 
     def __init__(self, parts: Sequence[Sequence[TokenShard]], sequence_length: int) -> None:
@@ -84,7 +84,7 @@ class TokenStore:
         self.part_ends = np.searchsorted(self._kept, np.cumsum([sum(map(len, part)) for part in parts]))
 
     def _without_long_instructions(self, lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-        """Return the indices of all documents except too long instructions. lengths: including markers."""
+        """Return the indices of all documents except overlong instructions. lengths: the lengths including markers."""
         kept = np.ones(len(lengths), dtype=bool)
         for shard, end in zip(self._shards, self._ends, strict=True):
             prompted = shard.prompts[:, 0] + end - len(shard)
@@ -104,7 +104,7 @@ class TokenStore:
         return len(self._kept)
 
     def document(self, index: int) -> StoredDocument:
-        """Return the document of this number, 0 <= index < len."""
+        """Return the document number `index`, where 0 <= index < len."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         index = int(self._kept[index])
@@ -114,11 +114,11 @@ class TokenStore:
 
 
 def open_store(data: DataConfig, split: Split, vocabulary: Vocabulary) -> TokenStore:
-    """Open the tokens of a split. build_cache must have run on every rank.
+    """Open the tokens of a split. Before this, build_cache must have run on every rank.
 
     Raises UserError if a shard's tokens are missing or damaged, if shipped tokens were made with other tokenizers, if
     more than data.max_bad_fraction of the split's samples could not be used or lost a part, or if the training samples
-    are not what data.expect says.
+    do not match data.expect.
     """
     parts: list[list[TokenShard]] = []
     for part in _parts(data, split):
@@ -152,7 +152,7 @@ def build_cache(
     """Tokenise this rank's share of a split's shards, except those already in the cache. Rank 0 shows its progress.
 
     Every local tar of the share is checked against its index, even if it has tokens. Raises UserError only on the rank
-    that meets the problem; the caller must raise it on the others. If `stop` returns True, return before the next
+    that finds the problem; the caller must raise it on the other ranks. If `stop` returns True, return before the next
     sample. Finished shards are kept, and the next call does the rest.
     """
     tars: list[Shard] = []
@@ -176,7 +176,7 @@ def _tokenise(
     *,
     shown: bool,
 ) -> None:
-    """Tokenise shards until done or until `stop` returns True. shown: show a progress bar."""
+    """Tokenise shards until all are done or `stop` returns True. shown: whether to show a progress bar."""
     if vocabulary.image is not None:
         vocabulary.image.to(device)
     columns = (TextColumn("tokenising {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -217,7 +217,7 @@ class _Source:
 
     @classmethod
     def of(cls, shard: Shard, vocabulary: Vocabulary, *, content: bool) -> _Source:
-        """Check a shard and find its folders. content: check the whole tar against its checksum, not only its size."""
+        """Check a shard and find its folders. content: whether to check the tar's checksum, not only its size."""
         path = local_path(shard.url)
         index = verify_shard(path, content=content) if path else None
         identity = index.sha256 if index else shard.url
@@ -238,7 +238,7 @@ class _Source:
         )
 
     def made(self) -> Path:
-        """Return the folder of the tokens, as find does. Raises UserError if there is none."""
+        """Return the folder of the tokens, as `find` does, but raise UserError if there is none."""
         folder = self.find()
         if folder is None:
             raise UserError(f"the token cache of shard {self.shard.url} is missing")

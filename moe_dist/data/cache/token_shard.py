@@ -90,7 +90,7 @@ class TokenShard:
         return np.load(self.folder / "image.npy", mmap_mode="r" if self.manifest["image_tokens"] else None)
 
     def document(self, index: int) -> StoredDocument:
-        """Return the document of this number within the shard, 0 <= index < len."""
+        """Return the document number `index` of the shard, where 0 <= index < len."""
         start = self.text_ends[index - 1] if index else 0
         row = self.image_rows[index]
         text = self._text[start : self.text_ends[index]].astype(np.int64)
@@ -164,7 +164,7 @@ class TokenShardWriter:
         self._pixels.clear()
 
     def write(self, folder: Path, origin: dict[str, Any], report: SampleReport) -> None:
-        """Write the token shard to `folder`, unless another process wrote it meanwhile. Raises UserError on failure.
+        """Write the token shard to `folder`, unless another process has already done so. Raises UserError on failure.
 
         Samples that could not be tokenised are added to the report.
         """

@@ -1,7 +1,7 @@
-"""Grouping of a tar's members to samples by WebDataset's rule: a key ends at the first dot of the file's name.
+"""Grouping of a tar's members into samples by WebDataset's rule: a key ends at the first dot of the file's name.
 
-A sample's members stand next to each other. Otherwise the tar is refused, since the parts would be read as several
-samples.
+The members of a sample must follow each other in the tar. Otherwise the tar is refused, because the sample would be
+read as several samples.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ NO_KEY = "members without key and ending"
 
 @dataclass(frozen=True, slots=True)
 class SampleFiles:
-    """The members of one sample by their ending (lower case, without the first dot). The content of a link is None."""
+    """The contents of the members of one sample, keyed by file name ending.
+
+    An ending is in lower case and does not include the first dot. The content of a link is None.
+    """
 
     key: str
     files: dict[str, bytes | None] = field(default_factory=dict)
@@ -28,9 +31,10 @@ class SampleFiles:
 def sample_groups(
     entries: Iterable[tuple[str, bytes | None]], shard: str, unused: Counter[str] | None = None
 ) -> Iterator[SampleFiles]:
-    """Group (name, content) of a tar's members. unused: counts the members that belong to no sample.
+    """Group the members of a tar, given as (name, content), into samples.
 
-    Raises UserError naming shard and key if a key comes back after other samples, or a member stands twice.
+    unused: if given, counts the members that belong to no sample. Raises UserError naming the shard and the key if a
+    key comes back after other samples, or if a sample has two members with the same ending.
     """
     seen: set[str] = set()
     sample: SampleFiles | None = None

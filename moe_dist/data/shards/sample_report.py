@@ -1,4 +1,4 @@
-"""A report of the samples that could not be used or lost a part, by reason, and of what is unused by design."""
+"""A report of the samples that could not be used or lost a part, by reason, and of the parts unused by design."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IMAGE_LOSS, CAPTION_LOSS = ("image ",), ("caption ", "json ")  # beginnings of t
 
 
 class Loss(NamedTuple):
-    """A part of a sample that is neither used nor unused by design."""
+    """A part of a sample that was lost: it is neither used nor unused by design."""
 
     reason: str
     key: str
@@ -24,9 +24,9 @@ class Loss(NamedTuple):
 
 @dataclass(slots=True)
 class SampleReport:
-    """Number of samples read, skipped (bad) and short of a part (lost), by reason. A sample counts as bad or lost once.
+    """The number of samples that were read, and, by reason, of those that were skipped (bad) or lost a part (lost).
 
-    merge() adds up the reports of several shards.
+    A sample is counted at most once, as either bad or lost. Reports of several shards are added up with merge().
     """
 
     total: int = 0
@@ -63,7 +63,7 @@ class SampleReport:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> SampleReport:
-        """Return the report that to_json() turned into `stored`."""
+        """Restore a report from `stored`, a result of to_json()."""
         bad, lost, unused = (Counter(stored[name]) for name in ("bad", "lost", "unused"))
         return cls(stored["total"], bad, lost, unused, stored["first_keys"])
 
@@ -88,9 +88,10 @@ class SampleReport:
         return f": {', '.join(reasons)}" if reasons else ""
 
     def check(self, max_bad_fraction: float, unwanted: tuple[str, ...] = ()) -> None:
-        """Raise UserError if more than this fraction of the samples is bad or lost, or if there are no samples.
+        """Raise UserError if more than max_bad_fraction of the samples are bad or lost, or if there are no samples.
 
-        unwanted: beginnings of the reasons that do not matter, since the recipe does not want the lost part.
+        unwanted: losses whose reason begins with one of these texts are ignored, because the recipe does not use the
+        lost part.
         """
         if self.total == 0:
             raise UserError("the shards hold no samples of this split")

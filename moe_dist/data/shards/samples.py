@@ -2,8 +2,8 @@
 
 A decoded sample is an RGB image, a caption or both, or an instruction with or without an image. A raw sample is the
 group of a tar's members that share a key: an image (IMAGE_SUFFIXES), `.txt` for the caption, or `.json` with the field
-`caption` or `text`, else with `prompt` and `answer` (data/tasks/instructions.py). docs/data.md has the table of what is
-used, unused by design, lost or bad.
+`caption` or `text`, or otherwise with the fields `prompt` and `answer` (data/tasks/instructions.py). A table in
+docs/data.md shows what is used, unused by design, lost or bad.
 """
 
 from __future__ import annotations
@@ -57,11 +57,14 @@ class RawSample:
 
 
 class BadSample(Exception):
-    """A sample that cannot be used. The message is the reason in two or three words, under which it is counted."""
+    """A sample that cannot be used.
+
+    The message is a reason of two or three words. Bad samples are counted by reason.
+    """
 
 
 class LostSample(Exception):
-    """A sample of which nothing can be used once its lost part is gone."""
+    """A sample that has lost a part and cannot be used without it."""
 
     def __init__(self, loss: Loss) -> None:
         super().__init__(loss.reason)
@@ -69,7 +72,7 @@ class LostSample(Exception):
 
 
 def readable(name: str) -> str:
-    """Return a name that can be printed and stored: bytes that are not UTF-8 are written as \\xe9."""
+    """Return a name in a form that can be printed and stored: bytes that are not UTF-8 are written like \\xe9."""
     try:
         return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
     except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
@@ -77,10 +80,10 @@ def readable(name: str) -> str:
 
 
 def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MAX_MEGAPIXELS) -> RawSample:
-    """Decode one sample, and name what of it is lost or unused by design.
+    """Decode one sample, and record which parts of it are lost or unused by design.
 
-    Raises BadSample or LostSample if the sample cannot be used. Raises UserError naming shard and sample for a
-    malformed instruction.
+    Raises BadSample or LostSample if the sample cannot be used. Raises UserError naming the shard and the sample if an
+    instruction is malformed.
     """
     key, files = sample.key, sample.files
     picture = next((suffix for suffix in IMAGE_SUFFIXES if files.get(suffix) is not None), None)
@@ -108,7 +111,7 @@ def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MA
 
 
 def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
-    """Decode an image file (the first frame) to mode RGB, upright, with transparency on white. Raises BadSample."""
+    """Decode the first frame of an image file to an upright RGB image on a white background. Raises BadSample."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -127,7 +130,7 @@ def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Imag
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to mode RGB, with transparency on white and 16-bit grey scaled to 8 bits."""
+    """Convert an image to mode RGB on a white background. Scales 16-bit grey to 8 bits."""
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.has_transparency_data:
@@ -137,7 +140,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def encode_png(image: Image.Image, size: int) -> bytes:
-    """Encode an image as a PNG of size x size pixels; add white margins if it is not square."""
+    """Encode an image as a PNG of size x size pixels, adding white margins if the image is not square."""
     square = ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, color="white")
     out = io.BytesIO()
     square.save(out, "PNG")
@@ -152,7 +155,11 @@ def _text_caption(files: Mapping[str, bytes | None]) -> str | None:
 
 
 def _read_json(files: Mapping[str, bytes | None], *, needed: bool) -> dict[str, object] | None:
-    """Return the object in the .json member ({} without one); None if it is no object or is broken but not needed."""
+    """Return the JSON object in the .json member, or {} if there is no such member.
+
+    If the member does not hold an object, return None. If the member is broken, return None if it is not needed;
+    otherwise raise BadSample.
+    """
     content = files.get("json")
     if content is None:
         return {}
@@ -166,7 +173,10 @@ def _read_json(files: Mapping[str, bytes | None], *, needed: bool) -> dict[str, 
 
 
 def _json_caption(record: Mapping[str, object], key: str) -> tuple[str | None, str | None]:
-    """Return the name of a field with a caption, and the caption. One of a list is chosen by the hash of the key."""
+    """Return the name of a field that holds a caption, and the caption; (None, None) if there is no caption.
+
+    If the field holds a list of captions, the hash of `key` chooses one of them.
+    """
     fields = [(name, record[name]) for name in CAPTION_FIELDS if name in record]
     for name, value in sorted(fields, key=lambda item: isinstance(item[1], list)):  # a list, if there is no other
         texts = [_text(text) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
@@ -178,13 +188,13 @@ def _json_caption(record: Mapping[str, object], key: str) -> tuple[str | None, s
 
 
 def _text(caption: str) -> str:
-    """Return a caption without blanks around it and without a byte-order mark. Raises BadSample, see _check_unicode."""
+    """Return a caption without surrounding blanks or a byte-order mark. Raises BadSample (see _check_unicode)."""
     _check_unicode(caption)
     return caption.removeprefix("\ufeff").strip()
 
 
 def _check_unicode(text: str) -> None:
-    """Raise BadSample if a text holds a lone surrogate, which JSON can spell (\\ud83d) and no tokenizer can encode."""
+    """Raise BadSample if a text has a lone surrogate, which JSON can express (\\ud83d) but no tokenizer can encode."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -192,7 +202,10 @@ def _check_unicode(text: str) -> None:
 
 
 def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, has_text: bool) -> dict[str, str]:
-    """Return ending -> reason of the members that are lost. has_text: the sample has a caption or is an instruction."""
+    """Return a dict from the ending of each lost member to the reason for the loss.
+
+    has_text: whether the sample has a caption or is an instruction.
+    """
     lost: dict[str, str] = {}
     for suffix, content in files.items():
         last = suffix.rpartition(".")[2]
@@ -214,7 +227,7 @@ def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, has
 
 
 def _lost_json(record: Mapping[str, object] | None, key: str) -> Loss | None:
-    """Return the loss of a picture's .json member that holds no caption; None without such a member."""
+    """Return the Loss for a picture's .json member that holds no caption, or None if there is no such member."""
     if record is None:
         return Loss("json has no caption, it is no object", key)
     keys = readable(", ".join(sorted(record)[:FIELDS_SHOWN])) + (", ..." if len(record) > FIELDS_SHOWN else "")
@@ -226,7 +239,7 @@ def _unused_members(files: Mapping[str, bytes | None], picture: str | None, lost
 
 
 def _unused_fields(record: Mapping[str, object], used: Iterable[str | None]) -> Iterator[str]:
-    """Yield the names of json fields that are not read, and of those of whose captions only one is."""
+    """Yield the names of JSON fields that are not read, and of caption lists from which only one caption is read."""
     for name, value in record.items():
         if name not in used:
             yield readable(f"json field {name}")

@@ -21,7 +21,7 @@ from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_entries
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """Number of samples, size and checksum of a shard."""
+    """The number of samples, the size and the checksum of a shard."""
 
     count: int  # samples
     bytes: int
@@ -34,7 +34,7 @@ def user_cache() -> Path:
 
 
 def local_path(url: str) -> Path | None:
-    """Return the local path that a URL names; None if it is remote."""
+    """Return the local path that a URL refers to, or None if the URL is remote."""
     parsed = urlparse(url)
     if parsed.scheme == "file":
         return Path(unquote(parsed.path))
@@ -44,7 +44,7 @@ def local_path(url: str) -> Path | None:
 def verify_shard(shard: str | Path, *, content: bool = True) -> ShardIndex:
     """Check a shard against its index; build the index on first use. Raises UserError (or OSError) naming the shard.
 
-    content=False: compare only the sizes, without reading the shard.
+    content: if false, compare only the sizes, without reading the shard.
     """
     shard = Path(shard)
     index = _read_index(shard)

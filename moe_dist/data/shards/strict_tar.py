@@ -1,7 +1,7 @@
-"""Strict reading of a tar, plain or compressed, from a stream: damage raises an error.
+"""Strict reading of a tar, plain or compressed, from a stream: if the tar is damaged, an error is raised.
 
-Python's tarfile (hence webdataset) treats a damaged header, or a file truncated between two members, as the end of the
-archive. This reader accepts only the end-of-archive marker, with nothing but zeros after it.
+Python's tarfile (and therefore webdataset) treats a damaged header, or a file truncated between two members, as the end
+of the archive. This reader accepts only the end-of-archive marker, with nothing but zeros after it.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ def tar_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
 
 
 def tar_entries(stream: BinaryIO) -> Iterator[tuple[str, bytes | None]]:
-    """Yield (name, content) of each member but folders; the content of a link or device is None. Raises as above.
+    """Yield (name, content) of each member that is not a folder. The content of a link or device is None.
 
-    The bytes of a name that is not UTF-8 are kept as Python's surrogate escapes, whatever the locale.
+    Raises the same errors as tar_members. The bytes of a name that is not UTF-8 are kept as Python's surrogate escapes,
+    whatever the locale.
     """
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo, encoding="utf-8") as tar:
         for member in tar:

@@ -1,8 +1,9 @@
 """WebDataset shards: writing a corpus as tars, finding the tars that a recipe names, checking and reading them.
 
 A prepared corpus is OUT/{train,validation,test}/shard-%06d.tar. Every local tar has an index (count, bytes, sha256).
-webdataset ends a broken tar early without an exception, so a shard is checked against its index before it is read. A
-user's own tar gets its index on first use, from one strict pass that rejects a damaged header or a missing end.
+The webdataset library ends a broken tar early without an exception, so a shard is checked against its index before it
+is read. A user's own tar gets its index on first use, from one strict pass that rejects a damaged header or a missing
+end.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Sample:
 def write_shards(samples: Iterable[Sample], out: Path, samples_per_shard: int = SAMPLES_PER_SHARD) -> dict[str, int]:
     """Write samples as OUT/<split>/shard-%06d.tar, ordered by the hash of their keys. The tars are bitwise repeatable.
 
-    Returns the number of samples of each split that is not empty.
+    Returns the number of samples in each split that is not empty.
     """
     ordered = sorted(samples, key=lambda sample: _digest(sample.key))
     if len({sample.key for sample in ordered}) < len(ordered):
@@ -95,7 +96,7 @@ def _digest(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A tar and the split to read from it (None: every sample)."""
+    """A tar, and the split to read from it. If the split is None, every sample is read."""
 
     url: str
     split: Split | None = None
@@ -107,8 +108,9 @@ def resolve_shards(
     """Return the shards of one split in a fixed order. Raises UserError naming a missing or empty file or folder.
 
     spec (data.shards): prepared folders, flat folders of tars, brace-expanded paths, or URLs that webdataset accepts.
-    validation (data.validation_shards): shards of the held-out samples. If it is given, a flat spec is all for
-    training; else split_of(key) divides a flat spec, with about 5 % each held out for validation and test.
+    validation (data.validation_shards): shards of the held-out samples. If they are given, all samples of a flat spec
+    are for training. Otherwise, split_of(key) divides the samples of a flat spec, with about 5 % each held out for
+    validation and test.
     """
     if split == "validation" and validation is not None:
         return [shard for part in _parts(validation) for shard in _resolve(part, split, flat_split=None)]
@@ -160,9 +162,10 @@ def verify_shards(shards: Iterable[Shard]) -> int:
 def iterate(
     shard: Shard | str, report: SampleReport | None = None, *, max_megapixels: float = MAX_MEGAPIXELS
 ) -> Iterator[RawSample]:
-    """Read a shard's samples in order. Skip those that cannot be used. Count them and all lost parts in `report`.
+    """Read a shard's samples in order, and skip the samples that cannot be used.
 
-    Raises UserError naming the shard if the tar is damaged, is not in order, or the URL cannot be read.
+    Skipped samples and lost parts are counted in `report`. Raises UserError naming the shard if the tar is damaged or
+    not in order, or if the URL cannot be read.
     """
     shard = Shard(shard) if isinstance(shard, str) else shard
     report = SampleReport() if report is None else report

@@ -2,8 +2,8 @@
 
 The sequence is one pass over the held-out store, in an order that depends neither on the seed nor on the number of
 ranks. Documents are packed as in training, but without caption dropout. Rank r takes the groups j with j mod dp == r. A
-rank that would have one group fewer than others gets a group of padding. So all ranks run the same number of forward
-passes, and sums over ranks count every token once.
+rank that would have one group fewer than other ranks gets a group of padding. Therefore all ranks run the same number
+of forward passes, and sums over ranks count every token once.
 """
 
 from __future__ import annotations
@@ -70,10 +70,11 @@ class _Mixed:
 
 
 class ShuffledCaptions:
-    """A document store with captions shuffled among the pairs. No image keeps its own caption or gets an equal one.
+    """A document store whose captions are shuffled among the pairs.
 
-    A caption moves to a pair whose own caption has about the same length, so the packing hardly changes. A model that
-    uses captions should have a higher loss on the images of this store than on those of the original store.
+    No image keeps its own caption or gets an equal one. A caption moves to a pair whose own caption has about the same
+    length, so the packing hardly changes. A model that uses captions should have a higher loss on the images of this
+    store than on those of the original store.
     """
 
     def __init__(self, store: DocumentStore):

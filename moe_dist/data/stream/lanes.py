@@ -28,7 +28,7 @@ LOOK_AHEAD = 64  # number of pieces that a stream holds for the packer to choose
 class Stream:
     """A stream of pieces, made from the given documents in a new order in each epoch.
 
-    `pending` holds the pieces that were read ahead, oldest first.
+    The list `pending` holds the pieces that were read ahead, oldest first.
     """
 
     def __init__(self, documents: np.ndarray, assembler: Assembler, *, lane: int, epochs: int | None = None):
@@ -41,7 +41,7 @@ class Stream:
         self.pending: list[Piece] = []
 
     def refill(self) -> list[Piece]:
-        """Fill `pending` by reading ahead, and return it. It is empty only at the end of a finite stream."""
+        """Fill `pending` by reading ahead, and return it. The list is empty only at the end of a finite stream."""
         while len(self.pending) < LOOK_AHEAD and self._epoch != self._epochs:
             self.pending.append(self._assemble(self._epoch, int(self._order[self._cursor])))
             self._cursor += 1
@@ -72,7 +72,10 @@ class Lane:
         self._data = data
 
     def next_group(self) -> Group:
-        """Return the next group, the pieces of each sequence. All sequences are empty at the end of a finite stream."""
+        """Return the next group: the list of pieces of each sequence.
+
+        At the end of a finite stream, all lists are empty.
+        """
         length = self._data.sequence_length
         return [fill_sequence(self._stream.refill(), length) for _ in range(self._data.group_sequences)]
 
@@ -84,12 +87,13 @@ class Lane:
 
 
 class SteeredLane:
-    """A stream of selection groups in which a fraction data.image_fraction of the valid tokens are image tokens.
+    """A stream of selection groups whose fraction of image tokens is kept close to data.image_fraction.
 
-    Pairs and texts come from separate streams. Each sequence first gets as many pairs as bring the group's image tokens
-    closest to the target. Then texts fill the sequence, unless more text would bring the group below the target
-    fraction. A group thus misses the target by about half an image at most. If data.image_fraction is close to the
-    largest fraction that pairs can reach, little text is allowed and sequences end in padding.
+    The fraction refers to the valid tokens of a group. Pairs and texts come from separate streams. Each sequence first
+    takes the number of pairs that brings the group's number of image tokens closest to the target. Texts then fill the
+    sequence, but stop before the group falls more than half an image below the target. A group therefore misses the
+    target by at most about half an image. If data.image_fraction is close to the largest fraction that pairs alone can
+    reach, there is room for little text, and sequences end in padding.
     """
 
     def __init__(self, pairs: Stream, texts: Stream, data: DataConfig, fraction: float):
@@ -98,7 +102,7 @@ class SteeredLane:
         self._fraction = fraction
 
     def next_group(self) -> Group:
-        """Return the next group, the pieces of each sequence. See Lane.next_group."""
+        """Return the next group, as Lane.next_group does."""
         group: list[list[Piece]] = []
         used = image = 0
         for i in range(self._data.group_sequences):
@@ -115,9 +119,9 @@ class SteeredLane:
         return group
 
     def _take_pairs(self, wanted: float) -> tuple[list[Piece], float]:
-        """Take the pairs of one sequence: the number of pairs whose image tokens come closest to `wanted`.
+        """Take pairs for one sequence until the number of their image tokens is as close to `wanted` as possible.
 
-        Return the pairs, and half the number of tokens of an image.
+        Returns the pairs, and half the number of tokens of an image.
         """
         taken: list[Piece] = []
         room, half = self._data.sequence_length, 0.0

@@ -4,8 +4,8 @@ For any number of ranks, selection group j of a run is group j // lanes of lane 
 reads the groups with j mod dp == r, batch_groups of them per micro-batch. After n micro-batches on every rank, the run
 has read exactly its first n * batch_groups * dp groups. A rank's state is this number of groups and the states of the
 rank's lanes. A checkpoint merges the states of all ranks (checkpoint/train_state.py) into one state that does not
-depend on the layout. Any number of ranks that divides the number of lanes can continue the same sequence of groups from
-it. A state that was saved with different data or settings is refused.
+depend on the layout. From the merged state, any number of ranks that divides the number of lanes can continue the same
+sequence of groups. A state that was saved with different data or settings is refused.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ def make_loader(
 ) -> Loader:
     """Create the loader of one data-parallel rank. Raises UserError if `data` or `state` does not fit the run.
 
-    batch_groups: selection groups per micro-batch.
+    batch_groups: the number of selection groups per micro-batch.
     neighbours: a store that adds the neighbours' routing to every batch.
-    state: where to continue: the state that came with the last batch that was used, merged over ranks as in a
-    checkpoint. If the number of ranks is unchanged, this rank's own state is sufficient.
+    state: the state to continue from, that is, the state returned with the last batch that was used, merged over the
+    ranks as in a checkpoint. If the number of ranks is unchanged, this rank's own state is sufficient.
     device: see Loader.
     """
     check_data(data, dp=dp)
@@ -152,7 +152,7 @@ def make_loader(
 
 
 def check_data(data: DataConfig, *, dp: int) -> None:
-    """Check the settings that do not depend on the documents. dp: number of data-parallel ranks.
+    """Check the settings that do not depend on the documents. dp: the number of data-parallel ranks.
 
     Raises UserError.
     """

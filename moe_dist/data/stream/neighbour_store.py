@@ -54,8 +54,8 @@ class Neighbours:
 def write_samples(folder: Path, samples: Samples, about: Mapping[str, Any]) -> None:
     """Create a store with samples but no neighbours yet. If the folder holds an older store, delete its neighbours.
 
-    about: provenance to write to store.json, with the identity of the model as `model`. Raises UserError if no sample
-    was answered correctly.
+    about: provenance to write to store.json. Its entry `model` is the identity of the model. Raises UserError if no
+    sample was answered correctly.
     """
     right = int(samples.right_N.sum())
     if not right:
@@ -81,19 +81,22 @@ def read_samples(folder: Path) -> tuple[Samples, dict[str, Any]]:
 
 
 def write_neighbours(folder: Path, neighbours: Neighbours, about: Mapping[str, Any]) -> None:
-    """Complete a store by adding the neighbours. about: how they were found, for store.json under `neighbours`."""
+    """Complete a store by adding the neighbours.
+
+    about: how the neighbours were found, to be stored in store.json under `neighbours`.
+    """
     stored = read_json(folder / ABOUT)
     _write_tensors(folder / NEIGHBOURS, neighbours)
     write_file(folder / ABOUT, json_text({**stored, "neighbours": dict(about)}))
 
 
 class NeighbourStore:
-    """A complete neighbour store, opened for training: adds the neighbours' routing to batches."""
+    """A complete neighbour store, opened for training. It adds the routing of the neighbours to batches."""
 
     def __init__(self, folder: str | Path, *, model: str | None):
         """Open a store. Raises UserError if it is incomplete or was collected with a different model from `model`.
 
-        model: identity of the checkpoint from which training starts. If it is None (on resume), models are not
+        model: the identity of the checkpoint from which training starts. If it is None (on resume), models are not
         compared.
         """
         self.folder = Path(folder)

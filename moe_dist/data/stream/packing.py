@@ -8,7 +8,7 @@ Assembly (a document is an image-text pair, a text or an instruction):
 The order of caption and image, and whether the caption is dropped, depend only on (seed, epoch, document number). They
 are therefore the same in every parallel layout and after a resume.
 
-Lengths: an image is never split over two sequences. If a pair is longer than a sequence, the end of its caption is
+Lengths: an image is never split across two sequences. If a pair is longer than a sequence, the end of its caption is
 removed. A text may be cut anywhere and continue in a later sequence. Each piece of a cut text is a separate document
 for attention and positions. Only the first piece begins with BOS, and only the last piece ends with EOS. An instruction
 is never cut: if it does not fit into the rest of a sequence, it goes into a later sequence.
@@ -37,7 +37,7 @@ SHORTEST_PIECE = 8  # tokens: a text is not cut to fill less room than this
 
 
 class Document(Protocol):
-    """Interface of a tokenised sample: the vocabulary ids of its text and image, without markers."""
+    """Interface for a tokenised sample: the vocabulary ids of its text and image, without markers."""
 
     @property
     def text(self) -> np.ndarray: ...  # ids of the caption or text (may be empty), or of a prompt and its answer
@@ -50,7 +50,7 @@ class Document(Protocol):
 
 
 class DocumentStore(Protocol):
-    """Interface of a collection of tokenised documents with random access, implemented in data/cache/token_cache.py."""
+    """Interface for a random-access collection of tokenised documents. Implemented in data/cache/token_cache.py."""
 
     has_image: np.ndarray  # bool per document
     lengths: np.ndarray  # text and image tokens per document, without markers
@@ -99,7 +99,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembler:
-    """A function, with its settings, that turns a document of the store into a piece."""
+    """A callable that assembles pieces from the documents of a store."""
 
     store: DocumentStore
     vocabulary: Vocabulary
@@ -111,8 +111,8 @@ class Assembler:
     def __call__(self, epoch: int, index: int, start: int = 0) -> Piece:
         """Assemble document `index` for this epoch, and return its tokens from `start` on.
 
-        `start` can be above 0 only for a text, since no other document is cut. Raises UserError if the document's image
-        does not fit into a sequence.
+        The argument `start` can be above 0 only for a text, because no other document is cut. Raises UserError if the
+        document's image does not fit into a sequence.
         """
         document = self.store.document(index)
         v, text, image = self.vocabulary, document.text, document.image
@@ -144,10 +144,11 @@ class Assembler:
 
 
 def fill_sequence(pending: list[Piece], room: int) -> list[Piece]:
-    """Remove from `pending` (oldest first) and return the pieces that best fill `room` tokens.
+    """Remove and return the pieces of `pending` that best fill `room` tokens.
 
-    If room remains, a text that is too long for it is cut. The rest of the text keeps its place in `pending`. The
-    oldest piece is taken whenever it fits, so no piece waits forever.
+    The list `pending` is ordered from oldest to newest. If room remains, a text that is too long for the remaining room
+    is cut, and the rest of the text keeps its place in `pending`. The oldest piece is taken whenever it fits, so no
+    piece waits forever.
     """
     if not pending:
         return []
@@ -211,7 +212,7 @@ def collate(
     token of a piece, and all tokens of a prompt except its last. Every run of padding is a separate document, so the
     document lengths add up to T.
 
-    groups: each as (number of the group in the run, group).
+    groups: pairs of (the group's number in the run, the group).
     instructions: whether the data contain instructions. If so, the sidecar describes the micro-batch's instructions:
     domain_T (index into the store's domains, -1 for other tokens), prompt_end_S (index of the last prompt token) and
     sample_S (sample_hash).

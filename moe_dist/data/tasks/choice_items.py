@@ -29,7 +29,7 @@ class Choice:
 
 
 def read_instructions(data: DataConfig, split: Split) -> dict[int, Instruction]:
-    """Read the instruction samples of a split by sample hash, which is sample_S in the batch's sidecar."""
+    """Read the instruction samples of a split, keyed by sample hash (sample_S in the batch's sidecar)."""
     return {
         sample.hash: sample.instruction
         for shard in resolve_shards(data.shards, split, data.validation_shards)
@@ -39,10 +39,11 @@ def read_instructions(data: DataConfig, split: Split) -> dict[int, Instruction]:
 
 
 def read_choices(data: DataConfig, split: Split, tokenizer: TextTokenizer) -> tuple[Mapping[int, Choice], SampleReport]:
-    """Read a split's multiple-choice items by sample hash. Leave out and count those whose prompt and options merge.
+    """Read a split's multiple-choice items, keyed by sample hash.
 
-    Raises UserError if a sample is not a multiple-choice item, if items differ in their number of options, if more than
-    data.max_bad_fraction of them are left out, or if all items are ambiguous.
+    Items whose prompt and options merge are left out and counted. Raises UserError if a sample is not a multiple-choice
+    item, if items differ in their number of options, if more than data.max_bad_fraction of them are left out, or if all
+    items are ambiguous.
     """
     instructions = read_instructions(data, split)
     report = SampleReport(len(instructions))
@@ -59,7 +60,7 @@ def read_choices(data: DataConfig, split: Split, tokenizer: TextTokenizer) -> tu
 
 
 def _check_options(choices: Mapping[int, Choice]) -> None:
-    """Raise UserError if the items cannot be compared, or if the first tokens of options decide nothing."""
+    """Raise UserError if items differ in their number of options, or if all items are ambiguous."""
     counts = sorted({len(choice.tokens) for choice in choices.values()})
     if len(counts) > 1:
         raise UserError(
@@ -73,9 +74,9 @@ def _check_options(choices: Mapping[int, Choice]) -> None:
 
 
 def _choice(instruction: Instruction, tokenizer: TextTokenizer) -> Choice:
-    """Tokenize the options as the answer is written: by letter or by their text, after the same blanks.
+    """Tokenize the options in the form of the answer: as letters or as texts, after the same blanks.
 
-    Raises UserError, and NoBoundary if an option and the prompt merge.
+    Raises UserError if the sample is not a multiple-choice item, and NoBoundary if an option and the prompt merge.
     """
     prompt, answer, options, correct = instruction.prompt, instruction.answer, instruction.options, instruction.correct
     blanks = answer[: len(answer) - len(answer.lstrip())]

@@ -53,7 +53,7 @@ class Instruction(Strict):
 
 @dataclass(frozen=True, slots=True)
 class InstructionPrompt:
-    """The prompt of a tokenised instruction, whose text is the prompt followed by the answer."""
+    """The prompt within a tokenised instruction. The instruction's text is the prompt followed by the answer."""
 
     length: int  # number of prompt ids at the beginning of the text
     domain: str
@@ -71,15 +71,19 @@ def read_instruction(record: dict[str, Any], where: str) -> Instruction:
 
 
 class NoBoundary(Exception):
-    """A prompt and an answer whose joined ids cannot be cut between them. The message is the reason in a few words."""
+    """Raised when the joined ids of a prompt and an answer cannot be cut between the two.
+
+    The message is the reason in a few words.
+    """
 
 
 def instruction_ids(tokenizer: TextTokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """Return the ids of the prompt and of the answer. Joined, they are the ids of prompt + answer.
 
-    The rule is that of lm-evaluation-harness (`_encode_pair`): blanks that end the prompt are moved to the answer, and
-    the ids of the joined text are cut at the number of the prompt's ids. It needs no knowledge of what a tokenizer puts
-    before a text. Raises NoBoundary if the joined ids do not begin with the prompt's ids, or if the answer has no ids.
+    The rule is that of lm-evaluation-harness (`_encode_pair`): blanks at the end of the prompt are moved to the answer,
+    and the ids of the joined text are cut at the number of the prompt's ids. The rule needs no knowledge of what a
+    tokenizer puts before a text. Raises NoBoundary if the joined ids do not begin with the prompt's ids, or if the
+    answer has no ids.
     """
     before = tokenizer.encode(prompt.rstrip())
     joined = tokenizer.encode(prompt + answer)

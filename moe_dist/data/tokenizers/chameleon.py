@@ -1,8 +1,8 @@
 """Chameleon's image tokenizer (arXiv 2405.09818): 512 x 512 pixels -> 1024 codes over 8192 entries.
 
-It is read from a local folder of Hugging Face weights. The folder holds a ChameleonVQVAE or a whole Chameleon model, of
-which only the `vqmodel` is used. transformers ships the encoder and the codebook but no decoder, so images can be
-encoded and codes cannot be decoded.
+The tokenizer is read from a local folder of Hugging Face weights. The folder holds a ChameleonVQVAE or a whole
+Chameleon model, of which only the `vqmodel` is used. The transformers library ships the encoder and the codebook but no
+decoder, so images can be encoded and codes cannot be decoded.
 
 Shape suffixes: B images, H and W pixels, n codes of an image.
 """
@@ -36,7 +36,10 @@ class ChameleonVQ(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> ChameleonVQ:
-        """Load config.json and every .safetensors file, in eval mode. Raises UserError if they do not match."""
+        """Load a tokenizer in eval mode from config.json and every .safetensors file.
+
+        Raises UserError if the files do not match.
+        """
         folder = Path(folder)
         raw = read_json(folder / CONFIG)
         whole_model = raw.get("model_type") == "chameleon"

@@ -19,8 +19,9 @@ TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL)  # the files to copy wi
 class HuggingFaceTokenizer:
     """A TextTokenizer read from a Hugging Face folder. Raises UserError if the folder holds no tokenizer.
 
-    bos, eos and pad are the tokens that tokenizer_config.json (or special_tokens_map.json) names. Without a pad token,
-    eos is used for padding. That keeps a pretrained model's vocabulary size, and is safe because padding is masked.
+    The tokens bos, eos and pad are those that tokenizer_config.json (or special_tokens_map.json) names. If there is no
+    pad token, eos is used for padding. That keeps a pretrained model's vocabulary size, and is safe because padding is
+    masked.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -49,7 +50,7 @@ class HuggingFaceTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids to text; special tokens are dropped."""
+        """Decode ids to text, dropping special tokens."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def _id(self, token: str | dict | None, folder: Path) -> int | None:

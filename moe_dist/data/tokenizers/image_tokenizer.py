@@ -1,4 +1,4 @@
-"""The interface of image tokenizers, and loading one from its folder.
+"""The interface for image tokenizers, and a function that loads one from its folder.
 
 Shape suffixes: B images, H and W pixels, n codes of an image.
 """
@@ -19,9 +19,9 @@ from moe_dist.data.tokenizers.vq import VQTokenizer
 
 
 class ImageTokenizer(Protocol):
-    """A tokenizer that encodes images as discrete codes and, if its weights hold a decoder, decodes them.
+    """Interface for tokenizers that encode images as discrete codes and, if they have a decoder, decode codes.
 
-    pixels.py makes the pixels it expects.
+    The pixels that a tokenizer expects are made by pixels.py.
     """
 
     image_size: int  # pixels of one side

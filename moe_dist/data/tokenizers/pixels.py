@@ -24,15 +24,15 @@ def scale_pixels(pixels_BHWC: np.ndarray | Tensor) -> Tensor:
 
 
 def to_pixels(images_B3HW: Tensor) -> np.ndarray:
-    """Convert [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3]; the inverse of scale_pixels."""
+    """Convert [B, 3, H, W] in [-1, 1] to uint8 [B, H, W, 3]. This is the inverse of scale_pixels."""
     return ((images_B3HW + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], x_B: Tensor, chunk: int) -> Tensor:
     """Apply a function to chunks of exactly `chunk` rows, the last one padded with zeros, and join the results.
 
-    Kernels choose their order of summation by the shape, and rounding can move a vector from one code to another. One
-    shape for every call makes an image's codes independent of the other images in the batch.
+    Kernels choose their order of summation based on the shape, and rounding can move a vector from one code to another.
+    Using the same shape in every call makes an image's codes independent of the other images in the batch.
     """
     outputs = []
     for part in x_B.split(chunk):

@@ -23,7 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class TextTokenizer(Protocol):
-    """A tokenizer that encodes text as ids and decodes ids. pad, bos and eos are None if the tokenizer lacks them."""
+    """Interface for tokenizers that encode text as ids and decode ids to text.
+
+    The ids pad, bos and eos are None if the tokenizer lacks them.
+    """
 
     size: int
     pad: int | None
@@ -70,16 +73,16 @@ class SentencePieceTokenizer:
         return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids to text; control pieces (pad, bos, eos) are dropped."""
+        """Decode ids to text, dropping control pieces (pad, bos, eos)."""
         return self._processor.decode([int(i) for i in ids])
 
 
 def train_text_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int = VOCAB_SIZE) -> SentencePieceTokenizer:
-    """Train byte-pair encoding with byte fallback on the texts and write it to `out`. The file is bitwise repeatable.
+    """Train a byte-pair encoding with byte fallback on texts and write it to `out`. The file is bitwise repeatable.
 
-    Encoding and decoding give the text back unchanged: there is no Unicode normalisation, and spaces are kept. If the
-    corpus is too small for vocab_size, log a warning and train as many pieces as it allows. Raises UserError if there
-    is no text.
+    Encoding a text and decoding its ids gives the text back unchanged: there is no Unicode normalisation, and spaces
+    are kept. If the corpus is too small for vocab_size, log a warning and train as many pieces as it allows. Raises
+    UserError if there is no text.
     """
     out = Path(out)
     lines = [line for text in texts for line in text.splitlines() if line.strip()]

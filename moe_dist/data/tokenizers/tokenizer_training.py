@@ -1,4 +1,4 @@
-"""Training of both tokenizers on a corpus' shards: SentencePiece on the texts, our VQ tokenizer on the images.
+"""Training of both tokenizers on a corpus's shards: SentencePiece on the texts, our VQ tokenizer on the images.
 
 OUT/text.model            the SentencePiece model                                  (data.text_tokenizer)
 OUT/vq/                   config.json, model.safetensors                           (data.image_tokenizer)

@@ -25,7 +25,7 @@ Codes = TypeVar("Codes", int, np.ndarray, Tensor)
 
 
 class Vocabulary:
-    """Ids of all text pieces, markers and image codes of a model. V = size."""
+    """The ids of all text pieces, markers and image codes of a model. Their number, V, is `size`."""
 
     def __init__(self, text: TextTokenizer, image: ImageTokenizer | None = None) -> None:
         self.text, self.image = text, image
@@ -46,11 +46,14 @@ class Vocabulary:
         return code + self.first_image_code
 
     def fingerprint(self) -> str:
-        """Return a sha256 over both tokenizers' content: equal exactly if every text and image gets the same ids."""
+        """Return a SHA-256 of both tokenizers' content.
+
+        Two vocabularies have equal fingerprints if and only if they give every text and every image the same ids.
+        """
         return hashlib.sha256(repr(self._digests).encode()).hexdigest()
 
     def describe(self) -> str:
-        """Describe both tokenizers for a message.
+        """Return a description of both tokenizers for use in a message.
 
         Example: `text tokenizer 1a2b3c4d (2048 pieces), image tokenizer 5e6f7a8b (64 x 64, 512 codes)`.
         """

@@ -1,7 +1,7 @@
 """Our VQ image tokenizer (VQ-VAE, arXiv 1711.00937): convolutional encoder and decoder around a library's quantizer.
 
-By default, 64 x 64 pixels become 8 x 8 = 64 codes. The network is small enough for two CPU cores to train it in
-minutes: a patch embedding, then residual blocks at 1/4 and 1/8 of the resolution only.
+By default, 64 x 64 pixels become 8 x 8 = 64 codes. The network is so small that two CPU cores can train it in minutes:
+a patch embedding, then residual blocks at 1/4 and 1/8 of the resolution only.
 
 Shape suffixes: B images, H and W pixels, h and w latent rows and columns, n = h * w codes of an image, D code width.
 """
@@ -32,7 +32,7 @@ DEAD_CODE = 0.25  # a code used by fewer vectors of a batch (moving average) is 
 
 
 class VQConfig(Strict):
-    """Sizes of the tokenizer and settings of its quantizer, stored in config.json."""
+    """The sizes of the tokenizer and the settings of its quantizer, stored in config.json."""
 
     type: Literal["moe_dist_vq"] = "moe_dist_vq"
     image_size: Positive = 64  # side in pixels
@@ -51,7 +51,7 @@ class VQConfig(Strict):
 
 
 class Residual(nn.Sequential):
-    """Residual block x + f(x), where f is norm, 3 x 3 convolution, norm, 1 x 1 convolution."""
+    """Residual block x + f(x), where f is a norm, a 3 x 3 convolution, a norm and a 1 x 1 convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__(
@@ -115,8 +115,9 @@ class VQTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
-        """Encode images in [-1, 1] as codes [B, n] (int64, row by row). Call it in eval mode: training mode changes the
-        codebook.
+        """Encode images in [-1, 1] as codes [B, n] (int64, row by row).
+
+        The tokenizer must be in eval mode, because a call in training mode changes the codebook.
         """
         return in_chunks(lambda x: self.quantizer(self.encoder(x))[1].flatten(1), pixels_B3HW, CHUNK)
 
@@ -142,7 +143,7 @@ class VQTokenizer(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> VQTokenizer:
-        """Load a saved tokenizer in eval mode. Raises UserError if a file is damaged or they do not match."""
+        """Load a saved tokenizer in eval mode. Raises UserError if a file is damaged or the files do not match."""
         folder = Path(folder)
         tokenizer = cls(validate(VQConfig, read_json(folder / CONFIG), str(folder / CONFIG)))
         load_weights(tokenizer, read_safetensors(folder / WEIGHTS), folder)

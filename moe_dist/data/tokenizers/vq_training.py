@@ -39,7 +39,7 @@ class VQTraining(Strict):
 
 @dataclass(frozen=True, slots=True)
 class VQQuality:
-    """Reconstruction error and codebook use of a tokenizer on a set of images."""
+    """The reconstruction error and the codebook use of a tokenizer on a set of images."""
 
     images: int
     psnr: float  # dB, mean over images; pixels in [0, 1]
@@ -90,7 +90,7 @@ def _train_step(tokenizer: VQTokenizer, optimizer: torch.optim.Optimizer, pixels
 
 
 def _initialise_codebook(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> None:
-    """Run k-means over enough images for 8 vectors per code on average."""
+    """Initialise the codebook by k-means over enough images to have 8 vectors per code on average."""
     count = math.ceil(8 * tokenizer.codebook_size / tokenizer.num_codes)
     with torch.no_grad():
         tokenizer(_batch(pixels_NHW3, count))
@@ -127,7 +127,7 @@ def measure(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> VQQuality:
 
 
 def reconstruction_grid(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> Image.Image:
-    """Draw the originals in rows, each above the row of their reconstructions."""
+    """Draw rows of original images, each above a row of their reconstructions."""
     output_NHW3 = to_pixels(tokenizer.decode(tokenizer.encode(scale_pixels(pixels_NHW3))))
     rows = []
     for start in range(0, len(pixels_NHW3) - GRID_COLUMNS + 1, GRID_COLUMNS):

@@ -22,9 +22,9 @@ from moe_dist.model.site import Site
 
 
 class AuxiliaryRouter(RouterPart):
-    """Small network that predicts the main router's choices: aux(x) = sigmoid(SiLU(x W1) W2), in float32.
+    """A small network that predicts the main router's choices: aux(x) = sigmoid(SiLU(x W1) W2), in float32.
 
-    It has one output per column of the main router.
+    The network has one output per column of the main router.
     """
 
     detached = True
@@ -52,9 +52,10 @@ class AuxiliaryRouter(RouterPart):
 
 
 def decide_alone(auxiliary_VC: Tensor | None, layer: int) -> Tensor:
-    """Return the choices of an auxiliary router, bool [V, C]: true where aux(x) > 0.5 (a logit above 0).
+    """Return the choices of an auxiliary router, a bool tensor [V, C] that is true where aux(x) > 0.5 (logit > 0).
 
-    auxiliary_VC: the logits. Raises UserError if it is None, that is, if the layer has no auxiliary router.
+    auxiliary_VC: the logits of the auxiliary router. Raises UserError if it is None because the layer has no auxiliary
+    router.
     """
     if auxiliary_VC is None:
         raise UserError(

@@ -1,5 +1,5 @@
-"""Expert capacity per selection group, which tokens are kept when an expert is full, and plans built without a host
-sync.
+"""The capacity of experts per selection group, the choice of the tokens that a full expert keeps, and the construction
+of routing plans without a host sync.
 
 Shape suffixes: T tokens, V routed tokens, b tokens of one group, E experts, k experts per token, N assignments.
 """
@@ -19,8 +19,8 @@ from moe_dist.core.routing_plan import RoutingPlan
 def expert_capacity(num_tokens: int, capacity_factor: float, columns: int, top_k: int = 1) -> int:
     """Return an expert's capacity in a selection group of b tokens: min(b, ceil(b * k * c / columns)).
 
-    num_tokens: b. top_k: k. capacity_factor: c. columns: the number of columns of the router, including null experts.
-    The arithmetic is exact.
+    Here, b is num_tokens, k is top_k and c is capacity_factor. columns: the router's number of columns, including null
+    experts. The arithmetic is exact.
     """
     return min(num_tokens, math.ceil(num_tokens * top_k * Fraction(str(capacity_factor)) / columns))
 
@@ -28,10 +28,10 @@ def expert_capacity(num_tokens: int, capacity_factor: float, columns: int, top_k
 def keep_within_capacity(
     chosen_VE: Tensor, priority_VE: Tensor, group_sizes: Sequence[int], capacities: Sequence[int]
 ) -> Tensor:
-    """For each group and expert, keep the tokens of highest priority among those that chose the expert.
+    """For each group and expert, keep the highest-priority tokens among those that chose the expert.
 
     chosen_VE: bool. priority_VE: int64, all different within an expert's column. capacities: the maximum number of
-    tokens that an expert keeps in each group. Returns bool [V, E]. No host sync.
+    tokens that an expert keeps in each group. Returns bool [V, E], without a host sync.
     """
     lowest = torch.iinfo(torch.int64).min
     wish_VE = priority_VE.masked_fill(~chosen_VE, lowest)
@@ -49,8 +49,8 @@ def plan_assignments(
 ) -> RoutingPlan:
     """Build a routing plan from the k experts of every token. The expert number `num_experts` means "no expert".
 
-    slots: if given, pad every expert to exactly this number of assignments. No expert may have more. The padding
-    assigns token 0 with weight 0: outputs and gradients do not change, and every shape is static.
+    slots: if given, pad every expert to exactly this number of assignments. No expert may have more. A padding
+    assignment refers to token 0 and has weight 0, so outputs and gradients do not change, and every shape is static.
     """
     expert_N = expert_Vk.flatten()
     order_N = expert_N.argsort(stable=True)

@@ -1,4 +1,4 @@
-"""DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2), which balances load with a bias that has no gradient.
+"""DeepSeek-V3's router (arXiv 2412.19437, section 2.1.2), which balances the load with a bias that has no gradient.
 
 Shape suffixes: V routed (valid) tokens, E experts, G groups of experts, e experts of a group, k experts per token.
 """
@@ -21,7 +21,7 @@ LOWEST, HIGHEST = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
 
 
 class ExpertBias(nn.Module):
-    """The selection bias of each expert, float32 even if the model is cast.
+    """The selection bias of each expert, which stays float32 even if the model is cast to another dtype.
 
     The bias is a buffer, so checkpoints include it.
     """
@@ -41,12 +41,12 @@ class ExpertBias(nn.Module):
 class DeepSeekV3Router(TokenChoiceRouter):
     """Router in which every valid token takes the k experts with the highest s + b (eq. 15, 16).
 
-    s = sigmoid(x W) is the token's score for an expert, and b is the expert's bias. The experts form `groups` equal
-    groups (DeepSeek-V2's device-limited routing). A token's score for a group is the sum of the two highest s + b in
-    the group. The token takes experts only from the `top_groups` groups with the highest scores. The combine weight is
-    s without the bias, divided by the sum of s over the chosen experts (eq. 13) and multiplied by `scale`. After every
-    optimizer step, an expert's bias rises by `bias_rate` if the expert's load is below the mean over the experts, and
-    falls by `bias_rate` if the load is above the mean.
+    Here, s = sigmoid(x W) is the token's score for an expert, and b is the expert's bias. The experts form `groups`
+    equal groups (DeepSeek-V2's device-limited routing). A token's score for a group is the sum of the two highest s + b
+    in the group. The token takes experts only from the `top_groups` groups with the highest scores. The combine weight
+    is s without the bias, divided by the sum of s over the chosen experts (eq. 13) and multiplied by `scale`. After
+    every optimizer step, an expert's bias rises by `bias_rate` if the expert's load is below the mean over the experts,
+    and falls by `bias_rate` if the load is above the mean.
     """
 
     has_state = True
@@ -74,7 +74,7 @@ class DeepSeekV3Router(TokenChoiceRouter):
         return keys_VE.topk(self.settings.top_k, dim=1).indices
 
     def biased_scores(self, logits_VE: Tensor) -> Tensor:
-        """Return s + b for every expert, [V, E], detached."""
+        """Return s + b for every expert, [V, E], detached from the autograd graph."""
         return logits_VE.detach().sigmoid() + self.bias.value
 
     def group_scores(self, scores_VE: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class DeepSeekV3Router(TokenChoiceRouter):
         return scores_VGe.topk(2, dim=2).values.sum(dim=2)
 
     def highest_groups(self, keys_VG: Tensor) -> Tensor:
-        """Return bool [V, G], true for the `top_groups` groups with the highest keys."""
+        """Return a bool tensor [V, G] that is true for the `top_groups` groups with the highest keys."""
         first = keys_VG.topk(self.settings.top_groups, dim=1).indices
         return torch.zeros_like(keys_VG, dtype=torch.bool).scatter(1, first, True)
 

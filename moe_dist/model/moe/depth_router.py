@@ -21,9 +21,10 @@ from moe_dist.model.site import Site
 class DepthRouter(nn.Module):
     """Router that admits the highest-scoring tokens to a block. The score is s = sigmoid(x W), W in R^{D x 1}.
 
-    Among b competing tokens, the k_d = ceil(b c_d) tokens with the highest s are admitted. c_d is `depth.capacity`.
+    Among b competing tokens, the k_d = ceil(b c_d) tokens with the highest s are admitted, where c_d is
+    `depth.capacity`.
 
-    `depth.scope` sets which tokens compete:
+    The setting `depth.scope` says which tokens compete:
     group: all tokens of a selection group, whatever their modality (MoMa's choice over "the batch").
     modality: the tokens of one modality in a selection group, so that every layer keeps the mix of modalities.
     sequence: the tokens of one packed sequence, as in Raposo et al.

@@ -6,8 +6,8 @@ expert-parallel group, N assignments made on this rank, R rows received on this 
 A dispatcher has no parameters: it follows a RoutingPlan. Rows are copies of tokens, sorted by expert. Each row is sent
 together with a combine weight. Combine weights keep their dtype and their gradient, and the Experts class applies them.
 If experts are split into slices (Placement), each slice gets all rows of its expert, and the expert's output is the sum
-over its slices. `combine` and the gradient of `dispatch` sum the rows of a token in float32 or wider and round the sum
-once to the rows' dtype. The sum is bitwise repeatable on CPU, and on CUDA under
+over its slices. Both `combine` and the gradient of `dispatch` sum the rows of a token in float32 or wider and round the
+sum once to the rows' dtype. The sum is bitwise repeatable on CPU, and on CUDA under
 torch.use_deterministic_algorithms(True).
 """
 
@@ -126,8 +126,8 @@ class AllToAllDispatcher:
     def _exchange_counts(self, counts_E: Tensor) -> Tensor:
         """Exchange row counts with the other ranks. Returns int64 [2, r, e]. Collective.
 
-        [0]: the number of rows to send to each expert of each rank. [1]: the number of rows to receive from each rank
-        for each local expert.
+        Entry [0] is the number of rows to send to each expert of each rank. Entry [1] is the number of rows to receive
+        from each rank for each local expert.
         """
         order_E = self.order_E.to(counts_E.device, non_blocking=True)
         sent_re = counts_E.repeat(self.placement.slices).index_select(0, order_E).view(self.placement.num_ranks, -1)
@@ -147,7 +147,7 @@ def make_dispatcher(placement: Placement, layout: Layout) -> Dispatcher:
 def _by_rank(x_N: Tensor, placement: Placement, sent_re: list[list[int]]) -> Tensor:
     """Reorder assignments from expert order to placement order, rank by rank. Repeat them for each slice of an expert.
 
-    Assignments to no expert are cut off.
+    Assignments without an expert are cut off.
     """
     counts = dict(zip(placement.order, (count for row in sent_re for count in row)))
     counts_E = [counts[expert] for expert in range(len(counts) // placement.slices)]

@@ -34,11 +34,12 @@ class HeldExperts:
 
 
 class Experts(Protocol):
-    """Interface of the experts of a rank: an nn.Module whose constructor takes (settings, HeldExperts).
+    """Interface for the experts of a rank.
 
-    The rows of a call are sorted by local expert. counts_e (host values) is the number of rows of each local expert.
-    weights_R is the combine weight of each row. If an expert has no rows, the gradient of its trainable parameters must
-    be zero, not None. This also holds if the whole rank has no rows.
+    An implementation is an nn.Module that is constructed with (settings, HeldExperts). The rows of a call are sorted by
+    local expert. counts_e: the number of rows of each local expert (host values). weights_R: the combine weight of each
+    row. If an expert has no rows, the gradient of its trainable parameters must be zero, not None. This also holds if
+    the whole rank has no rows.
     """
 
     experts_per_token: int | None  # number of experts that a router must choose for every token; None: any
@@ -49,10 +50,11 @@ class Experts(Protocol):
     ) -> Tensor: ...
 
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
-        """Return the matrix products for `rows` (token, expert) assignments. gates: the router's products to include.
+        """Return the matrix products for `rows` (token, expert) assignments.
 
-        The order matters for the cost: the gradient of the combine weights flows back through the products that come
-        after the gates, but not through those before the gates.
+        gates: the router's products, which are included in the result. The order of the result matters for the cost:
+        the gradient of the combine weights flows back through the products that come after the gates, but not through
+        those before the gates.
         """
         ...
 
@@ -149,8 +151,8 @@ def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
     """Return True if torch has a correct grouped kernel for these rows.
 
     On CUDA there is a kernel for bfloat16 on compute capability 9.0 and 10.0. In other cases torch would sync with the
-    host. On 10.0 the kernel did not write the weight gradients of experts without rows (pytorch issue 172439). There it
-    is used only if every expert has rows.
+    host. On 10.0, the kernel did not write the weight gradients of experts without rows (pytorch issue 172439), so it
+    is used there only if every expert has rows.
     """
     if x_RD.dtype != torch.bfloat16:
         return x_RD.is_cpu and x_RD.dtype == torch.float32

@@ -26,9 +26,9 @@ from moe_dist.model.site import Site
 class LowRank(nn.Module):
     """The LoRA delta (alpha / r) dropout(x) A B for one weight, or a stack of such deltas, one per expert.
 
-    Source: Hu et al., arXiv 2106.09685, eq. 3. A [D, r] has the scale of Kaiming initialisation with a = sqrt(5). B [r,
-    F] starts at zero, so the delta starts at zero. Dropout is a function of (seed, name, token, column), so it is the
-    same in every layout and after a resume.
+    Source: Hu et al., arXiv 2106.09685, eq. 3. The matrix A, [D, r], is initialised at the scale of Kaiming
+    initialisation with a = sqrt(5). The matrix B, [r, F], starts at zero, so the delta starts at zero, too. Dropout is
+    a function of (seed, name, token, column), so it is the same in every layout and after a resume.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class LoRAExperts(nn.Module):
     h = silu(W_g u + w E^g_k(u)) * (W_u u + w E^u_k(u));  y = W_d h + w E^d_k(h)
 
     Every rank holds the base. The combine weight w scales only the deltas. If the value of w is 1 (`weighting:
-    straight_through`), this is the formula of the released code, otherwise the weighted variant. Every row includes the
-    base's output, so a token must have exactly one expert.
+    straight_through`), this is the formula of the released code; otherwise it is the weighted variant. Every row
+    includes the base's output, so a token must have exactly one expert.
     """
 
     experts_per_token = 1
@@ -121,9 +121,10 @@ class LoRAExperts(nn.Module):
         return y_RD
 
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
-        """Return the matrix products in order. `gates` (the router's products) come second, after the base's gate_up.
+        """Return the matrix products in order.
 
-        The combine weights scale only the LoRA deltas, so their gradient does not flow back through gate_up.
+        The `gates` (the router's products) come after the base's gate_up and before the other products. The combine
+        weights scale only the LoRA deltas, so their gradient does not flow back through gate_up.
         """
         return [
             linear_product(self.base.gate_up, rows, beside_lora=True),

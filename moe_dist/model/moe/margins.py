@@ -1,4 +1,4 @@
-"""Decisions of a model's routers and their margins, that is, how close each decision is to its opposite.
+"""The decisions of a model's routers, and their margins: how close each decision is to its opposite.
 
 A decision is whether a column (an expert, a null expert, a block with mixture-of-depths) takes a token. The margin of a
 decision is the distance that the token's logit must move to reverse the decision (`selection_margins` in
@@ -38,7 +38,7 @@ class Decisions:
 
 @contextmanager
 def watch_decisions(model: nn.Module) -> Iterator[list[Decisions]]:
-    """Collect the decisions of every forward pass in the body, in order.
+    """Collect the decisions of every forward pass in the body of the `with` statement, in order.
 
     If a block is recomputed in the backward pass, its decisions are collected twice.
     """
@@ -80,9 +80,9 @@ def _decisions(name: str, router: Any, info: TokenInfo, output: Any) -> Iterator
 def _biased_decisions(name: str, router: DeepSeekV3Router, info: TokenInfo, routing: Routing) -> Iterator[Decisions]:
     """Yield the decisions of a DeepSeek-V3 router: about groups of experts (as router NAME.groups), then about experts.
 
-    The margin of a group refers to the sum of its two highest scores, the margin of an expert to its biased score.
-    Experts outside the chosen groups have margin inf. If a token may use all groups, there are no decisions about
-    groups.
+    The margin of a group refers to the sum of its two highest scores, and the margin of an expert refers to its biased
+    score. Experts outside the chosen groups have margin inf. If a token may use all groups, there are no decisions
+    about groups.
     """
     scores_VE, chosen_VE = router.biased_scores(routing.logits_VC), routing.chosen_VC
     keys_VE = selection_keys(scores_VE, info, router.key)

@@ -21,7 +21,7 @@ from moe_dist.parallel.layout import Layout
 
 
 class MoELayer(nn.Module):
-    """Expert layer, which sends each token to its experts and adds up the results.
+    """The expert layer, which sends each token to its experts and adds up the results.
 
     The output for a token without an expert (padding, or not chosen by expert choice) is zero.
     """

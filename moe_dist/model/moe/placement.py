@@ -12,8 +12,9 @@ from moe_dist.core.errors import UserError
 class Placement:
     """The global ids of the experts on each rank.
 
-    local_experts[ep rank] lists the ids in local order. Every rank has the same number of experts. If experts are split
-    into slices, the ids are slice ids: slice k of expert e has the id k * E + e, where E is the number of experts.
+    The entry local_experts[ep_rank] lists the ids of one rank in local order. Every rank has the same number of
+    experts. If experts are split into slices, the ids are slice ids: slice k of expert e has the id k * E + e, where E
+    is the number of experts.
     """
 
     local_experts: tuple[tuple[int, ...], ...]
@@ -35,7 +36,7 @@ def slice_id(number: int, expert: int, num_experts: int) -> int:
 
 
 def make_placement(expert_groups: Sequence[Sequence[int]], ep: int, slices: int = 1) -> Placement:
-    """Place the same number of experts on every rank, and nearly the same number of each group (modality).
+    """Place the same number of experts on every rank, and nearly the same number from each group (modality).
 
     The numbers of experts of one group differ by at most one between ranks: group by group, each rank first gets an
     equal share, rounded down. The remaining experts of the group then go to the ranks with the fewest experts so far.

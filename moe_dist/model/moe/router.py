@@ -32,7 +32,7 @@ _COLUMN_STEP = 0x9E3779B97F4B  # odd; its multiples, one per column, differ in m
 
 
 class Router(Protocol):
-    """Interface of a router: an nn.Module that decides which experts process each valid token.
+    """Interface for routers. A router is an nn.Module that decides which experts process each valid token.
 
     Padding is never routed.
     """
@@ -50,7 +50,7 @@ class Router(Protocol):
 
 
 class StatefulRouter(Router, Protocol):
-    """Interface of a router whose state changes between optimizer steps.
+    """Interface for routers whose state changes between optimizer steps.
 
     The state is stored in buffers, so checkpoints include it.
     """
@@ -103,10 +103,10 @@ class Gate(RouterPart):
 
 
 def router_products(router: nn.Module, scored: Sequence[int], *, detached: bool = False) -> list[list[Product]]:
-    """Return one list of matrix products for each detached part of a router, or for each of the other parts.
+    """Return the matrix products of a router's parts, one list per part.
 
-    detached: selects the detached parts. scored: the number of tokens in each Routing of the router's record. If
-    `scored` is empty, the result is empty.
+    detached: if true, include only the detached parts, otherwise only the other parts. scored: the number of tokens in
+    each Routing of the router's record. If `scored` is empty, the result is empty.
     """
     planners = zip(_planners(router), scored, strict=True) if scored else ()
     parts = [(part, tokens) for planner, tokens in planners for part in _parts_of(planner)]
@@ -158,7 +158,7 @@ def selection_keys(logits_VC: Tensor, info: TokenInfo, key: int, scope: str = "g
 
 
 def _ids(info: TokenInfo, columns: int, scope: str) -> Tensor:
-    """Return a well-mixed number for every (token, column), int64 [V, C].
+    """Return a well-mixed number for every pair of a token and a column, int64 [V, C].
 
     Routers that see the same tokens share these numbers. Each router multiplies them by its own odd number. The high
     bits of the product are a hash (Dietzfelbinger et al., "A Reliable Randomized Algorithm for the Closest-Pair
@@ -174,7 +174,7 @@ def _ids(info: TokenInfo, columns: int, scope: str) -> Tensor:
 
 
 def selection_margins(logits_VC: Tensor, keys_VC: Tensor, chosen_VC: Tensor) -> Tensor:
-    """Return the distance that each logit must move to reverse the choice made with it, float64 [V, C].
+    """Return the distance that each logit must move to reverse the choice based on it, float64 [V, C].
 
     The rows of a column compete for a fixed number of places. The rows with the highest selection_keys get the places.
     If all rows of a column are chosen, or none, no choice can change, and the distance is inf.

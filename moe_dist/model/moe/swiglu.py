@@ -30,7 +30,7 @@ class SwiGLU(nn.Module):
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, None]:
         """Return y_TD, and None instead of a routing record.
 
-        `info` is unused. MoELayer needs it, and both are called in the same way.
+        The argument `info` is unused. It exists because MoELayer, which is called in the same way, needs it.
         """
         return self.down(gated(self.gate_up(x_TD))), None
 
@@ -38,7 +38,10 @@ class SwiGLU(nn.Module):
         return [linear_product(self.gate_up, work.rows), linear_product(self.down, work.rows)]
 
     def num_parameters(self, experts: float | None = None) -> int:
-        """Count the parameters. `experts` is unused. MoELayer needs it, and both are called in the same way."""
+        """Count the parameters.
+
+        The argument `experts` is unused. It exists because MoELayer, which is called in the same way, needs it.
+        """
         return num_weights(self.gate_up) + num_weights(self.down)
 
 

@@ -1,5 +1,5 @@
 """Token-choice routing: every token takes the k columns with the highest logits. A column is an expert or a null
-expert. `drop_policy` sets which tokens have priority at a full expert.
+expert. The setting `drop_policy` says which tokens have priority when an expert is full.
 
 Shape suffixes: T tokens, D model width, V routed (valid) tokens, E experts, C columns (E experts, then null experts), k
 columns per token.
@@ -42,7 +42,7 @@ class TokenChoiceRouter(nn.Module):
         self.gate = Gate(settings.columns, site, bias=settings.bias)
 
     def probabilities(self, logits_VC: Tensor) -> Tensor:
-        """Compute the gate values: softmax over all columns."""
+        """Compute the gate values, a softmax over all columns."""
         return logits_VC.softmax(dim=1)
 
     def weights(self, logits_VC: Tensor, chosen_Vk: Tensor) -> Tensor:
@@ -77,10 +77,11 @@ class TokenChoiceRouter(nn.Module):
         return expert_capacity(num_tokens, self.settings.capacity_factor, self.settings.columns, self.settings.top_k)
 
     def _slots(self, info: TokenInfo, sizes: list[int]) -> int | None:
-        """With pad_to_capacity, return the number of rows to which every expert is padded, else None.
+        """Return the number of rows to which every expert is padded, or None if pad_to_capacity is off.
 
-        The number is an expert's capacity over all groups. Padding tokens count too, so the number is constant. With
-        mixture-of-depths, groups can differ in their number of tokens; the capacity is then that of the largest group.
+        The number is an expert's capacity over all groups. Padding tokens are counted, too, so the number is constant.
+        With mixture-of-depths, groups can differ in their number of tokens; the capacity is then that of the largest
+        group.
         """
         if not self.settings.pad_to_capacity:
             return None
@@ -122,7 +123,7 @@ class NullExpertRouter(TokenChoiceRouter):
     """AdaMoE routing (arXiv 2406.13233): top-k over true and null experts, so a token takes 0 to k true experts.
 
     The combine weights are a softmax over the chosen true experts. If a token chose only null experts, its output is
-    zero. Assignments to null experts become no rows, so they cost neither FLOPs nor communication.
+    zero. Assignments to null experts produce no rows, so they cost neither FLOPs nor communication.
     """
 
     settings: NullExpertSettings
