@@ -1,4 +1,4 @@
-"""Conversion between the config.json of Hugging Face's Llama and Mixtral and the `model:` section of a recipe."""
+"""Conversion between Hugging Face's config.json (for Llama and Mixtral) and the `model:` section of a recipe."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ ROUTER_SETTINGS = {
 
 
 def model_section(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:
-    """Convert the config.json of a Llama or Mixtral to a `model:` section. Also return the vocabulary size.
+    """Convert the config.json of a Llama or Mixtral model to a `model:` section. Also return the vocabulary size.
 
-    Raises UserError naming a key that is not supported.
+    Raises UserError naming a key that is invalid or whose value is not supported.
     """
     kind = raw["model_type"]
     raw = {**DEFAULTS[kind], **raw}
@@ -140,7 +140,10 @@ def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Conversion of a family of Hugging Face models, which share the keys of config.json and the tensor names."""
+    """The functions that convert one family of Hugging Face models.
+
+    All models of a family have the same keys in config.json and the same tensor names.
+    """
 
     model_section: Callable[[Mapping[str, Any], str], tuple[ModelConfig, int]]  # config.json, its path
     tensor_mappings: Callable[[ModelConfig, int], Iterator[TensorMapping]]  # the section, the vocabulary size
@@ -153,7 +156,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
 
 
 def family_of(raw: Mapping[str, Any], where: str) -> Family:
-    """Return the family that a config.json's model_type belongs to. Raises UserError if the type is not supported."""
+    """Return the family of the model that a config.json describes. Raises UserError if its type is not supported."""
     kind = raw.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type={kind!r} is not supported, only {', '.join(FAMILIES)} are")
