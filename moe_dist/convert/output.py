@@ -1,4 +1,4 @@
-"""The output of a conversion: a checkpoint that holds only parameters, and the `model:` section of a matching recipe."""
+"""The output of a conversion: a checkpoint that holds only parameters, and a recipe's matching `model:` section."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def _not_copied(before: Transformer) -> set[str]:
 
 
 def _stacked(before: Transformer, after: Transformer) -> dict[str, str]:
-    """Map the name of each feed-forward weight in the seed to the name of the stacked parameter that holds its copies."""
+    """Map each feed-forward weight of the seed to the stacked parameter that holds its copies, both given by name."""
     found: dict[str, str] = {}
     experts = [layer.get_submodule("experts") for layer in _moe_layers(after)]
     sources = [layer.get_submodule("experts") for layer in _moe_layers(before)]

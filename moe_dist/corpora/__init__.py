@@ -21,7 +21,7 @@ from moe_dist.data.shards.tars import Sample
 
 
 class Corpus(Protocol):
-    """Interface for a corpus, whose packages prepare() downloads and whose entries it writes as samples."""
+    """Interface for a corpus. The function prepare() downloads its packages and writes its entries as samples."""
 
     licence: ClassVar[str]
 

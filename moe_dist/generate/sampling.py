@@ -44,7 +44,7 @@ def nucleus(probs_SV: Tensor, top_p: float) -> Tensor:
 
 
 def choose(logits_SV: Tensor, allowed_SV: Tensor, sampling: Sampling, sample_S: Tensor, position_S: Tensor) -> Tensor:
-    """Draw the next token of each sample, int64 [S], from the allowed ones (bool [S, V], at least one per sample).
+    """Draw the next token of each sample, int64 [S], among the tokens where allowed_SV is true (at least one each).
 
     The random number depends only on (seed, sample, position). The draw inverts the cumulative distribution in the
     order of the ids. If the logits differ between layouts by rounding, the boundaries between tokens therefore move by

@@ -1,6 +1,7 @@
 """Routing metrics: how evenly experts and ranks are used, and which tokens they process.
 
-They include the number of experts per token of each modality, and the experts that receive the tokens of each domain.
+The metrics include the number of experts per token for each modality, and the experts that receive each domain's
+tokens.
 
 Shape suffixes: L MoE layers, G expert-parallel groups (edp of them), R ranks of one group, E experts, M modalities,
 D domains, T tokens of a micro-batch.
@@ -65,8 +66,9 @@ def routing_counts(
     domain_T: Tensor | None = None,
     num_domains: int = 0,
 ) -> RoutingCounts:
-    """Count the assignments in one micro-batch of this rank. Neither communicates nor synchronises with the device.
+    """Count the assignments in one micro-batch of this rank.
 
+    This needs neither communication between ranks nor synchronisation with the device.
     domain_T: int64 index of each token's domain, from Batch.sidecar. -1: the token has no domain. None: the data have
     no domains.
     """
@@ -95,7 +97,7 @@ def _dropped(records: Sequence[RoutingRecord], load_LE: Tensor) -> Tensor:
 
 
 def _by_domain(record: RoutingRecord, domain_T: Tensor | None, num_domains: int) -> Tensor:
-    """Return the number of assignments per domain and expert, [D, E]. Tokens without a domain are not counted."""
+    """Return the number of assignments for each domain and expert, [D, E]. Tokens without a domain are not counted."""
     if domain_T is None:
         return record.plan.counts_E.new_zeros(0, record.plan.counts_E.numel())
     row_T = torch.where(domain_T < 0, num_domains, domain_T)
@@ -146,7 +148,7 @@ def routing_metrics(
 
 
 def _rank_imbalance(load_LGE: Tensor, local_experts: Sequence[Sequence[int]]) -> float:
-    """Return the largest ratio of a rank's rows to the mean over the ranks of its expert-parallel group.
+    """Return the largest ratio of a rank's number of rows to the mean over the ranks of its expert-parallel group.
 
     The maximum is over layers, groups and ranks. If experts are split into slices, each slice processes all rows of its
     expert.

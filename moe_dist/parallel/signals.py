@@ -57,7 +57,10 @@ class StopSignals:
         return bool(self.received)
 
     def agreed(self, device: Any) -> str | None:
-        """Return the name of a signal that any rank has received, or None; equal on all ranks. Collective."""
+        """Return the name of a signal that any rank has received, or None if there is none yet. Collective.
+
+        The result is the same on all ranks.
+        """
         from moe_dist.parallel.agreement import largest  # imports torch
 
         number = largest(self.received, device)
