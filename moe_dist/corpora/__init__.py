@@ -21,7 +21,7 @@ from moe_dist.data.shards.tars import Sample
 
 
 class Corpus(Protocol):
-    """Interface for a corpus. The function prepare() downloads its packages and writes its entries as samples."""
+    """Interface for a corpus that prepare() can write as shards. Implemented by the classes in BUILDERS."""
 
     licence: ClassVar[str]
 

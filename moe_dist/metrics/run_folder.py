@@ -183,7 +183,7 @@ def _lines(path: Path) -> list[str]:
 def _step(line: str) -> float:
     """Return the step of a line of metrics.jsonl, or infinity if a crash cut the line off.
 
-    When a run resumes, RunFolder.open keeps only lines up to the step at which it resumes, so a cut-off line is removed.
+    When a run resumes, RunFolder.open removes the lines of later steps, and so also a line that was cut off.
     """
     try:
         return json.loads(line)["step"]

@@ -158,7 +158,7 @@ def _finite(value: Any) -> Any:
 
 
 def _scalars(metrics: Metrics) -> dict[str, float]:
-    """Replace each list with one scalar per entry. Its key ends with the index, such as moe/0/utilization/3."""
+    """Replace each list with one scalar per entry. A scalar's key ends with its index, such as moe/0/utilization/3."""
     flat: dict[str, float] = {}
     for key, value in metrics.items():
         if isinstance(value, list | tuple):
