@@ -1,4 +1,4 @@
-"""Management of the checkpoints in a run folder: finding and verifying them, selecting one to start from, removing some.
+"""Management of the checkpoints in a run folder: finding, verifying and removing them, and selecting one to start from.
 
 A manifest lists every file of a checkpoint with the file's size and SHA-256. The manifest is written last. Then the
 folder is renamed from step_XXXXXXXX.tmp to step_XXXXXXXX. A folder named step_XXXXXXXX was therefore complete at that
@@ -106,8 +106,9 @@ def require_checkpoint(run_dir: str | Path) -> Path:
 def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
     """Remove old checkpoints and the leftovers of interrupted saves. Only one rank may call this function.
 
-    The newest `keep` complete checkpoints are kept, and so are those whose step is a multiple of `keep_every` (0: none
-    of them). Damaged checkpoints are kept for inspection. Errors are ignored: a checkpoint that cannot be removed stays.
+    The newest `keep` complete checkpoints are kept. If `keep_every` is not 0, checkpoints whose step is a multiple of
+    it are kept, too. Damaged checkpoints are kept for inspection. Errors are ignored: a checkpoint that cannot be
+    removed stays.
     """
     complete = [path for path in checkpoints(run_dir) if _is_complete(path)]
     for path in complete[:-keep]:
@@ -207,7 +208,7 @@ def _verify_checksum(file: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Read the entries of a checkpoint's manifest. Raises UserError naming a file that is missing or has a wrong size."""
+    """Read the entries of a checkpoint's manifest. Raises UserError naming a missing or truncated file."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files, version = manifest["files"], manifest["format"]

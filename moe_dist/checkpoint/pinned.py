@@ -56,6 +56,6 @@ def _unregister(address: int) -> None:
 
 
 def _forget_error() -> None:
-    """Launch a kernel to clear the error that a failed CUDA call left. Otherwise the next launch would raise the error."""
+    """Launch a kernel to clear the error that a failed CUDA call left. Otherwise the next launch would raise it."""
     with suppress(RuntimeError):
         torch.ones(1, device="cuda")

@@ -71,7 +71,7 @@ class Saver:
         self._stalls.append(time.perf_counter() - started)
 
     def wait(self) -> None:
-        """Wait until the last write has ended. If the write failed, raise its error, which is the same on every rank."""
+        """Wait until the last write has ended. If the write failed, raise the same error on every rank."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
