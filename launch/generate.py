@@ -106,7 +106,7 @@ def start_samples(arguments: argparse.Namespace, form: Format, sampling: Samplin
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Return parent/name. If it exists already, return parent/name-N for the first free N from 2 on."""
+    """Return parent/name, or parent/name-N with the first free N if it exists already, to keep earlier samples."""
     number = 1
     while (parent / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1

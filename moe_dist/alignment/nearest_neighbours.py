@@ -47,7 +47,7 @@ def nearest(embedding_NE: Tensor, right_N: Tensor, *, k: int, sigma: float | Non
 
 
 def _nearest_of(block_B: Tensor, embedding_NE: Tensor, candidate_C: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the nearest candidates' indices [B, K] and squared distances [B, K].
+    """Return the indices and the squared distances of the k nearest candidates, both [B, K].
 
     If there are fewer than k candidates, the distances of the missing ones are infinite.
     """

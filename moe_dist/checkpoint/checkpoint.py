@@ -181,7 +181,7 @@ def read_fragments(path: Path, metadata: Metadata, wanted: list[Fragment]) -> No
 
 
 def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> None:
-    """Complete the folder `partial` with state and manifest, then rename it to `path`, where it becomes visible."""
+    """Write state and manifest to the folder `partial`, then rename it to `path`, so the checkpoint becomes visible."""
     seal(partial, files, header)
     replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
     if path.exists():  # this step was saved before, which does not happen in a run

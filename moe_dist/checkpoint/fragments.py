@@ -45,7 +45,7 @@ class _Piece(NamedTuple):
 def fragments(engine: ShardedModel) -> list[Fragment]:
     """Return this rank's part of the model and optimizer as fragments.
 
-    The fragments are views of the live tensors: a save reads their values, a load overwrites them.
+    The fragments are views of the live tensors: a save reads their values, and a load overwrites them.
     """
     found: list[Fragment] = []
     for name, param, start, numel, flat, flat_start in _pieces(engine):
@@ -87,7 +87,7 @@ def optimizer_scalars(engine: ShardedModel) -> dict[str, float]:
 
 
 def set_optimizer_scalars(engine: ShardedModel, scalars: dict[str, float]) -> None:
-    """Set the optimizer's scalar state, which may be stored per partition or per parameter group, also as tensors."""
+    """Set the optimizer's scalar state, whether it is kept in tensors or numbers, per partition or parameter group."""
     for state in [*(_state(engine, flat) for flat in _flats(engine)), *_base(engine).param_groups]:
         for key, value in scalars.items():
             if isinstance(state.get(key), Tensor):

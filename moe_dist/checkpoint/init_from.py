@@ -33,8 +33,8 @@ from moe_dist.parallel.layout import Layout
 class Form:
     """The properties of a parameter or buffer that must be equal in checkpoint and model. Its precision may differ.
 
-    experts: the global ids of the experts in a stacked parameter; `shape` is then the shape of one expert. None: the
-    parameter or buffer is not stacked.
+    experts: the global ids of the experts in a stacked parameter; `shape` is then the shape of one expert. It is None
+    if the parameter or buffer is not stacked.
     """
 
     shape: tuple[int, ...]

@@ -48,8 +48,8 @@ def write_manifest(folder: Path, files: Iterable[StoredFile]) -> None:
 def verify_checkpoint(path: str | Path, *, share: int = 0, shares: int = 1) -> dict[str, int]:
     """Check the sizes of all files of a checkpoint, and the checksums of one share of the files.
 
-    share, shares: with the files divided into `shares` shares, the number of the share to check (by default, all files
-    are checked). Returns a dict from file name to size in bytes. Only these files may be read later: see
+    The files are divided into `shares` shares, and `share` is the number of the share to check. By default, all
+    checksums are checked. Returns a dict from file name to size in bytes. Only these files may be read later: see
     storage.read_index. Raises UserError naming the bad file.
     """
     path = Path(path)
@@ -208,7 +208,7 @@ def _verify_checksum(file: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Read the entries of a checkpoint's manifest. Raises UserError naming a missing or truncated file."""
+    """Read the entries of a manifest. Raises UserError naming a file that is missing or has the wrong size."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files, version = manifest["files"], manifest["format"]

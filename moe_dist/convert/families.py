@@ -77,9 +77,9 @@ def model_section(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]
 
 
 def _rope_base(raw: Mapping[str, Any], where: str) -> float:
-    """Return a config.json's rope_theta.
+    """Return the value of rope_theta in a config.json.
 
-    It is at the top level (transformers 4) or in rope_parameters (transformers 5). Raises UserError if the rotary
+    The key is at the top level (transformers 4) or in rope_parameters (transformers 5). Raises UserError if the rotary
     embedding is scaled or partial.
     """
     parameters = raw.get("rope_parameters") or {}
@@ -94,8 +94,9 @@ def _rope_base(raw: Mapping[str, Any], where: str) -> float:
 
 
 def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> dict[str, Any]:
-    """Return the config.json of a model, for transformers 4 and 5. `model_section` converts it back to equal settings.
+    """Return the config.json of a model, for transformers 4 and 5.
 
+    The function model_section converts it back to equal settings.
     Raises UserError naming the first setting that neither Llama nor Mixtral supports.
     """
     none = f"{where} has no Hugging Face architecture"

@@ -3,7 +3,7 @@
 The seed is a dense model, or a model with one expert per modality (MoMa's 1t1i, arXiv 2407.21770). From a dense seed,
 all experts are copies of the seed's FFN. From a 1t1i seed, the experts of a modality are copies of that modality's
 expert. If the new router is token choice with weights that sum to 1, the new model computes the same function as the
-seed. If it is expert choice, the new model does not, because any number of experts may choose a token.
+seed. If the new router is expert choice, it does not, because any number of experts may choose a token.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Emoji(Strict):
 
 
 def base_concept(code: str) -> str:
-    """Return a code without skin tone, gender and joiners. All emoji with the same base concept are in one split."""
+    """Return an emoji's code without skin tone, gender and joiners. Emoji with equal base concepts share a split."""
     parts = [PEOPLE.get(part, part) for part in code.split("-")]
     kept = [part for part in parts if part not in SKIN_TONES | GENDER_SIGNS | JOINERS]
     return "-".join(kept or parts)

@@ -5,10 +5,10 @@ Interpolated absolute discounting (Ney, Essen and Kneser 1994; Chen and Goodman 
   B(w) = a c(w) / N + b k(w) / K + (1 - a - b) / V
 where k(w) is the number of different predecessors of w (Kneser and Ney 1995), K is the sum of all k(w) and V is the
 size of the vocabulary. There is one model for contexts that are text tokens and one for contexts that are image tokens.
-D, a and b are fitted on a tenth of the TRAINING documents, using counts from the other nine tenths. The final counts
-are from all training documents. Documents with the same text are either all in this tenth or all outside it. Otherwise
-repeated captions would make new bigrams look rarer in the fit than they are in the held-out split. D may exceed 1,
-because a bigram of a repeated caption is counted once for every repetition.
+The parameters D, a and b are fitted on a tenth of the TRAINING documents, using counts from the other nine tenths. The
+final counts are from all training documents. Documents with the same text are either all in this tenth or all outside
+it. Otherwise repeated captions would make new bigrams look rarer in the fit than they are in the held-out split. The
+discount D may exceed 1, because a bigram of a repeated caption is counted once for every repetition.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ D domains, T tokens of a micro-batch.
 
 An expert's utilization is its number of assignments divided by its fair share. The fair share is the mean number of
 assignments of the experts in the same group (`Router.expert_groups`: the experts of one modality, or all experts). A
-utilization of 1 is even, 0 is unused. Under expert choice, every utilization is 1 by construction, so unrouted_fraction
-is the metric to watch.
+utilization of 1 means that the experts are used evenly, and 0 that the expert is unused. Under expert choice, every
+utilization is 1 by construction, so unrouted_fraction is the metric to watch.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def routing_counts(
     """Count the assignments in one micro-batch of this rank.
 
     This needs neither communication between ranks nor synchronisation with the device.
-    domain_T: int64 index of each token's domain, from Batch.sidecar. -1: the token has no domain. None: the data have
-    no domains.
+    domain_T: int64 index of each token's domain, from Batch.sidecar; -1 for a token without a domain. It is None if the
+    data have no domains.
     """
     device = records[0].plan.counts_E.device
     hits_LT = torch.stack([record.experts_of_T(info.num_tokens) for record in records])
@@ -115,7 +115,7 @@ def routing_metrics(
     local_experts: Sequence[Sequence[int]],
     domains: Sequence[str] = (),
 ) -> dict[str, float | list[float]]:
-    """Compute the metrics moe/* of metric_keys.py on the host, from counts that are summed over all ranks.
+    """Compute the moe/* metrics (metric_keys.py) on the host, from counts that are summed over all ranks.
 
     Keys of a modality without valid tokens and of a domain without assignments are left out. Any other ratio whose
     denominator is 0 is nan.

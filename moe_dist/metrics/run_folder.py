@@ -4,7 +4,7 @@ The health checks add health.json and stacks/. A job under a scheduler adds job.
 rank 0 writes to the folder. A file that is rewritten is replaced atomically, so a reader never sees half a file. When a
 run resumes, the lines of metrics.jsonl after the step at which it resumes are removed.
 
-status.json is the authority on how a run ended, since launchers may exit with 0 after a signal or a failure:
+The file status.json is the authority on how a run ended, since launchers may exit with 0 after a signal or a failure:
     state     running | done | stopped (there is more to train) | failed
     step      optimizer steps done
     reason    why it stopped (a signal's name, or the recipe's train.stop_after) or failed; else null

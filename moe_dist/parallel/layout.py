@@ -31,7 +31,7 @@ class Layout:
 
     @property
     def dp(self) -> int:
-        """Number of data-parallel ranks."""
+        """The number of data-parallel ranks."""
         return self.world
 
     @property
