@@ -1,10 +1,10 @@
 """Build RoMA's neighbour store (docs/roma.md) in two steps. A recipe names the store as data.neighbours.
 
 launch/align.py collect RUN STORE [section.key=value ...]
-    Record how RUN's newest checkpoint routes and answers each sample of data.shards. Runs on one process or under any
-    launcher.
+    Record how RUN's newest checkpoint routes and answers each sample of data.shards. Runs as a single process or under
+    any launcher.
 launch/align.py neighbours STORE EMBEDDER [--k 3] [--sigma S]
-    Find the neighbours whose routing each sample should imitate. Runs on one process.
+    Find the neighbours whose routing each sample should imitate. Runs as a single process.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
-    """Run the model on every training sample. Store the sample's routing and whether it is answered correctly.
+    """Run the model on every training sample. Store each sample's routing and whether it is answered correctly.
 
     Collective.
     """

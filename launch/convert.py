@@ -3,13 +3,13 @@
     launch/convert.py import --from FOLDER --to OUT       convert a Hugging Face folder (Llama, Mixtral) to a checkpoint
     launch/convert.py export --from CHECKPOINT --to OUT   convert a checkpoint to a Hugging Face folder
     launch/convert.py upcycle --from CHECKPOINT --to OUT --experts N [model.ffn.router.KEY=VALUE ...]
-    launch/convert.py verify FOLDER                       check every byte of a checkpoint, or of all those of a run
+    launch/convert.py verify FOLDER                       check every byte of a checkpoint, or of a run's checkpoints
 
-upcycle makes a sparse model from a dense checkpoint: the experts of each layer are copies of the layer's FFN. If the
-checkpoint has one expert per modality (1t1i), the experts of a modality are copies of that expert. CHECKPOINT may be a
-run folder, which stands for its newest checkpoint. In addition to the checkpoint, import and upcycle write
-OUT/model.yaml, the matching `model:` section of a recipe. The key init_from of a recipe makes a run start from the
-checkpoint. verify does not build the model.
+The command upcycle makes a sparse model from a dense checkpoint: the experts of each layer are copies of the layer's
+FFN. If the checkpoint has one expert per modality (1t1i), the experts of a modality are copies of that expert. If
+CHECKPOINT is a run folder, the run's newest checkpoint is used. In addition to the checkpoint, import and upcycle write
+OUT/model.yaml, the matching `model:` section of a recipe. To start a run from the checkpoint, set the recipe's key
+init_from. The command verify does not build the model.
 """
 
 import argparse

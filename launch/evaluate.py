@@ -2,9 +2,9 @@
 
 The references are the loss of a smoothed bigram model and the run's own loss with shuffled captions.
 
-Reads RUN/config.yaml and the run's newest checkpoint, and writes RUN/evaluation.json. Runs on one process, or under any
-launcher with a suitable parallel.expert (a checkpoint does not depend on the layout). eval.groups sets the number of
-selection groups to evaluate.
+Reads RUN/config.yaml and the run's newest checkpoint, and writes RUN/evaluation.json. Runs as a single process, or
+under any launcher if parallel.expert divides the number of processes (a checkpoint does not depend on the layout). The
+number of selection groups to evaluate is set by eval.groups.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def table(results: dict[str, float], step: int, causal: bool) -> Table:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), infinite where it is too large for a float: a loss above 709 nats per token."""
+    """Return exp(loss), or infinity if this is too large for a float (for a loss above 709 nats per token)."""
     try:
         return math.exp(loss)
     except OverflowError:

@@ -5,9 +5,9 @@
   --mixed "Two hearts:" @heart.png     continue a prompt of texts and pictures (@FILE); may be given several times
 
 Reads RUN/config.yaml and the run's newest checkpoint, but no shards. Writes PNGs, samples.jsonl and a contact sheet
-(sheet.png) to a new folder under RUN/samples/. Runs on one process, or under any launcher with a suitable
-parallel.expert; the samples do not depend on the layout. On the command line, overrides of the recipe
-(section.key=value) follow directly after RUN.
+(sheet.png) to a new folder under RUN/samples/. Runs as a single process, or under any launcher if parallel.expert
+divides the number of processes; the samples do not depend on the layout. Overrides of the recipe (section.key=value)
+go directly after RUN.
 """
 
 import argparse
@@ -80,9 +80,9 @@ def generate_samples(arguments: argparse.Namespace) -> None:
 
 
 def start_samples(arguments: argparse.Namespace, form: Format, sampling: Sampling) -> list[GenerationState]:
-    """Create the states of all samples, in the order of the command line's options. Raises UserError.
+    """Create the initial states of all samples: first for --caption, then for --picture, then for --mixed.
 
-    Every rank creates the states of all samples, so that a sample has the same number on all ranks.
+    Every rank creates the states of all samples, so that a sample has the same number on all ranks. Raises UserError.
     """
     for name in ("samples", "batch"):
         if getattr(arguments, name) < 1:
@@ -106,7 +106,7 @@ def start_samples(arguments: argparse.Namespace, form: Format, sampling: Samplin
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Return parent/name. If it exists, return parent/name-N with the first free N, to keep earlier samples."""
+    """Return parent/name, or parent/name-N with the first free N if it exists already, to keep earlier samples."""
     number = 1
     while (parent / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
@@ -114,7 +114,7 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 class Bar:
-    """A progress bar on rank 0 for one round: how many samples are finished on all ranks, and the tokens per sample."""
+    """A progress bar for one round. On rank 0, it shows the number of finished samples over all ranks."""
 
     def __init__(self, title: str, total: int, *, is_main: bool):
         columns = (TextColumn(title), BarColumn(), TextColumn("{task.completed} of {task.total} done"))

@@ -3,9 +3,9 @@
   launch/multiple_choice.py RUN [RUN ...] [--out FILE.json] [section.key=value ...]
 
 The newest checkpoint of each RUN answers the items. The answers are stored in RUN/multiple_choice.json, and a second
-call reuses them. Prints the accuracy of each run, and its difference from every run named before it. All have 95 %
-intervals. Runs on one process or under any launcher. With `data.validation_shards=FOLDER`, the items of that folder are
-used.
+call reuses them. Prints the accuracy of each run, and the difference between each run and every run named before it,
+all with 95 % intervals. Runs as a single process or under any launcher. To use the items of another folder, give
+data.validation_shards=FOLDER.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Let every run that the command line names answer the items, then compare the runs. Collective."""
+    """Have every run that the command line names answer the items, then compare the runs. Collective."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="+", metavar="RUN or section.key=value")
     parser.add_argument("--out", type=Path, help="also write the comparison to this JSON file")
@@ -55,7 +55,7 @@ def run(argv: list[str]) -> None:
 
 
 def result_of(folder: RunFolder, overrides: list[str]) -> Result:
-    """Return a run's answers. Stored answers are reused if they are of the same checkpoint and items. Collective."""
+    """Return a run's result. Stored answers are reused if they are for the same checkpoint and items. Collective."""
     found = TrainedRun.find(folder, overrides)
     config, kept = found.config, folder.path / ANSWERS
     with raise_on_all_ranks():

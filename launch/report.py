@@ -1,7 +1,7 @@
 """Plot the curves of finished or running runs: `python launch/report.py RUN [RUN ...]`.
 
-Writes loss.png and routing.png to every run folder. With several runs, also plots all their losses into one file,
---out.
+Writes loss.png to every run folder, routing.png if the run has experts, and domains.png if its data have domains. Given
+several runs, also plots all their losses in one figure, saved to the file that --out names.
 """
 
 from __future__ import annotations

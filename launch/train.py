@@ -1,7 +1,7 @@
 """Train a recipe: launch/train.py --config configs/NAME.yaml [section.key=value ...]
 
-Start this script with the deepspeed launcher, torchrun, srun or mpiexec, or directly for one rank. If any rank receives
-SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C, the run saves a checkpoint and stops (docs/resuming.md).
+Start this script with the deepspeed launcher, torchrun, srun or mpiexec, or directly for a single rank. If any rank
+receives SIGTERM, SIGUSR1, SIGUSR2 or SIGINT (Ctrl-C), the run saves a checkpoint and stops (docs/resuming.md).
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Train the tokenizers of a corpus: python launch/train_tokenizers.py shards=DIR out=DIR [vq.image_size=64]
 
-Writes OUT/text.model and OUT/vq. TokenizerRecipe in moe_dist/data/tokenizers/tokenizer_training.py has all keys and
-their defaults.
+Writes OUT/text.model and OUT/vq. All keys and their defaults are listed in TokenizerRecipe
+(moe_dist/data/tokenizers/tokenizer_training.py).
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ def nearest(embedding_NE: Tensor, right_N: Tensor, *, k: int, sigma: float | Non
 
     A sample is never its own neighbour. If a sample has fewer than k neighbours, the missing ones have weight 0.
     right_N: true for the samples in the success set.
-    sigma: if None, use the median distance between samples and their neighbours. It adapts to the embedder and to how
-    similar the questions are.
+    sigma: if None, use the median distance between samples and their neighbours. This median adapts to the embedder and
+    to the similarity of the questions.
     Raises UserError if the success set is empty, or if k or sigma is not positive.
     """
     if k < 1:
@@ -47,7 +47,7 @@ def nearest(embedding_NE: Tensor, right_N: Tensor, *, k: int, sigma: float | Non
 
 
 def _nearest_of(block_B: Tensor, embedding_NE: Tensor, candidate_C: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the nearest candidates' indices [B, K] and squared distances [B, K].
+    """Return the indices and the squared distances of the k nearest candidates, both [B, K].
 
     If there are fewer than k candidates, the distances of the missing ones are infinite.
     """

@@ -1,4 +1,4 @@
-"""Sharded checkpoints that any parallel layout can load: file formats, the manifest, loading, background saving.
+"""Sharded checkpoints that any parallel layout can load: file formats, the manifest, loading and background saving.
 
-Also the start of a stage from an earlier stage's checkpoint. Imports core, config and parallel.
+Also starting a stage from an earlier stage's checkpoint. Imports core, config and parallel.
 """

@@ -76,17 +76,20 @@ __all__ = [
 
 
 def save(path: str | Path, engine: ShardedModel, layout: Layout, *, state: dict[str, Any]) -> None:
-    """Write a checkpoint and wait until it is on disk. Collective, between two optimizer steps.
+    """Write a checkpoint and wait until it is on disk. Collective: every rank calls it between two optimizer steps.
 
-    A run uses saver.py instead. `state` must be JSON-serializable. Mappings in `state` (such as the loader's lanes) are
-    merged over the ranks; all other values must be equal on all ranks. An error on any rank (disk full, read-only)
-    raises the same UserError on every rank. Earlier checkpoints stay intact.
+    Training runs save through saver.py; this function is for tests and benchmarks. The state must be JSON-serializable.
+    Mappings in it (such as the loader's lanes) are merged across ranks; all other values must be equal on all ranks. An
+    error on any rank (disk full, read-only) raises the same UserError on every rank. Earlier checkpoints stay intact.
     """
     write(path, fragments(engine), describe(engine, layout, state), layout)
 
 
 def describe(engine: ShardedModel, layout: Layout, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of state.json, with this rank's state only. Later steps do not change the returned values."""
+    """Return the content of state.json, but with the state of this rank only.
+
+    Later optimizer steps do not change the returned values.
+    """
     return {
         "format": CHECKPOINT_FORMAT,
         "state": state,
@@ -111,8 +114,8 @@ def write(
 ) -> None:
     """Write this rank's fragments and commit the checkpoint. Collective over `group`, a group of all ranks.
 
-    The second half of `save`. It does not use the engine, so a background thread may run it. Such a thread needs its
-    own process group.
+    This is the second half of `save`. It does not use the engine, so a background thread may run it. Such a thread
+    needs its own process group.
     """
     path = Path(path)
     partial = partial_path(path)
@@ -136,11 +139,12 @@ def write(
 
 
 def load(path: str | Path, engine: ShardedModel, layout: Layout) -> dict[str, Any]:
-    """Verify a checkpoint, load it into the engine, whose layout may differ, and return the state. Collective.
+    """Verify a checkpoint, load it into the engine and return its state. Collective.
 
-    Master weights, moments, the optimizer's step, frozen parameters and buffers become exactly the stored ones. The
-    working parameters are recomputed from the master weights. Raises UserError on every rank if a file is damaged or
-    the checkpoint is of a different model.
+    The engine may have a different layout from the run that wrote the checkpoint. Master weights, moments, the
+    optimizer's step, frozen parameters and buffers become exactly the stored ones. The working parameters are
+    recomputed from the master weights. Raises UserError on every rank if a file is damaged or the checkpoint is of a
+    different model.
     """
     path = Path(path)
     metadata = open_index(path, layout)
@@ -163,7 +167,7 @@ def load(path: str | Path, engine: ShardedModel, layout: Layout) -> dict[str, An
 def open_index(path: Path, layout: Layout) -> Metadata:
     """Verify a checkpoint and read its index. Each rank verifies only some of the files. Collective.
 
-    Must be called before anything else of the checkpoint is read. Raises UserError on every rank if a file is damaged.
+    This must be the first access to the checkpoint. Raises UserError on every rank if a file is damaged.
     """
     with raise_on_all_ranks():
         verified = verify_checkpoint(path, share=layout.rank, shares=layout.world)
@@ -171,13 +175,13 @@ def open_index(path: Path, layout: Layout) -> Metadata:
 
 
 def read_fragments(path: Path, metadata: Metadata, wanted: list[Fragment]) -> None:
-    """Read the values of the `wanted` fragments from the checkpoint, cast to each fragment's dtype. Collective."""
+    """Read the values of the `wanted` fragments from a checkpoint, cast to each fragment's dtype. Collective."""
     with _dcp(f"cannot read the checkpoint {path}"):
         dcp.load({}, storage_reader=ShardReader(path, metadata), planner=FragmentLoadPlanner(wanted))
 
 
 def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> None:
-    """Write state and manifest into the folder `partial`, then make the checkpoint visible by renaming it to `path`."""
+    """Write state and manifest to the folder `partial`, then rename it to `path`, so the checkpoint becomes visible."""
     seal(partial, files, header)
     replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
     if path.exists():  # this step was saved before, which does not happen in a run
@@ -192,7 +196,7 @@ def seal(partial: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> 
 
 
 def _check_same_model(path: Path, wanted: list[Fragment], metadata: Metadata) -> None:
-    """Raise UserError if the logical tensors that all ranks together want differ from the checkpoint's. Collective."""
+    """Raise UserError if the model's logical tensors, over all ranks, differ from the checkpoint's. Collective."""
     mine = {f.name: (f.shape, f.tensor.dtype) for f in wanted if kind_of(f.name) in MODEL_KINDS}
     model = {name: form for of_rank in gather_objects(mine) for name, form in of_rank.items()}
     stored = {

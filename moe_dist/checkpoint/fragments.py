@@ -28,9 +28,10 @@ MASTER, FROZEN, BUFFER = MODEL_KINDS = "master", "frozen", "buffer"  # all other
 
 
 class _Piece(NamedTuple):
-    """Where ZeRO keeps a piece of a parameter on this rank.
+    """A piece of a parameter that ZeRO keeps on this rank.
 
-    Elements [start, start + numel) of the flattened parameter are flat[flat_start : flat_start + numel].
+    The piece is the elements [start, start + numel) of the flattened parameter. ZeRO keeps them in
+    flat[flat_start : flat_start + numel].
     """
 
     name: str
@@ -44,7 +45,7 @@ class _Piece(NamedTuple):
 def fragments(engine: ShardedModel) -> list[Fragment]:
     """Return this rank's part of the model and optimizer as fragments.
 
-    The fragments are views of the live tensors: a save reads their values, a load overwrites them.
+    The fragments are views of the live tensors: a save reads their values, and a load overwrites them.
     """
     found: list[Fragment] = []
     for name, param, start, numel, flat, flat_start in _pieces(engine):
@@ -68,7 +69,7 @@ def kind_of(name: str) -> str:
 
 
 def moment_names(engine: ShardedModel) -> set[str]:
-    """Return the names of the optimizer's moments. Before the optimizer's first step there are none."""
+    """Return the names of the optimizer's moments. The set is empty before the optimizer's first step."""
     return {name for flat in _flats(engine) for name in _moments(engine, flat)}
 
 
@@ -86,7 +87,7 @@ def optimizer_scalars(engine: ShardedModel) -> dict[str, float]:
 
 
 def set_optimizer_scalars(engine: ShardedModel, scalars: dict[str, float]) -> None:
-    """Set the optimizer's scalar state, which may be tensors or numbers, per partition or per parameter group."""
+    """Set the optimizer's scalar state, whether it is kept in tensors or numbers, per partition or parameter group."""
     for state in [*(_state(engine, flat) for flat in _flats(engine)), *_base(engine).param_groups]:
         for key, value in scalars.items():
             if isinstance(state.get(key), Tensor):
@@ -97,7 +98,7 @@ def set_optimizer_scalars(engine: ShardedModel, scalars: dict[str, float]) -> No
 
 @torch.no_grad()
 def reset_optimizer(engine: ShardedModel, *, with_moments: bool) -> None:
-    """Clear the optimizer's state. If with_moments, then create new moments, into which a checkpoint can be read.
+    """Clear the optimizer's state. If with_moments is true, also create moments to read a checkpoint into.
 
     The moments are created by an optimizer step with zero gradients and learning rate zero. Read the masters from a
     checkpoint only after this step.
@@ -157,7 +158,10 @@ def _pieces(engine: ShardedModel) -> Iterator[_Piece]:
 
 
 def _stage3_range(param: Any) -> tuple[int, int]:
-    """Return start and number of elements of this rank's piece of a parameter in stage 3, without padding."""
+    """Return the start and length of this rank's piece of a parameter under ZeRO stage 3.
+
+    Both are in elements of the flattened parameter. The length does not include padding.
+    """
     size = param.partition_numel()
     start = min(dist.get_rank(param.ds_process_group) * size, param.ds_numel)
     return start, min(size, param.ds_numel - start)
@@ -171,9 +175,10 @@ def _frozen_values(param: Any) -> tuple[int, Tensor]:
 
 
 def _logical(name: str, owner: Any, start: int, values: Tensor) -> Iterator[Fragment]:
-    """Yield the fragments that consist of elements [start, start + n) of a rank's flattened tensor.
+    """Yield the fragments that make up elements [start, start + n) of a flattened parameter or buffer.
 
-    values: the n elements. If `owner` is a stacked expert parameter, there is one fragment per expert.
+    values: the n elements. owner: the parameter or buffer. If it is a stacked expert parameter, there is one fragment
+    per expert.
     """
     shape, stop = tuple(getattr(owner, "ds_shape", owner.shape)), start + values.numel()
     ids = expert_ids(owner)
@@ -193,7 +198,7 @@ def _base(engine: ShardedModel) -> Any:
 def _flats(engine: ShardedModel) -> list[Tensor]:
     """Return this rank's fp32 partitions.
 
-    In stage 3 they come from ZeRO, because the wrapped optimizer has them only during a step.
+    In stage 3, the partitions are taken from ZeRO, because the wrapped optimizer has them only during a step.
     """
     if engine.zero_stage == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)

@@ -1,4 +1,4 @@
-"""Start of a stage from an earlier stage's checkpoint, with an account of what happened to every tensor.
+"""Starting a stage from an earlier stage's checkpoint, with an account of what happened to every tensor.
 
 Only parameters (from float32 masters if there are any) and buffers are read. The optimizer and the schedule start anew.
 The data start from the beginning, too, unless `data_position` is set. Every tensor of the checkpoint must be loaded or
@@ -33,8 +33,8 @@ from moe_dist.parallel.layout import Layout
 class Form:
     """The properties of a parameter or buffer that must be equal in checkpoint and model. Its precision may differ.
 
-    experts: the global ids of the experts in a stacked parameter; `shape` is then the shape of one expert. None: the
-    parameter or buffer is not stacked.
+    experts: the global ids of the experts in a stacked parameter; `shape` is then the shape of one expert. It is None
+    if the parameter or buffer is not stacked.
     """
 
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ class Account:
     def to_json(self) -> dict[str, Any]:
         """Return, for each fate, the numbers of tensors and parameters, and the name and shape of each tensor.
 
-        The shape of a stacked parameter includes the experts.
+        The shape of a stacked parameter includes the number of experts.
         """
         return {
             "init_from": self.settings.model_dump(mode="json"),
@@ -96,11 +96,11 @@ class Account:
 
 
 def init_from(settings: InitFrom, engine: ShardedModel, layout: Layout) -> Account:
-    """Load the parameters and buffers of a checkpoint into a new engine, whose layout may differ. Collective.
+    """Load the parameters and buffers of a checkpoint into a new engine. Collective.
 
-    `settings.checkpoint` must be a checkpoint folder (see manifest.resolve_init). Before anything is changed, raises
-    UserError if a file is damaged, if a tensor has no fate or two fates, or if the forms of a tensor differ between
-    checkpoint and model.
+    The engine may have a different layout from the run that wrote the checkpoint. settings.checkpoint must be a
+    checkpoint folder (see manifest.resolve_init). Before anything is changed, raises UserError if a file is damaged, if
+    a tensor has no fate or two fates, or if a tensor has different forms in the checkpoint and in the model.
     """
     path = Path(settings.checkpoint)
     metadata = open_index(path, layout)
@@ -125,7 +125,7 @@ def init_from(settings: InitFrom, engine: ShardedModel, layout: Layout) -> Accou
 
 
 def loader_state(settings: InitFrom) -> dict[str, Any] | None:
-    """Return the loader state in the checkpoint, merged over ranks. Return None if `data_position` is not set.
+    """Return the loader state stored in the checkpoint, merged across ranks, or None if `data_position` is not set.
 
     Raises UserError if `data_position` is set but the checkpoint has no loader state.
     """
@@ -140,7 +140,7 @@ def loader_state(settings: InitFrom) -> dict[str, Any] | None:
 def match(settings: InitFrom, stored: Forms, model: Forms) -> Account:
     """Determine the fate of every tensor.
 
-    Raises UserError if a tensor has no fate or two fates, or if its forms in the checkpoint and the model differ.
+    Raises UserError if a tensor has no fate or two fates, or if it has different forms in the checkpoint and the model.
     """
     left_out = matching(settings.left_out, stored, key="init_from.left_out", what="parameter of the checkpoint")
     new = matching(settings.new, model, key="init_from.new", what="parameter of the model")
@@ -190,7 +190,7 @@ def _check_fates(loaded: Mapping[str, str], new: set[str], model: Forms) -> None
 def _renamed(rename: Mapping[str, str], names: list[str]) -> dict[str, str]:
     """Map each of the checkpoint's names to its new name according to `rename`.
 
-    A name that no pattern matches stays. Raises UserError if two patterns match the same name.
+    A name that no pattern matches is kept. Raises UserError if two patterns match the same name.
     """
     matching(rename, names, key="init_from.rename", what="parameter of the checkpoint that is not left out")
     result = {}
@@ -203,9 +203,9 @@ def _renamed(rename: Mapping[str, str], names: list[str]) -> dict[str, str]:
 
 
 def _forms(logical: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Form]:
-    """Return the forms of the parameters and buffers that these logical tensors make up, keyed by name.
+    """Return the forms of parameters and buffers, keyed by name.
 
-    logical: shape and dtype, keyed by `kind/name` or `kind/name[expert]`.
+    logical: the shape and dtype of the logical tensors that make them up, keyed by `kind/name` or `kind/name[expert]`.
     """
     experts = defaultdict(list)
     parts = {}
@@ -221,7 +221,7 @@ def _forms(logical: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[s
 
 
 def _split(logical: str) -> tuple[str, int | None]:
-    """Split `kind/name[expert]` into the name and the global expert id. The id is None for `kind/name`."""
+    """Return the name and the global expert id in `kind/name[expert]`. For `kind/name`, the id is None."""
     return split_row_name(logical.split("/", 1)[1])
 
 

@@ -1,6 +1,6 @@
-"""Management of the checkpoints in a run folder: finding, verifying, selecting one to start from, and removing.
+"""Management of the checkpoints in a run folder: finding, verifying and removing them, and selecting one to start from.
 
-A manifest names every file of a checkpoint with the file's size and SHA-256. The manifest is written last. Then the
+A manifest lists every file of a checkpoint with the file's size and SHA-256. The manifest is written last. Then the
 folder is renamed from step_XXXXXXXX.tmp to step_XXXXXXXX. A folder named step_XXXXXXXX was therefore complete at that
 time. If a file is missing or truncated now, the checkpoint was damaged later, and the user must decide whether to
 continue without it.
@@ -36,7 +36,7 @@ def checkpoint_path(run_dir: str | Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int:
-    """Return the number of optimizer steps done when a checkpoint was saved. It is part of the folder's name."""
+    """Return the number of optimizer steps done when a checkpoint was saved, which is part of its folder's name."""
     return int(path.name.removeprefix("step_"))
 
 
@@ -46,10 +46,11 @@ def write_manifest(folder: Path, files: Iterable[StoredFile]) -> None:
 
 
 def verify_checkpoint(path: str | Path, *, share: int = 0, shares: int = 1) -> dict[str, int]:
-    """Check the sizes of all files of a checkpoint, and the checksums of every `shares`-th file from number `share` on.
+    """Check the sizes of all files of a checkpoint, and the checksums of one share of the files.
 
-    Returns a dict from file name to size in bytes. Only these files may be read later: see storage.read_index. Raises
-    UserError naming the bad file.
+    The files are divided into `shares` shares, and `share` is the number of the share to check. By default, all
+    checksums are checked. Returns a dict from file name to size in bytes. Only these files may be read later: see
+    storage.read_index. Raises UserError naming the bad file.
     """
     path = Path(path)
     files = _manifest(path)
@@ -59,9 +60,9 @@ def verify_checkpoint(path: str | Path, *, share: int = 0, shares: int = 1) -> d
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Verify and return only the run's state, to compare a recipe with it before the model is built.
+    """Verify and return only the run's state from a checkpoint, so it can be read before the model is built.
 
-    Raises UserError.
+    Raises UserError if the state or the manifest is damaged.
     """
     path = Path(path)
     _verify_checksum(path / STATE, _manifest(path))
@@ -69,12 +70,12 @@ def read_state(path: str | Path) -> dict[str, Any]:
 
 
 def identity(path: str | Path) -> str:
-    """Return a digest that identifies a checkpoint: the digest of its manifest, which holds every file's checksum."""
+    """Return a digest that identifies a checkpoint. It is computed from the manifest, which holds all checksums."""
     return hashlib.sha256((Path(path) / MANIFEST).read_bytes()).hexdigest()
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first. Damaged ones are included, unfinished saves (.tmp) are not."""
+    """Return a run's checkpoints, oldest first, including damaged ones but not unfinished saves (.tmp)."""
     folder = Path(run_dir) / "checkpoints"
     return sorted((path for path in folder.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)), key=step_of)
 
@@ -103,10 +104,11 @@ def require_checkpoint(run_dir: str | Path) -> Path:
 
 
 def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
-    """Remove old checkpoints and the leftovers of interrupted saves. Only one rank may call it.
+    """Remove old checkpoints and the leftovers of interrupted saves. Only one rank may call this function.
 
-    Keep the newest `keep` complete checkpoints and those whose step is a multiple of `keep_every` (0: none). Damaged
-    checkpoints are kept for inspection. Errors are ignored, so a checkpoint that cannot be removed stays.
+    The newest `keep` complete checkpoints are kept. If `keep_every` is not 0, checkpoints whose step is a multiple of
+    it are kept, too. Damaged checkpoints are kept for inspection. Errors are ignored: a checkpoint that cannot be
+    removed stays.
     """
     complete = [path for path in checkpoints(run_dir) if _is_complete(path)]
     for path in complete[:-keep]:
@@ -119,10 +121,10 @@ def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
 
 
 def set_aside_later(run_dir: str | Path, step: int) -> list[Path]:
-    """Rename the checkpoints later than `step`, at which a run starts, and return them. Only one rank may call it.
+    """Rename the checkpoints that are later than `step`, the step at which a run starts. Return their former paths.
 
     These checkpoints are from an earlier run in the same folder. If they kept their names, pruning and the next start
-    would treat them as the newest checkpoints of the new run.
+    would treat them as the newest checkpoints of the new run. Only one rank may call this function.
     """
     later = [path for path in checkpoints(run_dir) if step_of(path) > step]
     for path in later:
@@ -173,7 +175,10 @@ def _resolve_resume(config: Config) -> Path | None:
 
 
 def _named_checkpoint(key: str, folder: str) -> Path:
-    """Return the checkpoint that a recipe's key names: a checkpoint folder, or a run folder's newest one."""
+    """Return the checkpoint that a recipe's key names. For a run folder, this is the run's newest checkpoint.
+
+    key: the name of the recipe's key, for the error. Raises UserError if there is no complete checkpoint.
+    """
     path = newest_complete(folder) or Path(folder)
     try:
         _manifest(path)
@@ -203,7 +208,7 @@ def _verify_checksum(file: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Read the entries of a manifest. Raises UserError naming a file that is missing or has a different size."""
+    """Read the entries of a manifest. Raises UserError naming a file that is missing or has the wrong size."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files, version = manifest["files"], manifest["format"]

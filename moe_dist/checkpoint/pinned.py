@@ -20,8 +20,8 @@ PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every device
 def empty_pinned(numel: int, dtype: torch.dtype) -> Tensor:
     """Return a tensor in uninitialised page-locked host memory. The memory is released with the tensor.
 
-    If CUDA cannot page-lock the memory, warn and return it as ordinary memory. Copies from a GPU are then slower, but
-    still correct. Raises RuntimeError if there is not enough memory.
+    If CUDA cannot page-lock the memory, warn and return a tensor in ordinary memory. Copies from a GPU are then slower,
+    but still correct. Raises RuntimeError if there is not enough memory.
     """
     size, page = numel * dtype.itemsize, mmap.PAGESIZE
     whole = -(-size // page) * page
@@ -56,6 +56,6 @@ def _unregister(address: int) -> None:
 
 
 def _forget_error() -> None:
-    """Clear the error that a failed CUDA call left, by launching a kernel. Otherwise the next launch raises it."""
+    """Launch a kernel to clear the error that a failed CUDA call left. Otherwise the next launch would raise it."""
     with suppress(RuntimeError):
         torch.ones(1, device="cuda")

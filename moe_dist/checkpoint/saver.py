@@ -1,8 +1,8 @@
-"""Saves of a run: synchronous, or asynchronous by a background thread during training (checkpoint.asynchronous).
+"""Saving a run's checkpoints, either synchronously or in a background thread during training (checkpoint.asynchronous).
 
 An asynchronous save copies this rank's fragments into host memory. Training waits only for this copy. A thread then
-plans, hashes, writes, fsyncs and commits as a synchronous save does. The thread uses its own gloo process group, so its
-collectives never interleave with those of training, whatever backend training uses.
+plans, hashes, writes, fsyncs and commits the checkpoint, as a synchronous save does. The thread uses its own gloo
+process group, so its collectives never interleave with those of training, whatever backend training uses.
 
 A thread is used instead of a process because hashing, writing and fsync, which take nearly all of its time, release
 Python's lock. With few cores, a process would compete for them just the same. A process would also need its own
@@ -40,7 +40,7 @@ from moe_dist.parallel.layout import Layout
 
 
 class Saver:
-    """Writer of a run's checkpoints. It writes one checkpoint at a time and prunes old ones.
+    """The writer of a run's checkpoints. It writes one checkpoint at a time and prunes old ones.
 
     All methods are collective. Use `with saver:` around training. At the end of the block, the saver waits for the last
     write, even if an exception is propagating.
@@ -54,7 +54,7 @@ class Saver:
         self._stalls: list[float] = []
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Save a checkpoint of the current step. Collective, between two optimizer steps.
+        """Save a checkpoint of the current step. Collective: every rank calls it between two optimizer steps.
 
         Raises UserError on every rank if this checkpoint or the previous asynchronous one cannot be written.
         """
@@ -71,15 +71,15 @@ class Saver:
         self._stalls.append(time.perf_counter() - started)
 
     def wait(self) -> None:
-        """Wait until the last write has ended. If the write failed, raise its error, the same one on every rank."""
+        """Wait until the last write has ended. If the write failed, raise the same error on every rank."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def metrics(self) -> dict[str, float]:
-        """Return as a metric how long training has waited for saves since the last call.
+        """Return the metric checkpoint_stall_seconds: how long training has waited for saves since the last call.
 
-        Without saves, return no metric.
+        If there were no saves, the result is empty.
         """
         stalls, self._stalls = self._stalls, []
         return {"checkpoint_stall_seconds": sum(stalls)} if stalls else {}
@@ -114,10 +114,10 @@ class HostBuffers:
 
     @property
     def nbytes(self) -> int:
-        """Size of the snapshot in bytes.
+        """The size of the snapshot in bytes.
 
-        This is 4 bytes for each trained parameter in this rank's ZeRO partition, 4 more for each of the parameter's
-        moments (so 12 in all with Adam), and the size of the model's buffers.
+        Each trained parameter in this rank's ZeRO partition takes 4 bytes, and 4 more for each of the parameter's
+        moments (12 in all with Adam). The size of the model's buffers is added.
         """
         return sum(buffer.nbytes for buffer in self._of.values())
 

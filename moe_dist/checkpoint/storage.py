@@ -2,7 +2,7 @@
 
 DCP decides which rank writes which pieces, and which stored pieces fill the pieces of a new layout. The file format is
 ours, because DCP's metadata file is a pickle, and a checkpoint must never be unpickled. A rank's file can be opened
-with the safetensors library. Each entry is a piece of a flattened tensor, with the key `name@offset`.
+with the safetensors library. Each entry of the file is a piece of a flattened tensor. The entry's key is `name@offset`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class FragmentSavePlanner(DefaultSavePlanner):
 
 
 class FragmentLoadPlanner(DefaultLoadPlanner):
-    """A planner that requests exactly this rank's fragments, whatever pieces the files are divided into."""
+    """A planner that requests exactly this rank's fragments, however the stored tensors are divided into pieces."""
 
     def __init__(self, fragments: Sequence[Fragment]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -128,7 +128,10 @@ class FragmentLoadPlanner(DefaultLoadPlanner):
 
 
 class ShardWriter(StorageWriter):
-    """A DCP writer. Each rank writes rank_RRRRR.safetensors, tensor by tensor, and rank 0 the index, with fsync."""
+    """A DCP writer. Each rank writes rank_RRRRR.safetensors, one tensor at a time. Rank 0 also writes the index.
+
+    All files are fsynced.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -179,7 +182,7 @@ class ShardWriter(StorageWriter):
 
 
 class ShardReader(StorageReader):
-    """A DCP reader. It memory-maps the files and reads only the parts of the stored pieces that a plan requests."""
+    """A DCP reader. It memory-maps a checkpoint's files and reads only the parts of pieces that a plan requests."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         self.folder, self.metadata = folder, metadata
@@ -221,8 +224,8 @@ class ShardReader(StorageReader):
 def read_index(folder: Path, verified: Container[str]) -> Metadata:
     """Read a checkpoint's index and return it as DCP's metadata.
 
-    The metadata's storage_data maps each piece to its file, planner_data each tensor to its shape. verified: names of
-    the files that were verified. Raises UserError if a piece is in any other file.
+    In the metadata, storage_data maps each piece to its file, and planner_data maps each tensor to its shape.
+    verified: the names of the files that were verified. Raises UserError if a piece is in any other file.
     """
     metadata = Metadata({}, planner_data={}, storage_data={})
     for name, entry in read_json(folder / FRAGMENT_INDEX)["tensors"].items():

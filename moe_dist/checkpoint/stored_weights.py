@@ -1,6 +1,6 @@
-"""Reading and writing of a checkpoint's parameters as whole tensors, one at a time, in one process.
+"""Reading and writing a checkpoint's parameters as whole tensors, one at a time, in one process.
 
-A tensor's name is that of the model's parameter. An expert's row of a stacked parameter is called `NAME[global expert
+Each tensor is named after the model's parameter. An expert's row of a stacked parameter is called `NAME[global expert
 id]` (see fragments.py). This module is for conversions and for models that will not be trained. A resumed run loads its
 checkpoint with checkpoint.py.
 """
@@ -42,7 +42,7 @@ def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
 
 @torch.no_grad()
 def fill_model(model: nn.Module, path: str | Path, layout: Layout) -> None:
-    """Fill the parameters and buffers of a model that will not be trained from a checkpoint. Collective.
+    """Copy a checkpoint's parameters and buffers into a model that will not be trained. Collective.
 
     Stacked expert parameters get the experts of this rank. Parameters keep their dtype; buffers get the stored dtype,
     as in a resumed run. Raises UserError if the checkpoint is damaged or is of a different model.
@@ -64,7 +64,7 @@ def fill_model(model: nn.Module, path: str | Path, layout: Layout) -> None:
 
 
 def _fitting(path: Path, stored: Mapping[str, LazyTensor], name: str, target: Tensor) -> LazyTensor:
-    """Return the stored tensor called `name`. Raises UserError if it is missing or its shape is not `target`'s."""
+    """Return the stored tensor called `name`. Raises UserError if it is missing or does not have the target's shape."""
     if name not in stored or stored[name].shape != tuple(target.shape):
         found = f"is {list(stored[name].shape)}" if name in stored else "is missing"
         raise UserError(f"{path} is a checkpoint of another model: '{name}' {found}, not {list(target.shape)}")
@@ -91,8 +91,9 @@ def write_tensors(
 ) -> None:
     """Write parameters (float32) as a checkpoint without optimizer state, with one tensor in memory at a time.
 
-    state: JSON-serializable; read_state will return it. files: small files to add to the folder, keyed by relative
-    path. The folder is written atomically. Raises UserError if the folder exists already or cannot be written.
+    state: the state that read_state will return; it must be JSON-serializable. files: small files to add to the folder,
+    keyed by relative path. The folder is written atomically. Raises UserError if the folder exists already or cannot be
+    written.
     """
     path = Path(path)
     if path.exists():

@@ -1,8 +1,8 @@
 """The state of a run that a checkpoint stores as plain JSON, and the recipe keys that may change on resume.
 
-MAY_CHANGE lists the recipe keys that a resumed run may change. `train.steps` may also grow if the learning rate does
-not depend on it. Any other change is an error, since it would make the resumed run a different run. Paths of data and
-tokenizers are compared as text, as the recipe writes them.
+The recipe keys that a resumed run may change are listed in MAY_CHANGE. In addition, train.steps may grow if the
+learning rate does not depend on it. Any other change is an error, since it would make the resumed run a different run.
+Paths of data and tokenizers are compared as text, as the recipe writes them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MAY_CHANGE = (
 class TrainState:
     """The state of a run between two steps.
 
-    Only `loader` differs between ranks; a checkpoint holds it merged over ranks.
+    Only `loader` differs between ranks. A checkpoint holds it merged across ranks.
     """
 
     step: int  # optimizer steps done, which is the schedule's position
@@ -65,9 +65,9 @@ class TrainState:
 
 
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Merge the ranks' states. Mappings are merged key by key.
+    """Merge the states of all ranks. Mappings are merged key by key.
 
-    All other values must be equal on all ranks; if they are not, raises RuntimeError naming the key.
+    All other values must be equal on all ranks. If a value is not, raises RuntimeError naming its key.
     """
     merged: dict[str, Any] = {}
     for state in states:
@@ -76,7 +76,7 @@ def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_resumable(old_config: dict[str, Any], new_config: Config) -> None:
-    """Raise UserError, naming keys and values, if the recipes differ in a key that may not change."""
+    """Raise UserError if the recipes differ in a key that may not change. The error names the keys and values."""
     old = _leaves(stored_config(old_config, "the checkpoint's configuration").model_dump(mode="json"))
     new = _leaves(new_config.model_dump(mode="json"))
     allowed = (*MAY_CHANGE, "train.steps") if _only_longer(old, new) else MAY_CHANGE
@@ -94,7 +94,7 @@ def _is_of(key: str, sections: Iterable[str]) -> bool:
 def _only_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Return whether the new recipe only adds steps at the end, without changing the steps that are done.
 
-    This is so if train.steps grows and the learning rate is constant after warm-up.
+    This is the case if train.steps does not shrink and the learning rate is constant after warm-up.
     """
     constant = new["schedule.end_lr"] == new["schedule.peak_lr"]
     return constant and new["train.steps"] >= old["train.steps"]

@@ -1,4 +1,4 @@
-"""Conversion between the config.json of Hugging Face's Llama and Mixtral and the `model:` section of a recipe."""
+"""Conversion between Hugging Face's config.json (for Llama and Mixtral) and the `model:` section of a recipe."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ ROUTER_SETTINGS = {
 
 
 def model_section(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:
-    """Convert the config.json of a Llama or Mixtral to a `model:` section. Also return the vocabulary size.
+    """Convert the config.json of a Llama or Mixtral model to a `model:` section. Also return the vocabulary size.
 
-    Raises UserError naming a key that is not supported.
+    Raises UserError naming a key that is invalid or whose value is not supported.
     """
     kind = raw["model_type"]
     raw = {**DEFAULTS[kind], **raw}
@@ -77,9 +77,9 @@ def model_section(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]
 
 
 def _rope_base(raw: Mapping[str, Any], where: str) -> float:
-    """Return a config.json's rope_theta.
+    """Return the value of rope_theta in a config.json.
 
-    It is at the top level (transformers 4) or in rope_parameters (transformers 5). Raises UserError if the rotary
+    The key is at the top level (transformers 4) or in rope_parameters (transformers 5). Raises UserError if the rotary
     embedding is scaled or partial.
     """
     parameters = raw.get("rope_parameters") or {}
@@ -94,8 +94,9 @@ def _rope_base(raw: Mapping[str, Any], where: str) -> float:
 
 
 def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> dict[str, Any]:
-    """Return the config.json of a model, for transformers 4 and 5. `model_section` converts it back to equal settings.
+    """Return the config.json of a model, for transformers 4 and 5.
 
+    The function model_section converts it back to equal settings.
     Raises UserError naming the first setting that neither Llama nor Mixtral supports.
     """
     none = f"{where} has no Hugging Face architecture"
@@ -140,7 +141,10 @@ def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Conversion of a family of Hugging Face models, which share the keys of config.json and the tensor names."""
+    """The functions that convert one family of Hugging Face models.
+
+    All models of a family have the same keys in config.json and the same tensor names.
+    """
 
     model_section: Callable[[Mapping[str, Any], str], tuple[ModelConfig, int]]  # config.json, its path
     tensor_mappings: Callable[[ModelConfig, int], Iterator[TensorMapping]]  # the section, the vocabulary size
@@ -153,7 +157,7 @@ FAMILIES: dict[str, Family] = {  # by model_type
 
 
 def family_of(raw: Mapping[str, Any], where: str) -> Family:
-    """Return the family that a config.json's model_type belongs to. Raises UserError if the type is not supported."""
+    """Return the family of the model that a config.json describes. Raises UserError if its type is not supported."""
     kind = raw.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type={kind!r} is not supported, only {', '.join(FAMILIES)} are")

@@ -1,4 +1,4 @@
-"""Conversion of a local Hugging Face folder to a checkpoint, and of a checkpoint to such a folder, tensor by tensor."""
+"""Conversion between local Hugging Face folders and checkpoints, in both directions, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def export_folder(
 ) -> None:
     """Export a checkpoint, or a run's newest checkpoint, to the Hugging Face folder `out`.
 
-    The folder holds sharded safetensors, their index and config.json, and the checkpoint's tokenizer files if it has
-    any.
-    dtype: float32 (the dtype of checkpoints), bfloat16 or float16. Raises UserError.
+    The folder holds sharded safetensors, their index and config.json, and the tokenizer files of the checkpoint if it
+    has any. Raises UserError.
+    dtype: float32 (the dtype of checkpoints), bfloat16 or float16.
     """
     path = newest_complete(source) or Path(source)
     model = validate(ModelConfig, read_state(path)["config"]["model"], str(path), "model")
@@ -90,7 +90,7 @@ def write_folder(
 def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, LazyTensor]]:
     """Split the tensors, in order, into shards of at most `limit` bytes.
 
-    A tensor above the limit has a shard of its own.
+    A tensor that is larger than the limit gets its own shard.
     """
     shards: list[dict[str, LazyTensor]] = [{}]
     for name, tensor in tensors.items():
@@ -103,8 +103,8 @@ def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, Laz
 def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
     """Return a Hugging Face folder's tensors. Each is read from disk only when it is used.
 
-    They come from the safetensors files that the index names, or from all such files if there is no index. Raises
-    UserError naming a file or tensor that is missing, duplicated or unreadable.
+    The tensors come from the safetensors files that the index names, or from all safetensors files in the folder if
+    there is no index. Raises UserError naming a file or tensor that is missing, duplicated or unreadable.
     """
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""The output of a conversion: a checkpoint that holds parameters only, and the `model:` section of its recipe."""
+"""The output of a conversion: a checkpoint that holds only parameters, and a recipe's matching `model:` section."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def write_model(
     files: Mapping[str, bytes],
     state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the checkpoint `out` with model.yaml and `files` (keyed by relative path). Raises UserError if that fails.
+    """Write the checkpoint `out`, and add model.yaml and `files` to it. Raises UserError if that fails.
 
-    state: entries of the source run's state that a later stage may need.
-    tensors: the parameters of `model`. Raises RuntimeError if their names or shapes are not those of such a model.
+    files: content, keyed by path relative to `out`. state: entries of the source run's state that a later stage may
+    need. tensors: the parameters of the model. Raises RuntimeError if their names or shapes do not match `model`.
     """
     expected, given = parameter_shapes(model, vocab_size), {name: tensor.shape for name, tensor in tensors.items()}
     if expected != given:
@@ -47,8 +47,8 @@ def write_model(
 def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of an unsharded model.
 
-    Each expert has its own entry, `NAME[global expert id]`. Raises UserError if no model can be built from the
-    settings.
+    Each expert of a stacked parameter has its own entry, `NAME[global expert id]`. Raises UserError if no model can be
+    built from the settings.
     """
     with torch.device("meta"):
         built = Transformer(model, vocab_size, Layout(), seed=0)

@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class TensorMapping:
-    """The conversion between one of our parameters and the Hugging Face tensors that it consists of."""
+    """The conversion between one of our parameters and the Hugging Face tensors that make it up."""
 
     name: str
     shape: Shape
@@ -33,7 +33,7 @@ class TensorMapping:
 
 
 def tensor_mappings(model: ModelConfig, vocab_size: int) -> Iterator[TensorMapping]:
-    """Yield the mapping of every parameter.
+    """Yield a mapping for every parameter of the model.
 
     Heads need no reordering: Hugging Face's rotary embedding and ours both pair the first half of a head with the
     second.
@@ -58,9 +58,10 @@ def tensor_mappings(model: ModelConfig, vocab_size: int) -> Iterator[TensorMappi
 
 
 def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorMapping]:
-    """Yield the mappings of an attention layer. Theirs has three projections; ours has Megatron's single fused one.
+    """Yield the mappings of an attention layer. Hugging Face has three projections; we have one fused projection.
 
-    The rows of the fused projection are ordered by query group: the queries of the group's heads, its key, its value.
+    Like Megatron's, the fused projection has its rows ordered by query group. The rows of a group are the queries of
+    its heads, then its key, then its value.
     """
     D, H, G, d = model.hidden_size, model.num_heads, model.query_groups, model.size_per_head
 
@@ -84,7 +85,10 @@ def _dense(D: int, F: int, ours: str, theirs: str) -> Iterator[TensorMapping]:
 
 
 def _experts(D: int, F: int, E: int, ours: str, theirs: str) -> Iterator[TensorMapping]:
-    """Yield the mappings of a router and its experts. The experts are transposed: ours compute x W, theirs x W^T."""
+    """Yield the mappings of a router and its experts.
+
+    The experts' weights are transposed, because our experts compute x W and Hugging Face's compute x W^T.
+    """
     yield TensorMapping(f"{ours}.router.gate.weight", (E, D), {f"{theirs}.gate.weight": (E, D)})
     for expert in range(E):
         of_expert = f"{theirs}.experts.{expert}"
@@ -128,10 +132,10 @@ def from_theirs(
 def to_theirs(
     of_model: Iterable[TensorMapping], stored: Mapping[str, LazyTensor], dtype: torch.dtype, where: str
 ) -> dict[str, LazyTensor]:
-    """Convert our parameters to Hugging Face tensors in `dtype`. Each is read and converted only when it is used.
+    """Convert our parameters to Hugging Face tensors in `dtype`.
 
-    A parameter that becomes several tensors is read once for each of them, so only one parameter is in memory at a
-    time. Raises UserError in the same cases as from_theirs.
+    Each tensor is read and converted only when it is used. A parameter that becomes several tensors is read once for
+    each of them, so only one parameter is in memory at a time. Raises UserError in the same cases as from_theirs.
     """
     ours = list(of_model)
     _check(stored, {part.name: part.shape for part in ours}, where)

@@ -3,7 +3,7 @@
 The seed is a dense model, or a model with one expert per modality (MoMa's 1t1i, arXiv 2407.21770). From a dense seed,
 all experts are copies of the seed's FFN. From a 1t1i seed, the experts of a modality are copies of that modality's
 expert. If the new router is token choice with weights that sum to 1, the new model computes the same function as the
-seed. If it is expert choice, the new model does not, because a token gets any number of experts.
+seed. If the new router is expert choice, it does not, because any number of experts may choose a token.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def upcycle(
     """Upcycle the checkpoint `source`, or the newest checkpoint of the run `source`, to the folder `out`.
 
     Raises UserError.
-    experts: the number of experts per layer. `8` (dense seed only): top-2 of 8 with weights that sum to 1. `4t4i`:
-    expert choice among 4 text and 4 image experts.
-    overrides: changes to the router that `experts` describes, each model.ffn.router.KEY=VALUE.
-    gates: "fresh" draws the gates with `seed`, as in a new model. "copied" gives every expert of a modality the gate of
-    that modality's expert in a 1t1i seed.
+    experts: the number of experts per layer. "8" (dense seed only) means top-2 routing among 8 experts, with weights
+    that sum to 1. "4t4i" means expert choice among 4 text and 4 image experts.
+    overrides: changes to the router that `experts` describes, each given as model.ffn.router.KEY=VALUE.
+    gates: "fresh" initialises the gates at random with `seed`, as in a new model. "copied" gives every expert of a
+    modality the gate of that modality's expert in a 1t1i seed.
     """
     path = newest_complete(source) or Path(source)
     state = read_state(path)
@@ -90,7 +90,10 @@ def upcycle(
 
 
 def _router_section(old: ModelConfig, experts: str, path: Path) -> dict[str, Any]:
-    """Return the new model's router section before overrides. Raises UserError if the seed is not dense or 1t1i."""
+    """Return the new model's router section before overrides.
+
+    Raises UserError if the seed is neither dense nor 1t1i, or if `experts` does not suit the seed.
+    """
     each = re.fullmatch(r"([0-9]+)t([0-9]+)i", experts)
     if each is None and not re.fullmatch("[0-9]+", experts):
         raise UserError(f"--experts {experts}: give a number, or text and image experts as 4t4i")
@@ -144,7 +147,7 @@ def _moe_layers(model: Transformer) -> list[MoELayer]:
 
 
 def _routers(model: ModelConfig, built: Transformer, seed: int) -> dict[str, Router]:
-    """Build the router of every layer, keyed by name, with the initial values of a new model with this random seed."""
+    """Build the router of every layer, keyed by name. Each has the initial values of a new model with this seed."""
     assert isinstance(model.ffn, MoEFFN)
     names = [_name(built, layer.get_submodule("router")) for layer in _moe_layers(built)]
     sites = [replace(block_site(model, layer, seed), name=name) for layer, name in enumerate(names)]
@@ -152,14 +155,14 @@ def _routers(model: ModelConfig, built: Transformer, seed: int) -> dict[str, Rou
 
 
 def _not_copied(before: Transformer) -> set[str]:
-    """Return the names of the seed's parameters that are not copied: those of its routers and auxiliary routers."""
+    """Return the names of the parameters of the seed's routers and auxiliary routers, which are not copied."""
     parts = [layer.get_submodule("router") for layer in _moe_layers(before)]
     parts += [module for module in before.modules() if isinstance(module, AuxiliaryRouter)]
     return {f"{_name(before, part)}.{key}" for part in parts for key, _ in part.named_parameters()}
 
 
 def _stacked(before: Transformer, after: Transformer) -> dict[str, str]:
-    """Map each name of a feed-forward weight in the seed to the stacked parameter that holds its copies."""
+    """Map each feed-forward weight of the seed to the stacked parameter that holds its copies, both given by name."""
     found: dict[str, str] = {}
     experts = [layer.get_submodule("experts") for layer in _moe_layers(after)]
     sources = [layer.get_submodule("experts") for layer in _moe_layers(before)]
@@ -193,5 +196,5 @@ def _copies(
 
 
 def _repeated(gate: LazyTensor, like: LazyTensor) -> LazyTensor:
-    """Repeat a gate for one expert until it has the shape of `like`."""
+    """Expand the gate of a single expert to the shape of `like`, so that every expert gets a copy."""
     return LazyTensor(like.shape, gate.dtype, lambda: gate.read().expand(like.shape))

@@ -21,15 +21,15 @@ from moe_dist.data.shards.tars import Sample
 
 
 class Corpus(Protocol):
-    """Interface of a corpus: prepare() downloads its packages and writes its entries as samples."""
+    """Interface for a corpus that prepare() can write as shards. Implemented by the classes in BUILDERS."""
 
     licence: ClassVar[str]
 
     def fetch(self, downloads: Path) -> None:
-        """Download the packages that are not in `downloads` yet. Raises UserError."""
+        """Download the packages that are not in `downloads` yet. Raises UserError if a download fails."""
 
     def entries(self, downloads: Path) -> Sequence[Any]:
-        """Return all entries of the corpus, without decoding their images yet."""
+        """Return all entries of the corpus. Their images are not decoded yet."""
 
     def sample(self, entry: Any) -> Sample | None:
         """Turn an entry into a sample, or return None if the entry is left out."""

@@ -1,10 +1,11 @@
-"""Multiple-choice questions with four options about words (WordNet, Princeton's licence) and emoji (emojibase, MIT).
-choice_tasks.py has the tasks.
+"""Corpus of multiple-choice questions about words (WordNet, Princeton's licence) and emoji (emojibase, MIT).
+
+Each question has four options. The tasks are defined in choice_tasks.py.
 
 Wrong options are drawn by hash from the answers to other questions of the same task, split and category. An answer that
-occurs more often is drawn more often. A wrong option therefore differs from a correct one neither in category, nor in
-frequency, nor in having been an answer in training. In every task and split, each letter is correct equally often. All
-questions about a synset and its opposites, or about an emoji, are in the same split, whatever their task.
+occurs more often is drawn more often. So a model cannot recognise a wrong option by its category, by its frequency, or
+by never having been an answer in training. In every task and split, each letter is correct equally often. All questions
+about a synset and its opposites, or about an emoji, are in the same split, whatever their task.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ def with_wrong_options(questions: Sequence[Question]) -> Iterator[tuple[Question
 
 
 def balanced(questions: Iterable[tuple[Question, list[str]]], per_task: int | None) -> list[ChoiceQuestion]:
-    """Choose at most `per_task` questions per task, and decide at which letter each question's correct option is.
+    """Choose at most `per_task` questions per task (None: all), and assign a letter to each question's correct option.
 
     In every task and split, each letter is correct equally often.
     """

@@ -1,4 +1,4 @@
-"""Multiple-choice questions from WordNet and emojibase, without their options, in six tasks:
+"""Multiple-choice questions from WordNet and emojibase, in six tasks. Wrong options are added in choice_corpus.py.
 
   definition  which word has this definition        nouns and verbs in their most common sense
   category    what kind of thing is it              nouns whose senses are all of one kind
@@ -7,7 +7,7 @@
   antonym     which word is the opposite
   emoji       which emoji has these keywords
 
-Words that give the answer away are removed from a question. If too little of the question remains, it is left out.
+Words that give the answer away are removed from a question. A question of which too little remains is left out.
 """
 
 from __future__ import annotations
@@ -55,12 +55,15 @@ def related(one: str, other: str) -> bool:
 
 
 def gives_away(text: str, answer: str) -> bool:
-    """Return whether a word of the text and a word of the answer look like forms of the same word."""
+    """Return whether any word in the text looks like a form of a word in the answer."""
     return any(related(word, part) for word in _words(text) for part in _words(answer))
 
 
 def opposites(wordnet: WordNet) -> dict[str, str]:
-    """Map each synset's id to the smallest id among the synset, its opposites, the opposites of these, and so on."""
+    """Map each synset's id to one id for all synsets that are directly or indirectly its opposites.
+
+    This is the smallest id among the synset, its opposites, the opposites of its opposites, and so on.
+    """
     concept: dict[str, str] = {}
     for first in sorted(wordnet.synsets):
         reached = [first]
@@ -92,9 +95,9 @@ def wordnet_questions(wordnet: WordNet) -> Iterator[Question]:
 
 
 def emoji_questions(emoji: Mapping[str, Mapping[str, Any]]) -> Iterator[Question]:
-    """Yield the questions of the emoji task: one per concept, about the concept's emoji with the shortest code.
+    """Yield the questions of the emoji task: at most one per concept, about the concept's emoji with the shortest code.
 
-    emoji: maps a code to its label, keywords and group (emoji.read_captions).
+    emoji: maps each code to the emoji's label, keywords and group, as returned by emoji.read_captions.
     """
     first: dict[str, str] = {}
     for code in sorted(emoji, key=lambda code: (len(code), code)):

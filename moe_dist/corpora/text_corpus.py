@@ -26,7 +26,7 @@ class Text(Strict):
         fetch_npm([DATASETS], downloads)
 
     def entries(self, downloads: Path) -> list[tuple[str, int, str]]:
-        """Return a tuple (source, number of the piece, text) for each piece.
+        """Cut all sources into pieces, and return a tuple (source, number of the piece, text) for each piece.
 
         All pieces of a source are in the same split.
         """
@@ -43,7 +43,10 @@ class Text(Strict):
 
 
 def pieces(text: str, max_characters: int) -> Iterator[str]:
-    """Cut a text into pieces of at most max_characters: between paragraphs if possible, else sentences, else words."""
+    """Cut a text into pieces of at most max_characters characters.
+
+    Cut between paragraphs if possible, otherwise between sentences, otherwise between words, otherwise inside a word.
+    """
     units = [part for paragraph in text.split("\n") for part in _units(paragraph.strip(), max_characters)]
     piece = ""
     for separator, unit in units:
@@ -58,8 +61,8 @@ def pieces(text: str, max_characters: int) -> Iterator[str]:
 def _units(paragraph: str, max_characters: int) -> Iterator[tuple[str, str]]:
     """Yield (preceding separator, unit) for each unit of a paragraph.
 
-    The unit is the whole paragraph if it has at most max_characters, else a sentence, else a word, else a slice of a
-    word.
+    If the paragraph has at most max_characters characters, it is a single unit. Otherwise each sentence is a unit. A
+    sentence that is too long is split into words, and a word that is too long is split into slices.
     """
     if len(paragraph) <= max_characters:
         if paragraph:

@@ -1,4 +1,4 @@
-"""WordNet 3.0 (Princeton), read from Debian's wordnet-base: synsets, and each word's senses, most common first."""
+"""WordNet 3.0 (Princeton), read from Debian's wordnet-base: its synsets, and each word's senses, most common first."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class WordNet:
 
 
 def is_plain(word: str) -> bool:
-    """Return whether `word` consists only of lower-case letters, so is neither a name nor a phrase."""
+    """Return whether `word` consists only of lower-case letters, as names and phrases do not."""
     return re.fullmatch(r"[a-z]+", word) is not None
 
 

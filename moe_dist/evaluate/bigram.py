@@ -5,10 +5,10 @@ Interpolated absolute discounting (Ney, Essen and Kneser 1994; Chen and Goodman 
   B(w) = a c(w) / N + b k(w) / K + (1 - a - b) / V
 where k(w) is the number of different predecessors of w (Kneser and Ney 1995), K is the sum of all k(w) and V is the
 size of the vocabulary. There is one model for contexts that are text tokens and one for contexts that are image tokens.
-D, a and b are fitted on a tenth of the TRAINING documents, with counts of the other nine tenths. The final counts are
-those of all training documents. Documents of equal text are either all in this tenth or all outside it. Otherwise
-repeated captions would make new bigrams look rarer in the fit than they are in the held-out split. D may exceed 1,
-because a bigram of a repeated caption is counted once for every repetition.
+The parameters D, a and b are fitted on a tenth of the TRAINING documents, using counts from the other nine tenths. The
+final counts are from all training documents. Documents with the same text are either all in this tenth or all outside
+it. Otherwise repeated captions would make new bigrams look rarer in the fit than they are in the held-out split. The
+discount D may exceed 1, because a bigram of a repeated caption is counted once for every repetition.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DISCOUNTS = np.geomspace(0.1, 20, 28)
 
 @dataclass(frozen=True)
 class Bigrams:
-    """Pairs (context, following token), which are counted to fit a model or whose probability is wanted."""
+    """Pairs (context, following token). They are counted to fit a model, or a model computes their probabilities."""
 
     context: np.ndarray
     following: np.ndarray
@@ -50,7 +50,7 @@ class Bigrams:
 
 
 class Counts:
-    """Counts of the bigrams over a vocabulary of `size` ids, and the three distributions that B mixes."""
+    """Bigram counts over a vocabulary of `size` ids, and the three distributions that B mixes."""
 
     def __init__(self, bigrams: Bigrams, size: int):
         self._size = size
@@ -61,7 +61,10 @@ class Counts:
         self._lower = np.stack([counts / max(counts.sum(), 1) for counts in (unigram, predecessors, np.ones(size))])
 
     def estimates(self, bigrams: Bigrams, discount: float) -> np.ndarray:
-        """Return the terms of P for n bigrams, [4, n]: the discounted bigram, then f(v) times each term of B."""
+        """Return the terms of P for n bigrams, [4, n].
+
+        The first row is the discounted bigram term. The other rows are f(v) times each distribution that B mixes.
+        """
         freed = np.bincount(self._keys // self._size, np.minimum(self._pairs, discount), minlength=self._size)
         total = self._totals[bigrams.context]
         f = np.where(total > 0, freed[bigrams.context] / np.maximum(total, 1), 1.0)
@@ -112,7 +115,7 @@ def fit_weights(parts: np.ndarray) -> tuple[np.ndarray, float]:
 class Bigram:
     """The bigram model: one ContextModel per modality.
 
-    `mean_losses(bigram.token_losses, ...)` returns losses that can be compared with those of perplexity.evaluate.
+    Its losses, `mean_losses(bigram.token_losses, ...)`, can be compared with those that perplexity.evaluate returns.
     """
 
     def __init__(self, models: Sequence[ContextModel], modality_of: np.ndarray):

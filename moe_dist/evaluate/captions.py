@@ -1,8 +1,9 @@
 """Caption gain: how much better a model predicts an image after its own caption than after another image's caption.
 
-Every image is evaluated twice, each time in a separate document: once after its own caption, once after another's. The
-two losses of an image give a difference. The differences of all images with the same caption are averaged first,
-because such images (several vendors' drawings of one thing) are not independent. The gain is the mean over captions.
+Every image is evaluated twice, each time in a separate document: once after its own caption and once after another
+image's caption. The gain of an image is the difference between these two losses. The gains of all images with the same
+caption are averaged first, because such images (several vendors' drawings of one thing) are not independent. The
+caption gain is the mean over captions.
 
 Shape suffixes: T tokens of a micro-batch, N documents of a micro-batch.
 """
@@ -59,7 +60,10 @@ def caption_gain(forward: Callable, store: DocumentStore, held_out: HeldOutSplit
 
 @torch.no_grad()
 def _image_losses(forward: Callable, batches: Iterable[Batch]) -> dict[Image, float]:
-    """Return every image's mean loss per code, from the batches of all ranks. Equal images are averaged. Collective."""
+    """Return a dict from each image to its mean loss per code, averaged over the image's occurrences on all ranks.
+
+    Collective.
+    """
     found = defaultdict(list)
     for batch in batches:
         losses_T = F.cross_entropy(forward(batch).logits_TV.float(), batch.targets_T, reduction="none").double()

@@ -1,7 +1,8 @@
 """Accuracy on multiple-choice items. A model's answer is the option whose first token is most likely after the prompt.
 
-Each item takes one forward pass, whether its options are letters or words. If the correct option begins with the same
-token as another one, the item counts as wrong; data/tasks/choice_items.py refuses a split with no other items.
+Answering an item takes one forward pass, whether its options are letters or words. If the correct option begins with
+the same token as another option, the item counts as wrong. A split in which this is so for every item is refused
+(data/tasks/choice_items.py).
 
 Shape suffixes: T tokens of a micro-batch, S samples of a micro-batch, N items, O options, R routing values of an item.
 """
@@ -74,7 +75,7 @@ def answer_all(
 
 
 def _warn(choices: Mapping[int, Choice], report: SampleReport) -> None:
-    """Print how many items were left out, and how many count as wrong whatever the model prefers."""
+    """Print how many items were left out, and how many count as wrong whichever option the model prefers."""
     if report.bad:
         print(f"warning: {report.summary()}", file=sys.stderr, flush=True)
     ambiguous = sum(choice.ambiguous for choice in choices.values())
@@ -85,10 +86,11 @@ def _warn(choices: Mapping[int, Choice], report: SampleReport) -> None:
 
 @torch.no_grad()
 def answer(forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Choice], layout: Layout) -> Answers:
-    """Answer all items of the batches. Collective: every rank calls it with the same number of batches.
+    """Answer all items of the batches. Collective: every rank must call it with the same number of batches.
 
-    forward: Batch -> an output with logits_TV and records. choices: items by sample hash, all with the same number of
-    options (data/tasks/choice_items.py). Samples that are not in it are left out. Raises UserError if there is no item.
+    forward: Batch -> an output with logits_TV and records. choices: the items, keyed by sample hash, all with the same
+    number of options (data/tasks/choice_items.py). Samples that are not in `choices` are left out. Raises UserError if
+    no items remain.
     """
     mine = []
     for batch in batches:
@@ -135,7 +137,7 @@ def _first_of_each(sample_N: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A model's result: per task, which items it answered correctly."""
+    """A model's result: for each item of each task, whether the model answered it correctly."""
 
     right: Mapping[str, Mapping[int, bool]]  # task -> sample -> right
 
@@ -148,7 +150,7 @@ class Result:
         return cls(right)
 
     def to_json(self) -> dict[str, Any]:
-        """Return accuracies with intervals, and which items were answered correctly (to compare models later)."""
+        """Return accuracies with intervals, and whether each item was answered correctly (to compare models later)."""
         return {
             "accuracy": {
                 task: {"right": sum(items.values()), "items": len(items), "share": share, "interval_95": interval}
@@ -164,19 +166,19 @@ class Result:
         return cls({task: {int(sample): bool(r) for sample, r in items.items()} for task, items in right})
 
     def tasks(self) -> dict[str, Mapping[int, bool]]:
-        """Return a dict from task to the task's items. Key "overall" has the items of all tasks."""
+        """Return a dict from each task to the task's items. The key "overall" holds the items of all tasks."""
         return {**self.right, OVERALL: {sample: r for items in self.right.values() for sample, r in items.items()}}
 
 
 def accuracy(items: Mapping[int, bool]) -> tuple[float, Interval]:
-    """Return the fraction of items that are answered correctly, and the fraction's 95 % Wilson interval."""
+    """Return the fraction of items that were answered correctly, and its 95 % Wilson interval."""
     right = sum(items.values())
     return right / len(items), wilson(right, len(items))
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A comparison of two models that answered the same items: on how many only one of them was correct."""
+    """A comparison of two models that answered the same items: how many items only one of the models got right."""
 
     gained: int  # items that only the second model answers correctly
     lost: int  # items that only the first model answers correctly

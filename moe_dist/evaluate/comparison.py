@@ -1,9 +1,9 @@
 """Comparison of a trained model's held-out loss with two references.
 
-The first reference is the loss of a smoothed bigram model that is fitted on the training split. A trained model must
-have a lower loss than this. The second reference is the model's own loss when captions are shuffled among the images.
-It must also be higher than the model's loss with the true captions; otherwise the model does not use one modality to
-predict the other.
+The first reference is the loss of a smoothed bigram model that is fitted on the training split. The trained model must
+have a lower loss than the bigram model. The second reference is the trained model's own loss when captions are shuffled
+among the images. This loss must be higher than the loss with the true captions; otherwise the model does not use one
+modality to predict the other.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from moe_dist.evaluate.perplexity import evaluate, mean_losses
 def compare_with_references(
     forward: Callable, held_out: HeldOutSplit, *, train: DocumentStore, store: DocumentStore, causal_too: bool = False
 ) -> dict[str, float]:
-    """Measure the model's and the references' held-out losses in nats per token. Collective.
+    """Measure the held-out losses of the model and of the references, in nats per token. Collective.
 
-    Returns a dict whose keys are in metrics/metric_keys.py.
+    Returns a dict from metric key (metrics/metric_keys.py) to value.
     forward: Batch -> an output with logits_TV. train: the training split. store: the held-out split.
     causal_too: also measure the losses with causal routing (eval/causal/...), for a model trained with non-causal
     routing.

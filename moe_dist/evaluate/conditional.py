@@ -24,7 +24,7 @@ from moe_dist.evaluate.perplexity import evaluate
 
 
 class Pairs:
-    """A document store with only the image-text pairs of another store, without its texts and instructions."""
+    """A document store that contains only the image-text pairs of another store, not its texts and instructions."""
 
     domains: tuple[str, ...] = ()
 
@@ -66,7 +66,7 @@ def conditional_losses(forward: Callable, store: DocumentStore, held_out: HeldOu
 def _counted(batch: Batch, vocabulary: Vocabulary, image_first: bool) -> Tensor:
     """Return a mask, bool [T], of the predictions to evaluate.
 
-    If image_first, these are the caption and EOS of each pair, otherwise the image codes.
+    If image_first is true, these are the caption and the EOS of each pair; otherwise they are the image codes.
     """
     if not image_first:
         return batch.loss_mask_T & (batch.target_modality_T == IMAGE)

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def smoothed(values_S: np.ndarray, window: int) -> np.ndarray:
-    """Return the mean of every `window` consecutive steps, [W] with W = S - window + 1.
+    """Return the mean of every `window` consecutive steps, [W], where W = S - window + 1.
 
     Raises ValueError if S < window.
     """
@@ -21,7 +21,7 @@ def smoothed(values_S: np.ndarray, window: int) -> np.ndarray:
 def flops_to_reach(flops_W: np.ndarray, loss_W: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Return the FLOPs at which a loss curve first reaches each target.
 
-    The curve is interpolated linearly between its points. The result is nan for a target that it never reaches.
+    The curve is interpolated linearly between its points. The result is nan for a target that the curve never reaches.
     """
     lowest_W = np.minimum.accumulate(loss_W)
     after = np.searchsorted(-lowest_W, -targets)  # the first point at or below the target
@@ -37,9 +37,9 @@ def eta(dense_flops_W: np.ndarray, dense_loss_W: np.ndarray, flops_W: np.ndarray
     """Return (FLOPs at which the dense model first reaches a loss) / (FLOPs at which the other model first does).
 
     There is one ratio per point of the dense model's curve, for the lowest loss that the dense model has reached by
-    then. Above 1, the other model is better. The ratio is nan if the other model never reaches that loss. The numerator
-    is not the number of FLOPs at the point itself, because this would reward the other model wherever the dense model's
-    loss stagnates.
+    then. A ratio above 1 means that the other model is better. The ratio is nan if the other model never reaches that
+    loss. The numerator is not the number of FLOPs at the point itself, because this would reward the other model
+    wherever the dense model's loss stagnates.
     """
     targets = np.minimum.accumulate(dense_loss_W)
     return flops_to_reach(dense_flops_W, dense_loss_W, targets) / flops_to_reach(flops_W, loss_W, targets)

@@ -1,4 +1,4 @@
-"""Iteration over a held-out split: how many groups to evaluate, in which order, and which of them this rank reads."""
+"""Iteration over a held-out split: how many groups are evaluated, in which order, and which of them this rank reads."""
 
 from __future__ import annotations
 

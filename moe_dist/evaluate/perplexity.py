@@ -27,7 +27,7 @@ def evaluate(
     Returns eval/loss, eval/loss/text, eval/loss/image and eval/loss/domain/NAME. A key is absent if it has no
     predictions.
     forward: Batch -> an output with logits_TV. domains: the names that the batches' domain_T indexes; empty if the data
-    have no domains. Collective: every rank calls it with the same number of batches, which held_out_batches ensures.
+    have no domains. Collective: every rank must call it with the same number of batches, as held_out_batches ensures.
     """
 
     def of_batch(batch: Batch) -> Tensor:
@@ -39,9 +39,9 @@ def evaluate(
 def mean_losses(
     token_losses: TokenLosses, batches: Iterable[Batch], layout: Layout, domains: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Return the mean of any per-token loss over the unmasked predictions of all ranks. Collective.
+    """Return the mean of a per-token loss over the unmasked predictions of all ranks. Collective.
 
-    The argument `domains` and the returned keys are as in evaluate.
+    token_losses: computes the loss. The argument `domains` and the returned keys are as in evaluate.
     """
     names = [*(f"eval/loss/{name}" for name in MODALITIES), *(f"eval/loss/domain/{name}" for name in domains)]
     # One row per name: sum, count. The last row is for predictions without a domain.

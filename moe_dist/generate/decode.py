@@ -1,8 +1,8 @@
 """Token-by-token decoding with a KV cache. Every rank decodes its own samples.
 
 Models whose routing depends on later tokens are refused. All ranks decode in step, because experts may be on other
-ranks. A rank whose samples are all done feeds a padding token until every rank is done. A sample does not depend on its
-rank or on the other samples of the rank.
+ranks. A rank whose samples are all done feeds a padding token until every rank is done. The result for a sample does
+not depend on the rank that decodes it or on the other samples of that rank.
 
 Shape suffixes: R rows (documents in the cache), S samples, T tokens, V vocabulary.
 """
@@ -30,7 +30,7 @@ OnStep = Callable[[int], None]  # called after every step with the number of unf
 
 
 def check_can_generate(model: Transformer) -> None:
-    """Raise UserError if the model cannot generate: a token's routing depends on later tokens or on other samples."""
+    """Raise UserError if the model cannot generate because its routing depends on later tokens or on other samples."""
     if not model.can_route_causally:
         raise UserError(
             "the model's routing depends on later tokens (expert choice, mixture-of-depths), so it cannot generate "
@@ -46,7 +46,7 @@ def check_can_generate(model: Transformer) -> None:
 
 @dataclass(slots=True)
 class _Row:
-    """A document in the KV cache: a sample, or the sample's copy without caption, which guidance compares it with."""
+    """A document in the KV cache: either a sample, or the copy of a sample without its caption, used for guidance."""
 
     sample: GenerationState
     unconditional: bool
@@ -63,7 +63,7 @@ def generate(
     layout: Layout,
     on_step: OnStep,
 ) -> None:
-    """Generate the remaining tokens of this rank's samples. Collective: a rank without samples must call it, too."""
+    """Generate all remaining tokens of this rank's samples. Collective: a rank without samples must call it, too."""
     device, dtype = layout.device, model.embedding.weight.dtype
     rows = [_Row(sample, False, sample.prompt.tokens) for sample in samples]
     if sampling.guidance != 1:
@@ -87,7 +87,10 @@ def generate(
 
 
 def _micro_batch(rows: Sequence[_Row], form: Format) -> tuple[Tensor, TokenInfo]:
-    """Concatenate the tokens that each row reads next. Without rows, return a padding token. On the CPU."""
+    """Build a micro-batch on the CPU from the tokens that each row reads next, and count these tokens as read.
+
+    If there are no rows, the micro-batch is a single padding token.
+    """
     feeds = [row.feed for row in rows] or [(form.vocabulary.pad,)]
     starts = [row.read for row in rows] or [0]
     # Token ids are unique, and those of a sample do not depend on the other samples.

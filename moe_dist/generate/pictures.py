@@ -1,4 +1,4 @@
-"""Generated samples as files: a PNG for every image, samples.jsonl with everything else, and a contact sheet."""
+"""Writing of generated samples: a PNG file for every image, samples.jsonl for everything else, and a contact sheet."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LINE_HEIGHT, CHARACTERS, COLUMNS = 14, 27, 6
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """A finished sample. `parts` are the generated texts and images (lists of the image tokenizer's codes)."""
+    """A finished sample. `parts` holds the generated texts and images, each image as a list of codes."""
 
     number: int
     task: Task
@@ -61,7 +61,7 @@ class Generated:
 def write_generated(folder: Path, samples: Sequence[Generated], image: ImageTokenizer | None, settings: dict) -> None:
     """Write samples.jsonl, NUMBER.png (NUMBER_2.png, ...) and sheet.png.
 
-    Each line of samples.jsonl contains `settings`.
+    Each line of samples.jsonl describes one sample and repeats `settings`.
     """
     folder.mkdir(parents=True)
     lines = [sample.to_json() | settings for sample in samples]  # written first: an error in an image loses none
@@ -84,7 +84,7 @@ def _draw(codes: Sequence[int], image: ImageTokenizer | None) -> Image.Image:
 
 
 def contact_sheet(cells: Sequence[tuple[Image.Image | None, str]]) -> Image.Image:
-    """Draw a sheet of cells in rows. A cell is a picture (blank if None) above its text."""
+    """Draw a sheet that shows the cells in rows. A cell is a picture (blank if None) above its text."""
     columns = min(COLUMNS, len(cells))
     width, height = CELL + MARGIN, CELL + LINES * LINE_HEIGHT + MARGIN
     sheet = Image.new("RGB", (columns * width + MARGIN, -(-len(cells) // columns) * height + MARGIN), "white")

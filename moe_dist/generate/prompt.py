@@ -1,4 +1,4 @@
-"""Prompts for a model, and which tokens may follow, according to the document format of data/stream/packing.py.
+"""Prompts for a model, and the tokens that may follow, according to the document format of data/stream/packing.py.
 
   text -> image   BOS caption BOI | codes     unconditional: BOS BOI | codes, as in training with data.caption_dropout
   image -> text   BOS BOI codes EOI | caption EOS
@@ -33,7 +33,7 @@ Part = str | Image.Image
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt as parts (texts and pictures), and as token ids."""
+    """A prompt, both as parts (texts and pictures) and as token ids."""
 
     task: Task
     parts: tuple[Part, ...]
@@ -58,9 +58,9 @@ class GenerationState:
 
 
 class Format:
-    """The document format for one vocabulary and context length: builds prompts, and tells which tokens may follow.
+    """The document format for one vocabulary and context length. It builds prompts and says which tokens may follow.
 
-    context: the maximum length of a document, data.sequence_length.
+    context: the maximum length of a document in tokens (data.sequence_length).
     """
 
     TEXT, TEXT_OR_IMAGE, CODE, EOI = range(4)  # kinds of token allowed next
@@ -79,7 +79,7 @@ class Format:
         self.masks_KV: Tensor = torch.stack([text_V, text_V | boi_V, code_V, eoi_V])  # bool; K: kind of token
 
     def _try_to_draw(self) -> UserError | None:
-        """Decode an image to see if it is possible. Return the error (no image tokenizer or no decoder), else None."""
+        """Try to decode an image. Return the error if this fails (no image tokenizer or no decoder), otherwise None."""
         try:
             self._image_tokenizer("make").decode(torch.zeros(1, self.num_codes, dtype=torch.int64))
         except UserError as error:
@@ -114,7 +114,7 @@ class Format:
         return self._checked("text", (picture,))
 
     def mixed(self, parts: Sequence[Part]) -> Prompt:
-        """Build a prompt of texts and pictures, to be continued with both.
+        """Build a prompt from texts and pictures, to be continued with texts and pictures.
 
         Raises UserError if the prompt is too long, or if pictures cannot be encoded.
         """
@@ -147,22 +147,28 @@ class Format:
     def start(self, number: int, prompt: Prompt, max_tokens: int) -> GenerationState:
         """Create the initial state of sample `number`, without generated tokens.
 
-        max_tokens: limit on the generated tokens. It is ignored if the prompt asks for an image, which has a fixed
-        number.
+        max_tokens: limit on the number of generated tokens. It is ignored if the prompt asks for an image, because an
+        image has a fixed number of tokens.
         """
         if prompt.task == "image":
             return GenerationState(number, prompt, len(prompt.tokens) + self.num_codes, codes_left=self.num_codes)
         return GenerationState(number, prompt, min(self.context, len(prompt.tokens) + max_tokens))
 
     def next(self, sample: GenerationState) -> int:
-        """Return which kind of token may come next (TEXT, TEXT_OR_IMAGE, CODE or EOI), a row number of masks_KV."""
+        """Return the kind of token that may come next: TEXT, TEXT_OR_IMAGE, CODE or EOI.
+
+        The kind is also the number of a row of masks_KV.
+        """
         if sample.codes_left:
             return self.CODE if sample.codes_left > 0 else self.EOI
         fits = sample.length + self.num_codes + 2 <= sample.limit
         return self.TEXT_OR_IMAGE if sample.prompt.task == "mixed" and not self.cannot_draw and fits else self.TEXT
 
     def add(self, sample: GenerationState, token: int) -> None:
-        """Append a token, which `next` must allow, to the sample. If this completes the sample, mark it as done."""
+        """Append a token to the sample. If this completes the sample, mark it as done.
+
+        The token must be of the kind that `next` returns.
+        """
         sample.generated.append(token)
         if sample.codes_left > 0:
             sample.codes_left -= 1

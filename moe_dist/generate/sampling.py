@@ -44,8 +44,9 @@ def nucleus(probs_SV: Tensor, top_p: float) -> Tensor:
 
 
 def choose(logits_SV: Tensor, allowed_SV: Tensor, sampling: Sampling, sample_S: Tensor, position_S: Tensor) -> Tensor:
-    """Draw the next token of each sample, int64 [S], from the allowed ones (bool [S, V], at least one per sample).
+    """Draw the next token of each sample, int64 [S].
 
+    allowed_SV: the tokens that may be drawn (bool, at least one per sample).
     The random number depends only on (seed, sample, position). The draw inverts the cumulative distribution in the
     order of the ids. If the logits differ between layouts by rounding, the boundaries between tokens therefore move by
     no more than that difference, and the same token is almost always drawn.

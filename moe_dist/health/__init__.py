@@ -1,4 +1,4 @@
-"""The health of a run: checks before training, detection of hangs and slow ranks, and when to restart a job.
+"""The health of a run: checks before training, detection of hangs and slow ranks, and restarting of failed jobs.
 
 Imports core, config, parallel and metrics.
 """

@@ -49,7 +49,7 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """The result of the checks: every rank's report, and the rate at which each rank sent in the all-to-all."""
+    """The result of the checks: each rank's report, and the rate at which it sent data in an all-to-all exchange."""
 
     ranks: tuple[RankReport, ...]
     bytes_per_second: tuple[float, ...]  # by rank; empty for a single rank
@@ -58,7 +58,7 @@ class Health:
         return asdict(self)
 
     def summary(self) -> str:
-        """Return one line per host, and a last line with the software and the network speed that all ranks share."""
+        """Return one line per host, and a last line with the common software and the slowest rank's network speed."""
         lines = []
         for host, group in groupby(enumerate(self.ranks), lambda item: item[1].host):
             ranks, reports = zip(*group)
@@ -75,7 +75,10 @@ class Health:
 
 
 def check_health(config: Config, device: torch.device) -> Health:
-    """Compare the ranks and test an all-to-all. Raises UserError naming the host. Collective on the default group."""
+    """Compare the reports of all ranks, and test an all-to-all. Collective over the default group.
+
+    Raises UserError naming the host of a rank that differs or receives wrong data.
+    """
     ranks = tuple(gather_objects(report(config, device)))
     differences = compare(ranks)
     if differences:
@@ -94,7 +97,7 @@ def check_health(config: Config, device: torch.device) -> Health:
 
 
 def report(config: Config, device: torch.device) -> RankReport:
-    """Return the report about this rank: its host, hardware and software."""
+    """Return a report on this rank: its host, hardware and software."""
     is_cuda = device.type == "cuda"
     name = f" {torch.cuda.get_device_name(device)}" if is_cuda else ""
     versions = {"python": platform.python_version(), **{package: _version(package) for package in PACKAGES}}
@@ -111,7 +114,10 @@ def report(config: Config, device: torch.device) -> RankReport:
 
 
 def compare(ranks: tuple[RankReport, ...]) -> list[str]:
-    """Return one phrase for each value in which a rank differs from the most common value (in a tie, from rank 0's)."""
+    """Return a phrase for each value of a rank that differs from the most common value among the ranks.
+
+    In a tie, the tied value of the lowest rank counts as the most common.
+    """
     differences = []
     for name in ranks[0].comparable():
         values = [rank.comparable().get(name) for rank in ranks]
@@ -128,8 +134,8 @@ def compare(ranks: tuple[RankReport, ...]) -> list[str]:
 def exchange(device: torch.device) -> tuple[float, list[int]]:
     """Send a block of known numbers to every rank, and check the blocks received from every rank. Collective.
 
-    Return the bytes per second sent to other ranks, and the ranks whose blocks arrived with wrong numbers. The rate is
-    that of the fastest of several rounds, since the first round also opens the connections.
+    Return the bytes per second that this rank sent to other ranks, and the ranks whose blocks arrived with wrong
+    numbers. The rate is from the fastest of several rounds, since the first round also opens the connections.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     numbers = torch.arange(max(SENT_BYTES // 8 // world, 1), device=device)

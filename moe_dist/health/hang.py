@@ -1,4 +1,4 @@
-"""Hang detection: a run that stops making progress writes every rank's stacks to a file and exits."""
+"""Hang detection: if a run stops making progress, every rank writes its stacks to a file and exits."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""The decision whether a scheduler runs a job again.
+"""This module decides whether a scheduler runs a job again.
 
-It is based on RUN/status.json (how the last attempt ended) and RUN/job.json (how the attempt started, and the failures
-before it).
+The decision is based on RUN/status.json, which says how the last attempt ended, and on RUN/job.json, which says how the
+attempt started and how many failures preceded it.
 
 A job is attempted until its run is done. After a failed attempt, the next attempt resumes from the last checkpoint.
 There is no next attempt after an error that a person must fix, or after `max_failures` failures in a row without a
-newer checkpoint. If an attempt's node dies, the attempt cannot record how it ended. The next attempt then determines it
-from the files. A second job in the same run folder is refused, and run.resume=none applies only to a job's first start
-(`begin`).
+newer checkpoint. If an attempt's node dies, the attempt cannot record how it ended. The next attempt then determines
+this from the files. A second job in the same run folder is refused, and run.resume=none applies only to a job's first
+start (`begin`).
 
 This module does not import torch, since it runs before and after the ranks.
 """
@@ -44,7 +44,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The start of an attempt: the step after which it resumes, and overrides to append to the recipe's overrides."""
+    """The plan of an attempt: the step after which it resumes, and overrides to append to those of the command line."""
 
     step: int
     overrides: list[str]
@@ -91,7 +91,7 @@ def begin(config: Config, job: str, restarts: int, max_failures: int) -> Plan | 
 
 
 def end(run: Path, code: int, max_failures: int) -> Ending:
-    """Judge the attempt whose launcher has just exited with status `code`, and record that it is closed.
+    """Judge the attempt whose launcher has just exited with status `code`, and record that the attempt has ended.
 
     Raises UserError if job.json is missing or damaged.
     """
@@ -156,7 +156,7 @@ def _written(folder: RunFolder) -> int:
 
 
 def _checkpoints(folder: RunFolder) -> dict[str, int]:
-    """Return the names of the finished checkpoints, each with the time when it was written, in ns.
+    """Return a dict from the name of each finished checkpoint to the time when the checkpoint was written, in ns.
 
     A checkpoint is finished once its folder has its final name.
     """

@@ -23,10 +23,10 @@ from moe_dist.parallel.discovery import host_name
 
 
 class Stragglers:
-    """Context manager around each training step. It reports slow ranks. Every rank enters it.
+    """Context manager around each training step that reports slow ranks. Every rank must enter it.
 
-    Every `straggler_every` steps the ranks exchange their own seconds (collective). If the slowest rank's seconds are
-    at least `straggler_factor` times the median of the others, rank 0 prints this and appends it to
+    Every `straggler_every` steps, the ranks exchange the seconds of their own work (collective). If the seconds of the
+    slowest rank are at least `straggler_factor` times the median of the others, rank 0 prints this and appends it to
     RUN/stragglers.jsonl.
     """
 
@@ -76,7 +76,7 @@ class Stragglers:
 def find(everyone: list[tuple[float, str]], factor: float) -> dict[str, Any] | None:
     """Return the line to report about the slowest rank, or None if the rank is not slow.
 
-    The rank is slow if its own seconds are at least `factor` times the median of the other ranks.
+    The rank is slow if its own seconds are at least `factor` times the median over the other ranks.
     everyone: (own seconds, host) of each rank.
     """
     if len(everyone) < 2:

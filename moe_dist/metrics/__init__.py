@@ -1,4 +1,4 @@
-"""Metrics of a run, and where they are written: metric keys, routing metrics, FLOPs, sinks, progress, reports.
+"""Metrics of a run, and their output: metric keys, routing metrics, FLOPs, sinks, progress display, reports.
 
 Also the run folder, which holds all files of a run. Imports core, config and parallel.
 """

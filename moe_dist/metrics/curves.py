@@ -45,7 +45,7 @@ class RunMetrics:
         return list(dict.fromkeys(key for line in self.lines for key in line))
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return (tokens, values) from the lines with `key`. If values are lists, `values` has one row per line."""
+        """Return (tokens, values) from the lines that have `key`. If the values are lists, each line gives one row."""
         pairs = [(line["tokens"], line[key]) for line in self.lines if line.get(key) is not None]
         tokens, values = zip(*pairs) if pairs else ((), ())
         return np.array(tokens, dtype=float), np.array(values, dtype=float)
@@ -101,7 +101,7 @@ def write_report(path: str | Path, baseline: Mapping[str, float] | None = None) 
 
 
 def report_or_explain(path: str | Path) -> None:
-    """Write the report. If matplotlib is not installed, print which extra installs it instead. Raises UserError."""
+    """Write the report. If matplotlib is not installed, print instead which extra installs it. Raises UserError."""
     try:
         write_report(path)
     except MissingExtra as error:
@@ -123,7 +123,7 @@ def _make_figure(width: float, height: float) -> Figure:
 
 
 def loss_figure(runs: Sequence[RunMetrics], baseline: Mapping[str, float]) -> Figure:
-    """Plot each loss (all tokens, text, image) in its own panel.
+    """Plot the losses over all tokens, over text and over images, each in its own panel.
 
     A panel shows the training loss (raw and smoothed), the held-out losses as points and the bigram baseline as a line.
     """
@@ -150,7 +150,7 @@ def loss_figure(runs: Sequence[RunMetrics], baseline: Mapping[str, float]) -> Fi
 def routing_figure(run: RunMetrics) -> Figure:
     """Plot a heat map of each layer's expert utilization over time, and curves of unrouted tokens and rank imbalance.
 
-    If every expert always has its fair share (expert choice), leave out the heat map and say so in the title.
+    If every expert always has its fair share (expert choice), the title says this and the heat map is left out.
     """
     loads = {key.split("/")[1]: run.series(key) for key in run.keys if key.endswith("/utilization")}
     even = all(np.nanmax(np.abs(load - 1), initial=0) < 0.01 for _, load in loads.values())
@@ -294,6 +294,6 @@ def _mean(rows: np.ndarray) -> np.ndarray:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Return a centred moving average. Its window is about 4 % of the run, and less at the run's ends."""
+    """Return a centred moving average. The window is about 4 % of the run, and shorter at the ends of the run."""
     window = np.hanning(max(1, len(values) // 25) + 2)[1:-1]
     return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")

@@ -1,4 +1,4 @@
-"""FLOPs of training, computed from the matrix products that each module of a model reports (core/costs.py).
+"""The FLOPs of training, computed from the matrix products that each module of a model reports (core/costs.py).
 
 A multiply-add is 2 FLOPs. A product counts once for the forward pass, once more for the gradient of its weights if they
 are trained, and once more for the gradient of its input if an earlier product has trained weights. Therefore the FLOPs
@@ -15,7 +15,10 @@ from moe_dist.core.costs import Costed, Product, Work
 
 
 def model_flops(model: Costed, work: Work) -> int:
-    """Return the FLOPs of one micro-batch, forward and backward. The gradients of frozen parameters are not counted."""
+    """Return the FLOPs of the forward and backward passes of one micro-batch.
+
+    The gradients of frozen parameters are not counted.
+    """
     return _flops(model, work, _is_trained)
 
 
@@ -33,8 +36,8 @@ def flops_saved(
     In this model, a token reaches `experts` experts per layer on average. In the model that it is compared with, every
     token reaches `top_k` experts in every layer.
 
-    Neither number of FLOPs includes the routers. Both count all parameters as trained that any stage can train, so a
-    stage that freezes parameters does not change the result.
+    Neither number of FLOPs includes the routers. In both, every parameter that some stage can train counts as trained,
+    so a stage that freezes parameters does not change the result.
     tokens: the number of routed tokens, without padding.
     experts: the mean over all `tokens`, including those that skip a layer with mixture-of-depths.
     admitted: as in Work.
@@ -53,7 +56,10 @@ def _flops(model: Costed, work: Work, trained: Callable[[Product], bool]) -> int
 
 
 def _with_backward(chain: Iterable[Product], trained: Callable[[Product], bool]) -> int:
-    """Return the multiply-adds of a chain of products: those of the forward pass and of all gradients needed."""
+    """Count the multiply-adds of a chain of products, in the forward pass and in computing the gradients.
+
+    trained: returns whether the weights of a product are trained. Gradients that training does not need do not count.
+    """
     total, before = 0, False  # before: an earlier product of the chain is trained
     for product in chain:
         own = before if product.weights is None else trained(product)

@@ -1,8 +1,8 @@
-"""The table of all metric keys. metrics.jsonl, TensorBoard and W&B all use these keys.
+"""The table of all metric keys, which metrics.jsonl, TensorBoard and W&B share.
 
-{layer} stands for a layer's number, {modality} for text or image, {domain} for the name of a domain of the
-instructions. All losses are in nats per predicted token. The moe/ keys and model_flops cover all micro-batches of the
-step on all ranks.
+In the keys, {layer} stands for a layer's number, {modality} for text or image, and {domain} for the name of a domain of
+the instructions. All losses are in nats per predicted token. The moe/ keys and model_flops cover all micro-batches of
+the step on all ranks.
 """
 
 from __future__ import annotations

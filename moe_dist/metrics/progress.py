@@ -1,6 +1,6 @@
-"""The progress display of rank 0: step, losses, tokens per second, time left.
+"""The progress display on rank 0. It shows the step, the losses, the tokens per second and the time left.
 
-If the output is a log file instead of a terminal, a plain line is printed at intervals instead of the live display.
+The display is live in a terminal. If the output is a log file, a plain line is printed at intervals instead.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ WINDOW = 50  # number of updates over which the speed is averaged
 
 
 class Progress:
-    """Context manager around a training loop. It shows the loop's progress if `is_main`, otherwise nothing.
+    """Context manager around a training loop. It shows the loop's progress if `is_main` is true, otherwise nothing.
 
-    The loop starts after `step` of `total` steps. causal: `Transformer.causal_routing`. If it is False, the losses are
-    labelled "non-causal".
+    The loop starts after `step` of `total` steps. causal: the model's `Transformer.causal_routing`. If it is False, the
+    losses are labelled "non-causal".
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class Progress:
             self.live.stop()
 
     def update(self, step: int, metrics: Metrics) -> None:
-        """Show the metrics of a step. In a log file, skip them if the last line is only seconds old.
+        """Show the metrics of a step. In a log file, metrics are skipped if the previous line is only seconds old.
 
-        Metrics of the last step and metrics with a held-out loss are never skipped.
+        The metrics of the last step, and metrics that include a held-out loss, are never skipped.
         """
         if not self.is_main:
             return

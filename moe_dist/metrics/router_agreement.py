@@ -19,10 +19,10 @@ Ratio = tuple[str, Tensor, Tensor]  # name, numerator, denominator: counts of th
 def decision_counts(
     records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], info: TokenInfo
 ) -> dict[str, Tensor]:
-    """Count, for one micro-batch of this rank, the metrics admitted, auxiliary_* and depth_* of metric_keys.py.
+    """Compute the counts behind the metrics admitted, auxiliary_* and depth_* for one micro-batch of this rank.
 
-    Returns a dict from metric key to [numerator, denominator], int64 [2]. The counts of several micro-batches and ranks
-    can be added.
+    Returns a dict from metric key (metric_keys.py) to [numerator, denominator], int64 [2]. The counts of several
+    micro-batches and ranks can be added.
     """
     counts: dict[str, Tensor] = {}
     for name, numerator, denominator in _ratios(records, depths, info):
@@ -32,7 +32,7 @@ def decision_counts(
 
 
 def decision_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the ratios of summed decision_counts. If the denominator of a ratio is 0, its key is left out."""
+    """Compute the metrics from summed results of decision_counts. A metric whose denominator is 0 is left out."""
     pairs = {name: total.tolist() for name, total in totals.items()}
     return {name: numerator / of for name, (numerator, of) in pairs.items() if of}
 
@@ -51,7 +51,7 @@ def _ratios(records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], inf
 
 
 def _members(part: Routing, info: TokenInfo) -> dict[str, Tensor]:
-    """Return, for each modality, a mask (bool [V]) of the modality's tokens."""
+    """Return a dict from each modality to a mask of its tokens, bool [V]."""
     modality_V = info.modality_T.index_select(0, part.token_V)
     return {name: modality_V == index for index, name in enumerate(MODALITIES)}
 

@@ -1,14 +1,15 @@
 """Routing metrics: how evenly experts and ranks are used, and which tokens they process.
 
-They include the number of experts per token of each modality, and the experts that receive the tokens of each domain.
+The metrics include the number of experts per token for each modality, and the experts that receive each domain's
+tokens.
 
 Shape suffixes: L MoE layers, G expert-parallel groups (edp of them), R ranks of one group, E experts, M modalities,
 D domains, T tokens of a micro-batch.
 
 An expert's utilization is its number of assignments divided by its fair share. The fair share is the mean number of
 assignments of the experts in the same group (`Router.expert_groups`: the experts of one modality, or all experts). A
-utilization of 1 is even, 0 is unused. Under expert choice, every utilization is 1 by construction, so unrouted_fraction
-is the metric to watch.
+utilization of 1 means that the experts are used evenly, and 0 that the expert is unused. Under expert choice, every
+utilization is 1 by construction, so unrouted_fraction is the metric to watch.
 """
 
 from __future__ import annotations
@@ -65,10 +66,11 @@ def routing_counts(
     domain_T: Tensor | None = None,
     num_domains: int = 0,
 ) -> RoutingCounts:
-    """Count the assignments in one micro-batch of this rank. Neither communicates nor synchronises with the device.
+    """Count the assignments in one micro-batch of this rank.
 
-    domain_T: int64 index of each token's domain, from Batch.sidecar. -1: the token has no domain. None: the data have
-    no domains.
+    This needs neither communication between ranks nor synchronisation with the device.
+    domain_T: int64 index of each token's domain, from Batch.sidecar; -1 for a token without a domain. It is None if the
+    data have no domains.
     """
     device = records[0].plan.counts_E.device
     hits_LT = torch.stack([record.experts_of_T(info.num_tokens) for record in records])
@@ -95,7 +97,7 @@ def _dropped(records: Sequence[RoutingRecord], load_LE: Tensor) -> Tensor:
 
 
 def _by_domain(record: RoutingRecord, domain_T: Tensor | None, num_domains: int) -> Tensor:
-    """Return the number of assignments per domain and expert, [D, E]. Tokens without a domain are not counted."""
+    """Return the number of assignments for each domain and expert, [D, E]. Tokens without a domain are not counted."""
     if domain_T is None:
         return record.plan.counts_E.new_zeros(0, record.plan.counts_E.numel())
     row_T = torch.where(domain_T < 0, num_domains, domain_T)
@@ -113,7 +115,7 @@ def routing_metrics(
     local_experts: Sequence[Sequence[int]],
     domains: Sequence[str] = (),
 ) -> dict[str, float | list[float]]:
-    """Compute the metrics moe/* of metric_keys.py on the host, from counts that are summed over all ranks.
+    """Compute the moe/* metrics (metric_keys.py) on the host, from counts that are summed over all ranks.
 
     Keys of a modality without valid tokens and of a domain without assignments are left out. Any other ratio whose
     denominator is 0 is nan.
@@ -146,7 +148,7 @@ def routing_metrics(
 
 
 def _rank_imbalance(load_LGE: Tensor, local_experts: Sequence[Sequence[int]]) -> float:
-    """Return the largest ratio of a rank's rows to the mean over the ranks of its expert-parallel group.
+    """Return the largest ratio of a rank's number of rows to the mean over the ranks of its expert-parallel group.
 
     The maximum is over layers, groups and ranks. If experts are split into slices, each slice processes all rows of its
     expert.

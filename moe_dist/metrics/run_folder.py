@@ -4,7 +4,7 @@ The health checks add health.json and stacks/. A job under a scheduler adds job.
 rank 0 writes to the folder. A file that is rewritten is replaced atomically, so a reader never sees half a file. When a
 run resumes, the lines of metrics.jsonl after the step at which it resumes are removed.
 
-status.json is the authority on how a run ended, since launchers may exit with 0 after a signal or a failure:
+The file status.json is the authority on how a run ended, since launchers may exit with 0 after a signal or a failure:
     state     running | done | stopped (there is more to train) | failed
     step      optimizer steps done
     reason    why it stopped (a signal's name, or the recipe's train.stop_after) or failed; else null
@@ -38,7 +38,7 @@ RunState = Literal["running", "done", "stopped", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The paths of a run's files, and methods that write the files. Any rank may have one, but only rank 0 writes."""
+    """The paths of a run's files, and methods that write the files. All ranks use the paths; only rank 0 writes."""
 
     path: Path
 
@@ -78,7 +78,7 @@ class RunFolder:
         """Prepare the folder for a run that starts after `step` steps.
 
         Raises UserError if the folder cannot be written. If the run resumes, remove the lines of metrics.jsonl after
-        `step`, because the run writes these steps again. If it starts fresh (step 0), rename the previous run's
+        `step`, because the run writes these steps again. If the run starts fresh (step 0), rename the previous run's
         metrics.jsonl to metrics.previous.jsonl.
         """
         with self._writing():
@@ -100,22 +100,22 @@ class RunFolder:
             write_file(self.path / "health.json", json_text(health))
 
     def write_initial(self, account: dict[str, Any]) -> None:
-        """Write init_from.json: which tensors were loaded from an earlier stage's checkpoint. Raises UserError."""
+        """Write init_from.json, which lists the tensors loaded from an earlier stage's checkpoint. Raises UserError."""
         with self._writing():
             write_file(self.initial, json_text(account))
 
     def evaluation_config(self, overrides: Sequence[str]) -> Config:
         """Return the run's recipe, changed so that one process can evaluate the run's newest checkpoint.
 
-        Raises UserError. `run.dir` becomes this folder, which may have been moved since training. data.neighbours is
-        removed, because only training needs it. `overrides` are applied last.
+        Raises UserError. The key run.dir is set to this folder, which may have been moved since training. The key
+        data.neighbours is removed, because only training needs it. The overrides are applied last.
         """
         own = json.dumps(str(self.path))  # quoted: a name such as 2026 is a text, too
         fixed = ["parallel.expert=1", "run.resume=auto", f"run.dir={own}", "data.neighbours=null"]
         return load_stored_config(self.config, [*fixed, *overrides])
 
     def write_status(self, state: RunState, step: int, reason: str | None = None, *, restart: bool) -> None:
-        """Write status.json. The top of this file describes its fields. Raises UserError."""
+        """Write status.json, whose fields the docstring of this module describes. Raises UserError."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         status = {"state": state, "step": step, "reason": reason, "restart": restart, "updated": now}
         with self._writing():
@@ -129,7 +129,7 @@ class RunFolder:
                 self.write_status("running", step, restart=True)
 
     def write_end(self, step: int, steps: int, signal: str | None) -> str:
-        """Write to status.json that the run is done or was stopped. Return the line to print about it.
+        """Write to status.json that the run is done or was stopped. Return a line that says the same, for printing.
 
         Raises UserError.
         signal: name of the signal that stopped the run. If it is None and the run is not done, the recipe's
@@ -141,14 +141,14 @@ class RunFolder:
         return f"{'done' if done else f'stopped ({reason})'} after {step} of {steps} steps: {self.path}"
 
     def write_failure(self, error: BaseException, step: int | None) -> None:
-        """Write to status.json which error ended the run.
+        """Write the error that ended the run to status.json.
 
-        step: the steps done, or None if the error came during set-up, before `open`.
+        step: the number of steps done, or None if the error came during set-up, before `open`.
 
-        `restart` becomes false after a UserError, because a person must act first. It becomes true after any other
-        error (a lost rank, a bug, a signal during set-up), because starting again can help. Set-up changes nothing of
-        an earlier run in the folder, so after an error during set-up, the earlier run's step is kept, and a run that
-        was done stays done. If status.json cannot be written, do nothing: the disk may be the cause of the error.
+        After a UserError, the field `restart` is false, because a person must act first. After any other error (a lost
+        rank, a bug, a signal during set-up), it is true, because starting again can help. Set-up changes nothing of an
+        earlier run in the folder. Therefore, after an error during set-up, the earlier run's step is kept, and a run
+        that was done stays done. If status.json cannot be written, do nothing: the disk may be the cause of the error.
         """
         before: dict[str, Any] = {}
         if step is None:
@@ -181,7 +181,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def _step(line: str) -> float:
-    """Return the step of a metrics line. A line cut off by a crash counts as step infinity, so `open` removes it."""
+    """Return the step of a line of metrics.jsonl, or infinity if a crash cut the line off.
+
+    When a run resumes, RunFolder.open removes the lines of later steps, and so also a line that was cut off.
+    """
     try:
         return json.loads(line)["step"]
     except (ValueError, TypeError, KeyError):

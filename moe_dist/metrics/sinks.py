@@ -1,8 +1,8 @@
-"""Metric sinks, which write metrics: always metrics.jsonl, and TensorBoard and W&B if the recipe asks for them.
+"""Metric sinks, which write the metrics of a run to metrics.jsonl, and to TensorBoard and W&B if the recipe says so.
 
-metrics/metric_keys.py has the keys. metrics.jsonl is the record of a run, so the run ends if this file cannot be
-written. Non-finite numbers become null in it. TensorBoard and W&B are conveniences: if one of them fails, a warning is
-printed and no more metrics are sent to it.
+The metric keys are in metrics/metric_keys.py. The record of a run is metrics.jsonl, so the run ends if this file cannot
+be written. Non-finite numbers are written to it as null. TensorBoard and W&B are conveniences: if one of them fails, a
+warning is printed and no more metrics are sent to it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Sink(Protocol):
 
 
 class JSONLines:
-    """Sink that appends to metrics.jsonl: one JSON object per line, flushed after each line.
+    """Sink that appends one JSON object per step to metrics.jsonl and flushes it.
 
-    Non-finite values become null.
+    Non-finite values are written as null.
     """
 
     def __init__(self, folder: RunFolder, *, causal: bool):
@@ -55,7 +55,7 @@ class JSONLines:
 class TensorBoard:
     """Sink that writes TensorBoard event files.
 
-    For a non-causal run, the folder is `non-causal`, which TensorBoard shows.
+    The event files of a non-causal run are in a subfolder `non-causal`, whose name TensorBoard displays.
     """
 
     def __init__(self, folder: RunFolder, *, causal: bool, step: int):
@@ -74,9 +74,9 @@ class TensorBoard:
 
 
 class WandB:
-    """Sink for Weights & Biases.
+    """Sink that sends metrics to Weights & Biases.
 
-    RUN/wandb_id stores the id of the W&B run, so a resumed run continues the same W&B run.
+    The id of the W&B run is stored in RUN/wandb_id, so a resumed run continues the same W&B run.
     """
 
     def __init__(self, folder: RunFolder, config: Config, *, causal: bool, step: int):
@@ -103,10 +103,11 @@ class WandB:
 
 
 class Sinks:
-    """All sinks of a run. On rank 0 they are metrics.jsonl and what `config.telemetry` asks for; other ranks have none.
+    """All sinks of a run: metrics.jsonl and those that `config.telemetry` selects. Only rank 0 has sinks.
 
-    The run folder must be open already (RunFolder.open). step: number of steps done when the run starts. causal:
-    `Transformer.causal_routing`. Raises UserError on every rank if a package that the recipe asks for is not installed.
+    The run folder must be open already (RunFolder.open). step: number of steps done when the run starts. causal: the
+    model's `Transformer.causal_routing`. Raises UserError on every rank if a package that a selected sink needs is not
+    installed.
     """
 
     def __init__(self, folder: RunFolder, config: Config, *, is_main: bool, causal: bool, step: int = 0):
@@ -122,7 +123,7 @@ class Sinks:
             self._add("W&B", lambda: WandB(folder, config, causal=causal, step=step))
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Write the metrics of a step, whose keys are in metrics/metric_keys.py, to every sink."""
+        """Write the metrics of a step to every sink. The keys are defined in metrics/metric_keys.py."""
         for sink in list(self.sinks):
             self._call(sink, lambda sink=sink: sink.log(step, metrics))
 
@@ -157,7 +158,7 @@ def _finite(value: Any) -> Any:
 
 
 def _scalars(metrics: Metrics) -> dict[str, float]:
-    """Replace each list by one scalar per entry, whose key ends with the index, such as moe/0/utilization/3."""
+    """Replace each list with one scalar per entry. A scalar's key ends with its index, such as moe/0/utilization/3."""
     flat: dict[str, float] = {}
     for key, value in metrics.items():
         if isinstance(value, list | tuple):

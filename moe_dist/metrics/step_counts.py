@@ -1,4 +1,6 @@
-"""Counts of a step's routing and work. They stay on the device and are summed over micro-batches, then read once.
+"""Counts of the routing and the work in a step.
+
+The counts stay on the device, where they are summed over micro-batches. They are read once per step.
 
 Shape suffixes: L expert layers, V tokens that a router saw, C columns of a router.
 """
@@ -44,10 +46,10 @@ class StepCounts:
 
     @classmethod
     def of(cls, batch: Batch, output: ModelOutput, layout: Layout, num_domains: int = 0) -> StepCounts:
-        """Count one micro-batch, whose tensors are on the device.
+        """Compute the counts of one micro-batch, whose tensors are on the device.
 
-        Neither communicates nor synchronises with the device.
-        num_domains: number of domains in the data; 0 if the data have no domains.
+        This needs neither communication between ranks nor synchronisation with the device.
+        num_domains: the number of domains in the data; 0 if the data have no domains.
         """
         domain_T = batch.sidecar.get("domain_T") if num_domains else None
         routing = None
@@ -77,7 +79,7 @@ class StepCounts:
     def flops(self, model: Costed) -> int:
         """Return the FLOPs of the forward and backward passes of this rank's tokens (metrics/flops.py).
 
-        Synchronises with the device once.
+        This synchronises with the device once.
         """
         work = Work(
             document_lengths=self.document_lengths,
@@ -89,7 +91,10 @@ class StepCounts:
         return model_flops(model, work)
 
     def flops_saved(self, model: Costed, *, experts: float, top_k: int) -> float:
-        """Return the fraction of FLOPs that this rank saves (metrics/flops.py), given the mean experts per token."""
+        """Return the fraction of FLOPs that this rank saves (metrics/flops.py).
+
+        experts: the mean number of experts per token. top_k: the number of experts in the model to compare with.
+        """
         return flops_saved(
             model,
             document_lengths=self.document_lengths,
@@ -100,9 +105,9 @@ class StepCounts:
         )
 
     def over_ranks(self, flops: int, layout: Layout) -> StepTotals:
-        """Return the sums over the data-parallel ranks. flops: the FLOPs of this rank.
+        """Return these counts and `flops`, each summed over the data-parallel ranks. flops: the FLOPs of this rank.
 
-        Collective: one all-reduce, then one copy from device to host.
+        Collective: one all-reduce, followed by one copy from the device to the host.
         """
         routing = [] if self.routing is None else self.routing.tensors()
         own = torch.full((), flops, dtype=torch.float64, device=layout.device)

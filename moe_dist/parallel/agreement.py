@@ -1,4 +1,4 @@
-"""Agreement between ranks: raising one rank's error on every rank, so that none hangs, and gathering values."""
+"""Agreement between ranks: raising the error of one rank on every rank, so that no rank hangs, and gathering values."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def raise_on_all_ranks(*, patient: bool = False, group: dist.ProcessGroup | None
 
     The end of the block is collective: every rank must reach it, and the body must not communicate.
     patient: ranks that finish early wait up to PATIENCE for the others, instead of the usual timeout of a few minutes.
-    If it is set, the beginning of the block is collective, too.
-    group: a group of all ranks to use instead of the default group. A background thread needs it, because the main
-    thread uses the default group at the same time.
+    If `patient` is set, the beginning of the block is collective, too.
+    group: a group of all ranks to use instead of the default group. A background thread needs its own group, because
+    the main thread uses the default group at the same time.
     """
     alone = not dist.is_initialized() or dist.get_world_size() == 1
     own = dist.new_group(backend="gloo", timeout=PATIENCE) if patient and not alone else None

@@ -41,7 +41,7 @@ def _exchange(x_S, send_splits, recv_splits, group):
 
 
 def sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Sum tensors over the ranks of a group (None: this rank alone).
+    """Sum tensors over the ranks of a group. If `group` is None, the sums are the tensors of this rank.
 
     Return the sums on the host in the tensors' dtypes.
     Collective: all tensors share one all-reduce and one device-to-host copy. The sums are computed in float64, which is

@@ -29,7 +29,7 @@ _MPI_VARIABLES = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where this process is in the run: its rank, the world size, and the address at which all processes connect."""
+    """This process's place in the run: its rank, the world size, and the address at which all processes meet."""
 
     rank: int
     world: int
@@ -152,10 +152,10 @@ def _integer(environment: Mapping[str, str], name: str, default: int = 0) -> int
 
 
 def _started_by_srun(environment: Mapping[str, str]) -> bool:
-    """Return whether Slurm's variables describe this process, because srun started it.
+    """Return whether srun started this process, which means that Slurm's variables describe it.
 
-    A process that mpiexec started may have inherited the variables of the surrounding job step. These differ from MPI's
-    variables. MPI's variables are then the ones to use, so return False.
+    A process that mpiexec started may have inherited Slurm's variables from the surrounding job step. If Slurm's
+    variables differ from MPI's, return False, because then MPI's variables describe the process.
     """
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NUM_TASKS" not in environment:
         return False

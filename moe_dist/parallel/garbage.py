@@ -2,7 +2,7 @@
 
 Python collects garbage automatically once enough objects have been allocated. This happens at a different moment on
 each rank, and all other ranks then wait for the collecting rank in the next collective. In a large job, some rank would
-be collecting nearly all the time. torchtitan aligns the collections, too.
+be collecting nearly all the time. The collections are therefore aligned, as in torchtitan.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ FULL = 1000  # steps between two collections of all generations: cycles can outl
 
 
 class AlignedCollection:
-    """Context manager around a training loop.
+    """Context manager around a training loop that turns automatic garbage collection off.
 
-    It turns automatic collection off; the loop calls `after` after every step.
+    The loop must call `after` after every step.
     """
 
     def __enter__(self) -> AlignedCollection:

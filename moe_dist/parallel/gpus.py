@@ -17,7 +17,8 @@ from moe_dist.parallel.discovery import Place, host_name
 def check_gpus(place: Place, device: torch.device) -> dist.Store | None:
     """Raise UserError on every rank if two ranks share a GPU. Collective: every rank calls it after Place.export.
 
-    Ranks may share a GPU on purpose if each of them sets a different NCCL_HOSTID, since NCCL distinguishes hosts by it.
+    Ranks may share a GPU on purpose if each of them sets a different NCCL_HOSTID, because NCCL then treats them as
+    different hosts.
 
     NCCL connects the ranks when torch.distributed is initialised, so this check must come before that. The check
     communicates through a store at the address and port that torch.distributed will use. Keep the returned store until

@@ -1,8 +1,8 @@
 """The parallel layout: process groups for data, expert and expert-data parallelism.
 
-world is the number of ranks. dp is the number of ranks that read their own data; today this is every rank. Each group
-of ep ranks together holds all experts. edp = dp / ep ranks hold the same experts. EP groups are consecutive ranks
-(0..ep-1, ep..2ep-1, ...), as in Megatron.
+The number of ranks is `world`. The number of ranks that read their own data is `dp`; today every rank does. The ranks
+of an expert-parallel group, of size `ep`, together hold all experts. The same experts are held by `edp` = dp / ep
+ranks. Expert-parallel groups are consecutive ranks (0..ep-1, ep..2ep-1, ...), as in Megatron.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Layout:
 
     @property
     def dp(self) -> int:
-        """Number of data-parallel ranks."""
+        """The number of data-parallel ranks."""
         return self.world
 
     @property

@@ -1,7 +1,7 @@
 """The meeting of all ranks at one address, before torch.distributed is initialised.
 
-torch waits for missing ranks inside one call, in which a process prints nothing and handles no signal. This wait says
-which ranks are missing, and a signal ends it.
+By itself, torch would wait for missing ranks inside one call, during which a process prints nothing and handles no
+signal. The wait in this module reports which ranks are missing, and a signal ends it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ ANSWER = timedelta(seconds=60)  # time that rank 0 may take to answer a rank tha
 def meet(place: Place, stop: StopSignals) -> dist.Store | None:
     """Wait until all ranks have connected. Collective: every rank calls it after Place.export.
 
-    Raises Stopped if this rank has received a signal and the others do not come within LAST_WAIT seconds, and PeerError
-    after LIMIT seconds. Keep the returned store until torch.distributed is initialised, which reuses it; None if there
-    is only one rank.
+    Raises Stopped if this rank has received a signal and the others do not come within LAST_WAIT seconds. Raises
+    PeerError after LIMIT seconds. Keep the returned store until torch.distributed is initialised, because
+    torch.distributed reuses it. Returns None if there is only one rank.
     """
     if place.world == 1:
         return None
@@ -68,11 +68,14 @@ class _Wait:
 
     @property
     def hosts(self) -> bool:
-        """True if the other ranks connect to this one. Under torchrun all ranks connect to its agent."""
+        """True if the other ranks connect to this one. Under torchrun, all ranks connect to its agent instead."""
         return self.place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     def pause(self, describe: Callable[[], str]) -> None:
-        """Sleep for POLL seconds, and report the wait if it is time. Raises Stopped and PeerError."""
+        """Sleep for POLL seconds, and report the wait if a report is due.
+
+        Raises Stopped LAST_WAIT seconds after a signal, and PeerError after LIMIT seconds of waiting.
+        """
         now = time.monotonic()
         if self.stop.pending():
             self._end_soon(now)
@@ -97,7 +100,7 @@ class _Wait:
 
 
 def _connect(wait: _Wait) -> dist.Store:
-    """Return the store of rank 0, once it can be reached."""
+    """Wait until the store can be reached, and return it. The store is rank 0's, or that of torchrun's agent."""
     place, why = wait.place, ""
 
     def describe() -> str:
@@ -124,7 +127,7 @@ def _connect(wait: _Wait) -> dist.Store:
 
 
 def _gather(store: dist.Store, wait: _Wait) -> None:
-    """Wait until all ranks have put their numbers into the store. Rank 0 looks for them and tells the others."""
+    """Wait until all ranks have put their numbers into the store. Rank 0 checks this and notifies the others."""
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's agent keeps its store over restarts
     here, place = dist.PrefixStore(f"meeting {start}", store), wait.place
     mine, ranks = str(place.rank), [str(rank) for rank in range(place.world)]

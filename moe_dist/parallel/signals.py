@@ -1,4 +1,4 @@
-"""Stop requests by signal. A signal sets a flag on the rank that receives it.
+"""Stop requests that arrive as signals. A signal sets a flag on the rank that receives it.
 
 The ranks exchange the flags between steps. The handlers are installed before torch is imported. The import takes
 seconds, and a signal during these seconds would otherwise kill the process. Therefore this module imports only the
@@ -24,7 +24,7 @@ class Stopped(Exception):
 class StopSignals:
     """Context manager that turns SIGTERM, SIGUSR1, SIGUSR2 and SIGINT (Ctrl-C) into requests to stop at the next step.
 
-    The handler only sets a flag, so it interrupts no collective and no write. Further signals have no effect, except
+    The handler only sets a flag, so it never interrupts a collective or a write. Further signals have no effect, except
     that a second Ctrl-C kills the process at once. If SIGINT is ignored already, as in background jobs of a shell, it
     stays ignored. When the block ends, the earlier handlers are restored. If the process itself is exiting, the signals
     are ignored from then on instead, so that a launcher's late SIGTERM does not change exit status 0. The context
@@ -57,7 +57,10 @@ class StopSignals:
         return bool(self.received)
 
     def agreed(self, device: Any) -> str | None:
-        """Return the name of a signal that any rank has received, or None; equal on all ranks. Collective."""
+        """Return the name of a signal that any rank has received, or None if there is none yet. Collective.
+
+        The result is the same on all ranks.
+        """
         from moe_dist.parallel.agreement import largest  # imports torch
 
         number = largest(self.received, device)
