@@ -60,7 +60,8 @@ class TokenInfo:
         """Build a TokenInfo from CPU tensors: derive its indices and its host-side counts.
 
         Selection groups are contiguous and of equal size, and so are packed sequences. num_sequences: the number of
-        packed sequences; by default each group is one sequence. Raises ValueError if the sizes do not match.
+        packed sequences; by default each group is one sequence. Raises ValueError if the tokens cannot be divided into
+        this number of groups and sequences, or if document_lengths do not add up to the number of tokens.
         """
         num_tokens, sequences = modality_T.numel(), num_sequences or num_groups
         if num_tokens % sequences or sequences % num_groups or sum(document_lengths) != num_tokens:
@@ -138,8 +139,8 @@ class TokenInfo:
     def competing(self, scope: str = "group") -> tuple[Tensor, list[int]]:
         """Return the indices of the valid tokens, set by set, and the number of valid tokens in each set.
 
-        A set consists of tokens that compete with each other. The argument `scope` says which tokens do: the tokens of
-        a selection group ("group", in the order of `members`), the tokens of one modality in a selection group
+        A set consists of tokens that compete with each other. The argument `scope` defines the sets: the tokens of a
+        selection group ("group", in the order of `members`), the tokens of one modality in a selection group
         ("modality"), or the tokens of a packed sequence ("sequence").
         """
         return self.once(("competing", scope), lambda: self._competing(scope))
@@ -196,8 +197,8 @@ class TokenInfo:
     def _orders(self) -> Tensor:
         """Return three lists of token indices, concatenated into one tensor.
 
-        The first lists the valid tokens by modality, the second lists the valid tokens by sequence, and the third lists
-        all tokens.
+        The first list contains the valid tokens sorted by modality, the second the valid tokens sorted by sequence, and
+        the third all tokens.
         """
         all_T = torch.arange(self.num_tokens, device=self.valid_T.device)
         return torch.cat([self.by_modality_V, self.competing("sequence")[0], all_T])

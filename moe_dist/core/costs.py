@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class Product(NamedTuple):
-    """Matrix products in a forward pass: their total number of multiply-adds, and the weights among their factors."""
+    """Matrix products in a forward pass: their total multiply-adds, and which of their operands are weights."""
 
     multiply_adds: int
     weights: tuple[Tensor, ...] | None  # the parameters among the factors; None: both factors are activations
@@ -85,5 +85,9 @@ class Costed(Protocol):
     def num_layers(self) -> int: ...
 
     def products(self, work: Work) -> Iterable[Iterable[Product]]:
-        """Return chains of successive products. No gradient flows further back than the beginning of a chain."""
+        """Return the matrix products of a forward pass as chains.
+
+        A chain lists products in the order of computation. Gradients do not flow back beyond the first product of a
+        chain.
+        """
         ...

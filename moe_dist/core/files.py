@@ -45,9 +45,10 @@ def partial_path(path: Path, *, shared: bool = False) -> Path:
 
 @contextmanager
 def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yield the path of a temporary file to write. When the block ends, this file replaces `path`. Raises OSError.
+    """Yield the path of a temporary file to write. When the `with` block ends, this file replaces `path`.
 
-    If the block raises, the temporary file is deleted and `path` stays as it was.
+    Raises OSError if the file cannot be moved to `path`. If the block raises, the temporary file is deleted and `path`
+    stays as it was.
     """
     partial = partial_path(path, shared=shared)
     try:
@@ -59,16 +60,20 @@ def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: str | bytes, *, shared: bool = False) -> None:
-    """Write a file atomically, replacing an existing one (text is encoded as UTF-8). Raises OSError."""
+    """Write a file atomically, replacing an existing one (text is encoded as UTF-8).
+
+    Raises OSError if the file cannot be written.
+    """
     with new_file(path, shared=shared) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def new_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yield an empty temporary folder to fill. When the block ends, this folder is renamed to `path`. Raises OSError.
+    """Yield an empty temporary folder to fill. When the `with` block ends, this folder is renamed to `path`.
 
-    When the block ends, `path` must not exist or must be an empty folder.
+    `path` must then not exist or be an empty folder, otherwise OSError is raised. OSError is also raised if the folder
+    cannot be written.
     """
     partial = partial_path(path, shared=shared)
     try:
@@ -83,9 +88,10 @@ def new_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Rename a complete file or folder to its final path and sync it to the disk. Raises OSError.
+    """Sync a complete file or folder to the disk, and rename it to its final path.
 
     The files in a folder must be synced already. An existing file or an empty folder at the final path is replaced.
+    Raises OSError if this fails.
     """
     _sync(partial)
     partial.rename(path)
@@ -109,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> StoredFile:
-    """Write and fsync a JSON file. Raises OSError.
+    """Write and fsync a JSON file. Raises OSError if it cannot be written.
 
     The write is not atomic: use it inside a temporary folder (`new_folder`).
     """

@@ -35,7 +35,7 @@ class ObjectiveOutput:
 class Objective(Protocol):
     """Interface for the objective of one optimizer step.
 
-    Each metric is a sum over micro-batches and ranks, divided by a count over micro-batches and ranks.
+    Each metric is a mean: a sum over all micro-batches and ranks, divided by the number of values in the sum.
     """
 
     @property
@@ -44,16 +44,17 @@ class Objective(Protocol):
         ...
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """Return the count of each metric in a micro-batch that is on the host.
+        """Return, for each metric, the number of values that a host-side micro-batch contributes to the metric's mean.
 
-        The mean of a metric is its sum over the step divided by its count over the step.
+        A metric's count over a step is the sum of these numbers. Its mean is its sum over the step divided by this
+        count.
         """
         ...
 
     def __call__(self, output: ModelOutput, batch: Batch, counts: Mapping[str, int]) -> ObjectiveOutput:
         """Compute the loss and the metrics of one micro-batch.
 
-        counts: the count of each metric over the whole step, keyed by metric name.
+        counts: the number of values in each metric's mean over the whole step, keyed by metric name.
         """
         ...
 
@@ -72,7 +73,7 @@ class ShardedModel(Protocol):
 
     @property
     def optimizer(self) -> Any:
-        """DeepSpeed's ZeRO optimizer. The torch optimizer of its partitions is `.optimizer.optimizer`."""
+        """DeepSpeed's ZeRO optimizer. Its attribute `optimizer` is the torch optimizer of the partitions."""
         ...
 
     @property

@@ -61,7 +61,11 @@ _KINDS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML. Raises UserError with a message that begins with `where`."""
+    """Parse YAML.
+
+    Raises UserError if the text is not valid YAML or has a value that settings do not allow. The message begins with
+    `where`.
+    """
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -103,7 +107,11 @@ def _foreign(node: yaml.Node) -> str | None:
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
-    """Apply one override `section.key=value` to a nested mapping, in place. Raises UserError."""
+    """Apply one override `section.key=value` to a nested mapping, in place.
+
+    Raises UserError if the override has another form, if its value is not valid YAML, or if it treats a value as a
+    section.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override '{override}' is not of the form section.key=value")
@@ -141,12 +149,18 @@ class Faults(ValueError):
 
 
 def validate(model: type[Settings], data: Any, where: str, prefix: str = "") -> Settings:
-    """Validate plain YAML data. Raises one UserError for all problems, in which `prefix` precedes each key."""
+    """Validate plain YAML data. If it is invalid, raise one UserError that lists all problems.
+
+    The message begins with `where`, and `prefix` precedes each key.
+    """
     return within(where, lambda: nested(model, data), prefix)
 
 
 def within(where: str, read: Callable[[], V], prefix: str = "") -> V:
-    """Return read(), turning its Faults into a UserError that begins with `where` and puts `prefix` before each key."""
+    """Return read(). If it raises Faults, raise a UserError instead.
+
+    The message begins with `where`, and `prefix` precedes each key.
+    """
     try:
         return read()
     except Faults as faults:
@@ -154,7 +168,7 @@ def within(where: str, read: Callable[[], V], prefix: str = "") -> V:
 
 
 def nested(model: type[Settings], data: Any) -> Settings:
-    """Validate plain YAML data inside a validator of the enclosing settings. Raises Faults."""
+    """Validate plain YAML data inside a validator of the enclosing settings. Raises Faults if the data are invalid."""
     try:
         return model.model_validate_json(json.dumps(data))  # JSON mode accepts a YAML list for a tuple
     except ValidationError as error:
@@ -162,7 +176,10 @@ def nested(model: type[Settings], data: Any) -> Settings:
 
 
 def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict[str, V]:
-    """Read every item of a mapping. Raises the Faults of all items together, with the item's name as the first key."""
+    """Read every item of a mapping with `read`. If any items have Faults, raise the Faults of all items together.
+
+    The name of the item is put before the keys of its Faults.
+    """
     values: dict[str, V] = {}
     faults: list[Fault] = []
     for name, item in data.items():
@@ -208,7 +225,7 @@ def _faults(model: type[BaseModel], item: Any) -> Iterator[Fault]:
 
 
 def _unknown(section: Any, key: str) -> str:
-    """Return the error sentence for a key that a section does not have."""
+    """Return the error sentence for a key that is not allowed in a section."""
     if reason := getattr(section, "refused", {}).get(key):
         return f"key '{{key}}' {reason}"
     return f"unknown key '{{key}}'{did_you_mean(key, getattr(section, 'model_fields', ()))}"
@@ -217,7 +234,8 @@ def _unknown(section: Any, key: str) -> str:
 def _walk(model: Any, location: list[str]) -> tuple[list[str], Any]:
     """Return the keys of a pydantic error path as they are in the user's file, and the type at the end of the path.
 
-    The path contains a part for each union member that pydantic tried. The user's file has no such key.
+    Pydantic adds a part to the path for each union member that it tried. These parts are not keys of the file, so they
+    are left out.
     """
     keys, kind = [], _plain(model)
     for part in location:

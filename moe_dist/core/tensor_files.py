@@ -66,7 +66,7 @@ class LazyTensor:
 
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[Any]:
-    """Open a safetensors file. Raises UserError if it is not one, or if the block requests a missing tensor."""
+    """Open a safetensors file. Raises UserError if it is not one, or if the `with` block requests a missing tensor."""
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened

@@ -1,11 +1,11 @@
-"""Routing losses: load balance (with null experts as one pool), LLaVA-MoLE's pooled balance, and the router z-loss.
-Padding is never counted.
+"""Routing losses: load balance (with all null experts balanced as one pool), LLaVA-MoLE's pooled balance, and the
+router z-loss. Padding is never counted.
 
-Each loss is a mean over layers, so its weight does not depend on the model's depth. In a composite router, each part (a
-modality of MoMa) has its own loss, and the losses of the parts are added.
+Each loss is a mean over layers, so its weight does not depend on the model's depth. In a composite router, each part
+(for example, the router of one modality) has its own loss, and the losses of the parts are added.
 
-Shape suffixes: V routed tokens, E experts, C columns of a router (experts, then null experts), B balanced sets of
-tokens (groups, sequences or documents).
+Shape suffixes: V routed tokens, E experts, C columns of a router (experts, then null experts), B sets of tokens over
+which the load is balanced (groups, sequences or documents).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class LoadBalance:
 
     Source: Fedus et al., arXiv 2101.03961, eq. 4; with null experts, AdaMoE, arXiv 2406.13233, eq. 6.
 
-    For a set of tokens, f_c is the fraction of tokens that chose column c (the sum of f is k), and P_c is the mean gate
-    value of column c over the tokens of the set. Gate values are first normalized to sum to 1 per token (sigmoid gate
-    values do not sum to 1 by themselves). Null experts are balanced as one pool: the f of each null expert is replaced
-    by the mean f of all null experts. If the load is balanced, the loss is k. Choices are counted before full experts
-    drop tokens.
+    For a set of tokens, f_c is the fraction of tokens that chose column c, and P_c is the mean gate value of column c
+    over the tokens of the set. Each token chooses k columns, so the sum of f is k. Gate values are first normalized to
+    sum to 1 per token (sigmoid gate values do not sum to 1 by themselves). Null experts are balanced as one pool: the f
+    of each null expert is replaced by the mean f of all null experts. If the load is balanced, the loss is k. Choices
+    are counted before full experts drop tokens.
 
     scope: the set of tokens over which the load is balanced. "group" is a selection group and "sequence" a packed
     sequence; the loss is the mean over these sets. "global" is the global batch: f is exact over all data-parallel
@@ -71,11 +71,11 @@ class LoadBalance:
         return _balance(p_BC, _pool_nulls(f_BC, part.num_experts))
 
     def _global_shares(self, parts: list[Routing], batch: Batch) -> list[Tensor]:
-        """Return f for each router part, over all ranks and all micro-batches so far. Collective: one all-reduce.
+        """Return the fractions f of each router part, over all ranks and all micro-batches so far. Collective.
 
         Each f is scaled by (number of all tokens / number of the part's tokens). The objective divides by the number of
-        all tokens, so with this scale a part's loss is a mean over the part's own tokens. The number of a part's tokens
-        over all ranks is known only on the device.
+        all tokens, so with this scale a part's loss is a mean over the part's own tokens. The scale is applied here,
+        because a part's number of tokens over all ranks is known only on the device. The function takes one all-reduce.
         """
         columns = [part.chosen_VC.shape[1] for part in parts]
         choices = torch.cat([part.chosen_VC.sum(0) for part in parts])

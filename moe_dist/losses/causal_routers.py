@@ -19,12 +19,12 @@ from moe_dist.losses.term import Context
 
 
 class CausalRouters:
-    """Binary cross-entropy between aux(x) and the main router's choice (MoMa, arXiv 2407.21770, on eq. 3-4).
+    """Binary cross-entropy between aux(x) and the main router's choice (MoMa, arXiv 2407.21770, eq. 3-4).
 
-    The loss covers the auxiliary routers of experts and of mixture-of-depths. It is the mean over a router's columns,
-    over the valid tokens, and over the layers with auxiliary routers. If mixture-of-depths does not admit a token to a
-    layer, the token contributes 0 to the loss of that layer's expert router. The inputs of auxiliary routers are
-    detached, so the loss has no gradient for other parameters.
+    The loss covers the auxiliary routers both for experts and for mixture-of-depths. It is the mean over a router's
+    columns, over the valid tokens, and over the layers with auxiliary routers. If mixture-of-depths does not admit a
+    token to a layer, the token contributes 0 to the loss of that layer's expert router. The inputs of auxiliary routers
+    are detached, so the loss has no gradient for other parameters.
     """
 
     names = ("loss/causal_routers",)

@@ -29,9 +29,9 @@ class LossTerms:
 
 
 class LanguageLoss:
-    """Mean next-token cross-entropy over all predictions in the loss mask.
+    """Mean next-token cross-entropy over all positions at which the loss mask is true.
 
-    The mean is also reported separately for each modality of the target.
+    A separate mean is also reported for each modality of the target token.
     """
 
     names = ("loss", *(f"loss/{name}" for name in MODALITIES))
@@ -61,8 +61,8 @@ def token_losses(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     """Return -log p(target) of each token, or 0 where the target is -100.
 
     Converting all half-precision logits to float32 at once would take 1 GiB for 4,096 tokens and a vocabulary of
-    65,536. They are therefore converted one chunk at a time, and again in the backward pass. When compiled for a GPU,
-    the function makes no float32 copy.
+    65,536. They are therefore converted one chunk at a time. The backward pass converts each chunk again. When compiled
+    for a GPU, the function makes no float32 copy.
     """
     if logits_TV.dtype in (torch.float32, torch.float64) or is_compiled_for(logits_TV):
         return _cross_entropy(logits_TV, targets_T)

@@ -1,7 +1,7 @@
 """RoMA's manifold term: route a sample like its nearest neighbours among the samples that the model answers correctly.
 
 Shape suffixes: T tokens, V tokens that a router saw, C columns of a router, S samples of a micro-batch, K neighbours of
-a sample, R routing values of a sample (the columns of all its layers, concatenated).
+a sample, R routing values of a sample (one for each router column of the layers used).
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ class Manifold:
 
     Source: Routing Manifold Alignment, 2025, the equation that defines L_manifold. The vector r_i is the routing of
     sample i's last prompt token in the last `last_layers` expert layers. For each neighbour j, r_j and W_ij are
-    constants that data.neighbours adds to the batch (data/stream/neighbour_store.py). A sample without neighbours has
-    weights 0 and is left out of the mean. The metric manifold/coverage is the fraction of samples that have neighbours.
+    constants that data.neighbours adds to the batch (data/stream/neighbour_store.py). If a sample has no neighbours,
+    all its weights are 0 and it is left out of the mean. The metric manifold/coverage is the fraction of samples that
+    have neighbours.
     """
 
     names = ("loss/manifold", "manifold/coverage")

@@ -20,29 +20,30 @@ from moe_dist.losses.term import Context, Term
 class WeightedTerms:
     """The objective of one optimizer step: a weighted sum of loss terms.
 
-    It is built anew for each step, because a term may keep state during a step. terms: a mapping from the name of each
-    term to (weight, term).
+    A new objective is built for each step, because a term may keep state during a step. terms: a mapping from the name
+    of each term to (weight, term).
     """
 
     terms: Mapping[str, tuple[float, Term]]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all terms' metrics."""
+        """The names of the metrics of all terms."""
         return tuple(name for _, term in self.terms.values() for name in term.names)
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """Return the count of each metric in a micro-batch that is on the host.
+        """Return, for each metric, the number of values that a host-side micro-batch contributes to the metric's mean.
 
-        The mean of a metric is its sum over the step divided by its count over the step.
+        A metric's count over a step is the sum of these numbers. Its mean is its sum over the step divided by this
+        count.
         """
         return tuple(count for _, term in self.terms.values() for count in term.counts(batch))
 
     def __call__(self, output: ModelOutput, batch: Batch, counts: Mapping[str, int]) -> ObjectiveOutput:
         """Compute the loss and the metrics of one micro-batch.
 
-        counts: the count of each metric over the whole step, keyed by metric name. A term whose count is 0 contributes
-        0.
+        counts: the number of values in each metric's mean over the whole step, keyed by metric name. A term whose count
+        is 0 contributes 0.
         """
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}

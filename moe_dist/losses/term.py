@@ -1,8 +1,8 @@
 """The interface for loss terms. The classes that implement it are listed in losses/loss_registry.py.
 
-A term is a sum over micro-batches and ranks, divided by one count over all of them. The count is known before the first
-backward pass. Therefore the scale of a term depends neither on the layout nor on accumulation, and means are never
-averaged.
+A term is a sum over all micro-batches and ranks, divided by a count over the same micro-batches and ranks. The count is
+known before the first backward pass. Therefore the scale of a term depends neither on the layout nor on accumulation.
+The means of single micro-batches are never averaged.
 """
 
 from __future__ import annotations
@@ -34,12 +34,15 @@ class Term(Protocol):
     names: tuple[str, ...]  # names of the metrics that it reports; the first is the loss itself
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """Return the count of each metric in a micro-batch that is on the host.
+        """Return, for each metric, the number of values that a host-side micro-batch contributes to the metric's mean.
 
-        The mean of a metric is its sum over the step divided by its count over the step.
+        A metric's count over a step is the sum of these numbers. Its mean is its sum over the step divided by this
+        count.
         """
         ...
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the sum of each metric as a 0-d tensor. The first one is minimised; the others are detached."""
+        """Return the sum of each metric as a 0-d tensor. The first sum is minimised. The others are detached and only
+        reported.
+        """
         ...

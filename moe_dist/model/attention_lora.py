@@ -24,9 +24,9 @@ class LoRALinear(nn.Linear):
 
     Source: Hu et al., arXiv 2106.09685, eq. 3.
 
-    The output consists of `groups` groups. Each group holds an equal share of every part, in the order of `parts`. For
-    example, the output of Megatron's fused projection is q q k v, q q k v, ...: its parts are q, k and v, and it has
-    one group per key-value head. There is no bias.
+    The output consists of `groups` groups. Each group contains an equal share of every part, in the order of `parts`.
+    For example, the output of Megatron's fused projection is q q k v, q q k v, ...: its parts are q, k and v, and it
+    has one group per key-value head. There is no bias.
     """
 
     def __init__(
@@ -78,9 +78,7 @@ class LoRALinear(nn.Linear):
 
 @dataclass(frozen=True, slots=True)
 class DroppedDocuments:
-    """Attention that prepares its output for an output projection with LoRA.
-
-
+    """Attention whose output is prepared for an output projection with LoRA.
 
     If dropout is on, `attend` returns the attention output followed by a copy of it with dropout. The copy is the input
     for the LoRA delta.

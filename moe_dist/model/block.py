@@ -20,7 +20,8 @@ from moe_dist.parallel.layout import Layout
 
 
 class Block(nn.Module):
-    """Residual block with attention and a feed-forward part. The setting `model.norm` says where the norms are.
+    """Residual block with attention and a feed-forward part. The setting `model.norm` decides where the norms are
+    applied.
 
     swin: h = x + norm(attn(x)), out = h + norm(ffn(h)) (Chameleon, arXiv 2405.09818; MoMa, arXiv 2407.21770).
     pre: h = x + attn(norm(x)), out = h + ffn(norm(h)).
@@ -56,11 +57,12 @@ class Block(nn.Module):
         ]
 
     def detached_products(self, work: LayerWork) -> list[list[Product]]:
-        """Return the product chains of the block's auxiliary routers, whose inputs are detached."""
+        """Return the matrix products of the block's auxiliary routers, one list per router. Their inputs are detached.
+        """
         return self.ffn.detached_products(work) if isinstance(self.ffn, MoELayer) else []
 
     def num_parameters(self, experts: float | None) -> float:
-        """Count the parameters of the block. experts: see MoELayer.num_parameters."""
+        """Count the parameters of the block. experts: the number of experts to count; None: all experts."""
         norms = 2 * self.attention_norm.normalized_shape[0]
         return self.attention.num_parameters() + norms + self.ffn.num_parameters(experts)
 

@@ -53,7 +53,7 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """A micro-batch whose documents continue cached sequences. It provides the documents of each layer."""
+    """A micro-batch whose documents continue cached sequences. It provides each layer's attention with documents."""
 
     cache: KVCache
     sequence_N: Tensor  # int64, the sequence that each document continues

@@ -3,7 +3,7 @@
 SelfAttention provides the fused projection of queries, keys and values, and the order of the computation. The function
 `attention_spec` fills the slots of SelfAttention with modules that need neither Transformer Engine nor CUDA nor
 megatron's global parallel state. The rotary embedding is ours, because megatron recomputes cosines and sines in every
-layer. There is no tensor or context parallelism, so megatron gets groups of one rank.
+layer. There is no tensor or context parallelism, so each process group passed to megatron consists of one rank.
 
 Shape suffixes: T tokens, D model width, H heads, G query groups, d size per head.
 """
@@ -157,7 +157,8 @@ class Attention(nn.Module):
     def num_parameters(self) -> int:
         """Count the parameters of the projections and the head norms.
 
-        A projection has no bias, so its number of parameters equals its number of multiply-adds for one token.
+        For a projection, the count is its number of multiply-adds for one token. The two are equal, because it has no
+        bias.
         """
         matrices = self.products(LayerWork(tokens=1, pairs=0, rows=0))
         norms = sum(2 * norm.normalized_shape[0] for norm in self._head_norms())

@@ -20,12 +20,12 @@ from moe_dist.model.site import Site
 
 
 class MixtureOfDepths(nn.Module):
-    """Wrapper of a block that computes x + s (block(x) - x) for admitted tokens and returns other tokens unchanged.
+    """Wrapper around a block: returns x + s (block(x) - x) for admitted tokens and x for the other tokens.
 
     Source: Raposo et al., arXiv 2404.02258, eq. 1. The gate value s multiplies the block's update of the residual
-    stream, so the gate gets a gradient. As in MoMa (arXiv 2407.21770), s is a sigmoid. MoMa does not say where s enters
-    the computation. The block sees only the admitted tokens: each of them attends to the earlier admitted tokens of its
-    document, at their original positions, and expert choice selects among the admitted tokens.
+    stream, so the gate gets a gradient. As in MoMa (arXiv 2407.21770), s is a sigmoid. The MoMa paper does not say
+    where s enters the computation. The block sees only the admitted tokens: each of them attends to the earlier
+    admitted tokens of its document, at their original positions, and expert choice selects among the admitted tokens.
 
     The wrapper is called with the same arguments as the block. The block is registered among the model's layers, not
     here. The block's parameters therefore have the same names as without mixture-of-depths, and a stage with

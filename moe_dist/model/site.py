@@ -36,7 +36,11 @@ class Site:
         return fold_key(self.seed, self.name, purpose)
 
     def draw(self, parameter: Tensor, name: str, *, std: float | None = None, onto_residual: bool = False) -> None:
-        """Draw the initial values of the module's parameter `name`. By default, the standard deviation is init_std."""
+        """Draw the initial values of the module's parameter `name`.
+
+        std: the standard deviation, by default `init_std`. onto_residual: if true, the default is `output_std` if it is
+        set.
+        """
         if std is None:
             std = self.output_std if onto_residual and self.output_std is not None else self.init_std
         seeded_normal_(parameter, seed=self.seed, name=f"{self.name}.{name}", std=std)

@@ -76,9 +76,11 @@ class Transformer(nn.Module):
         return len(self.layers)
 
     def products(self, work: Work) -> Iterator[list[Product]]:
-        """Yield the chain of products from embedding to logits, then one chain for each auxiliary router.
+        """Yield the matrix products of the forward pass as chains: one from embedding to logits, then one per auxiliary
+        router.
 
-        The input of an auxiliary router is detached, so its products are a separate chain.
+        A chain is a list of products in the order of computation. The input of an auxiliary router is detached, so its
+        products form a separate chain.
         """
         of_layers = [(block, work.of_layer(layer)) for layer, block in enumerate(self._blocks())]
         products = (product for block, of_layer in of_layers for product in block.products(of_layer))
@@ -113,8 +115,8 @@ class Transformer(nn.Module):
         """Return the next-token logits at each of the T positions, and the records of the routers.
 
         info: facts about the tokens. With `info.causally()`, routing is causal, as inference requires. Otherwise,
-        routing is the same as in training. Raises UserError if causal routing is requested and a router has no way to
-        be causal (`can_route_causally`).
+        routing is the same as in training. Raises UserError if causal routing is requested and `can_route_causally` is
+        false.
         decoding: if given, the documents of the micro-batch continue cached sequences. The positions in `info` must
         then continue the positions of the cached sequences.
         """

@@ -63,7 +63,8 @@ def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
     """Put a model under ZeRO and return its Engine. Collective.
 
     The learning rate is set anew for each step. Parameters that config.trainable does not match are frozen. Raises
-    UserError if the recipe has an error.
+    UserError if the batch sizes do not fit the number of ranks, or if a pattern in config.trainable matches no
+    parameter.
     """
     section = config.deepspeed
     accumulation = accumulation_steps(config.train, layout.dp)
@@ -104,7 +105,7 @@ class _ZeroEngine(DeepSpeedEngine):
     def _validate_zero3_moe_compatibility(self) -> None:
         """Skip DeepSpeed's check, which allows only AutoEP layers in stage 3.
 
-        Our experts have the same marks as AutoEP layers (_mark_experts).
+        Our experts are marked in the same way as AutoEP layers (_mark_experts).
         """
 
     def _configure_zero_optimizer(self, optimizer: Any) -> Any:
@@ -133,7 +134,7 @@ def _check_nothing(*arguments: Any, **settings: Any) -> None:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Group the trainable parameters by weight decay.
+    """Divide the trainable parameters into those with and those without weight decay.
 
     Matrices (including embeddings, routers and experts) get weight decay; vectors (norms and biases) do not. The
     leading dimension of a stacked expert parameter is ignored here: a stack of vectors gets no weight decay.
@@ -164,7 +165,8 @@ def make_optimizer(params: list[dict[str, Any]], section: DeepSpeedSection, lr: 
 def _mark_experts(model: nn.Module, layout: Layout) -> None:
     """Mark expert parameters for DeepSpeed, and register the process groups of expert parallelism.
 
-    These are the group over which the experts are divided, and the group whose ranks hold copies of the same experts.
+    One process group is that over whose ranks the experts are divided. The ranks of the other hold copies of the same
+    experts.
     """
     name = f"ep_size_{layout.expert}"
     marks = {"allreduce": False, "group_name": name}

@@ -103,7 +103,7 @@ class Engine:
 
     @property
     def optimizer(self) -> Any:
-        """DeepSpeed's ZeRO optimizer. The torch optimizer of its partitions is `.optimizer.optimizer`."""
+        """DeepSpeed's ZeRO optimizer. Its attribute `optimizer` is the torch optimizer of the partitions."""
         return self._zero.optimizer
 
     @property
@@ -198,7 +198,7 @@ class Engine:
     def _stop_or_go_on(self, loss_sums: dict[str, float]) -> None:
         """Apply train.non_finite to a step that DeepSpeed skipped: raise UserError, or return if the run continues.
 
-        All ranks have the same values, so they make the same decision.
+        The values are equal on all ranks, so all ranks make the same decision.
         """
         terms = [f"loss term '{name}'" for name, value in loss_sums.items() if not math.isfinite(value)]
         problem = f"step {self.steps}: the {' and '.join(terms) or 'gradient norm'} is not finite"

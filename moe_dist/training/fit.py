@@ -24,8 +24,8 @@ def fit(config: Config, *, gpus: int, ranks: int | None = None) -> tuple[int, li
     """Return the number of ranks for a recipe, and overrides that adapt the recipe to this number.
 
     ranks: by default the largest number of GPUs that divides the lanes and the global batch, or WITHOUT_GPU if there is
-    no GPU. The overrides reduce expert parallelism and micro-batches as far as the number of ranks requires, which does
-    not change the training result. On GPUs they also enable bfloat16, unless the recipe has a bf16 section.
+    no GPU. The overrides reduce expert parallelism and the micro-batch size as far as the number of ranks requires.
+    This does not change the training result. On GPUs they also enable bfloat16, unless the recipe has a bf16 section.
     """
     lanes, groups = config.data.lanes, config.train.global_batch_groups
     if ranks is None:

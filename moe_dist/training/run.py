@@ -51,7 +51,8 @@ from moe_dist.training.step_metrics import StepMeter
 def train(config: Config, stop: StopSignals | None = None) -> None:
     """Train a recipe up to train.steps or train.stop_after, or until `stop` has received a signal on any rank.
 
-    Collective. A UserError is raised on every rank. RUN/status.json records how the run ended.
+    Collective. If a UserError occurs on one rank, it is raised on every rank. RUN/status.json records how the run
+    ended.
     """
     folder, run, stop = RunFolder(Path(config.run.dir)), None, stop or StopSignals()
     try:

@@ -42,7 +42,9 @@ TRAINING_SPLITS: tuple[Split, Split] = ("train", "validation")
 
 @raise_on_all_ranks()  # no rank may fail while another still sets up its groups
 def check_recipe(config: Config, layout: Layout) -> None:
-    """Check a recipe, and whether it fits the number of ranks, before any data are read. Collective. Raises UserError.
+    """Check a recipe before any data are read. Collective.
+
+    Raises UserError if the recipe contradicts itself or does not fit the number of ranks.
 
     The model is built on the meta device, so that the checks of routers, experts and frozen parameters run.
     """
@@ -67,8 +69,8 @@ def check_needs(config: Config, *, resumes: bool) -> None:
     """Check that all entries of the recipe's `needs` that this run reads exist.
 
     Two kinds of needs are not read, and therefore not checked: a need whose path an override has replaced, and, if this
-    run resumes, a need that only a new run reads. Raises UserError naming what is missing and the command that makes
-    it.
+    run resumes, a need that only a new run reads. If an entry is missing, raises UserError naming it and the command
+    that makes it.
     """
     data = config.data
     read = [data.shards, data.validation_shards, data.text_tokenizer, data.image_tokenizer]
@@ -107,7 +109,7 @@ def open_data(
 
 
 def _show(split: Split, store: TokenStore) -> None:
-    """Print what samples a split has, which parts of them are unused by design, and which samples are bad or lost."""
+    """Print a summary of a split: its samples, the parts that are deliberately unused, and any bad or lost samples."""
     unused = ", ".join(f"{name} ({number})" for name, number in store.report.unused.most_common())
     lines = [f"{split}: {store.contents}" + (f"; unused by design: {unused}" if unused else "")]
     if store.report.bad or store.report.lost:
@@ -152,8 +154,8 @@ class Origin:
 def find_origin(config: Config) -> Origin:
     """Find the checkpoint that a run starts from. Collective.
 
-    Raises UserError if something in the recipe's `needs` is missing, or if the run's own checkpoint does not fit the
-    recipe.
+    Raises UserError if an entry of the recipe's `needs` is missing, or if the run's own checkpoint cannot be resumed
+    with this recipe.
     """
     resume_from = checkpoint.resolve_resume(config)
     with raise_on_all_ranks():
@@ -198,7 +200,7 @@ def open_loader(
 
 
 def open_neighbours(data: DataConfig, source: InitFrom | None) -> NeighbourStore | None:
-    """Open the recipe's neighbour store. Returns None if the recipe has none.
+    """Open the recipe's neighbour store. Returns None if data.neighbours is not set.
 
     source: the checkpoint that the store must belong to. If the run resumes, source is None and the store is not
     checked.

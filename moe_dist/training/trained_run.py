@@ -40,7 +40,10 @@ class TrainedRun:
 
     @classmethod
     def find(cls, folder: RunFolder, overrides: Sequence[str]) -> TrainedRun:
-        """Start torch.distributed and find a run's recipe and checkpoint. Collective. Raises UserError."""
+        """Start torch.distributed and find a run's recipe and checkpoint. Collective.
+
+        Raises UserError if the run has no valid recipe or no checkpoint, or if an override is invalid.
+        """
         device = init_distributed()
         with raise_on_all_ranks():
             config = folder.evaluation_config(overrides)

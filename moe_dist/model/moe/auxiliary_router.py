@@ -2,9 +2,9 @@
 3-4).
 
 An expert-choice router or a mixture-of-depths router gets an auxiliary router if its settings say `auxiliary: true`.
-The auxiliary router sees one token alone and is trained to predict the main router's choice for this token
-(losses/causal_routers.py), usually in a separate stage in which all other parameters are frozen. Its input is detached,
-so its gradient never reaches the rest of the model. Its logits are stored in Routing.auxiliary_VC.
+The auxiliary router sees each token independently of the others and is trained to predict the main router's choice for
+this token (losses/causal_routers.py), usually in a separate stage in which all other parameters are frozen. Its input
+is detached, so its gradient never reaches the rest of the model. Its logits are stored in Routing.auxiliary_VC.
 
 Shape suffixes: D model width, H hidden width D/2, V routed tokens, C columns of the main router.
 """
@@ -54,8 +54,8 @@ class AuxiliaryRouter(RouterPart):
 def decide_alone(auxiliary_VC: Tensor | None, layer: int) -> Tensor:
     """Return the choices of an auxiliary router, a bool tensor [V, C] that is true where aux(x) > 0.5 (logit > 0).
 
-    auxiliary_VC: the logits of the auxiliary router. Raises UserError if it is None because the layer has no auxiliary
-    router.
+    auxiliary_VC: the logits of the auxiliary router. Raises UserError if it is None, which means that the router of
+    this layer has no auxiliary router.
     """
     if auxiliary_VC is None:
         raise UserError(

@@ -20,7 +20,7 @@ def expert_capacity(num_tokens: int, capacity_factor: float, columns: int, top_k
     """Return an expert's capacity in a selection group of b tokens: min(b, ceil(b * k * c / columns)).
 
     Here, b is num_tokens, k is top_k and c is capacity_factor. columns: the router's number of columns, including null
-    experts. The arithmetic is exact.
+    experts. The arithmetic is exact (without floating-point rounding).
     """
     return min(num_tokens, math.ceil(num_tokens * top_k * Fraction(str(capacity_factor)) / columns))
 
@@ -49,8 +49,9 @@ def plan_assignments(
 ) -> RoutingPlan:
     """Build a routing plan from the k experts of every token. The expert number `num_experts` means "no expert".
 
-    slots: if given, pad every expert to exactly this number of assignments. No expert may have more. A padding
-    assignment refers to token 0 and has weight 0, so outputs and gradients do not change, and every shape is static.
+    slots: if given, pad every expert to exactly this number of assignments. No expert may have more assignments than
+    this. A padding assignment refers to token 0 and has weight 0, so outputs and gradients do not change, and every
+    shape is static.
     """
     expert_N = expert_Vk.flatten()
     order_N = expert_N.argsort(stable=True)

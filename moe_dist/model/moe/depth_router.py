@@ -24,13 +24,13 @@ class DepthRouter(nn.Module):
     Among b competing tokens, the k_d = ceil(b c_d) tokens with the highest s are admitted, where c_d is
     `depth.capacity`.
 
-    The setting `depth.scope` says which tokens compete:
-    group: all tokens of a selection group, whatever their modality (MoMa's choice over "the batch").
+    The setting `depth.scope` decides which tokens compete:
+    group: all tokens of a selection group, whatever their modality (as in MoMa, which selects over "the batch").
     modality: the tokens of one modality in a selection group, so that every layer keeps the mix of modalities.
     sequence: the tokens of one packed sequence, as in Raposo et al.
 
-    Padding is never admitted. Ties are broken as in selection_keys. With TokenInfo.causal, the auxiliary router decides
-    about each token alone. The gate value is still s.
+    Padding is never admitted. Ties are broken as in selection_keys. If TokenInfo.causal is set, the auxiliary router
+    decides on each token independently. The gate value is still s.
     """
 
     causal = False

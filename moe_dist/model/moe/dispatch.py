@@ -1,7 +1,7 @@
 """Dispatch of tokens to the ranks of their experts, and combination of the results.
 
 Shape suffixes: T tokens, D model width, E experts, e experts (or expert slices) on a rank, r ranks of the
-expert-parallel group, N assignments made on this rank, R rows received on this rank.
+expert-parallel group, N assignments of this rank's tokens, R rows received on this rank.
 
 A dispatcher has no parameters: it follows a RoutingPlan. Rows are copies of tokens, sorted by expert. Each row is sent
 together with a combine weight. Combine weights keep their dtype and their gradient, and the Experts class applies them.
@@ -147,7 +147,7 @@ def make_dispatcher(placement: Placement, layout: Layout) -> Dispatcher:
 def _by_rank(x_N: Tensor, placement: Placement, sent_re: list[list[int]]) -> Tensor:
     """Reorder assignments from expert order to placement order, rank by rank. Repeat them for each slice of an expert.
 
-    Assignments without an expert are cut off.
+    Assignments without an expert are left out.
     """
     counts = dict(zip(placement.order, (count for row in sent_re for count in row)))
     counts_E = [counts[expert] for expert in range(len(counts) // placement.slices)]

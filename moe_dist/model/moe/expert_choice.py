@@ -1,5 +1,5 @@
-"""Expert-choice routing, over all tokens (moe_8x) or within each modality (MoMa, arXiv 2407.21770, eq. 1), with
-optional Gumbel noise in training.
+"""Expert-choice routing, either over all tokens or within each modality (MoMa, arXiv 2407.21770, eq. 1), with optional
+Gumbel noise in training.
 
 Shape suffixes: T tokens, D model width, E experts of this router, V routed tokens, K tokens that an expert takes from
 all selection groups together.
@@ -25,16 +25,16 @@ from moe_dist.model.site import Site
 class ExpertChoiceRouter(nn.Module):
     """Router in which each expert takes the highest-scoring valid tokens of each selection group.
 
-    A token may get 0 to E experts, and with capacity factor 1 it gets one on average. The score of a token is s =
-    sigmoid(x W). The combine weight is s, not normalised over experts.
+    A token may get 0 to E experts. If the capacity factor is 1, tokens get one expert on average. The score of a token
+    is s = sigmoid(x W). The combine weight is s, not normalised over experts.
 
-    gumbel_noise: in training, s = sigmoid(x W + G' - G'') with Gumbel noise G' and G'' (MoMa, section on upcycling).
-    This s is used both for selection and as the combine weight. The noise is a function of (seed, layer, token id,
-    expert). Token ids are unique over the whole run, so the noise differs in each step, but it is the same in every
-    layout and after a resume.
+    gumbel_noise: in training, s = sigmoid(x W + G' - G'') with Gumbel noise G' and G'' (MoMa, arXiv 2407.21770, section
+    on upcycling). This s is used both for selection and as the combine weight. The noise is a function of (seed, layer,
+    token id, expert). Token ids are unique over the whole run, so the noise differs in each step, but it is the same in
+    every layout and after a resume.
 
-    With TokenInfo.causal, the auxiliary router decides which experts a token gets. The combine weight is still s (MoMa,
-    eq. 3-4).
+    If TokenInfo.causal is set, the auxiliary router decides which experts a token gets. The combine weight is still s
+    (MoMa, arXiv 2407.21770, eq. 3-4).
     """
 
     causal = has_state = False
@@ -93,7 +93,7 @@ class ExpertChoiceRouter(nn.Module):
         return logits_VE + logistic(self.noise_key, token_id_V[:, None], expert_E).to(logits_VE.dtype)
 
     def _choose(self, keys_VE: Tensor, group_sizes: list[int]) -> Tensor:
-        """Return int64 [E, K]: for each expert, the rows with its highest keys in each group, group by group."""
+        """Return int64 [E, K]: for each expert, the indices of the rows with its highest keys in each group."""
         chosen, start = [], 0
         for size, keys_bE in zip(group_sizes, keys_VE.split(group_sizes)):
             capacity = expert_capacity(size, self.settings.capacity_factor, self.num_experts)

@@ -25,7 +25,7 @@ from moe_dist.model.site import Site
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldExperts:
-    """The experts that a rank holds: everything the constructor of an Experts class needs besides its settings."""
+    """The experts that a rank holds, as a constructor argument of Experts classes."""
 
     expert_ids: tuple[int, ...]  # global ids; slice ids if experts are split into slices (Placement)
     size: int  # hidden size of each expert or slice; for LoRA experts, that of the shared dense base
@@ -52,9 +52,9 @@ class Experts(Protocol):
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
         """Return the matrix products for `rows` (token, expert) assignments.
 
-        gates: the router's products, which are included in the result. The order of the result matters for the cost:
-        the gradient of the combine weights flows back through the products that come after the gates, but not through
-        those before the gates.
+        gates: the router's products, which are included in the result. The order of the result matters for the cost of
+        the backward pass: the gradient of the combine weights flows back through the products that come after the
+        gates, but not through those before the gates.
         """
         ...
 
@@ -163,5 +163,8 @@ def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Copy x if it does not start at a multiple of 16 bytes. Under ZeRO-3, x can be such a view of a buffer."""
+    """Return x, or a copy of x if its address is not a multiple of 16 bytes.
+
+    Under ZeRO-3, x can be a view that begins at such an address in a larger buffer.
+    """
     return x.clone() if x.storage_offset() * x.element_size() % 16 else x

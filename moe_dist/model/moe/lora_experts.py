@@ -81,8 +81,8 @@ class LoRAExperts(nn.Module):
     h = silu(W_g u + w E^g_k(u)) * (W_u u + w E^u_k(u));  y = W_d h + w E^d_k(h)
 
     Every rank holds the base. The combine weight w scales only the deltas. If the value of w is 1 (`weighting:
-    straight_through`), this is the formula of the released code; otherwise it is the weighted variant. Every row
-    includes the base's output, so a token must have exactly one expert.
+    straight_through`), this is the formula of LLaVA-MoLE's released code; otherwise it is the weighted variant. Every
+    row includes the base's output, so a token must have exactly one expert.
     """
 
     experts_per_token = 1
@@ -123,8 +123,8 @@ class LoRAExperts(nn.Module):
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
         """Return the matrix products in order.
 
-        The `gates` (the router's products) come after the base's gate_up and before the other products. The combine
-        weights scale only the LoRA deltas, so their gradient does not flow back through gate_up.
+        The router's products (`gates`) come after the base's gate_up and before the other products. The combine weights
+        scale only the LoRA deltas, so their gradient does not flow back through gate_up.
         """
         return [
             linear_product(self.base.gate_up, rows, beside_lora=True),

@@ -1,4 +1,4 @@
-"""The decisions of a model's routers, and their margins: how close each decision is to its opposite.
+"""The decisions of a model's routers, and their margins, which measure how close each decision is to being reversed.
 
 A decision is whether a column (an expert, a null expert, a block with mixture-of-depths) takes a token. The margin of a
 decision is the distance that the token's logit must move to reverse the decision (`selection_margins` in
@@ -78,11 +78,11 @@ def _decisions(name: str, router: Any, info: TokenInfo, output: Any) -> Iterator
 
 
 def _biased_decisions(name: str, router: DeepSeekV3Router, info: TokenInfo, routing: Routing) -> Iterator[Decisions]:
-    """Yield the decisions of a DeepSeek-V3 router: about groups of experts (as router NAME.groups), then about experts.
+    """Yield the decisions of a DeepSeek-V3 router: first those about groups of experts, then those about experts.
 
-    The margin of a group refers to the sum of its two highest scores, and the margin of an expert refers to its biased
-    score. Experts outside the chosen groups have margin inf. If a token may use all groups, there are no decisions
-    about groups.
+    The decisions about groups are reported under the router name NAME.groups. The margin of a group refers to the sum
+    of its two highest scores, and the margin of an expert refers to its biased score. The margin of an expert outside
+    the chosen groups is inf. If tokens may use all groups, there are no decisions about groups.
     """
     scores_VE, chosen_VE = router.biased_scores(routing.logits_VC), routing.chosen_VC
     keys_VE = selection_keys(scores_VE, info, router.key)

@@ -54,8 +54,8 @@ class MoELayer(nn.Module):
 def build_moe_layer(ffn: MoEFFN, site: Site, layout: Layout) -> MoELayer:
     """Build an expert layer with this rank's experts.
 
-    The initial values depend on the seed and the parameter names, not on the layout. Raises UserError if the recipe
-    does not fit the number of ranks.
+    The initial values depend on the seed and the parameter names, not on the layout. Raises UserError if the experts
+    cannot be divided equally among the ranks, or if the expert class does not fit the router (build_experts).
     """
     router = build_router(ffn.router, site.child("router"))
     placement = make_placement(router.expert_groups, layout.expert, ffn.slices)

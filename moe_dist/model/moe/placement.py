@@ -38,14 +38,14 @@ def slice_id(number: int, expert: int, num_experts: int) -> int:
 def make_placement(expert_groups: Sequence[Sequence[int]], ep: int, slices: int = 1) -> Placement:
     """Place the same number of experts on every rank, and nearly the same number from each group (modality).
 
-    The numbers of experts of one group differ by at most one between ranks: group by group, each rank first gets an
-    equal share, rounded down. The remaining experts of the group then go to the ranks with the fewest experts so far.
-    The totals of the ranks therefore never differ by more than one, and they are equal in the end. Raises UserError if
-    `ep` does not divide the number of experts times slices.
+    Between ranks, the number of experts from one group differs by at most one. For each group in turn, every rank first
+    gets an equal share, rounded down. The remaining experts of the group then go to the ranks with the fewest experts
+    so far. Therefore the ranks' total numbers of experts never differ by more than one, and they are equal in the end.
+    Raises UserError if `ep` does not divide the number of experts multiplied by `slices`.
 
     Slices are placed like experts: the first slices of all experts in a group come before the second slices. If
-    `slices` is ep / gcd(ep, sizes of the groups), every rank holds the same number of slices of each group, and never
-    two slices of one expert.
+    `slices` is ep / gcd(ep, sizes of the groups), every rank holds the same number of slices from each group, and no
+    rank holds two slices of one expert.
     """
     num_experts = sum(len(group) for group in expert_groups)
     if num_experts * slices % ep:

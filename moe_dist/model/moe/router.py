@@ -65,7 +65,10 @@ class StatefulRouter(Router, Protocol):
 
 
 class RouterPart(nn.Module):
-    """Base class of the parts of a router that hold parameters. A part reports its matrix products and parameters."""
+    """Base class of the parts of a router that hold parameters.
+
+    A part reports its matrix products and its number of parameters.
+    """
 
     detached = False  # True if the part's input is detached: no gradient flows further back
 
@@ -105,8 +108,8 @@ class Gate(RouterPart):
 def router_products(router: nn.Module, scored: Sequence[int], *, detached: bool = False) -> list[list[Product]]:
     """Return the matrix products of a router's parts, one list per part.
 
-    detached: if true, include only the detached parts, otherwise only the other parts. scored: the number of tokens in
-    each Routing of the router's record. If `scored` is empty, the result is empty.
+    detached: if true, include only the parts whose input is detached, otherwise only the other parts. scored: the
+    number of tokens in each Routing of the router's record. If `scored` is empty, the result is empty.
     """
     planners = zip(_planners(router), scored, strict=True) if scored else ()
     parts = [(part, tokens) for planner, tokens in planners for part in _parts_of(planner)]
@@ -158,7 +161,7 @@ def selection_keys(logits_VC: Tensor, info: TokenInfo, key: int, scope: str = "g
 
 
 def _ids(info: TokenInfo, columns: int, scope: str) -> Tensor:
-    """Return a well-mixed number for every pair of a token and a column, int64 [V, C].
+    """Return a pseudo-random number for every pair of a token and a column, int64 [V, C].
 
     Routers that see the same tokens share these numbers. Each router multiplies them by its own odd number. The high
     bits of the product are a hash (Dietzfelbinger et al., "A Reliable Randomized Algorithm for the Closest-Pair
