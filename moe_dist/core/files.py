@@ -91,7 +91,7 @@ def put_in_place(partial: Path, path: Path) -> None:
     """Sync a complete file or folder to the disk, and rename it to its final path.
 
     The files in a folder must be synced already. An existing file or an empty folder at the final path is replaced.
-    Raises OSError if this fails.
+    Raises OSError if the sync or the rename fails.
     """
     _sync(partial)
     partial.rename(path)

@@ -46,8 +46,8 @@ class Objective(Protocol):
     def counts(self, batch: Batch) -> tuple[int, ...]:
         """Return, for each metric, the number of values that a host-side micro-batch contributes to the metric's mean.
 
-        A metric's count over a step is the sum of these numbers. Its mean is its sum over the step divided by this
-        count.
+        A metric's count over a step is the sum of these numbers. The metric's mean is its sum over the step divided by
+        this count.
         """
         ...
 

@@ -63,8 +63,8 @@ _KINDS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float
 def parse_yaml(text: str, where: str) -> Any:
     """Parse YAML.
 
-    Raises UserError if the text is not valid YAML or has a value that settings do not allow. The message begins with
-    `where`.
+    Raises UserError if the text is not valid YAML or contains a value that settings do not allow. The message begins
+    with `where`.
     """
     loader = _Loader(text)
     try:
@@ -109,8 +109,8 @@ def _foreign(node: yaml.Node) -> str | None:
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Apply one override `section.key=value` to a nested mapping, in place.
 
-    Raises UserError if the override has another form, if its value is not valid YAML, or if it treats a value as a
-    section.
+    Raises UserError if the override is not of this form, if its value is not valid YAML, or if one of the sections in
+    its key is a plain value in `data`.
     """
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -176,7 +176,8 @@ def nested(model: type[Settings], data: Any) -> Settings:
 
 
 def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict[str, V]:
-    """Read every item of a mapping with `read`. If any items have Faults, raise the Faults of all items together.
+    """Read every item of a mapping with `read`. If `read` raises Faults for some items, raise the Faults of all items
+    together.
 
     The name of the item is put before the keys of its Faults.
     """

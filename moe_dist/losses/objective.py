@@ -34,8 +34,8 @@ class WeightedTerms:
     def counts(self, batch: Batch) -> tuple[int, ...]:
         """Return, for each metric, the number of values that a host-side micro-batch contributes to the metric's mean.
 
-        A metric's count over a step is the sum of these numbers. Its mean is its sum over the step divided by this
-        count.
+        A metric's count over a step is the sum of these numbers. The metric's mean is its sum over the step divided by
+        this count.
         """
         return tuple(count for _, term in self.terms.values() for count in term.counts(batch))
 

@@ -36,13 +36,14 @@ class Term(Protocol):
     def counts(self, batch: Batch) -> tuple[int, ...]:
         """Return, for each metric, the number of values that a host-side micro-batch contributes to the metric's mean.
 
-        A metric's count over a step is the sum of these numbers. Its mean is its sum over the step divided by this
-        count.
+        A metric's count over a step is the sum of these numbers. The metric's mean is its sum over the step divided by
+        this count.
         """
         ...
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the sum of each metric as a 0-d tensor. The first sum is minimised. The others are detached and only
-        reported.
+        """Return the sum of each metric as a 0-d tensor.
+
+        The first sum is minimised. The others are detached and only reported.
         """
         ...

@@ -162,7 +162,7 @@ def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:
     """Compute the RoPE angles (Su et al., arXiv 2104.09864, eq. 15). Returns float32 [T, 1, 1, d].
 
     Both halves of the last dimension hold the same d/2 angles. The frequencies are computed as 1 / base^x, not as
-    base^-x, to get the same rounding as the imported models.
+    base^-x, to get the same rounding as the original code of imported models.
     """
     exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_T.device) / head_size
     angle_Td = position_T[:, None].float() * (1.0 / base**exponent)

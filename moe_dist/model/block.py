@@ -20,8 +20,9 @@ from moe_dist.parallel.layout import Layout
 
 
 class Block(nn.Module):
-    """Residual block with attention and a feed-forward part. The setting `model.norm` decides where the norms are
-    applied.
+    """Residual block with attention and a feed-forward part.
+
+    The setting `model.norm` decides where the norms are applied.
 
     swin: h = x + norm(attn(x)), out = h + norm(ffn(h)) (Chameleon, arXiv 2405.09818; MoMa, arXiv 2407.21770).
     pre: h = x + attn(norm(x)), out = h + ffn(norm(h)).
@@ -57,8 +58,7 @@ class Block(nn.Module):
         ]
 
     def detached_products(self, work: LayerWork) -> list[list[Product]]:
-        """Return the matrix products of the block's auxiliary routers, one list per router. Their inputs are detached.
-        """
+        """Return the matrix products of the block's auxiliary routers, one list per router."""
         return self.ffn.detached_products(work) if isinstance(self.ffn, MoELayer) else []
 
     def num_parameters(self, experts: float | None) -> float:

@@ -76,11 +76,10 @@ class Transformer(nn.Module):
         return len(self.layers)
 
     def products(self, work: Work) -> Iterator[list[Product]]:
-        """Yield the matrix products of the forward pass as chains: one from embedding to logits, then one per auxiliary
-        router.
+        """Yield the matrix products of the forward pass as chains.
 
-        A chain is a list of products in the order of computation. The input of an auxiliary router is detached, so its
-        products form a separate chain.
+        A chain lists products in the order of computation. The first chain goes from embedding to logits. Then each
+        auxiliary router has its own chain, because its input is detached.
         """
         of_layers = [(block, work.of_layer(layer)) for layer, block in enumerate(self._blocks())]
         products = (product for block, of_layer in of_layers for product in block.products(of_layer))

@@ -3,8 +3,8 @@
 
 An expert-choice router or a mixture-of-depths router gets an auxiliary router if its settings say `auxiliary: true`.
 The auxiliary router sees each token independently of the others and is trained to predict the main router's choice for
-this token (losses/causal_routers.py), usually in a separate stage in which all other parameters are frozen. Its input
-is detached, so its gradient never reaches the rest of the model. Its logits are stored in Routing.auxiliary_VC.
+the token (losses/causal_routers.py), usually in a separate stage in which all other parameters are frozen. Its input is
+detached, so its gradient never reaches the rest of the model. Its logits are stored in Routing.auxiliary_VC.
 
 Shape suffixes: D model width, H hidden width D/2, V routed tokens, C columns of the main router.
 """

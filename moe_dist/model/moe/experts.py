@@ -165,6 +165,6 @@ def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
 def _aligned(x: Tensor) -> Tensor:
     """Return x, or a copy of x if its address is not a multiple of 16 bytes.
 
-    Under ZeRO-3, x can be a view that begins at such an address in a larger buffer.
+    Under ZeRO-3, x can be a view that begins at an unaligned address in a buffer.
     """
     return x.clone() if x.storage_offset() * x.element_size() % 16 else x
