@@ -31,7 +31,7 @@ class RoutingPlan:
 class Routing:
     """Logits and decisions of one router, for losses and telemetry.
 
-    Each row stands for one of the tokens token_V. Padding is not included.
+    Row i of each tensor [V, ...] belongs to the token with index token_V[i]. Padding is not included.
     """
 
     token_V: Tensor  # int64 index (into the T tokens)

@@ -75,7 +75,8 @@ class LoadBalance:
 
         Each f is scaled by (number of all tokens / number of the part's tokens). The objective divides by the number of
         all tokens, so with this scale a part's loss is a mean over the part's own tokens. The scale is applied here,
-        because a part's number of tokens over all ranks is known only on the device. The function takes one all-reduce.
+        because a part's number of tokens over all ranks is known only on the device. The function performs one
+        all-reduce.
         """
         columns = [part.chosen_VC.shape[1] for part in parts]
         choices = torch.cat([part.chosen_VC.sum(0) for part in parts])

@@ -22,8 +22,7 @@ from moe_dist.parallel.layout import Layout
 class Block(nn.Module):
     """Residual block with attention and a feed-forward part.
 
-    The setting `model.norm` decides where the norms are applied.
-
+    The setting `model.norm` decides where the norms are applied:
     swin: h = x + norm(attn(x)), out = h + norm(ffn(h)) (Chameleon, arXiv 2405.09818; MoMa, arXiv 2407.21770).
     pre: h = x + attn(norm(x)), out = h + ffn(norm(h)).
     """

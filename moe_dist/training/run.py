@@ -211,8 +211,8 @@ class Run:
     def _tell_the_start(self) -> None:
         """Report how the run starts.
 
-        If the run starts from init_from, print the account of loaded parameters and write it to RUN/init_from.json. If
-        the run resumes, print that init_from is not read again.
+        If the run starts from init_from, print which parameters were loaded, and write this account to
+        RUN/init_from.json. If the run resumes, print that init_from is not read again.
         """
         if self.initial is not None:
             self.folder.write_initial(self.initial.to_json())

@@ -137,7 +137,7 @@ class Origin:
     def fill(self, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account | None:
         """Load the checkpoint, if there is one, into a new engine. Collective.
 
-        Returns the account of loaded parameters if the checkpoint is an earlier stage's, otherwise None.
+        If the checkpoint is an earlier stage's, returns an Account of which parameters were loaded, otherwise None.
         """
         if self.resume_from is not None:
             checkpoint.load(self.resume_from, engine, layout)

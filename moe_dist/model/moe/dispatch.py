@@ -89,7 +89,7 @@ class LocalDispatcher:
 class AllToAllDispatcher:
     """Dispatcher for experts that `placement` distributes over the ranks of `group`.
 
-    Collective: every rank of the group must call dispatch and combine, even if it has no tokens.
+    Collective: every rank of the group must call dispatch and combine, even with an empty x_TD.
     """
 
     def __init__(self, placement: Placement, group: dist.ProcessGroup, split_sizes: SplitSizes = split_sizes):

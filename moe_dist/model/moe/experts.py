@@ -38,8 +38,8 @@ class Experts(Protocol):
 
     An implementation is an nn.Module that is constructed with (settings, HeldExperts). The rows of a call are sorted by
     local expert. counts_e: the number of rows of each local expert (host values). weights_R: the combine weight of each
-    row. If an expert has no rows, the gradient of its trainable parameters must be zero, not None. This also holds if
-    the whole rank has no rows.
+    row. If an expert receives no rows, the gradient of its trainable parameters must be zero, not None. This also holds
+    if the whole rank receives no rows.
     """
 
     experts_per_token: int | None  # number of experts that a router must choose for every token; None: any
