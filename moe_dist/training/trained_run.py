@@ -32,8 +32,8 @@ from moe_dist.training.setup import open_data
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
-    """The checkpoint of a run to evaluate, and the run's recipe with overrides. Its weights and data have not been read
-    yet.
+    """The checkpoint of a run to evaluate, and the run's recipe with overrides. The weights and the data have not been
+    read yet.
     """
 
     config: Config
