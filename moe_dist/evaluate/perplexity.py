@@ -24,8 +24,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a model's mean cross-entropy in nats per token.
 
-    Returns eval/loss, eval/loss/text, eval/loss/image and eval/loss/domain/NAME. A key is absent if it has no
-    predictions.
+    Returns eval/loss, eval/loss/text, eval/loss/image and eval/loss/domain/NAME. A key is absent if there
+    are no predictions to average.
     forward: Batch -> an output with logits_TV. domains: the names that the batches' domain_T indexes; empty if the data
     have no domains. Collective: every rank must call it with the same number of batches, as held_out_batches ensures.
     """
