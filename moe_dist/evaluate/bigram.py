@@ -61,7 +61,7 @@ class Counts:
         self._lower = np.stack([counts / max(counts.sum(), 1) for counts in (unigram, predecessors, np.ones(size))])
 
     def estimates(self, bigrams: Bigrams, discount: float) -> np.ndarray:
-        """Return the four terms of P(w|v) for each of n bigrams, [4, n], before the weights a, b and 1 - a - b.
+        """Return the four terms of P(w|v) for each of n bigrams, [4, n], without the weights a, b and 1 - a - b.
 
         The first row is the discounted bigram term. The other rows are f(v) times c(w) / N, k(w) / K and 1 / V.
         """

@@ -155,7 +155,7 @@ class Result:
         return cls(right)
 
     def to_json(self) -> dict[str, Any]:
-        """Return accuracies with intervals, and whether each item was answered correctly (to compare models later)."""
+        """Return accuracies with intervals and, for a later comparison of models, whether each answer was correct."""
         return {
             "accuracy": {
                 task: {"right": sum(items.values()), "items": len(items), "share": share, "interval_95": interval}
@@ -183,7 +183,7 @@ def accuracy(items: Mapping[int, bool]) -> tuple[float, Interval]:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A comparison of two models that answered the same items: how many items only one of the models got right."""
+    """A comparison of two models on the same items, based on the items that only one of them answered correctly."""
 
     gained: int  # items that only the second model answers correctly
     lost: int  # items that only the first model answers correctly

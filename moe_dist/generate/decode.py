@@ -1,8 +1,8 @@
 """Token-by-token decoding with a KV cache. Every rank decodes its own samples.
 
 Models whose routing depends on later tokens are refused. All ranks decode in step, because experts may be on other
-ranks. A rank whose samples are all done feeds a padding token until every rank is done. The result for a sample does
-not depend on the rank that decodes it or on the other samples of that rank.
+ranks. A rank whose samples are all done feeds padding to its model until every rank is done. The result for a sample
+does not depend on the rank that decodes it or on the other samples of that rank.
 
 Shape suffixes: R rows (documents in the cache), S samples, T tokens, V vocabulary.
 """

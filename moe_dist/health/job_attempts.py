@@ -44,7 +44,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The plan of an attempt: the step of the checkpoint it resumes from, and overrides to append to the command line."""
+    """The plan of an attempt: the step from which it resumes, and the overrides to append to the command line."""
 
     step: int
     overrides: list[str]

@@ -25,9 +25,9 @@ from moe_dist.parallel.discovery import host_name
 class Stragglers:
     """Context manager that reports slow ranks. Every rank must enter it around each training step.
 
-    Every `straggler_every` steps, the ranks exchange their median own seconds per step (collective). If the slowest
-    rank's value is at least `straggler_factor` times the median over the other ranks, rank 0 prints this and appends it
-    to RUN/stragglers.jsonl.
+    Every `straggler_every` steps, the ranks exchange the medians of their own seconds per step (collective). If the
+    slowest rank's value is at least `straggler_factor` times the median over the other ranks, rank 0 prints this and
+    appends it to RUN/stragglers.jsonl.
     """
 
     def __init__(self, settings: HealthConfig, folder: RunFolder, *, rank: int, step: int = 0) -> None:

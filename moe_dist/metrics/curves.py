@@ -101,7 +101,7 @@ def write_report(path: str | Path, baseline: Mapping[str, float] | None = None) 
 
 
 def report_or_explain(path: str | Path) -> None:
-    """Call write_report. If matplotlib is not installed, print instead which extra installs it, and do not raise."""
+    """Call write_report. If matplotlib is not installed, catch the error and print which extra installs it."""
     try:
         write_report(path)
     except MissingExtra as error:
@@ -150,7 +150,7 @@ def loss_figure(runs: Sequence[RunMetrics], baseline: Mapping[str, float]) -> Fi
 def routing_figure(run: RunMetrics) -> Figure:
     """Plot a heat map of each layer's expert utilization over time, and curves of unrouted tokens and rank imbalance.
 
-    If every expert always has its fair share (expert choice), the title says this and the heat map is left out.
+    If every utilization is nearly 1 (expert choice), the title says this and the heat map is left out.
     """
     loads = {key.split("/")[1]: run.series(key) for key in run.keys if key.endswith("/utilization")}
     even = all(np.nanmax(np.abs(load - 1), initial=0) < 0.01 for _, load in loads.values())

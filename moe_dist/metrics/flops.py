@@ -2,9 +2,9 @@
 
 A multiply-add is 2 FLOPs. A product counts once for the forward pass, once more for the gradient of its weights if they
 are trained, and once more for the gradient of its input if an earlier product has trained weights. Therefore the FLOPs
-of a model that is trained as a whole are three times those of the forward pass. In LoRA training, a product
-with frozen weights counts twice if an earlier product has trained weights, otherwise once. An auxiliary router detaches
-its input, so no gradient flows from its products to earlier ones. Its products therefore form a separate chain.
+of a model that is trained as a whole are three times those of the forward pass. In LoRA training, a product with frozen
+weights counts twice if an earlier product has trained weights, otherwise once. An auxiliary router detaches its input,
+so no gradient flows from its products to earlier ones. Its products therefore form a separate chain.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def flops_saved(
     so a stage that freezes parameters does not change the result.
     tokens: the number of routed tokens, without padding.
     experts: the mean over all `tokens`, including those that skip a layer with mixture-of-depths.
-    admitted: as in core/costs.py (Work.admitted).
+    admitted: see Work.admitted in core/costs.py.
     """
     admitted = admitted or {}
     of_layers = [sum(admitted[layer]) if layer in admitted else tokens for layer in range(model.num_layers)]

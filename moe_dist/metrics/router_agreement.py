@@ -19,7 +19,7 @@ Ratio = tuple[str, Tensor, Tensor]  # name, numerator, denominator: counts of th
 def decision_counts(
     records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], info: TokenInfo
 ) -> dict[str, Tensor]:
-    """Count the numerators and denominators of the metrics admitted, auxiliary_* and depth_* in one micro-batch.
+    """Compute the numerators and denominators of the metrics admitted, auxiliary_* and depth_* in one micro-batch.
 
     Returns a dict from metric key (metric_keys.py) to [numerator, denominator], int64 [2]. The results for several
     micro-batches and ranks can be added.

@@ -148,10 +148,10 @@ def routing_metrics(
 
 
 def _rank_imbalance(load_LGE: Tensor, local_experts: Sequence[Sequence[int]]) -> float:
-    """Return the highest load of a rank, divided by the mean load of the ranks in its expert-parallel group.
+    """Return the highest ratio of a rank's load to the mean load of the ranks in its expert-parallel group.
 
-    A rank's load in a layer is the number of assignments that its experts process. The maximum of the ratio is over
-    layers, groups and ranks. If experts are split into slices, each slice processes all assignments of its expert.
+    A rank's load in a layer is the number of assignments that its experts process. The maximum is over layers,
+    groups and ranks. If experts are split into slices, each slice processes all assignments of its expert.
     """
     held = [[number % load_LGE.shape[-1] for number in numbers] for numbers in local_experts]
     rows_LGR = torch.stack([load_LGE[..., experts].sum(-1) for experts in held], dim=-1).double()

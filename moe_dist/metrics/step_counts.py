@@ -1,4 +1,4 @@
-"""Counts of the routing decisions and of the work in a training step, for routing metrics and FLOPs.
+"""Counts of the routing decisions and of the work in a step, from which routing metrics and FLOPs are computed.
 
 The counts stay on the device, where they are summed over micro-batches. They are read once per step.
 
@@ -91,7 +91,7 @@ class StepCounts:
         return model_flops(model, work)
 
     def flops_saved(self, model: Costed, *, experts: float, top_k: int) -> float:
-        """Return the fraction of FLOPs saved on this rank's tokens, compared with `top_k` experts for every token.
+        """Return the fraction of FLOPs saved on this rank, compared with a model that uses `top_k` experts per token.
 
         experts: the mean number of experts per token. Details: metrics/flops.py.
         """
