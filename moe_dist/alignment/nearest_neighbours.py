@@ -23,8 +23,8 @@ def nearest(embedding_NE: Tensor, right_N: Tensor, *, k: int, sigma: float | Non
 
     A sample is never its own neighbour. If a sample has fewer than k neighbours, the missing ones have weight 0.
     right_N: true for the samples in the success set.
-    sigma: if None, use the median distance between samples and their neighbours. This median adapts to the embedder and
-    to the similarity of the questions.
+    sigma: if None, use the median distance between samples and their neighbours, so that sigma suits the embedder and
+    the questions.
     Raises UserError if the success set is empty, or if k or sigma is not positive.
     """
     if k < 1:

@@ -32,7 +32,7 @@ SHARD_BYTES = 5 * 10**9  # per file, the default of transformers
 def import_folder(folder: str | Path, out: str | Path) -> None:
     """Import a Hugging Face folder: write a checkpoint, model.yaml and the tokenizer (if the folder has one) to `out`.
 
-    Raises UserError.
+    Raises UserError if the folder holds no complete, supported model, or if `out` exists or cannot be written.
     """
     folder = Path(folder)
     raw = read_json(folder / CONFIG)
@@ -48,9 +48,10 @@ def export_folder(
 ) -> None:
     """Export a checkpoint, or a run's newest checkpoint, to the Hugging Face folder `out`.
 
-    The folder holds sharded safetensors, their index and config.json, and the tokenizer files of the checkpoint if it
-    has any. Raises UserError.
+    The folder holds sharded safetensors, their index and config.json, and the checkpoint's tokenizer files, if any.
     dtype: float32 (the dtype of checkpoints), bfloat16 or float16.
+    Raises UserError if `source` holds no usable checkpoint, if neither Llama nor Mixtral supports the model, or if
+    `out` exists or cannot be written.
     """
     path = newest_complete(source) or Path(source)
     model = validate(ModelConfig, read_state(path)["config"]["model"], str(path), "model")

@@ -1,4 +1,4 @@
-"""The output of a conversion: a checkpoint that holds only parameters, and a recipe's matching `model:` section."""
+"""The output of a conversion: a checkpoint with only parameters, and the matching `model:` section for a recipe."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ def write_model(
     files: Mapping[str, bytes],
     state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the checkpoint `out`, and add model.yaml and `files` to it. Raises UserError if that fails.
+    """Write the checkpoint `out`, and add model.yaml and `files` to it.
 
-    files: content, keyed by path relative to `out`. state: entries of the source run's state that a later stage may
-    need. tensors: the parameters of the model. Raises RuntimeError if their names or shapes do not match `model`.
+    files: the content of each file, keyed by path relative to `out`. state: entries of the source run's state that a
+    later stage may need. tensors: the parameters of the model.
+    Raises UserError if no model can be built from `model`, or if `out` exists or cannot be written. Raises RuntimeError
+    if the tensors' names or shapes do not match `model`.
     """
     expected, given = parameter_shapes(model, vocab_size), {name: tensor.shape for name, tensor in tensors.items()}
     if expected != given:
@@ -47,8 +49,8 @@ def write_model(
 def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of an unsharded model.
 
-    Each expert of a stacked parameter has its own entry, `NAME[global expert id]`. Raises UserError if no model can be
-    built from the settings.
+    A parameter that stacks experts has one entry per expert, `NAME[global expert id]`. Raises UserError if no model can
+    be built from the settings.
     """
     with torch.device("meta"):
         built = Transformer(model, vocab_size, Layout(), seed=0)

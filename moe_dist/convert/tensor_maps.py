@@ -58,9 +58,9 @@ def tensor_mappings(model: ModelConfig, vocab_size: int) -> Iterator[TensorMappi
 
 
 def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorMapping]:
-    """Yield the mappings of an attention layer. Hugging Face has three projections; we have one fused projection.
+    """Yield the mappings for an attention layer. Hugging Face has three projections; we have one fused projection.
 
-    Like Megatron's, the fused projection has its rows ordered by query group. The rows of a group are the queries of
+    As in Megatron, the rows of the fused projection are ordered by query group. The rows of a group are the queries of
     its heads, then its key, then its value.
     """
     D, H, G, d = model.hidden_size, model.num_heads, model.query_groups, model.size_per_head
@@ -85,7 +85,7 @@ def _dense(D: int, F: int, ours: str, theirs: str) -> Iterator[TensorMapping]:
 
 
 def _experts(D: int, F: int, E: int, ours: str, theirs: str) -> Iterator[TensorMapping]:
-    """Yield the mappings of a router and its experts.
+    """Yield the mappings for a router and its experts.
 
     The experts' weights are transposed, because our experts compute x W and Hugging Face's compute x W^T.
     """

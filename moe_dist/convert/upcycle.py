@@ -1,6 +1,6 @@
 """Sparse upcycling (Komatsuzaki et al., arXiv 2212.05055): the experts of every layer start as copies of one FFN.
 
-The seed is a dense model, or a model with one expert per modality (MoMa's 1t1i, arXiv 2407.21770). From a dense seed,
+The seed is a dense model, or a model with one expert per modality (1t1i in MoMa, arXiv 2407.21770). From a dense seed,
 all experts are copies of the seed's FFN. From a 1t1i seed, the experts of a modality are copies of that modality's
 expert. If the new router is token choice with weights that sum to 1, the new model computes the same function as the
 seed. If the new router is expert choice, it does not, because any number of experts may choose a token.
@@ -53,12 +53,13 @@ def upcycle(
 ) -> None:
     """Upcycle the checkpoint `source`, or the newest checkpoint of the run `source`, to the folder `out`.
 
-    Raises UserError.
+    Raises UserError if `source` holds no usable checkpoint, if the options do not suit its model, or if `out`
+    exists or cannot be written.
     experts: the number of experts per layer. "8" (dense seed only) means top-2 routing among 8 experts, with weights
     that sum to 1. "4t4i" means expert choice among 4 text and 4 image experts.
     overrides: changes to the router that `experts` describes, each given as model.ffn.router.KEY=VALUE.
-    gates: "fresh" initialises the gates at random with `seed`, as in a new model. "copied" gives every expert of a
-    modality the gate of that modality's expert in a 1t1i seed.
+    gates: "fresh" initialises the gates at random, as in a new model whose random seed is `seed`. "copied" (1t1i seed
+    only) gives every expert of a modality the gate of the seed's expert for that modality.
     """
     path = newest_complete(source) or Path(source)
     state = read_state(path)
@@ -147,7 +148,7 @@ def _moe_layers(model: Transformer) -> list[MoELayer]:
 
 
 def _routers(model: ModelConfig, built: Transformer, seed: int) -> dict[str, Router]:
-    """Build the router of every layer, keyed by name. Each has the initial values of a new model with this seed."""
+    """Build every layer's router, keyed by name, and initialise it as in a new model whose random seed is `seed`."""
     assert isinstance(model.ffn, MoEFFN)
     names = [_name(built, layer.get_submodule("router")) for layer in _moe_layers(built)]
     sites = [replace(block_site(model, layer, seed), name=name) for layer, name in enumerate(names)]
@@ -162,7 +163,7 @@ def _not_copied(before: Transformer) -> set[str]:
 
 
 def _stacked(before: Transformer, after: Transformer) -> dict[str, str]:
-    """Map each feed-forward weight of the seed to the stacked parameter that holds its copies, both given by name."""
+    """Map the name of each feed-forward weight of the seed to the name of the stacked parameter with its copies."""
     found: dict[str, str] = {}
     experts = [layer.get_submodule("experts") for layer in _moe_layers(after)]
     sources = [layer.get_submodule("experts") for layer in _moe_layers(before)]
@@ -179,9 +180,9 @@ def _copies(
     """Return the tensors of the new model that are made from one tensor of the seed, keyed by name.
 
     A weight of a dense FFN is copied to all experts. A weight of a 1t1i expert is copied to the experts of its
-    modality, slice by slice if experts are split into slices (model/moe/placement.py). Any other tensor is kept. A
-    linear layer's weight is [out, in], but an expert's row of a stacked parameter is [in, out], so weights of a dense
-    FFN are transposed.
+    modality, slice by slice if experts are split into slices (model/moe/placement.py). Any other tensor is kept
+    unchanged. A linear layer's weight is [out, in], but an expert's row of a stacked parameter is [in, out], so weights
+    of a dense FFN are transposed.
     """
     parameter, expert = split_row_name(name)
     if parameter not in stacked:

@@ -40,7 +40,7 @@ class MultipleChoice(Strict):
 
     per_task: maximum number of questions per task, over all splits. The questions are chosen by hash.
     answer: the form of the answer. "letter" lists options A to D after the question. "text" lists the options before
-    the question and answers with the words of an option. Small models can tell apart words that they have just read,
+    the question and answers with the words of an option. Small models can distinguish words that they have just read,
     but not letters.
     """
 

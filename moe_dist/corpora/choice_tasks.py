@@ -7,7 +7,7 @@
   antonym     which word is the opposite
   emoji       which emoji has these keywords
 
-Words that give the answer away are removed from a question. A question of which too little remains is left out.
+Words that give the answer away are removed from a question. If too few words remain, the question is left out.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def gives_away(text: str, answer: str) -> bool:
 
 
 def opposites(wordnet: WordNet) -> dict[str, str]:
-    """Map each synset's id to one id for all synsets that are directly or indirectly its opposites.
+    """Map each synset's id to an id that it shares with its opposites, the opposites of its opposites, and so on.
 
-    This is the smallest id among the synset, its opposites, the opposites of its opposites, and so on.
+    The shared id is the smallest of their ids.
     """
     concept: dict[str, str] = {}
     for first in sorted(wordnet.synsets):

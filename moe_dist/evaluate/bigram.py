@@ -32,7 +32,7 @@ DISCOUNTS = np.geomspace(0.1, 20, 28)
 
 @dataclass(frozen=True)
 class Bigrams:
-    """Pairs (context, following token). They are counted to fit a model, or a model computes their probabilities."""
+    """Pairs of a token (the context) and the token that follows it, as two arrays of equal length."""
 
     context: np.ndarray
     following: np.ndarray
@@ -50,7 +50,7 @@ class Bigrams:
 
 
 class Counts:
-    """Bigram counts over a vocabulary of `size` ids, and the three distributions that B mixes."""
+    """Bigram counts over a vocabulary of `size` ids, and the three distributions whose weighted sum is B(w)."""
 
     def __init__(self, bigrams: Bigrams, size: int):
         self._size = size
@@ -61,9 +61,9 @@ class Counts:
         self._lower = np.stack([counts / max(counts.sum(), 1) for counts in (unigram, predecessors, np.ones(size))])
 
     def estimates(self, bigrams: Bigrams, discount: float) -> np.ndarray:
-        """Return the terms of P for n bigrams, [4, n].
+        """Return the four terms of P(w|v) for each of n bigrams, [4, n], without the weights a, b and 1 - a - b.
 
-        The first row is the discounted bigram term. The other rows are f(v) times each distribution that B mixes.
+        The first row is the discounted bigram term. The other rows are f(v) times c(w) / N, k(w) / K and 1 / V.
         """
         freed = np.bincount(self._keys // self._size, np.minimum(self._pairs, discount), minlength=self._size)
         total = self._totals[bigrams.context]
@@ -100,7 +100,7 @@ class ContextModel:
 
 
 def fit_weights(parts: np.ndarray) -> tuple[np.ndarray, float]:
-    """Fit the weights of the three terms of B by expectation maximisation.
+    """Fit a, b and 1 - a - b, the weights of the three terms of B(w), by expectation maximisation.
 
     parts: as returned by Counts.estimates. Returns the weights and the mean loss in nats with these weights.
     """

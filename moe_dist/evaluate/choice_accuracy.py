@@ -62,7 +62,10 @@ def answer_all(
     split: Split,
     batch_groups: int,
 ) -> Answers:
-    """Answer every item of a split, with a progress display on rank 0. Collective. store: the tokens of this split."""
+    """Let a model answer every item of a split. Collective.
+
+    Rank 0 displays the progress. forward: as in `answer`. store: the documents of this split.
+    """
     with raise_on_all_ranks():
         choices, report = read_choices(data, split, vocabulary.text)
     if layout.is_main:
@@ -86,7 +89,9 @@ def _warn(choices: Mapping[int, Choice], report: SampleReport) -> None:
 
 @torch.no_grad()
 def answer(forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Choice], layout: Layout) -> Answers:
-    """Answer all items of the batches. Collective: every rank must call it with the same number of batches.
+    """Let a model answer all items of the batches.
+
+    Collective: every rank must call it with the same number of batches.
 
     forward: Batch -> an output with logits_TV and records. choices: the items, keyed by sample hash, all with the same
     number of options (data/tasks/choice_items.py). Samples that are not in `choices` are left out. Raises UserError if
@@ -150,7 +155,7 @@ class Result:
         return cls(right)
 
     def to_json(self) -> dict[str, Any]:
-        """Return accuracies with intervals, and whether each item was answered correctly (to compare models later)."""
+        """Return accuracies with intervals and, for a later comparison of models, whether each answer was correct."""
         return {
             "accuracy": {
                 task: {"right": sum(items.values()), "items": len(items), "share": share, "interval_95": interval}
@@ -178,7 +183,7 @@ def accuracy(items: Mapping[int, bool]) -> tuple[float, Interval]:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A comparison of two models that answered the same items: how many items only one of the models got right."""
+    """A comparison of two models on the same items, based on the items that only one of them answered correctly."""
 
     gained: int  # items that only the second model answers correctly
     lost: int  # items that only the first model answers correctly

@@ -1,7 +1,6 @@
 """Held-out loss of one modality given the other: captions after their image, and images after their caption.
 
-The exponential of this loss is the conditional perplexity of the MoMa paper (arXiv 2407.21770, table of auxiliary
-routers).
+The exponential of this loss is the conditional perplexity in the table of auxiliary routers (MoMa, arXiv 2407.21770).
 
 Shape suffixes: T tokens of a micro-batch.
 """

@@ -1,4 +1,4 @@
-"""MoMa's eta (arXiv 2407.21770, section 4): the ratio of the FLOPs that two models need for the same loss.
+"""Eta (MoMa, arXiv 2407.21770, section 4): the ratio of the FLOPs that two models need for the same loss.
 
 Shape suffixes: S steps of a run, W points of its smoothed curve.
 """
@@ -36,9 +36,9 @@ def flops_to_reach(flops_W: np.ndarray, loss_W: np.ndarray, targets: np.ndarray)
 def eta(dense_flops_W: np.ndarray, dense_loss_W: np.ndarray, flops_W: np.ndarray, loss_W: np.ndarray) -> np.ndarray:
     """Return (FLOPs at which the dense model first reaches a loss) / (FLOPs at which the other model first does).
 
-    There is one ratio per point of the dense model's curve, for the lowest loss that the dense model has reached by
-    then. A ratio above 1 means that the other model is better. The ratio is nan if the other model never reaches that
-    loss. The numerator is not the number of FLOPs at the point itself, because this would reward the other model
+    There is one ratio per point of the dense model's curve, for the lowest loss that the dense model has reached up to
+    that point. A ratio above 1 means that the other model is better. The ratio is nan if the other model never reaches
+    that loss. The numerator is not the number of FLOPs at the point itself, because this would reward the other model
     wherever the dense model's loss stagnates.
     """
     targets = np.minimum.accumulate(dense_loss_W)

@@ -23,7 +23,8 @@ def wilson(right: int, items: int) -> Interval:
 def paired_difference(gained: int, lost: int, items: int) -> Interval:
     """Return the 95 % interval of accuracy_2 - accuracy_1, both on the same items (Bonett and Price 2012, eq. 3).
 
-    gained: items that only the second model answers correctly. lost: items that only the first answers correctly.
+    gained: number of items that only the second model answers correctly.
+    lost: number of items that only the first model answers correctly.
     """
     p_gained, p_lost = (gained + 1) / (items + 2), (lost + 1) / (items + 2)
     centre = p_gained - p_lost

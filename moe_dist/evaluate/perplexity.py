@@ -24,8 +24,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a model's mean cross-entropy in nats per token.
 
-    Returns eval/loss, eval/loss/text, eval/loss/image and eval/loss/domain/NAME. A key is absent if it has no
-    predictions.
+    Returns eval/loss, eval/loss/text, eval/loss/image and eval/loss/domain/NAME. A key is absent if
+    there are no predictions to average.
     forward: Batch -> an output with logits_TV. domains: the names that the batches' domain_T indexes; empty if the data
     have no domains. Collective: every rank must call it with the same number of batches, as held_out_batches ensures.
     """
@@ -41,7 +41,8 @@ def mean_losses(
 ) -> dict[str, float]:
     """Return the mean of a per-token loss over the unmasked predictions of all ranks. Collective.
 
-    token_losses: computes the loss. The argument `domains` and the returned keys are as in evaluate.
+    token_losses: returns the loss of each prediction of a batch, [T]. The argument `domains` and the returned keys are
+    as in evaluate.
     """
     names = [*(f"eval/loss/{name}" for name in MODALITIES), *(f"eval/loss/domain/{name}" for name in domains)]
     # One row per name: sum, count. The last row is for predictions without a domain.

@@ -1,8 +1,8 @@
 """Token-by-token decoding with a KV cache. Every rank decodes its own samples.
 
 Models whose routing depends on later tokens are refused. All ranks decode in step, because experts may be on other
-ranks. A rank whose samples are all done feeds a padding token until every rank is done. The result for a sample does
-not depend on the rank that decodes it or on the other samples of that rank.
+ranks. A rank whose samples are all done feeds padding to its model until every rank is done. The result for a sample
+does not depend on the rank that decodes it or on the other samples of that rank.
 
 Shape suffixes: R rows (documents in the cache), S samples, T tokens, V vocabulary.
 """
@@ -46,7 +46,7 @@ def check_can_generate(model: Transformer) -> None:
 
 @dataclass(slots=True)
 class _Row:
-    """A document in the KV cache: either a sample, or the copy of a sample without its caption, used for guidance."""
+    """A document in the KV cache: either a sample, or its copy without the caption, which guidance needs."""
 
     sample: GenerationState
     unconditional: bool
@@ -87,7 +87,7 @@ def generate(
 
 
 def _micro_batch(rows: Sequence[_Row], form: Format) -> tuple[Tensor, TokenInfo]:
-    """Build a micro-batch on the CPU from the tokens that each row reads next, and count these tokens as read.
+    """Build a micro-batch on the CPU from each row's `feed`, and add the number of these tokens to the row's `read`.
 
     If there are no rows, the micro-batch is a single padding token.
     """
@@ -112,7 +112,7 @@ def _micro_batch(rows: Sequence[_Row], form: Format) -> tuple[Tensor, TokenInfo]
 
 
 def _extend(rows: Sequence[_Row], logits_RV: Tensor, form: Format, sampling: Sampling, masks_KV: Tensor) -> None:
-    """Draw the next token of every sample, and make it the next token that the sample's rows read."""
+    """Draw the next token of every sample, append it to the sample, and make it the `feed` of the sample's rows."""
     device = logits_RV.device
     place = {(row.sample.number, row.unconditional): number for number, row in enumerate(rows)}
     samples = [row.sample for row in rows if not row.unconditional]

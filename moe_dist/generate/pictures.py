@@ -59,7 +59,7 @@ class Generated:
 
 
 def write_generated(folder: Path, samples: Sequence[Generated], image: ImageTokenizer | None, settings: dict) -> None:
-    """Write samples.jsonl, NUMBER.png (NUMBER_2.png, ...) and sheet.png.
+    """Write samples.jsonl, sheet.png, and each sample's images as NUMBER.png, NUMBER_2.png, and so on.
 
     Each line of samples.jsonl describes one sample and repeats `settings`.
     """
@@ -84,7 +84,7 @@ def _draw(codes: Sequence[int], image: ImageTokenizer | None) -> Image.Image:
 
 
 def contact_sheet(cells: Sequence[tuple[Image.Image | None, str]]) -> Image.Image:
-    """Draw a sheet that shows the cells in rows. A cell is a picture (blank if None) above its text."""
+    """Draw a sheet that shows the cells in rows. A cell is a picture (empty if None) above its text."""
     columns = min(COLUMNS, len(cells))
     width, height = CELL + MARGIN, CELL + LINES * LINE_HEIGHT + MARGIN
     sheet = Image.new("RGB", (columns * width + MARGIN, -(-len(cells) // columns) * height + MARGIN), "white")

@@ -27,7 +27,7 @@ class Sampling(Strict):
 
 
 def guide(logits_SV: Tensor, unconditional_SV: Tensor, scale: float) -> Tensor:
-    """Apply classifier-free guidance (Ho and Salimans, arXiv 2207.12598, eq. 6, with their w = scale - 1)."""
+    """Apply classifier-free guidance (Ho and Salimans, arXiv 2207.12598, eq. 6, where w is scale - 1)."""
     return logits_SV + (scale - 1) * (logits_SV - unconditional_SV)
 
 

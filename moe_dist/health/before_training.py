@@ -49,7 +49,7 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """The result of the checks: each rank's report, and the rate at which it sent data in an all-to-all exchange."""
+    """The result of the checks: each rank's report, and each rank's sending rate in an all-to-all exchange."""
 
     ranks: tuple[RankReport, ...]
     bytes_per_second: tuple[float, ...]  # by rank; empty for a single rank
@@ -114,9 +114,9 @@ def report(config: Config, device: torch.device) -> RankReport:
 
 
 def compare(ranks: tuple[RankReport, ...]) -> list[str]:
-    """Return a phrase for each value of a rank that differs from the most common value among the ranks.
+    """Compare the ranks' reports. Return one phrase for each value that differs from the ranks' most common value.
 
-    In a tie, the tied value of the lowest rank counts as the most common.
+    If several values are equally common, the one that the lowest rank reports counts as the most common.
     """
     differences = []
     for name in ranks[0].comparable():

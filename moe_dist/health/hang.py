@@ -17,10 +17,10 @@ GRACE = 5.0  # seconds for all ranks to write their stacks, before the first exi
 class HangWatch:
     """Context manager around a training loop. It ends the run if the loop hangs.
 
-    The loop must call `beat` after each step, evaluation and save. If `beat` is not called for `seconds` (0 turns the
-    watch off), the stacks of all threads are appended to FOLDER/rank-RANK.txt. A C thread writes the stacks, so it does
+    The loop must call `beat` after each step, evaluation and save. If `beat` is not called for `seconds` (0 disables
+    the check), the stacks of all threads are appended to FOLDER/rank-RANK.txt. A C thread writes the stacks, so it does
     not matter if another thread holds the interpreter lock. The process then exits with status 1, which makes a
-    scheduler start the run again. Every rank watches itself. If one rank hangs, the other ranks wait for it, so all
+    scheduler start the run again. Each rank has its own watch. If one rank hangs, the other ranks wait for it, so all
     ranks write their stacks.
     tell: called on rank 0 before the exit, with one sentence that says why the run ended.
     Raises OSError if FOLDER cannot be written.

@@ -6,8 +6,8 @@ attempt started and how many failures preceded it.
 A job is attempted until its run is done. After a failed attempt, the next attempt resumes from the last checkpoint.
 There is no next attempt after an error that a person must fix, or after `max_failures` failures in a row without a
 newer checkpoint. If an attempt's node dies, the attempt cannot record how it ended. The next attempt then determines
-this from the files. A second job in the same run folder is refused, and run.resume=none applies only to a job's first
-start (`begin`).
+this from the files. While a job is training in a run folder, a second job in that folder is refused. Once a job has
+written a checkpoint, its later attempts resume even if the recipe says run.resume=none (`begin`).
 
 This module does not import torch, since it runs before and after the ranks.
 """
@@ -44,7 +44,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The plan of an attempt: the step after which it resumes, and overrides to append to those of the command line."""
+    """The plan of an attempt: the step from which it resumes, and the overrides to append to the command line."""
 
     step: int
     overrides: list[str]
@@ -60,7 +60,8 @@ class Ending:
 def begin(config: Config, job: str, restarts: int, max_failures: int) -> Plan | None:
     """Record the start of the next attempt of `job` and return its plan, or None if the run is already done.
 
-    restarts: number of times that Slurm has restarted this job. Raises UserError if the job must not start.
+    restarts: number of times that Slurm has restarted this job. Raises UserError if another job is training in the run
+    folder, or if this job's last attempt failed and another attempt is ruled out.
     """
     folder = RunFolder(Path(config.run.dir))
     before = _read(folder)

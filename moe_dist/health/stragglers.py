@@ -23,11 +23,11 @@ from moe_dist.parallel.discovery import host_name
 
 
 class Stragglers:
-    """Context manager around each training step that reports slow ranks. Every rank must enter it.
+    """Context manager that reports slow ranks. Every rank must enter it around each training step.
 
-    Every `straggler_every` steps, the ranks exchange the seconds of their own work (collective). If the seconds of the
-    slowest rank are at least `straggler_factor` times the median of the others, rank 0 prints this and appends it to
-    RUN/stragglers.jsonl.
+    Every `straggler_every` steps, the ranks exchange the medians of their own seconds per step (collective). If the
+    slowest rank's value is at least `straggler_factor` times the median over the other ranks, rank 0 prints this and
+    appends it to RUN/stragglers.jsonl.
     """
 
     def __init__(self, settings: HealthConfig, folder: RunFolder, *, rank: int, step: int = 0) -> None:
@@ -74,7 +74,7 @@ class Stragglers:
 
 
 def find(everyone: list[tuple[float, str]], factor: float) -> dict[str, Any] | None:
-    """Return the line to report about the slowest rank, or None if the rank is not slow.
+    """Return the fields to report about the slowest rank, or None if that rank is not slow.
 
     The rank is slow if its own seconds are at least `factor` times the median over the other ranks.
     everyone: (own seconds, host) of each rank.

@@ -75,7 +75,7 @@ def read_run(path: str | Path) -> RunMetrics:
 
 
 def read_baseline(path: str | Path) -> dict[str, float]:
-    """Read the losses of a baseline from a JSON file such as {"text": 4.1, "image": 5.8}. Raises UserError."""
+    """Read baseline losses from a JSON file such as {"text": 4.1, "image": 5.8}. Raises UserError if this fails."""
     try:
         baseline = json.loads(Path(path).read_text())
         return {modality: float(baseline[modality]) for modality in MODALITIES if modality in baseline}
@@ -86,7 +86,7 @@ def read_baseline(path: str | Path) -> dict[str, float]:
 def write_report(path: str | Path, baseline: Mapping[str, float] | None = None) -> list[Path]:
     """Plot RUN/loss.png, RUN/routing.png (if the run has experts) and RUN/domains.png (if its data have domains).
 
-    Return the paths of the files. Raises UserError.
+    Return the files' paths. Raises UserError if metrics.jsonl cannot be read or a plot cannot be drawn or written.
     """
     run = read_run(path)
     figures = {"loss.png": loss_figure([run], baseline or {})}
@@ -101,7 +101,7 @@ def write_report(path: str | Path, baseline: Mapping[str, float] | None = None) 
 
 
 def report_or_explain(path: str | Path) -> None:
-    """Write the report. If matplotlib is not installed, print instead which extra installs it. Raises UserError."""
+    """Call write_report. If matplotlib is not installed, catch the error and print which extra installs it."""
     try:
         write_report(path)
     except MissingExtra as error:
@@ -150,7 +150,7 @@ def loss_figure(runs: Sequence[RunMetrics], baseline: Mapping[str, float]) -> Fi
 def routing_figure(run: RunMetrics) -> Figure:
     """Plot a heat map of each layer's expert utilization over time, and curves of unrouted tokens and rank imbalance.
 
-    If every expert always has its fair share (expert choice), the title says this and the heat map is left out.
+    If every utilization is nearly 1 (expert choice), the title says this and the heat map is left out.
     """
     loads = {key.split("/")[1]: run.series(key) for key in run.keys if key.endswith("/utilization")}
     even = all(np.nanmax(np.abs(load - 1), initial=0) < 0.01 for _, load in loads.values())

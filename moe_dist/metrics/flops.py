@@ -2,9 +2,9 @@
 
 A multiply-add is 2 FLOPs. A product counts once for the forward pass, once more for the gradient of its weights if they
 are trained, and once more for the gradient of its input if an earlier product has trained weights. Therefore the FLOPs
-of a model that is trained as a whole are three times those of the forward pass. Products with frozen weights and LoRA
-count twice, and products before the first trained weight count once. An auxiliary router detaches its input, so the
-router's products are a separate chain.
+of a model that is trained as a whole are three times those of the forward pass. In LoRA training, a product with frozen
+weights counts twice if an earlier product has trained weights, otherwise once. An auxiliary router detaches its input,
+so no gradient flows from its products to earlier ones. Its products therefore form a separate chain.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ def flops_saved(
 ) -> float:
     """Return AdaMoE's "FLOPs saved" (arXiv 2406.13233): 1 - (FLOPs of this model) / (FLOPs with top_k experts).
 
-    In this model, a token reaches `experts` experts per layer on average. In the model that it is compared with, every
-    token reaches `top_k` experts in every layer.
+    In this model, a token is processed by `experts` experts per layer on average. In the reference model, every token
+    is processed by `top_k` experts in every layer.
 
-    Neither number of FLOPs includes the routers. In both, every parameter that some stage can train counts as trained,
+    Neither FLOP count includes the routers. In both, every parameter that some stage can train counts as trained,
     so a stage that freezes parameters does not change the result.
     tokens: the number of routed tokens, without padding.
     experts: the mean over all `tokens`, including those that skip a layer with mixture-of-depths.
-    admitted: as in Work.
+    admitted: see Work.admitted in core/costs.py.
     """
     admitted = admitted or {}
     of_layers = [sum(admitted[layer]) if layer in admitted else tokens for layer in range(model.num_layers)]
@@ -56,9 +56,9 @@ def _flops(model: Costed, work: Work, trained: Callable[[Product], bool]) -> int
 
 
 def _with_backward(chain: Iterable[Product], trained: Callable[[Product], bool]) -> int:
-    """Count the multiply-adds of a chain of products, in the forward pass and in computing the gradients.
+    """Return the multiply-adds of a chain of matrix products: those of the forward pass and of the gradients.
 
-    trained: returns whether the weights of a product are trained. Gradients that training does not need do not count.
+    trained: returns whether a product's weights are trained. Gradients that training does not need are not counted.
     """
     total, before = 0, False  # before: an earlier product of the chain is trained
     for product in chain:

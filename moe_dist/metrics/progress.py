@@ -23,7 +23,7 @@ WINDOW = 50  # number of updates over which the speed is averaged
 
 
 class Progress:
-    """Context manager around a training loop. It shows the loop's progress if `is_main` is true, otherwise nothing.
+    """Context manager around a training loop. It shows the loop's progress if `is_main` is true.
 
     The loop starts after `step` of `total` steps. causal: the model's `Transformer.causal_routing`. If it is False, the
     losses are labelled "non-causal".

@@ -1,6 +1,6 @@
 """Mixture-of-depths admission rates, and how often auxiliary routers agree with their main routers.
 
-Shape suffixes: T tokens, V tokens that a router saw, C columns of a router.
+Shape suffixes: T tokens, V tokens that a router scored, C columns of a router.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ Ratio = tuple[str, Tensor, Tensor]  # name, numerator, denominator: counts of th
 def decision_counts(
     records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], info: TokenInfo
 ) -> dict[str, Tensor]:
-    """Compute the counts behind the metrics admitted, auxiliary_* and depth_* for one micro-batch of this rank.
+    """Compute the numerators and denominators of the metrics admitted, auxiliary_* and depth_* in one micro-batch.
 
-    Returns a dict from metric key (metric_keys.py) to [numerator, denominator], int64 [2]. The counts of several
+    Returns a dict from metric key (metric_keys.py) to [numerator, denominator], int64 [2]. The results for several
     micro-batches and ranks can be added.
     """
     counts: dict[str, Tensor] = {}
@@ -59,7 +59,8 @@ def _members(part: Routing, info: TokenInfo) -> dict[str, Tensor]:
 def _agreement(part: Routing, member_V: Tensor, prefix: str, suffix: str = "") -> Iterator[Ratio]:
     """Yield the auxiliary router's accuracy, precision and recall on the tokens where member_V is true.
 
-    Each pair of a token and a router column is one decision, and the main router's decision counts as correct.
+    Each pair of a token and a router column is one decision, and the main router's decision is the correct one. If
+    there is no auxiliary router, nothing is yielded.
     """
     if part.auxiliary_VC is None:
         return

@@ -97,7 +97,7 @@ def _dropped(records: Sequence[RoutingRecord], load_LE: Tensor) -> Tensor:
 
 
 def _by_domain(record: RoutingRecord, domain_T: Tensor | None, num_domains: int) -> Tensor:
-    """Return the number of assignments for each domain and expert, [D, E]. Tokens without a domain are not counted."""
+    """Return the number of assignments of each domain's tokens to each expert, [D, E]. Other tokens are not counted."""
     if domain_T is None:
         return record.plan.counts_E.new_zeros(0, record.plan.counts_E.numel())
     row_T = torch.where(domain_T < 0, num_domains, domain_T)
@@ -117,8 +117,8 @@ def routing_metrics(
 ) -> dict[str, float | list[float]]:
     """Compute the moe/* metrics (metric_keys.py) on the host, from counts that are summed over all ranks.
 
-    Keys of a modality without valid tokens and of a domain without assignments are left out. Any other ratio whose
-    denominator is 0 is nan.
+    A modality's keys are left out if there are no valid tokens of that modality. A domain's keys are left out if none
+    of its tokens is assigned to an expert. Any other ratio whose denominator is 0 is nan.
     local_experts: the ids of the experts, or of the slices of experts, on each expert-parallel rank
     (Placement.local_experts).
     domains: the names of the domains, in the order of the counts' domain index.
@@ -148,10 +148,10 @@ def routing_metrics(
 
 
 def _rank_imbalance(load_LGE: Tensor, local_experts: Sequence[Sequence[int]]) -> float:
-    """Return the largest ratio of a rank's number of rows to the mean over the ranks of its expert-parallel group.
+    """Return the highest ratio of a rank's load to the mean load of the ranks in its expert-parallel group.
 
-    The maximum is over layers, groups and ranks. If experts are split into slices, each slice processes all rows of its
-    expert.
+    A rank's load in a layer is the number of assignments that its experts process. The maximum is over layers,
+    groups and ranks. If experts are split into slices, each slice processes all assignments of its expert.
     """
     held = [[number % load_LGE.shape[-1] for number in numbers] for numbers in local_experts]
     rows_LGR = torch.stack([load_LGE[..., experts].sum(-1) for experts in held], dim=-1).double()

@@ -94,28 +94,32 @@ class RunFolder:
         self.write_status("running", step, restart=True)
 
     def write_health(self, health: dict[str, Any]) -> None:
-        """Write health.json, the result of the checks before training. Raises UserError."""
+        """Write health.json, the result of the checks before training. Raises UserError if writing fails."""
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             write_file(self.path / "health.json", json_text(health))
 
     def write_initial(self, account: dict[str, Any]) -> None:
-        """Write init_from.json, which lists the tensors loaded from an earlier stage's checkpoint. Raises UserError."""
+        """Write init_from.json, which lists the tensors loaded from an earlier stage's checkpoint.
+
+        Raises UserError if the file cannot be written.
+        """
         with self._writing():
             write_file(self.initial, json_text(account))
 
     def evaluation_config(self, overrides: Sequence[str]) -> Config:
         """Return the run's recipe, changed so that one process can evaluate the run's newest checkpoint.
 
-        Raises UserError. The key run.dir is set to this folder, which may have been moved since training. The key
-        data.neighbours is removed, because only training needs it. The overrides are applied last.
+        The key run.dir is set to this folder, which may have been moved since training. The key data.neighbours is
+        removed, because only training needs it. The overrides are applied last. Raises UserError if the folder holds no
+        recipe, or if the changed recipe is invalid.
         """
         own = json.dumps(str(self.path))  # quoted: a name such as 2026 is a text, too
         fixed = ["parallel.expert=1", "run.resume=auto", f"run.dir={own}", "data.neighbours=null"]
         return load_stored_config(self.config, [*fixed, *overrides])
 
     def write_status(self, state: RunState, step: int, reason: str | None = None, *, restart: bool) -> None:
-        """Write status.json, whose fields the docstring of this module describes. Raises UserError."""
+        """Write status.json (fields: see the module docstring). Raises UserError if the file cannot be written."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         status = {"state": state, "step": step, "reason": reason, "restart": restart, "updated": now}
         with self._writing():
@@ -123,7 +127,10 @@ class RunFolder:
             write_file(self.status, json.dumps(status) + "\n")
 
     def beat(self, step: int) -> None:
-        """Rewrite status.json if it is older than BEAT_SECONDS, to show that the run is alive. Raises UserError."""
+        """Rewrite status.json if it is older than BEAT_SECONDS, to show that the run is alive.
+
+        Raises UserError if the file cannot be read or written.
+        """
         with self._writing():
             if time.time() - self.status.stat().st_mtime >= BEAT_SECONDS:
                 self.write_status("running", step, restart=True)
@@ -131,7 +138,7 @@ class RunFolder:
     def write_end(self, step: int, steps: int, signal: str | None) -> str:
         """Write to status.json that the run is done or was stopped. Return a line that says the same, for printing.
 
-        Raises UserError.
+        Raises UserError if the file cannot be written.
         signal: name of the signal that stopped the run. If it is None and the run is not done, the recipe's
         train.stop_after stopped it.
         """
@@ -181,9 +188,9 @@ def _lines(path: Path) -> list[str]:
 
 
 def _step(line: str) -> float:
-    """Return the step of a line of metrics.jsonl, or infinity if a crash cut the line off.
+    """Return the step of a line of metrics.jsonl, or infinity if a crash left the line incomplete.
 
-    When a run resumes, RunFolder.open removes the lines of later steps, and so also a line that was cut off.
+    When a run resumes, RunFolder.open removes all lines of later steps. Infinity makes it remove incomplete lines, too.
     """
     try:
         return json.loads(line)["step"]

@@ -1,8 +1,8 @@
-"""Counts of the routing and the work in a step.
+"""Counts of the routing decisions and of the work in a step, from which routing metrics and FLOPs are computed.
 
 The counts stay on the device, where they are summed over micro-batches. They are read once per step.
 
-Shape suffixes: L expert layers, V tokens that a router saw, C columns of a router.
+Shape suffixes: L expert layers, V tokens that a router scored, C columns of a router.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class StepCounts:
 
     @classmethod
     def of(cls, batch: Batch, output: ModelOutput, layout: Layout, num_domains: int = 0) -> StepCounts:
-        """Compute the counts of one micro-batch, whose tensors are on the device.
+        """Compute the counts for one micro-batch from the batch and from what the model returned.
 
         This needs neither communication between ranks nor synchronisation with the device.
         num_domains: the number of domains in the data; 0 if the data have no domains.
@@ -77,7 +77,7 @@ class StepCounts:
         )
 
     def flops(self, model: Costed) -> int:
-        """Return the FLOPs of the forward and backward passes of this rank's tokens (metrics/flops.py).
+        """Return the FLOPs of this rank's forward and backward passes over the counted tokens (metrics/flops.py).
 
         This synchronises with the device once.
         """
@@ -91,9 +91,9 @@ class StepCounts:
         return model_flops(model, work)
 
     def flops_saved(self, model: Costed, *, experts: float, top_k: int) -> float:
-        """Return the fraction of FLOPs that this rank saves (metrics/flops.py).
+        """Return the fraction of FLOPs saved on this rank, compared with a model that uses `top_k` experts per token.
 
-        experts: the mean number of experts per token. top_k: the number of experts in the model to compare with.
+        experts: the mean number of experts per token. Details: metrics/flops.py.
         """
         return flops_saved(
             model,
