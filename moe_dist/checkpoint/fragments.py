@@ -30,7 +30,7 @@ MASTER, FROZEN, BUFFER = MODEL_KINDS = "master", "frozen", "buffer"  # all other
 class _Piece(NamedTuple):
     """A piece of a parameter that ZeRO keeps on this rank.
 
-    The piece is the elements [start, start + numel) of the flattened parameter. ZeRO keeps them in
+    The piece consists of elements [start, start + numel) of the flattened parameter. ZeRO keeps them in
     flat[flat_start : flat_start + numel].
     """
 

@@ -16,7 +16,10 @@ from moe_dist.core.strict import parse_yaml
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe, merge it with the recipes that it extends, and return plain YAML data. Raises UserError."""
+    """Read a recipe, merge it with the recipes that it extends, and return plain YAML data.
+
+    Raises UserError if one of these files is missing or is not a mapping, or if recipes extend each other in a circle.
+    """
     return _read(path, ())
 
 

@@ -6,8 +6,8 @@
   image_rows.npy  int64 [documents]: the document's row of image.npy, -1 without an image
   prompts.npy     int64 [instructions, 4]: document, length of the prompt in its text, index into the manifest's
                   `domains`, sample_hash; in the order of the documents
-  manifest.json   the shard and tokenizers they were made from, the numbers of documents, tokens, skipped samples and
-                  lost parts, the documents that lack a lost part, and the files' sizes
+  manifest.json   the shard and tokenizers from which the tokens were made, the numbers of documents, tokens, skipped
+                  samples and lost parts, the documents that lost a part, and the files' sizes
 
 The folder is written under a temporary name and renamed when it is complete, so a token shard that exists is complete.
 """

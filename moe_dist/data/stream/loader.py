@@ -115,8 +115,10 @@ def make_loader(
     state: LoaderState | None = None,
     device: torch.device = CPU,
 ) -> Loader:
-    """Create the loader of one data-parallel rank. Raises UserError if `data` or `state` does not fit the run.
+    """Create the loader of one data-parallel rank.
 
+    Raises UserError if `data` does not fit the store or the number of ranks, or if `state` was saved with different
+    data or settings.
     batch_groups: the number of selection groups per micro-batch.
     neighbours: a store that adds the neighbours' routing to every batch.
     state: the state to continue from, that is, the state returned with the last batch that was used, merged over the
@@ -154,7 +156,7 @@ def make_loader(
 def check_data(data: DataConfig, *, dp: int) -> None:
     """Check the settings that do not depend on the documents. dp: the number of data-parallel ranks.
 
-    Raises UserError.
+    Raises UserError if data.lanes is not a multiple of dp, or if data.sequence_length is too small.
     """
     if data.lanes % dp:
         raise UserError(f"data.lanes={data.lanes} is not a multiple of the {dp} data-parallel ranks")

@@ -43,7 +43,10 @@ class ImageTokenizer(Protocol):
 
 
 def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
-    """Load our VQ tokenizer or Chameleon's from a folder; its config.json says which it is. Raises UserError."""
+    """Load our VQ tokenizer or Chameleon's from a folder. The folder's config.json says which one it is.
+
+    Raises UserError if the folder is missing or damaged, or holds neither of these tokenizers.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no image tokenizer folder {folder} (data.image_tokenizer)")

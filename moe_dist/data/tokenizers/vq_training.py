@@ -90,7 +90,7 @@ def _train_step(tokenizer: VQTokenizer, optimizer: torch.optim.Optimizer, pixels
 
 
 def _initialise_codebook(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> None:
-    """Initialise the codebook by k-means over enough images to have 8 vectors per code on average."""
+    """Initialise the codebook by k-means over the encoder's outputs for enough images: 8 vectors per code."""
     count = math.ceil(8 * tokenizer.codebook_size / tokenizer.num_codes)
     with torch.no_grad():
         tokenizer(_batch(pixels_NHW3, count))
