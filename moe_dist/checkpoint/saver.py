@@ -156,7 +156,7 @@ class HostBuffers:
 
 
 def _size(fragment: Fragment) -> int:
-    """Return the number of elements to copy. It is 0 for a frozen parameter, since training does not change it."""
+    """Return the number of elements to copy, which is 0 for a frozen parameter: training does not change its values."""
     return 0 if kind_of(fragment.name) == FROZEN else fragment.tensor.numel()
 
 

@@ -49,7 +49,7 @@ def _read(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of `base` with the values of `own` merged into it. If both have a value, `own` takes precedence."""
+    """Return a copy of `base` with `own` merged into it. If both set a key, the value from `own` is used."""
     return base | {key: _merged(base.get(key), value) for key, value in own.items()}
 
 

@@ -158,10 +158,10 @@ def _integer(environment: Mapping[str, str], name: str, default: int = 0) -> int
 
 
 def _started_by_srun(environment: Mapping[str, str]) -> bool:
-    """Return whether srun started this process, which means that Slurm's variables describe it.
+    """Return whether srun started this process, so that Slurm's variables give its rank.
 
     A process that mpiexec started may have inherited Slurm's variables from the surrounding job step. If Slurm's
-    variables differ from MPI's, return False, because then MPI's variables describe the process.
+    variables differ from MPI's, return False, because then MPI's variables give the rank.
     """
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NUM_TASKS" not in environment:
         return False

@@ -84,7 +84,7 @@ class TokenStore:
         self.part_ends = np.searchsorted(self._kept, np.cumsum([sum(map(len, part)) for part in parts]))
 
     def _without_long_instructions(self, lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-        """Return the indices of all documents except overlong instructions. lengths: the lengths including markers."""
+        """Return the indices of all documents except overlong instructions. lengths: in tokens, with markers."""
         kept = np.ones(len(lengths), dtype=bool)
         for shard, end in zip(self._shards, self._ends, strict=True):
             prompted = shard.prompts[:, 0] + end - len(shard)
@@ -96,7 +96,7 @@ class TokenStore:
 
     @property
     def contents(self) -> str:
-        """Return a line such as `90 pairs of picture and text, 8 pictures alone, 2 texts alone`."""
+        """Describe the documents in a line such as `90 pairs of picture and text, 8 pictures alone, 2 texts alone`."""
         pictures = len(self) - self.pairs - self.texts
         return f"{self.pairs} pairs of picture and text, {pictures} pictures alone, {self.texts} texts alone"
 
@@ -217,7 +217,7 @@ class _Source:
 
     @classmethod
     def of(cls, shard: Shard, vocabulary: Vocabulary, *, content: bool) -> _Source:
-        """Check a shard and find its folders. content: whether to check the tar's checksum, not only its size."""
+        """Check a shard and find its folders. content: whether to check the tar's checksum in addition to its size."""
         path = local_path(shard.url)
         index = verify_shard(path, content=content) if path else None
         identity = index.sha256 if index else shard.url

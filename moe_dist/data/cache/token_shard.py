@@ -78,7 +78,7 @@ class TokenShard:
 
     @property
     def domains(self) -> list[str]:
-        """Return the sorted names of the domains of the shard's instructions."""
+        """Return the names of the domains to which the shard's instructions belong, sorted."""
         return self.manifest["domains"]
 
     @cached_property
@@ -164,9 +164,9 @@ class TokenShardWriter:
         self._pixels.clear()
 
     def write(self, folder: Path, origin: dict[str, Any], report: SampleReport) -> None:
-        """Write the token shard to `folder`, unless another process has already done so. Raises UserError on failure.
+        """Write the token shard to `folder`, unless another process has already done so.
 
-        Samples that could not be tokenised are added to the report.
+        Samples that could not be tokenised are added to the report. Raises UserError if the files cannot be written.
         """
         for reason, key in self._bad:
             report.add_bad(reason, key)

@@ -3,7 +3,7 @@
 A decoded sample is an RGB image, a caption or both, or an instruction with or without an image. A raw sample is the
 group of a tar's members that share a key: an image (IMAGE_SUFFIXES), `.txt` for the caption, or `.json` with the field
 `caption` or `text`, or otherwise with the fields `prompt` and `answer` (data/tasks/instructions.py). A table in
-docs/data.md shows what is used, unused by design, lost or bad.
+docs/data.md shows which parts are used, unused by design or lost, and which samples are bad.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ def _text_caption(files: Mapping[str, bytes | None]) -> str | None:
 def _read_json(files: Mapping[str, bytes | None], *, needed: bool) -> dict[str, object] | None:
     """Return the JSON object in the .json member, or {} if there is no such member.
 
-    If the member does not hold an object, return None. If the member is broken, return None if it is not needed;
-    otherwise raise BadSample.
+    If the member holds another JSON value, return None. If the member is not valid JSON, raise BadSample if `needed` is
+    true, and return None otherwise.
     """
     content = files.get("json")
     if content is None:
@@ -191,7 +191,7 @@ def _json_caption(record: Mapping[str, object], key: str) -> tuple[str | None, s
 
 
 def _text(caption: str) -> str:
-    """Return a caption without surrounding whitespace and byte-order mark.
+    """Return a caption without its byte-order mark and surrounding whitespace.
 
     Raises BadSample if the caption has a lone surrogate.
     """
@@ -208,7 +208,7 @@ def _check_unicode(text: str) -> None:
 
 
 def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, has_text: bool) -> dict[str, str]:
-    """Return a dict from the ending of each lost member to the reason for the loss.
+    """Return the reason for the loss of each lost member, keyed by the member's ending.
 
     has_text: whether the sample has a caption or is an instruction.
     """

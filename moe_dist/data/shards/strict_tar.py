@@ -24,7 +24,7 @@ def explain(error: BaseException) -> str:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A tar member whose damaged header raises ReadError instead of ending the archive."""
+    """A tar member. A damaged header raises ReadError, instead of being read as the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> Self:

@@ -42,7 +42,7 @@ SIGPIPE_STATUS = [0, 23, 141, -13]  # exit statuses of curl, a shell and a comma
 
 
 def split_of(key: str) -> Split:
-    """Return the split for the key of a sample or concept. It depends only on the key's hash."""
+    """Return the split to which a sample or concept belongs. It depends only on the hash of the key."""
     position = int.from_bytes(_digest(key)[:8]) / 2**64
     return "test" if position < HELD_OUT else "validation" if position < 2 * HELD_OUT else "train"
 
@@ -64,7 +64,7 @@ class Sample:
 def write_shards(samples: Iterable[Sample], out: Path, samples_per_shard: int = SAMPLES_PER_SHARD) -> dict[str, int]:
     """Write samples as OUT/<split>/shard-%06d.tar, ordered by the hash of their keys. The tars are bitwise repeatable.
 
-    Returns the number of samples in each split, without the empty splits.
+    Returns the number of samples in each split, keyed by split. Empty splits are omitted.
     """
     ordered = sorted(samples, key=lambda sample: _digest(sample.key))
     if len({sample.key for sample in ordered}) < len(ordered):

@@ -182,6 +182,7 @@ def _cut(pending: list[Piece], i: int, room: int) -> Piece:
 
 def best_subset(lengths: Sequence[int], room: int) -> list[int]:
     """Choose lengths whose sum is as large as possible, but at most `room`, and return their indices.
+
     Index 0 is included if lengths[0] is at most `room`. Among equally good subsets, earlier items are preferred. The
     algorithm is subset sum over bit sets: bit s of reach[k] is 1 if some of the first k lengths add up to s.
     """

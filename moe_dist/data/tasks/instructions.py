@@ -62,7 +62,7 @@ class InstructionPrompt:
 
 
 def is_instruction(record: dict[str, Any]) -> bool:
-    """Return whether a .json member without a caption is meant as an instruction."""
+    """Return whether a .json member without a caption is an instruction: it has a prompt or an answer."""
     return "prompt" in record or "answer" in record
 
 

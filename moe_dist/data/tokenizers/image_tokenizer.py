@@ -21,7 +21,7 @@ from moe_dist.data.tokenizers.vq import VQTokenizer
 class ImageTokenizer(Protocol):
     """Interface for tokenizers that encode images as discrete codes and, if they have a decoder, decode codes.
 
-    The pixels that a tokenizer expects are made by pixels.py.
+    pixels.py converts images to the pixels that a tokenizer expects.
     """
 
     image_size: int  # pixels of one side

@@ -3,7 +3,7 @@
 OUT/text.model            the SentencePiece model                                  (data.text_tokenizer)
 OUT/vq/                   config.json, model.safetensors                           (data.image_tokenizer)
 OUT/vq/quality.json       reconstruction and codebook use on held-out images
-OUT/vq/reconstructions.png   rows of held-out images, each above its reconstructions
+OUT/vq/reconstructions.png   rows of held-out images, each row above its reconstructions
 """
 
 from __future__ import annotations
