@@ -55,7 +55,7 @@ class DenseFFN(Strict):
 class LoRAConfig(Strict):
     """Settings of LoRA (Hu et al., arXiv 2106.09685).
 
-    LoRA adds (alpha / rank) B A dropout(x) to the output of a frozen weight.
+    LoRA adds (alpha / rank) B A dropout(x) to the output of a linear layer whose weight is frozen. A and B are trained.
     """
 
     rank: Positive
@@ -249,7 +249,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_stored_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a file that save_config wrote. Old keys from earlier versions are accepted, too.
+    """Read a file that save_config wrote, and apply overrides. Old keys from earlier versions are accepted, too.
 
     Raises UserError if the file cannot be read, or if a key or value is invalid.
     """

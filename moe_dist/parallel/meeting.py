@@ -74,7 +74,7 @@ class _Wait:
     def pause(self, describe: Callable[[], str]) -> None:
         """Sleep for POLL seconds, and report the wait if a report is due.
 
-        Raises Stopped LAST_WAIT seconds after a signal, and PeerError after LIMIT seconds of waiting.
+        Raises Stopped if a signal came at least LAST_WAIT seconds ago, and PeerError after LIMIT seconds of waiting.
         """
         now = time.monotonic()
         if self.stop.pending():
