@@ -38,8 +38,9 @@ class Loaded(NamedTuple):
 
 
 class Loader:
-    """Endless iterator over micro-batches. A thread prepares the next batch. If the thread fails, next() raises its error.
+    """Endless iterator over micro-batches. A thread prepares the next batch.
 
+    If the thread fails, next() raises its error.
     device: the device to which the caller will copy the batches. For a GPU, the thread puts them in page-locked memory.
     """
 
