@@ -41,6 +41,7 @@ class Loader:
     """Endless iterator over micro-batches. A thread prepares the next batch.
 
     If the thread fails, next() raises its error.
+
     device: the device to which the caller will copy the batches. For a GPU, the thread puts them in page-locked memory.
     """
 

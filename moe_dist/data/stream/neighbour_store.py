@@ -54,8 +54,8 @@ class Neighbours:
 def write_samples(folder: Path, samples: Samples, about: Mapping[str, Any]) -> None:
     """Create a store with samples but no neighbours yet. If the folder holds an older store, delete its neighbours.
 
-    about: provenance to write to store.json. The entry `model` identifies the checkpoint that was used. Raises UserError if
-    no sample was answered correctly.
+    about: provenance to write to store.json. The entry `model` identifies the checkpoint that was used.
+    Raises UserError if no sample was answered correctly.
     """
     right = int(samples.right_N.sum())
     if not right:
