@@ -37,6 +37,7 @@ def check_expected(data: DataConfig, documents: int, pairs: int, texts: int, con
     """Raise UserError if more than data.max_bad_fraction of the documents lack what data.expect requires.
 
     Also raises UserError if data.image_tokenizer is set but no document has a picture, unless data.expect is `text`.
+
     pairs: the number of documents with both text and a picture. texts: the number of documents without a picture.
     contents: a description of the documents for the error message.
     """

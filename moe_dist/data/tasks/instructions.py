@@ -6,8 +6,7 @@ The .json member of such a sample has `prompt`, `answer` and `domain`. A multipl
   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
 
 Prompt and answer are tokenised as one text, whose ids are cut where the ids of the prompt alone end. A prompt's ids
-therefore do not depend on the answer.
-Only the answer and EOS contribute to the loss.
+therefore do not depend on the answer. Only the answer and EOS contribute to the loss.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def instruction_ids(tokenizer: TextTokenizer, prompt: str, answer: str) -> tuple
 
     The rule is that of lm-evaluation-harness (`_encode_pair`): whitespace at the end of the prompt is moved to the
     answer, prompt and answer are tokenised as one text, and the ids are cut after as many ids as the prompt alone has.
-    The rule works for any tokens that a tokenizer puts before a text. Raises NoBoundary if the joined ids do not begin
+    The rule also holds if the tokenizer adds tokens before every text. Raises NoBoundary if the joined ids do not begin
     with the prompt's ids, or if no ids are left for the answer.
     """
     before = tokenizer.encode(prompt.rstrip())
