@@ -82,7 +82,8 @@ def generate_samples(arguments: argparse.Namespace) -> None:
 def start_samples(arguments: argparse.Namespace, form: Format, sampling: Sampling) -> list[GenerationState]:
     """Create the initial states of all samples: first for --caption, then for --picture, then for --mixed.
 
-    Every rank creates the states of all samples, so that a sample has the same number on all ranks. Raises UserError.
+    Every rank creates the states of all samples, so that a sample has the same number on all ranks. Raises UserError
+    if an option or a prompt is invalid, or if there is no prompt.
     """
     for name in ("samples", "batch"):
         if getattr(arguments, name) < 1:

@@ -86,7 +86,7 @@ def save(path: str | Path, engine: ShardedModel, layout: Layout, *, state: dict[
 
 
 def describe(engine: ShardedModel, layout: Layout, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of state.json, but with the state of this rank only.
+    """Return the content of state.json, with this rank's state instead of the merged state of all ranks.
 
     Later optimizer steps do not change the returned values.
     """

@@ -30,7 +30,7 @@ MASTER, FROZEN, BUFFER = MODEL_KINDS = "master", "frozen", "buffer"  # all other
 class _Piece(NamedTuple):
     """A piece of a parameter that ZeRO keeps on this rank.
 
-    The piece is the elements [start, start + numel) of the flattened parameter. ZeRO keeps them in
+    The piece consists of elements [start, start + numel) of the flattened parameter. ZeRO keeps them in
     flat[flat_start : flat_start + numel].
     """
 
@@ -87,7 +87,7 @@ def optimizer_scalars(engine: ShardedModel) -> dict[str, float]:
 
 
 def set_optimizer_scalars(engine: ShardedModel, scalars: dict[str, float]) -> None:
-    """Set the optimizer's scalar state, whether it is kept in tensors or numbers, per partition or parameter group."""
+    """Set the optimizer's scalar state in every partition and parameter group, where it is a tensor or a number."""
     for state in [*(_state(engine, flat) for flat in _flats(engine)), *_base(engine).param_groups]:
         for key, value in scalars.items():
             if isinstance(state.get(key), Tensor):
@@ -198,7 +198,7 @@ def _base(engine: ShardedModel) -> Any:
 def _flats(engine: ShardedModel) -> list[Tensor]:
     """Return this rank's fp32 partitions.
 
-    In stage 3, the partitions are taken from ZeRO, because the wrapped optimizer has them only during a step.
+    In stage 3, they are read from ZeRO's own attributes, because the wrapped optimizer holds them only during a step.
     """
     if engine.zero_stage == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)

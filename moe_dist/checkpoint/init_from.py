@@ -33,8 +33,8 @@ from moe_dist.parallel.layout import Layout
 class Form:
     """The properties of a parameter or buffer that must be equal in checkpoint and model. Its precision may differ.
 
-    experts: the global ids of the experts in a stacked parameter; `shape` is then the shape of one expert. It is None
-    if the parameter or buffer is not stacked.
+    experts: the global ids of the experts in a stacked parameter, or None if the parameter or buffer is not stacked.
+    shape: for a stacked parameter, the shape of one expert's row.
     """
 
     shape: tuple[int, ...]
@@ -55,7 +55,7 @@ Forms = Mapping[str, Form]  # by name, without kind and expert
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """The fate of every tensor of a checkpoint and of a model: loaded, new or left out."""
+    """A list of all tensors of a checkpoint and a model, with the fate of each: loaded, new or left out."""
 
     settings: InitFrom
     stored: Forms

@@ -137,7 +137,7 @@ def set_aside_later(run_dir: str | Path, step: int) -> list[Path]:
 def resolve_resume(config: Config) -> Path | None:
     """Return the checkpoint that `run.resume` (auto | none | a folder) selects, or None to start fresh.
 
-    Collective: rank 0 decides for all ranks. Raises UserError.
+    Collective: rank 0 decides for all ranks. Raises UserError if the selected checkpoint is missing or damaged.
     """
     return _on_rank_0(lambda: _resolve_resume(config))
 
@@ -146,7 +146,7 @@ def resolve_init(config: Config) -> InitFrom | None:
     """Return the recipe's `init_from`, or None if it is not set.
 
     If `init_from` names a run folder, this folder is replaced by the path of the run's newest checkpoint.
-    Collective: rank 0 decides for all ranks. Raises UserError.
+    Collective: rank 0 decides for all ranks. Raises UserError if the checkpoint is missing or damaged.
     """
     return _on_rank_0(lambda: config.init_from and _resolve_init(config.init_from))
 

@@ -5,10 +5,10 @@ plans, hashes, writes, fsyncs and commits the checkpoint, as a synchronous save 
 process group, so its collectives never interleave with those of training, whatever backend training uses.
 
 A thread is used instead of a process because hashing, writing and fsync, which take nearly all of its time, release
-Python's lock. With few cores, a process would compete for them just the same. A process would also need its own
+Python's global lock. With few cores, a process would compete for them just the same. A process would also need its own
 interpreter with torch (several hundred MiB per rank), could not use its parent's page-locked buffers, and could outlive
-a killed rank and continue writing. The thread ends with its rank and leaves what any kill leaves: a .tmp folder that is
-never read.
+a killed rank and continue writing. The thread ends when its rank is killed. An interrupted save leaves only a .tmp
+folder, which is never read.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Saver:
         self._stalls.append(time.perf_counter() - started)
 
     def wait(self) -> None:
-        """Wait until the last write has ended. If the write failed, raise the same error on every rank."""
+        """Wait until the last write has finished. If the write failed, raise the same error on every rank."""
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
@@ -156,7 +156,7 @@ class HostBuffers:
 
 
 def _size(fragment: Fragment) -> int:
-    """Return the number of elements to copy. It is 0 for a frozen parameter, since training does not change it."""
+    """Return the number of elements to copy, which is 0 for a frozen parameter: training does not change its values."""
     return 0 if kind_of(fragment.name) == FROZEN else fragment.tensor.numel()
 
 

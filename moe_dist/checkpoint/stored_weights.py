@@ -44,8 +44,8 @@ def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
 def fill_model(model: nn.Module, path: str | Path, layout: Layout) -> None:
     """Copy a checkpoint's parameters and buffers into a model that will not be trained. Collective.
 
-    Stacked expert parameters get the experts of this rank. Parameters keep their dtype; buffers get the stored dtype,
-    as in a resumed run. Raises UserError if the checkpoint is damaged or is of a different model.
+    A stacked expert parameter is filled with the rows of this rank's experts. Parameters keep their dtype; buffers get
+    the stored dtype, as in a resumed run. Raises UserError if the checkpoint is damaged or is of a different model.
     """
     path = Path(path)
     stored = _stored(path, open_index(path, layout), MODEL_KINDS)

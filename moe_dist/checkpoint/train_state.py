@@ -44,7 +44,7 @@ MAY_CHANGE = (
 class TrainState:
     """The state of a run between two steps.
 
-    Only `loader` differs between ranks. A checkpoint holds it merged across ranks.
+    Only `loader` differs between ranks. A checkpoint stores the loader states of all ranks, merged into one.
     """
 
     step: int  # optimizer steps done, which is the schedule's position

@@ -16,7 +16,10 @@ from moe_dist.core.strict import parse_yaml
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read a recipe, merge it with the recipes that it extends, and return plain YAML data. Raises UserError."""
+    """Read a recipe, merge it with the recipes that it extends, and return plain YAML data.
+
+    Raises UserError if one of these files is missing or is not a mapping, or if recipes extend each other in a circle.
+    """
     return _read(path, ())
 
 
@@ -46,7 +49,7 @@ def _read(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of `base` with the values of `own` merged into it. If both have a value, `own` takes precedence."""
+    """Return a copy of `base` with `own` merged into it. If both set a key, the value from `own` is used."""
     return base | {key: _merged(base.get(key), value) for key, value in own.items()}
 
 

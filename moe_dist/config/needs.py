@@ -30,7 +30,7 @@ class TokenizersNeed(Strict):
 
 
 class RunNeed(Strict):
-    """An earlier stage: a run of another recipe. The run must have completed its last training step."""
+    """An earlier stage, which is a run of another recipe. The run must have completed its last training step."""
 
     type: Literal["run"]
     recipe: PathText

@@ -3,8 +3,8 @@
   python -m moe_dist.config.prerequisites configs/NAME.yaml
 
 Prints the command for each missing prerequisite, in the recipe's order. The targets `make data` and `make train` run
-these commands. If an earlier stage is missing, the command is a `make train`, which also creates that stage's own
-prerequisites.
+these commands. If an earlier stage is missing, the command for it is `make train` with that stage's recipe, which also
+creates the stage's own prerequisites.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Prerequisite:
 
 
 def prerequisite(need: Need) -> Prerequisite:
-    """Return the files that a need consists of, and the command that creates them.
+    """Return the folder and the last file of what a need requires, and the command that creates them.
 
     Raises UserError if the need is an earlier stage whose recipe is invalid.
     """
@@ -46,7 +46,10 @@ def prerequisite(need: Need) -> Prerequisite:
 
 
 def missing(config: Config) -> Iterator[Prerequisite]:
-    """Yield the prerequisites of a recipe that are missing or incomplete, in the recipe's order. Raises UserError."""
+    """Yield the prerequisites of a recipe that are missing or incomplete, in the recipe's order.
+
+    Raises UserError if an earlier stage's recipe is invalid.
+    """
     return (needed for needed in map(prerequisite, config.needs) if not needed.last.exists())
 
 

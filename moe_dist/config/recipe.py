@@ -55,7 +55,7 @@ class DenseFFN(Strict):
 class LoRAConfig(Strict):
     """Settings of LoRA (Hu et al., arXiv 2106.09685).
 
-    LoRA adds (alpha / rank) B A dropout(x) to the output of a frozen weight.
+    LoRA adds (alpha / rank) B A dropout(x) to the output of a linear layer whose weight is frozen. A and B are trained.
     """
 
     rank: Positive
@@ -243,18 +243,24 @@ class Config(Strict):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe, apply overrides of the form `section.key=value` (values are YAML), and validate it.
 
-    Raises UserError.
+    Raises UserError if the recipe cannot be read, or if a key or value is invalid.
     """
     return _resolve(read_recipe(Path(path)), overrides, str(path))
 
 
 def load_stored_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a file that save_config wrote. Old keys from earlier versions are accepted, too. Raises UserError."""
+    """Read a file that save_config wrote, and apply overrides. Old keys from earlier versions are accepted, too.
+
+    Raises UserError if the file cannot be read, or if a key or value is invalid.
+    """
     return _resolve(with_new_names(read_recipe(Path(path))), overrides, str(path))
 
 
 def stored_config(data: dict[str, Any], where: str) -> Config:
-    """Validate a recipe stored in a checkpoint. Old keys from earlier versions are accepted, too. Raises UserError."""
+    """Validate a recipe stored in a checkpoint. Old keys from earlier versions are accepted, too.
+
+    where: the beginning of the error message. Raises UserError if a key or value is invalid.
+    """
     return validate(Config, with_new_names(data), where)
 
 

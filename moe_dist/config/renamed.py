@@ -1,4 +1,4 @@
-"""The table of renamed recipe keys, which CHANGELOG.md repeats, and the handling of the old keys."""
+"""The table of renamed recipe keys, also given in CHANGELOG.md, and the handling of the old keys."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def with_new_names(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(data: Any, key: str) -> dict[str, Any] | None:
-    """Return the mapping that directly contains the entry `key` (a dotted path), or None if there is no such entry."""
+    """Return the innermost mapping that holds the dotted path `key`, or None if there is no such entry."""
     *parents, last = key.split(".")
     for parent in parents:
         data = data.get(parent) if isinstance(data, dict) else None

@@ -48,7 +48,7 @@ class TokenChoiceSettings(RouterSettings):
     """Settings that all token-choice routers have.
 
     capacity_factor: if it is c, an expert takes at most ceil(c * tokens * top_k / columns) valid tokens of a selection
-    group. If it is null, there is no limit (dropless).
+    group, where `columns` is the number of the router's outputs. If it is null, there is no limit (dropless).
     """
 
     num_experts: Positive

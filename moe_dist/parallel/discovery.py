@@ -1,6 +1,6 @@
 """Discovery of rank and world size under the DeepSpeed launcher, torchrun, srun and mpiexec, or in a single process.
 
-Also the end of a rank: its exit status, and which rank prints the error or the traceback.
+Also the exit of a rank: its exit status, and which rank prints the error or the traceback.
 
 Sources in order of precedence: RANK and WORLD_SIZE in the environment (DeepSpeed's launcher, torchrun); Slurm's own
 variables (srun); mpi4py, if an MPI launcher's variables are set (mpiexec, mpirun); otherwise a single process.
@@ -50,7 +50,10 @@ class Place:
 
 
 def discover(environment: Mapping[str, str] = os.environ) -> Place:
-    """Find this process's rank and the world size. Raises UserError if variables are missing. Collective under MPI."""
+    """Find this process's rank and the world size. Collective under MPI.
+
+    Raises UserError if one of the launcher's variables is missing or is not a number.
+    """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _from_environment(environment)
     if _started_by_srun(environment):
@@ -68,7 +71,7 @@ def discover(environment: Mapping[str, str] = os.environ) -> Place:
 
 
 def is_main_process(environment: Mapping[str, str] = os.environ) -> bool:
-    """Return whether this process is rank 0, which prints for all ranks, according to the launcher's variables.
+    """Return whether this process is rank 0 according to the launcher's variables. Rank 0 prints for all ranks.
 
     If the rank variable is not a number, return True, so that this process prints the error about it.
     """
@@ -83,13 +86,13 @@ LAST_WORD = 1.0
 
 
 def run_rank(main: Callable[[], None]) -> NoReturn:
-    """Run a command line's `main` on this rank, then exit the process.
+    """Run the `main` function of a launch script on this rank, then exit the process.
 
     The exit status is 0 after success, 2 after a UserError (printed by rank 0) and 1 after a bug in moe_dist.
     docs/resuming.md, "Stopping and starting again", lists the exit statuses with the contents of RUN/status.json.
 
     After an error, other ranks may still wait in a collective, and Python's clean-up would wait with them. So the
-    clean-up is skipped: the launcher sees this exit at once and ends the other ranks.
+    clean-up is skipped: the launcher sees this exit at once and kills the other ranks.
     """
     gc.freeze()  # imported objects stay: do not scan them during the run and, for two seconds, at exit
     code = 0
@@ -144,7 +147,10 @@ def _from_environment(environment: Mapping[str, str]) -> Place:
 
 
 def _integer(environment: Mapping[str, str], name: str, default: int = 0) -> int:
-    """Read a non-negative integer variable; return the default if it is unset or empty. Raises UserError."""
+    """Read an environment variable as an integer; return the default if the variable is unset or empty.
+
+    Raises UserError if the value is not a non-negative integer.
+    """
     text = environment.get(name) or str(default)
     if not text.isdecimal():
         raise UserError(f"the environment sets {name}={text}, which is not a non-negative integer")
@@ -152,10 +158,10 @@ def _integer(environment: Mapping[str, str], name: str, default: int = 0) -> int
 
 
 def _started_by_srun(environment: Mapping[str, str]) -> bool:
-    """Return whether srun started this process, which means that Slurm's variables describe it.
+    """Return whether srun started this process, so that Slurm's variables give its rank.
 
     A process that mpiexec started may have inherited Slurm's variables from the surrounding job step. If Slurm's
-    variables differ from MPI's, return False, because then MPI's variables describe the process.
+    variables differ from MPI's, return False, because then MPI's variables give the rank.
     """
     if "SLURM_PROCID" not in environment or "SLURM_STEP_NUM_TASKS" not in environment:
         return False

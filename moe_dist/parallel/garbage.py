@@ -14,7 +14,7 @@ FULL = 1000  # steps between two collections of all generations: cycles can outl
 
 
 class AlignedCollection:
-    """Context manager around a training loop that turns automatic garbage collection off.
+    """Context manager that turns automatic garbage collection off during a training loop.
 
     The loop must call `after` after every step.
     """

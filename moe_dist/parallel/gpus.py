@@ -1,4 +1,4 @@
-"""A check that every rank has its own GPU. It reports shared GPUs clearly, before NCCL would fail on them."""
+"""A check that every rank has its own GPU. If ranks share one, it reports that clearly, before NCCL would fail."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The parallel layout: process groups for data, expert and expert-data parallelism.
 
-The number of ranks is `world`. The number of ranks that read their own data is `dp`; today every rank does. The ranks
+The number of ranks is `world`. The number of ranks that read their own data is `dp`, today equal to `world`. The ranks
 of an expert-parallel group, of size `ep`, together hold all experts. The same experts are held by `edp` = dp / ep
 ranks. Expert-parallel groups are consecutive ranks (0..ep-1, ep..2ep-1, ...), as in Megatron.
 """

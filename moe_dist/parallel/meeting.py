@@ -1,7 +1,7 @@
 """The meeting of all ranks at one address, before torch.distributed is initialised.
 
 By itself, torch would wait for missing ranks inside one call, during which a process prints nothing and handles no
-signal. The wait in this module reports which ranks are missing, and a signal ends it.
+signal. The wait in this module reports which ranks are missing, and a signal stops it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ ANSWER = timedelta(seconds=60)  # time that rank 0 may take to answer a rank tha
 def meet(place: Place, stop: StopSignals) -> dist.Store | None:
     """Wait until all ranks have connected. Collective: every rank calls it after Place.export.
 
-    Raises Stopped if this rank has received a signal and the others do not come within LAST_WAIT seconds. Raises
-    PeerError after LIMIT seconds. Keep the returned store until torch.distributed is initialised, because
-    torch.distributed reuses it. Returns None if there is only one rank.
+    Raises Stopped if this rank receives a signal and the other ranks do not connect within the next LAST_WAIT seconds.
+    Raises PeerError after LIMIT seconds of waiting. Returns None if there is only one rank. Keep the returned store
+    until torch.distributed is initialised, because torch.distributed reuses it.
     """
     if place.world == 1:
         return None
@@ -54,7 +54,7 @@ def meet(place: Place, stop: StopSignals) -> dist.Store | None:
 
 @dataclass
 class _Wait:
-    """The wait of one rank, over all its attempts to connect."""
+    """The state of one rank's wait, which may take several attempts to connect."""
 
     place: Place
     stop: StopSignals
@@ -74,7 +74,7 @@ class _Wait:
     def pause(self, describe: Callable[[], str]) -> None:
         """Sleep for POLL seconds, and report the wait if a report is due.
 
-        Raises Stopped LAST_WAIT seconds after a signal, and PeerError after LIMIT seconds of waiting.
+        Raises Stopped if a signal came at least LAST_WAIT seconds ago, and PeerError after LIMIT seconds of waiting.
         """
         now = time.monotonic()
         if self.stop.pending():
@@ -127,7 +127,7 @@ def _connect(wait: _Wait) -> dist.Store:
 
 
 def _gather(store: dist.Store, wait: _Wait) -> None:
-    """Wait until all ranks have put their numbers into the store. Rank 0 checks this and notifies the others."""
+    """Wait until every rank has put its number into the store. Rank 0 checks this and notifies the other ranks."""
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's agent keeps its store over restarts
     here, place = dist.PrefixStore(f"meeting {start}", store), wait.place
     mine, ranks = str(place.rank), [str(rank) for rank in range(place.world)]

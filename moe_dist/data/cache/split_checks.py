@@ -15,7 +15,7 @@ from moe_dist.data.shards.sample_report import Loss, SampleReport
 
 
 def count_cut_captions(report: SampleReport, shards: Sequence[TokenShard], lengths: np.ndarray, room: int) -> None:
-    """Add to `report` the captions of more than `room` tokens, unless their sample has already lost another part.
+    """Record each caption of more than `room` tokens in `report`, unless its sample has already lost another part.
 
     lengths: the number of text tokens of each document that has an image, and 0 for each document without an image.
     """
@@ -35,6 +35,8 @@ def count_cut_captions(report: SampleReport, shards: Sequence[TokenShard], lengt
 
 def check_expected(data: DataConfig, documents: int, pairs: int, texts: int, contents: str) -> None:
     """Raise UserError if more than data.max_bad_fraction of the documents lack what data.expect requires.
+
+    Also raises UserError if data.image_tokenizer is set but no document has a picture, unless data.expect is `text`.
 
     pairs: the number of documents with both text and a picture. texts: the number of documents without a picture.
     contents: a description of the documents for the error message.

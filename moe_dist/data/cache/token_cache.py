@@ -3,8 +3,8 @@
 A shard's tokens are stored next to it in tokens/<vocabulary>/<shard>/, or in the user's cache folder if the shard is
 remote or its folder is read-only. <vocabulary> is a digest of both tokenizers. <shard> ends in a digest of the tar's
 checksum (for a remote shard, its URL), the split read from it and the files' format. A change of tokenizer, tar or
-format therefore makes new tokens and never reuses old ones. A folder may be shipped with tokens/ but without tars; the
-tokenizers and the format must then match those of the recipe.
+format therefore makes new tokens and never reuses old ones. A folder may be shipped with tokens/ but without tars; its
+tokens must then have been made with the recipe's tokenizers and in the current format.
 
 Call order on every rank: load_vocabulary, build_cache, a barrier, open_store.
 """
@@ -45,7 +45,7 @@ DIGITS = 16  # length of a digest in a folder's name
 
 
 def load_vocabulary(data: DataConfig) -> Vocabulary:
-    """Load a recipe's two tokenizers and return their joint vocabulary. Raises UserError."""
+    """Load a recipe's tokenizers as one joint vocabulary. Raises UserError if a tokenizer is missing or damaged."""
     image = load_image_tokenizer(data.image_tokenizer) if data.image_tokenizer is not None else None
     return Vocabulary(load_text_tokenizer(data.text_tokenizer), image)
 
@@ -54,7 +54,7 @@ def load_vocabulary(data: DataConfig) -> Vocabulary:
 
 
 class TokenStore:
-    """The documents of a split, ordered by their part in the recipe's list, then by shard, then by sample.
+    """The documents of a split, in the order of the entries of data.shards, then by shard, then by sample.
 
     An instruction is never cut. If an instruction is longer than a sequence, it is left out and counted in the report.
     If a caption does not fit into a sequence together with its image, it is cut and counted in the report.
@@ -84,7 +84,7 @@ class TokenStore:
         self.part_ends = np.searchsorted(self._kept, np.cumsum([sum(map(len, part)) for part in parts]))
 
     def _without_long_instructions(self, lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-        """Return the indices of all documents except overlong instructions. lengths: the lengths including markers."""
+        """Return the indices of all documents except overlong instructions. lengths: in tokens, with markers."""
         kept = np.ones(len(lengths), dtype=bool)
         for shard, end in zip(self._shards, self._ends, strict=True):
             prompted = shard.prompts[:, 0] + end - len(shard)
@@ -96,7 +96,7 @@ class TokenStore:
 
     @property
     def contents(self) -> str:
-        """Return a line such as `90 pairs of picture and text, 8 pictures alone, 2 texts alone`."""
+        """Describe the documents in a line such as `90 pairs of picture and text, 8 pictures alone, 2 texts alone`."""
         pictures = len(self) - self.pairs - self.texts
         return f"{self.pairs} pairs of picture and text, {pictures} pictures alone, {self.texts} texts alone"
 
@@ -151,9 +151,9 @@ def build_cache(
 ) -> None:
     """Tokenise this rank's share of a split's shards, except those already in the cache. Rank 0 shows its progress.
 
-    Every local tar of the share is checked against its index, even if it has tokens. Raises UserError only on the rank
-    that finds the problem; the caller must raise it on the other ranks. If `stop` returns True, return before the next
-    sample. Finished shards are kept, and the next call does the rest.
+    Every local tar of the share is checked against its index, even if its tokens are already cached. Raises UserError
+    if a shard is damaged or its tokens cannot be written, but only on the rank that finds the problem; the caller must
+    raise it on the other ranks. If `stop` returns True, return before the next sample; only finished shards are kept.
     """
     tars: list[Shard] = []
     for part in _parts(data, split):
@@ -217,7 +217,7 @@ class _Source:
 
     @classmethod
     def of(cls, shard: Shard, vocabulary: Vocabulary, *, content: bool) -> _Source:
-        """Check a shard and find its folders. content: whether to check the tar's checksum, not only its size."""
+        """Check a shard and find its folders. content: whether to check the tar's checksum in addition to its size."""
         path = local_path(shard.url)
         index = verify_shard(path, content=content) if path else None
         identity = index.sha256 if index else shard.url
@@ -238,7 +238,7 @@ class _Source:
         )
 
     def made(self) -> Path:
-        """Return the folder of the tokens, as `find` does, but raise UserError if there is none."""
+        """Return the folder that holds the shard's tokens. Raises UserError if there is none."""
         folder = self.find()
         if folder is None:
             raise UserError(f"the token cache of shard {self.shard.url} is missing")
@@ -257,7 +257,7 @@ class _Source:
 
 
 def _parts(data: DataConfig, split: Split) -> list[list[Shard] | Path]:
-    """Resolve each part of the recipe's list to its tars, or to a folder that holds tokens instead of tars."""
+    """Resolve each entry of data.shards (or of data.validation_shards) to tars, or to a folder of tokens only."""
     held_out = data.validation_shards if split == "validation" else None
     own = data.shards if held_out is None else held_out
     parts: list[list[Shard] | Path] = []

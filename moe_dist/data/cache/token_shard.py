@@ -6,8 +6,8 @@
   image_rows.npy  int64 [documents]: the document's row of image.npy, -1 without an image
   prompts.npy     int64 [instructions, 4]: document, length of the prompt in its text, index into the manifest's
                   `domains`, sample_hash; in the order of the documents
-  manifest.json   the shard and tokenizers they were made from, the numbers of documents, tokens, skipped samples and
-                  lost parts, the documents that lack a lost part, and the files' sizes
+  manifest.json   the shard and tokenizers from which the tokens were made, the numbers of documents, tokens, skipped
+                  samples and lost parts, the documents that lost a part, and the files' sizes
 
 The folder is written under a temporary name and renamed when it is complete, so a token shard that exists is complete.
 """
@@ -78,7 +78,7 @@ class TokenShard:
 
     @property
     def domains(self) -> list[str]:
-        """Return the sorted names of the domains of the shard's instructions."""
+        """Return the names of the domains to which the shard's instructions belong, sorted."""
         return self.manifest["domains"]
 
     @cached_property
@@ -164,9 +164,9 @@ class TokenShardWriter:
         self._pixels.clear()
 
     def write(self, folder: Path, origin: dict[str, Any], report: SampleReport) -> None:
-        """Write the token shard to `folder`, unless another process has already done so. Raises UserError on failure.
+        """Write the token shard to `folder`, unless another process has already done so.
 
-        Samples that could not be tokenised are added to the report.
+        Samples that could not be tokenised are added to the report. Raises UserError if the files cannot be written.
         """
         for reason, key in self._bad:
             report.add_bad(reason, key)

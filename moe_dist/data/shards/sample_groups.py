@@ -33,8 +33,8 @@ def sample_groups(
 ) -> Iterator[SampleFiles]:
     """Group the members of a tar, given as (name, content), into samples.
 
-    unused: if given, counts the members that belong to no sample. Raises UserError naming the shard and the key if a
-    key comes back after other samples, or if a sample has two members with the same ending.
+    unused: if given, a counter to which the members that belong to no sample are added. Raises UserError naming the
+    shard and the key if a key occurs again after other samples, or if a sample has two members with the same ending.
     """
     seen: set[str] = set()
     sample: SampleFiles | None = None

@@ -1,4 +1,4 @@
-"""A report of the samples that could not be used or lost a part, by reason, and of the parts unused by design."""
+"""A report of a shard's samples: how many were skipped or lost a part, and why; and the parts unused by design."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IMAGE_LOSS, CAPTION_LOSS = ("image ",), ("caption ", "json ")  # beginnings of t
 
 
 class Loss(NamedTuple):
-    """A part of a sample that was lost: it is neither used nor unused by design."""
+    """A part of a sample that was lost. A part that is unused by design is not a loss."""
 
     reason: str
     key: str
@@ -24,9 +24,10 @@ class Loss(NamedTuple):
 
 @dataclass(slots=True)
 class SampleReport:
-    """The number of samples that were read, and, by reason, of those that were skipped (bad) or lost a part (lost).
+    """The number of samples read, the number of bad samples, and the number of samples that lost a part.
 
-    A sample is counted at most once, as either bad or lost. Reports of several shards are added up with merge().
+    Bad and lost samples are counted by reason. No sample is both bad and lost, and none is counted for two reasons.
+    Reports of several shards are added up with merge().
     """
 
     total: int = 0

@@ -3,7 +3,7 @@
 A decoded sample is an RGB image, a caption or both, or an instruction with or without an image. A raw sample is the
 group of a tar's members that share a key: an image (IMAGE_SUFFIXES), `.txt` for the caption, or `.json` with the field
 `caption` or `text`, or otherwise with the fields `prompt` and `answer` (data/tasks/instructions.py). A table in
-docs/data.md shows what is used, unused by design, lost or bad.
+docs/data.md shows which parts are used, unused by design or lost, and which samples are bad.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ class RawSample:
 
 
 class BadSample(Exception):
-    """A sample that cannot be used.
+    """Raised for a sample that cannot be used.
 
-    The message is a reason of two or three words. Bad samples are counted by reason.
+    The message is the reason, in a few words. Bad samples are counted by reason.
     """
 
 
 class LostSample(Exception):
-    """A sample that has lost a part and cannot be used without it."""
+    """Raised for a sample that has lost a part and cannot be used without it."""
 
     def __init__(self, loss: Loss) -> None:
         super().__init__(loss.reason)
@@ -80,7 +80,7 @@ def readable(name: str) -> str:
 
 
 def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MAX_MEGAPIXELS) -> RawSample:
-    """Decode one sample, and record which parts of it are lost or unused by design.
+    """Decode one sample, and record which parts were lost and which are unused by design.
 
     Raises BadSample or LostSample if the sample cannot be used. Raises UserError naming the shard and the sample if an
     instruction is malformed.
@@ -111,7 +111,10 @@ def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MA
 
 
 def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
-    """Decode the first frame of an image file to an upright RGB image on a white background. Raises BadSample."""
+    """Decode the first frame of an image file to an upright RGB image on a white background.
+
+    Raises BadSample if the image is oversized, cannot be decoded, or has 32-bit values.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -157,8 +160,8 @@ def _text_caption(files: Mapping[str, bytes | None]) -> str | None:
 def _read_json(files: Mapping[str, bytes | None], *, needed: bool) -> dict[str, object] | None:
     """Return the JSON object in the .json member, or {} if there is no such member.
 
-    If the member does not hold an object, return None. If the member is broken, return None if it is not needed;
-    otherwise raise BadSample.
+    If the member holds another JSON value, return None. If the member is not valid JSON, raise BadSample if `needed` is
+    true, and return None otherwise.
     """
     content = files.get("json")
     if content is None:
@@ -188,7 +191,10 @@ def _json_caption(record: Mapping[str, object], key: str) -> tuple[str | None, s
 
 
 def _text(caption: str) -> str:
-    """Return a caption without surrounding blanks or a byte-order mark. Raises BadSample (see _check_unicode)."""
+    """Return a caption without its byte-order mark and surrounding whitespace.
+
+    Raises BadSample if the caption has a lone surrogate.
+    """
     _check_unicode(caption)
     return caption.removeprefix("\ufeff").strip()
 
@@ -202,7 +208,7 @@ def _check_unicode(text: str) -> None:
 
 
 def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, has_text: bool) -> dict[str, str]:
-    """Return a dict from the ending of each lost member to the reason for the loss.
+    """Return the reason for the loss of each lost member, keyed by the member's ending.
 
     has_text: whether the sample has a caption or is an instruction.
     """
@@ -227,7 +233,7 @@ def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, has
 
 
 def _lost_json(record: Mapping[str, object] | None, key: str) -> Loss | None:
-    """Return the Loss for a picture's .json member that holds no caption, or None if there is no such member."""
+    """Return the Loss for a picture whose .json member holds no caption. Return None if there is no .json member."""
     if record is None:
         return Loss("json has no caption, it is no object", key)
     keys = readable(", ".join(sorted(record)[:FIELDS_SHOWN])) + (", ..." if len(record) > FIELDS_SHOWN else "")
@@ -239,7 +245,7 @@ def _unused_members(files: Mapping[str, bytes | None], picture: str | None, lost
 
 
 def _unused_fields(record: Mapping[str, object], used: Iterable[str | None]) -> Iterator[str]:
-    """Yield the names of JSON fields that are not read, and of caption lists from which only one caption is read."""
+    """Yield a description of each JSON field that is not read, or of which only one caption of several is read."""
     for name, value in record.items():
         if name not in used:
             yield readable(f"json field {name}")

@@ -29,7 +29,7 @@ class ShardIndex:
 
 
 def user_cache() -> Path:
-    """Return the user's cache folder, for files that cannot be stored next to a shard."""
+    """Return moe_dist's folder in the user's cache, for files that cannot be stored next to a shard."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_dist"
 
 

@@ -1,4 +1,4 @@
-"""Strict reading of a tar, plain or compressed, from a stream: if the tar is damaged, an error is raised.
+"""Strict reading of a plain or compressed tar from a stream. A damaged tar raises an error.
 
 Python's tarfile (and therefore webdataset) treats a damaged header, or a file truncated between two members, as the end
 of the archive. This reader accepts only the end-of-archive marker, with nothing but zeros after it.
@@ -19,12 +19,12 @@ GZIP_TRAILER = 8  # bytes: checksum and size
 
 
 def explain(error: BaseException) -> str:
-    """Return the message of one of the DAMAGE errors."""
+    """Return the message of an error whose type is in DAMAGE."""
     return str(error) if isinstance(error, OSError) or not error.args else str(error.args[0])
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A tar member whose damaged header raises ReadError instead of ending the archive."""
+    """A tar member. A damaged header raises ReadError, instead of being read as the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
@@ -37,12 +37,12 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def tar_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) of each regular file in a tar. Raises one of DAMAGE if the tar is damaged."""
+    """Yield (name, content) for each regular file in a tar. Raises one of the DAMAGE errors if the tar is damaged."""
     return ((name, content) for name, content in tar_entries(stream) if content is not None)
 
 
 def tar_entries(stream: BinaryIO) -> Iterator[tuple[str, bytes | None]]:
-    """Yield (name, content) of each member that is not a folder. The content of a link or device is None.
+    """Yield (name, content) for each member that is not a folder. The content of a link or device is None.
 
     Raises the same errors as tar_members. The bytes of a name that is not UTF-8 are kept as Python's surrogate escapes,
     whatever the locale.

@@ -1,9 +1,9 @@
 """WebDataset shards: writing a corpus as tars, finding the tars that a recipe names, checking and reading them.
 
 A prepared corpus is OUT/{train,validation,test}/shard-%06d.tar. Every local tar has an index (count, bytes, sha256).
-The webdataset library ends a broken tar early without an exception, so a shard is checked against its index before it
-is read. A user's own tar gets its index on first use, from one strict pass that rejects a damaged header or a missing
-end.
+If a tar is broken, the webdataset library silently stops reading at the break, so a shard is checked against its index
+before it is read. For a user's own tar, the index is built on first use by reading the whole tar strictly: a damaged
+header or a missing end marker is an error.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SIGPIPE_STATUS = [0, 23, 141, -13]  # exit statuses of curl, a shell and a comma
 
 
 def split_of(key: str) -> Split:
-    """Return the split of a sample's or concept's key, chosen by the key's hash alone."""
+    """Return the split to which a sample or concept belongs. It depends only on the hash of the key."""
     position = int.from_bytes(_digest(key)[:8]) / 2**64
     return "test" if position < HELD_OUT else "validation" if position < 2 * HELD_OUT else "train"
 
@@ -52,7 +52,7 @@ def split_of(key: str) -> Split:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A sample made by a corpus builder: a PNG, a caption or both. The key contains no dot and no blank."""
+    """A sample made by a corpus builder: a PNG, a caption or both. The key contains no dots or spaces."""
 
     key: str
     split: Split
@@ -64,7 +64,7 @@ class Sample:
 def write_shards(samples: Iterable[Sample], out: Path, samples_per_shard: int = SAMPLES_PER_SHARD) -> dict[str, int]:
     """Write samples as OUT/<split>/shard-%06d.tar, ordered by the hash of their keys. The tars are bitwise repeatable.
 
-    Returns the number of samples in each split that is not empty.
+    Returns the number of samples in each split, keyed by split. Empty splits are omitted.
     """
     ordered = sorted(samples, key=lambda sample: _digest(sample.key))
     if len({sample.key for sample in ordered}) < len(ordered):
@@ -109,8 +109,8 @@ def resolve_shards(
 
     spec (data.shards): prepared folders, flat folders of tars, brace-expanded paths, or URLs that webdataset accepts.
     validation (data.validation_shards): shards of the held-out samples. If they are given, all samples of a flat spec
-    are for training. Otherwise, split_of(key) divides the samples of a flat spec, with about 5 % each held out for
-    validation and test.
+    are for training. Otherwise, split_of(key) divides the samples of a flat spec: about 5 % are held out for
+    validation, and about 5 % for test.
     """
     if split == "validation" and validation is not None:
         return [shard for part in _parts(validation) for shard in _resolve(part, split, flat_split=None)]

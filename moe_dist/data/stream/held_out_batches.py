@@ -70,11 +70,11 @@ class _Mixed:
 
 
 class ShuffledCaptions:
-    """A document store whose captions are shuffled among the pairs.
+    """A document store in which the captions are shuffled among the image-text pairs.
 
-    No image keeps its own caption or gets an equal one. A caption moves to a pair whose own caption has about the same
-    length, so the packing hardly changes. A model that uses captions should have a higher loss on the images of this
-    store than on those of the original store.
+    No image keeps its own caption or gets an identical one. A caption moves to a pair whose own caption has about the
+    same length, so the packing hardly changes. A model that uses captions should have a higher loss on the images of
+    this store than on those of the original store.
     """
 
     def __init__(self, store: DocumentStore):

@@ -26,7 +26,7 @@ LOOK_AHEAD = 64  # number of pieces that a stream holds for the packer to choose
 
 
 class Stream:
-    """A stream of pieces, made from the given documents in a new order in each epoch.
+    """A stream of pieces. In each epoch, they are made from the given documents in a new order.
 
     The list `pending` holds the pieces that were read ahead, oldest first.
     """
@@ -72,7 +72,7 @@ class Lane:
         self._data = data
 
     def next_group(self) -> Group:
-        """Return the next group: the list of pieces of each sequence.
+        """Return the next group: for each sequence, the list of its pieces.
 
         At the end of a finite stream, all lists are empty.
         """
@@ -91,9 +91,9 @@ class SteeredLane:
 
     The fraction refers to the valid tokens of a group. Pairs and texts come from separate streams. Each sequence first
     takes the number of pairs that brings the group's number of image tokens closest to the target. Texts then fill the
-    sequence, but stop before the group falls more than half an image below the target. A group therefore misses the
-    target by at most about half an image. If data.image_fraction is close to the largest fraction that pairs alone can
-    reach, there is room for little text, and sequences end in padding.
+    sequence, but no text is added that would make the group's image tokens too few by more than half of one image's
+    tokens. The group therefore misses the target by at most about that number. If data.image_fraction is close to the
+    largest fraction that pairs alone can reach, there is room for little text, and sequences end in padding.
     """
 
     def __init__(self, pairs: Stream, texts: Stream, data: DataConfig, fraction: float):
@@ -119,9 +119,10 @@ class SteeredLane:
         return group
 
     def _take_pairs(self, wanted: float) -> tuple[list[Piece], float]:
-        """Take pairs for one sequence until the number of their image tokens is as close to `wanted` as possible.
+        """Take pairs for one sequence until their total of image tokens is as close to `wanted` as possible.
 
-        Returns the pairs, and half the number of tokens of an image.
+        Returns the pairs, and half of one image's token count: the number of image tokens by which the group may fall
+        below its target when texts are added.
         """
         taken: list[Piece] = []
         room, half = self._data.sequence_length, 0.0
@@ -173,7 +174,10 @@ def make_lanes(
 
 
 def _ranges(documents: np.ndarray, part_ends: np.ndarray, lanes: int, kind: str) -> list[np.ndarray]:
-    """Return the document numbers of each lane, in ascending order."""
+    """Split each corpus among the lanes, and return the document numbers of each lane in ascending order.
+
+    kind: the name of the documents for the error. Raises UserError if there are fewer documents than lanes.
+    """
     if len(documents) < lanes:
         raise UserError(f"data.lanes={lanes} needs at least as many {kind}, the shards hold {len(documents)}")
     ranges: list[list[np.ndarray]] = [[] for _ in range(lanes)]

@@ -30,7 +30,7 @@ LoaderState = dict[str, Any]  # JSON-able
 
 
 class Loaded(NamedTuple):
-    """A micro-batch on the host, the loader's state after this batch, and how long next() waited for it."""
+    """A micro-batch on the host, the loader's state after this batch, and how long next() waited for the batch."""
 
     batch: Batch
     state: LoaderState  # a loader restored from it continues after this batch
@@ -38,7 +38,9 @@ class Loaded(NamedTuple):
 
 
 class Loader:
-    """Endless iterator over micro-batches. A thread prepares the next batch; next() raises any error of the thread.
+    """Endless iterator over micro-batches. A thread prepares the next batch.
+
+    If the thread fails, next() raises its error.
 
     device: the device to which the caller will copy the batches. For a GPU, the thread puts them in page-locked memory.
     """
@@ -115,7 +117,10 @@ def make_loader(
     state: LoaderState | None = None,
     device: torch.device = CPU,
 ) -> Loader:
-    """Create the loader of one data-parallel rank. Raises UserError if `data` or `state` does not fit the run.
+    """Create the loader of one data-parallel rank.
+
+    Raises UserError if `data` does not fit the store or the number of ranks, or if `state` was saved with different
+    data or settings.
 
     batch_groups: the number of selection groups per micro-batch.
     neighbours: a store that adds the neighbours' routing to every batch.
@@ -152,9 +157,9 @@ def make_loader(
 
 
 def check_data(data: DataConfig, *, dp: int) -> None:
-    """Check the settings that do not depend on the documents. dp: the number of data-parallel ranks.
+    """Check the settings that can be checked without the documents. dp: the number of data-parallel ranks.
 
-    Raises UserError.
+    Raises UserError if data.lanes is not a multiple of dp, or if data.sequence_length is too small.
     """
     if data.lanes % dp:
         raise UserError(f"data.lanes={data.lanes} is not a multiple of the {dp} data-parallel ranks")
@@ -170,7 +175,7 @@ def _check_images(assembler: Assembler) -> None:
 
 
 def _identity(store: DocumentStore, data: DataConfig, seed: int, neighbours: NeighbourStore | None) -> LoaderState:
-    """Return the settings that must be the same when a loader state is saved and when it is restored."""
+    """Return the values that must be the same when a loader state is saved and when it is restored."""
     keys = ("lanes", "sequence_length", "group_sequences", "image_fraction")
     identity = {"seed": seed, "documents": len(store), **{f"data.{key}": getattr(data, key) for key in keys}}
     return identity if neighbours is None else identity | {"data.neighbours": neighbours.identity}

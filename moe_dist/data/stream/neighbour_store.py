@@ -54,8 +54,8 @@ class Neighbours:
 def write_samples(folder: Path, samples: Samples, about: Mapping[str, Any]) -> None:
     """Create a store with samples but no neighbours yet. If the folder holds an older store, delete its neighbours.
 
-    about: provenance to write to store.json. Its entry `model` is the identity of the model. Raises UserError if no
-    sample was answered correctly.
+    about: provenance to write to store.json. The entry `model` identifies the checkpoint that was used.
+    Raises UserError if no sample was answered correctly.
     """
     right = int(samples.right_N.sum())
     if not right:
@@ -94,7 +94,7 @@ class NeighbourStore:
     """A complete neighbour store, opened for training. It adds the routing of the neighbours to batches."""
 
     def __init__(self, folder: str | Path, *, model: str | None):
-        """Open a store. Raises UserError if it is incomplete or was collected with a different model from `model`.
+        """Open a store. Raises UserError if it is incomplete or was collected with a model other than `model`.
 
         model: the identity of the checkpoint from which training starts. If it is None (on resume), models are not
         compared.
@@ -122,7 +122,7 @@ class NeighbourStore:
     def join(self, batch: Batch) -> Batch:
         """Return the batch with neighbour_routing_SKR and neighbour_weights_SK added to its sidecar.
 
-        Raises UserError if the store lacks an instruction sample of the batch.
+        Raises UserError if the data hold no instructions, or if an instruction of the batch is not in the store.
         """
         if "sample_S" not in batch.sidecar:
             raise UserError(f"data.neighbours={self.folder} needs instructions, but data.shards holds none")

@@ -71,7 +71,7 @@ def random_bits(seed: int, counter: tuple[int, int, int], count: int) -> np.ndar
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The tokens of an assembled document from its token `start` on, or a part of these tokens if the text was cut."""
+    """The tokens of an assembled document from its token `start` on. If a text is cut, a piece ends at the cut."""
 
     epoch: int
     document: int
@@ -174,14 +174,14 @@ def _must_cut(piece: Piece, room: int) -> bool:
 def _cut(pending: list[Piece], i: int, room: int) -> Piece:
     """Cut off and return the first `room` tokens of the text pending[i].
 
-    If only one token would remain, which leaves nothing to predict, take one token less.
+    If only one token of the text would remain, cut off one token less, because a piece of one token trains nothing.
     """
     piece, pending[i] = pending[i].split(min(room, len(pending[i]) - 2))
     return piece
 
 
 def best_subset(lengths: Sequence[int], room: int) -> list[int]:
-    """Return the indices of lengths whose sum is as large as possible, but at most `room`.
+    """Choose lengths whose sum is as large as possible, but at most `room`, and return their indices.
 
     Index 0 is included if lengths[0] is at most `room`. Among equally good subsets, earlier items are preferred. The
     algorithm is subset sum over bit sets: bit s of reach[k] is 1 if some of the first k lengths add up to s.

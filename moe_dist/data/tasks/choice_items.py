@@ -24,7 +24,7 @@ class Choice:
 
     @property
     def ambiguous(self) -> bool:
-        """True if the correct option begins with the same token as another one, so that no model can be right."""
+        """True if the correct option begins with the same token as another option, so that no model can be right."""
         return self.tokens.count(self.tokens[self.correct]) > 1
 
 
@@ -41,9 +41,9 @@ def read_instructions(data: DataConfig, split: Split) -> dict[int, Instruction]:
 def read_choices(data: DataConfig, split: Split, tokenizer: TextTokenizer) -> tuple[Mapping[int, Choice], SampleReport]:
     """Read a split's multiple-choice items, keyed by sample hash.
 
-    Items whose prompt and options merge are left out and counted. Raises UserError if a sample is not a multiple-choice
-    item, if items differ in their number of options, if more than data.max_bad_fraction of them are left out, or if all
-    items are ambiguous.
+    An item is left out and counted in the report if the tokens of its prompt and of an option cannot be separated.
+    Raises UserError if a sample is not a multiple-choice item, if items differ in their number of options, if more than
+    data.max_bad_fraction of the items are left out, or if all items are ambiguous.
     """
     instructions = read_instructions(data, split)
     report = SampleReport(len(instructions))
@@ -74,9 +74,10 @@ def _check_options(choices: Mapping[int, Choice]) -> None:
 
 
 def _choice(instruction: Instruction, tokenizer: TextTokenizer) -> Choice:
-    """Tokenize the options in the form of the answer: as letters or as texts, after the same blanks.
+    """Tokenize the options in the form that the answer has: as letters or as texts, after the same whitespace.
 
-    Raises UserError if the sample is not a multiple-choice item, and NoBoundary if an option and the prompt merge.
+    Raises UserError if the sample is not a multiple-choice item, and NoBoundary if the ids of the prompt and of an
+    option cannot be separated.
     """
     prompt, answer, options, correct = instruction.prompt, instruction.answer, instruction.options, instruction.correct
     blanks = answer[: len(answer) - len(answer.lstrip())]

@@ -5,8 +5,8 @@ The .json member of such a sample has `prompt`, `answer` and `domain`. A multipl
 
   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
 
-The ids are those of the joined text, cut where the prompt's own ids end, so a prompt's ids do not depend on the answer.
-Only the answer and EOS contribute to the loss.
+Prompt and answer are tokenised as one text, whose ids are cut where the ids of the prompt alone end. A prompt's ids
+therefore do not depend on the answer. Only the answer and EOS contribute to the loss.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class InstructionPrompt:
 
 
 def is_instruction(record: dict[str, Any]) -> bool:
-    """Return whether a .json member without a caption is meant as an instruction."""
+    """Return whether a .json member without a caption is an instruction: it has a prompt or an answer."""
     return "prompt" in record or "answer" in record
 
 
@@ -71,7 +71,7 @@ def read_instruction(record: dict[str, Any], where: str) -> Instruction:
 
 
 class NoBoundary(Exception):
-    """Raised when the joined ids of a prompt and an answer cannot be cut between the two.
+    """Raised if the ids of a prompt joined with its answer cannot be cut between the two.
 
     The message is the reason in a few words.
     """
@@ -80,10 +80,10 @@ class NoBoundary(Exception):
 def instruction_ids(tokenizer: TextTokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """Return the ids of the prompt and of the answer. Joined, they are the ids of prompt + answer.
 
-    The rule is that of lm-evaluation-harness (`_encode_pair`): blanks at the end of the prompt are moved to the answer,
-    and the ids of the joined text are cut at the number of the prompt's ids. The rule needs no knowledge of what a
-    tokenizer puts before a text. Raises NoBoundary if the joined ids do not begin with the prompt's ids, or if the
-    answer has no ids.
+    The rule is that of lm-evaluation-harness (`_encode_pair`): whitespace at the end of the prompt is moved to the
+    answer, prompt and answer are tokenised as one text, and the ids are cut after as many ids as the prompt alone has.
+    The rule also holds if the tokenizer adds tokens before every text. Raises NoBoundary if the joined ids do not begin
+    with the prompt's ids, or if no ids are left for the answer.
     """
     before = tokenizer.encode(prompt.rstrip())
     joined = tokenizer.encode(prompt + answer)

@@ -1,8 +1,8 @@
-"""Chameleon's image tokenizer (arXiv 2405.09818): 512 x 512 pixels -> 1024 codes over 8192 entries.
+"""Chameleon's image tokenizer (arXiv 2405.09818): 512 x 512 pixels -> 1024 codes (codebook of 8192).
 
 The tokenizer is read from a local folder of Hugging Face weights. The folder holds a ChameleonVQVAE or a whole
 Chameleon model, of which only the `vqmodel` is used. The transformers library ships the encoder and the codebook but no
-decoder, so images can be encoded and codes cannot be decoded.
+decoder, so images can be encoded, but codes cannot be decoded.
 
 Shape suffixes: B images, H and W pixels, n codes of an image.
 """
@@ -38,7 +38,7 @@ class ChameleonVQ(nn.Module):
     def load(cls, folder: str | Path) -> ChameleonVQ:
         """Load a tokenizer in eval mode from config.json and every .safetensors file.
 
-        Raises UserError if the files do not match.
+        Raises UserError if config.json is invalid or missing, or if the weights do not match it.
         """
         folder = Path(folder)
         raw = read_json(folder / CONFIG)

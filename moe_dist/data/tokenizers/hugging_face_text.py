@@ -20,8 +20,8 @@ class HuggingFaceTokenizer:
     """A TextTokenizer read from a Hugging Face folder. Raises UserError if the folder holds no tokenizer.
 
     The tokens bos, eos and pad are those that tokenizer_config.json (or special_tokens_map.json) names. If there is no
-    pad token, eos is used for padding. That keeps a pretrained model's vocabulary size, and is safe because padding is
-    masked.
+    pad token, eos is used for padding. This leaves a pretrained model's vocabulary size unchanged, and it is safe
+    because padding is masked.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -21,7 +21,7 @@ from moe_dist.data.tokenizers.vq import VQTokenizer
 class ImageTokenizer(Protocol):
     """Interface for tokenizers that encode images as discrete codes and, if they have a decoder, decode codes.
 
-    The pixels that a tokenizer expects are made by pixels.py.
+    pixels.py converts images to the pixels that a tokenizer expects.
     """
 
     image_size: int  # pixels of one side
@@ -43,7 +43,10 @@ class ImageTokenizer(Protocol):
 
 
 def load_image_tokenizer(folder: str | Path) -> ImageTokenizer:
-    """Load our VQ tokenizer or Chameleon's from a folder; its config.json says which it is. Raises UserError."""
+    """Load our VQ tokenizer or Chameleon's from a folder. The folder's config.json says which one it is.
+
+    Raises UserError if the folder is missing or damaged, or holds neither of these tokenizers.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no image tokenizer folder {folder} (data.image_tokenizer)")

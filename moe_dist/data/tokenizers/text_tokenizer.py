@@ -40,7 +40,10 @@ class TextTokenizer(Protocol):
 
 
 def load_text_tokenizer(path: str | Path) -> TextTokenizer:
-    """Load the tokenizer at data.text_tokenizer: a Hugging Face folder or a SentencePiece file. Raises UserError."""
+    """Load the tokenizer at data.text_tokenizer: a Hugging Face folder or a SentencePiece file.
+
+    Raises UserError if there is no such folder or file, or if it holds no tokenizer.
+    """
     return HuggingFaceTokenizer(path) if Path(path).is_dir() else SentencePieceTokenizer(path)
 
 
@@ -81,8 +84,8 @@ def train_text_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int 
     """Train a byte-pair encoding with byte fallback on texts and write it to `out`. The file is bitwise repeatable.
 
     Encoding a text and decoding its ids gives the text back unchanged: there is no Unicode normalisation, and spaces
-    are kept. If the corpus is too small for vocab_size, log a warning and train as many pieces as it allows. Raises
-    UserError if there is no text.
+    are kept. If the corpus is too small for vocab_size, log a warning and train as many pieces as the corpus allows.
+    Raises UserError if there is no text.
     """
     out = Path(out)
     lines = [line for text in texts for line in text.splitlines() if line.strip()]

@@ -3,7 +3,7 @@
 OUT/text.model            the SentencePiece model                                  (data.text_tokenizer)
 OUT/vq/                   config.json, model.safetensors                           (data.image_tokenizer)
 OUT/vq/quality.json       reconstruction and codebook use on held-out images
-OUT/vq/reconstructions.png   rows of held-out images, each above its reconstructions
+OUT/vq/reconstructions.png   rows of held-out images, each row above its reconstructions
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ class TokenizerRecipe(Strict):
 
 
 def train_tokenizers(recipe: TokenizerRecipe) -> tuple[SentencePieceTokenizer, VQQuality | None]:
-    """Train and write both tokenizers, or the text tokenizer alone if the corpus has no images. Raises UserError."""
+    """Train and write both tokenizers, or the text tokenizer alone if the corpus has no images.
+
+    Raises UserError if a shard is damaged, or if the corpus has no text or fewer images than a batch.
+    """
     out = Path(recipe.out)
     texts, images = _read(recipe, "train", recipe.training.max_images)
     text = train_text_tokenizer(texts, out / "text.model", recipe.vocab_size)

@@ -48,7 +48,7 @@ class Vocabulary:
     def fingerprint(self) -> str:
         """Return a SHA-256 of both tokenizers' content.
 
-        Two vocabularies have equal fingerprints if and only if they give every text and every image the same ids.
+        Two vocabularies have equal fingerprints if and only if they encode every text and every image as the same ids.
         """
         return hashlib.sha256(repr(self._digests).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Our VQ image tokenizer (VQ-VAE, arXiv 1711.00937): convolutional encoder and decoder around a library's quantizer.
+"""Our VQ image tokenizer (VQ-VAE, arXiv 1711.00937): a convolutional encoder, a library's quantizer and a decoder.
 
 By default, 64 x 64 pixels become 8 x 8 = 64 codes. The network is so small that two CPU cores can train it in minutes:
 a patch embedding, then residual blocks at 1/4 and 1/8 of the resolution only.
@@ -143,7 +143,10 @@ class VQTokenizer(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path) -> VQTokenizer:
-        """Load a saved tokenizer in eval mode. Raises UserError if a file is damaged or the files do not match."""
+        """Load a saved tokenizer in eval mode.
+
+        Raises UserError if a file is missing or damaged, or if the weights do not match config.json.
+        """
         folder = Path(folder)
         tokenizer = cls(validate(VQConfig, read_json(folder / CONFIG), str(folder / CONFIG)))
         load_weights(tokenizer, read_safetensors(folder / WEIGHTS), folder)
