@@ -33,6 +33,7 @@ SMALL = [
     "data.sequence_length=128",
     "data.group_sequences=2",
     "data.lanes=4",
+    "data.max_bad_fraction=0.1",  # captions that 128 tokens cut
     "model.hidden_size=64",
     "model.num_layers=2",
     "model.num_heads=2",

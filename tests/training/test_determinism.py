@@ -16,7 +16,7 @@ from tests.support.launching import MOMA
 def _settings_when_the_device_starts(rank, overrides):
     found = []
 
-    def started():
+    def started(stop):
         found.append((torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")))
         raise KeyboardInterrupt
 
