@@ -4,7 +4,7 @@ Each question has four options. The tasks are defined in choice_tasks.py.
 
 Wrong options are drawn by hash from the answers to other questions of the same task, split and category. An answer that
 occurs more often is drawn more often. So a model cannot recognise a wrong option by its category, by its frequency, or
-by never having been an answer in training. In every task and split, each letter is correct equally often. All questions
+because it was never an answer in training. In every task and split, each letter is correct equally often. All questions
 about a synset and its opposites, or about an emoji, are in the same split, whatever their task.
 """
 

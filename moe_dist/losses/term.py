@@ -42,8 +42,8 @@ class Term(Protocol):
         ...
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
-        """Return the sum of each metric as a 0-d tensor.
+        """Return one 0-d tensor per metric: its sum over the values that `counts` counts.
 
-        The first sum is minimised. The others are detached and only reported.
+        The first metric is minimised. The others are detached and only reported.
         """
         ...

@@ -1,7 +1,6 @@
-"""Translation of a recipe's `deepspeed` section (config/deepspeed_section.py) into DeepSpeed's configuration, and the
-number of accumulation steps.
+"""Translates a recipe's `deepspeed` section (config/deepspeed_section.py) into DeepSpeed's configuration.
 
-This file does not import DeepSpeed.
+Also computes the number of accumulation steps. This file does not import DeepSpeed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Checks of a split's documents: captions that are cut because they do not fit into a sequence, and what data.expect
-requires.
-"""
+"""Checks of a split's documents: count the captions that do not fit into a sequence, and enforce data.expect."""
 
 from __future__ import annotations
 

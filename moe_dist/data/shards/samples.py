@@ -64,7 +64,7 @@ class BadSample(Exception):
 
 
 class LostSample(Exception):
-    """Raised for a sample that has lost a part and cannot be used without it."""
+    """Raised for a sample that is missing a part without which it cannot be used."""
 
     def __init__(self, loss: Loss) -> None:
         super().__init__(loss.reason)

@@ -253,7 +253,11 @@ def collate(
 
 
 def _place(sequences: Group, sequence_length: int) -> tuple[list[tuple[int, Piece]], list[int]]:
-    """Return (index of the first token, piece) for each piece, and the lengths of all documents and runs of padding."""
+    """Place the pieces of the sequences, laid end to end.
+
+    Return two lists: (index of its first token among all tokens, piece) for each piece, and the length of each document
+    or run of padding, in order.
+    """
     placed: list[tuple[int, Piece]] = []
     document_lengths: list[int] = []
     for number, sequence in enumerate(sequences):

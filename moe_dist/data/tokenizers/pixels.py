@@ -1,4 +1,4 @@
-"""Conversion of images to the pixels of an image tokenizer: centre crop, resize, scale to [-1, 1].
+"""Converts images to the pixel values that an image tokenizer takes: centre crop, resize, scale to [-1, 1].
 
 Shape suffixes: B images, H and W pixels, n codes of an image.
 """

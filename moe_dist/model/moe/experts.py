@@ -151,8 +151,8 @@ def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
     """Return True if torch has a correct grouped kernel for these rows.
 
     On CUDA there is a kernel for bfloat16 on compute capability 9.0 and 10.0. In other cases torch would sync with the
-    host. On 10.0, the kernel did not write the weight gradients of experts without rows (pytorch issue 172439), so it
-    is used there only if every expert has rows.
+    host. On 10.0, the kernel may leave the weight gradients of experts without rows unwritten (pytorch issue 172439),
+    so it is used there only if every expert has rows.
     """
     if x_RD.dtype != torch.bfloat16:
         return x_RD.is_cpu and x_RD.dtype == torch.float32
