@@ -1,7 +1,7 @@
 """The neighbours whose routing each sample should imitate: the k nearest samples that the model answered correctly.
 
 RoMA (Routing Manifold Alignment, 2025): sim(i, j) = exp(-||E_i - E_j||^2 / (2 sigma^2)); N(i) is the set of the k
-nearest samples in the success set (the samples answered correctly); W_ij = sim(i, j) / (sum of sim(i, l) over l in N(i)).
+nearest samples in the success set (samples answered correctly); W_ij = sim(i, j) / (sum of sim(i, l) over l in N(i)).
 
 Shape suffixes: N samples, C samples in the success set, B samples in a block, E embedding size, K neighbours.
 """
