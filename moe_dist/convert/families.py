@@ -96,7 +96,7 @@ def _rope_base(raw: Mapping[str, Any], where: str) -> float:
 def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> dict[str, Any]:
     """Return a config.json for a model, in a form that transformers 4 and 5 can read.
 
-    The function model_section converts the result back to equal settings.
+    The function model_section converts the result back to the same settings.
     Raises UserError naming the first setting that neither Llama nor Mixtral supports.
     """
     none = f"{where} has no Hugging Face architecture"

@@ -133,7 +133,7 @@ def json_text(value: Any) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Sync a file's content, or a folder's list of names, to the disk."""
+    """Fsync a file's content, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

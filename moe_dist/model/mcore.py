@@ -157,8 +157,7 @@ class Attention(nn.Module):
     def num_parameters(self) -> int:
         """Count the parameters of the projections and the head norms.
 
-        For a projection, the count is its number of multiply-adds for one token. These numbers are equal, because a
-        projection has no bias.
+        A projection has no bias, so its parameter count equals its multiply-adds for one token.
         """
         matrices = self.products(LayerWork(tokens=1, pairs=0, rows=0))
         norms = sum(2 * norm.normalized_shape[0] for norm in self._head_norms())

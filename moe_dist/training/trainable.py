@@ -14,7 +14,7 @@ from moe_dist.core.name_patterns import matching
 def freeze_others(model: nn.Module, patterns: Iterable[str]) -> None:
     """Freeze every parameter whose name matches none of the patterns.
 
-    Parameters that modules have frozen themselves stay frozen. If a pattern matches only such parameters, or none,
+    Parameters already frozen by their own modules stay frozen. If a pattern matches only such parameters, or none,
     raises UserError naming the pattern.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

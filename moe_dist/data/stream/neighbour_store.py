@@ -91,7 +91,7 @@ def write_neighbours(folder: Path, neighbours: Neighbours, about: Mapping[str, A
 
 
 class NeighbourStore:
-    """A complete neighbour store, opened for training. It adds the routing of the neighbours to batches."""
+    """A complete neighbour store, opened for training. It adds the routing of each sample's neighbours to batches."""
 
     def __init__(self, folder: str | Path, *, model: str | None):
         """Open a store. Raises UserError if it is incomplete or was collected with a model other than `model`.

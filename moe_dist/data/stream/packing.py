@@ -71,7 +71,10 @@ def random_bits(seed: int, counter: tuple[int, int, int], count: int) -> np.ndar
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The tokens of an assembled document from its token `start` on. If a text is cut, a piece ends at the cut."""
+    """The part of an assembled document that begins at token index `start`.
+
+    It ends with the document, or at a cut in a text.
+    """
 
     epoch: int
     document: int
