@@ -235,7 +235,7 @@ def _sums(keep: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def _first(keep: Tensor, number: int) -> Tensor:
-    """Return the `number` indices where `keep` is true. The caller knows how many there are, so there is no host sync."""
+    """Return the `number` indices where `keep` is true. The caller knows their number, so there is no host sync."""
     return torch.nonzero_static(keep, size=number).squeeze(1)
 
 
