@@ -23,7 +23,8 @@ from torch import Tensor
 
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.batch import MODALITIES, Batch
-from moe_dist.data.stream.packing import Assembler, DocumentStore
+from moe_dist.data.stream.held_out_batches import whole_captions
+from moe_dist.data.stream.packing import DocumentStore
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
 FITTING_PARTS = 10  # one of these parts is left out of the counts while D, a and b are fitted
@@ -125,14 +126,7 @@ class Bigram:
     @classmethod
     def fit(cls, store: DocumentStore, vocabulary: Vocabulary, data: DataConfig) -> Bigram:
         """Fit a model on the training documents, assembled as in the first epoch but without caption dropout."""
-        assembler = Assembler(
-            store=store,
-            vocabulary=vocabulary,
-            seed=0,
-            sequence_length=data.sequence_length,
-            image_first=data.image_first,
-            caption_dropout=0.0,
-        )
+        assembler = whole_captions(store, vocabulary, data)
         documents = [assembler(0, i).tokens for i in range(len(store))]
         aside = np.array([zlib.crc32(_content(store, i)) % FITTING_PARTS == 0 for i in range(len(store))])
         counted, kept_out = (Bigrams.of([documents[i] for i in np.flatnonzero(part)]) for part in (~aside, aside))

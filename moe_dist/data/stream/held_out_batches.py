@@ -25,6 +25,18 @@ from moe_dist.data.tasks.instructions import InstructionPrompt
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
 
+def whole_captions(store: DocumentStore, vocabulary: Vocabulary, data: DataConfig) -> Assembler:
+    """Create an assembler that drops no caption and does not depend on the run's seed."""
+    return Assembler(
+        store=store,
+        vocabulary=vocabulary,
+        seed=0,
+        sequence_length=data.sequence_length,
+        image_first=data.image_first,
+        caption_dropout=0.0,
+    )
+
+
 def held_out_batches(
     store: DocumentStore,
     vocabulary: Vocabulary,
@@ -36,14 +48,7 @@ def held_out_batches(
     batch_groups: int,
 ) -> Iterator[Batch]:
     """Yield this rank's micro-batches from the first `groups` groups of the store, or from all if there are fewer."""
-    assembler = Assembler(
-        store=store,
-        vocabulary=vocabulary,
-        seed=0,
-        sequence_length=data.sequence_length,
-        image_first=data.image_first,
-        caption_dropout=0.0,
-    )
+    assembler = whole_captions(store, vocabulary, data)
     if not len(store):
         raise UserError("the held-out split holds no documents: check data.validation_shards")
     plan = list(islice(_pass(assembler, data), groups))
