@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from moe_dist.config.recipe import MoEFFN
+from moe_dist.config.model_section import MoEFFN
 from moe_dist.core.batch import TokenInfo
 from moe_dist.model.moe.moe_layer import build_moe_layer
 from moe_dist.model.site import Site

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu.check import Check
-from moe_dist.config.recipe import MoEFFN
+from moe_dist.config.model_section import MoEFFN
 from moe_dist.core.batch import TokenInfo
 from moe_dist.model.moe.moe_layer import build_moe_layer
 from moe_dist.model.site import Site

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moe_dist.config.recipe import DenseFFN, DepthConfig, LoRAConfig, ModelConfig
+from moe_dist.config.model_section import DenseFFN, DepthConfig, LoRAConfig, ModelConfig
 from moe_dist.convert.tensor_maps import TensorMapping, tensor_mappings
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_dist.checkpoint.manifest import newest_complete, read_state
 from moe_dist.checkpoint.stored_weights import read_tensors
-from moe_dist.config.recipe import ModelConfig
+from moe_dist.config.model_section import ModelConfig
 from moe_dist.convert.families import config_json, family_of
 from moe_dist.convert.output import write_model
 from moe_dist.convert.tensor_maps import from_theirs, tensor_mappings, to_theirs

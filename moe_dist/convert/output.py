@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from moe_dist.checkpoint.stored_weights import write_tensors
-from moe_dist.config.recipe import ModelConfig
+from moe_dist.config.model_section import ModelConfig
 from moe_dist.core.expert_rows import named_rows
 from moe_dist.core.tensor_files import LazyTensor
 from moe_dist.model.transformer import Transformer

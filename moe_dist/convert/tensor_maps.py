@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.config.recipe import DenseFFN, ModelConfig
+from moe_dist.config.model_section import DenseFFN, ModelConfig
 from moe_dist.config.routers import TopKSettings
 from moe_dist.core.errors import UserError
 from moe_dist.core.expert_rows import row_name

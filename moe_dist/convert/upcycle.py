@@ -19,7 +19,7 @@ from torch import nn
 
 from moe_dist.checkpoint.manifest import newest_complete, read_state
 from moe_dist.checkpoint.stored_weights import read_tensors
-from moe_dist.config.recipe import DenseFFN, ModelConfig, MoEFFN, SwiGLUExpertsConfig
+from moe_dist.config.model_section import DenseFFN, ModelConfig, MoEFFN, SwiGLUExpertsConfig
 from moe_dist.convert.output import write_model
 from moe_dist.core.batch import MODALITIES
 from moe_dist.core.errors import UserError

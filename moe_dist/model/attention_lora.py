@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from moe_dist.config.recipe import LoRAConfig
+from moe_dist.config.model_section import LoRAConfig
 from moe_dist.core.costs import Product, linear_product
 from moe_dist.model.attention import Attending
 from moe_dist.model.moe.lora_experts import LowRank

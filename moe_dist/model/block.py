@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe_dist.config.recipe import DenseFFN, ModelConfig
+from moe_dist.config.model_section import DenseFFN, ModelConfig
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.costs import LayerWork, Product, no_products
 from moe_dist.core.routing_plan import RoutingRecord

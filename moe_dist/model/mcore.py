@@ -17,7 +17,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.config.recipe import ModelConfig
+from moe_dist.config.model_section import ModelConfig
 from moe_dist.core.costs import LayerWork, Product, linear_product, no_products
 from moe_dist.core.fused import fused
 from moe_dist.model.attention import Attending, Documents, RotatedDocuments, locate_documents

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from moe_dist.config.recipe import DepthConfig
+from moe_dist.config.model_section import DepthConfig
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.costs import LayerWork, Product
 from moe_dist.core.routing_plan import DepthRecord, RoutingRecord

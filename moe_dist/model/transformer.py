@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_dist.config.recipe import ModelConfig
+from moe_dist.config.model_section import ModelConfig
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.costs import Product, Work, linear_product, no_products, num_weights
 from moe_dist.core.seeding import seeded_normal_

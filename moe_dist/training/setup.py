@@ -18,8 +18,9 @@ from moe_dist.checkpoint import checkpoint
 from moe_dist.checkpoint.init_from import Account, init_from, loader_state
 from moe_dist.checkpoint.manifest import identity, resolve_init
 from moe_dist.checkpoint.train_state import TrainState, check_resumable
+from moe_dist.config.model_section import MoEFFN
 from moe_dist.config.prerequisites import missing
-from moe_dist.config.recipe import Config, DataConfig, InitFrom, MoEFFN
+from moe_dist.config.recipe import Config, DataConfig, InitFrom
 from moe_dist.core.errors import UserError
 from moe_dist.data.cache.token_cache import TokenStore, build_cache, open_store
 from moe_dist.data.shards.tars import Split

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_dist.config.recipe import Config, MoEFFN
+from moe_dist.config.model_section import MoEFFN
+from moe_dist.config.recipe import Config
 from moe_dist.core.batch import Batch
 from moe_dist.core.costs import Costed
 from moe_dist.core.step import ModelOutput

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from moe_dist.checkpoint.checkpoint import read_state
 from moe_dist.checkpoint.stored_weights import read_tensors, write_tensors
-from moe_dist.config.recipe import ModelConfig
+from moe_dist.config.model_section import ModelConfig
 from moe_dist.convert.hugging_face import export_folder, import_folder
 from moe_dist.convert.output import parameter_shapes
 from moe_dist.convert.upcycle import upcycle

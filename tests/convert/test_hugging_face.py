@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_dist.checkpoint.checkpoint import read_state, verify_checkpoint
 from moe_dist.checkpoint.stored_weights import read_tensors, write_tensors
-from moe_dist.config.recipe import ModelConfig
+from moe_dist.config.model_section import ModelConfig
 from moe_dist.convert.hugging_face import import_folder, read_folder
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moe_dist.config.recipe import ModelConfig
+from moe_dist.config.model_section import ModelConfig
 from moe_dist.core.strict import validate
 from moe_dist.data.stream.loader import make_loader
 from moe_dist.evaluate.bigram import Bigram, Bigrams

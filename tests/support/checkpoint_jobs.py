@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from moe_dist.checkpoint import checkpoint
 from moe_dist.checkpoint.init_from import init_from
-from moe_dist.config.recipe import InitFrom, ModelConfig
+from moe_dist.config.model_section import ModelConfig
+from moe_dist.config.recipe import InitFrom
 from moe_dist.core.errors import UserError
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, make_layout

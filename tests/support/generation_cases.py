@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from moe_dist.config.recipe import ModelConfig
+from moe_dist.config.model_section import ModelConfig
 from moe_dist.core.batch import TokenInfo
 from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
 from moe_dist.data.tokenizers.text_tokenizer import load_text_tokenizer

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from moe_dist.checkpoint.checkpoint import read_state
 from moe_dist.checkpoint.stored_weights import read_tensors
-from moe_dist.config.recipe import ModelConfig
+from moe_dist.config.model_section import ModelConfig
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.strict import validate
 from moe_dist.model.transformer import Transformer

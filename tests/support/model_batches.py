@@ -2,7 +2,7 @@
 
 import torch
 
-from moe_dist.config.recipe import ModelConfig
+from moe_dist.config.model_section import ModelConfig
 from moe_dist.core.batch import Batch, TokenInfo
 from moe_dist.core.strict import validate
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_dist.config.recipe import MoEFFN
+from moe_dist.config.model_section import MoEFFN
 from moe_dist.core.batch import IMAGE, TEXT, TokenInfo
 from moe_dist.model.moe.moe_layer import MoELayer, build_moe_layer
 from moe_dist.model.site import Site

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.config.recipe import Config, MoEFFN
+from moe_dist.config.model_section import MoEFFN
+from moe_dist.config.recipe import Config
 from moe_dist.core.batch import MODALITIES, Batch, TokenInfo
 from moe_dist.core.step import ModelOutput, ObjectiveOutput
 from moe_dist.core.strict import validate

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.config.recipe import Config, DepthConfig
+from moe_dist.config.model_section import DepthConfig
+from moe_dist.config.recipe import Config
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 from tests.support.long import REPEATED

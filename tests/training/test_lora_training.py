@@ -9,7 +9,8 @@ from functools import cache
 
 import pytest
 
-from moe_dist.config.recipe import Config, LoRAConfig, LoRAExpertsConfig
+from moe_dist.config.model_section import LoRAConfig, LoRAExpertsConfig
+from moe_dist.config.recipe import Config
 from moe_dist.core.seeding import seeded_normal_
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout

@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 from torch import Tensor
 
-from moe_dist.config.recipe import Config, MoEFFN, load_config
+from moe_dist.config.model_section import MoEFFN
+from moe_dist.config.recipe import Config, load_config
 from moe_dist.core.batch import Batch
 from moe_dist.core.seeding import seeded_normal_
 from moe_dist.losses.objective import make_objective

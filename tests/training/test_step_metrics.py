@@ -2,7 +2,8 @@
 
 import pytest
 
-from moe_dist.config.recipe import Config, DepthConfig
+from moe_dist.config.model_section import DepthConfig
+from moe_dist.config.recipe import Config
 from moe_dist.metrics.metric_keys import undeclared
 from moe_dist.metrics.step_counts import StepCounts
 from moe_dist.model.transformer import Transformer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_dist.config.recipe import DepthConfig
+from moe_dist.config.model_section import DepthConfig
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.routing_plan import Routing
 from moe_dist.model.moe.auxiliary_router import AuxiliaryRouter, decide_alone

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.config.recipe import SwiGLUExpertsConfig
+from moe_dist.config.model_section import SwiGLUExpertsConfig
 from moe_dist.core.costs import Product
 from moe_dist.core.errors import UserError
 from moe_dist.core.expert_rows import set_expert_ids

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.config.recipe import LoRAConfig, LoRAExpertsConfig
+from moe_dist.config.model_section import LoRAConfig, LoRAExpertsConfig
 from moe_dist.core.costs import Product, linear_product
 from moe_dist.core.expert_rows import set_expert_ids
 from moe_dist.core.seeding import dropout

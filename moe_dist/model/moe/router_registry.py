@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_dist.config.recipe import MoEFFN
+from moe_dist.config.model_section import MoEFFN
 from moe_dist.config.routers import (
     DeepSeekV3Settings,
     ExpertChoiceSettings,

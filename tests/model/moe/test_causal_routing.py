@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe_dist.config.recipe import DepthConfig
+from moe_dist.config.model_section import DepthConfig
 from moe_dist.config.routers import router_settings
 from moe_dist.model.moe.depth_router import DepthRouter
 from moe_dist.model.moe.router_registry import build_router

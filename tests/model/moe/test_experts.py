@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_dist.config.recipe import SwiGLUExpertsConfig
+from moe_dist.config.model_section import SwiGLUExpertsConfig
 from moe_dist.core.errors import UserError
 from moe_dist.model.moe.experts import GroupedExperts, HeldExperts, grouped_matmul, looped_matmul, matmul_by_expert
 from moe_dist.model.site import Site

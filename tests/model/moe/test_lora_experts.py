@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_dist.config.recipe import LoRAExpertsConfig, MoEFFN
+from moe_dist.config.model_section import LoRAExpertsConfig, MoEFFN
 from moe_dist.config.routers import router_settings
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
