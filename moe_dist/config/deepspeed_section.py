@@ -1,8 +1,7 @@
 """The section `deepspeed` of a recipe: the DeepSpeed settings that a recipe may set, under DeepSpeed's own keys.
 
 DeepSpeed silently ignores misspelt keys (`gradient_cliping: 0.3` trains with 1.0). Therefore only the keys listed here
-are accepted, and the exactness tests cover all of them. training/deepspeed_config.py translates the section for
-DeepSpeed.
+are accepted. training/deepspeed_config.py translates the section for DeepSpeed.
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
-    """Read a recipe and its bases.
+    """Read a recipe and merge it with its bases.
 
-    before: the recipes that extend this one. Each extends the next, and the last one extends `path`.
+    before: the recipes read so far, with which a circle is detected. Each extends the next, and the last one extends
+    `path`.
     """
     data = parse_yaml(_text(path), str(path))
     if not isinstance(data, dict):

@@ -35,9 +35,9 @@ Steps = Annotated[
 
 
 class TermSettings(Strict):
-    """Base class of the settings of a loss term. A subclass also sets the term's name in recipes.
+    """Base class of the settings of a loss term.
 
-    The name is an argument of the class: `class X(TermSettings, name="x")`.
+    A subclass gives the term's name in recipes as a class argument: `class X(TermSettings, name="x")`.
     weight: a number, or a list of [first step, weight] with ascending first steps. Before the earliest of these steps,
     the weight is 0.
     """

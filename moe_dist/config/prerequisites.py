@@ -27,9 +27,10 @@ class Prerequisite:
 
 
 def prerequisite(need: Need) -> Prerequisite:
-    """Return the folder and the last file of what a need requires, and the command that creates them.
+    """Return the folder that a need requires, the file that is written there last, and the command that creates both.
 
-    Raises UserError if the need is an earlier stage whose recipe is invalid.
+    Once the file exists, the prerequisite is complete. Raises UserError if the need is an earlier stage whose recipe is
+    invalid.
     """
     if isinstance(need, CorpusNeed):
         more = "".join(f" {key}={value}" for key, value in need.settings.items())

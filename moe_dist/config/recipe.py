@@ -50,7 +50,7 @@ class DataConfig(Strict):
 class InitFrom(Strict):
     """The section `init_from`: the earlier stage's checkpoint from which a run takes its initial parameters.
 
-    If a recipe gives only a path instead of a mapping, the path is the `checkpoint`, and the other keys have their
+    If a recipe gives a path instead of a mapping, the path is used as `checkpoint`, and the other keys have their
     defaults. Patterns match whole parameter names; `*` matches any text (docs/stages.md).
     """
 

@@ -37,7 +37,7 @@ def with_new_names(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(data: Any, key: str) -> dict[str, Any] | None:
-    """Return the innermost mapping that holds the dotted path `key`, or None if there is no such entry."""
+    """Return the mapping that directly contains the last part of a dotted key, or None if `data` lacks the key."""
     *parents, last = key.split(".")
     for parent in parents:
         data = data.get(parent) if isinstance(data, dict) else None

@@ -113,7 +113,8 @@ class TokenInfo:
     def once_per_token(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """Return make(), an int64 tensor [T], and cache it as `once` does.
 
-        The TokenInfo that `select` or `of_modality` returns inherits this cache.
+        The TokenInfo that `of_modality` returns shares this cache. The TokenInfo that `select` returns has a cache of
+        its own, which initially contains the values for the selected tokens.
         """
         if name not in self._made_per_token:
             self._made_per_token[name] = make()
@@ -137,11 +138,11 @@ class TokenInfo:
         return part
 
     def competing(self, scope: str = "group") -> tuple[Tensor, list[int]]:
-        """Return the indices of the valid tokens, set by set, and the number of valid tokens in each set.
+        """Return the indices of the valid tokens, one set after another, and the number of valid tokens in each set.
 
-        A set consists of tokens that compete with each other. The argument `scope` defines the sets: the tokens of a
-        selection group ("group", in the order of `members`), the tokens of one modality in a selection group
-        ("modality"), or the tokens of a packed sequence ("sequence").
+        A set consists of tokens that compete with each other. If `scope` is "group", a set contains the tokens of one
+        selection group, text before images. If it is "modality", a set contains the tokens of one modality in one
+        selection group. If it is "sequence", a set contains the tokens of one packed sequence.
         """
         return self.once(("competing", scope), lambda: self._competing(scope))
 
@@ -156,7 +157,7 @@ class TokenInfo:
         return torch.cat(self.members()), sizes
 
     def members(self, modality: int | None = None) -> list[Tensor]:
-        """Return the indices of the valid tokens of each selection group.
+        """Return one tensor per selection group: the indices of its valid tokens, text before images.
 
         modality: if given, return only the tokens of this modality.
         """
@@ -168,11 +169,11 @@ class TokenInfo:
         return [torch.cat([pieces[m * groups + g] for m in range(len(MODALITIES))]) for g in range(groups)]
 
     def select(self, keep_T: Tensor, read: Callable[[Tensor], list[int]]) -> tuple[Tensor, TokenInfo]:
-        """Select the tokens for which keep_T is true, in order. Returns their indices token_K and their TokenInfo.
+        """Select the tokens for which keep_T is true. Returns their indices token_K, ascending, and their TokenInfo.
 
-        keep_T: must be false for padding. A document keeps its number and its place in document_lengths, even if no
-        token of the document is left (length 0).
+        keep_T: must be false for padding.
         read: a function that copies int64 counts to the host (split_sizes in model/moe/dispatch.py). It is called once.
+        The documents keep their numbers. A document without selected tokens has length 0 in document_lengths.
         """
         of_groups = [count for row in self.modality_counts for count in row]
         keep = keep_T.index_select(0, self.once("orders", self._orders))  # keep_T in three orders, see _orders
@@ -197,8 +198,9 @@ class TokenInfo:
     def _orders(self) -> Tensor:
         """Return three lists of token indices, concatenated into one tensor.
 
-        The first list contains the valid tokens sorted by modality, the second the valid tokens sorted by sequence, and
-        the third all tokens.
+        `select` uses the lists to count the selected tokens of each group, sequence and document. The first list
+        contains the valid tokens sorted by modality and group, the second the valid tokens sorted by sequence, and the
+        third all tokens.
         """
         all_T = torch.arange(self.num_tokens, device=self.valid_T.device)
         return torch.cat([self.by_modality_V, self.competing("sequence")[0], all_T])
@@ -206,7 +208,8 @@ class TokenInfo:
     def _of_tokens(self, token_K: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Gather the facts about the valid tokens token_K in one operation.
 
-        Returns the per-token fields, and the cached results of once_per_token.
+        Returns two dicts of tensors [K], keyed by name: the per-token fields of the TokenInfo that `select` makes, and
+        the cached results of once_per_token.
         """
         numbers = {name: getattr(self, name) for name in _OF_EACH_TOKEN} | self._made_per_token
         table_FT = self.once(("table", *numbers), lambda: torch.stack(list(numbers.values())))
@@ -235,7 +238,7 @@ def _sums(keep: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def _first(keep: Tensor, number: int) -> Tensor:
-    """Return the `number` indices where `keep` is true. The caller knows their number, so there is no host sync."""
+    """Return the indices where `keep` is true. `number` is their known count, so no host sync is needed."""
     return torch.nonzero_static(keep, size=number).squeeze(1)
 
 

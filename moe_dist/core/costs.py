@@ -2,7 +2,7 @@
 computes FLOPs from them.
 
 Only matrix products are counted, in multiply-adds. Norms, activations, softmax, recomputed activations and the padding
-rows of pad_to_capacity are not counted.
+rows that the router setting `pad_to_capacity` adds are not counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ class Product(NamedTuple):
 
 
 def linear_product(linear: nn.Linear, rows: int, *, beside_lora: bool = False) -> Product:
-    """Return the Product of applying a linear layer to `rows` rows."""
+    """Return the Product of applying a linear layer to `rows` rows.
+
+    beside_lora: True if the layer's weight stays frozen and only the LoRA deltas next to it are trained.
+    """
     return Product(num_weights(linear) * rows, (linear.weight,), beside_lora)
 
 
@@ -33,16 +36,17 @@ def num_weights(linear: nn.Linear) -> int:
 
 
 def no_products(*modules: nn.Module) -> Product:
-    """Return an empty Product for modules without matrix products, such as norms.
+    """Return a Product with zero multiply-adds for modules without matrix products, such as norms.
 
-    The Product contains the modules' parameters, because gradients must reach these parameters if they are trained.
+    The modules' parameters are the Product's weights. If they are trained, gradients must reach them, and computing
+    these gradients costs multiply-adds in the products that follow.
     """
     return Product(0, tuple(parameter for module in modules for parameter in module.parameters()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWork:
-    """The amount of work that one layer does for a micro-batch."""
+    """The numbers that determine how many multiply-adds one layer performs for a micro-batch."""
 
     tokens: int  # number of tokens that the layer processes
     pairs: int  # (query, key) pairs within documents: L (L + 1) / 2 for a document of length L
@@ -53,7 +57,10 @@ class LayerWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """The amount of work that a model does for a micro-batch. Mappings are keyed by layer number."""
+    """The numbers that determine how many multiply-adds a model performs for a micro-batch.
+
+    Mappings are keyed by layer number.
+    """
 
     document_lengths: Sequence[int]  # of all tokens of the micro-batch
     rows: Sequence[int] | None = None  # LayerWork.rows of each layer; None: a dense model
@@ -85,9 +92,9 @@ class Costed(Protocol):
     def num_layers(self) -> int: ...
 
     def products(self, work: Work) -> Iterable[Iterable[Product]]:
-        """Return the matrix products of a forward pass as chains.
+        """Return the matrix products of a forward pass, divided into chains.
 
-        A chain lists products in the order of computation. Gradients do not flow back beyond the first product of a
-        chain.
+        A chain lists its products in the order of computation. No gradient is computed for the input of a chain's first
+        product.
         """
         ...

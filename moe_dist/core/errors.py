@@ -1,5 +1,6 @@
-"""Exceptions for errors that a user can fix and for bugs on other ranks, the conversion of file errors, and hints for
-misspelt names.
+"""Exceptions for errors that a user can fix, and for bugs on other ranks.
+
+Also functions that convert file errors to UserError, and that suggest a known name for a misspelt one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class PeerError(Exception):
 def as_user_error(error: Exception) -> UserError | None:
     """Convert an exception to a UserError. Returns None if the exception is a bug in moe_dist.
 
-    An operating system's error about a file (no permission, no space) becomes a UserError, because the user can fix it.
+    A file error of the operating system (no permission, no space) becomes a UserError, because the user can fix it.
     """
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return UserError(f"{error.filename}: {error.strerror}")
@@ -38,6 +39,9 @@ def closest(name: str, names: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """Return a hint for an error message about an unknown name. The hint is empty if no known name is close."""
+    """Return a hint for an error message about an unknown name, such as ` (did you mean 'steps'?)`.
+
+    The hint is empty if no known name is close.
+    """
     close = closest(name, names)
     return f" (did you mean '{close}'?)" if close else ""

@@ -57,9 +57,10 @@ def named_rows(name: str, parameter: Tensor) -> dict[str, Tensor]:
 def rows_between(ids: Sequence[int], shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, slice]]:
     """Divide the elements [start, stop) of a flattened stacked parameter into pieces, one per row.
 
-    ids: the global expert of each row. shape: the shape of the parameter. For every row that has elements in the range,
-    yields the row's global expert, the position in the row at which the piece begins, and the slice of the piece
-    relative to `start`.
+    ids: the global expert of each row. shape: the shape of the parameter.
+    Yields (expert, first, part) for each row that has elements in the range. `expert` is the row's global expert.
+    `first` is the position in the row at which the piece begins. `part` is the slice that cuts the piece out of a
+    tensor of the elements [start, stop).
     """
     size = math.prod(shape[1:])
     for row, expert in enumerate(ids):

@@ -11,15 +11,15 @@ from moe_dist.core.errors import UserError, closest
 
 @cache
 def compiled(pattern: str) -> re.Pattern[str]:
-    """Compile a pattern to a regular expression for fullmatch. Each `*` becomes a non-greedy group."""
+    """Compile a pattern to a regular expression, to be used with fullmatch. Each `*` becomes a non-greedy group."""
     return re.compile("(.*?)".join(re.escape(part) for part in pattern.split("*")))
 
 
 def matching(patterns: Iterable[str], names: Collection[str], *, key: str, what: str) -> set[str]:
-    """Return the names that match any of the patterns. Raises UserError naming a pattern that matches no name.
+    """Return the names that match any of the patterns. Raises UserError if a pattern matches no name.
 
-    key: the recipe's key that holds the patterns. what: the kind of thing that has these names. Both are part of the
-    error message.
+    The error message contains `key` and `what`. key: the recipe's key that holds the patterns. what: a description of
+    the named things, such as "parameter of the model".
     """
     found: set[str] = set()
     for pattern in patterns:

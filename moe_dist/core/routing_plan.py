@@ -16,9 +16,9 @@ from torch import Tensor
 class RoutingPlan:
     """Assignments of tokens to experts, with combine weights: everything that a dispatcher needs.
 
-    There is no fixed k or capacity: a token may have any number of assignments. Assignments with an index of
-    sum(counts_E) or more have no expert, because the token chose a null expert or a full one. They produce no rows. The
-    sum is known only on the device, so the dispatcher cuts off these assignments when it reads the counts.
+    There is no fixed k or capacity: a token may have any number of assignments. Only the first sum(counts_E)
+    assignments have an expert. In the others, the token chose a null expert or a full one. The sum is known only on the
+    device until the dispatcher reads the counts, so it is the dispatcher that cuts off the others.
     """
 
     token_ids_N: Tensor  # int64 index (into the T tokens) of each assignment, sorted by expert
@@ -60,8 +60,8 @@ class Routing:
 class RoutingRecord:
     """The routing of one layer in one forward pass. A record is returned by the layer, never stored on a module.
 
-    A composite router has one Routing per part, each with its own experts and tokens. The experts of all parts are
-    numbered consecutively.
+    A composite router has one Routing per child router, each with its own experts and tokens. The experts of all child
+    routers are numbered consecutively.
     """
 
     layer: int

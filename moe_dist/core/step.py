@@ -1,4 +1,6 @@
-"""Values and interfaces of an optimizer step: the model's output, the objective, and the model under ZeRO.
+"""Values and interfaces of an optimizer step.
+
+They describe the model's output, the objective and its output, and a model that ZeRO partitions.
 
 Shape suffixes: T tokens, V vocabulary.
 """

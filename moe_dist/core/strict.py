@@ -83,7 +83,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _nodes(node: yaml.Node | None, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], yaml.Node]]:
-    """Yield every node of a YAML document with the keys that lead to it."""
+    """Yield the path of keys that leads to each node of a YAML document, and the node."""
     if node is None:
         return
     yield keys, node
@@ -109,8 +109,8 @@ def _foreign(node: yaml.Node) -> str | None:
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Apply one override `section.key=value` to a nested mapping, in place.
 
-    Raises UserError if the override is not of this form, if its value is not valid YAML, or if one of the sections in
-    its key is a plain value in `data`.
+    Raises UserError if the override is not of this form, if its value is not valid YAML, or if its key treats a plain
+    value of `data` as a section.
     """
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -136,9 +136,9 @@ class Fault:
 
 
 class Faults(ValueError):
-    """Errors found by a validator that parses settings itself.
+    """One or more errors found by a validator that parses a part of the settings itself.
 
-    If the validator raised a plain ValueError, pydantic would keep one text without the keys.
+    If the validator raised a plain ValueError, pydantic would keep its text but lose the keys.
     """
 
     def __init__(self, faults: Iterable[Fault]):
@@ -176,10 +176,10 @@ def nested(model: type[Settings], data: Any) -> Settings:
 
 
 def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict[str, V]:
-    """Read every item of a mapping with `read`. If `read` raises Faults for some items, raise the Faults of all items
-    together.
+    """Return the result of read(name, item) for each item of a mapping, keyed by name.
 
-    The name of the item is put before the keys of its Faults.
+    If `read` raises Faults for an item, the remaining items are still read. Then the errors of all items are raised
+    together as Faults, with the item's name in front of the keys of its errors.
     """
     values: dict[str, V] = {}
     faults: list[Fault] = []
@@ -194,7 +194,11 @@ def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict
 
 
 def pick(kinds: Mapping[str, V], name: Any, key: str, missing: str) -> V:
-    """Return kinds[name]. If it is missing, raise Faults for `key` with the sentence `missing` and the closest name."""
+    """Return kinds[name]. Raises Faults if there is no such name.
+
+    key: the settings key that the error message names. missing: the text of the message. The closest known name is
+    added to this text, or all known names if none is close.
+    """
     if isinstance(name, str) and name in kinds:
         return kinds[name]
     raise Faults([Fault((key,), f"key '{{key}}': {missing}{_alternatives(name, kinds)}")])
@@ -205,7 +209,7 @@ def _alternatives(name: Any, known: Iterable[str]) -> str:
 
 
 def _faults(model: type[BaseModel], item: Any) -> Iterator[Fault]:
-    """Convert one pydantic error to Faults with our own sentences."""
+    """Convert one pydantic error to Faults. There are several if a nested validator found several errors."""
     location, context = [str(part) for part in item["loc"]], item.get("ctx", {})
     keys = tuple(_walk(model, location)[0])
     if isinstance(inner := context.get("error"), Faults):

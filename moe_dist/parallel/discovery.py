@@ -1,6 +1,6 @@
 """Discovery of rank and world size under the DeepSpeed launcher, torchrun, srun and mpiexec, or in a single process.
 
-Also the exit of a rank: its exit status, and which rank prints the error or the traceback.
+The module also ends a rank: it sets the exit status and decides which rank prints the error or the traceback.
 
 Sources in order of precedence: RANK and WORLD_SIZE in the environment (DeepSpeed's launcher, torchrun); Slurm's own
 variables (srun); mpi4py, if an MPI launcher's variables are set (mpiexec, mpirun); otherwise a single process.

@@ -1,8 +1,8 @@
 """The parallel layout: process groups for data, expert and expert-data parallelism.
 
-The number of ranks is `world`. The number of ranks that read their own data is `dp`, today equal to `world`. The ranks
-of an expert-parallel group, of size `ep`, together hold all experts. The same experts are held by `edp` = dp / ep
-ranks. Expert-parallel groups are consecutive ranks (0..ep-1, ep..2ep-1, ...), as in Megatron.
+The number of ranks is `world`. The number of ranks that read their own data is `dp`, currently equal to `world`. The
+`ep` ranks of an expert-parallel group together hold all experts. Each expert is held by `edp` = dp / ep ranks, one in
+each group. Expert-parallel groups consist of consecutive ranks (0..ep-1, ep..2ep-1, ...), as in Megatron.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The meeting of all ranks at one address, before torch.distributed is initialised.
+"""Waits until all ranks have connected to one address, before torch.distributed is initialised.
 
 By itself, torch would wait for missing ranks inside one call, during which a process prints nothing and handles no
 signal. The wait in this module reports which ranks are missing, and a signal stops it.

@@ -25,10 +25,13 @@ class StopSignals:
     """Context manager that turns SIGTERM, SIGUSR1, SIGUSR2 and SIGINT (Ctrl-C) into requests to stop at the next step.
 
     The handler only sets a flag, so it never interrupts a collective or a write. Further signals have no effect, except
-    that a second Ctrl-C kills the process at once. If SIGINT is ignored already, as in background jobs of a shell, it
-    stays ignored. When the block ends, the earlier handlers are restored. If the process itself is exiting, the signals
-    are ignored from then on instead, so that a launcher's late SIGTERM does not change exit status 0. The context
-    manager must be entered in the main thread. If it was never entered, no signal is ever reported.
+    that a second Ctrl-C kills the process at once. If SIGINT is already ignored, as in background jobs of a shell, it
+    stays ignored.
+
+    When the block ends, the earlier handlers are restored. If the block ends because the process exits, the signals are
+    ignored instead, so that a late SIGTERM from the launcher does not change the exit status.
+
+    The context manager must be entered in the main thread. If it was never entered, no signal is ever reported.
     """
 
     def __init__(self) -> None:

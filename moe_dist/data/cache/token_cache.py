@@ -2,8 +2,8 @@
 
 A shard's tokens are stored next to it in tokens/<vocabulary>/<shard>/, or in the user's cache folder if the shard is
 remote or its folder is read-only. <vocabulary> is a digest of both tokenizers. <shard> ends in a digest of the tar's
-checksum (for a remote shard, its URL), the split read from it and the files' format. A change of tokenizer, tar or
-format therefore makes new tokens and never reuses old ones. A folder may be shipped with tokens/ but without tars; its
+checksum (for a remote shard, its URL), the split, and the format version of the token files. If a tokenizer, the tar or
+the format changes, the shard is therefore tokenized again. A folder may be shipped with tokens/ but without tars; its
 tokens must then have been made with the recipe's tokenizers and in the current format.
 
 Call order on every rank: load_vocabulary, build_cache, a barrier, open_store.
@@ -54,7 +54,7 @@ def load_vocabulary(data: DataConfig) -> Vocabulary:
 
 
 class TokenStore:
-    """The documents of a split, in the order of the entries of data.shards, then by shard, then by sample.
+    """The documents of a split, ordered by entry of data.shards, then by shard, then by sample.
 
     An instruction is never cut. If an instruction is longer than a sequence, it is left out and counted in the report.
     If a caption does not fit into a sequence together with its image, it is cut and counted in the report.
@@ -84,7 +84,9 @@ class TokenStore:
         self.part_ends = np.searchsorted(self._kept, np.cumsum([sum(map(len, part)) for part in parts]))
 
     def _without_long_instructions(self, lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-        """Return the indices of all documents except overlong instructions. lengths: in tokens, with markers."""
+        """Return the indices of all documents except instructions of more than `sequence_length` tokens. The argument
+        `lengths` contains the number of tokens of each document, including markers.
+        """
         kept = np.ones(len(lengths), dtype=bool)
         for shard, end in zip(self._shards, self._ends, strict=True):
             prompted = shard.prompts[:, 0] + end - len(shard)
@@ -104,7 +106,7 @@ class TokenStore:
         return len(self._kept)
 
     def document(self, index: int) -> StoredDocument:
-        """Return the document number `index`, where 0 <= index < len."""
+        """Return document number `index`, where 0 <= index < len(self)."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         index = int(self._kept[index])
@@ -257,7 +259,7 @@ class _Source:
 
 
 def _parts(data: DataConfig, split: Split) -> list[list[Shard] | Path]:
-    """Resolve each entry of data.shards (or of data.validation_shards) to tars, or to a folder of tokens only."""
+    """Resolve each entry of data.shards or data.validation_shards to tars, or to a folder with tokens but no tars."""
     held_out = data.validation_shards if split == "validation" else None
     own = data.shards if held_out is None else held_out
     parts: list[list[Shard] | Path] = []

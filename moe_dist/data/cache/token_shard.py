@@ -4,8 +4,8 @@
   text_ends.npy   int64 [documents]: end of each document's text in text.npy
   image.npy       vocabulary ids of the image codes [images, codes of an image], same dtype
   image_rows.npy  int64 [documents]: the document's row of image.npy, -1 without an image
-  prompts.npy     int64 [instructions, 4]: document, length of the prompt in its text, index into the manifest's
-                  `domains`, sample_hash; in the order of the documents
+  prompts.npy     int64 [instructions, 4], ordered by document: document, length of the prompt in its text, index into
+                  the manifest's `domains`, hash that identifies the sample
   manifest.json   the shard and tokenizers from which the tokens were made, the numbers of documents, tokens, skipped
                   samples and lost parts, the documents that lost a part, and the files' sizes
 
@@ -90,7 +90,7 @@ class TokenShard:
         return np.load(self.folder / "image.npy", mmap_mode="r" if self.manifest["image_tokens"] else None)
 
     def document(self, index: int) -> StoredDocument:
-        """Return the document number `index` of the shard, where 0 <= index < len."""
+        """Return document number `index` of the shard, where 0 <= index < len(self)."""
         start = self.text_ends[index - 1] if index else 0
         row = self.image_rows[index]
         text = self._text[start : self.text_ends[index]].astype(np.int64)

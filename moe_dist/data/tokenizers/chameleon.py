@@ -67,6 +67,6 @@ class ChameleonVQ(nn.Module):
 
     @property
     def sha256(self) -> str:
-        """Return a digest of settings and weights."""
+        """Return a digest of the tokenizer's settings and weights."""
         keys = ("resolution", "num_embeddings", "channel_multiplier", "attn_resolutions", "attn_type")
         return content_sha256({key: getattr(self.config, key) for key in keys}, self)

@@ -30,7 +30,7 @@ class ImageTokenizer(Protocol):
 
     @property
     def sha256(self) -> str:
-        """Return a digest of settings and weights."""
+        """Return a digest of the tokenizer's settings and weights."""
 
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
         """Encode images in [-1, 1] as codes [B, n] (int64). An image's codes do not depend on the rest of the batch."""

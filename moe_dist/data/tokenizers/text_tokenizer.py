@@ -81,11 +81,11 @@ class SentencePieceTokenizer:
 
 
 def train_text_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int = VOCAB_SIZE) -> SentencePieceTokenizer:
-    """Train a byte-pair encoding with byte fallback on texts and write it to `out`. The file is bitwise repeatable.
+    """Train a byte-pair encoding with byte fallback on texts, and write it to `out`.
 
-    Encoding a text and decoding its ids gives the text back unchanged: there is no Unicode normalisation, and spaces
-    are kept. If the corpus is too small for vocab_size, log a warning and train as many pieces as the corpus allows.
-    Raises UserError if there is no text.
+    The same texts always give the same file. Encoding a text and decoding its ids gives the text back unchanged: there
+    is no Unicode normalisation, and spaces are kept. If the texts are too few for vocab_size pieces, log a warning and
+    use the largest vocabulary that they allow. Raises UserError if there is no text.
     """
     out = Path(out)
     lines = [line for text in texts for line in text.splitlines() if line.strip()]

@@ -43,7 +43,8 @@ class TokenizerRecipe(Strict):
 def train_tokenizers(recipe: TokenizerRecipe) -> tuple[SentencePieceTokenizer, VQQuality | None]:
     """Train and write both tokenizers, or the text tokenizer alone if the corpus has no images.
 
-    Raises UserError if a shard is damaged, or if the corpus has no text or fewer images than a batch.
+    Raises UserError if a shard is damaged, if too many samples are damaged, if the corpus has no text or fewer images
+    than one batch, or if the image tokenizer's loss becomes non-finite.
     """
     out = Path(recipe.out)
     texts, images = _read(recipe, "train", recipe.training.max_images)

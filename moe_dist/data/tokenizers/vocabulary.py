@@ -25,7 +25,7 @@ Codes = TypeVar("Codes", int, np.ndarray, Tensor)
 
 
 class Vocabulary:
-    """The ids of all text pieces, markers and image codes of a model. Their number, V, is `size`."""
+    """The ids of all text pieces, markers and image codes of a model. The attribute `size` is their number, V."""
 
     def __init__(self, text: TextTokenizer, image: ImageTokenizer | None = None) -> None:
         self.text, self.image = text, image
@@ -48,7 +48,7 @@ class Vocabulary:
     def fingerprint(self) -> str:
         """Return a SHA-256 of both tokenizers' content.
 
-        Two vocabularies have equal fingerprints if and only if they encode every text and every image as the same ids.
+        If two vocabularies have equal fingerprints, they encode every text and every image as the same ids.
         """
         return hashlib.sha256(repr(self._digests).encode()).hexdigest()
 

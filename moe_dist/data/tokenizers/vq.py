@@ -130,7 +130,7 @@ class VQTokenizer(nn.Module):
 
     @property
     def sha256(self) -> str:
-        """Return a digest of settings and weights."""
+        """Return a digest of the tokenizer's settings and weights."""
         return content_sha256(self.config.model_dump(mode="json"), self)
 
     def save(self, folder: str | Path) -> None:

@@ -54,9 +54,10 @@ class VQQuality:
 def train_vq(pixels_NHW3: np.ndarray, config: VQConfig, training: VQTraining) -> VQTokenizer:
     """Train a tokenizer on uint8 images [N, H, W, 3] and return it in eval mode.
 
-    The loss is L1 + squared error + the library's commitment loss. The codebook is initialised by k-means on a large
-    first batch and updated by moving averages; unused codes are replaced. The result is repeatable for a given number
-    of threads. Raises UserError if there are fewer images than a batch.
+    The loss is L1 + squared error + the quantizer's commitment loss. The codebook is initialised by k-means on a large
+    first batch and updated by moving averages; unused codes are replaced. The same images and settings give the same
+    result if the number of CPU threads is the same. Raises UserError if there are fewer images than one batch, or if
+    the loss becomes non-finite.
     """
     count, batch_size = len(pixels_NHW3), training.batch_size
     if count < batch_size:
@@ -90,7 +91,10 @@ def _train_step(tokenizer: VQTokenizer, optimizer: torch.optim.Optimizer, pixels
 
 
 def _initialise_codebook(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> None:
-    """Initialise the codebook by k-means over the encoder's outputs for enough images: 8 vectors per code."""
+    """Initialise the codebook by k-means over the encoder's outputs.
+
+    Enough random images are used to give 8 outputs per code.
+    """
     count = math.ceil(8 * tokenizer.codebook_size / tokenizer.num_codes)
     with torch.no_grad():
         tokenizer(_batch(pixels_NHW3, count))
@@ -127,7 +131,7 @@ def measure(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> VQQuality:
 
 
 def reconstruction_grid(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> Image.Image:
-    """Draw rows of original images, each row above a row of reconstructions."""
+    """Draw rows of original images. Below each row is a row with their reconstructions."""
     output_NHW3 = to_pixels(tokenizer.decode(tokenizer.encode(scale_pixels(pixels_NHW3))))
     rows = []
     for start in range(0, len(pixels_NHW3) - GRID_COLUMNS + 1, GRID_COLUMNS):
