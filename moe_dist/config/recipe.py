@@ -150,7 +150,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_stored_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a file that save_config wrote, and apply overrides. Old keys from earlier versions are accepted, too.
+    """Read a file that save_config wrote, and apply overrides. Old keys from earlier versions are also accepted.
 
     Raises UserError if the file cannot be read, or if a key or value is invalid.
     """
@@ -158,7 +158,7 @@ def load_stored_config(path: str | Path, overrides: Sequence[str] = ()) -> Confi
 
 
 def stored_config(data: dict[str, Any], where: str) -> Config:
-    """Validate a recipe stored in a checkpoint. Old keys from earlier versions are accepted, too.
+    """Validate a recipe stored in a checkpoint. Old keys from earlier versions are also accepted.
 
     where: the beginning of the error message. Raises UserError if a key or value is invalid.
     """

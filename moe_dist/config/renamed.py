@@ -1,4 +1,4 @@
-"""The table of renamed recipe keys, also given in CHANGELOG.md, and the handling of the old keys."""
+"""The table of renamed recipe keys (also in CHANGELOG.md), and functions that find and replace the old keys."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class TokenInfo:
         num_groups: int,
         num_sequences: int | None = None,
     ) -> TokenInfo:
-        """Build a TokenInfo from CPU tensors: derive its indices and its host-side counts.
+        """Build a TokenInfo from CPU tensors, and compute its other fields from them.
 
         Selection groups are contiguous and of equal size, and so are packed sequences. num_sequences: the number of
         packed sequences; by default each group is one sequence. Raises ValueError if the tokens cannot be divided into

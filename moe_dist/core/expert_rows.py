@@ -22,7 +22,7 @@ def set_expert_ids(parameter: Tensor, expert_ids: Sequence[int]) -> None:
 
 
 def expert_ids(parameter: Tensor) -> tuple[int, ...] | None:
-    """Return the global expert of each row, or None if the parameter is not stacked."""
+    """Return the global expert id of each row, or None if the parameter is not stacked."""
     return getattr(parameter, _ATTRIBUTE, None)
 
 

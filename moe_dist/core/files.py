@@ -72,8 +72,8 @@ def write_file(path: Path, content: str | bytes, *, shared: bool = False) -> Non
 def new_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder to fill. When the `with` block ends, this folder is renamed to `path`.
 
-    `path` must then not exist or be an empty folder, otherwise OSError is raised. OSError is also raised if the folder
-    cannot be written.
+    At that time, there must be nothing at `path`, or only an empty folder. Otherwise, or if the new folder cannot be
+    written, OSError is raised. If the block raises, the temporary folder is deleted and `path` stays as it was.
     """
     partial = partial_path(path, shared=shared)
     try:

@@ -1,4 +1,7 @@
-"""Agreement between ranks: raising the error of one rank on every rank, so that no rank hangs, and gathering values."""
+"""Agreement between ranks: an error of one rank is raised on every rank, so that no rank hangs.
+
+Also functions that gather values from all ranks.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ def raise_on_all_ranks(*, patient: bool = False, group: dist.ProcessGroup | None
     moe_dist. The rank with the bug raises that exception again, with the traceback; the other ranks raise PeerError.
 
     The end of the block is collective: every rank must reach it, and the body must not communicate.
-    patient: ranks that finish early wait up to PATIENCE for the others, instead of the usual timeout of a few minutes.
-    If `patient` is set, the beginning of the block is collective, too.
+    patient: if True, ranks that finish early wait up to PATIENCE (two days) for the others, instead of the usual
+    timeout of a few minutes. The beginning of the block is then collective, too.
     group: a group of all ranks to use instead of the default group. A background thread needs its own group, because
     the main thread uses the default group at the same time.
     """

@@ -72,7 +72,7 @@ class _Wait:
         return self.place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     def pause(self, describe: Callable[[], str]) -> None:
-        """Sleep for POLL seconds, and report the wait if a report is due.
+        """Sleep for POLL seconds. If a report is due, print that this rank is waiting for describe().
 
         Raises Stopped if a signal came at least LAST_WAIT seconds ago, and PeerError after LIMIT seconds of waiting.
         """

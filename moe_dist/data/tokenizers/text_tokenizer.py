@@ -40,7 +40,7 @@ class TextTokenizer(Protocol):
 
 
 def load_text_tokenizer(path: str | Path) -> TextTokenizer:
-    """Load the tokenizer at data.text_tokenizer: a Hugging Face folder or a SentencePiece file.
+    """Load a text tokenizer from a Hugging Face folder or a SentencePiece file.
 
     Raises UserError if there is no such folder or file, or if it holds no tokenizer.
     """
