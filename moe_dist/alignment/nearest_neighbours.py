@@ -1,7 +1,8 @@
 """The neighbours whose routing each sample should imitate: the k nearest samples that the model answered correctly.
 
-RoMA (Routing Manifold Alignment, 2025): sim(i, j) = exp(-||E_i - E_j||^2 / (2 sigma^2)); N(i) is the set of the k
-nearest samples in the success set (samples answered correctly); W_ij = sim(i, j) / (sum of sim(i, l) over l in N(i)).
+The weight of neighbour j for sample i is W_ij = sim(i, j) / (sum of sim(i, l) over l in N(i)), where
+sim(i, j) = exp(-||E_i - E_j||^2 / (2 sigma^2)), E_i is the embedding of sample i's question, and N(i) is the set of the
+k nearest samples in the success set, which are the samples answered correctly (RoMA: Routing Manifold Alignment, 2025).
 
 Shape suffixes: N samples, C samples in the success set, B samples in a block, E embedding size, K neighbours.
 """

@@ -87,7 +87,7 @@ def optimizer_scalars(engine: ShardedModel) -> dict[str, float]:
 
 
 def set_optimizer_scalars(engine: ShardedModel, scalars: dict[str, float]) -> None:
-    """Set the optimizer's scalar state in every partition and parameter group, where it is a tensor or a number."""
+    """Set the optimizer's scalar state, such as Adam's step, in every partition and parameter group that has it."""
     for state in [*(_state(engine, flat) for flat in _flats(engine)), *_base(engine).param_groups]:
         for key, value in scalars.items():
             if isinstance(state.get(key), Tensor):
