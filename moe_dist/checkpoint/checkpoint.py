@@ -144,7 +144,7 @@ def load(path: str | Path, engine: ShardedModel, layout: Layout) -> dict[str, An
     """Verify a checkpoint, load it into the engine and return its state. Collective.
 
     The engine may have a different layout from the run that wrote the checkpoint. Master weights, moments, the
-    optimizer's step, frozen parameters and buffers become exactly the stored ones. The working parameters are
+    optimizer's step, frozen parameters and buffers get exactly the stored values. The working parameters are
     recomputed from the master weights. Raises UserError on every rank if a file is damaged or the checkpoint is of a
     different model.
     """

@@ -100,8 +100,8 @@ def set_optimizer_scalars(engine: ShardedModel, scalars: dict[str, float]) -> No
 def reset_optimizer(engine: ShardedModel, *, with_moments: bool) -> None:
     """Clear the optimizer's state. If with_moments is true, also create moments to read a checkpoint into.
 
-    The moments are created by an optimizer step with zero gradients and learning rate zero. Read the masters from a
-    checkpoint only after this step.
+    The moments are created by an optimizer step with zero gradients and learning rate zero. Load a checkpoint only
+    afterwards.
     """
     base, flats = _base(engine), _flats(engine)
     base.state.clear()

@@ -89,7 +89,7 @@ class Format:
     # ------------------------------------------------------------------------------------------------------- prompts
 
     def text_to_image(self, caption: str) -> Prompt:
-        """Build a prompt for generating the image of a caption.
+        """Build a prompt for generating an image from a caption.
 
         Raises UserError if the prompt with its image is too long, or if images cannot be decoded.
         """

@@ -27,7 +27,10 @@ class Sampling(Strict):
 
 
 def guide(logits_SV: Tensor, unconditional_SV: Tensor, scale: float) -> Tensor:
-    """Apply classifier-free guidance (Ho and Salimans, arXiv 2207.12598, eq. 6, where w is scale - 1)."""
+    """Return the logits of classifier-free guidance (Ho and Salimans, arXiv 2207.12598, eq. 6, where w is scale - 1).
+
+    unconditional_SV: the logits for the same samples without their captions.
+    """
     return logits_SV + (scale - 1) * (logits_SV - unconditional_SV)
 
 

@@ -7,7 +7,7 @@ A job is attempted until its run is done. After a failed attempt, the next attem
 There is no next attempt after an error that a person must fix, or after `max_failures` failures in a row without a
 newer checkpoint. If an attempt's node dies, the attempt cannot record how it ended. The next attempt then determines
 this from the files. While a job is training in a run folder, a second job in that folder is refused. Once a job has
-written a checkpoint, its later attempts resume even if the recipe says run.resume=none (`begin`).
+written a checkpoint, its later attempts resume even if the recipe says run.resume=none (see `begin`).
 
 This module does not import torch, since it runs before and after the ranks.
 """

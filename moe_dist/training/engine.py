@@ -48,7 +48,7 @@ class StepResult:
 
 
 class Zero(Protocol):
-    """The interface that an optimizer step needs from DeepSpeed's engine."""
+    """The attributes and methods of DeepSpeed's engine that an optimizer step uses."""
 
     module: nn.Module
     global_steps: int

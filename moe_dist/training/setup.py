@@ -141,7 +141,8 @@ class Origin:
     def fill(self, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account | None:
         """Load the checkpoint, if there is one, into a new engine. Collective.
 
-        If the checkpoint is an earlier stage's, returns an Account of which parameters were loaded, otherwise None.
+        If the checkpoint is from an earlier training stage, returns an Account of which parameters were loaded.
+        Otherwise returns None.
         """
         if self.resume_from is not None:
             checkpoint.load(self.resume_from, engine, layout)
