@@ -1,4 +1,4 @@
-"""Build RoMA's neighbour store (docs/roma.md) in two steps. A recipe names the store as data.neighbours.
+"""Build RoMA's neighbour store (docs/roma.md) in two steps. To use the store, set data.neighbours in a recipe.
 
 launch/align.py collect RUN STORE [section.key=value ...]
     Record how RUN's newest checkpoint routes and answers each sample of data.shards. Runs as a single process or under

@@ -107,7 +107,10 @@ def start_samples(arguments: argparse.Namespace, form: Format, sampling: Samplin
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Return parent/name, or parent/name-N with the first free N if it exists already, to keep earlier samples."""
+    """Return the path of a new folder, so that earlier samples are kept.
+
+    This is parent/name or, if that folder exists already, parent/name-N with the first free N.
+    """
     number = 1
     while (parent / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
@@ -115,7 +118,10 @@ def new_folder(parent: Path, name: str) -> Path:
 
 
 class Bar:
-    """A progress bar for one round. On rank 0, it shows the number of finished samples over all ranks."""
+    """A progress bar for one round of generation, in which every rank generates one batch of samples.
+
+    Rank 0 shows the number of finished samples over all ranks. The other ranks show nothing.
+    """
 
     def __init__(self, title: str, total: int, *, is_main: bool):
         columns = (TextColumn(title), BarColumn(), TextColumn("{task.completed} of {task.total} done"))

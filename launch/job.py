@@ -1,8 +1,8 @@
 """Decide for slurm/env.sh whether a job may start and, after it has ended, whether to start it again (docs/slurm.md):
 
 launch/job.py begin --job ID --restarts N --max-failures N --config configs/NAME.yaml [section.key=value ...]
-    Called before the ranks start. Prints the run folder, then the overrides to append. Exits with status 10 if the run
-    is done already.
+    Called before the ranks start. Prints the run folder, then the overrides to append to the training command. Exits
+    with status 10 if the run is done already.
 launch/job.py end --code STATUS --max-failures N RUN
     Called after the ranks have ended. Prints the outcome. Exit status 0: done, or stopped on purpose; 75: start it
     again; 1 and 2: do not start it again.

@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Have every run that the command line names answer the items, then compare the runs. Collective."""
+    """Evaluate every run that the command line names on the items, then compare the runs. Collective."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="+", metavar="RUN or section.key=value")
     parser.add_argument("--out", type=Path, help="also write the comparison to this JSON file")

@@ -1,7 +1,8 @@
 """The neighbours whose routing each sample should imitate: the k nearest samples that the model answered correctly.
 
-RoMA (Routing Manifold Alignment, 2025): sim(i, j) = exp(-||E_i - E_j||^2 / (2 sigma^2)); N(i) is the set of the k
-nearest samples in the success set (samples answered correctly); W_ij = sim(i, j) / (sum of sim(i, l) over l in N(i)).
+The weight of neighbour j for sample i is W_ij = sim(i, j) / (sum of sim(i, l) over l in N(i)), where
+sim(i, j) = exp(-||E_i - E_j||^2 / (2 sigma^2)), E_i is the embedding of sample i's question, and N(i) is the set of the
+k nearest samples in the success set, which are the samples answered correctly (RoMA: Routing Manifold Alignment, 2025).
 
 Shape suffixes: N samples, C samples in the success set, B samples in a block, E embedding size, K neighbours.
 """
@@ -47,9 +48,10 @@ def nearest(embedding_NE: Tensor, right_N: Tensor, *, k: int, sigma: float | Non
 
 
 def _nearest_of(block_B: Tensor, embedding_NE: Tensor, candidate_C: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the indices and the squared distances of the k nearest candidates, both [B, K].
+    """Find the k nearest candidates of each sample in a block. Return their indices and squared distances, [B, K].
 
-    If there are fewer than k candidates, the distances of the missing ones are infinite.
+    block_B, candidate_C: indices of the samples in the block and of the candidates. If a sample has fewer than k
+    candidates, the distances of the missing ones are infinite. A sample is not a candidate for itself.
     """
     # Compute the distances without a matrix product, which would give equal questions a distance other than 0.
     mode = "donot_use_mm_for_euclid_dist"

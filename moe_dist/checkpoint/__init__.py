@@ -1,4 +1,4 @@
 """Sharded checkpoints that any parallel layout can load: file formats, the manifest, loading and background saving.
 
-Also starting a stage from an earlier stage's checkpoint. Imports core, config and parallel.
+This folder also loads the checkpoint of an earlier training stage into a new model. Imports core, config and parallel.
 """

@@ -114,6 +114,8 @@ def write(
 ) -> None:
     """Write this rank's fragments and commit the checkpoint. Collective over `group`, a group of all ranks.
 
+    held: this rank's fragments. header: the content of state.json, as returned by `describe`.
+
     This is the second half of `save`. It does not use the engine, so a background thread may run it. Such a thread
     needs its own process group.
     """
@@ -142,7 +144,7 @@ def load(path: str | Path, engine: ShardedModel, layout: Layout) -> dict[str, An
     """Verify a checkpoint, load it into the engine and return its state. Collective.
 
     The engine may have a different layout from the run that wrote the checkpoint. Master weights, moments, the
-    optimizer's step, frozen parameters and buffers become exactly the stored ones. The working parameters are
+    optimizer's step, frozen parameters and buffers get exactly the stored values. The working parameters are
     recomputed from the master weights. Raises UserError on every rank if a file is damaged or the checkpoint is of a
     different model.
     """
@@ -167,7 +169,7 @@ def load(path: str | Path, engine: ShardedModel, layout: Layout) -> dict[str, An
 def open_index(path: Path, layout: Layout) -> Metadata:
     """Verify a checkpoint and read its index. Each rank verifies only some of the files. Collective.
 
-    This must be the first access to the checkpoint. Raises UserError on every rank if a file is damaged.
+    Call this before anything else is read from the checkpoint. Raises UserError on every rank if a file is damaged.
     """
     with raise_on_all_ranks():
         verified = verify_checkpoint(path, share=layout.rank, shares=layout.world)
@@ -175,13 +177,16 @@ def open_index(path: Path, layout: Layout) -> Metadata:
 
 
 def read_fragments(path: Path, metadata: Metadata, wanted: list[Fragment]) -> None:
-    """Read the values of the `wanted` fragments from a checkpoint, cast to each fragment's dtype. Collective."""
+    """Read a checkpoint's values into the `wanted` fragments, cast to each fragment's dtype. Collective."""
     with _dcp(f"cannot read the checkpoint {path}"):
         dcp.load({}, storage_reader=ShardReader(path, metadata), planner=FragmentLoadPlanner(wanted))
 
 
 def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> None:
-    """Write state and manifest to the folder `partial`, then rename it to `path`, so the checkpoint becomes visible."""
+    """Complete the checkpoint folder `partial`, then rename it to `path`, so the checkpoint becomes visible.
+
+    files: the files already written to the folder. header: the content of state.json.
+    """
     seal(partial, files, header)
     replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
     if path.exists():  # this step was saved before, which does not happen in a run
@@ -191,7 +196,10 @@ def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[
 
 
 def seal(partial: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> None:
-    """Complete a checkpoint folder before it is renamed: write state.json, then the manifest of all files."""
+    """Complete a checkpoint folder before it is renamed: write state.json, then the manifest of all files.
+
+    files: the files already written to the folder. header: the content of state.json.
+    """
     write_manifest(partial, {*files, write_json(partial / STATE, header)})
 
 
@@ -229,7 +237,7 @@ def _show(form: tuple[tuple[int, ...], torch.dtype]) -> str:
 def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     """Context manager for a rank-local step that uses the disk. It turns an OSError into a UserError on every rank.
 
-    The end of the block is collective.
+    The end of the block is collective. what: the start of the error message.
     """
     with raise_on_all_ranks(group=group):
         try:
@@ -242,7 +250,7 @@ def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
 def _dcp(what: str) -> Iterator[None]:
     """Context manager that turns a DCP error into UserError if the disk caused it, otherwise into RuntimeError.
 
-    DCP raises its error on every rank, so every rank raises the same error.
+    DCP raises its error on every rank, so every rank raises the same error. what: the start of the error message.
     """
     try:
         yield

@@ -87,7 +87,7 @@ def optimizer_scalars(engine: ShardedModel) -> dict[str, float]:
 
 
 def set_optimizer_scalars(engine: ShardedModel, scalars: dict[str, float]) -> None:
-    """Set the optimizer's scalar state in every partition and parameter group, where it is a tensor or a number."""
+    """Set the optimizer's scalar state, such as Adam's step, in every partition and parameter group that has it."""
     for state in [*(_state(engine, flat) for flat in _flats(engine)), *_base(engine).param_groups]:
         for key, value in scalars.items():
             if isinstance(state.get(key), Tensor):
@@ -100,8 +100,8 @@ def set_optimizer_scalars(engine: ShardedModel, scalars: dict[str, float]) -> No
 def reset_optimizer(engine: ShardedModel, *, with_moments: bool) -> None:
     """Clear the optimizer's state. If with_moments is true, also create moments to read a checkpoint into.
 
-    The moments are created by an optimizer step with zero gradients and learning rate zero. Read the masters from a
-    checkpoint only after this step.
+    The moments are created by an optimizer step with zero gradients and learning rate zero. Load a checkpoint only
+    afterwards.
     """
     base, flats = _base(engine), _flats(engine)
     base.state.clear()

@@ -1,4 +1,4 @@
-"""Starting a stage from an earlier stage's checkpoint, with an account of what happened to every tensor.
+"""Starting a training stage from an earlier stage's checkpoint, with an account of what happened to every tensor.
 
 Only parameters (from float32 masters if there are any) and buffers are read. The optimizer and the schedule start anew.
 The data start from the beginning, too, unless `data_position` is set. Every tensor of the checkpoint must be loaded or
@@ -65,9 +65,10 @@ class Account:
     left_out: list[str]  # the checkpoint's names
 
     def to_json(self) -> dict[str, Any]:
-        """Return, for each fate, the numbers of tensors and parameters, and the name and shape of each tensor.
+        """Return a JSON-serializable account of the tensors that were loaded, new and left out.
 
-        The shape of a stacked parameter includes the number of experts.
+        For each of these three groups, it gives the number of tensors, their total number of parameters, and the name
+        and shape of each tensor. The shape of a stacked parameter includes the number of experts.
         """
         return {
             "init_from": self.settings.model_dump(mode="json"),
@@ -99,8 +100,9 @@ def init_from(settings: InitFrom, engine: ShardedModel, layout: Layout) -> Accou
     """Load the parameters and buffers of a checkpoint into a new engine. Collective.
 
     The engine may have a different layout from the run that wrote the checkpoint. settings.checkpoint must be a
-    checkpoint folder (see manifest.resolve_init). Before anything is changed, raises UserError if a file is damaged, if
-    a tensor has no fate or two fates, or if a tensor has different forms in the checkpoint and in the model.
+    checkpoint folder (see manifest.resolve_init). Raises UserError in three cases, before anything is changed: a file
+    is damaged; a tensor does not have exactly one fate (loaded, new or left out); or a tensor has different forms
+    (shape, expert ids) in the checkpoint and in the model.
     """
     path = Path(settings.checkpoint)
     metadata = open_index(path, layout)
@@ -138,9 +140,10 @@ def loader_state(settings: InitFrom) -> dict[str, Any] | None:
 
 
 def match(settings: InitFrom, stored: Forms, model: Forms) -> Account:
-    """Determine the fate of every tensor.
+    """Determine the fate of every tensor: loaded, new or left out.
 
-    Raises UserError if a tensor has no fate or two fates, or if it has different forms in the checkpoint and the model.
+    stored, model: the forms (shape, expert ids) of the tensors in the checkpoint and in the model. Raises UserError if
+    a tensor does not have exactly one fate, or if a tensor to be loaded has a different form in the model.
     """
     left_out = matching(settings.left_out, stored, key="init_from.left_out", what="parameter of the checkpoint")
     new = matching(settings.new, model, key="init_from.new", what="parameter of the model")

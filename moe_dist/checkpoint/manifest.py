@@ -36,7 +36,7 @@ def checkpoint_path(run_dir: str | Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int:
-    """Return the number of optimizer steps done when a checkpoint was saved, which is part of its folder's name."""
+    """Return the number of optimizer steps done when a checkpoint was saved, taken from its folder's name."""
     return int(path.name.removeprefix("step_"))
 
 

@@ -3,12 +3,15 @@
 Interpolated absolute discounting (Ney, Essen and Kneser 1994; Chen and Goodman 1999, eq. 15):
   P(w|v) = max(c(v,w) - D, 0) / c(v) + f(v) B(w),   f(v) = probability mass freed by discounting v's successors
   B(w) = a c(w) / N + b k(w) / K + (1 - a - b) / V
-where k(w) is the number of different predecessors of w (Kneser and Ney 1995), K is the sum of all k(w) and V is the
-size of the vocabulary. There is one model for contexts that are text tokens and one for contexts that are image tokens.
-The parameters D, a and b are fitted on a tenth of the TRAINING documents, using counts from the other nine tenths. The
-final counts are from all training documents. Documents with the same text are either all in this tenth or all outside
-it. Otherwise repeated captions would make new bigrams look rarer in the fit than they are in the held-out split. The
-discount D may exceed 1, because a bigram of a repeated caption is counted once for every repetition.
+where c(v,w) is the number of bigrams (v, w), c(v) is the number of bigrams that begin with v, c(w) is the number of
+bigrams that end with w, and N is the number of all bigrams. Here, k(w) is the number of different predecessors of
+w (Kneser and Ney 1995), K is the sum of all k(w), and V is the size of the vocabulary.
+
+There is one model for contexts that are text tokens and one for contexts that are image tokens. The parameters D, a and
+b are fitted on a tenth of the training documents, using counts from the other nine tenths. The final counts are from
+all training documents. Documents with the same text are either all in this tenth or all outside it. Otherwise repeated
+captions would make new bigrams look rarer in the fit than they are in the held-out split. The discount D may exceed 1,
+because a bigram of a repeated caption is counted once for every repetition.
 """
 
 from __future__ import annotations
@@ -51,7 +54,10 @@ class Bigrams:
 
 
 class Counts:
-    """Bigram counts over a vocabulary of `size` ids, and the three distributions whose weighted sum is B(w)."""
+    """Bigram counts over a vocabulary of `size` ids, and three distributions of single tokens computed from them.
+
+    The distributions are c(w) / N, k(w) / K and 1 / V (see the module's docstring).
+    """
 
     def __init__(self, bigrams: Bigrams, size: int):
         self._size = size
@@ -62,9 +68,10 @@ class Counts:
         self._lower = np.stack([counts / max(counts.sum(), 1) for counts in (unigram, predecessors, np.ones(size))])
 
     def estimates(self, bigrams: Bigrams, discount: float) -> np.ndarray:
-        """Return the four terms of P(w|v) for each of n bigrams, [4, n], without the weights a, b and 1 - a - b.
+        """Return the four terms of the probability P(w|v) of each of n bigrams (v, w), as an array [4, n].
 
-        The first row is the discounted bigram term. The other rows are f(v) times c(w) / N, k(w) / K and 1 / V.
+        The first row is the discounted bigram term. The other rows are f(v) times c(w) / N, k(w) / K and 1 / V, not yet
+        multiplied by their weights a, b and 1 - a - b. The module's docstring defines the symbols.
         """
         freed = np.bincount(self._keys // self._size, np.minimum(self._pairs, discount), minlength=self._size)
         total = self._totals[bigrams.context]
@@ -82,7 +89,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class ContextModel:
-    """The fitted distribution P(w|v) for the contexts v of one modality."""
+    """The fitted distribution P(w|v) of the token w after the context v, for all contexts of one modality."""
 
     counts: Counts
     discount: float
@@ -101,9 +108,10 @@ class ContextModel:
 
 
 def fit_weights(parts: np.ndarray) -> tuple[np.ndarray, float]:
-    """Fit a, b and 1 - a - b, the weights of the three terms of B(w), by expectation maximisation.
+    """Fit the weights a, b and 1 - a - b of the bigram model by expectation maximisation.
 
-    parts: as returned by Counts.estimates. Returns the weights and the mean loss in nats with these weights.
+    parts: the four terms of P(w|v), as returned by Counts.estimates. Returns the three weights, which multiply the last
+    three terms, and the mean loss in nats with these weights.
     """
     weights = np.full(3, 1 / 3)
     for _ in range(30):
@@ -116,7 +124,8 @@ def fit_weights(parts: np.ndarray) -> tuple[np.ndarray, float]:
 class Bigram:
     """The bigram model: one ContextModel per modality.
 
-    Its losses, `mean_losses(bigram.token_losses, ...)`, can be compared with those that perplexity.evaluate returns.
+    The function perplexity.mean_losses, given the method `token_losses`, returns the model's losses. They can be
+    compared with the losses that perplexity.evaluate returns for a trained model.
     """
 
     def __init__(self, models: Sequence[ContextModel], modality_of: np.ndarray):
@@ -125,7 +134,7 @@ class Bigram:
 
     @classmethod
     def fit(cls, store: DocumentStore, vocabulary: Vocabulary, data: DataConfig) -> Bigram:
-        """Fit a model on the training documents, assembled as in the first epoch but without caption dropout."""
+        """Fit a model on the training documents. They are assembled as in the first epoch, without caption dropout."""
         assembler = whole_captions(store, vocabulary, data)
         documents = [assembler(0, i).tokens for i in range(len(store))]
         aside = np.array([zlib.crc32(_content(store, i)) % FITTING_PARTS == 0 for i in range(len(store))])

@@ -2,8 +2,8 @@
 
 Every image is evaluated twice, each time in a separate document: once after its own caption and once after another
 image's caption. The gain of an image is the difference between these two losses. The gains of all images with the same
-caption are averaged first, because such images (several vendors' drawings of one thing) are not independent. The
-caption gain is the mean over captions.
+caption are averaged first, because such images are not independent (for example, one emoji drawn by several vendors).
+The caption gain is the mean over captions.
 
 Shape suffixes: T tokens of a micro-batch, N documents of a micro-batch.
 """

@@ -1,7 +1,7 @@
 """Accuracy on multiple-choice items. A model's answer is the option whose first token is most likely after the prompt.
 
 Answering an item takes one forward pass, whether its options are letters or words. If the correct option begins with
-the same token as another option, the item counts as wrong. A split in which this is so for every item is refused
+the same token as another option, the item counts as wrong. If this is true of every item, the split is refused
 (data/tasks/choice_items.py).
 
 Shape suffixes: T tokens of a micro-batch, S samples of a micro-batch, N items, O options, R routing values of an item.
@@ -37,7 +37,7 @@ OVERALL = "overall"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """A model's answers to N items, sorted by sample_N, each item once. The tensors are on the CPU."""
+    """A model's answers to N multiple-choice items, on the CPU. Each item occurs once. Items are sorted by sample_N."""
 
     sample_N: Tensor  # int64 hash of the prompt, from the batch's sidecar
     domain_N: Tensor  # int64 index into the data's domain names
@@ -171,7 +171,10 @@ class Result:
         return cls({task: {int(sample): bool(r) for sample, r in items.items()} for task, items in right})
 
     def tasks(self) -> dict[str, Mapping[int, bool]]:
-        """Return a dict from each task to the task's items. The key "overall" holds the items of all tasks."""
+        """Return a dict from each task to its results. The key "overall" holds the results of all tasks.
+
+        The results of a task are a dict from each item's sample hash to whether the item was answered correctly.
+        """
         return {**self.right, OVERALL: {sample: r for items in self.right.values() for sample, r in items.items()}}
 
 

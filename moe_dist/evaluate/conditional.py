@@ -1,6 +1,7 @@
 """Held-out loss of one modality given the other: captions after their image, and images after their caption.
 
-The exponential of this loss is the conditional perplexity in the table of auxiliary routers (MoMa, arXiv 2407.21770).
+The exponential of this loss is the conditional perplexity that the MoMa paper (arXiv 2407.21770) reports for auxiliary
+routers.
 
 Shape suffixes: T tokens of a micro-batch.
 """

@@ -19,7 +19,7 @@ def smoothed(values_S: np.ndarray, window: int) -> np.ndarray:
 
 
 def flops_to_reach(flops_W: np.ndarray, loss_W: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Return the FLOPs at which a loss curve first reaches each target.
+    """Return the FLOPs at which a loss curve first reaches each target loss.
 
     The curve is interpolated linearly between its points. The result is nan for a target that the curve never reaches.
     """
@@ -38,8 +38,8 @@ def eta(dense_flops_W: np.ndarray, dense_loss_W: np.ndarray, flops_W: np.ndarray
 
     There is one ratio per point of the dense model's curve, for the lowest loss that the dense model has reached up to
     that point. A ratio above 1 means that the other model is better. The ratio is nan if the other model never reaches
-    that loss. The numerator is not the number of FLOPs at the point itself, because this would reward the other model
-    wherever the dense model's loss stagnates.
+    that loss. The numerator is not the number of FLOPs at the point itself. If it were, the ratio would grow in favour
+    of the other model while the dense model's loss stagnates.
     """
     targets = np.minimum.accumulate(dense_loss_W)
     return flops_to_reach(dense_flops_W, dense_loss_W, targets) / flops_to_reach(flops_W, loss_W, targets)

@@ -33,6 +33,9 @@ def paired_difference(gained: int, lost: int, items: int) -> Interval:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Return the two-sided p-value of the exact McNemar test. Null hypothesis: gains and losses are equally likely."""
+    """Return the two-sided p-value of the exact McNemar test. Null hypothesis: gains and losses are equally likely.
+
+    gained, lost: as in paired_difference.
+    """
     n, fewer = gained + lost, min(gained, lost)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n)

@@ -24,10 +24,11 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a model's mean cross-entropy in nats per token.
 
-    Returns eval/loss, eval/loss/text, eval/loss/image and eval/loss/domain/NAME. A key is absent if
-    there are no predictions to average.
-    forward: Batch -> an output with logits_TV. domains: the names that the batches' domain_T indexes; empty if the data
-    have no domains. Collective: every rank must call it with the same number of batches, as held_out_batches ensures.
+    Returns eval/loss, eval/loss/text, eval/loss/image and eval/loss/domain/NAME. A key is absent if there are no
+    predictions to average.
+    forward: Batch -> an output with logits_TV. domains: the names of the domains, indexed by the batches' domain_T;
+    empty if the data have no domains. Collective: every rank must call it with the same number of batches, as
+    held_out_batches ensures.
     """
 
     def of_batch(batch: Batch) -> Tensor:
@@ -41,8 +42,8 @@ def mean_losses(
 ) -> dict[str, float]:
     """Return the mean of a per-token loss over the unmasked predictions of all ranks. Collective.
 
-    token_losses: returns the loss of each prediction of a batch, [T]. The argument `domains` and the returned keys are
-    as in evaluate.
+    token_losses: a function that returns the loss of each prediction of a batch, [T]. The argument `domains` and the
+    returned keys are as in `evaluate`.
     """
     names = [*(f"eval/loss/{name}" for name in MODALITIES), *(f"eval/loss/domain/{name}" for name in domains)]
     # One row per name: sum, count. The last row is for predictions without a domain.

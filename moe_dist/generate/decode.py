@@ -4,7 +4,7 @@ Models whose routing depends on later tokens are refused. All ranks decode in st
 ranks. A rank whose samples are all done feeds padding to its model until every rank is done. The result for a sample
 does not depend on the rank that decodes it or on the other samples of that rank.
 
-Shape suffixes: R rows (documents in the cache), S samples, T tokens, V vocabulary.
+Shape suffixes: K kinds of next token (Format.next), R rows (documents in the cache), S samples, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -63,7 +63,11 @@ def generate(
     layout: Layout,
     on_step: OnStep,
 ) -> None:
-    """Generate all remaining tokens of this rank's samples. Collective: a rank without samples must call it, too."""
+    """Generate all remaining tokens of this rank's samples. Collective: a rank without samples must call it, too.
+
+    The tokens are appended to the samples. on_step: called after each decoding step with the number of unfinished
+    samples over all ranks.
+    """
     device, dtype = layout.device, model.embedding.weight.dtype
     rows = [_Row(sample, False, sample.prompt.tokens) for sample in samples]
     if sampling.guidance != 1:
@@ -87,9 +91,10 @@ def generate(
 
 
 def _micro_batch(rows: Sequence[_Row], form: Format) -> tuple[Tensor, TokenInfo]:
-    """Build a micro-batch on the CPU from each row's `feed`, and add the number of these tokens to the row's `read`.
+    """Build a micro-batch on the CPU from the tokens in the rows' `feed`.
 
-    If there are no rows, the micro-batch is a single padding token.
+    Also increase each row's `read` by the number of tokens in its `feed`. If there are no rows, the micro-batch is a
+    single padding token.
     """
     feeds = [row.feed for row in rows] or [(form.vocabulary.pad,)]
     starts = [row.read for row in rows] or [0]
@@ -112,7 +117,10 @@ def _micro_batch(rows: Sequence[_Row], form: Format) -> tuple[Tensor, TokenInfo]
 
 
 def _extend(rows: Sequence[_Row], logits_RV: Tensor, form: Format, sampling: Sampling, masks_KV: Tensor) -> None:
-    """Draw the next token of every sample, append it to the sample, and make it the `feed` of the sample's rows."""
+    """Draw the next token of every sample, append it to the sample, and make it the `feed` of the sample's rows.
+
+    logits_RV: the logits after each row's last token. masks_KV: the allowed tokens for each kind of next token.
+    """
     device = logits_RV.device
     place = {(row.sample.number, row.unconditional): number for number, row in enumerate(rows)}
     samples = [row.sample for row in rows if not row.unconditional]

@@ -89,7 +89,7 @@ class Format:
     # ------------------------------------------------------------------------------------------------------- prompts
 
     def text_to_image(self, caption: str) -> Prompt:
-        """Build a prompt for generating the image of a caption.
+        """Build a prompt for generating an image from a caption.
 
         Raises UserError if the prompt with its image is too long, or if images cannot be decoded.
         """
@@ -157,7 +157,7 @@ class Format:
     def next(self, sample: GenerationState) -> int:
         """Return the kind of token that may come next: TEXT, TEXT_OR_IMAGE, CODE or EOI.
 
-        The kind is the index of the row of masks_KV that marks the allowed tokens.
+        The kind is an index into masks_KV: masks_KV[kind] is true for the allowed tokens.
         """
         if sample.codes_left:
             return self.CODE if sample.codes_left > 0 else self.EOI

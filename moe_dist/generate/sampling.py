@@ -27,7 +27,10 @@ class Sampling(Strict):
 
 
 def guide(logits_SV: Tensor, unconditional_SV: Tensor, scale: float) -> Tensor:
-    """Apply classifier-free guidance (Ho and Salimans, arXiv 2207.12598, eq. 6, where w is scale - 1)."""
+    """Return the logits of classifier-free guidance (Ho and Salimans, arXiv 2207.12598, eq. 6, where w is scale - 1).
+
+    unconditional_SV: the logits for the same samples without their captions.
+    """
     return logits_SV + (scale - 1) * (logits_SV - unconditional_SV)
 
 
@@ -47,9 +50,10 @@ def choose(logits_SV: Tensor, allowed_SV: Tensor, sampling: Sampling, sample_S: 
     """Draw the next token of each sample, int64 [S].
 
     allowed_SV: the tokens that may be drawn (bool, at least one per sample).
-    The random number depends only on (seed, sample, position). The draw inverts the cumulative distribution in the
-    order of the ids. If the logits differ between layouts by rounding, the boundaries between tokens therefore move by
-    no more than that difference, and the same token is almost always drawn.
+    If the temperature is 0, the most likely token is chosen. Otherwise, the drawn token is the first one, in the order
+    of the ids, at which the cumulative probability exceeds a random number. The random number depends only on (seed,
+    sample, position). If the logits differ slightly between layouts because of rounding, the cumulative probabilities
+    also differ only slightly, so the same token is almost always drawn.
     """
     logits_SV = logits_SV.double().masked_fill(~allowed_SV, -torch.inf)
     if sampling.temperature == 0:

@@ -49,7 +49,7 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """The result of the checks: each rank's report, and each rank's sending rate in an all-to-all exchange."""
+    """The result of the checks before training: each rank's report and its sending rate in an all-to-all exchange."""
 
     ranks: tuple[RankReport, ...]
     bytes_per_second: tuple[float, ...]  # by rank; empty for a single rank

@@ -7,7 +7,7 @@ A job is attempted until its run is done. After a failed attempt, the next attem
 There is no next attempt after an error that a person must fix, or after `max_failures` failures in a row without a
 newer checkpoint. If an attempt's node dies, the attempt cannot record how it ended. The next attempt then determines
 this from the files. While a job is training in a run folder, a second job in that folder is refused. Once a job has
-written a checkpoint, its later attempts resume even if the recipe says run.resume=none (`begin`).
+written a checkpoint, its later attempts resume even if the recipe says run.resume=none (see `begin`).
 
 This module does not import torch, since it runs before and after the ranks.
 """
@@ -92,9 +92,10 @@ def begin(config: Config, job: str, restarts: int, max_failures: int) -> Plan | 
 
 
 def end(run: Path, code: int, max_failures: int) -> Ending:
-    """Judge the attempt whose launcher has just exited with status `code`, and record that the attempt has ended.
+    """Determine how an attempt ended and whether the job runs again, and record that the attempt has ended.
 
-    Raises UserError if job.json is missing or damaged.
+    code: the status with which the attempt's launcher has just exited. max_failures: as in `settle`. Raises UserError
+    if job.json is missing or damaged.
     """
     folder = RunFolder(run)
     attempt = _read(folder)
@@ -106,9 +107,10 @@ def end(run: Path, code: int, max_failures: int) -> Ending:
 
 
 def settle(folder: RunFolder, attempt: Attempt, code: int | None, max_failures: int) -> Ending:
-    """Judge how an attempt ended, from status.json and the run's checkpoints.
+    """Determine from status.json and the run's checkpoints how an attempt ended and whether the job runs again.
 
-    code: the launcher's exit status; None if it is unknown.
+    code: the launcher's exit status; None if it is unknown. max_failures: the job does not run again after this many
+    failures in a row without a newer checkpoint.
     """
     status = _status(folder) if _written(folder) != attempt.status else {}  # if unchanged, it is an earlier attempt's
     state, reason = status.get("state"), status.get("reason")

@@ -38,8 +38,8 @@ from moe_dist.training.trainable import freeze_others
 def init_distributed(stop: StopSignals | None = None) -> torch.device:
     """Find this process's rank (parallel/discovery.py), start torch.distributed, and return the device. Collective.
 
-    Raises UserError on every rank if ranks share a GPU (parallel/gpus.py), and Stopped if `stop` has received a signal
-    and the other ranks do not arrive (parallel/meeting.py).
+    Raises UserError on every rank if ranks share a GPU (parallel/gpus.py). Raises Stopped if `stop` has received a
+    signal and the other ranks do not connect in time (parallel/meeting.py).
     """
     # DeepSpeed calls collectives by their deprecated names, thousands of times.
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
@@ -60,11 +60,11 @@ def init_distributed(stop: StopSignals | None = None) -> torch.device:
 
 
 def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
-    """Put a model under ZeRO and return its Engine. Collective.
+    """Wrap a model in DeepSpeed's ZeRO and return its Engine. Collective.
 
-    The learning rate is set anew for each step. Parameters that config.trainable does not match are frozen. Raises
-    UserError if the batch sizes do not fit the number of ranks, or if a pattern in config.trainable matches no
-    parameter.
+    Parameters that config.trainable does not match are frozen. The learning rate is an argument of each optimizer step
+    (Engine.train_step). Raises UserError if the batch sizes do not fit the number of ranks, or if a pattern in
+    config.trainable matches no parameter.
     """
     section = config.deepspeed
     accumulation = accumulation_steps(config.train, layout.dp)
@@ -103,9 +103,9 @@ class _ZeroEngine(DeepSpeedEngine):
         )
 
     def _validate_zero3_moe_compatibility(self) -> None:
-        """Skip DeepSpeed's check, which allows only AutoEP layers in stage 3.
+        """Skip DeepSpeed's check, which rejects MoE layers in stage 3 unless they are DeepSpeed's own AutoEP layers.
 
-        Our experts are marked in the same way as AutoEP layers (_mark_experts).
+        Stage 3 also works with our experts, because they are marked in the same way as AutoEP layers (_mark_experts).
         """
 
     def _configure_zero_optimizer(self, optimizer: Any) -> Any:
@@ -116,9 +116,10 @@ class _ZeroEngine(DeepSpeedEngine):
         return zero
 
     def _do_optimizer_sanity_check(self, basic_optimizer: Any) -> str:
-        """Use the same ZeRO optimizer class for every dtype.
+        """Return the kind of optimizer that DeepSpeed creates. It is the same ZeRO optimizer for every dtype.
 
-        For bf16 in stage 1, DeepSpeed would use a class whose state has a different layout.
+        Without this override, DeepSpeed would use another class for bf16 in stage 1. The state of that class has a
+        different layout.
         """
         return ZERO_OPTIMIZATION
 
@@ -130,7 +131,7 @@ class _ZeroEngine(DeepSpeedEngine):
 
 
 def _check_nothing(*arguments: Any, **settings: Any) -> None:
-    """Do nothing. This replaces DeepSpeed's check for inf and nan."""
+    """Do nothing. This replaces DeepSpeed's check for inf and nan, because the gradient norm is checked instead."""
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -163,9 +164,9 @@ def make_optimizer(params: list[dict[str, Any]], section: DeepSpeedSection, lr: 
 
 
 def _mark_experts(model: nn.Module, layout: Layout) -> None:
-    """Mark expert parameters for DeepSpeed, and register the process groups of expert parallelism.
+    """Mark expert parameters for DeepSpeed, and register the two process groups of expert parallelism.
 
-    One process group is that over whose ranks the experts are divided. The ranks of the other hold copies of the same
+    The experts are divided among the ranks of layout.ep_group. The ranks of layout.edp_group hold copies of the same
     experts.
     """
     name = f"ep_size_{layout.expert}"

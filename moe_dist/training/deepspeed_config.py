@@ -27,7 +27,11 @@ def accumulation_steps(train: TrainConfig, dp: int) -> int:
 
 
 def to_deepspeed(section: DeepSpeedSection, *, accumulation: int, num_parameters: int) -> dict[str, Any]:
-    """Return DeepSpeed's configuration: the settings of the section, plus those that moe_dist always sets."""
+    """Return DeepSpeed's configuration: the settings of the section, plus those that moe_dist always sets.
+
+    accumulation: number of accumulation steps. num_parameters: number of trained parameters, which limits the default
+    size of DeepSpeed's gradient bucket.
+    """
     zero = section.zero_optimization.model_dump(exclude_none=True)
     zero.setdefault("reduce_bucket_size", min(500_000_000, num_parameters))  # DeepSpeed allocates it in every step
     accumulation_type = section.data_types.grad_accum_dtype if section.data_types else "fp32"

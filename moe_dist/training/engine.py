@@ -1,10 +1,11 @@
 """One optimizer step over all ranks, with an exact loss and an exact global gradient norm.
 
-The terms of the objective are sums divided by counts, both over all ranks and micro-batches. The gradient is clipped by
-the norm over all parameters, with each expert counted once. DeepSpeed averages all gradients over all ranks. This
-includes the gradients of experts, which the all-to-all has already summed over the expert-parallel ranks. The loss of
-every rank is therefore scaled by the number of data-parallel ranks, and by nothing else. If a loss or gradient is
-non-finite, all ranks skip the step or end the run (train.non_finite).
+Each term of the objective is a sum divided by a count, such as the number of predictions. The sum and the count are
+over all ranks and micro-batches. The gradient is clipped by the norm over all parameters; each expert counts once.
+DeepSpeed averages all gradients over all ranks. This includes the gradients of experts, which the all-to-all has
+already summed over the expert-parallel ranks. The loss of every rank is therefore scaled by the number of data-parallel
+ranks, and by nothing else. If a loss or gradient is non-finite, all ranks skip the step or end the run
+(train.non_finite).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class StepResult:
 
 
 class Zero(Protocol):
-    """The interface that an optimizer step needs from DeepSpeed's engine."""
+    """The attributes and methods of DeepSpeed's engine that an optimizer step uses."""
 
     module: nn.Module
     global_steps: int
@@ -70,7 +71,7 @@ class Engine:
     """A model under ZeRO, with methods to take an optimizer step (`train_step`) and to evaluate (`eval_forward`).
 
     Both methods are collective. The attributes `steps` and `skipped_steps` are part of a run's state: a checkpoint
-    stores them, and a resumed run sets them.
+    stores them, and a resumed run restores them.
     """
 
     def __init__(self, zero: Zero, settings: TrainConfig, layout: Layout, accumulation: int) -> None:
@@ -118,8 +119,8 @@ class Engine:
         micro_batches: the micro-batches, on the host. Each one is moved to the device once. Iterating over the
         micro-batches may read data. If reading fails on one rank, the error is raised on all ranks before anything is
         computed.
-        count: if given, a function that counts the routing and the work of a micro-batch. StepResult.counted is the sum
-        of its results.
+        count: if given, a function that returns the counts of a micro-batch (metrics/step_counts.py), from which
+        routing metrics and FLOPs are computed. StepResult.counted is the sum of its results.
 
         If a loss or gradient is not finite on any rank, no rank changes its parameters or optimizer state. The setting
         train.non_finite then decides whether the run stops (UserError) or continues. After a step that was not skipped,
@@ -198,7 +199,8 @@ class Engine:
     def _stop_or_go_on(self, loss_sums: dict[str, float]) -> None:
         """Apply train.non_finite to a step that DeepSpeed skipped: raise UserError, or return if the run continues.
 
-        The values are equal on all ranks, so all ranks make the same decision.
+        loss_sums: the step's metrics, summed over all ranks. They are equal on all ranks, so all ranks make the same
+        decision. The error names the metrics that are non-finite.
         """
         terms = [f"loss term '{name}'" for name, value in loss_sums.items() if not math.isfinite(value)]
         problem = f"step {self.steps}: the {' and '.join(terms) or 'gradient norm'} is not finite"

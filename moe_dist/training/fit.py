@@ -1,4 +1,6 @@
-"""Command that chooses the number of ranks for a recipe on one machine, and overrides that adapt the recipe to it.
+"""Command that chooses the number of ranks for a recipe on this machine.
+
+It also chooses overrides that adapt the recipe to this number of ranks.
 
   python -m moe_dist.training.fit configs/NAME.yaml [RANKS]
 
@@ -23,9 +25,12 @@ WITHOUT_GPU = 2  # ranks
 def fit(config: Config, *, gpus: int, ranks: int | None = None) -> tuple[int, list[str]]:
     """Return the number of ranks for a recipe, and overrides that adapt the recipe to this number.
 
-    ranks: by default the largest number of GPUs that divides the lanes and the global batch, or WITHOUT_GPU if there is
-    no GPU. The overrides reduce expert parallelism and the micro-batch size as far as the number of ranks requires.
-    This does not change the training result. On GPUs they also enable bfloat16, unless the recipe has a bf16 section.
+    gpus: the number of GPUs of this machine.
+    ranks: the number of ranks to use. By default, this is the largest number up to `gpus` that divides both data.lanes
+    and train.global_batch_groups, or WITHOUT_GPU if there is no GPU.
+
+    The overrides reduce expert parallelism and the micro-batch size as far as the number of ranks requires. This does
+    not change the training result. On GPUs, the overrides also enable bfloat16, unless the recipe has a bf16 section.
     """
     lanes, groups = config.data.lanes, config.train.global_batch_groups
     if ranks is None:
@@ -57,7 +62,7 @@ def main() -> None:
 
 
 def visible_gpus() -> list[str]:
-    """Return the numbers of the GPUs that this process may use."""
+    """Return the indices of the GPUs that this process may use, as strings."""
     try:
         listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

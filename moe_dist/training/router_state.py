@@ -1,4 +1,4 @@
-"""Updates of the state that routers keep between optimizer steps, based on the load in the global batch."""
+"""Updates of the state that routers keep between optimizer steps, based on each expert's load in the global batch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from moe_dist.model.moe.router import StatefulRouter
 
 
 class RouterStates:
-    """The stateful routers of a model, and the load of each router in the current step.
+    """The stateful routers of a model, and the loads of each router's experts in the current step.
 
-    After the step, each router updates its state from its load. The loads stay on the device.
+    After the step, each router updates its state from the loads of its experts. The loads stay on the device.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -37,7 +37,7 @@ class RouterStates:
                 self._loads[record.layer] = self._loads.get(record.layer, torch.zeros_like(load_E)) + load_E
 
     def after_step(self, group: dist.ProcessGroup | None) -> None:
-        """Update every stateful router with its load over all ranks.
+        """Update every stateful router with the loads of its experts, summed over all ranks.
 
         Collective if the model has stateful routers. This takes one all-reduce and no host sync.
         """

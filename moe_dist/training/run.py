@@ -1,5 +1,5 @@
 """A training run, built from its recipe: the order of steps, evaluations, log lines and checkpoints, and when each is
-due. Only this module and training/setup.py import all rooms.
+due. Only this module and training/setup.py import most other rooms (the folders of moe_dist).
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Run:
 
     @cached_property
     def meter(self) -> StepMeter:
-        """The meter that counts the routing and the work of this run's steps."""
+        """The meter that computes routing metrics and FLOPs for this run's steps."""
         return StepMeter.of(self.model, self.config, self.layout, self.documents.domains)
 
     @property
@@ -211,8 +211,8 @@ class Run:
     def _tell_the_start(self) -> None:
         """Report how the run starts.
 
-        If the run starts from init_from, print which parameters were loaded, and write this account to
-        RUN/init_from.json. If the run resumes, print that init_from is not read again.
+        If the run starts from init_from, print how many parameters were loaded, and write the list of all parameters
+        to RUN/init_from.json. If the run resumes, print that init_from is not read again.
         """
         if self.initial is not None:
             self.folder.write_initial(self.initial.to_json())
@@ -245,7 +245,10 @@ class Run:
         return metrics if result.counted is None else metrics | self.meter.metrics(result.counted, seconds)
 
     def _read(self, read: list[Loaded]) -> Iterator[Batch]:
-        """Yield the micro-batches of a step. Append each one, together with its loader state, to `read`."""
+        """Yield the micro-batches of a step, and append everything that the loader returns to `read`.
+
+        Besides each micro-batch, the loader returns its own state and the time that training waited for the data.
+        """
         for item in islice(self.loader, self.engine.accumulation):
             read.append(item)
             yield item.batch

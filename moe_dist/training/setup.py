@@ -1,7 +1,7 @@
-"""Set-up of a run from its recipe: checks of the recipe, the data, and the checkpoint that the model starts from.
+"""Set-up of a run: checking its recipe, opening its data, and loading the checkpoint that the model starts from.
 
-A run is refused here if a prerequisite is missing or if a checkpoint was trained with different tokenizers. A warning
-reports the number of skipped samples.
+A run is refused here if a prerequisite is missing, or if the model in the checkpoint was trained with different
+tokenizers. A warning reports the number of skipped samples.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def check_recipe(config: Config, layout: Layout) -> None:
 
 
 def check_needs(config: Config, *, resumes: bool) -> None:
-    """Check that all entries of the recipe's `needs` that this run reads exist.
+    """Check that the files and folders that the recipe lists under `needs` exist.
 
-    Two kinds of needs are not read, and therefore not checked: a need whose path an override has replaced, and, if this
-    run resumes, a need that only a new run reads. If an entry is missing, raises UserError naming it and the command
-    that makes it.
+    Only those that this run reads are checked. For example, a path that an override has replaced is not checked. If the
+    run resumes, paths that only a new run reads are not checked either. If one is missing, raises UserError naming it
+    and the command that makes it.
     """
     data = config.data
     read = [data.shards, data.validation_shards, data.text_tokenizer, data.image_tokenizer]
@@ -93,7 +93,7 @@ def open_data(
 ) -> tuple[TokenStore, ...]:
     """Open the tokens of the given splits. Splits that are not tokenised yet are tokenised first. Collective.
 
-    Raises Stopped on every rank if a signal has been received.
+    Raises Stopped on every rank if `stop` has received a signal on any rank.
     """
     with raise_on_all_ranks(patient=True):  # each rank tokenises its share of the shards
         for split in splits:
@@ -110,7 +110,10 @@ def open_data(
 
 
 def _show(split: Split, store: TokenStore) -> None:
-    """Print a summary of a split: its samples, the parts that are deliberately unused, and any bad or lost samples."""
+    """Print a summary of the samples of a split, and name the parts that are deliberately unused.
+
+    If there are samples that cannot be used (store.report), also print a warning with their number.
+    """
     unused = ", ".join(f"{name} ({number})" for name, number in store.report.unused.most_common())
     lines = [f"{split}: {store.contents}" + (f"; unused by design: {unused}" if unused else "")]
     if store.report.bad or store.report.lost:
@@ -131,14 +134,15 @@ class Origin:
     source: InitFrom | None
 
     def check(self, vocabulary: Vocabulary) -> None:
-        """Raise UserError if the run's own checkpoint was trained with different tokenizers."""
+        """Raise UserError if the run resumes and its checkpoint was made with different tokenizers."""
         if self.state is not None and self.state.vocabulary != vocabulary.fingerprint():
             raise UserError(f"{self.resume_from} was trained with other tokenizers than {vocabulary.describe()}")
 
     def fill(self, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account | None:
         """Load the checkpoint, if there is one, into a new engine. Collective.
 
-        If the checkpoint is an earlier stage's, returns an Account of which parameters were loaded, otherwise None.
+        If the checkpoint is from an earlier training stage, returns an Account of which parameters were loaded.
+        Otherwise returns None.
         """
         if self.resume_from is not None:
             checkpoint.load(self.resume_from, engine, layout)
@@ -170,9 +174,10 @@ def find_origin(config: Config) -> Origin:
 
 
 def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account:
-    """Load the checkpoint of an earlier stage into a new model. Collective.
+    """Load the checkpoint of an earlier training stage into a new model. Collective.
 
-    Raises UserError if the embedding is loaded and the earlier stage used different tokenizers.
+    Returns an Account of which parameters were loaded. Raises UserError if the embedding is loaded and the earlier
+    stage used different tokenizers.
     """
     with raise_on_all_ranks():
         before = checkpoint.read_state(source.checkpoint).get("vocabulary", vocabulary.fingerprint())

@@ -26,8 +26,8 @@ StepMetrics = dict[str, float | list[float]]
 class StepMeter:
     """A meter that computes the metrics of an optimizer step.
 
-    The meter counts the routing and the work of each micro-batch, and computes the metrics from the sum of these
-    counts.
+    For each micro-batch, the meter counts the routing decisions and the processed tokens. It then computes routing
+    metrics and FLOPs from the sums of these counts over the step.
     """
 
     model: Costed
@@ -38,7 +38,7 @@ class StepMeter:
 
     @classmethod
     def of(cls, model: Transformer, config: Config, layout: Layout, domains: Sequence[str]) -> StepMeter:
-        """Create the meter for a model in training."""
+        """Create the meter for a model in training. `domains`: the names of the domains in the data."""
         router = next(iter(routers(model)), None)
         placement = None
         if router is not None and isinstance(config.model.ffn, MoEFFN):
@@ -52,13 +52,14 @@ class StepMeter:
         )
 
     def count(self, batch: Batch, output: ModelOutput) -> StepCounts:
-        """Count the routing and the work of one micro-batch on this rank."""
+        """Count the routing decisions and the processed tokens of one micro-batch on this rank."""
         return StepCounts.of(batch, output, self.layout, len(self.domains))
 
     def metrics(self, counted: StepCounts, seconds: float) -> StepMetrics:
         """Return the metrics of a step that took `seconds` seconds. Collective.
 
-        The metrics are the same on all ranks, except for moe/flops_saved.
+        counted: the sum of this rank's counts over the step's micro-batches. The metrics are the same on all ranks,
+        except for moe/flops_saved.
         """
         flops = counted.flops(self.model)
         totals = counted.over_ranks(flops, self.layout)

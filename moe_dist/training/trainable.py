@@ -14,8 +14,8 @@ from moe_dist.core.name_patterns import matching
 def freeze_others(model: nn.Module, patterns: Iterable[str]) -> None:
     """Freeze every parameter whose name matches none of the patterns.
 
-    Parameters already frozen by their own modules stay frozen. If a pattern matches only such parameters, or none,
-    raises UserError naming the pattern.
+    Parameters already frozen by their own modules stay frozen. If a pattern matches no parameter, or only parameters
+    that their modules have frozen, raises UserError naming the pattern.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     chosen = matching(patterns, parameters, key="trainable", what="parameter that the model can train")

@@ -56,8 +56,8 @@ class TrainedRun:
         """Build the model, load the checkpoint, and open the tokens of `splits`. Collective.
 
         Splits that are not tokenised yet are tokenised first. Raises UserError if the checkpoint is damaged or was made
-        with a different model or different tokenizers. If any splits are given, also raises UserError if the run could
-        not be resumed with this recipe.
+        with a different model or different tokenizers. If any splits are given, also raises UserError if the recipe
+        differs from the checkpoint's recipe in a key that may not change on resume (checkpoint/train_state.py).
         """
         config, layout = self.config, make_layout(expert=self.config.parallel.expert, device=self.device)
         dtype = torch.bfloat16 if config.deepspeed.bf16.enabled else torch.float32
