@@ -43,7 +43,8 @@ ROUTER_SETTINGS = {
 def model_section(raw: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:
     """Convert the config.json of a Llama or Mixtral model to a `model:` section. Also return the vocabulary size.
 
-    Raises UserError naming a key that is invalid or whose value is not supported.
+    raw: the content of config.json. where: its path, for error messages. Raises UserError if a key is missing or
+    invalid, or if its value is not supported.
     """
     kind = raw["model_type"]
     raw = {**DEFAULTS[kind], **raw}
@@ -80,7 +81,7 @@ def _rope_base(raw: Mapping[str, Any], where: str) -> float:
     """Return the value of rope_theta in a config.json.
 
     The key is at the top level (transformers 4) or in rope_parameters (transformers 5). Raises UserError if the rotary
-    embedding is scaled or partial.
+    embedding is scaled or partial. where: the path of config.json, for error messages.
     """
     parameters = raw.get("rope_parameters") or {}
     for key, settings in (("rope_scaling", raw.get("rope_scaling") or {}), ("rope_parameters", parameters)):
@@ -97,7 +98,8 @@ def config_json(model: ModelConfig, vocab_size: int, dtype: str, where: str) -> 
     """Return a config.json for a model, in a form that transformers 4 and 5 can read.
 
     The function model_section converts the result back to the same settings.
-    Raises UserError naming the first setting that neither Llama nor Mixtral supports.
+    dtype: the name of the weights' dtype. where: the path of the checkpoint, for error messages. Raises UserError if
+    the model has a setting that neither Llama nor Mixtral supports.
     """
     none = f"{where} has no Hugging Face architecture"
     found = {f"model.{key}": (getattr(model, key), value) for key, value in ARCHITECTURE.items()}
@@ -157,7 +159,11 @@ FAMILIES: dict[str, Family] = {  # by model_type
 
 
 def family_of(raw: Mapping[str, Any], where: str) -> Family:
-    """Return the family of the model that a config.json describes. Raises UserError if its type is not supported."""
+    """Return the family of the model that a config.json describes.
+
+    raw: the content of config.json. where: its path, for error messages. Raises UserError if the model type is not
+    supported.
+    """
     kind = raw.get("model_type")
     if kind not in FAMILIES:
         raise UserError(f"{where}: model_type={kind!r} is not supported, only {', '.join(FAMILIES)} are")

@@ -50,8 +50,8 @@ def export_folder(
 
     The folder holds sharded safetensors, their index and config.json, and the checkpoint's tokenizer files, if any.
     dtype: float32 (the dtype of checkpoints), bfloat16 or float16.
-    Raises UserError if `source` holds no usable checkpoint, if neither Llama nor Mixtral supports the model, or if
-    `out` exists or cannot be written.
+    Raises UserError if `source` holds no usable checkpoint, if the model has a setting that neither Llama nor Mixtral
+    supports, or if `out` exists or cannot be written.
     """
     path = newest_complete(source) or Path(source)
     model = validate(ModelConfig, read_state(path)["config"]["model"], str(path), "model")
@@ -67,7 +67,9 @@ def write_folder(
 ) -> None:
     """Write a Hugging Face folder, one tensor at a time. The folder appears at `out` only when it is complete.
 
-    Raises UserError if `out` exists or cannot be written.
+    config: the content of config.json. tokenizer: a folder whose files are copied; it may be missing. shard_bytes: the
+    maximum size of a safetensors file, unless a single tensor is larger. Raises UserError if `out` exists or cannot be
+    written.
     """
     out = Path(out)
     if out.exists():
@@ -102,10 +104,10 @@ def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, Laz
 
 
 def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
-    """Return a Hugging Face folder's tensors. Each is read from disk only when it is used.
+    """Return the tensors of a Hugging Face folder, keyed by name. Each tensor is read from disk only when it is used.
 
     The tensors come from the safetensors files that the index names, or from all safetensors files in the folder if
-    there is no index. Raises UserError naming a file or tensor that is missing, duplicated or unreadable.
+    there is no index. Raises UserError if a file or tensor is missing, duplicated or unreadable.
     """
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))

@@ -31,8 +31,9 @@ def write_model(
 ) -> None:
     """Write the checkpoint `out`, and add model.yaml and `files` to it.
 
-    files: the content of each file, keyed by path relative to `out`. state: entries of the source run's state that a
-    later stage may need. tensors: the parameters of the model.
+    tensors: the parameters of the model. source: a description of their origin, which the checkpoint records.
+    files: the content of each file, keyed by path relative to `out`. state: further entries for the checkpoint's state,
+    taken from the run that is converted.
     Raises UserError if no model can be built from `model`, or if `out` exists or cannot be written. Raises RuntimeError
     if the tensors' names or shapes do not match `model`.
     """

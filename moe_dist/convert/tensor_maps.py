@@ -58,10 +58,11 @@ def tensor_mappings(model: ModelConfig, vocab_size: int) -> Iterator[TensorMappi
 
 
 def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorMapping]:
-    """Yield the mappings for an attention layer. Hugging Face has three projections; we have one fused projection.
+    """Yield the mappings for an attention layer.
 
-    As in Megatron, the rows of the fused projection are ordered by query group. The rows of a group are the queries of
-    its heads, then its key, then its value.
+    Hugging Face has separate projections for queries, keys and values. We have one fused projection, whose rows are
+    ordered by query group, as in Megatron. The rows of a group are the queries of its heads, then its key, then its
+    value.
     """
     D, H, G, d = model.hidden_size, model.num_heads, model.query_groups, model.size_per_head
 
@@ -114,8 +115,8 @@ def from_theirs(
 ) -> dict[str, LazyTensor]:
     """Convert Hugging Face tensors to our parameters in float32.
 
-    Each tensor is read and converted only when it is used. Raises UserError naming a tensor that is missing or
-    unexpected, or has the wrong shape or a non-float dtype.
+    Each tensor is read and converted only when it is used. where: the path of the Hugging Face folder, for error
+    messages. Raises UserError if a tensor is missing or unexpected, or has the wrong shape or a non-float dtype.
     """
     ours = list(of_model)
     wanted = {name: shape for part in ours for name, shape in part.sources.items()}
@@ -135,7 +136,8 @@ def to_theirs(
     """Convert our parameters to Hugging Face tensors in `dtype`.
 
     Each tensor is read and converted only when it is used. A parameter that becomes several tensors is read once for
-    each of them, so only one parameter is in memory at a time. Raises UserError in the same cases as from_theirs.
+    each of them, so only one parameter is in memory at a time. where: the path of the checkpoint, for error messages.
+    Raises UserError if a parameter is missing or unexpected, or has the wrong shape or a non-float dtype.
     """
     ours = list(of_model)
     _check(stored, {part.name: part.shape for part in ours}, where)

@@ -3,7 +3,8 @@
 The seed is a dense model, or a model with one expert per modality (1t1i in MoMa, arXiv 2407.21770). From a dense seed,
 all experts are copies of the seed's FFN. From a 1t1i seed, the experts of a modality are copies of that modality's
 expert. If the new router is token choice with weights that sum to 1, the new model computes the same function as the
-seed. If the new router is expert choice, it does not, because any number of experts may choose a token.
+seed. If the new router is expert choice, the new model computes a different function, because any number of experts may
+choose a token.
 """
 
 from __future__ import annotations
@@ -163,7 +164,7 @@ def _not_copied(before: Transformer) -> set[str]:
 
 
 def _stacked(before: Transformer, after: Transformer) -> dict[str, str]:
-    """Map the name of each feed-forward weight of the seed to the name of the stacked parameter with its copies."""
+    """Map names of the seed's feed-forward weights to names of the stacked parameters that hold their copies."""
     found: dict[str, str] = {}
     experts = [layer.get_submodule("experts") for layer in _moe_layers(after)]
     sources = [layer.get_submodule("experts") for layer in _moe_layers(before)]

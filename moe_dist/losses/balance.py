@@ -63,7 +63,10 @@ class LoadBalance:
         return batch.info.num_groups * (self.context.group_sequences if self.scope == "sequence" else 1)
 
     def _of_sets(self, part: Routing, batch: Batch, sets: int) -> Tensor:
-        """Return the loss of one router part, summed over the sets of a micro-batch."""
+        """Return the loss of one router part, summed over all sets of tokens in a micro-batch.
+
+        sets: the number of sets, which are the selection groups or the packed sequences.
+        """
         set_V = part.token_V // (batch.info.num_tokens // sets)
         tokens_B1 = _by_set(torch.ones_like(part.probs_VC[:, :1]), set_V, sets).clamp(min=1.0)
         f_BC = _by_set(part.chosen_VC.to(part.probs_VC.dtype), set_V, sets) / tokens_B1

@@ -1,4 +1,4 @@
-"""Registry of the loss classes that the sections of a recipe's `losses` can select.
+"""Registry of the loss classes that a recipe can select in its section `losses`.
 
 To add a term, write its settings (config/losses.py) and one class, and add one line here.
 """

@@ -45,17 +45,17 @@ class RunMetrics:
         return list(dict.fromkeys(key for line in self.lines for key in line))
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return (tokens, values) from the lines that have `key`. If the values are lists, each line gives one row."""
+        """Return the token counts and the values of `key`, from all lines that contain `key`.
+
+        If the values are lists, the second array has one row per line.
+        """
         pairs = [(line["tokens"], line[key]) for line in self.lines if line.get(key) is not None]
         tokens, values = zip(*pairs) if pairs else ((), ())
         return np.array(tokens, dtype=float), np.array(values, dtype=float)
 
 
 def read_run(path: str | Path) -> RunMetrics:
-    """Read the metrics of a run folder.
-
-    Raises UserError if metrics.jsonl is missing, empty or damaged, or contains no loss.
-    """
+    """Read a run folder's metrics. Raises UserError if metrics.jsonl is missing or damaged, or contains no loss."""
     folder = RunFolder(Path(path))
     if not folder.metrics.is_file():
         raise UserError(f"{path} is not a run folder: there is no {folder.metrics}")
@@ -75,7 +75,7 @@ def read_run(path: str | Path) -> RunMetrics:
 
 
 def read_baseline(path: str | Path) -> dict[str, float]:
-    """Read baseline losses from a JSON file such as {"text": 4.1, "image": 5.8}. Raises UserError if this fails."""
+    """Read losses from a JSON file like {"text": 4.1, "image": 5.8}. Raises UserError if it is missing or invalid."""
     try:
         baseline = json.loads(Path(path).read_text())
         return {modality: float(baseline[modality]) for modality in MODALITIES if modality in baseline}
@@ -174,8 +174,7 @@ def routing_figure(run: RunMetrics) -> Figure:
 def domain_figure(run: RunMetrics) -> Figure:
     """Plot one heat map per layer, with domains as rows and experts as columns.
 
-    A cell shows the fraction of the domain's assignments that go to the expert, averaged over the last tenth of the
-    run.
+    A cell shows the fraction of the domain's assignments that go to the expert (mean over the last tenth of the run).
     """
     keys = [key for key in run.keys if "/domain_share/" in key]
     layers = sorted({int(key.split("/", 3)[1]) for key in keys})

@@ -1,7 +1,7 @@
 """The table of all metric keys, which metrics.jsonl, TensorBoard and W&B share.
 
-In the keys, {layer} stands for a layer's number, {modality} for text or image, and {domain} for the name of a domain of
-the instructions. All losses are in nats per predicted token. The moe/ keys and model_flops cover all micro-batches of
+In the keys, {layer} stands for a layer's number, {modality} for text or image, and {domain} for the name of an
+instruction domain. All losses are in nats per predicted token. The moe/ keys and model_flops cover all micro-batches of
 the step on all ranks.
 """
 

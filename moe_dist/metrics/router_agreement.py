@@ -19,10 +19,10 @@ Ratio = tuple[str, Tensor, Tensor]  # name, numerator, denominator: counts of th
 def decision_counts(
     records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], info: TokenInfo
 ) -> dict[str, Tensor]:
-    """Compute the numerators and denominators of the metrics admitted, auxiliary_* and depth_* in one micro-batch.
+    """Count the numerators and denominators of the metrics `admitted`, `auxiliary_*` and `depth_*` in one micro-batch.
 
-    Returns a dict from metric key (metric_keys.py) to [numerator, denominator], int64 [2]. The results for several
-    micro-batches and ranks can be added.
+    Returns a dict from metric key (metric_keys.py) to an int64 tensor [2] with the numerator and the denominator. The
+    tensors of several micro-batches and ranks can be added.
     """
     counts: dict[str, Tensor] = {}
     for name, numerator, denominator in _ratios(records, depths, info):
@@ -32,7 +32,10 @@ def decision_counts(
 
 
 def decision_metrics(totals: Mapping[str, Tensor]) -> dict[str, float]:
-    """Compute the metrics from summed results of decision_counts. A metric whose denominator is 0 is left out."""
+    """Compute each metric as its numerator divided by its denominator. Metrics whose denominator is 0 are left out.
+
+    totals: the results of decision_counts, summed over micro-batches and ranks.
+    """
     pairs = {name: total.tolist() for name, total in totals.items()}
     return {name: numerator / of for name, (numerator, of) in pairs.items() if of}
 
@@ -59,8 +62,9 @@ def _members(part: Routing, info: TokenInfo) -> dict[str, Tensor]:
 def _agreement(part: Routing, member_V: Tensor, prefix: str, suffix: str = "") -> Iterator[Ratio]:
     """Yield the auxiliary router's accuracy, precision and recall on the tokens where member_V is true.
 
-    Each pair of a token and a router column is one decision, and the main router's decision is the correct one. If
-    there is no auxiliary router, nothing is yielded.
+    Each is yielded as (metric key, numerator, denominator). If there is no auxiliary router, nothing is yielded. Each
+    pair of a token and a router column is one decision. The main router's decision counts as correct.
+    prefix, suffix: the beginning and the end of the metric keys.
     """
     if part.auxiliary_VC is None:
         return

@@ -3,7 +3,7 @@
 The metrics include the number of experts per token for each modality, and the experts that receive each domain's
 tokens.
 
-Shape suffixes: L MoE layers, G expert-parallel groups (edp of them), R ranks of one group, E experts, M modalities,
+Shape suffixes: L MoE layers, G expert-parallel groups, R ranks of one group, E experts, M modalities,
 D domains, T tokens of a micro-batch.
 
 An expert's utilization is its number of assignments divided by its fair share. The fair share is the mean number of
@@ -97,7 +97,10 @@ def _dropped(records: Sequence[RoutingRecord], load_LE: Tensor) -> Tensor:
 
 
 def _by_domain(record: RoutingRecord, domain_T: Tensor | None, num_domains: int) -> Tensor:
-    """Return the number of assignments of each domain's tokens to each expert, [D, E]. Other tokens are not counted."""
+    """Return the number of assignments of each domain's tokens to each expert, [D, E].
+
+    Tokens without a domain are not counted.
+    """
     if domain_T is None:
         return record.plan.counts_E.new_zeros(0, record.plan.counts_E.numel())
     row_T = torch.where(domain_T < 0, num_domains, domain_T)

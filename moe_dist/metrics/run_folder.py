@@ -153,9 +153,11 @@ class RunFolder:
         step: the number of steps done, or None if the error came during set-up, before `open`.
 
         After a UserError, the field `restart` is false, because a person must act first. After any other error (a lost
-        rank, a bug, a signal during set-up), it is true, because starting again can help. Set-up changes nothing of an
-        earlier run in the folder. Therefore, after an error during set-up, the earlier run's step is kept, and a run
-        that was done stays done. If status.json cannot be written, do nothing: the disk may be the cause of the error.
+        rank, a bug, a signal during set-up), it is true, because starting again can help. If status.json cannot be
+        written, do nothing: the disk may be the cause of the error.
+
+        Set-up does not change the files of an earlier run in the folder. Therefore, after an error during set-up, the
+        earlier run's step is kept, and a run that was done stays done.
         """
         before: dict[str, Any] = {}
         if step is None:

@@ -46,7 +46,7 @@ class StepCounts:
 
     @classmethod
     def of(cls, batch: Batch, output: ModelOutput, layout: Layout, num_domains: int = 0) -> StepCounts:
-        """Compute the counts for one micro-batch from the batch and from what the model returned.
+        """Compute the counts for one micro-batch from the batch and the model's output.
 
         This needs neither communication between ranks nor synchronisation with the device.
         num_domains: the number of domains in the data; 0 if the data have no domains.
@@ -77,7 +77,7 @@ class StepCounts:
         )
 
     def flops(self, model: Costed) -> int:
-        """Return the FLOPs of this rank's forward and backward passes over the counted tokens (metrics/flops.py).
+        """Return the FLOPs of the forward and backward passes over the counted micro-batches (metrics/flops.py).
 
         This synchronises with the device once.
         """

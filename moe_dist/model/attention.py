@@ -44,14 +44,18 @@ class Documents(Attending, Protocol):
     """
 
     def select(self, info: TokenInfo) -> Documents:
-        """Return the same documents, reduced to the tokens of `info`, which is a result of TokenInfo.select."""
+        """Return the same documents, restricted to the tokens that `info` describes.
+
+        info: a result of TokenInfo.select.
+        """
         ...
 
 
 def locate_documents(lengths: Sequence[int], *, device: torch.device, dtype: torch.dtype) -> Documents:
-    """Build the Documents of a micro-batch from the lengths (host values) of its concatenated documents.
+    """Build the Documents of a micro-batch from the lengths of its concatenated documents.
 
-    device, dtype: the device and the dtype of the hidden states. They decide which attention kernel is used.
+    lengths: values on the host. device, dtype: the device and the dtype of the hidden states. They decide which
+    attention kernel is used.
     """
     if _uses_flash(device, dtype):
         return VarlenDocuments.build(lengths, device)
@@ -182,7 +186,10 @@ def rotation(angle_T11d: Tensor, dtype: torch.dtype) -> Tensor:
 
 @fused
 def rotate(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
-    """Rotate each head, whose halves are x1 and x2, to (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    """Apply the rotary embedding: replace each head (x1, x2) by (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    Here, x1 and x2 are the two halves of the head. cos_T1d, sin_T1d: the two entries of the result of `rotation`.
+    """
     return x_THd * cos_T1d + x_THd.roll(x_THd.shape[-1] // 2, -1) * sin_T1d
 
 

@@ -39,7 +39,10 @@ class LoRALinear(nn.Linear):
         lora: LoRAConfig,
         site: Site,
     ):
-        """parts: a mapping from the name of each part to its output width."""
+        """Create the layer, with one LoRA delta per part.
+
+        parts: a mapping from the name of each part to its output width.
+        """
         super().__init__(input_size, output_size, bias=False)
         self.weight.requires_grad_(False)
         self.groups, self.dropout = groups, lora.dropout

@@ -57,11 +57,15 @@ class Block(nn.Module):
         ]
 
     def detached_products(self, work: LayerWork) -> list[list[Product]]:
-        """Return the matrix products of the block's auxiliary routers, one list per router."""
+        """Return the matrix products of the block's auxiliary routers, one list per router.
+
+        These products are listed separately, because no gradient flows back from an auxiliary router to the block.
+        work: the amount of work that the block does for a micro-batch.
+        """
         return self.ffn.detached_products(work) if isinstance(self.ffn, MoELayer) else []
 
     def num_parameters(self, experts: float | None) -> float:
-        """Count the parameters of the block. experts: the number of experts to count; None: all experts."""
+        """Count the parameters of the block. experts: the number of experts to include, or None for all experts."""
         norms = 2 * self.attention_norm.normalized_shape[0]
         return self.attention.num_parameters() + norms + self.ffn.num_parameters(experts)
 

@@ -1,9 +1,9 @@
 """The key-value cache, with which generation continues a sequence token by token without recomputing earlier tokens.
 
-A cache holds S sequences. If the documents of a micro-batch continue cached sequences, attention uses the documents of
-a Decoding instead of the micro-batch's own Documents. Each layer counts its cached tokens separately, because a layer
-that skips tokens (mixture-of-depths) caches fewer tokens. Before a key is stored, it is rotated by its token's position
-in TokenInfo. The positions of a cached sequence may therefore have gaps.
+A cache holds S sequences. If the documents of a micro-batch continue cached sequences, their tokens must also attend to
+the cached tokens. In this case, attention uses CachedDocuments, which a Decoding provides. Each layer counts its cached
+tokens separately, because a layer that skips tokens (mixture-of-depths) caches fewer tokens. Before a key is stored, it
+is rotated by its token's position in TokenInfo. The positions of a cached sequence may therefore have gaps.
 
 Shape suffixes: T tokens, N documents of a micro-batch, n tokens of the longest document, S sequences, C capacity
 (maximum number of tokens per sequence), L tokens of the longest sequence so far, H heads, G query groups, d size per
@@ -36,8 +36,8 @@ class KVCache:
     def __init__(self, config: ModelConfig, *, sequences: int, capacity: int, device: torch.device, dtype: torch.dtype):
         """Allocate the caches. capacity: the maximum number of tokens per sequence, including the prompt.
 
-        One extra sequence is allocated for padding. Its number is `padding`, and its tokens are discarded after each
-        call.
+        One extra sequence, with the number `padding`, is allocated for padding tokens. Its tokens are discarded after
+        each forward pass.
         """
         self.padding = sequences
         shape = (sequences + 1, capacity, config.query_groups, config.size_per_head)
@@ -53,13 +53,13 @@ class KVCache:
 
 @dataclass(frozen=True, slots=True)
 class Decoding:
-    """A micro-batch whose documents continue cached sequences. It provides each layer's attention with documents."""
+    """The cached sequences that the documents of a micro-batch continue."""
 
     cache: KVCache
     sequence_N: Tensor  # int64, the sequence that each document continues
 
     def documents(self, layer: int, info: TokenInfo) -> CachedDocuments:
-        """Return the micro-batch's documents for attention in one layer. info: facts about the micro-batch's tokens."""
+        """Return the documents that attention uses in one layer. info: facts about the micro-batch's tokens."""
         return CachedDocuments(self.cache.layers[layer], self.cache.padding, self.sequence_N, info.document_T)
 
 
@@ -76,7 +76,7 @@ class CachedDocuments:
     document_T: Tensor
 
     def select(self, info: TokenInfo) -> CachedDocuments:
-        """Return the same documents with only the tokens of `info`. The layer caches only these tokens."""
+        """Return the same documents, restricted to the tokens that `info` describes. Only these tokens are cached."""
         return replace(self, document_T=info.document_T)
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class Linear(nn.Linear):
 class AdaptedLinear(LoRALinear):
     """LoRALinear with the interface of megatron's linear layers.
 
-    adapters: the keyword arguments for LoRALinear.
+    adapters: the arguments of LoRALinear that megatron's linear layers do not have.
     """
 
     def __init__(
@@ -92,7 +92,8 @@ class HeadNorm(nn.LayerNorm):
 def _layer_norm(x: Tensor, weight_d: Tensor, bias_d: Tensor, eps: float) -> Tensor:
     """Normalise each head.
 
-    The function is fused because torch's own kernel uses one thread block per head, which is slow for small heads.
+    On GPUs, the function is compiled. Torch's own kernel would use one thread block per head, which is slow for small
+    heads.
     """
     return F.layer_norm(x, weight_d.shape, weight_d, bias_d, eps)
 
@@ -100,7 +101,8 @@ def _layer_norm(x: Tensor, weight_d: Tensor, bias_d: Tensor, eps: float) -> Tens
 class DocumentAttention(nn.Module):
     """Module that computes attention within documents, for the core-attention slot of SelfAttention.
 
-    attention_mask: an Attending object, which SelfAttention passes on unchanged.
+    The `attention_mask` given to SelfAttention must be an Attending object. SelfAttention passes it to this module
+    unchanged, and this module calls the object's method `attend`.
     """
 
     def __init__(self, **_settings):
@@ -157,7 +159,8 @@ class Attention(nn.Module):
     def num_parameters(self) -> int:
         """Count the parameters of the projections and the head norms.
 
-        A projection has no bias, so its parameter count equals its multiply-adds for one token.
+        The parameters of the projections are counted as their multiply-adds for one token. The two numbers are equal,
+        because the projections have no bias.
         """
         matrices = self.products(LayerWork(tokens=1, pairs=0, rows=0))
         norms = sum(2 * norm.normalized_shape[0] for norm in self._head_norms())

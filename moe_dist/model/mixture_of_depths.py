@@ -25,7 +25,8 @@ class MixtureOfDepths(nn.Module):
     Source: Raposo et al., arXiv 2404.02258, eq. 1. The gate value s multiplies the block's update of the residual
     stream, so the gate gets a gradient. As in MoMa (arXiv 2407.21770), s is a sigmoid. The MoMa paper does not say
     where s enters the computation. The block sees only the admitted tokens: each of them attends to the earlier
-    admitted tokens of its document, at their original positions, and expert choice selects among the admitted tokens.
+    admitted tokens of its document, and expert choice selects among the admitted tokens. All tokens keep their
+    positions.
 
     The wrapper is called with the same arguments as the block. The block is registered among the model's layers, not
     here. The block's parameters therefore have the same names as without mixture-of-depths, and a stage with
@@ -49,7 +50,8 @@ class MixtureOfDepths(nn.Module):
     ) -> tuple[Tensor, RoutingRecord | None, DepthRecord]:
         """Return the hidden states of all T tokens, the block's routing record and the record of admitted tokens.
 
-        The block's routing record (None for a dense block) is renumbered, so that it refers to all T tokens.
+        The block creates its routing record (None for a dense block) for the admitted tokens only. In the returned
+        record, the token indices are converted to indices into all T tokens.
         """
         admitted_T, routing = self.router(x_TD, info)
         token_K, inner = info.select(admitted_T, self.split_sizes)

@@ -15,10 +15,10 @@ from moe_dist.core.seeding import fold_key, seeded_normal_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """The place of a module in the model: everything that the module's constructor needs besides its settings.
+    """The place of a module in the model. The module's constructor gets it in addition to the module's settings.
 
-    A module passes `child(ATTRIBUTE)` to each of its parts. The child's `name` is then the part's name in the module
-    tree.
+    A module gives each of its parts the site `child(ATTRIBUTE)`, where ATTRIBUTE is the attribute that holds the part.
+    The `name` of this site is then the part's name in the module tree.
     """
 
     hidden_size: int
@@ -38,8 +38,8 @@ class Site:
     def draw(self, parameter: Tensor, name: str, *, std: float | None = None, onto_residual: bool = False) -> None:
         """Draw the initial values of the module's parameter `name`.
 
-        std: the standard deviation, by default `init_std`. onto_residual: if true, the default is `output_std` if it is
-        set.
+        onto_residual: true for a projection onto the residual stream. std: the standard deviation. If it is None,
+        `output_std` is used for projections onto the residual stream (if it is set), otherwise `init_std`.
         """
         if std is None:
             std = self.output_std if onto_residual and self.output_std is not None else self.init_std

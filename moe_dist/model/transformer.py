@@ -113,11 +113,11 @@ class Transformer(nn.Module):
     def forward(self, tokens_T: Tensor, info: TokenInfo, decoding: Decoding | None = None) -> ModelOutput:
         """Return the next-token logits at each of the T positions, and the records of the routers.
 
-        info: facts about the tokens. With `info.causally()`, routing is causal, as inference requires. Otherwise,
-        routing is the same as in training. Raises UserError if causal routing is requested and `can_route_causally` is
-        false.
+        info: facts about the tokens. If `info.causal` is true, routing is causal, as inference requires. If it is
+        false, routing is the same as in training.
         decoding: if given, the documents of the micro-batch continue cached sequences. The positions in `info` must
         then continue the positions of the cached sequences.
+        Raises UserError if `info.causal` is true but `can_route_causally` is false.
         """
         config = self.config
         x_TD = self.embedding(tokens_T)

@@ -30,7 +30,10 @@ class AuxiliaryRouter(RouterPart):
     detached = True
 
     def __init__(self, columns: int, site: Site):
-        """site: the site of the main router, which holds this module as its attribute `auxiliary`."""
+        """Create the network. The main router must store it as its attribute `auxiliary`.
+
+        columns: the number of columns of the main router. site: the main router's place in the model.
+        """
         super().__init__()
         width, hidden = site.hidden_size, site.hidden_size // 2
         self.width, self.hidden, self.columns = width, hidden, columns

@@ -83,7 +83,10 @@ class DeepSeekV3Router(TokenChoiceRouter):
         return scores_VGe.topk(2, dim=2).values.sum(dim=2)
 
     def highest_groups(self, keys_VG: Tensor) -> Tensor:
-        """Return a bool tensor [V, G] that is true for each token's `top_groups` groups with the highest keys."""
+        """Return a bool tensor [V, G] that marks, for each token, the `top_groups` groups with the highest keys.
+
+        keys_VG: selection keys, computed from the group scores.
+        """
         first = keys_VG.topk(self.settings.top_groups, dim=1).indices
         return torch.zeros_like(keys_VG, dtype=torch.bool).scatter(1, first, True)
 

@@ -145,9 +145,11 @@ def make_dispatcher(placement: Placement, layout: Layout) -> Dispatcher:
 
 
 def _by_rank(x_N: Tensor, placement: Placement, sent_re: list[list[int]]) -> Tensor:
-    """Reorder assignments from expert order to placement order, rank by rank. Repeat them for each slice of an expert.
+    """Sort values that belong to assignments, first by receiving rank, then by local expert.
 
-    Assignments without an expert are left out.
+    If experts are split into slices, each value is repeated for every slice of the expert. Assignments without an
+    expert are left out.
+    x_N: one value per assignment, sorted by expert. sent_re: the number of rows to send to each expert of each rank.
     """
     counts = dict(zip(placement.order, (count for row in sent_re for count in row)))
     counts_E = [counts[expert] for expert in range(len(counts) // placement.slices)]
@@ -156,7 +158,10 @@ def _by_rank(x_N: Tensor, placement: Placement, sent_re: list[list[int]]) -> Ten
 
 
 def _swap_blocks(x_R: Tensor, sizes: list[list[int]]) -> Tensor:
-    """Reorder blocks of rows from a-major to b-major order. Block (a, b) has sizes[a][b] rows."""
+    """Reorder blocks of rows that are sorted by (a, b), so that they are sorted by (b, a).
+
+    sizes[a][b] is the number of rows of block (a, b).
+    """
     pieces = x_R.split([size for row in sizes for size in row])
     inner = len(sizes[0])
     return torch.cat([pieces[a * inner + b] for b in range(inner) for a in range(len(sizes))])

@@ -93,7 +93,10 @@ class ExpertChoiceRouter(nn.Module):
         return logits_VE + logistic(self.noise_key, token_id_V[:, None], expert_E).to(logits_VE.dtype)
 
     def _choose(self, keys_VE: Tensor, group_sizes: list[int]) -> Tensor:
-        """Return int64 [E, K]: for each expert, the indices of the rows with its highest keys in each group."""
+        """Return the rows that each expert takes: in each group, those with the highest keys for the expert.
+
+        The result is int64 [E, K], indices into the V rows of keys_VE.
+        """
         chosen, start = [], 0
         for size, keys_bE in zip(group_sizes, keys_VE.split(group_sizes)):
             capacity = expert_capacity(size, self.settings.capacity_factor, self.num_experts)

@@ -25,7 +25,7 @@ from moe_dist.model.site import Site
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldExperts:
-    """The experts that a rank holds, as a constructor argument of Experts classes."""
+    """The description of the experts that a rank holds. It is a constructor argument of the Experts classes."""
 
     expert_ids: tuple[int, ...]  # global ids; slice ids if experts are split into slices (Placement)
     size: int  # hidden size of each expert or slice; for LoRA experts, that of the shared dense base
@@ -36,10 +36,10 @@ class HeldExperts:
 class Experts(Protocol):
     """Interface for the experts of a rank.
 
-    An implementation is an nn.Module that is constructed with (settings, HeldExperts). The rows of a call are sorted by
-    local expert. counts_e: the number of rows of each local expert (host values). weights_R: the combine weight of each
-    row. If an expert receives no rows, the gradient of its trainable parameters must be zero, not None. This also holds
-    if the whole rank receives no rows.
+    An implementation is an nn.Module that is constructed with (settings, HeldExperts). If an expert receives no rows,
+    the gradient of its trainable parameters must be zero, not None, even if the whole rank receives no rows.
+    rows_RD: the rows, sorted by local expert. counts_e: the number of rows of each local expert, as values on the host.
+    weights_R: the combine weight of each row.
     """
 
     experts_per_token: int | None  # number of experts that a router must choose for every token; None: any
@@ -50,18 +50,18 @@ class Experts(Protocol):
     ) -> Tensor: ...
 
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
-        """Return the matrix products for `rows` (token, expert) assignments.
+        """Return the matrix products of the experts and of the router.
 
-        gates: the router's products, which are included in the result. The order of the result matters for the cost of
-        the backward pass: the gradient of the combine weights flows back through the products that come after the
-        gates, but not through those before the gates.
+        rows: the number of assignments of tokens to experts. gates: the router's products. In the result, the products
+        that depend on the combine weights come after the gates, and all others come before the gates. The order
+        matters for the cost of the backward pass (metrics/flops.py).
         """
         ...
 
     def num_parameters(self, experts: float) -> float:
-        """Count the parameters of `experts` whole experts, not of slices.
+        """Count the parameters of a given number of experts, including the modules that all experts share.
 
-        The count includes the modules that all experts share.
+        experts: the number of whole experts, not of slices.
         """
         ...
 
@@ -141,8 +141,8 @@ def grouped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) ->
 def looped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> Tensor:
     """Compute matmul_by_expert in a loop, as a readable reference and for dtypes without a grouped kernel (float64).
 
-    The weights are unbound once. With indexing, the gradient of each weight[i] would be a tensor of the size of the
-    whole stack.
+    The stack of weights is split once, with `unbind`. If each weight[i] were indexed separately, the gradient of each
+    weight would be a tensor as large as the whole stack.
     """
     return torch.cat([x @ weight for x, weight in zip(x_RD.split(list(counts_e)), weight_eDF.unbind())])
 

@@ -39,9 +39,10 @@ class LowRank(nn.Module):
         site: Site,
         expert_ids: Sequence[int] | None = None,
     ):
-        """expert_ids: the global expert of each delta in a stack; by default there is a single delta.
+        """Create a single delta, or a stack of deltas if expert_ids is given.
 
-        In a stack, A is [e, D, r] and B is [e, r, F].
+        expert_ids: the global id of the expert to which each delta of the stack belongs. In a stack, A is [e, D, r] and
+        B is [e, r, F].
         """
         super().__init__()
         self.scale, self.rate, rank = lora.alpha / lora.rank, lora.dropout, lora.rank
@@ -121,7 +122,7 @@ class LoRAExperts(nn.Module):
         return y_RD
 
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
-        """Return the matrix products in order.
+        """Return the matrix products of the experts and of the router, in order.
 
         The router's products (`gates`) come after the base's gate_up and before the other products. The combine weights
         scale only the LoRA deltas, so their gradient does not flow back through gate_up.

@@ -28,7 +28,10 @@ from moe_dist.model.moe.token_choice import TokenChoiceRouter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decisions:
-    """The decisions of one router in one forward pass, before full experts drop tokens, and their margins."""
+    """The decisions of one router in one forward pass, and the margins of these decisions.
+
+    Tokens that full experts drop still count as chosen.
+    """
 
     router: str
     token_id_V: Tensor
@@ -38,9 +41,9 @@ class Decisions:
 
 @contextmanager
 def watch_decisions(model: nn.Module) -> Iterator[list[Decisions]]:
-    """Collect the decisions of every forward pass in the body of the `with` statement, in order.
+    """Yield an empty list. Every forward pass in the body of the `with` statement appends its decisions to the list.
 
-    If a block is recomputed in the backward pass, its decisions are collected twice.
+    If a block is recomputed in the backward pass, its decisions are appended twice.
     """
     found: list[Decisions] = []
 
@@ -80,9 +83,9 @@ def _decisions(name: str, router: Any, info: TokenInfo, output: Any) -> Iterator
 def _biased_decisions(name: str, router: DeepSeekV3Router, info: TokenInfo, routing: Routing) -> Iterator[Decisions]:
     """Yield the decisions of a DeepSeek-V3 router: first those about groups of experts, then those about experts.
 
-    The decisions about groups are reported under the router name NAME.groups. The margin of a group refers to the sum
-    of its two highest scores, and the margin of an expert refers to its biased score. The margin of an expert outside
-    the chosen groups is inf. If tokens may use all groups, there are no decisions about groups.
+    The decisions about groups are reported under the router name NAME.groups. If tokens may use all groups, there are
+    no decisions about groups. A group's margin is measured on the sum of its two highest scores. An expert's margin is
+    measured on its biased score; it is inf if the expert is outside the chosen groups.
     """
     scores_VE, chosen_VE = router.biased_scores(routing.logits_VC), routing.chosen_VC
     keys_VE = selection_keys(scores_VE, info, router.key)

@@ -41,7 +41,8 @@ def make_placement(expert_groups: Sequence[Sequence[int]], ep: int, slices: int 
     Between ranks, the number of experts from one group differs by at most one. For each group in turn, every rank first
     gets an equal share, rounded down. The remaining experts of the group then go to the ranks with the fewest experts
     so far. Therefore the ranks' total numbers of experts never differ by more than one, and they are equal in the end.
-    Raises UserError if `ep` does not divide the number of experts multiplied by `slices`.
+    ep: the number of ranks. slices: the number of slices per expert. Raises UserError if `ep` does not divide the
+    number of experts multiplied by `slices`.
 
     Slices are placed like experts: the first slices of all experts in a group come before the second slices. If
     `slices` is ep / gcd(ep, sizes of the groups), every rank holds the same number of slices from each group, and no

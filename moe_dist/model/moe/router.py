@@ -1,5 +1,5 @@
-"""The router interface, and the parts that routers share: gates, margins, and selection keys, in which a hash breaks
-ties between logits.
+"""The router interface, and the parts that routers share: gates, margins and selection keys. In a selection key, a hash
+breaks ties between logits.
 
 Shape suffixes: T tokens, D model width, V routed (valid) tokens, C columns of the gate (experts, then null experts).
 """
@@ -56,8 +56,9 @@ class StatefulRouter(Router, Protocol):
     """
 
     def after_step(self, load_E: Tensor) -> None:
-        """Update the state. Called after every applied (not skipped) optimizer step, with equal arguments on all ranks.
+        """Update the state after an optimizer step.
 
+        All ranks call this method with equal arguments. It is not called after a skipped step.
         load_E: int64 on the device, the number of tokens that each expert processed in the step, summed over
         micro-batches and data-parallel ranks, without padding.
         """
@@ -73,7 +74,7 @@ class RouterPart(nn.Module):
     detached = False  # True if the part's input is detached: no gradient flows further back
 
     def products(self, tokens: int) -> list[Product]:
-        """Return the matrix products for `tokens` routed tokens."""
+        """Return the matrix products that the part computes. tokens: the number of routed tokens."""
         raise NotImplementedError
 
     def num_parameters(self) -> int:
@@ -88,7 +89,7 @@ class Gate(RouterPart):
     """
 
     def __init__(self, columns: int, site: Site, *, bias: bool = False):
-        """site: the site of the router, which holds this module as its attribute `gate`."""
+        """Create the gate. The router must store it as its attribute `gate`. site: the router's place in the model."""
         super().__init__()
         self.width, self.columns = site.hidden_size, columns
         self.weight = nn.Parameter(torch.empty(columns, site.hidden_size, dtype=torch.float32))
@@ -108,8 +109,9 @@ class Gate(RouterPart):
 def router_products(router: nn.Module, scored: Sequence[int], *, detached: bool = False) -> list[list[Product]]:
     """Return the matrix products of a router's parts, one list per part.
 
-    detached: if true, include only the parts whose input is detached, otherwise only the other parts. scored: the
-    number of tokens in each Routing of the router's record. If `scored` is empty, the result is empty.
+    detached: true selects the parts whose input is detached, and false selects all other parts.
+    scored: the number of tokens that each child router scored (one number for a router without children). If `scored`
+    is empty, the result is empty.
     """
     planners = zip(_planners(router), scored, strict=True) if scored else ()
     parts = [(part, tokens) for planner, tokens in planners for part in _parts_of(planner)]
@@ -148,10 +150,12 @@ def _no_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 def selection_keys(logits_VC: Tensor, info: TokenInfo, key: int, scope: str = "group") -> Tensor:
-    """Return int64 keys [V, C] that are ordered like the logits after rounding to the selection grid.
+    """Return int64 selection keys [V, C]. A router selects the tokens or columns with the highest selection keys.
 
-    The rows are the tokens of info.competing(scope). Ties are broken by a hash of (key, token id, column). Except for
-    the rounding, all arithmetic is on integers, so every device computes the same bits.
+    Selection keys are ordered like the logits after rounding to multiples of 2^-14. Ties are broken by a hash of (key,
+    token id, column). Except for the rounding, all arithmetic is on integers, so every device computes the same bits.
+    key: the seed of the hash. scope: the scope of the competition between tokens. The V rows are the competing tokens
+    (TokenInfo.competing).
     """
     middle, integer = _MIDDLE[logits_VC.dtype]
     sum_VC = (logits_VC.detach() + middle).clamp(middle - _LIMIT, middle + _LIMIT - _STEP)
@@ -177,10 +181,11 @@ def _ids(info: TokenInfo, columns: int, scope: str) -> Tensor:
 
 
 def selection_margins(logits_VC: Tensor, keys_VC: Tensor, chosen_VC: Tensor) -> Tensor:
-    """Return the distance that each logit must move to reverse the choice based on it, float64 [V, C].
+    """Return how far each logit must move to change whether its row is chosen, float64 [V, C].
 
-    The rows of a column compete for a fixed number of places. The rows with the highest selection_keys get the places.
-    If all rows of a column are chosen, or none, no choice can change, and the distance is inf.
+    In each column, a fixed number of rows is chosen: the rows with the highest selection keys. If a column has no
+    chosen row, or only chosen rows, no choice can change, so its distances are inf.
+    keys_VC: the result of `selection_keys`. chosen_VC: true where a row is chosen.
     """
     lowest, highest = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
     last_in_C = keys_VC.masked_fill(~chosen_VC, highest).amin(dim=0)
@@ -194,6 +199,6 @@ def selection_margins(logits_VC: Tensor, keys_VC: Tensor, chosen_VC: Tensor) -> 
 
 
 def _parts(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Split selection keys into the grid position and the (signed) hash."""
+    """Split selection keys into two parts: the logit's position on the rounding grid, and the signed hash."""
     position = (keys + (1 << (_HASH_BITS - 1))) >> _HASH_BITS
     return position, keys - (position << _HASH_BITS)

@@ -79,9 +79,8 @@ class TokenChoiceRouter(nn.Module):
     def _slots(self, info: TokenInfo, sizes: list[int]) -> int | None:
         """Return the number of rows to which every expert is padded, or None if pad_to_capacity is off.
 
-        The number is an expert's capacity over all groups. Padding tokens are counted, too, so the number is constant.
-        With mixture-of-depths, groups can differ in their number of tokens; the capacity is then that of the largest
-        group.
+        The number is an expert's capacity in the largest selection group, multiplied by the number of groups. The size
+        of a group includes padding tokens. Therefore, without mixture-of-depths, the number is constant.
         """
         if not self.settings.pad_to_capacity:
             return None
