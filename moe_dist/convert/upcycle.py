@@ -157,7 +157,7 @@ def _routers(model: ModelConfig, built: Transformer, seed: int) -> dict[str, Rou
 
 
 def _not_copied(before: Transformer) -> set[str]:
-    """Return the names of the parameters of the seed's routers and auxiliary routers, which are not copied."""
+    """Return the names of the parameters that are not copied: those of the seed's routers and auxiliary routers."""
     parts = [layer.get_submodule("router") for layer in _moe_layers(before)]
     parts += [module for module in before.modules() if isinstance(module, AuxiliaryRouter)]
     return {f"{_name(before, part)}.{key}" for part in parts for key, _ in part.named_parameters()}

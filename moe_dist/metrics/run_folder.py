@@ -139,6 +139,7 @@ class RunFolder:
         """Write to status.json that the run is done or was stopped. Return a line that says the same, for printing.
 
         Raises UserError if the file cannot be written.
+        step: the number of steps done. steps: the number of steps after which the run is done.
         signal: name of the signal that stopped the run. If it is None and the run is not done, the recipe's
         train.stop_after stopped it.
         """

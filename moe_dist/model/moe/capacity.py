@@ -17,10 +17,10 @@ from moe_dist.core.routing_plan import RoutingPlan
 
 
 def expert_capacity(num_tokens: int, capacity_factor: float, columns: int, top_k: int = 1) -> int:
-    """Return an expert's capacity in a selection group of b tokens: min(b, ceil(b * k * c / columns)).
+    """Return the maximum number of tokens that an expert takes from a group: min(b, ceil(b * k * c / columns)).
 
-    Here, b is num_tokens, k is top_k and c is capacity_factor. columns: the router's number of columns, including null
-    experts. The arithmetic is exact (without floating-point rounding).
+    Here, b is num_tokens (the size of the selection group), k is top_k and c is capacity_factor. columns: the router's
+    number of columns, including null experts. The arithmetic is exact (without floating-point rounding).
     """
     return min(num_tokens, math.ceil(num_tokens * top_k * Fraction(str(capacity_factor)) / columns))
 
@@ -28,10 +28,11 @@ def expert_capacity(num_tokens: int, capacity_factor: float, columns: int, top_k
 def keep_within_capacity(
     chosen_VE: Tensor, priority_VE: Tensor, group_sizes: Sequence[int], capacities: Sequence[int]
 ) -> Tensor:
-    """For each group and expert, keep the highest-priority tokens among those that chose the expert.
+    """Keep, for each group and expert, the tokens with the highest priority among those that chose the expert.
 
-    chosen_VE: bool. priority_VE: int64, all different within an expert's column. capacities: the maximum number of
-    tokens that an expert keeps in each group. Returns bool [V, E], without a host sync.
+    Returns bool [V, E], true where an expert keeps a token. The host is not synchronised.
+    chosen_VE: bool, true where a token chose an expert. priority_VE: int64, all different within an expert's column.
+    capacities: for each group, the maximum number of tokens that an expert keeps.
     """
     lowest = torch.iinfo(torch.int64).min
     wish_VE = priority_VE.masked_fill(~chosen_VE, lowest)

@@ -1,6 +1,6 @@
 """The decisions of a model's routers, and their margins, which measure how close each decision is to being reversed.
 
-A decision is whether a column (an expert, a null expert, a block with mixture-of-depths) takes a given token. The
+A decision states whether a column (an expert, a null expert, a block with mixture-of-depths) takes a given token. The
 margin of a decision is the distance that the token's logit must move to reverse the decision (`selection_margins` in
 model/moe/router.py). Two layouts make the same decisions as long as their rounding differences stay below the margins.
 
