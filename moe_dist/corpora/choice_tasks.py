@@ -1,5 +1,7 @@
 """Multiple-choice questions from WordNet and emojibase, in six tasks. Wrong options are added in choice_corpus.py.
 
+The tasks, their questions, and the words to which a question is restricted:
+
   definition  which word has this definition        nouns and verbs in their most common sense
   category    what kind of thing is it              nouns whose senses are all of one kind
   hypernym    what is the more general word         nouns
@@ -95,7 +97,9 @@ def wordnet_questions(wordnet: WordNet) -> Iterator[Question]:
 
 
 def emoji_questions(emoji: Mapping[str, Mapping[str, Any]]) -> Iterator[Question]:
-    """Yield the questions of the emoji task: at most one per concept, about the concept's emoji with the shortest code.
+    """Yield the questions of the emoji task: at most one for each emoji, whatever the number of its variants.
+
+    The question is about the variant with the shortest code.
 
     emoji: maps each code to the emoji's label, keywords and group, as returned by emoji.read_captions.
     """

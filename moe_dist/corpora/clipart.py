@@ -1,4 +1,4 @@
-"""Clip art as image-caption pairs: Debian's openclipart (public domain), captioned from each drawing's own metadata.
+"""Clip art as image-caption pairs: Debian's openclipart (public domain), with captions from the drawings' metadata.
 
 Example: "Lightly Decorated Evergreen. evergreen, decoration, tree, plant, xmas. (decorations)"
 """
@@ -47,9 +47,9 @@ class ClipArt(Strict):
         fetch_debian([PNG, SVG], downloads)
 
     def entries(self, downloads: Path) -> list[ClipartEntry]:
-        """Return the drawings, leaving out symbolic links and icon themes.
+        """Return the drawings, without symbolic links and icon themes.
 
-        Drawings that have no title, or that share their title with too many others, are left out, too.
+        A drawing is also left out if it has no title, or if more than MAX_SAME_TITLE drawings have its title.
         """
         drawings = read_debian(SVG, downloads, lambda path: path.endswith(".svg") and "/icons/" not in path)
         described = {_name(path): _describe(svg.decode(errors="replace")) for path, svg in sorted(drawings.items())}
@@ -77,7 +77,7 @@ def _caption(entry: ClipartEntry) -> str:
 
 
 def _describe(svg: str) -> tuple[str, list[str]]:
-    """Extract the title and the keywords from a drawing's RDF.
+    """Return the title and the keywords in the RDF metadata of a drawing. A missing title is returned as "".
 
     Regular expressions are used because some files are not well-formed XML.
     """

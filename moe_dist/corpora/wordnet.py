@@ -79,16 +79,22 @@ class WordNet:
         return cls({id: _synset(id, head.split(), gloss, words) for id, (head, _, gloss) in rows.items()}, senses)
 
     def synsets_of(self, pos: str, word: str) -> list[Synset]:
-        """Return the synsets of all senses of a word, with the most common sense first."""
+        """Return the synsets of all senses of a word, with the most common sense first.
+
+        pos: the part of speech, one of the values of PARTS.
+        """
         return [self.synsets[id] for id in self.senses.get((pos, word.lower()), ())]
 
     def headword(self, synset: Synset) -> str | None:
-        """Return the synset's first word if it is plain and the synset is this word's most common sense, else None."""
+        """Return the synset's first word if this synset is the word's most common sense.
+
+        Return None otherwise, or if the word does not consist of lower-case letters only.
+        """
         word = synset.words[0]
         return word if is_plain(word) and self.senses[synset.id[0], word][0] == synset.id else None
 
     def ancestors(self, synset: Synset) -> Iterator[Synset]:
-        """Yield the synset's hypernyms, direct and indirect. (A dog is a kind of canine, carnivore, animal, ...)"""
+        """Yield the synset's hypernyms, direct and indirect. Those of a dog are canine, carnivore, animal and so on."""
         for id in synset.hypernyms:
             yield self.synsets[id]
             yield from self.ancestors(self.synsets[id])
@@ -104,9 +110,11 @@ def _lines(content: str) -> Iterator[str]:
 
 
 def _words(fields: list[str]) -> tuple[str, ...]:
-    """Return the words in a line of a data file. An adjective's position marker is removed: `galore(ip)` -> `galore`.
+    """Return the words of a synset, read from a line of WordNet's data files.
 
-    fields: the fields that precede the line's gloss; see wndb(5WN).
+    An adjective's position marker is removed: `galore(ip)` -> `galore`.
+
+    fields: the fields before the definition; see wndb(5WN).
     """
     words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
     return tuple(word.partition("(")[0].replace("_", " ") for word in words)

@@ -1,7 +1,7 @@
-"""Grouping of a tar's members into samples by WebDataset's rule: a key ends at the first dot of the file's name.
+"""Grouping of a tar's members into samples by WebDataset's rule.
 
-The members of a sample must follow each other in the tar. Otherwise the tar is refused, because the sample would be
-read as several samples.
+A member's key is its path up to the first dot of the file name. The members with the same key form a sample. They must
+follow each other in the tar. Otherwise the sample would be read as several samples, so the tar is refused.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ NO_KEY = "members without key and ending"
 
 @dataclass(frozen=True, slots=True)
 class SampleFiles:
-    """The contents of the members of one sample, keyed by file name ending.
+    """The key of one sample, and a dict from the ending of each of its members to the member's content.
 
-    An ending is in lower case and does not include the first dot. The content of a link is None.
+    An ending is the part of the file name after its first dot, in lower case. The content of a link or device is None.
     """
 
     key: str
@@ -33,8 +33,11 @@ def sample_groups(
 ) -> Iterator[SampleFiles]:
     """Group the members of a tar, given as (name, content), into samples.
 
-    unused: if given, a counter to which the members that belong to no sample are added. Raises UserError naming the
-    shard and the key if a key occurs again after other samples, or if a sample has two members with the same ending.
+    Raises UserError naming the shard and the key if a key occurs again after other samples, or if a sample has two
+    members with the same ending.
+
+    unused: if given, a counter. It counts the members that belong to no sample because their name has no key or no
+    ending.
     """
     seen: set[str] = set()
     sample: SampleFiles | None = None

@@ -1,4 +1,7 @@
-"""A report of a shard's samples: how many were skipped or lost a part, and why; and the parts unused by design."""
+"""Counts of a shard's samples: how many are bad, how many have a lost part, and which parts are unused by design.
+
+A table in docs/data.md defines these terms.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,11 @@ IMAGE_LOSS, CAPTION_LOSS = ("image ",), ("caption ", "json ")  # beginnings of t
 
 
 class Loss(NamedTuple):
-    """A part of a sample that was lost. A part that is unused by design is not a loss."""
+    """The loss of a part of a sample: the reason, and the key of the sample.
+
+    A part is lost if it cannot be used, for example because the image format is not supported. A part that is unused by
+    design is not lost.
+    """
 
     reason: str
     key: str
@@ -24,10 +31,10 @@ class Loss(NamedTuple):
 
 @dataclass(slots=True)
 class SampleReport:
-    """The number of samples read, the number of bad samples, and the number of samples that lost a part.
+    """The number of samples read, the number of bad samples, and the number of samples with a lost part.
 
-    Bad and lost samples are counted by reason. No sample is both bad and lost, and none is counted for two reasons.
-    Reports of several shards are added up with merge().
+    Bad samples, and samples with a lost part, are counted by reason. Each sample is counted for at most one reason. To
+    add up the reports of several shards, use merge().
     """
 
     total: int = 0
@@ -38,7 +45,7 @@ class SampleReport:
 
     @property
     def used(self) -> int:
-        """Return the number of samples that are neither bad nor lost."""
+        """Return the number of samples that are not bad and have no lost part."""
         return self.total - self.bad.total() - self.lost.total()
 
     def add_bad(self, reason: str, key: str) -> None:
@@ -64,7 +71,7 @@ class SampleReport:
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> SampleReport:
-        """Restore a report from `stored`, a result of to_json()."""
+        """Restore a report from `stored`, the dict that to_json() returned."""
         bad, lost, unused = (Counter(stored[name]) for name in ("bad", "lost", "unused"))
         return cls(stored["total"], bad, lost, unused, stored["first_keys"])
 
@@ -89,10 +96,10 @@ class SampleReport:
         return f": {', '.join(reasons)}" if reasons else ""
 
     def check(self, max_bad_fraction: float, unwanted: tuple[str, ...] = ()) -> None:
-        """Raise UserError if more than max_bad_fraction of the samples are bad or lost, or if there are no samples.
+        """Raise UserError if there are no samples, or if more than max_bad_fraction are bad or have a lost part.
 
-        unwanted: losses whose reason begins with one of these texts are ignored, because the recipe does not use the
-        lost part.
+        unwanted: beginnings of reasons. If the reason for a lost part begins with one of them, the sample is not
+        counted, because the recipe does not use such parts.
         """
         if self.total == 0:
             raise UserError("the shards hold no samples of this split")

@@ -1,9 +1,12 @@
-"""Decoding of a shard's raw samples.
+"""Decoding of samples from the members of a tar.
 
-A decoded sample is an RGB image, a caption or both, or an instruction with or without an image. A raw sample is the
-group of a tar's members that share a key: an image (IMAGE_SUFFIXES), `.txt` for the caption, or `.json` with the field
-`caption` or `text`, or otherwise with the fields `prompt` and `answer` (data/tasks/instructions.py). A table in
-docs/data.md shows which parts are used, unused by design or lost, and which samples are bad.
+The members of a sample are files with the same key: an image (whose ending is in IMAGE_SUFFIXES), a `.txt` file and a
+`.json` file. Not all of them need to be present. The caption is the content of the `.txt` file. If this file is missing
+or empty, the caption is the field `caption` or `text` of the `.json` file. A `.json` file without a caption can be an
+instruction, with the fields `prompt` and `answer` (data/tasks/instructions.py).
+
+A decoded sample has an RGB image, a caption, or both. An instruction has no caption, and its image is optional. A table
+in docs/data.md shows which parts are used, unused by design or lost, and which samples are bad.
 """
 
 from __future__ import annotations
@@ -40,7 +43,10 @@ FIELDS_SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class RawSample:
-    """A decoded sample: an image, a caption, or both; or an instruction with or without an image."""
+    """A decoded sample that is not tokenised yet.
+
+    It has an image, a caption, or both. Alternatively, it is an instruction with or without an image.
+    """
 
     key: str
     image: Image.Image | None  # mode RGB, original size
@@ -52,19 +58,19 @@ class RawSample:
 
     @property
     def text(self) -> str | None:
-        """Return the text that a text tokenizer will encode: the instruction's prompt and answer, or the caption."""
+        """Return the text for the text tokenizer: the prompt and answer of an instruction, or else the caption."""
         return self.instruction.prompt + self.instruction.answer if self.instruction else self.caption
 
 
 class BadSample(Exception):
-    """Raised for a sample that cannot be used.
+    """Raised for a sample that cannot be used, for example because its image is damaged.
 
     The message is the reason, in a few words. Bad samples are counted by reason.
     """
 
 
 class LostSample(Exception):
-    """Raised for a sample that is missing a part without which it cannot be used."""
+    """Raised for a sample that cannot be used because of a lost part, such as the image of an instruction."""
 
     def __init__(self, loss: Loss) -> None:
         super().__init__(loss.reason)
@@ -80,7 +86,7 @@ def readable(name: str) -> str:
 
 
 def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MAX_MEGAPIXELS) -> RawSample:
-    """Decode one sample, and record which parts were lost and which are unused by design.
+    """Decode one sample. The result also names the first lost part, and the parts that are unused by design.
 
     Raises BadSample or LostSample if the sample cannot be used. Raises UserError naming the shard and the sample if an
     instruction is malformed.
@@ -160,8 +166,8 @@ def _text_caption(files: Mapping[str, bytes | None]) -> str | None:
 def _read_json(files: Mapping[str, bytes | None], *, needed: bool) -> dict[str, object] | None:
     """Return the JSON object in the .json member, or {} if there is no such member.
 
-    If the member holds another JSON value, return None. If the member is not valid JSON, raise BadSample if `needed` is
-    true, and return None otherwise.
+    If the member contains a JSON value that is not an object, return None. If the member is not valid JSON, raise
+    BadSample if `needed` is true, and return None otherwise.
     """
     content = files.get("json")
     if content is None:
@@ -176,9 +182,10 @@ def _read_json(files: Mapping[str, bytes | None], *, needed: bool) -> dict[str, 
 
 
 def _json_caption(record: Mapping[str, object], key: str) -> tuple[str | None, str | None]:
-    """Return the name of a field that holds a caption, and the caption; (None, None) if there is no caption.
+    """Find the caption in a .json member. Return the name of its field and its text, or (None, None) if there is none.
 
-    If the field holds a list of captions, the hash of `key` chooses one of them.
+    record: the member's JSON object.
+    key: the sample's key. If the field contains a list of captions, the hash of the key chooses one of them.
     """
     fields = [(name, record[name]) for name in CAPTION_FIELDS if name in record]
     for name, value in sorted(fields, key=lambda item: isinstance(item[1], list)):  # a list, if there is no other
@@ -208,8 +215,9 @@ def _check_unicode(text: str) -> None:
 
 
 def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, has_text: bool) -> dict[str, str]:
-    """Return the reason for the loss of each lost member, keyed by the member's ending.
+    """Return a dict from the ending of each lost member to the reason why it is lost.
 
+    picture: the ending of the member that is used as the image, or None.
     has_text: whether the sample has a caption or is an instruction.
     """
     lost: dict[str, str] = {}
@@ -233,7 +241,13 @@ def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, has
 
 
 def _lost_json(record: Mapping[str, object] | None, key: str) -> Loss | None:
-    """Return the Loss for a picture whose .json member holds no caption. Return None if there is no .json member."""
+    """Return the Loss of a sample that has an image, but no caption in its .json member.
+
+    Return None if the member is missing or has no fields.
+
+    record: the result of _read_json().
+    key: the sample's key.
+    """
     if record is None:
         return Loss("json has no caption, it is no object", key)
     keys = readable(", ".join(sorted(record)[:FIELDS_SHOWN])) + (", ..." if len(record) > FIELDS_SHOWN else "")
@@ -245,7 +259,12 @@ def _unused_members(files: Mapping[str, bytes | None], picture: str | None, lost
 
 
 def _unused_fields(record: Mapping[str, object], used: Iterable[str | None]) -> Iterator[str]:
-    """Yield a description of each JSON field that is not read, or of which only one caption of several is read."""
+    """Yield a description of each JSON field that is not used, or of which only a part is used.
+
+    A list of captions is used only in part, because only one of its captions is read.
+
+    used: the names of the fields that are read.
+    """
     for name, value in record.items():
         if name not in used:
             yield readable(f"json field {name}")

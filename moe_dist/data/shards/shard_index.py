@@ -42,9 +42,12 @@ def local_path(url: str) -> Path | None:
 
 
 def verify_shard(shard: str | Path, *, content: bool = True) -> ShardIndex:
-    """Check a shard against its index; build the index on first use. Raises UserError (or OSError) naming the shard.
+    """Check a shard against its index, and return the index. If there is no index, read the whole shard and build it.
 
-    content: if false, compare only the sizes, without reading the shard.
+    Raises UserError naming the shard if it is damaged, contains no samples or does not match its index. Raises
+    UserError if the index cannot be read or written, and OSError if the shard cannot be opened.
+
+    content: if false, an existing index is compared only with the shard's size, without reading the shard.
     """
     shard = Path(shard)
     index = _read_index(shard)

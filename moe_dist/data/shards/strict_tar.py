@@ -1,7 +1,7 @@
 """Strict reading of a plain or compressed tar from a stream. A damaged tar raises an error.
 
 Python's tarfile (and therefore webdataset) treats a damaged header, or a file truncated between two members, as the end
-of the archive. This reader accepts only the end-of-archive marker, with nothing but zeros after it.
+of the archive. This reader requires an end-of-archive marker that is followed by nothing but zeros.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ GZIP_TRAILER = 8  # bytes: checksum and size
 
 
 def explain(error: BaseException) -> str:
-    """Return the message of an error whose type is in DAMAGE."""
+    """Return the message of an exception raised by tar_entries(). DAMAGE lists the possible exception types."""
     return str(error) if isinstance(error, OSError) or not error.args else str(error.args[0])
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """A tar member. A damaged header raises ReadError, instead of being read as the end of the archive."""
+    """The header of a tar member.
+
+    A damaged header raises ReadError. Python's tarfile would treat it as the end of the archive.
+    """
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
@@ -37,15 +40,18 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 def tar_members(stream: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """Yield (name, content) for each regular file in a tar. Raises one of the DAMAGE errors if the tar is damaged."""
+    """Yield (name, content) for each regular file in a tar.
+
+    Raises an exception of one of the types in DAMAGE if the tar is damaged.
+    """
     return ((name, content) for name, content in tar_entries(stream) if content is not None)
 
 
 def tar_entries(stream: BinaryIO) -> Iterator[tuple[str, bytes | None]]:
     """Yield (name, content) for each member that is not a folder. The content of a link or device is None.
 
-    Raises the same errors as tar_members. The bytes of a name that is not UTF-8 are kept as Python's surrogate escapes,
-    whatever the locale.
+    Raises an exception of one of the types in DAMAGE if the tar is damaged. Names are decoded as UTF-8 in every locale.
+    Bytes that are not UTF-8 become surrogate escapes, as in Python's file names.
     """
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo, encoding="utf-8") as tar:
         for member in tar:
@@ -63,7 +69,10 @@ def tar_entries(stream: BinaryIO) -> Iterator[tuple[str, bytes | None]]:
 
 
 def _check_end(unpacked) -> None:
-    """Raise ReadError unless only zeros follow the end marker. unpacked: tarfile's stream of the uncompressed tar."""
+    """Raise ReadError unless only zeros follow the end-of-archive marker.
+
+    unpacked: the stream from which tarfile has read the uncompressed tar.
+    """
     while chunk := unpacked.read(1 << 20):
         if chunk.strip(b"\0"):
             raise tarfile.ReadError(AFTER_END)

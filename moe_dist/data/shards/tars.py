@@ -1,9 +1,11 @@
-"""WebDataset shards: writing a corpus as tars, finding the tars that a recipe names, checking and reading them.
+"""WebDataset shards: writing a corpus as tars, finding the tars that a recipe names, and checking and reading them.
 
-A prepared corpus is OUT/{train,validation,test}/shard-%06d.tar. Every local tar has an index (count, bytes, sha256).
-If a tar is broken, the webdataset library silently stops reading at the break, so a shard is checked against its index
-before it is read. For a user's own tar, the index is built on first use by reading the whole tar strictly: a damaged
-header or a missing end marker is an error.
+A prepared corpus consists of the files OUT/{train,validation,test}/shard-%06d.tar. Every local tar has an index: its
+number of samples, size and sha256. A shard is checked against its index before it is read, because the webdataset
+library silently stops reading where a tar is damaged.
+
+If a user's tar has no index yet, the whole tar is read to build one. A damaged header or a missing end marker is then
+an error.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ SIGPIPE_STATUS = [0, 23, 141, -13]  # exit statuses of curl, a shell and a comma
 
 
 def split_of(key: str) -> Split:
-    """Return the split to which a sample or concept belongs. It depends only on the hash of the key."""
+    """Return the split to which a key belongs. The split depends only on the hash of the key.
+
+    The key is a sample's key, or a name shared by related samples, which puts all of them in the same split.
+    """
     position = int.from_bytes(_digest(key)[:8]) / 2**64
     return "test" if position < HELD_OUT else "validation" if position < 2 * HELD_OUT else "train"
 
@@ -52,7 +57,11 @@ def split_of(key: str) -> Split:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A sample made by a corpus builder: a PNG, a caption or both. The key contains no dots or spaces."""
+    """A sample made by a corpus builder.
+
+    It has an image in PNG format, a caption, or both. The text of an instruction is in `meta`. The key contains no dots
+    or spaces.
+    """
 
     key: str
     split: Split
@@ -62,9 +71,10 @@ class Sample:
 
 
 def write_shards(samples: Iterable[Sample], out: Path, samples_per_shard: int = SAMPLES_PER_SHARD) -> dict[str, int]:
-    """Write samples as OUT/<split>/shard-%06d.tar, ordered by the hash of their keys. The tars are bitwise repeatable.
+    """Write samples as OUT/<split>/shard-%06d.tar, ordered by the hash of their keys.
 
-    Returns the number of samples in each split, keyed by split. Empty splits are omitted.
+    Returns the number of samples in each split, keyed by split. Empty splits are omitted. The same samples always give
+    identical files.
     """
     ordered = sorted(samples, key=lambda sample: _digest(sample.key))
     if len({sample.key for sample in ordered}) < len(ordered):
@@ -96,7 +106,7 @@ def _digest(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A tar, and the split to read from it. If the split is None, every sample is read."""
+    """A tar, and the split whose samples are read from it. If the split is None, all samples are read."""
 
     url: str
     split: Split | None = None
@@ -105,12 +115,15 @@ class Shard:
 def resolve_shards(
     spec: str | Sequence[str], split: Split = "train", validation: str | Sequence[str] | None = None
 ) -> list[Shard]:
-    """Return the shards of one split in a fixed order. Raises UserError naming a missing or empty file or folder.
+    """Return the shards of one split in a fixed order.
 
-    spec (data.shards): prepared folders, flat folders of tars, brace-expanded paths, or URLs that webdataset accepts.
-    validation (data.validation_shards): shards of the held-out samples. If they are given, all samples of a flat spec
-    are for training. Otherwise, split_of(key) divides the samples of a flat spec: about 5 % are held out for
-    validation, and about 5 % for test.
+    Raises UserError if a file or folder is missing, or if a folder contains no tars.
+
+    spec (data.shards): prepared folders, flat folders, brace-expanded paths, or URLs that webdataset accepts. A
+    prepared folder has a subfolder for each split. A flat folder contains the tars themselves.
+    validation (data.validation_shards): the shards of the validation split. If they are given, training uses all
+    samples outside prepared folders. Otherwise, split_of(key) divides these samples: about 5 % are for validation,
+    about 5 % for test, and the rest for training.
     """
     if split == "validation" and validation is not None:
         return [shard for part in _parts(validation) for shard in _resolve(part, split, flat_split=None)]
@@ -152,9 +165,10 @@ def _tars(folder: Path) -> list[Path]:
 
 
 def verify_shards(shards: Iterable[Shard]) -> int:
-    """Check every local shard against its index, building a missing index, and return their total number of samples.
+    """Check every local shard against its index, and build the indexes that are missing.
 
-    Remote shards have no index; iterate() detects damage while reading them. Raises UserError naming the shard.
+    Returns the number of samples in the local shards. Remote shards have no index: iterate() detects damage while
+    reading them. Raises UserError naming the shard if a shard is damaged or does not match its index.
     """
     return sum(verify_shard(path).count for shard in shards if (path := local_path(shard.url)))
 
@@ -162,10 +176,11 @@ def verify_shards(shards: Iterable[Shard]) -> int:
 def iterate(
     shard: Shard | str, report: SampleReport | None = None, *, max_megapixels: float = MAX_MEGAPIXELS
 ) -> Iterator[RawSample]:
-    """Read a shard's samples in order, and skip the samples that cannot be used.
+    """Yield the samples of a shard in order, skipping those that cannot be used.
 
-    Skipped samples and lost parts are counted in `report`. Raises UserError naming the shard if the tar is damaged or
-    not in order, or if the URL cannot be read.
+    Skipped samples, lost parts and unused parts are counted in `report`. Raises UserError naming the shard if the shard
+    cannot be read, if the tar is damaged, if the members of a sample do not follow each other, or if an instruction is
+    malformed.
     """
     shard = Shard(shard) if isinstance(shard, str) else shard
     report = SampleReport() if report is None else report

@@ -1,9 +1,9 @@
-"""Held-out batches: a finite sequence, the same for every run and every parallel layout.
+"""Held-out batches: a finite series, with the same selection groups in every run and every parallel layout.
 
-The sequence is one pass over the held-out store, in an order that depends neither on the seed nor on the number of
-ranks. Documents are packed as in training, but without caption dropout. Rank r takes the groups j with j mod dp == r. A
-rank that would have one group fewer than other ranks gets a group of padding. Therefore all ranks run the same number
-of forward passes, and sums over ranks count every token once.
+The groups are made in one pass over the held-out store, in an order that depends neither on the seed nor on the number
+of ranks. Documents are packed as in training, but without caption dropout. Group j is read by rank j mod dp. If a rank
+would have one group fewer than other ranks, it gets a group of padding. Therefore all ranks run the same number of
+forward passes, and sums over ranks count every token once.
 """
 
 from __future__ import annotations
@@ -47,7 +47,13 @@ def held_out_batches(
     dp: int,
     batch_groups: int,
 ) -> Iterator[Batch]:
-    """Yield this rank's micro-batches from the first `groups` groups of the store, or from all if there are fewer."""
+    """Yield the micro-batches of data-parallel rank `dp_rank`. The number of ranks is `dp`.
+
+    All ranks together read the first `groups` selection groups of the store, or all groups if there are fewer. Raises
+    UserError if the store is empty or cannot reach data.image_fraction.
+
+    batch_groups: the number of selection groups per micro-batch.
+    """
     assembler = whole_captions(store, vocabulary, data)
     if not len(store):
         raise UserError("the held-out split holds no documents: check data.validation_shards")
@@ -79,7 +85,7 @@ class ShuffledCaptions:
 
     No image keeps its own caption or gets an identical one. A caption moves to a pair whose own caption has about the
     same length, so the packing hardly changes. A model that uses captions should have a higher loss on the images of
-    this store than on those of the original store.
+    this store than on those of the original store. Raises UserError if more than half of the pairs share one caption.
     """
 
     def __init__(self, store: DocumentStore):

@@ -1,14 +1,15 @@
 """Lanes: a fixed number of data streams, which make the order of the data independent of the number of ranks.
 
 The documents of a store are split into data.lanes contiguous ranges whose sizes differ by at most one. If data.shards
-lists several corpora, each corpus is split separately, so every lane has its share of every corpus. A lane is infinite:
-it reads its documents again in every epoch, each time in a new order. A lane with fewer or shorter documents begins its
-next epoch earlier than the others. No lane waits for another, and no document is left out. Everything that depends on
-the order of documents happens inside a lane: shuffling, packing, and mixing of modalities and corpora. Selection group
-j of a run is group j // lanes of lane j mod lanes.
+lists several corpora, each corpus is split separately, so every lane has its share of every corpus. In training, a lane
+is infinite: it reads its documents again in every epoch, each time in a new order. A lane with fewer or shorter
+documents begins its next epoch earlier than the others. No lane waits for another, and no document is left out.
+Everything that depends on the order of documents happens inside a lane: shuffling, packing, and mixing of modalities
+and corpora. Selection group j of a run is group j // lanes of lane j mod lanes.
 
-A lane's state is the epoch and position of each of its streams, and the (epoch, document, start) of each piece that is
-read but not yet packed. On resume, the tokens of these pieces are assembled again.
+A lane's state consists of the states of its streams of pieces. A stream's state is its epoch, its position in the
+epoch, and the (epoch, document, start) of each piece that has been read but not yet packed. On resume, these pieces are
+made again from their documents.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ LOOK_AHEAD = 64  # number of pieces that a stream holds for the packer to choose
 
 
 class Stream:
-    """A stream of pieces. In each epoch, they are made from the given documents in a new order.
+    """A stream of pieces, made from the given documents. Each epoch has the documents in a new order.
 
-    The list `pending` holds the pieces that were read ahead, oldest first.
+    The list `pending` contains the pieces that have been read ahead, oldest first.
     """
 
     def __init__(self, documents: np.ndarray, assembler: Assembler, *, lane: int, epochs: int | None = None):
@@ -41,7 +42,7 @@ class Stream:
         self.pending: list[Piece] = []
 
     def refill(self) -> list[Piece]:
-        """Fill `pending` by reading ahead, and return it. The list is empty only at the end of a finite stream."""
+        """Fill `pending` by reading ahead, and return it. The list is empty only after the last epoch."""
         while len(self.pending) < LOOK_AHEAD and self._epoch != self._epochs:
             self.pending.append(self._assemble(self._epoch, int(self._order[self._cursor])))
             self._cursor += 1
@@ -74,7 +75,7 @@ class Lane:
     def next_group(self) -> Group:
         """Return the next group: for each sequence, the list of its pieces.
 
-        At the end of a finite stream, all lists are empty.
+        After the last epoch, all lists are empty.
         """
         length = self._data.sequence_length
         return [fill_sequence(self._stream.refill(), length) for _ in range(self._data.group_sequences)]
@@ -89,11 +90,13 @@ class Lane:
 class SteeredLane:
     """A stream of selection groups whose fraction of image tokens is kept close to data.image_fraction.
 
-    The fraction refers to the valid tokens of a group. Pairs and texts come from separate streams. Each sequence first
-    takes the number of pairs that brings the group's number of image tokens closest to the target. Texts then fill the
-    sequence, but no text is added that would make the group's image tokens too few by more than half of one image's
-    tokens. The group therefore misses the target by at most about that number. If data.image_fraction is close to the
-    largest fraction that pairs alone can reach, there is room for little text, and sequences end in padding.
+    The fraction is the number of image tokens in a group, divided by the number of its tokens without padding. Pairs
+    and texts come from separate streams. First, pairs are added to a sequence until the group's number of image tokens
+    is as close as possible to its target. Then texts are added, which lowers the fraction. The amount of text is
+    limited so that the group has too few image tokens by at most half of one image's tokens.
+
+    If data.image_fraction is close to the largest possible value, there is room for little text, and sequences end in
+    padding.
     """
 
     def __init__(self, pairs: Stream, texts: Stream, data: DataConfig, fraction: float):
@@ -102,7 +105,7 @@ class SteeredLane:
         self._fraction = fraction
 
     def next_group(self) -> Group:
-        """Return the next group, as Lane.next_group does."""
+        """Return the next group, in the same form as Lane.next_group()."""
         group: list[list[Piece]] = []
         used = image = 0
         for i in range(self._data.group_sequences):
@@ -121,8 +124,8 @@ class SteeredLane:
     def _take_pairs(self, wanted: float) -> tuple[list[Piece], float]:
         """Take pairs for one sequence until their total of image tokens is as close to `wanted` as possible.
 
-        Returns the pairs, and half of one image's token count: the number of image tokens by which the group may fall
-        below its target when texts are added.
+        Returns the pairs, and half of one image's token count. next_group() uses this number to limit the amount of
+        text.
         """
         taken: list[Piece] = []
         room, half = self._data.sequence_length, 0.0
@@ -151,9 +154,11 @@ Lanes = dict[int, Lane | SteeredLane]
 def make_lanes(
     assembler: Assembler, data: DataConfig, *, numbers: Iterable[int], lanes: int, epochs: int | None = None
 ) -> Lanes:
-    """Split the store's documents into `lanes` lanes. Return the lanes whose numbers are in `numbers`.
+    """Split the store's documents into `lanes` lanes. Return those whose numbers are in `numbers`, keyed by number.
 
     Raises UserError if the store has too few documents or cannot reach data.image_fraction.
+
+    epochs: the number of passes over the documents. If it is None, the lanes are infinite.
     """
     has_image = np.asarray(assembler.store.has_image)
     if data.image_fraction is None:
@@ -176,7 +181,11 @@ def make_lanes(
 def _ranges(documents: np.ndarray, part_ends: np.ndarray, lanes: int, kind: str) -> list[np.ndarray]:
     """Split each corpus among the lanes, and return the document numbers of each lane in ascending order.
 
-    kind: the name of the documents for the error. Raises UserError if there are fewer documents than lanes.
+    Raises UserError if there are fewer documents than lanes.
+
+    documents: the numbers of the documents to split.
+    part_ends: for each corpus, the number of its last document plus one.
+    kind: the word for these documents in the error message.
     """
     if len(documents) < lanes:
         raise UserError(f"data.lanes={lanes} needs at least as many {kind}, the shards hold {len(documents)}")

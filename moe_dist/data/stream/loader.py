@@ -2,10 +2,12 @@
 
 For any number of ranks, selection group j of a run is group j // lanes of lane j mod lanes. Data-parallel rank r of dp
 reads the groups with j mod dp == r, batch_groups of them per micro-batch. After n micro-batches on every rank, the run
-has read exactly its first n * batch_groups * dp groups. A rank's state is this number of groups and the states of the
-rank's lanes. A checkpoint merges the states of all ranks (checkpoint/train_state.py) into one state that does not
-depend on the layout. From the merged state, any number of ranks that divides the number of lanes can continue the same
-sequence of groups. A state that was saved with different data or settings is refused.
+has read exactly its first n * batch_groups * dp groups.
+
+A rank's state consists of the number of groups that the run has read, and of the states of the rank's lanes. A
+checkpoint merges the states of all ranks (checkpoint/train_state.py) into one state that does not depend on the layout.
+From the merged state, any number of ranks that divides the number of lanes can continue the same sequence of groups. A
+state that was saved with different data or settings is refused.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ class Loader:
         self._ahead: Future[tuple[Batch, LoaderState]] | None = None
 
     def restore(self, state: LoaderState) -> None:
-        """Continue after the batch that was returned with this state. Must be called before the first next()."""
+        """Continue after the batch that next() returned together with `state`. Call this before the first next()."""
         self._groups = state["groups"]
         for number, lane in self._lanes.items():
             lane.restore(state["lanes"][str(number)])
@@ -123,9 +125,9 @@ def make_loader(
     data or settings.
 
     batch_groups: the number of selection groups per micro-batch.
-    neighbours: a store that adds the neighbours' routing to every batch.
-    state: the state to continue from, that is, the state returned with the last batch that was used, merged over the
-    ranks as in a checkpoint. If the number of ranks is unchanged, this rank's own state is sufficient.
+    neighbours: if given, the store from which the neighbours' routing is added to every batch.
+    state: the state that next() returned together with the last batch that was used. If the number of ranks has
+    changed, it must be the merged state of all ranks from a checkpoint. If it is None, begin with the first group.
     device: see Loader.
     """
     check_data(data, dp=dp)
@@ -168,7 +170,7 @@ def check_data(data: DataConfig, *, dp: int) -> None:
 
 
 def _check_images(assembler: Assembler) -> None:
-    """Raise UserError if an image does not fit into a sequence. Otherwise the run would fail at the first image."""
+    """Raise UserError if an image does not fit into a sequence, rather than let the run fail at its first image."""
     pairs = np.flatnonzero(assembler.store.has_image)
     if len(pairs):
         assembler(0, int(pairs[0]))

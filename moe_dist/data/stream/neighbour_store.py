@@ -1,4 +1,4 @@
-"""RoMA's neighbour store (docs/roma.md): each training sample's routing, and the neighbours it should imitate.
+"""RoMA's neighbour store (docs/roma.md): each training sample's routing, and the neighbours whose routing it imitates.
 
 The store is a folder of three files:
   store.json             format, the model's identity, and how the neighbours were found (embedder, k, sigma)
@@ -52,10 +52,12 @@ class Neighbours:
 
 
 def write_samples(folder: Path, samples: Samples, about: Mapping[str, Any]) -> None:
-    """Create a store with samples but no neighbours yet. If the folder holds an older store, delete its neighbours.
+    """Create a store with samples but no neighbours yet. An older store in the folder is replaced.
 
-    about: provenance to write to store.json. The entry `model` identifies the checkpoint that was used.
-    Raises UserError if no sample was answered correctly.
+    Raises UserError if the model answered no sample correctly.
+
+    about: how the samples were collected, to be stored in store.json. The entry `model` identifies the model's
+    checkpoint.
     """
     right = int(samples.right_N.sum())
     if not right:
@@ -71,7 +73,10 @@ def write_samples(folder: Path, samples: Samples, about: Mapping[str, Any]) -> N
 
 
 def read_samples(folder: Path) -> tuple[Samples, dict[str, Any]]:
-    """Return the samples and the content of store.json. Raises UserError if one of the files is missing or damaged."""
+    """Return the samples and the content of store.json.
+
+    Raises UserError if a file is missing or damaged, or if the format of the store is unknown.
+    """
     about = read_json(folder / ABOUT)
     if about.get("format") != NEIGHBOURS_FORMAT:
         raise UserError(
@@ -91,7 +96,10 @@ def write_neighbours(folder: Path, neighbours: Neighbours, about: Mapping[str, A
 
 
 class NeighbourStore:
-    """A complete neighbour store, opened for training. It adds the routing of each sample's neighbours to batches."""
+    """A complete neighbour store, opened for training.
+
+    For every sample of a batch, join() adds the routing of the sample's neighbours to the batch.
+    """
 
     def __init__(self, folder: str | Path, *, model: str | None):
         """Open a store. Raises UserError if it is incomplete or was collected with a model other than `model`.
@@ -112,7 +120,7 @@ class NeighbourStore:
 
     @property
     def identity(self) -> str:
-        """A digest of the store's samples and neighbours, to check on resume that the store is unchanged."""
+        """Return a digest of the store's samples and neighbours. On resume, it shows whether the store is unchanged."""
         digest = hashlib.sha256()
         for name in (SAMPLES, NEIGHBOURS):
             with (self.folder / name).open("rb") as stream:
@@ -120,9 +128,10 @@ class NeighbourStore:
         return digest.hexdigest()
 
     def join(self, batch: Batch) -> Batch:
-        """Return the batch with neighbour_routing_SKR and neighbour_weights_SK added to its sidecar.
+        """Return the batch with the routing and the weights of each instruction's neighbours added to its sidecar.
 
-        Raises UserError if the data hold no instructions, or if an instruction of the batch is not in the store.
+        The new entries are neighbour_routing_SKR and neighbour_weights_SK. Raises UserError if data.shards contains no
+        instructions, or if an instruction of the batch is not in the store.
         """
         if "sample_S" not in batch.sidecar:
             raise UserError(f"data.neighbours={self.folder} needs instructions, but data.shards holds none")

@@ -1,12 +1,13 @@
 """Packing: documents become token pieces, pieces fill sequences, and sequences become a Batch.
 
-Assembly (a document is an image-text pair, a text or an instruction):
-  pair       BOS BOI codes EOI caption EOS   or   BOS caption BOI codes EOI EOS   (data.image_first)
-  pair whose caption is dropped (data.caption_dropout)   BOS BOI codes EOI EOS
+Assembly (a document is an image-text pair, a text or an instruction; codes are the tokens of an image):
+  pair       BOS BOI codes EOI caption EOS   or   BOS caption BOI codes EOI EOS
+  pair whose caption is dropped   BOS BOI codes EOI EOS
   text only  BOS text EOS
   instruction   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
-The order of caption and image, and whether the caption is dropped, depend only on (seed, epoch, document number). They
-are therefore the same in every parallel layout and after a resume.
+A pair's image comes first with probability data.image_first. Its caption is dropped with probability
+data.caption_dropout. These random choices depend only on (seed, epoch, document number). They are therefore the same in
+every parallel layout and after a resume.
 
 Lengths: an image is never split across two sequences. If a pair is longer than a sequence, the end of its caption is
 removed. A text may be cut anywhere and continue in a later sequence. Each piece of a cut text is a separate document
@@ -71,9 +72,9 @@ def random_bits(seed: int, counter: tuple[int, int, int], count: int) -> np.ndar
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The part of an assembled document that begins at token index `start`.
+    """A run of tokens from an assembled document, beginning at the document's token number `start`.
 
-    It ends with the document, or at a cut in a text.
+    It ends with the document, or where a text is cut.
     """
 
     epoch: int
@@ -102,7 +103,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembler:
-    """A callable that assembles pieces from the documents of a store."""
+    """Makes pieces from the documents of a store. Call it with an epoch and a document number to get a piece."""
 
     store: DocumentStore
     vocabulary: Vocabulary
@@ -112,10 +113,10 @@ class Assembler:
     caption_dropout: float
 
     def __call__(self, epoch: int, index: int, start: int = 0) -> Piece:
-        """Assemble document `index` for this epoch, and return its tokens from `start` on.
+        """Assemble document number `index` for this epoch. The piece contains the document's tokens from `start` on.
 
-        The argument `start` can be above 0 only for a text, because no other document is cut. Raises UserError if the
-        document's image does not fit into a sequence.
+        Only texts are cut, so `start` is 0 for all other documents. Raises UserError if the document's image does not
+        fit into a sequence.
         """
         document = self.store.document(index)
         v, text, image = self.vocabulary, document.text, document.image
@@ -147,7 +148,7 @@ class Assembler:
 
 
 def fill_sequence(pending: list[Piece], room: int) -> list[Piece]:
-    """Remove and return the pieces of `pending` that best fill `room` tokens.
+    """Choose the pieces of `pending` that best fill `room` tokens. Remove them from the list and return them.
 
     The list `pending` is ordered from oldest to newest. If room remains, a text that is too long for the remaining room
     is cut, and the rest of the text keeps its place in `pending`. The oldest piece is taken whenever it fits, so no
@@ -175,9 +176,9 @@ def _must_cut(piece: Piece, room: int) -> bool:
 
 
 def _cut(pending: list[Piece], i: int, room: int) -> Piece:
-    """Cut off and return the first `room` tokens of the text pending[i].
+    """Cut off and return the first `room` tokens of the text pending[i]. The rest of the text remains in the list.
 
-    If only one token of the text would remain, cut off one token less, because a piece of one token trains nothing.
+    If only one token would remain, cut off one token less, because nothing can be learned from a piece of one token.
     """
     piece, pending[i] = pending[i].split(min(room, len(pending[i]) - 2))
     return piece
@@ -212,13 +213,13 @@ def collate(
     """Concatenate groups into one micro-batch on the CPU.
 
     The target of a token is the next token of the same piece. Three kinds of tokens have no target: padding, the last
-    token of a piece, and all tokens of a prompt except its last. Every run of padding is a separate document, so the
-    document lengths add up to T.
+    token of a piece, and all tokens of a prompt except its last. In the batch's document lengths, each run of padding
+    is counted as a document, so the lengths add up to T.
 
     groups: pairs of (the group's number in the run, the group).
-    instructions: whether the data contain instructions. If so, the sidecar describes the micro-batch's instructions:
-    domain_T (index into the store's domains, -1 for other tokens), prompt_end_S (index of the last prompt token) and
-    sample_S (sample_hash).
+    instructions: whether the data contain instructions. If so, the sidecar describes those of the micro-batch: domain_T
+    (index into the store's domains, -1 for tokens outside instructions), prompt_end_S (index of the last prompt token)
+    and sample_S (sample_hash).
     """
     group_tokens = len(groups[0][1]) * sequence_length
     num_tokens = len(groups) * group_tokens
@@ -256,10 +257,10 @@ def collate(
 
 
 def _place(sequences: Group, sequence_length: int) -> tuple[list[tuple[int, Piece]], list[int]]:
-    """Place the pieces of the sequences, laid end to end.
+    """Find the position of each piece in a micro-batch that consists of the sequences, one after another.
 
-    Return two lists: (index of its first token among all tokens, piece) for each piece, and the length of each document
-    or run of padding, in order.
+    Returns two lists. The first has (index of the piece's first token in the micro-batch, piece) for each piece. The
+    second has the length of each piece and of each run of padding, in order.
     """
     placed: list[tuple[int, Piece]] = []
     document_lengths: list[int] = []
@@ -286,7 +287,7 @@ def _sidecar(placed: Sequence[tuple[int, Piece]], num_tokens: int) -> dict[str, 
 def reachable_image_fraction(assembler: Assembler) -> float:
     """Return the largest data.image_fraction that the store allows: the fraction of image tokens in its pairs.
 
-    The markers of a pair count as tokens that are not image tokens.
+    The markers of a pair are counted as tokens, but not as image tokens.
     """
     pairs = np.flatnonzero(assembler.store.has_image)
     if not len(pairs):

@@ -24,12 +24,15 @@ class Choice:
 
     @property
     def ambiguous(self) -> bool:
-        """True if the correct option begins with the same token as another option, so that no model can be right."""
+        """True if the correct option begins with the same token as another option.
+
+        An option is scored by its first token, so no model can answer such an item.
+        """
         return self.tokens.count(self.tokens[self.correct]) > 1
 
 
 def read_instructions(data: DataConfig, split: Split) -> dict[int, Instruction]:
-    """Read the instruction samples of a split, keyed by sample hash (sample_S in the batch's sidecar)."""
+    """Return the instruction samples of a split, keyed by sample hash (sample_S in the batch's sidecar)."""
     return {
         sample.hash: sample.instruction
         for shard in resolve_shards(data.shards, split, data.validation_shards)
@@ -39,10 +42,10 @@ def read_instructions(data: DataConfig, split: Split) -> dict[int, Instruction]:
 
 
 def read_choices(data: DataConfig, split: Split, tokenizer: TextTokenizer) -> tuple[Mapping[int, Choice], SampleReport]:
-    """Read a split's multiple-choice items, keyed by sample hash.
+    """Return a split's multiple-choice items, keyed by sample hash, and a report on the items that are left out.
 
-    An item is left out and counted in the report if the tokens of its prompt and of an option cannot be separated.
-    Raises UserError if a sample is not a multiple-choice item, if items differ in their number of options, if more than
+    An item is left out if the tokens of its prompt cannot be separated from the tokens of an option. Raises UserError
+    if a sample is not a multiple-choice item, if items differ in their number of options, if more than
     data.max_bad_fraction of the items are left out, or if all items are ambiguous.
     """
     instructions = read_instructions(data, split)
@@ -74,10 +77,11 @@ def _check_options(choices: Mapping[int, Choice]) -> None:
 
 
 def _choice(instruction: Instruction, tokenizer: TextTokenizer) -> Choice:
-    """Tokenize the options in the form that the answer has: as letters or as texts, after the same whitespace.
+    """Return the first token of each option, and the index of the correct option.
 
-    Raises UserError if the sample is not a multiple-choice item, and NoBoundary if the ids of the prompt and of an
-    option cannot be separated.
+    The options are tokenised in the same form as the sample's answer: either as letters or as texts, and with the
+    whitespace that precedes the answer. Raises UserError if the sample is not a multiple-choice item. Raises NoBoundary
+    if the ids of the prompt cannot be separated from the ids of an option.
     """
     prompt, answer, options, correct = instruction.prompt, instruction.answer, instruction.options, instruction.correct
     blanks = answer[: len(answer) - len(answer.lstrip())]

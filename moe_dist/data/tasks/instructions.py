@@ -1,12 +1,12 @@
 """Instruction samples: a prompt, optionally with an image, and the answer to learn.
 
-The .json member of such a sample has `prompt`, `answer` and `domain`. A multiple-choice item also has `question`,
-`options` and `correct`. Other fields are ignored. Training and evaluation use the same layout:
+The .json member of such a sample has the fields `prompt`, `answer` and `domain`. A multiple-choice item also has
+`options` and `correct`, and can have `question`. Other fields are ignored. Training and evaluation use the same layout:
 
   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
 
-Prompt and answer are tokenised as one text, whose ids are cut where the ids of the prompt alone end. A prompt's ids
-therefore do not depend on the answer. Only the answer and EOS contribute to the loss.
+Prompt and answer are tokenised as one text. The first ids are the prompt's: as many as the prompt has when it is
+tokenised alone. A prompt's ids therefore do not depend on the answer. Only the answer and EOS contribute to the loss.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ class Instruction(Strict):
 
 @dataclass(frozen=True, slots=True)
 class InstructionPrompt:
-    """The prompt within a tokenised instruction. The instruction's text is the prompt followed by the answer."""
+    """The length, domain and sample hash of the prompt in a tokenised instruction.
+
+    The text of a tokenised instruction is the prompt followed by the answer.
+    """
 
     length: int  # number of prompt ids at the beginning of the text
     domain: str
@@ -61,29 +64,32 @@ class InstructionPrompt:
 
 
 def is_instruction(record: dict[str, Any]) -> bool:
-    """Return whether a .json member without a caption is an instruction: it has a prompt or an answer."""
+    """Return whether a .json member without a caption is an instruction: whether it has a prompt or an answer."""
     return "prompt" in record or "answer" in record
 
 
 def read_instruction(record: dict[str, Any], where: str) -> Instruction:
-    """Validate a .json member. Raises UserError with a sentence that begins with `where` and names the key."""
+    """Validate a .json member. Raises UserError if a field is missing or invalid.
+
+    The error message begins with `where` and names the field.
+    """
     return validate(Instruction, record, where)
 
 
 class NoBoundary(Exception):
-    """Raised if the ids of a prompt joined with its answer cannot be cut between the two.
+    """Raised if a prompt and its answer are tokenised as one text whose ids cannot be divided between the two.
 
     The message is the reason in a few words.
     """
 
 
 def instruction_ids(tokenizer: TextTokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Return the ids of the prompt and of the answer. Joined, they are the ids of prompt + answer.
+    """Return the ids of the prompt and of the answer. Concatenated, they are the ids of the text prompt + answer.
 
-    The rule is that of lm-evaluation-harness (`_encode_pair`): whitespace at the end of the prompt is moved to the
-    answer, prompt and answer are tokenised as one text, and the ids are cut after as many ids as the prompt alone has.
-    The rule also holds if the tokenizer adds tokens before every text. Raises NoBoundary if the joined ids do not begin
-    with the prompt's ids, or if no ids are left for the answer.
+    As in lm-evaluation-harness (`_encode_pair`), whitespace at the end of the prompt is moved to the answer, and both
+    are tokenised as one text. The prompt gets the first n ids, where n is the number of ids of the prompt alone. This
+    also works if the tokenizer adds tokens before every text. Raises NoBoundary if the first n ids are not those of the
+    prompt alone, or if no ids remain for the answer.
     """
     before = tokenizer.encode(prompt.rstrip())
     joined = tokenizer.encode(prompt + answer)
