@@ -1,7 +1,7 @@
 """Plot the curves of finished or running runs: `python launch/report.py RUN [RUN ...]`.
 
-Writes loss.png to every run folder, routing.png if the run has experts, and domains.png if its data have domains. Given
-several runs, also plots all their losses in one figure, saved to the file that --out names.
+Writes loss.png to every run folder, routing.png if the run has experts, and domains.png if its data have domains. If
+several runs are given, their losses are also plotted together in the file that --out names.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Page-locked host memory of exactly the requested size.
 
 PyTorch rounds the size of pinned memory up to a power of two, so a snapshot of 17.8 GB would take 32 GB. This module
-allocates ordinary memory instead, in whole pages that hold nothing else, and registers it with CUDA.
+allocates ordinary memory instead, rounded up to whole pages, and registers it with CUDA.
 """
 
 from __future__ import annotations

@@ -4,11 +4,10 @@ An asynchronous save copies this rank's fragments into host memory. Training wai
 plans, hashes, writes, fsyncs and commits the checkpoint, as a synchronous save does. The thread uses its own gloo
 process group, so its collectives never interleave with those of training, whatever backend training uses.
 
-A thread is used instead of a process because hashing, writing and fsync, which take nearly all of its time, release
-Python's global lock. With few cores, a process would compete for them just the same. A process would also need its own
-interpreter with torch (several hundred MiB per rank), could not use its parent's page-locked buffers, and could outlive
-a killed rank and continue writing. The thread ends when its rank is killed. An interrupted save leaves only a .tmp
-folder, which is never read.
+A thread is enough, because hashing, writing and fsync take nearly all of its time and release Python's global lock. A
+process would need its own interpreter with torch (several hundred MiB per rank) and could not use its parent's
+page-locked buffers. It could also outlive a killed rank and continue writing. The thread ends when its rank is killed.
+An interrupted save leaves only a .tmp folder, which is never read.
 """
 
 from __future__ import annotations
@@ -156,7 +155,10 @@ class HostBuffers:
 
 
 def _size(fragment: Fragment) -> int:
-    """Return the number of elements to copy, which is 0 for a frozen parameter: training does not change its values."""
+    """Return the number of elements to copy.
+
+    For a frozen parameter, this is 0, because training does not change its values.
+    """
     return 0 if kind_of(fragment.name) == FROZEN else fragment.tensor.numel()
 
 

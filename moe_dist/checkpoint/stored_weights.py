@@ -72,7 +72,10 @@ def _fitting(path: Path, stored: Mapping[str, LazyTensor], name: str, target: Te
 
 
 def _stored(path: Path, metadata: Metadata, kinds: Collection[str]) -> dict[str, LazyTensor]:
-    """Return a verified checkpoint's logical tensors whose kind is in `kinds`, keyed by name without the kind."""
+    """Return a checkpoint's tensors of the given kinds, keyed by name without the kind.
+
+    The caller must have verified the checkpoint. Each tensor is read only when it is used.
+    """
     pieces: dict[str, list[tuple[int, str]]] = {}
     for index, file in metadata.storage_data.items():
         pieces.setdefault(index.fqn, []).append((index.offset[0], file))

@@ -26,8 +26,8 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def _read(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
     """Read a recipe and merge it with its bases.
 
-    before: the recipes read so far, with which a circle is detected. Each extends the next, and the last one extends
-    `path`.
+    before: the recipes that led to this one, used to detect a circle. Each extends the next, and the last one extends
+    the recipe at `path`.
     """
     data = parse_yaml(_text(path), str(path))
     if not isinstance(data, dict):

@@ -3,8 +3,8 @@
   python -m moe_dist.config.prerequisites configs/NAME.yaml
 
 Prints the command for each missing prerequisite, in the recipe's order. The targets `make data` and `make train` run
-these commands. If an earlier stage is missing, the command for it is `make train` with that stage's recipe, which also
-creates the stage's own prerequisites.
+these commands. If an earlier stage is missing, its command is `make train` with the recipe of that stage. This command
+first creates the prerequisites of the stage.
 """
 
 from __future__ import annotations

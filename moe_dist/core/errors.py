@@ -1,6 +1,6 @@
 """Exceptions for errors that a user can fix, and for bugs on other ranks.
 
-Also functions that convert file errors to UserError, and that suggest a known name for a misspelt one.
+The functions convert file errors to UserError, and suggest a known name for a misspelt one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Paths in settings, in which `~` and environment variables are expanded as a shell would."""
+"""Expansion of `~` and environment variables in the paths of settings, as in a shell."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Objective(Protocol):
     def __call__(self, output: ModelOutput, batch: Batch, counts: Mapping[str, int]) -> ObjectiveOutput:
         """Compute the loss and the metrics of one micro-batch.
 
-        counts: the number of values in each metric's mean over the whole step, keyed by metric name.
+        counts: for each metric name, the sum of counts(batch) over all micro-batches and ranks of the step.
         """
         ...
 

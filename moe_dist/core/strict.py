@@ -1,6 +1,6 @@
 """Strict settings: immutable pydantic models, YAML, `section.key=value` overrides, and errors that name the key.
 
-An unknown key, a key given twice, a wrong type or a value out of range raises a UserError of one sentence.
+An unknown key, a key given twice, a wrong type or a value out of range raises UserError.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def _foreign(node: yaml.Node) -> str | None:
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Apply one override `section.key=value` to a nested mapping, in place.
 
-    Raises UserError if the override is not of this form, if its value is not valid YAML, or if its key treats a plain
-    value of `data` as a section.
+    Raises UserError if the override is not of this form, if its value is not valid YAML, or if a section in its key
+    is a plain value in `data`.
     """
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -149,9 +149,10 @@ class Faults(ValueError):
 
 
 def validate(model: type[Settings], data: Any, where: str, prefix: str = "") -> Settings:
-    """Validate plain YAML data. If it is invalid, raise one UserError that lists all problems.
+    """Validate plain YAML data, and return it as an instance of `model`.
 
-    The message begins with `where`, and `prefix` precedes each key.
+    If the data are invalid, raise one UserError that lists all problems. The message begins with `where`, and `prefix`
+    precedes each key.
     """
     return within(where, lambda: nested(model, data), prefix)
 
@@ -168,7 +169,10 @@ def within(where: str, read: Callable[[], V], prefix: str = "") -> V:
 
 
 def nested(model: type[Settings], data: Any) -> Settings:
-    """Validate plain YAML data inside a validator of the enclosing settings. Raises Faults if the data are invalid."""
+    """Validate plain YAML data, and return it as an instance of `model`. Raises Faults if the data are invalid.
+
+    A validator that parses a part of the settings itself can call this function (see Faults).
+    """
     try:
         return model.model_validate_json(json.dumps(data))  # JSON mode accepts a YAML list for a tuple
     except ValidationError as error:
@@ -196,8 +200,8 @@ def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict
 def pick(kinds: Mapping[str, V], name: Any, key: str, missing: str) -> V:
     """Return kinds[name]. Raises Faults if there is no such name.
 
-    key: the settings key that the error message names. missing: the text of the message. The closest known name is
-    added to this text, or all known names if none is close.
+    key: the settings key that the error message names. missing: the text of the message. If a known name is close to
+    `name`, the text is followed by this name, otherwise by all known names.
     """
     if isinstance(name, str) and name in kinds:
         return kinds[name]
@@ -256,7 +260,7 @@ def _walk(model: Any, location: list[str]) -> tuple[list[str], Any]:
 
 
 def _plain(annotation: Any) -> Any:
-    """Remove Annotated from an annotation, and Optional if it wraps a single type."""
+    """Return the type T inside Annotated[T, ...] or Optional[T]. Return any other annotation unchanged."""
     if get_origin(annotation) is Annotated:
         return _plain(get_args(annotation)[0])
     types = [kind for kind in get_args(annotation) if kind is not NoneType]

@@ -59,11 +59,11 @@ def pieces(text: str, max_characters: int) -> Iterator[str]:
 
 
 def _units(paragraph: str, max_characters: int) -> Iterator[tuple[str, str]]:
-    """Split a paragraph into units, from which pieces() builds its pieces. Yield (separator, unit) for each unit.
+    """Split a paragraph into units, which pieces() joins. Yield (separator, unit) for each unit.
 
-    The separator is put before the unit if the unit does not begin a piece. If the paragraph has at most max_characters
-    characters, it is a single unit. Otherwise each sentence is a unit. A sentence that is too long is split into words,
-    and a word that is too long is split into slices.
+    The separator is put between the unit and the previous unit if both are in the same piece. If the paragraph has at
+    most max_characters characters, it is a single unit. Otherwise each sentence is a unit. A sentence that is too long
+    is split into words, and a word that is too long is split into slices.
     """
     if len(paragraph) <= max_characters:
         if paragraph:

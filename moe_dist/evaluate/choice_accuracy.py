@@ -78,7 +78,7 @@ def answer_all(
 
 
 def _warn(choices: Mapping[int, Choice], report: SampleReport) -> None:
-    """Print how many items were left out, and how many count as wrong whichever option the model prefers."""
+    """Print how many items were left out, and how many are ambiguous. An ambiguous item always counts as wrong."""
     if report.bad:
         print(f"warning: {report.summary()}", file=sys.stderr, flush=True)
     ambiguous = sum(choice.ambiguous for choice in choices.values())
@@ -155,7 +155,10 @@ class Result:
         return cls(right)
 
     def to_json(self) -> dict[str, Any]:
-        """Return accuracies with intervals and, for a later comparison of models, whether each answer was correct."""
+        """Return each task's accuracy with its interval, and whether each item was answered correctly.
+
+        The individual results are needed to compare models later.
+        """
         return {
             "accuracy": {
                 task: {"right": sum(items.values()), "items": len(items), "share": share, "interval_95": interval}

@@ -60,8 +60,8 @@ class Ending:
 def begin(config: Config, job: str, restarts: int, max_failures: int) -> Plan | None:
     """Record the start of the next attempt of `job` and return its plan, or None if the run is already done.
 
-    restarts: number of times that Slurm has restarted this job. Raises UserError if another job is training in the run
-    folder, or if this job's last attempt failed and another attempt is ruled out.
+    restarts: number of times that Slurm has restarted this job. max_failures: as in `settle`. Raises UserError if
+    another job is training in the run folder, or if the last attempt failed and `settle` decides against another one.
     """
     folder = RunFolder(Path(config.run.dir))
     before = _read(folder)
@@ -92,10 +92,10 @@ def begin(config: Config, job: str, restarts: int, max_failures: int) -> Plan | 
 
 
 def end(run: Path, code: int, max_failures: int) -> Ending:
-    """Determine how an attempt ended and whether the job runs again, and record that the attempt has ended.
+    """Return how an attempt ended and whether the job will run again. Record in job.json that the attempt has ended.
 
-    code: the status with which the attempt's launcher has just exited. max_failures: as in `settle`. Raises UserError
-    if job.json is missing or damaged.
+    code: the exit status of the attempt's launcher. max_failures: as in `settle`. Raises UserError if job.json is
+    missing or damaged.
     """
     folder = RunFolder(run)
     attempt = _read(folder)

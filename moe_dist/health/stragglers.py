@@ -1,8 +1,9 @@
 """Detection of slow ranks.
 
 All ranks wait for the slowest in every step, so only the time of their own work is compared. A rank's own seconds in a
-step are the step's seconds minus the seconds spent waiting inside collectives. The waiting can be measured only if the
-host waits (gloo). On GPUs the stream waits instead, so all ranks look equally fast and no slow rank is reported.
+step are the step's seconds minus the seconds spent waiting inside collectives. Only waiting of the host is measured.
+With gloo, the host waits. On GPUs, the host does not wait in a collective, so all ranks look equally fast and no slow
+rank is reported.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from moe_dist.parallel.discovery import host_name
 class Stragglers:
     """Context manager that reports slow ranks. Every rank must enter it around each training step.
 
-    Every `straggler_every` steps, the ranks exchange the medians of their own seconds per step (collective). If the
-    slowest rank's value is at least `straggler_factor` times the median over the other ranks, rank 0 prints this and
-    appends it to RUN/stragglers.jsonl.
+    Every `straggler_every` steps, the ranks exchange the medians of their own seconds per step (collective). The
+    slowest rank is reported if its value is at least `straggler_factor` times the median over the other ranks. Rank 0
+    prints the report and appends it to RUN/stragglers.jsonl.
     """
 
     def __init__(self, settings: HealthConfig, folder: RunFolder, *, rank: int, step: int = 0) -> None:

@@ -74,12 +74,10 @@ class LoadBalance:
         return _balance(p_BC, _pool_nulls(f_BC, part.num_experts))
 
     def _global_shares(self, parts: list[Routing], batch: Batch) -> list[Tensor]:
-        """Return the fractions f of each router part, over all ranks and all micro-batches so far. Collective.
+        """Return the fractions f of each router part, over all ranks and the step's micro-batches so far. Collective.
 
         Each f is scaled by (number of all tokens / number of the part's tokens). The objective divides by the number of
-        all tokens, so with this scale a part's loss is a mean over the part's own tokens. The scale is applied here,
-        because a part's number of tokens over all ranks is known only on the device. The function performs one
-        all-reduce.
+        all tokens, so with this scale a part's loss is a mean over the part's own tokens.
         """
         columns = [part.chosen_VC.shape[1] for part in parts]
         choices = torch.cat([part.chosen_VC.sum(0) for part in parts])

@@ -1,4 +1,4 @@
-"""The table of all metric keys, which metrics.jsonl, TensorBoard and W&B share.
+"""The table of all metric keys. The keys are the same in metrics.jsonl, TensorBoard and W&B.
 
 In the keys, {layer} stands for a layer's number, {modality} for text or image, and {domain} for the name of an
 instruction domain. All losses are in nats per predicted token. The moe/ keys and model_flops cover all micro-batches of

@@ -7,9 +7,9 @@ Shape suffixes: L MoE layers, G expert-parallel groups, R ranks of one group, E 
 D domains, T tokens of a micro-batch.
 
 An expert's utilization is its number of assignments divided by its fair share. The fair share is the mean number of
-assignments of the experts in the same group (`Router.expert_groups`: the experts of one modality, or all experts). A
-utilization of 1 means that the experts are used evenly, and 0 that the expert is unused. Under expert choice, every
-utilization is 1 by construction, so unrouted_fraction is the metric to watch.
+assignments of the experts in the same group (`Router.expert_groups`: the experts of one modality, or all experts). If
+the experts are used evenly, every utilization is 1. The utilization of an unused expert is 0. Under expert choice,
+every utilization is 1 by construction, so unrouted_fraction is the metric to watch.
 """
 
 from __future__ import annotations

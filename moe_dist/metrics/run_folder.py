@@ -11,8 +11,8 @@ The file status.json is the authority on how a run ended, since launchers may ex
     restart   for schedulers: whether starting the run again without changes can help
     updated   time of writing, UTC
 If a run is killed, `state` stays running and `restart` stays true. So if the launcher has returned and `state` is
-running, the run was killed. If it is not known whether the launcher has returned, look at `updated`, which a run renews
-while it trains (`beat`).
+running, the run was killed. If it is not known whether the launcher has returned, look at `updated`. A run renews
+`updated` while it trains (`beat`). An old time suggests that the run no longer makes progress.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class LoRALinear(nn.Linear):
 
 @dataclass(frozen=True, slots=True)
 class DroppedDocuments:
-    """Attention whose output is prepared for an output projection with LoRA.
+    """Attention for a layer whose output projection has LoRA.
 
     If dropout is on, `attend` returns the attention output followed by a copy of it with dropout. The copy is the input
     for the LoRA delta.

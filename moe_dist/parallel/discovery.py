@@ -1,6 +1,6 @@
 """Discovery of rank and world size under the DeepSpeed launcher, torchrun, srun and mpiexec, or in a single process.
 
-The module also ends a rank: it sets the exit status and decides which rank prints the error or the traceback.
+The function run_rank sets the exit status of this process, and decides whether it prints the error or the traceback.
 
 Sources in order of precedence: RANK and WORLD_SIZE in the environment (DeepSpeed's launcher, torchrun); Slurm's own
 variables (srun); mpi4py, if an MPI launcher's variables are set (mpiexec, mpirun); otherwise a single process.
@@ -214,8 +214,8 @@ def _from_mpi(environment: Mapping[str, str]) -> Place:
 
 
 def host_name() -> str:
-    """Return Slurm's name for this node, which an operator needs to drain the node.
+    """Return the name of this node. An operator can use it to drain the node.
 
-    Without Slurm, return the host name.
+    Under Slurm, this is Slurm's name for the node. Otherwise, it is the host name.
     """
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()

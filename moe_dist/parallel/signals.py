@@ -15,7 +15,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 class Stopped(Exception):
-    """Raised on every rank if any rank receives a signal during set-up, when there is nothing to save.
+    """Raised if a signal stops the run during set-up. The run then has nothing to save.
 
     The message names the signal.
     """

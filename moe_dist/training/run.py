@@ -1,5 +1,6 @@
-"""A training run, built from its recipe: the order of steps, evaluations, log lines and checkpoints, and when each is
-due. Only this module and training/setup.py import most other rooms (the folders of moe_dist).
+"""A training run, built from its recipe. The training loop takes steps, evaluates, logs and saves checkpoints.
+
+Only this module and training/setup.py import from most of the other rooms (the folders of moe_dist).
 """
 
 from __future__ import annotations
@@ -245,9 +246,9 @@ class Run:
         return metrics if result.counted is None else metrics | self.meter.metrics(result.counted, seconds)
 
     def _read(self, read: list[Loaded]) -> Iterator[Batch]:
-        """Yield the micro-batches of a step, and append everything that the loader returns to `read`.
+        """Yield the micro-batches of a step. Append each result of the loader to the list `read`.
 
-        Besides each micro-batch, the loader returns its own state and the time that training waited for the data.
+        Besides its micro-batch, a result has the loader's state and the time that training waited for the data.
         """
         for item in islice(self.loader, self.engine.accumulation):
             read.append(item)

@@ -1,10 +1,10 @@
 """The token cache: the captions and images of every shard as vocabulary ids, so training never runs a tokenizer.
 
-A shard's tokens are stored next to it in tokens/<vocabulary>/<shard>/, or in the user's cache folder if the shard is
-remote or its folder is read-only. <vocabulary> is a digest of both tokenizers. <shard> ends in a digest of the tar's
-checksum (for a remote shard, its URL), the split, and the format version of the token files. If a tokenizer, the tar or
-the format changes, the shard is therefore tokenized again. A folder may be shipped with tokens/ but without tars; its
-tokens must then have been made with the recipe's tokenizers and in the current format.
+A shard's tokens are stored next to it in tokens/<vocabulary>/<shard>/. If the shard is remote or its folder is
+read-only, they are stored in the user's cache folder. <vocabulary> is a digest of both tokenizers. <shard> ends in a
+digest of the tar's checksum (for a remote shard, its URL), the split, and the format version of the token files. If one
+of these changes, the shard is tokenised again. A folder may contain tokens/ but no tars. Its tokens must then have been
+made with the recipe's tokenizers and in the current format.
 
 Call order on every rank: load_vocabulary, build_cache, a barrier, open_store.
 """
@@ -151,11 +151,11 @@ def build_cache(
     device: torch.device | str = "cpu",
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Tokenise this rank's share of a split's shards, except those already in the cache. Rank 0 shows its progress.
+    """Tokenise this rank's share of a split's shards. Skip shards that are already in the cache.
 
-    Every local tar of the share is checked against its index, even if its tokens are already cached. Raises UserError
-    if a shard is damaged or its tokens cannot be written, but only on the rank that finds the problem; the caller must
-    raise it on the other ranks. If `stop` returns True, return before the next sample; only finished shards are kept.
+    Rank 0 shows its progress. Every local tar of the share is checked against its index, even if its tokens are cached.
+    Raises UserError if a shard is damaged or its tokens cannot be written. Only the rank that finds the problem raises
+    it; the caller must raise it on the other ranks. If `stop` returns True, keep the finished shards and return.
     """
     tars: list[Shard] = []
     for part in _parts(data, split):

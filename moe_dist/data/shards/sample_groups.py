@@ -36,8 +36,7 @@ def sample_groups(
     Raises UserError naming the shard and the key if a key occurs again after other samples, or if a sample has two
     members with the same ending.
 
-    unused: if given, a counter. It counts the members that belong to no sample because their name has no key or no
-    ending.
+    unused: a counter for members that belong to no sample because their name has no key or no ending.
     """
     seen: set[str] = set()
     sample: SampleFiles | None = None

@@ -46,7 +46,7 @@ SIGPIPE_STATUS = [0, 23, 141, -13]  # exit statuses of curl, a shell and a comma
 def split_of(key: str) -> Split:
     """Return the split to which a key belongs. The split depends only on the hash of the key.
 
-    The key is a sample's key, or a name shared by related samples, which puts all of them in the same split.
+    key: a sample's key, or a name that related samples share so that they are in the same split.
     """
     position = int.from_bytes(_digest(key)[:8]) / 2**64
     return "test" if position < HELD_OUT else "validation" if position < 2 * HELD_OUT else "train"

@@ -92,8 +92,8 @@ class SteeredLane:
 
     The fraction is the number of image tokens in a group, divided by the number of its tokens without padding. Pairs
     and texts come from separate streams. First, pairs are added to a sequence until the group's number of image tokens
-    is as close as possible to its target. Then texts are added, which lowers the fraction. The amount of text is
-    limited so that the group has too few image tokens by at most half of one image's tokens.
+    is as close as possible to its target. Then texts are added, which lowers the fraction. Their number is limited, so
+    that the group lacks at most half of one image's tokens.
 
     If data.image_fraction is close to the largest possible value, there is room for little text, and sequences end in
     padding.
@@ -122,10 +122,10 @@ class SteeredLane:
         return group
 
     def _take_pairs(self, wanted: float) -> tuple[list[Piece], float]:
-        """Take pairs for one sequence until their total of image tokens is as close to `wanted` as possible.
+        """Take pairs for one sequence until their number of image tokens is as close to `wanted` as possible.
 
-        Returns the pairs, and half of one image's token count. next_group() uses this number to limit the amount of
-        text.
+        Returns the pairs, and half the number of tokens of one image. When next_group() adds texts, the group may lack
+        this many image tokens.
         """
         taken: list[Piece] = []
         room, half = self._data.sequence_length, 0.0

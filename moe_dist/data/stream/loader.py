@@ -125,7 +125,7 @@ def make_loader(
     data or settings.
 
     batch_groups: the number of selection groups per micro-batch.
-    neighbours: if given, the store from which the neighbours' routing is added to every batch.
+    neighbours: if given, the loader adds the neighbours' routing from this store to every batch.
     state: the state that next() returned together with the last batch that was used. If the number of ranks has
     changed, it must be the merged state of all ranks from a checkpoint. If it is None, begin with the first group.
     device: see Loader.

@@ -5,8 +5,8 @@ The .json member of such a sample has the fields `prompt`, `answer` and `domain`
 
   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
 
-Prompt and answer are tokenised as one text. The first ids are the prompt's: as many as the prompt has when it is
-tokenised alone. A prompt's ids therefore do not depend on the answer. Only the answer and EOS contribute to the loss.
+Prompt and answer are tokenised as one text. Its ids must begin with the ids of the prompt alone (see instruction_ids).
+The remaining ids are the answer's. Only the answer and EOS contribute to the loss.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ class InstructionPrompt:
 
 
 def is_instruction(record: dict[str, Any]) -> bool:
-    """Return whether a .json member without a caption is an instruction: whether it has a prompt or an answer."""
+    """Return whether a .json member has fields of an instruction: a prompt or an answer."""
     return "prompt" in record or "answer" in record
 
 
 def read_instruction(record: dict[str, Any], where: str) -> Instruction:
-    """Validate a .json member. Raises UserError if a field is missing or invalid.
+    """Validate a .json member, and return it as an Instruction. Raises UserError if a field is missing or invalid.
 
     The error message begins with `where` and names the field.
     """
@@ -77,7 +77,7 @@ def read_instruction(record: dict[str, Any], where: str) -> Instruction:
 
 
 class NoBoundary(Exception):
-    """Raised if a prompt and its answer are tokenised as one text whose ids cannot be divided between the two.
+    """Raised if the ids of a prompt cannot be separated from the ids of its answer (see instruction_ids).
 
     The message is the reason in a few words.
     """

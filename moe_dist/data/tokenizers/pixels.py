@@ -29,10 +29,10 @@ def to_pixels(images_B3HW: Tensor) -> np.ndarray:
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], x_B: Tensor, chunk: int) -> Tensor:
-    """Apply a function to chunks of exactly `chunk` rows, the last one padded with zeros, and join the results.
+    """Apply a function to chunks of exactly `chunk` rows, and join the results. The last chunk is padded with zeros.
 
-    Kernels choose their order of summation based on the shape, and rounding can move a vector from one code to another.
-    Using the same shape in every call makes an image's codes independent of the other images in the batch.
+    Kernels round differently for inputs of different shapes, and a rounding difference can change the code of an image.
+    Because all chunks have the same shape, the codes of an image do not depend on the other images in the batch.
     """
     outputs = []
     for part in x_B.split(chunk):

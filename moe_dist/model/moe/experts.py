@@ -1,5 +1,4 @@
-"""The experts of one rank. Each Experts class applies the combine weights itself, at the place that its formula
-requires.
+"""The experts of one rank. Each Experts class has its own formula, which includes the combine weights.
 
 Shape suffixes: R rows (sorted by expert), D model width, F expert width, e local experts.
 """
@@ -148,11 +147,11 @@ def looped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> 
 
 
 def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
-    """Return True if torch has a correct grouped kernel for these rows.
+    """Return True if torch's grouped matmul is correct for these rows and does not wait for the GPU.
 
-    On CUDA there is a kernel for bfloat16 on compute capability 9.0 and 10.0. In other cases torch would sync with the
-    host. On 10.0, the kernel may leave the weight gradients of experts without rows unwritten (pytorch issue 172439),
-    so it is used there only if every expert has rows.
+    On a CPU, this is true for float32 and bfloat16. On a GPU, it is true only for bfloat16 on compute capability 9.0
+    (with at least one row) and 10.0. On 10.0, the kernel may leave the weight gradients of experts without rows
+    unwritten (pytorch issue 172439), so every expert must have rows.
     """
     if x_RD.dtype != torch.bfloat16:
         return x_RD.is_cpu and x_RD.dtype == torch.float32

@@ -30,7 +30,7 @@ from moe_dist.model.moe.token_choice import TokenChoiceRouter
 class Decisions:
     """The decisions of one router in one forward pass, and the margins of these decisions.
 
-    Tokens that full experts drop still count as chosen.
+    If a full expert drops a token, the token still counts as chosen.
     """
 
     router: str

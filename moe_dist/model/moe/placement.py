@@ -38,15 +38,15 @@ def slice_id(number: int, expert: int, num_experts: int) -> int:
 def make_placement(expert_groups: Sequence[Sequence[int]], ep: int, slices: int = 1) -> Placement:
     """Place the same number of experts on every rank, and nearly the same number from each group (modality).
 
-    Between ranks, the number of experts from one group differs by at most one. For each group in turn, every rank first
-    gets an equal share, rounded down. The remaining experts of the group then go to the ranks with the fewest experts
-    so far. Therefore the ranks' total numbers of experts never differ by more than one, and they are equal in the end.
-    ep: the number of ranks. slices: the number of slices per expert. Raises UserError if `ep` does not divide the
-    number of experts multiplied by `slices`.
+    For each group in turn, every rank first gets an equal share, rounded down. The remaining experts of the group go to
+    the ranks with the fewest experts so far. For each group, the ranks' numbers of experts differ by at most one.
 
-    Slices are placed like experts: the first slices of all experts in a group come before the second slices. If
-    `slices` is ep / gcd(ep, sizes of the groups), every rank holds the same number of slices from each group, and no
-    rank holds two slices of one expert.
+    ep: the number of ranks. slices: the number of slices per expert. Slices are placed like experts: the first slices
+    of all experts in a group come before the second slices. Raises UserError if `ep` does not divide the number of
+    experts multiplied by `slices`.
+
+    If `slices` is ep divided by the greatest common divisor of ep and the sizes of the groups, every rank holds the
+    same number of slices from each group, and no rank holds two slices of one expert.
     """
     num_experts = sum(len(group) for group in expert_groups)
     if num_experts * slices % ep:

@@ -30,7 +30,7 @@ class SwiGLU(nn.Module):
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, None]:
         """Return y_TD, and None instead of a routing record.
 
-        The argument `info` is unused. It exists because MoELayer, which is called in the same way, needs it.
+        The argument `info` is unused. It allows a block to call SwiGLU and MoELayer in the same way.
         """
         return self.down(gated(self.gate_up(x_TD))), None
 
@@ -40,7 +40,7 @@ class SwiGLU(nn.Module):
     def num_parameters(self, experts: float | None = None) -> int:
         """Count the parameters.
 
-        The argument `experts` is unused. It exists because MoELayer, which is called in the same way, needs it.
+        The argument `experts` is unused. It allows a block to call SwiGLU and MoELayer in the same way.
         """
         return num_weights(self.gate_up) + num_weights(self.down)
 
