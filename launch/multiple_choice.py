@@ -4,8 +4,8 @@
 
 The newest checkpoint of each RUN answers the items. The answers are stored in RUN/multiple_choice.json, and a second
 call reuses them. Prints the accuracy of each run, and the difference between each run and every run named before it,
-all with 95 % intervals. Runs as a single process or under any launcher. To use the items of another folder, give
-data.validation_shards=FOLDER.
+all with 95 % intervals. The command works as a single process and under any launcher. To use the items of another
+folder, give data.validation_shards=FOLDER.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Evaluate every run that the command line names on the items, then compare the runs. Collective."""
+    """Measure the accuracy of every run named on the command line, then compare the runs. Collective."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("arguments", nargs="+", metavar="RUN or section.key=value")
     parser.add_argument("--out", type=Path, help="also write the comparison to this JSON file")

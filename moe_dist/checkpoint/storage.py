@@ -182,7 +182,7 @@ class ShardWriter(StorageWriter):
 
 
 class ShardReader(StorageReader):
-    """A DCP reader. It memory-maps a checkpoint's files and reads only the parts of pieces that a plan requests."""
+    """A DCP reader. It memory-maps a checkpoint's files and reads only the values that the load plan requests."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         self.folder, self.metadata = folder, metadata

@@ -1,8 +1,8 @@
 """The state of a run that a checkpoint stores as plain JSON, and the recipe keys that may change on resume.
 
 The recipe keys that a resumed run may change are listed in MAY_CHANGE. In addition, train.steps may grow if the
-learning rate does not depend on it. Any other change is an error, since it would make the resumed run a different run.
-Paths of data and tokenizers are compared as text, as the recipe writes them.
+learning rate does not depend on it. Any other change is an error. Data and tokenizers are compared by their paths, so
+a moved folder counts as a change.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class CorpusNeed(Strict):
 
 
 class TokenizersNeed(Strict):
-    """Trained tokenizers, which launch/train_tokenizers.py writes."""
+    """A trained text tokenizer and, if `images` is true, an image tokenizer. launch/train_tokenizers.py trains both."""
 
     type: Literal["tokenizers"]
     shards: PathText
@@ -37,7 +37,7 @@ class RunNeed(Strict):
 
 
 class FileNeed(Strict):
-    """A file that `make PATH` creates, because the Makefile has a rule for it."""
+    """A file for which the Makefile has a rule, so that `make PATH` creates it."""
 
     type: Literal["file"]
     path: PathText

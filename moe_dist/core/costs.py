@@ -38,8 +38,8 @@ def num_weights(linear: nn.Linear) -> int:
 def no_products(*modules: nn.Module) -> Product:
     """Return a Product with zero multiply-adds for modules without matrix products, such as norms.
 
-    The modules' parameters are the Product's weights. If they are trained, gradients must reach them, and computing
-    these gradients costs multiply-adds in the products that follow.
+    The modules' parameters are the Product's weights. If they are trained, backpropagation must reach them, so all
+    later products of the chain must also compute the gradients of their inputs.
     """
     return Product(0, tuple(parameter for module in modules for parameter in module.parameters()))
 

@@ -1,9 +1,10 @@
 """Fusion of chains of small tensor operations into single GPU kernels.
 
 A function decorated with `fused` is compiled by torch.compile if its first tensor is on a GPU. Elsewhere the function
-runs uncompiled, and the uncompiled result is the reference for the compiled one. TORCH_COMPILE_DISABLE=1 and
-train.deterministic turn compilation off on a GPU too. Deterministic runs need this because the summation order of
-compiled code depends on the sizes that a process has seen before, so a resumed run could round differently.
+runs uncompiled, and the uncompiled result is the reference for the compiled one.
+
+TORCH_COMPILE_DISABLE=1 and train.deterministic turn compilation off. With compilation, a resumed run could round
+differently, because the summation order of compiled code depends on the sizes that the process has seen before.
 """
 
 from __future__ import annotations
@@ -40,5 +41,8 @@ def fused(function: Function) -> Function:
 
 
 def is_compiled_for(x: Tensor) -> bool:
-    """Return True if a fused function whose first argument is x runs compiled."""
+    """Return whether compilation is on for x: x is on a GPU, and compilation is not turned off.
+
+    Even then, a fused function runs uncompiled if x has no rows or one row.
+    """
     return x.is_cuda and not (torch._dynamo.config.disable or torch.are_deterministic_algorithms_enabled())

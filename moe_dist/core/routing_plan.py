@@ -17,8 +17,8 @@ class RoutingPlan:
     """Assignments of tokens to experts, with combine weights: everything that a dispatcher needs.
 
     There is no fixed k or capacity: a token may have any number of assignments. Only the first sum(counts_E)
-    assignments have an expert. In the others, the token chose a null expert or a full one. The sum is known only on the
-    device until the dispatcher reads the counts, so it is the dispatcher that cuts off the others.
+    assignments have an expert. In the rest, the token chose a null expert or an expert that was full. The dispatcher
+    cuts off the rest, because it is the first to read counts_E on the host.
     """
 
     token_ids_N: Tensor  # int64 index (into the T tokens) of each assignment, sorted by expert

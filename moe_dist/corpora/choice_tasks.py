@@ -57,7 +57,7 @@ def related(one: str, other: str) -> bool:
 
 
 def gives_away(text: str, answer: str) -> bool:
-    """Return whether any word in the text looks like a form of a word in the answer."""
+    """Return whether the text gives the answer away: one of its words looks like a form of a word in the answer."""
     return any(related(word, part) for word in _words(text) for part in _words(answer))
 
 

@@ -47,9 +47,10 @@ class ClipArt(Strict):
         fetch_debian([PNG, SVG], downloads)
 
     def entries(self, downloads: Path) -> list[ClipartEntry]:
-        """Return the drawings, without symbolic links and icon themes.
+        """Return the drawings that can get a caption.
 
-        A drawing is also left out if it has no title, or if more than MAX_SAME_TITLE drawings have its title.
+        A drawing is left out if it has no title, or if more than MAX_SAME_TITLE drawings have its title. Symbolic links
+        and icon themes are left out, too.
         """
         drawings = read_debian(SVG, downloads, lambda path: path.endswith(".svg") and "/icons/" not in path)
         described = {_name(path): _describe(svg.decode(errors="replace")) for path, svg in sorted(drawings.items())}

@@ -4,8 +4,8 @@ The captions are made from emojibase (MIT), for example: "deciduous tree. forest
 habitat. (animals & nature: other plants)"
 
 The order of the keywords is drawn by hash for each image. If it were emojibase's alphabetical order, all vendors'
-images of an emoji would share one caption, and a model would memorize it. Variants of an emoji by skin tone, gender and
-vendor are in the same split (`base_concept`).
+images of an emoji would share one caption, and a model would memorize it. All variants of an emoji (skin tones,
+genders and vendors) are in the same split.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def read_captions(downloads: Path, *, base: bool) -> dict[str, dict[str, Any]]:
 
 
 def _images(package: str, folder: str, downloads: Path) -> dict[str, bytes]:
-    """Return a dict from each emoji's code, without variation selectors, to its image in a vendor's package.
+    """Return the images in a vendor's package, keyed by the emoji's code without variation selectors.
 
-    If several images have the same code, only one of them is returned.
+    If the codes of several images differ only in variation selectors, only one of these images is returned.
     """
     pattern = re.compile(re.escape(folder) + r"[0-9a-f-]+\.(png|webp)")
     files = read_npm(package, downloads, lambda path: pattern.fullmatch(path) is not None)

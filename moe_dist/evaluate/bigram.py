@@ -124,8 +124,8 @@ def fit_weights(parts: np.ndarray) -> tuple[np.ndarray, float]:
 class Bigram:
     """The bigram model: one ContextModel per modality.
 
-    The function perplexity.mean_losses, given the method `token_losses`, returns the model's losses. They can be
-    compared with the losses that perplexity.evaluate returns for a trained model.
+    To measure its loss, pass the method `token_losses` to perplexity.mean_losses. The result can be compared with the
+    losses that perplexity.evaluate returns for a trained model.
     """
 
     def __init__(self, models: Sequence[ContextModel], modality_of: np.ndarray):
@@ -147,7 +147,7 @@ class Bigram:
         return cls(models, modality_of)
 
     def log_probability(self, bigrams: Bigrams) -> np.ndarray:
-        """Return the natural logarithm of P(following | context), [n]."""
+        """Return the natural logarithm of P(following | context) for each of n bigrams, as an array [n]."""
         result = np.zeros(len(bigrams.context))
         for modality, model in enumerate(self._models):
             chosen = self._modality_of[bigrams.context] == modality

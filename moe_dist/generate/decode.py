@@ -117,9 +117,11 @@ def _micro_batch(rows: Sequence[_Row], form: Format) -> tuple[Tensor, TokenInfo]
 
 
 def _extend(rows: Sequence[_Row], logits_RV: Tensor, form: Format, sampling: Sampling, masks_KV: Tensor) -> None:
-    """Draw the next token of every sample, append it to the sample, and make it the `feed` of the sample's rows.
+    """Draw the next token of every sample and append it to the sample.
 
-    logits_RV: the logits after each row's last token. masks_KV: the allowed tokens for each kind of next token.
+    The token also becomes the `feed` of the sample's rows, so the model reads it in the next step.
+    logits_RV: the logits after each row's last token. masks_KV: for each kind of token (Format.next), which tokens of
+    the vocabulary are allowed.
     """
     device = logits_RV.device
     place = {(row.sample.number, row.unconditional): number for number, row in enumerate(rows)}

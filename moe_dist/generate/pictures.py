@@ -59,7 +59,7 @@ class Generated:
 
 
 def write_generated(folder: Path, samples: Sequence[Generated], image: ImageTokenizer | None, settings: dict) -> None:
-    """Write samples.jsonl, sheet.png, and each sample's images as NUMBER.png, NUMBER_2.png, and so on.
+    """Write samples.jsonl, the contact sheet sheet.png, and each sample's images (Generated.names) to a new folder.
 
     Each line of samples.jsonl describes one sample and repeats `settings`.
     """

@@ -42,8 +42,9 @@ class Term(Protocol):
         ...
 
     def __call__(self, output: ModelOutput, batch: Batch) -> tuple[Tensor, ...]:
-        """Return one 0-d tensor per metric: its sum over the values that `counts` counts.
+        """Return the sum of each metric over the micro-batch, as one 0-d tensor per metric.
 
-        The first metric is minimised. The others are detached and only reported.
+        These sums are divided by the numbers from `counts`. The first metric is minimised. The others are detached and
+        only reported.
         """
         ...

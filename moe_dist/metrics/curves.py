@@ -84,9 +84,10 @@ def read_baseline(path: str | Path) -> dict[str, float]:
 
 
 def write_report(path: str | Path, baseline: Mapping[str, float] | None = None) -> list[Path]:
-    """Plot RUN/loss.png, RUN/routing.png (if the run has experts) and RUN/domains.png (if its data have domains).
+    """Plot loss.png, routing.png (if the run has experts) and domains.png (if its data have domains) in a run folder.
 
-    Return the files' paths. Raises UserError if metrics.jsonl cannot be read or a plot cannot be drawn or written.
+    path: the run folder. baseline: losses to draw as lines in loss.png. Returns the paths of the plots. Raises
+    UserError if metrics.jsonl cannot be read or a plot cannot be drawn or written.
     """
     run = read_run(path)
     figures = {"loss.png": loss_figure([run], baseline or {})}

@@ -36,8 +36,8 @@ def flops_saved(
     In this model, a token is processed by `experts` experts per layer on average. In the reference model, every token
     is processed by `top_k` experts in every layer.
 
-    Neither FLOP count includes the routers. In both, every parameter that some stage can train counts as trained,
-    so a stage that freezes parameters does not change the result.
+    Neither FLOP count includes the routers. Both assume that all parameters are trained, except those that LoRA
+    freezes. Therefore the result does not depend on the recipe's `trainable`.
     tokens: the number of routed tokens, without padding.
     experts: the mean over all `tokens`, including those that skip a layer with mixture-of-depths.
     admitted: see Work.admitted in core/costs.py.

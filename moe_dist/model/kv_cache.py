@@ -1,9 +1,9 @@
 """The key-value cache, with which generation continues a sequence token by token without recomputing earlier tokens.
 
 A cache holds S sequences. If the documents of a micro-batch continue cached sequences, their tokens must also attend to
-the cached tokens. In this case, attention uses CachedDocuments, which a Decoding provides. Each layer counts its cached
-tokens separately, because a layer that skips tokens (mixture-of-depths) caches fewer tokens. Before a key is stored, it
-is rotated by its token's position in TokenInfo. The positions of a cached sequence may therefore have gaps.
+the cached tokens. In this case, attention uses CachedDocuments, which a Decoding provides. A layer with
+mixture-of-depths caches only the tokens that it admits, so each layer counts its cached tokens separately. The cached
+keys are already rotated by the positions of their tokens.
 
 Shape suffixes: T tokens, N documents of a micro-batch, n tokens of the longest document, S sequences, C capacity
 (maximum number of tokens per sequence), L tokens of the longest sequence so far, H heads, G query groups, d size per

@@ -49,7 +49,7 @@ class OneRankGroup:
 class Linear(nn.Linear):
     """PyTorch's Linear with the interface of megatron's linear layers.
 
-    Its constructor takes megatron's arguments, and it returns (output, bias). The bias is None.
+    The constructor takes megatron's arguments. The forward pass returns (output, bias), where bias is always None.
     """
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool, **_tensor_parallel_settings):
@@ -65,7 +65,7 @@ class Linear(nn.Linear):
 class AdaptedLinear(LoRALinear):
     """LoRALinear with the interface of megatron's linear layers.
 
-    adapters: the arguments of LoRALinear that megatron's linear layers do not have.
+    adapters: the arguments of LoRALinear that megatron does not pass.
     """
 
     def __init__(
@@ -157,10 +157,10 @@ class Attention(nn.Module):
         ]
 
     def num_parameters(self) -> int:
-        """Count the parameters of the projections and the head norms.
+        """Return the number of parameters of the projections and the head norms.
 
-        The parameters of the projections are counted as their multiply-adds for one token. The two numbers are equal,
-        because the projections have no bias.
+        The projections have no bias. Therefore the number of their parameters equals the number of their multiply-adds
+        for one token.
         """
         matrices = self.products(LayerWork(tokens=1, pairs=0, rows=0))
         norms = sum(2 * norm.normalized_shape[0] for norm in self._head_norms())

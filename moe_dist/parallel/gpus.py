@@ -1,4 +1,4 @@
-"""A check that every rank has its own GPU. If ranks share one, it reports that clearly, before NCCL would fail."""
+"""A check that every rank has its own GPU. If ranks share a GPU, it raises a clear error before NCCL fails."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_gpus(place: Place, device: torch.device) -> dist.Store | None:
 
 
 def shared_gpu(seats: list[tuple[str, str, str]]) -> str | None:
-    """Return an error sentence if two ranks share a GPU, otherwise None. seats: each rank's (host, GPU, NCCL_HOSTID).
+    """Return an error message if two ranks share a GPU, otherwise None. seats: each rank's (host, GPU, NCCL_HOSTID).
 
     NCCL considers two ranks to be on the same host if their NCCL_HOSTIDs are equal. For a rank that has not set
     NCCL_HOSTID, NCCL uses the host name.

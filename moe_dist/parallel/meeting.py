@@ -100,7 +100,10 @@ class _Wait:
 
 
 def _connect(wait: _Wait) -> dist.Store:
-    """Wait until the store can be reached, and return it. The store is rank 0's, or that of torchrun's agent."""
+    """Wait until the store can be reached, and return it.
+
+    Rank 0 hosts the store. Under torchrun, torchrun's agent hosts it instead.
+    """
     place, why = wait.place, ""
 
     def describe() -> str:
@@ -127,7 +130,10 @@ def _connect(wait: _Wait) -> dist.Store:
 
 
 def _gather(store: dist.Store, wait: _Wait) -> None:
-    """Wait until every rank has put its number into the store. Rank 0 checks this and notifies the other ranks."""
+    """Put this rank's number into the store, and wait until all ranks have done so.
+
+    Rank 0 waits for the numbers of all ranks. The other ranks wait for rank 0 to set the key `all`.
+    """
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's agent keeps its store over restarts
     here, place = dist.PrefixStore(f"meeting {start}", store), wait.place
     mine, ranks = str(place.rank), [str(rank) for rank in range(place.world)]

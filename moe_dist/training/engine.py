@@ -1,11 +1,10 @@
 """One optimizer step over all ranks, with an exact loss and an exact global gradient norm.
 
 Each term of the objective is a sum divided by a count, such as the number of predictions. The sum and the count are
-over all ranks and micro-batches. The gradient is clipped by the norm over all parameters; each expert counts once.
-DeepSpeed averages all gradients over all ranks. This includes the gradients of experts, which the all-to-all has
-already summed over the expert-parallel ranks. The loss of every rank is therefore scaled by the number of data-parallel
-ranks, and by nothing else. If a loss or gradient is non-finite, all ranks skip the step or end the run
-(train.non_finite).
+over all ranks and micro-batches. DeepSpeed divides the summed gradients of all parameters, including experts, by the
+number of data-parallel ranks. To undo this, the loss of every rank is multiplied by this number. Gradients are clipped
+by the norm over all parameters. Each expert counts once in this norm, even if several ranks hold it. If a loss or
+gradient is non-finite, all ranks skip the step or end the run (train.non_finite).
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ class Engine:
 
     @property
     def optimizer(self) -> Any:
-        """DeepSpeed's ZeRO optimizer. Its attribute `optimizer` is the torch optimizer of the partitions."""
+        """DeepSpeed's ZeRO optimizer. Its attribute `optimizer` is the torch optimizer for this rank's partition."""
         return self._zero.optimizer
 
     @property
@@ -155,7 +154,10 @@ class Engine:
 
     @torch.no_grad()
     def eval_forward(self, batch: Batch) -> ModelOutput:
-        """Return the model's output for one micro-batch on the device, without gradients. Collective."""
+        """Return the model's output for one micro-batch in eval mode, without gradients. Collective.
+
+        The micro-batch must already be on the device.
+        """
         self._zero.eval()
         try:
             return self.module(batch.tokens_T, batch.info)
@@ -213,6 +215,6 @@ class Engine:
 def _poison(loss: Tensor) -> Tensor:
     """If the loss is non-finite, make its gradients non-finite too.
 
-    The gradient norm, which all ranks share, then makes every rank skip the step.
+    The gradient norm over all ranks is then non-finite, so every rank skips the step.
     """
     return loss * (loss.detach() * 0.0 + 1.0)

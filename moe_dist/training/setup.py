@@ -110,9 +110,9 @@ def open_data(
 
 
 def _show(split: Split, store: TokenStore) -> None:
-    """Print a summary of the samples of a split, and name the parts that are deliberately unused.
+    """Print what a split contains and which parts of its samples are unused by design.
 
-    If there are samples that cannot be used (store.report), also print a warning with their number.
+    If samples are bad or have a lost part, also print a warning with their numbers and the reasons.
     """
     unused = ", ".join(f"{name} ({number})" for name, number in store.report.unused.most_common())
     lines = [f"{split}: {store.contents}" + (f"; unused by design: {unused}" if unused else "")]

@@ -38,7 +38,7 @@ class StepMeter:
 
     @classmethod
     def of(cls, model: Transformer, config: Config, layout: Layout, domains: Sequence[str]) -> StepMeter:
-        """Create the meter for a model in training. `domains`: the names of the domains in the data."""
+        """Create the meter for the training of `model`. domains: the names of the domains in the data."""
         router = next(iter(routers(model)), None)
         placement = None
         if router is not None and isinstance(config.model.ffn, MoEFFN):

@@ -98,8 +98,8 @@ class SampleReport:
     def check(self, max_bad_fraction: float, unwanted: tuple[str, ...] = ()) -> None:
         """Raise UserError if there are no samples, or if more than max_bad_fraction are bad or have a lost part.
 
-        unwanted: beginnings of reasons. If the reason for a lost part begins with one of them, the sample is not
-        counted, because the recipe does not use such parts.
+        unwanted: prefixes of the reasons that do not matter, because the recipe does not use such parts. A sample is
+        not counted if the reason for its lost part has one of these prefixes.
         """
         if self.total == 0:
             raise UserError("the shards hold no samples of this split")

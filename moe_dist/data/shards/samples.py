@@ -86,10 +86,10 @@ def readable(name: str) -> str:
 
 
 def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MAX_MEGAPIXELS) -> RawSample:
-    """Decode one sample. The result also names the first lost part, and the parts that are unused by design.
+    """Decode one sample. The fields `loss` and `unused` of the result name the first lost part and the unused parts.
 
-    Raises BadSample or LostSample if the sample cannot be used. Raises UserError naming the shard and the sample if an
-    instruction is malformed.
+    If the sample cannot be used because of a lost part, raises LostSample. If it cannot be used for another reason,
+    raises BadSample. If it is a malformed instruction, raises UserError naming the shard and the sample.
     """
     key, files = sample.key, sample.files
     picture = next((suffix for suffix in IMAGE_SUFFIXES if files.get(suffix) is not None), None)
@@ -215,7 +215,7 @@ def _check_unicode(text: str) -> None:
 
 
 def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, has_text: bool) -> dict[str, str]:
-    """Return a dict from the ending of each lost member to the reason why it is lost.
+    """Find the members that are lost (see `Loss`). Return a dict that maps the ending of each to the reason.
 
     picture: the ending of the member that is used as the image, or None.
     has_text: whether the sample has a caption or is an instruction.
@@ -241,12 +241,10 @@ def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, has
 
 
 def _lost_json(record: Mapping[str, object] | None, key: str) -> Loss | None:
-    """Return the Loss of a sample that has an image, but no caption in its .json member.
+    """Return the reason why a sample with an image has no caption, as a Loss.
 
-    Return None if the member is missing or has no fields.
-
-    record: the result of _read_json().
-    key: the sample's key.
+    If there is no .json member, or if it is an empty object, returns None, because no caption is lost.
+    record: the result of _read_json(). key: the sample's key.
     """
     if record is None:
         return Loss("json has no caption, it is no object", key)

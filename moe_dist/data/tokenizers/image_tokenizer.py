@@ -36,7 +36,7 @@ class ImageTokenizer(Protocol):
         """Encode images in [-1, 1] as codes [B, n] (int64). An image's codes do not depend on the rest of the batch."""
 
     def decode(self, codes_Bn: Tensor) -> Tensor:
-        """Decode codes to images [B, 3, H, W] in [-1, 1]. Raises UserError if the weights hold no decoder."""
+        """Decode codes to images [B, 3, H, W] in [-1, 1]. Raises UserError if the tokenizer has no decoder."""
 
     def to(self, device: torch.device | str) -> ImageTokenizer:
         """Move the weights to a device and return the tokenizer."""

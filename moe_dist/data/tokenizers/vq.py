@@ -1,7 +1,8 @@
-"""Our VQ image tokenizer (VQ-VAE, arXiv 1711.00937): a convolutional encoder, a library's quantizer and a decoder.
+"""Our VQ image tokenizer (VQ-VAE, arXiv 1711.00937): a convolutional encoder, a quantizer and a decoder.
 
-By default, 64 x 64 pixels become 8 x 8 = 64 codes. The network is so small that two CPU cores can train it in minutes:
-a patch embedding, then residual blocks at 1/4 and 1/8 of the resolution only.
+The quantizer is from the package vector_quantize_pytorch. By default, 64 x 64 pixels become 8 x 8 = 64 codes. The
+network is so small that two CPU cores can train it in minutes: a patch embedding, then residual blocks at 1/4 and 1/8
+of the resolution only.
 
 Shape suffixes: B images, H and W pixels, h and w latent rows and columns, n = h * w codes of an image, D code width.
 """

@@ -84,12 +84,16 @@ class RouterPart(nn.Module):
 class Gate(RouterPart):
     """Linear layer that computes the logits of a router: x W^T (+ b), in float32 (float64 for float64 input).
 
-    The weight dtype and autocast do not change this precision. The gate is a separate module that returns a tensor,
-    because ZeRO-3 gathers parameters with hooks on such modules.
+    The weight dtype and autocast do not change this precision. The gate is a separate module because ZeRO-3 gathers
+    parameters with hooks, which need a module that returns a tensor. A router returns dataclasses.
     """
 
     def __init__(self, columns: int, site: Site, *, bias: bool = False):
-        """Create the gate. The router must store it as its attribute `gate`. site: the router's place in the model."""
+        """Create the gate. site: the router's place in the model.
+
+        The router must store the gate in an attribute named `gate`, because the initial values are drawn for the
+        parameter name gate.weight.
+        """
         super().__init__()
         self.width, self.columns = site.hidden_size, columns
         self.weight = nn.Parameter(torch.empty(columns, site.hidden_size, dtype=torch.float32))
@@ -152,10 +156,11 @@ def _no_autocast(device_type: str) -> AbstractContextManager[object]:
 def selection_keys(logits_VC: Tensor, info: TokenInfo, key: int, scope: str = "group") -> Tensor:
     """Return int64 selection keys [V, C]. A router selects the tokens or columns with the highest selection keys.
 
-    Selection keys are ordered like the logits after rounding to multiples of 2^-14. Ties are broken by a hash of (key,
-    token id, column). Except for the rounding, all arithmetic is on integers, so every device computes the same bits.
-    key: the seed of the hash. scope: the scope of the competition between tokens. The V rows are the competing tokens
-    (TokenInfo.competing).
+    The logits are rounded to multiples of 2^-14. A higher rounded logit has a higher key. Between equal rounded logits,
+    a hash of (key, token id, column) decides. Except for the rounding, all arithmetic is on integers, so every device
+    computes the same bits.
+    key: the seed of the hash. scope: says which tokens compete. The rows must be the tokens that
+    TokenInfo.competing(scope) returns, in this order.
     """
     middle, integer = _MIDDLE[logits_VC.dtype]
     sum_VC = (logits_VC.detach() + middle).clamp(middle - _LIMIT, middle + _LIMIT - _STEP)
@@ -167,9 +172,10 @@ def selection_keys(logits_VC: Tensor, info: TokenInfo, key: int, scope: str = "g
 def _ids(info: TokenInfo, columns: int, scope: str) -> Tensor:
     """Return a pseudo-random number for every pair of a token and a column, int64 [V, C].
 
-    Routers that see the same tokens share these numbers. Each router multiplies them by its own odd number. The high
-    bits of the product are a hash (Dietzfelbinger et al., "A Reliable Randomized Algorithm for the Closest-Pair
-    Problem", J. Algorithms 1997).
+    The numbers are computed once for all routers that see the same tokens. They become a hash in selection_keys, which
+    multiplies them by an odd integer and keeps the high bits of the product (Dietzfelbinger et al., "A Reliable
+    Randomized Algorithm for the Closest-Pair Problem", J. Algorithms 1997). The integer differs between routers.
+    scope: as in selection_keys.
     """
 
     def make() -> Tensor:
@@ -199,6 +205,6 @@ def selection_margins(logits_VC: Tensor, keys_VC: Tensor, chosen_VC: Tensor) -> 
 
 
 def _parts(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Split selection keys into two parts: the logit's position on the rounding grid, and the signed hash."""
+    """Split selection keys into the rounded logits (as positions on the grid) and the signed hashes that break ties."""
     position = (keys + (1 << (_HASH_BITS - 1))) >> _HASH_BITS
     return position, keys - (position << _HASH_BITS)

@@ -1,4 +1,7 @@
-"""Gathering rows from tokens, and summing rows into tokens. Each operation is the gradient of the other.
+"""Conversion between tokens and rows. A row is a copy of a token for one expert.
+
+take_rows copies tokens into rows, and add_up_rows sums the rows of each token. The backward pass of each function is
+the forward pass of the other.
 
 Shape suffixes: T tokens, D model width, N rows.
 """

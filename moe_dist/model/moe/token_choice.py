@@ -79,8 +79,9 @@ class TokenChoiceRouter(nn.Module):
     def _slots(self, info: TokenInfo, sizes: list[int]) -> int | None:
         """Return the number of rows to which every expert is padded, or None if pad_to_capacity is off.
 
-        The number is an expert's capacity in the largest selection group, multiplied by the number of groups. The size
-        of a group includes padding tokens. Therefore, without mixture-of-depths, the number is constant.
+        The number is the capacity for the largest selection group, multiplied by the number of groups. Padding tokens
+        count as part of a group. Without mixture-of-depths, all groups therefore have the same size, and the number is
+        the same for every micro-batch.
         """
         if not self.settings.pad_to_capacity:
             return None
