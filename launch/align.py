@@ -1,10 +1,12 @@
-"""Build RoMA's neighbour store (docs/roma.md) in two steps. To use the store, set data.neighbours in a recipe.
+"""Build RoMA's neighbour store (docs/roma.md) in two steps:
 
 launch/align.py collect RUN STORE [section.key=value ...]
     Record how RUN's newest checkpoint routes and answers each sample of data.shards. Runs as a single process or under
     any launcher.
 launch/align.py neighbours STORE EMBEDDER [--k 3] [--sigma S]
     Find the neighbours whose routing each sample should imitate. Runs as a single process.
+
+To train with the store, set data.neighbours to STORE in a recipe.
 """
 
 import argparse
@@ -45,9 +47,9 @@ def main() -> None:
 
 
 def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
-    """Run the model on every training sample. Store each sample's routing and whether it is answered correctly.
+    """Run the model on every training sample, and write the results to a new store. Collective.
 
-    Collective.
+    The results are each sample's routing, and whether the model answers the sample correctly.
     """
     found = TrainedRun.find(folder, overrides)
     run, config = found.open("train"), found.config
@@ -73,7 +75,10 @@ def collect(folder: RunFolder, store: Path, overrides: list[str]) -> None:
 
 
 def find_neighbours(store: Path, embedder: Path, k: int, sigma: float | None) -> None:
-    """Embed the questions of the store's samples, and add each sample's nearest neighbours to the store."""
+    """Find the nearest neighbours of each sample in the store, and write them to the store.
+
+    The distance between two samples is the distance between the embeddings of their questions.
+    """
     samples, about = read_samples(store)
     data = validate(DataConfig, about["data"], str(store))
     instructions = read_instructions(data, "train")

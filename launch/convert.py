@@ -5,11 +5,12 @@
     launch/convert.py upcycle --from CHECKPOINT --to OUT --experts N [model.ffn.router.KEY=VALUE ...]
     launch/convert.py verify FOLDER                       check every byte of a checkpoint, or of a run's checkpoints
 
-The command upcycle makes a sparse model from a dense checkpoint: the experts of each layer are copies of the layer's
-FFN. If the checkpoint has one expert per modality (1t1i), the experts of a modality are copies of its expert. If
-CHECKPOINT is a run folder, the run's newest checkpoint is used. In addition to the checkpoint, import and upcycle write
-OUT/model.yaml, the matching `model:` section for a recipe. To start a run from the checkpoint, set the recipe's key
-init_from. The command verify does not build the model.
+If CHECKPOINT is a run folder, the run's newest checkpoint is used.
+upcycle: makes a sparse model from a dense checkpoint. The experts of each layer are copies of the layer's FFN. If the
+checkpoint has one expert per modality (1t1i), the experts of a modality are copies of that modality's expert.
+import, upcycle: the file OUT/model.yaml is written, too. It is the matching `model:` section for a recipe. To start a
+run from the new checkpoint, set the recipe's key init_from.
+verify: the model is not built.
 """
 
 import argparse

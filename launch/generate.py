@@ -5,9 +5,10 @@
   --mixed "Two hearts:" @heart.png     continue a prompt of texts and pictures (@FILE); may be given several times
 
 Reads RUN/config.yaml and the run's newest checkpoint, but no shards. Writes PNGs, samples.jsonl and a contact sheet
-(sheet.png) to a new folder under RUN/samples/. Runs as a single process, or under any launcher if parallel.expert
-divides the number of processes; the samples do not depend on the layout. Overrides of the recipe (section.key=value)
-go directly after RUN.
+(sheet.png) to a new folder under RUN/samples/. Overrides of the recipe (section.key=value) go directly after RUN.
+
+Runs as a single process or under any launcher. The samples do not depend on the number of processes. By default, every
+process holds all experts. The override parallel.expert=N distributes them over N processes.
 """
 
 import argparse
@@ -82,8 +83,8 @@ def generate_samples(arguments: argparse.Namespace) -> None:
 def start_samples(arguments: argparse.Namespace, form: Format, sampling: Sampling) -> list[GenerationState]:
     """Create the initial states of all samples: first for --caption, then for --picture, then for --mixed.
 
-    Every rank creates the states of all samples, so that a sample has the same number on all ranks. Raises UserError
-    if an option or a prompt is invalid, or if there is no prompt.
+    Every rank creates all states, so a sample has the same number on all ranks. Raises UserError if an option or a
+    prompt is invalid, or if there is no prompt.
     """
     for name in ("samples", "batch"):
         if getattr(arguments, name) < 1:
@@ -107,9 +108,9 @@ def start_samples(arguments: argparse.Namespace, form: Format, sampling: Samplin
 
 
 def new_folder(parent: Path, name: str) -> Path:
-    """Return the path of a new folder, so that earlier samples are kept.
+    """Return a path in `parent` that does not exist yet, so that no earlier samples are overwritten.
 
-    This is parent/name or, if that folder exists already, parent/name-N with the first free N.
+    The path is parent/name or, if that exists, parent/name-N with the smallest free N (2, 3, ...).
     """
     number = 1
     while (parent / (name if number == 1 else f"{name}-{number}")).exists():

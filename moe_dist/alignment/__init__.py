@@ -1,4 +1,4 @@
-"""Neighbours for RoMA: embedding questions, and searching for each question's nearest neighbours.
+"""Neighbours for RoMA: embedding of questions, and search for each question's nearest neighbours.
 
-Imports core and data.
+This package imports only core and data.
 """

@@ -1,8 +1,11 @@
 """The neighbours whose routing each sample should imitate: the k nearest samples that the model answered correctly.
 
-The weight of neighbour j for sample i is W_ij = sim(i, j) / (sum of sim(i, l) over l in N(i)), where
-sim(i, j) = exp(-||E_i - E_j||^2 / (2 sigma^2)), E_i is the embedding of sample i's question, and N(i) is the set of the
-k nearest samples in the success set, which are the samples answered correctly (RoMA: Routing Manifold Alignment, 2025).
+The weight W_ij of neighbour j for sample i is taken from RoMA: Routing Manifold Alignment, 2025.
+
+  W_ij = sim(i, j) / (sum of sim(i, l) over l in N(i))   with   sim(i, j) = exp(-||E_i - E_j||^2 / (2 sigma^2))
+
+The success set contains the samples that were answered correctly. N(i) contains the k samples of the success set that
+are nearest to sample i. E_i is the embedding of sample i's question.
 
 Shape suffixes: N samples, C samples in the success set, B samples in a block, E embedding size, K neighbours.
 """
@@ -20,12 +23,11 @@ BLOCK = 1024  # samples whose distances to the success set are in memory at once
 
 
 def nearest(embedding_NE: Tensor, right_N: Tensor, *, k: int, sigma: float | None) -> tuple[Neighbours, float]:
-    """Find every sample's k nearest neighbours in the success set. Returns the neighbours and the sigma used.
+    """Find the k nearest neighbours of every sample in the success set. Returns the neighbours and the sigma used.
 
-    A sample is never its own neighbour. If a sample has fewer than k neighbours, the missing ones have weight 0.
+    A sample is never its own neighbour. If a sample has fewer than k neighbours, its remaining entries have weight 0.
     right_N: true for the samples in the success set.
-    sigma: if None, use the median distance between samples and their neighbours, so that sigma suits the embedder and
-    the questions.
+    sigma: if None, the median distance between samples and their neighbours is used.
     Raises UserError if the success set is empty, or if k or sigma is not positive.
     """
     if k < 1:
@@ -50,8 +52,9 @@ def nearest(embedding_NE: Tensor, right_N: Tensor, *, k: int, sigma: float | Non
 def _nearest_of(block_B: Tensor, embedding_NE: Tensor, candidate_C: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the k nearest candidates of each sample in a block. Return their indices and squared distances, [B, K].
 
-    block_B, candidate_C: indices of the samples in the block and of the candidates. If a sample has fewer than k
-    candidates, the distances of the missing ones are infinite. A sample is not a candidate for itself.
+    A sample is not a candidate for itself. If a sample has fewer than k candidates, its remaining entries have an
+    infinite distance.
+    block_B: indices of the samples in the block. candidate_C: indices of the candidates.
     """
     # Compute the distances without a matrix product, which would give equal questions a distance other than 0.
     mode = "donot_use_mm_for_euclid_dist"

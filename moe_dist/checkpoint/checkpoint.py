@@ -1,4 +1,4 @@
-"""Sharded checkpoints that any parallel layout can load, committed atomically and verified when read.
+"""Sharded checkpoints that any parallel layout can load. They are committed atomically and verified before use.
 
 RUN/checkpoints/step_XXXXXXXX/
     rank_RRRRR.safetensors   fragments of logical tensors (see fragments.py), each written by one rank
@@ -6,8 +6,8 @@ RUN/checkpoints/step_XXXXXXXX/
     state.json               state of the run, counters of the optimizer and the engine, layout of the writing run
     manifest.json            size and SHA-256 of the files above, written last
 
-A checkpoint is written to step_XXXXXXXX.tmp and renamed once all ranks' files are on disk. Nothing is pickled. A
-checkpoint of a different model is refused when it is loaded.
+A checkpoint is written to step_XXXXXXXX.tmp. This folder is renamed once all ranks' files are on disk. Nothing is
+pickled. Loading the checkpoint of a different model raises UserError.
 """
 
 from __future__ import annotations
@@ -78,17 +78,19 @@ __all__ = [
 def save(path: str | Path, engine: ShardedModel, layout: Layout, *, state: dict[str, Any]) -> None:
     """Write a checkpoint and wait until it is on disk. Collective: every rank calls it between two optimizer steps.
 
-    Training runs save through saver.py; this function is for tests and benchmarks. The state must be JSON-serializable.
-    Mappings in it (such as the loader's lanes) are merged across ranks; all other values must be equal on all ranks. An
-    error on any rank (disk full, read-only) raises the same UserError on every rank. Earlier checkpoints stay intact.
+    This function is for tests and benchmarks. Training runs save through saver.py.
+    state: must be JSON-serializable. Mappings in it (such as the loader's lanes) are merged across ranks. All other
+    values must be equal on all ranks.
+    If any rank cannot write (disk full, read-only), every rank raises the same UserError. Earlier checkpoints stay
+    intact.
     """
     write(path, fragments(engine), describe(engine, layout, state), layout)
 
 
 def describe(engine: ShardedModel, layout: Layout, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of state.json, with this rank's state instead of the merged state of all ranks.
+    """Return the content of state.json, with this rank's state. The function `write` merges all ranks' states.
 
-    Later optimizer steps do not change the returned values.
+    Later optimizer steps do not change the returned values, so a background thread can write them.
     """
     return {
         "format": CHECKPOINT_FORMAT,
@@ -112,12 +114,11 @@ def write(
     layout: Layout,
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Write this rank's fragments and commit the checkpoint. Collective over `group`, a group of all ranks.
+    """Write this rank's fragments and commit the checkpoint. This is the second half of `save`.
 
+    Collective over `group`, which must contain all ranks. The engine is not used, so a background thread may call this
+    function. Such a thread needs its own process group.
     held: this rank's fragments. header: the content of state.json, as returned by `describe`.
-
-    This is the second half of `save`. It does not use the engine, so a background thread may run it. Such a thread
-    needs its own process group.
     """
     path = Path(path)
     partial = partial_path(path)
@@ -167,7 +168,7 @@ def load(path: str | Path, engine: ShardedModel, layout: Layout) -> dict[str, An
 
 
 def open_index(path: Path, layout: Layout) -> Metadata:
-    """Verify a checkpoint and read its index. Each rank verifies only some of the files. Collective.
+    """Verify a checkpoint and return its index. Collective: each rank verifies the checksums of its share of the files.
 
     Call this before anything else is read from the checkpoint. Raises UserError on every rank if a file is damaged.
     """
@@ -183,7 +184,7 @@ def read_fragments(path: Path, metadata: Metadata, wanted: list[Fragment]) -> No
 
 
 def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> None:
-    """Complete the checkpoint folder `partial`, then rename it to `path`, so the checkpoint becomes visible.
+    """Complete the checkpoint folder `partial`, then rename it to `path`. The rename makes the checkpoint visible.
 
     files: the files already written to the folder. header: the content of state.json.
     """
@@ -196,7 +197,7 @@ def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[
 
 
 def seal(partial: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> None:
-    """Complete a checkpoint folder before it is renamed: write state.json, then the manifest of all files.
+    """Write the last two files of a checkpoint folder: state.json, then the manifest of all files.
 
     files: the files already written to the folder. header: the content of state.json.
     """
@@ -235,9 +236,9 @@ def _show(form: tuple[tuple[int, ...], torch.dtype]) -> str:
 
 @contextmanager
 def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Context manager for a rank-local step that uses the disk. It turns an OSError into a UserError on every rank.
+    """Context manager for a step of one rank that uses the disk. If any rank raises OSError, all ranks raise UserError.
 
-    The end of the block is collective. what: the start of the error message.
+    Collective: the ranks exchange their errors at the end of the block. what: the start of the error message.
     """
     with raise_on_all_ranks(group=group):
         try:
@@ -248,9 +249,10 @@ def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
 
 @contextmanager
 def _dcp(what: str) -> Iterator[None]:
-    """Context manager that turns a DCP error into UserError if the disk caused it, otherwise into RuntimeError.
+    """Context manager that replaces the CheckpointException of torch.distributed.checkpoint (DCP).
 
-    DCP raises its error on every rank, so every rank raises the same error. what: the start of the error message.
+    If the disk caused the exception, UserError is raised instead. Otherwise, RuntimeError is raised. DCP raises its
+    exception on every rank, so every rank raises the same error. what: the start of the UserError's message.
     """
     try:
         yield

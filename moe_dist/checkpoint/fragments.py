@@ -1,14 +1,18 @@
 """A rank's part of the model and optimizer, as fragments of logical tensors.
 
-Among the files of checkpoint/, only this one depends on ZeRO's internals. A logical tensor is a whole tensor as a
-single rank would hold it, so it does not depend on the layout. The logical tensors are `master/NAME` (fp32),
-`MOMENT/NAME` for each moment of the optimizer (exp_avg, exp_avg_sq, momentum_buffer, ...), and `frozen/NAME` and
-`buffer/NAME` in their own dtype. Each row of a stacked expert parameter is a separate logical tensor, `NAME[global
-expert id]`, so a later run may place any expert on any rank.
+A logical tensor is a whole tensor as a single rank would hold it, so it does not depend on the layout.
 
-In stages 1 and 2, ZeRO flattens the parameters of a group and splits them into one contiguous fp32 partition per rank.
-In stage 3, it splits every parameter into equal pieces. The last partition or piece ends in padding, which belongs to
-no fragment.
+  master/NAME   fp32 master weights of a trainable parameter
+  MOMENT/NAME   a moment of the optimizer (exp_avg, exp_avg_sq, momentum_buffer, ...) for this parameter
+  frozen/NAME   a frozen parameter in its own dtype
+  buffer/NAME   a buffer in its own dtype
+
+Each row of a stacked expert parameter is a separate logical tensor. Its NAME ends with [global expert id], so a later
+run may place any expert on any rank.
+
+This is the only file of checkpoint/ that depends on ZeRO's internals. In stages 1 and 2, ZeRO flattens the parameters
+of a group and splits them into one contiguous fp32 partition per rank. In stage 3, it splits every parameter into equal
+pieces. The last partition or piece ends in padding, which belongs to no fragment.
 """
 
 from __future__ import annotations
@@ -28,10 +32,10 @@ MASTER, FROZEN, BUFFER = MODEL_KINDS = "master", "frozen", "buffer"  # all other
 
 
 class _Piece(NamedTuple):
-    """A piece of a parameter that ZeRO keeps on this rank.
+    """The piece of one parameter that ZeRO keeps on this rank.
 
-    The piece consists of elements [start, start + numel) of the flattened parameter. ZeRO keeps them in
-    flat[flat_start : flat_start + numel].
+    The piece consists of elements [start, start + numel) of the flattened parameter. ZeRO keeps them in `flat`,
+    beginning at flat_start.
     """
 
     name: str
@@ -74,7 +78,10 @@ def moment_names(engine: ShardedModel) -> set[str]:
 
 
 def optimizer_scalars(engine: ShardedModel) -> dict[str, float]:
-    """Return the optimizer's scalar state, such as Adam's step. It is the same for all partitions."""
+    """Return the optimizer's scalar state, such as Adam's step.
+
+    Raises RuntimeError if a scalar differs between this rank's partitions.
+    """
     states = [_state(engine, flat) for flat in _flats(engine)]
     states += [{"step": group["step"]} for group in _base(engine).param_groups if "step" in group]
     scalars: dict[str, float] = {}
@@ -98,10 +105,10 @@ def set_optimizer_scalars(engine: ShardedModel, scalars: dict[str, float]) -> No
 
 @torch.no_grad()
 def reset_optimizer(engine: ShardedModel, *, with_moments: bool) -> None:
-    """Clear the optimizer's state. If with_moments is true, also create moments to read a checkpoint into.
+    """Clear the optimizer's state. If with_moments is true, also create the moments, so that a load can fill them.
 
-    The moments are created by an optimizer step with zero gradients and learning rate zero. Load a checkpoint only
-    afterwards.
+    The moments are created by an optimizer step with zero gradients and learning rate zero. This step also advances
+    scalars such as Adam's step, so load the checkpoint afterwards.
     """
     base, flats = _base(engine), _flats(engine)
     base.state.clear()
@@ -175,10 +182,10 @@ def _frozen_values(param: Any) -> tuple[int, Tensor]:
 
 
 def _logical(name: str, owner: Any, start: int, values: Tensor) -> Iterator[Fragment]:
-    """Yield the fragments that make up elements [start, start + n) of a flattened parameter or buffer.
+    """Yield the fragments that cover a range of a flattened parameter or buffer.
 
-    values: the n elements. owner: the parameter or buffer. If it is a stacked expert parameter, there is one fragment
-    per expert.
+    owner: the parameter or buffer. values: the elements of the range, which begins at `start`. If the owner is a
+    stacked expert parameter, there is one fragment per expert in the range.
     """
     shape, stop = tuple(getattr(owner, "ds_shape", owner.shape)), start + values.numel()
     ids = expert_ids(owner)
@@ -198,7 +205,7 @@ def _base(engine: ShardedModel) -> Any:
 def _flats(engine: ShardedModel) -> list[Tensor]:
     """Return this rank's fp32 partitions.
 
-    In stage 3, they are read from ZeRO's own attributes, because the wrapped optimizer holds them only during a step.
+    In stage 3, the wrapped optimizer holds the partitions only during a step. They are therefore read from ZeRO itself.
     """
     if engine.zero_stage == 3:
         return list(engine.optimizer.fp32_partitioned_groups_flat)

@@ -1,8 +1,11 @@
-"""Starting a training stage from an earlier stage's checkpoint, with an account of what happened to every tensor.
+"""Initialisation of a training stage from the checkpoint of an earlier stage (the recipe's `init_from`).
 
-Only parameters (from float32 masters if there are any) and buffers are read. The optimizer and the schedule start anew.
-The data start from the beginning, too, unless `data_position` is set. Every tensor of the checkpoint must be loaded or
-left out. Every tensor of the model must be loaded or new. Anything else is an error, so no tensor is skipped silently.
+Only parameters and buffers are loaded. Parameters are loaded from their float32 masters if there are any. The optimizer
+and the schedule start anew. The data start from the beginning, too, unless `data_position` is set.
+
+No tensor is skipped silently. Every tensor of the checkpoint must be loaded or listed in `left_out`. Every tensor of
+the model must be loaded or listed in `new`. Otherwise, UserError is raised. An Account records what happened to each
+tensor.
 """
 
 from __future__ import annotations
@@ -99,10 +102,10 @@ class Account:
 def init_from(settings: InitFrom, engine: ShardedModel, layout: Layout) -> Account:
     """Load the parameters and buffers of a checkpoint into a new engine. Collective.
 
-    The engine may have a different layout from the run that wrote the checkpoint. settings.checkpoint must be a
-    checkpoint folder (see manifest.resolve_init). Raises UserError in three cases, before anything is changed: a file
-    is damaged; a tensor does not have exactly one fate (loaded, new or left out); or a tensor has different forms
-    (shape, expert ids) in the checkpoint and in the model.
+    Returns an account of what happened to each tensor.
+    settings.checkpoint: must be a checkpoint folder (see manifest.resolve_init). The engine may have a different layout
+    from the run that wrote the checkpoint.
+    Raises UserError if a file is damaged or if `match` finds an error. In this case, the engine is not changed.
     """
     path = Path(settings.checkpoint)
     metadata = open_index(path, layout)
@@ -140,10 +143,11 @@ def loader_state(settings: InitFrom) -> dict[str, Any] | None:
 
 
 def match(settings: InitFrom, stored: Forms, model: Forms) -> Account:
-    """Determine the fate of every tensor: loaded, new or left out.
+    """Decide for every tensor whether it is loaded, new or left out. Return an account of this.
 
-    stored, model: the forms (shape, expert ids) of the tensors in the checkpoint and in the model. Raises UserError if
-    a tensor does not have exactly one fate, or if a tensor to be loaded has a different form in the model.
+    stored, model: the forms (shape, expert ids) of the tensors in the checkpoint and in the model.
+    Raises UserError if the settings leave a tensor undecided or contradict each other, or if a tensor to be loaded has
+    different forms in the checkpoint and in the model.
     """
     left_out = matching(settings.left_out, stored, key="init_from.left_out", what="parameter of the checkpoint")
     new = matching(settings.new, model, key="init_from.new", what="parameter of the model")
@@ -206,9 +210,10 @@ def _renamed(rename: Mapping[str, str], names: list[str]) -> dict[str, str]:
 
 
 def _forms(logical: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Form]:
-    """Return the forms of parameters and buffers, keyed by name.
+    """Return the form of each parameter and buffer, keyed by name.
 
-    logical: the shape and dtype of the logical tensors that make them up, keyed by `kind/name` or `kind/name[expert]`.
+    logical: the shape and dtype of each logical tensor, keyed by `kind/name`. The rows of a stacked parameter have the
+    keys `kind/name[expert]`; together, they make up one form.
     """
     experts = defaultdict(list)
     parts = {}

@@ -1,9 +1,8 @@
 """Management of the checkpoints in a run folder: finding, verifying and removing them, and selecting one to start from.
 
-A manifest lists every file of a checkpoint with the file's size and SHA-256. The manifest is written last. Then the
-folder is renamed from step_XXXXXXXX.tmp to step_XXXXXXXX. A folder named step_XXXXXXXX was therefore complete at that
-time. If a file is missing or truncated now, the checkpoint was damaged later, and the user must decide whether to
-continue without it.
+A manifest lists every file of a checkpoint with the file's size and SHA-256. It is written last, before the folder
+step_XXXXXXXX.tmp is renamed to step_XXXXXXXX. A renamed folder was therefore complete. If one of its files is missing
+or truncated, the checkpoint was damaged later, and the user must decide whether to continue without it.
 """
 
 from __future__ import annotations
@@ -48,9 +47,10 @@ def write_manifest(folder: Path, files: Iterable[StoredFile]) -> None:
 def verify_checkpoint(path: str | Path, *, share: int = 0, shares: int = 1) -> dict[str, int]:
     """Check the sizes of all files of a checkpoint, and the checksums of one share of the files.
 
-    The files are divided into `shares` shares, and `share` is the number of the share to check. By default, all
-    checksums are checked. Returns a dict from file name to size in bytes. Only these files may be read later: see
-    storage.read_index. Raises UserError naming the bad file.
+    The files are divided into `shares` shares, numbered from 0. Only the checksums of share number `share` are checked.
+    By default, all checksums are checked.
+    Returns a dict from file name to size in bytes, for storage.read_index. Raises UserError if a file is missing or
+    damaged. The message names the file.
     """
     path = Path(path)
     files = _manifest(path)
@@ -60,9 +60,9 @@ def verify_checkpoint(path: str | Path, *, share: int = 0, shares: int = 1) -> d
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
-    """Verify and return only the run's state from a checkpoint, so it can be read before the model is built.
+    """Return the run's state, read from a checkpoint. This is possible before the model is built.
 
-    Raises UserError if the state or the manifest is damaged.
+    Raises UserError if the state or the manifest is damaged, or if a file of the checkpoint is missing or truncated.
     """
     path = Path(path)
     _verify_checksum(path / STATE, _manifest(path))
@@ -83,8 +83,8 @@ def checkpoints(run_dir: str | Path) -> list[Path]:
 def newest_complete(run_dir: str | Path) -> Path | None:
     """Return a run's newest checkpoint, or None if the run has none.
 
-    Unfinished saves (.tmp) are skipped. If the newest checkpoint is damaged (files are missing or truncated), older
-    ones are not tried: raises UserError.
+    Unfinished saves (.tmp) are skipped. Raises UserError if files of the newest checkpoint are missing or truncated.
+    Older checkpoints are not tried in this case.
     """
     path = next(reversed(checkpoints(run_dir)), None)
     if path is not None:
@@ -175,9 +175,10 @@ def _resolve_resume(config: Config) -> Path | None:
 
 
 def _named_checkpoint(key: str, folder: str) -> Path:
-    """Return the checkpoint that a recipe's key names. For a run folder, this is the run's newest checkpoint.
+    """Return the checkpoint that a recipe's key names. If `folder` is a run folder, this is its newest checkpoint.
 
-    key: the name of the recipe's key, for the error. Raises UserError if there is no complete checkpoint.
+    key: the name of the key, for the error message. folder: the value of the key. Raises UserError if there is no
+    complete checkpoint.
     """
     path = newest_complete(folder) or Path(folder)
     try:
@@ -208,7 +209,10 @@ def _verify_checksum(file: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Read the entries of a manifest. Raises UserError naming a file that is missing or has the wrong size."""
+    """Read a manifest, check that every file has the right size, and return the entries, keyed by file name.
+
+    Raises UserError if a file is missing or has the wrong size. The message names the file.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files, version = manifest["files"], manifest["format"]

@@ -1,4 +1,4 @@
-"""Recipes: reading a YAML file with its bases and overrides into one typed tree, and finding its prerequisites.
+"""Loading of recipes (YAML files with bases and overrides) into one typed tree, and search for their prerequisites.
 
-Imports core.
+This package imports only core.
 """

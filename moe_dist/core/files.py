@@ -1,9 +1,9 @@
 """Atomic writing of files and folders, and reading and writing of JSON. Does not import torch.
 
 A file or folder is written as NAME.tmp next to its final path, synced to the disk and renamed. Readers therefore never
-see an incomplete file or folder, and after a crash the previous one is still there. If a writer is killed, the next
-writer overwrites the leftover NAME.tmp. If several processes may write the same file or folder at once, each writes its
-own hidden .NAME.HOST.PID.tmp.
+see an incomplete file or folder. If the writer crashes, the previous version stays in place, and the next writer
+overwrites the leftover NAME.tmp. If several processes may write the same file or folder at once, each writes its own
+hidden .NAME.HOST.PID.tmp.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StoredFile:
 def partial_path(path: Path, *, shared: bool = False) -> Path:
     """Return the temporary path at which a new version of `path` is written.
 
-    shared: True if other processes may write `path` at the same time.
+    shared: True if other processes may write `path` at the same time. Each process then has its own temporary path.
     """
     if shared:
         return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
@@ -72,8 +72,8 @@ def write_file(path: Path, content: str | bytes, *, shared: bool = False) -> Non
 def new_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder to fill. When the `with` block ends, this folder is renamed to `path`.
 
-    At that time, there must be nothing at `path`, or only an empty folder. Otherwise, or if the new folder cannot be
-    written, OSError is raised. If the block raises, the temporary folder is deleted and `path` stays as it was.
+    Raises OSError if `path` is then a file or a folder that is not empty, or if the new folder cannot be written. If
+    the block raises, the temporary folder is deleted and `path` stays as it was.
     """
     partial = partial_path(path, shared=shared)
     try:
@@ -101,7 +101,7 @@ def put_in_place(partial: Path, path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds a mapping.
 
-    Raises UserError naming the file if it is missing, unreadable or not a JSON mapping.
+    Raises UserError if the file is missing, is unreadable or holds no JSON mapping. The message names the file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -133,7 +133,7 @@ def json_text(value: Any) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Fsync a file's content, or a directory's entries, to the disk."""
+    """Write a file's content, or a directory's entries, from the system's cache to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

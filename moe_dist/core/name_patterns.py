@@ -18,8 +18,8 @@ def compiled(pattern: str) -> re.Pattern[str]:
 def matching(patterns: Iterable[str], names: Collection[str], *, key: str, what: str) -> set[str]:
     """Return the names that match any of the patterns. Raises UserError if a pattern matches no name.
 
-    The error message contains `key` and `what`. key: the recipe's key that holds the patterns. what: a description of
-    the named things, such as "parameter of the model".
+    key: the recipe's key that holds the patterns. what: a description of the named things, such as "parameter of the
+    model". Both are part of the error message.
     """
     found: set[str] = set()
     for pattern in patterns:
@@ -33,7 +33,11 @@ def matching(patterns: Iterable[str], names: Collection[str], *, key: str, what:
 
 
 def carried_over(pattern: str, name: str, other: str) -> str:
-    """Return `other` with its n-th `*` replaced by the text that the n-th `*` of `pattern` matches in `name`."""
+    """Return `other` with each `*` replaced by text from `name`, which must match `pattern`.
+
+    The n-th `*` of `other` is replaced by the text that the n-th `*` of `pattern` matches. The result is the new name
+    of a parameter that is renamed from `pattern` to `other`.
+    """
     match = compiled(pattern).fullmatch(name)
     assert match is not None
     first, *rest = other.split("*")

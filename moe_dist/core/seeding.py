@@ -26,9 +26,10 @@ def fold_key(*parts: int | str) -> int:
 
 
 def hash_ids(key: int, *ids: Tensor) -> Tensor:
-    """Hash `key` and the broadcast integer tensors `ids` to int64, with one round of SplitMix64 per tensor.
+    """Return an int64 hash of `key` and `ids`. The integer tensors `ids` are broadcast against each other.
 
-    Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+    Each tensor is hashed by one round of SplitMix64 (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number
+    Generators", OOPSLA 2014).
     """
     return _hash(_state(key, ids[0].device), *ids)
 
@@ -85,7 +86,7 @@ def _splitmix64(z: Tensor) -> Tensor:
 
 
 def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Shift `z` to the right, filling with zeros. The operator `>>` on int64 would copy the sign bit."""
+    """Shift `z` to the right, filling with zeros. On int64, the operator `>>` alone fills with the sign bit."""
     return (z >> bits) & (_MASK >> bits)
 
 

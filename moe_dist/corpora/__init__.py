@@ -1,9 +1,9 @@
 """Demonstration corpora: each downloads packages from a package registry and turns them into samples for shards.
 
-To add a corpus, write one class and add it to BUILDERS below. Imports core and data.
+To add a corpus, write one class and add it to BUILDERS below. The class also holds the settings of the corpus. It is an
+immutable, strict Pydantic model (core/strict.py), and its fields are the `key=value` arguments of prepare_data.py.
 
-A corpus class also holds its settings. It is an immutable, strict Pydantic model (core/strict.py) whose fields are the
-`key=value` arguments of prepare_data.py.
+This package imports only core and data.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class WordNet:
 
 
 def is_plain(word: str) -> bool:
-    """Return whether `word` consists only of lower-case letters, which excludes names and phrases."""
+    """Return True if `word` consists of lower-case letters only. Names and phrases contain other characters."""
     return re.fullmatch(r"[a-z]+", word) is not None
 
 

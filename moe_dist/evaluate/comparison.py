@@ -24,10 +24,12 @@ def compare_with_references(
 ) -> dict[str, float]:
     """Measure the held-out losses of the model and of the references, in nats per token. Collective.
 
-    Returns a dict from metric key (metrics/metric_keys.py) to value.
-    forward: Batch -> an output with logits_TV. train: the training split. store: the held-out split.
-    causal_too: also measure the losses with causal routing (eval/causal/...), for a model trained with non-causal
-    routing.
+    The references are a bigram model, and the model itself with shuffled captions. Returns a dict from metric key
+    (metrics/metric_keys.py) to value.
+    forward: a function from a Batch to an output with logits_TV.
+    train: the training split, on which the bigram model is fitted. store: the held-out split.
+    causal_too: if the model was trained with non-causal routing, also measure the losses with causal routing
+    (eval/causal/...).
     """
     layout = held_out.layout
 

@@ -64,9 +64,10 @@ def conditional_losses(forward: Callable, store: DocumentStore, held_out: HeldOu
 
 
 def _counted(batch: Batch, vocabulary: Vocabulary, image_first: bool) -> Tensor:
-    """Return a mask, bool [T], of the predictions to evaluate.
+    """Return a mask, bool [T], of the positions at which the prediction is evaluated.
 
-    If image_first is true, these are the caption and the EOS of each pair; otherwise they are the image codes.
+    If image_first is true, these are the positions that predict the caption and the EOS of each pair. Otherwise, they
+    are the positions that predict the image codes.
     """
     if not image_first:
         return batch.loss_mask_T & (batch.target_modality_T == IMAGE)

@@ -34,12 +34,11 @@ def flops_to_reach(flops_W: np.ndarray, loss_W: np.ndarray, targets: np.ndarray)
 
 
 def eta(dense_flops_W: np.ndarray, dense_loss_W: np.ndarray, flops_W: np.ndarray, loss_W: np.ndarray) -> np.ndarray:
-    """Return (FLOPs at which the dense model first reaches a loss) / (FLOPs at which the other model first does).
+    """Return the FLOPs with which the dense model reaches a loss, divided by those with which the other model does.
 
-    There is one ratio per point of the dense model's curve, for the lowest loss that the dense model has reached up to
-    that point. A ratio above 1 means that the other model is better. The ratio is nan if the other model never reaches
-    that loss. The numerator is not the number of FLOPs at the point itself. If it were, the ratio would grow in favour
-    of the other model while the dense model's loss stagnates.
+    There is one ratio per point of the dense model's curve, [W]. For each point, the loss is the lowest that the dense
+    model has reached up to that point. FLOPs are counted until a model reaches this loss for the first time. A ratio
+    above 1 means that the other model is better. The ratio is nan if the other model never reaches the loss.
     """
     targets = np.minimum.accumulate(dense_loss_W)
     return flops_to_reach(dense_flops_W, dense_loss_W, targets) / flops_to_reach(flops_W, loss_W, targets)

@@ -1,3 +1,4 @@
-"""Generation of images and texts with a causal model: prompts, sampling, decoding with a key-value cache. Imports core,
-parallel, data and model.
+"""Generation of images and texts with a causal model: prompts, sampling, and decoding with a key-value cache.
+
+This package imports only core, parallel, data and model.
 """

@@ -1,11 +1,12 @@
-"""Prompts for a model, and the tokens that may follow, according to the document format of data/stream/packing.py.
+"""Prompts for a model, and the tokens that may follow. Both have the document format of data/stream/packing.py.
 
-  text -> image   BOS caption BOI | codes     unconditional: BOS BOI | codes, as in training with data.caption_dropout
+  text -> image   BOS caption BOI | codes
   image -> text   BOS BOI codes EOI | caption EOS
-  mixed           BOS parts | text, and images as BOI codes EOI, until EOS
+  mixed           BOS parts | parts EOS   (a part is a text, or an image as BOI codes EOI)
 
 The model generates the tokens after `|`. An image has exactly the tokenizer's number of codes, and only codes occur
-between BOI and EOI.
+between BOI and EOI. Guidance also needs the logits for the prompt without its caption, BOS BOI. Such sequences occur in
+training with data.caption_dropout.
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ class Format:
         self.masks_KV: Tensor = torch.stack([text_V, text_V | boi_V, code_V, eoi_V])  # bool; K: kind of token
 
     def _try_to_draw(self) -> UserError | None:
-        """Try to decode an image. Return the error if this fails (no image tokenizer or no decoder), otherwise None."""
+        """Try to decode an image. Return the error if there is no image tokenizer or no decoder, otherwise None.
+
+        `text_to_image` raises the returned error.
+        """
         try:
             self._image_tokenizer("make").decode(torch.zeros(1, self.num_codes, dtype=torch.int64))
         except UserError as error:
@@ -155,7 +159,7 @@ class Format:
         return GenerationState(number, prompt, min(self.context, len(prompt.tokens) + max_tokens))
 
     def next(self, sample: GenerationState) -> int:
-        """Return the kind of token that may come next: TEXT, TEXT_OR_IMAGE, CODE or EOI.
+        """Return which kind of token may come next in the sample: TEXT, TEXT_OR_IMAGE, CODE or EOI.
 
         The kind is an index into masks_KV: masks_KV[kind] is true for the allowed tokens.
         """

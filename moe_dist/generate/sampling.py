@@ -50,10 +50,10 @@ def choose(logits_SV: Tensor, allowed_SV: Tensor, sampling: Sampling, sample_S: 
     """Draw the next token of each sample, int64 [S].
 
     allowed_SV: the tokens that may be drawn (bool, at least one per sample).
-    If the temperature is 0, the most likely token is chosen. Otherwise, the drawn token is the first one, in the order
-    of the ids, at which the cumulative probability exceeds a random number. The random number depends only on (seed,
-    sample, position). If the logits differ slightly between layouts because of rounding, the cumulative probabilities
-    also differ only slightly, so the same token is almost always drawn.
+    If the temperature is 0, the most likely token is chosen. Otherwise, the probabilities are added up in the order of
+    the ids, and the first token at which the sum exceeds a random number is drawn. The random number depends only on
+    (seed, sample, position). Rounding changes the sums only slightly, so almost always the same token is drawn in every
+    layout.
     """
     logits_SV = logits_SV.double().masked_fill(~allowed_SV, -torch.inf)
     if sampling.temperature == 0:

@@ -1,1 +1,4 @@
-"""The terms of the training objective, one file per family, and their registry. Imports core and parallel."""
+"""The terms of the training objective, one file per family, and their registry.
+
+This package imports only core, config and parallel.
+"""

@@ -40,10 +40,10 @@ class WeightedTerms:
         return tuple(count for _, term in self.terms.values() for count in term.counts(batch))
 
     def __call__(self, output: ModelOutput, batch: Batch, counts: Mapping[str, int]) -> ObjectiveOutput:
-        """Compute the loss and the metrics of one micro-batch.
+        """Compute the loss of one micro-batch, and the sum of each metric over it.
 
-        counts: the number of values in each metric's mean over the whole step, keyed by metric name. A term whose count
-        is 0 contributes 0.
+        counts: the count of each metric over the whole step, keyed by metric name. The loss of a term is divided by the
+        term's count. A term whose count is 0 contributes 0.
         """
         losses: list[Tensor] = []
         sums: dict[str, Tensor] = {}

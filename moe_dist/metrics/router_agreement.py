@@ -19,10 +19,10 @@ Ratio = tuple[str, Tensor, Tensor]  # name, numerator, denominator: counts of th
 def decision_counts(
     records: Sequence[RoutingRecord], depths: Sequence[DepthRecord], info: TokenInfo
 ) -> dict[str, Tensor]:
-    """Count the numerators and denominators of the metrics `admitted`, `auxiliary_*` and `depth_*` in one micro-batch.
+    """Count the decisions behind the metrics `admitted`, `auxiliary_*` and `depth_*` in one micro-batch.
 
-    Returns a dict from metric key (metric_keys.py) to an int64 tensor [2] with the numerator and the denominator. The
-    tensors of several micro-batches and ranks can be added.
+    Returns a dict from metric key (metric_keys.py) to an int64 tensor [2] with the metric's numerator and denominator.
+    The tensors can be summed over micro-batches and ranks before decision_metrics divides them.
     """
     counts: dict[str, Tensor] = {}
     for name, numerator, denominator in _ratios(records, depths, info):
@@ -62,8 +62,8 @@ def _members(part: Routing, info: TokenInfo) -> dict[str, Tensor]:
 def _agreement(part: Routing, member_V: Tensor, prefix: str, suffix: str = "") -> Iterator[Ratio]:
     """Yield the auxiliary router's accuracy, precision and recall on the tokens where member_V is true.
 
-    Each is yielded as (metric key, numerator, denominator). If there is no auxiliary router, nothing is yielded. Each
-    pair of a token and a router column is one decision. The main router's decision counts as correct.
+    A decision is made for each pair of a token and a router column. The main router's decisions are taken as correct.
+    Each metric is yielded as (metric key, numerator, denominator). If there is no auxiliary router, nothing is yielded.
     prefix, suffix: the beginning and the end of the metric keys.
     """
     if part.auxiliary_VC is None:

@@ -1,7 +1,7 @@
-"""Metric sinks, which write the metrics of a run to metrics.jsonl, and to TensorBoard and W&B if the recipe says so.
+"""Metric sinks, which write the metrics of a run to metrics.jsonl and, if the recipe says so, to TensorBoard and W&B.
 
-The metric keys are in metrics/metric_keys.py. The record of a run is metrics.jsonl, so the run ends if this file cannot
-be written. Non-finite numbers are written to it as null. TensorBoard and W&B are conveniences: if one of them fails, a
+The metric keys are in metrics/metric_keys.py. The file metrics.jsonl is the record of a run: if it cannot be written,
+the run ends. Non-finite numbers are written to it as null. TensorBoard and W&B are optional: if one of them fails, a
 warning is printed and no more metrics are sent to it.
 """
 
@@ -55,7 +55,8 @@ class JSONLines:
 class TensorBoard:
     """Sink that writes TensorBoard event files.
 
-    The event files of a non-causal run are in a subfolder `non-causal`, whose name TensorBoard displays.
+    The event files of a non-causal run are in a subfolder `non-causal`. TensorBoard displays this name, so the losses
+    are not mistaken for those of a causal run.
     """
 
     def __init__(self, folder: RunFolder, *, causal: bool, step: int):
@@ -105,9 +106,10 @@ class WandB:
 class Sinks:
     """All sinks of a run: metrics.jsonl and those that `config.telemetry` selects. Only rank 0 has sinks.
 
-    The run folder must be open already (RunFolder.open). step: number of steps done when the run starts. causal: the
-    model's `Transformer.causal_routing`. Raises UserError on every rank if a package that a selected sink needs is not
-    installed.
+    The run folder must be open already (RunFolder.open). Raises UserError on every rank if a selected sink needs a
+    package that is not installed.
+    causal: the model's `Transformer.causal_routing`. The sinks record it.
+    step: the number of optimizer steps done when the run starts.
     """
 
     def __init__(self, folder: RunFolder, config: Config, *, is_main: bool, causal: bool, step: int = 0):

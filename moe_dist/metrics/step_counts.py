@@ -1,6 +1,7 @@
-"""Counts of the routing decisions and of the work in a step, from which routing metrics and FLOPs are computed.
+"""Counts of the routing decisions and of the work in a step. Routing metrics and FLOPs are computed from them.
 
-The counts stay on the device, where they are summed over micro-batches. They are read once per step.
+The counts stay on the device while they are summed over micro-batches. They are copied to the host at the end of the
+step.
 
 Shape suffixes: L expert layers, V tokens that a router scored, C columns of a router.
 """
@@ -34,7 +35,7 @@ class StepTotals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCounts:
-    """The counts of one rank. The counts of several micro-batches can be added."""
+    """The counts of one or more micro-batches on one rank. The counts of several micro-batches are added with `+`."""
 
     tokens: int  # without padding
     document_lengths: tuple[int, ...]

@@ -22,17 +22,18 @@ from moe_dist.model.site import Site
 class MixtureOfDepths(nn.Module):
     """Wrapper around a block: returns x + s (block(x) - x) for admitted tokens and x for the other tokens.
 
-    Source: Raposo et al., arXiv 2404.02258, eq. 1. The gate value s multiplies the block's update of the residual
-    stream, so the gate gets a gradient. As in MoMa (arXiv 2407.21770), s is a sigmoid. The MoMa paper does not say
-    where s enters the computation. The block sees only the admitted tokens: each of them attends to the earlier
-    admitted tokens of its document, and expert choice selects among the admitted tokens. All tokens keep their
-    positions.
+    Source: Raposo et al., arXiv 2404.02258, eq. 1. The gate value s is a sigmoid, as in MoMa (arXiv 2407.21770). It
+    multiplies the block's update of the residual stream, so the gate gets a gradient.
 
-    The wrapper is called with the same arguments as the block. The block is registered among the model's layers, not
-    here. The block's parameters therefore have the same names as without mixture-of-depths, and a stage with
-    mixture-of-depths can start from a checkpoint without it. The function `split_sizes` copies the numbers of admitted
-    tokens per document, sequence and modality to the host. This costs one device-to-host sync, in addition to that of
-    the expert layer.
+    The block sees only the admitted tokens: each of them attends to the earlier admitted tokens of its document, and
+    expert choice selects among the admitted tokens. All tokens keep their positions.
+
+    The wrapper is called with the same arguments as the block. It does not register the block as its own submodule,
+    because the model's layers contain the block already. The block's parameters therefore have the same names as
+    without mixture-of-depths, and a stage with mixture-of-depths can start from a checkpoint without it.
+
+    split_sizes: copies the numbers of admitted tokens to the host. This costs one device-to-host sync, in addition to
+    that of the expert layer.
     """
 
     def __init__(self, block: Block, settings: DepthConfig, site: Site, split_sizes: SplitSizes = split_sizes):
@@ -50,8 +51,8 @@ class MixtureOfDepths(nn.Module):
     ) -> tuple[Tensor, RoutingRecord | None, DepthRecord]:
         """Return the hidden states of all T tokens, the block's routing record and the record of admitted tokens.
 
-        The block creates its routing record (None for a dense block) for the admitted tokens only. In the returned
-        record, the token indices are converted to indices into all T tokens.
+        The block routes only the admitted tokens. In the returned routing record, token indices refer to all T tokens.
+        The routing record of a dense block is None.
         """
         admitted_T, routing = self.router(x_TD, info)
         token_K, inner = info.select(admitted_T, self.split_sizes)

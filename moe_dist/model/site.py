@@ -1,6 +1,4 @@
-"""The place of a module in the model, from which parameter names and the standard deviations of initial values are
-derived.
-"""
+"""The place of a module in the model. It determines the names and the initial values of the module's parameters."""
 
 from __future__ import annotations
 
@@ -15,10 +13,10 @@ from moe_dist.core.seeding import fold_key, seeded_normal_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """The place of a module in the model. The module's constructor gets it in addition to the module's settings.
+    """The place of a module in the model. A module's constructor gets it in addition to the module's settings.
 
-    A module gives each of its parts the site `child(ATTRIBUTE)`, where ATTRIBUTE is the attribute that holds the part.
-    The `name` of this site is then the part's name in the module tree.
+    If a module stores a part in the attribute ATTRIBUTE, it gives the part the site `child(ATTRIBUTE)`. The site's
+    `name` is then the part's name in the module tree.
     """
 
     hidden_size: int
@@ -36,10 +34,11 @@ class Site:
         return fold_key(self.seed, self.name, purpose)
 
     def draw(self, parameter: Tensor, name: str, *, std: float | None = None, onto_residual: bool = False) -> None:
-        """Draw the initial values of the module's parameter `name`.
+        """Draw the initial values of the module's parameter `name` from a normal distribution.
 
-        onto_residual: true for a projection onto the residual stream. std: the standard deviation. If it is None,
-        `output_std` is used for projections onto the residual stream (if it is set), otherwise `init_std`.
+        std: the standard deviation. If it is None, `init_std` is used.
+        onto_residual: true for a projection onto the residual stream. If `std` is None and `output_std` is set,
+        `output_std` is used for such a projection.
         """
         if std is None:
             std = self.output_std if onto_residual and self.output_std is not None else self.init_std

@@ -29,9 +29,9 @@ from moe_dist.parallel.layout import Layout
 class Transformer(nn.Module):
     """Decoder with the architecture of MoMa's base model (arXiv 2407.21770), which follows Chameleon.
 
-    With pre-norm and without query and key norms, the model has the architecture of Llama. If tie_embeddings is set,
-    the output layer uses the embedding's matrix. The initial value of a parameter is a function of (seed, name, global
-    expert), so it does not depend on the layout. Under `torch.device("meta")`, construction allocates nothing.
+    With `norm: pre` and `qk_norm: false`, the model has the architecture of Llama. If tie_embeddings is set, the output
+    layer uses the embedding's matrix. The initial value of a parameter is a function of (seed, name, global expert id),
+    so it does not depend on the layout. Under `torch.device("meta")`, construction allocates nothing.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, layout: Layout, seed: int):
@@ -65,9 +65,9 @@ class Transformer(nn.Module):
 
     @property
     def can_route_causally(self) -> bool:
-        """True if all routing is causal when TokenInfo.causal is set.
+        """True if every router is causal or has an auxiliary router.
 
-        This requires that every router is causal or has an auxiliary router.
+        In this case, all routing is causal when TokenInfo.causal is set.
         """
         return all(router.causal or router.has_auxiliary for router in self._routers())
 
@@ -76,10 +76,10 @@ class Transformer(nn.Module):
         return len(self.layers)
 
     def products(self, work: Work) -> Iterator[list[Product]]:
-        """Yield the matrix products of the forward pass as chains.
+        """Yield the matrix products of the forward pass, divided into chains.
 
-        A chain lists products in the order of computation. The first chain goes from embedding to logits. Then each
-        auxiliary router has its own chain, because its input is detached.
+        A chain lists products in the order of computation. The first chain goes from embedding to logits. Each
+        auxiliary router then has its own chain, because its input is detached.
         """
         of_layers = [(block, work.of_layer(layer)) for layer, block in enumerate(self._blocks())]
         products = (product for block, of_layer in of_layers for product in block.products(of_layer))
@@ -89,9 +89,10 @@ class Transformer(nn.Module):
             yield from block.detached_products(of_layer)
 
     def num_parameters(self, experts: float | None = None) -> float:
-        """Count the parameters over all ranks. experts: the number of experts per layer to count, by default all.
+        """Count the parameters over all ranks.
 
-        If `experts` is the average number of experts per token, the result is the number of active parameters.
+        experts: the number of experts per layer to count. By default, all experts are counted. If it is the average
+        number of experts per token, the result is the number of active parameters.
         """
         vocabulary = num_weights(self.output) * (1 if self.config.tie_embeddings else 2)
         return sum(block.num_parameters(experts) for block in self._blocks()) + self.config.hidden_size + vocabulary
@@ -115,8 +116,8 @@ class Transformer(nn.Module):
 
         info: facts about the tokens. If `info.causal` is true, routing is causal, as inference requires. If it is
         false, routing is the same as in training.
-        decoding: if given, the documents of the micro-batch continue cached sequences. The positions in `info` must
-        then continue the positions of the cached sequences.
+        decoding: if given, each document continues a sequence of the key-value cache. The positions in `info` must then
+        continue the positions of the cached sequences.
         Raises UserError if `info.causal` is true but `can_route_causally` is false.
         """
         config = self.config

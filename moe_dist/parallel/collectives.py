@@ -41,11 +41,11 @@ def _exchange(x_S, send_splits, recv_splits, group):
 
 
 def sum_over_ranks(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
-    """Sum tensors over the ranks of a group. If `group` is None, the sums are the tensors of this rank.
+    """Sum tensors over the ranks of a group. If `group` is None, only this rank's tensors are used.
 
-    Return the sums on the host in the tensors' dtypes.
-    Collective: all tensors share one all-reduce and one device-to-host copy. The sums are computed in float64, which is
-    exact for integers up to 2^53.
+    Returns the sums on the host, in the tensors' dtypes. The sums are computed in float64, which is exact for integers
+    up to 2^53.
+    Collective: all tensors share one all-reduce and one device-to-host copy.
     """
     flat = torch.cat([tensor.detach().flatten().double() for tensor in tensors])
     if group is not None:

@@ -1,12 +1,10 @@
-"""Command that chooses the number of ranks for a recipe on this machine.
-
-It also chooses overrides that adapt the recipe to this number of ranks.
+"""Command that chooses the number of ranks for a recipe on this machine, and overrides that adapt the recipe to it.
 
   python -m moe_dist.training.fit configs/NAME.yaml [RANKS]
 
-The Makefile runs this command. The command prints shell assignments: ranks, placement (arguments for DeepSpeed's
-launcher), overrides. The GPUs are those in CUDA_VISIBLE_DEVICES, or by default all that nvidia-smi lists. If the recipe
-has an error, there are no overrides; launch/train.py reports the error.
+The Makefile runs this command and evaluates its output. The output assigns three shell variables: ranks, placement
+(arguments for DeepSpeed's launcher) and overrides. If CUDA_VISIBLE_DEVICES is set, only the GPUs that it lists are
+used. If the recipe has an error, there are no overrides, and launch/train.py reports the error.
 """
 
 from __future__ import annotations
@@ -26,11 +24,11 @@ def fit(config: Config, *, gpus: int, ranks: int | None = None) -> tuple[int, li
     """Return the number of ranks for a recipe, and overrides that adapt the recipe to this number.
 
     gpus: the number of GPUs of this machine.
-    ranks: the number of ranks to use. By default, this is the largest number up to `gpus` that divides both data.lanes
-    and train.global_batch_groups, or WITHOUT_GPU if there is no GPU.
+    ranks: the number of ranks to use. If it is None, use the largest number up to `gpus` that divides both data.lanes
+    and train.global_batch_groups. If there is no GPU either, use WITHOUT_GPU ranks.
 
-    The overrides reduce expert parallelism and the micro-batch size as far as the number of ranks requires. This does
-    not change the training result. On GPUs, the overrides also enable bfloat16, unless the recipe has a bf16 section.
+    The overrides reduce parallel.expert and train.micro_batch_groups if the number of ranks requires it. This does not
+    change the training result. On GPUs, the overrides also enable bfloat16, unless the recipe has a bf16 section.
     """
     lanes, groups = config.data.lanes, config.train.global_batch_groups
     if ranks is None:

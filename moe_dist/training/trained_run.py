@@ -32,9 +32,7 @@ from moe_dist.training.setup import open_data
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedRun:
-    """The checkpoint of a run to evaluate, and the run's recipe with overrides. The weights and the data have not been
-    read yet.
-    """
+    """The checkpoint of a run, and the run's recipe with overrides. The weights and the data have not been read yet."""
 
     config: Config
     checkpoint: Path

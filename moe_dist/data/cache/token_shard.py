@@ -6,8 +6,8 @@
   image_rows.npy  int64 [documents]: the document's row of image.npy, -1 without an image
   prompts.npy     int64 [instructions, 4], ordered by document: document, length of the prompt in its text, index into
                   the manifest's `domains`, hash that identifies the sample
-  manifest.json   the shard and tokenizers from which the tokens were made, the numbers of documents, tokens, skipped
-                  samples and lost parts, the documents that lost a part, and the files' sizes
+  manifest.json   the shard and the tokenizers from which the tokens were made; the numbers of documents and tokens; a
+                  report on skipped samples; the documents of which a part, such as the image, was lost; file sizes
 
 The folder is written under a temporary name and renamed when it is complete, so a token shard that exists is complete.
 """
@@ -40,7 +40,7 @@ IMAGES_AT_ONCE = 128  # images per call of the image tokenizer
 
 @dataclass(frozen=True, slots=True)
 class StoredDocument:
-    """One sample as vocabulary ids (int64), without markers."""
+    """One sample as vocabulary ids (int64), without markers such as BOS and EOS."""
 
     text: np.ndarray  # may be empty; for an instruction, the prompt followed by the answer
     image: np.ndarray | None  # codes row by row
@@ -105,10 +105,10 @@ class TokenShard:
 
 
 class TokenShardWriter:
-    """A writer that collects the tokens of a shard's samples in memory, then writes them.
+    """A writer that first collects the tokens of a shard's samples in memory, then writes the token shard.
 
-    If the vocabulary has no image tokenizer, pictures are dropped, samples without text are skipped, and an instruction
-    about a picture raises UserError.
+    If the vocabulary has no image tokenizer, pictures are dropped and samples without text are skipped. In this case,
+    `add` raises UserError for an instruction about a picture.
     """
 
     def __init__(self, vocabulary: Vocabulary, device: torch.device | str = "cpu") -> None:

@@ -1,12 +1,14 @@
 """RoMA's neighbour store (docs/roma.md): each training sample's routing, and the neighbours whose routing it imitates.
 
 The store is a folder of three files:
-  store.json             format, the model's identity, and how the neighbours were found (embedder, k, sigma)
-  samples.safetensors    sample_N int64 hashes in ascending order; right_N bool, true if the model answers correctly;
-                         routing_NR float32, the routers' softmax at the last prompt token, concatenated over all expert
-                         layers
-  neighbours.safetensors neighbour_NK int64 rows of samples.safetensors; weight_NK float32, whose rows sum to 1, or are
-                         all 0 for a sample without neighbours
+  store.json        format, the model's identity, and how the neighbours were found (embedder, k, sigma)
+  samples.safetensors
+    sample_N        int64 hash that identifies each sample, in ascending order
+    right_N         bool, true if the model answers the sample correctly
+    routing_NR      float32 softmax of the routers at the last prompt token, all expert layers concatenated
+  neighbours.safetensors
+    neighbour_NK    int64 row of each neighbour in samples.safetensors
+    weight_NK       float32 weight of each neighbour; a row sums to 1, or is all 0 if the sample has no neighbours
 
 The store is written in two steps: first samples are collected, then neighbours are found. Training needs both.
 
@@ -86,7 +88,7 @@ def read_samples(folder: Path) -> tuple[Samples, dict[str, Any]]:
 
 
 def write_neighbours(folder: Path, neighbours: Neighbours, about: Mapping[str, Any]) -> None:
-    """Complete a store by adding the neighbours.
+    """Add neighbours to the store in `folder`, which is then complete. Earlier neighbours are replaced.
 
     about: how the neighbours were found, to be stored in store.json under `neighbours`.
     """
@@ -104,8 +106,8 @@ class NeighbourStore:
     def __init__(self, folder: str | Path, *, model: str | None):
         """Open a store. Raises UserError if it is incomplete or was collected with a model other than `model`.
 
-        model: the identity of the checkpoint from which training starts. If it is None (on resume), models are not
-        compared.
+        model: the identity of the checkpoint from which training starts. If it is None (on resume), a store of any
+        model is accepted.
         """
         self.folder = Path(folder)
         self._samples, about = read_samples(self.folder)
@@ -128,7 +130,7 @@ class NeighbourStore:
         return digest.hexdigest()
 
     def join(self, batch: Batch) -> Batch:
-        """Return the batch with the routing and the weights of each instruction's neighbours added to its sidecar.
+        """Return a copy of the batch whose sidecar also holds each instruction's neighbours: their routing and weights.
 
         The new entries are neighbour_routing_SKR and neighbour_weights_SK. Raises UserError if data.shards contains no
         instructions, or if an instruction of the batch is not in the store.

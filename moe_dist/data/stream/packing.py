@@ -74,7 +74,7 @@ def random_bits(seed: int, counter: tuple[int, int, int], count: int) -> np.ndar
 class Piece:
     """A run of tokens from an assembled document, beginning at the document's token number `start`.
 
-    It ends with the document, or where a text is cut.
+    The piece ends at the end of the document or, in a text, at a cut.
     """
 
     epoch: int
@@ -113,7 +113,7 @@ class Assembler:
     caption_dropout: float
 
     def __call__(self, epoch: int, index: int, start: int = 0) -> Piece:
-        """Assemble document number `index` for this epoch. The piece contains the document's tokens from `start` on.
+        """Assemble document number `index` for epoch number `epoch`. The piece begins at the document's token `start`.
 
         Only texts are cut, so `start` is 0 for all other documents. Raises UserError if the document's image does not
         fit into a sequence.
@@ -148,11 +148,11 @@ class Assembler:
 
 
 def fill_sequence(pending: list[Piece], room: int) -> list[Piece]:
-    """Choose the pieces of `pending` that best fill `room` tokens. Remove them from the list and return them.
+    """Choose pieces of `pending` that fill `room` tokens as well as possible. Remove and return them.
 
-    The list `pending` is ordered from oldest to newest. If room remains, a text that is too long for the remaining room
-    is cut, and the rest of the text keeps its place in `pending`. The oldest piece is taken whenever it fits, so no
-    piece waits forever.
+    The list `pending` is ordered from oldest to newest. The oldest piece is taken whenever it fits, so no piece waits
+    forever. If room is left, a text that is longer than this room is cut. Its first part is taken, and the rest keeps
+    its place in `pending`.
     """
     if not pending:
         return []
@@ -187,8 +187,8 @@ def _cut(pending: list[Piece], i: int, room: int) -> Piece:
 def best_subset(lengths: Sequence[int], room: int) -> list[int]:
     """Choose lengths whose sum is as large as possible, but at most `room`, and return their indices.
 
-    Index 0 is included if lengths[0] is at most `room`. Among equally good subsets, earlier items are preferred. The
-    algorithm is subset sum over bit sets: bit s of reach[k] is 1 if some of the first k lengths add up to s.
+    Index 0 is included if lengths[0] is at most `room`. Among equally good subsets, earlier items are preferred. In the
+    code, bit s of reach[k] is 1 if some of the first k lengths add up to s.
     """
     mask = (1 << (room + 1)) - 1
     reach = [1]
@@ -213,13 +213,12 @@ def collate(
     """Concatenate groups into one micro-batch on the CPU.
 
     The target of a token is the next token of the same piece. Three kinds of tokens have no target: padding, the last
-    token of a piece, and all tokens of a prompt except its last. In the batch's document lengths, each run of padding
-    is counted as a document, so the lengths add up to T.
+    token of a piece, and all tokens of a prompt except its last. Each run of padding has an entry in document_lengths.
 
     groups: pairs of (the group's number in the run, the group).
-    instructions: whether the data contain instructions. If so, the sidecar describes those of the micro-batch: domain_T
-    (index into the store's domains, -1 for tokens outside instructions), prompt_end_S (index of the last prompt token)
-    and sample_S (sample_hash).
+    instructions: whether the data contain instructions. If so, the sidecar describes them:
+    domain_T: index into the store's domains, -1 outside instructions.
+    prompt_end_S: index of the last prompt token. sample_S: the sample_hash.
     """
     group_tokens = len(groups[0][1]) * sequence_length
     num_tokens = len(groups) * group_tokens
@@ -257,10 +256,10 @@ def collate(
 
 
 def _place(sequences: Group, sequence_length: int) -> tuple[list[tuple[int, Piece]], list[int]]:
-    """Find the position of each piece in a micro-batch that consists of the sequences, one after another.
+    """Find the position of each piece in a micro-batch. Each sequence is padded to sequence_length.
 
     Returns two lists. The first has (index of the piece's first token in the micro-batch, piece) for each piece. The
-    second has the length of each piece and of each run of padding, in order.
+    second has the lengths of all pieces and runs of padding, in order.
     """
     placed: list[tuple[int, Piece]] = []
     document_lengths: list[int] = []
@@ -285,7 +284,7 @@ def _sidecar(placed: Sequence[tuple[int, Piece]], num_tokens: int) -> dict[str, 
 
 
 def reachable_image_fraction(assembler: Assembler) -> float:
-    """Return the largest data.image_fraction that the store allows: the fraction of image tokens in its pairs.
+    """Return the fraction of image tokens in the store's pairs. data.image_fraction cannot be larger than this.
 
     The markers of a pair are counted as tokens, but not as image tokens.
     """

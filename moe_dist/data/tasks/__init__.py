@@ -1,3 +1,4 @@
-"""Samples with a prompt and an answer: instructions and multiple-choice items. Imports core, config, data/shards and
-data/tokenizers.
+"""Samples with a prompt and an answer: instructions and multiple-choice items.
+
+This package imports only core, config, data/shards and data/tokenizers.
 """

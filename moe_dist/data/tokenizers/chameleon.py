@@ -57,12 +57,12 @@ class ChameleonVQ(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
-        """Encode images in [-1, 1] as codes [B, n] (int64, row by row)."""
+        """Encode images with pixel values in [-1, 1] as codes, int64 [B, n], row by row."""
         chunk = max(1, CHUNK_PIXELS // self.image_size**2)
         return in_chunks(lambda x: self.model.encode(x).image_tokens.view(len(x), -1), pixels_B3HW, chunk)
 
     def decode(self, codes_Bn: Tensor) -> Tensor:
-        """Raise UserError: the Hugging Face weights hold no decoder."""
+        """Raise UserError in every case, because transformers' ChameleonVQVAE has no decoder."""
         raise UserError("a ChameleonVQVAE holds no decoder: its image codes cannot be turned back into images")
 
     @property

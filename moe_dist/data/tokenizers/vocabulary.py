@@ -42,7 +42,7 @@ class Vocabulary:
         self.modality_of[self.first_image_code :] = IMAGE
 
     def image_code(self, code: Codes) -> Codes:
-        """Return the id of an image code, or the ids of an array of codes."""
+        """Convert image codes to vocabulary ids. `code` is a single code, or an array or tensor of codes."""
         return code + self.first_image_code
 
     def fingerprint(self) -> str:

@@ -55,9 +55,9 @@ def train_vq(pixels_NHW3: np.ndarray, config: VQConfig, training: VQTraining) ->
     """Train a tokenizer on uint8 images [N, H, W, 3] and return it in eval mode.
 
     The loss is L1 + squared error + the quantizer's commitment loss. The codebook is initialised by k-means on a large
-    first batch and updated by moving averages; unused codes are replaced. The same images and settings give the same
-    result if the number of CPU threads is the same. Raises UserError if there are fewer images than one batch, or if
-    the loss becomes non-finite.
+    first batch. It is then updated by moving averages, and unused codes are replaced. The result is the same if the
+    images, the settings and the number of CPU threads are the same. Raises UserError if there are fewer images than
+    training.batch_size, or if the loss becomes non-finite.
     """
     count, batch_size = len(pixels_NHW3), training.batch_size
     if count < batch_size:
@@ -91,9 +91,9 @@ def _train_step(tokenizer: VQTokenizer, optimizer: torch.optim.Optimizer, pixels
 
 
 def _initialise_codebook(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> None:
-    """Initialise the codebook by k-means over the encoder's outputs.
+    """Initialise the codebook by k-means over the encoder's outputs for random images.
 
-    Enough random images are used to give 8 outputs per code.
+    The number of images is chosen such that there are at least 8 outputs per code.
     """
     count = math.ceil(8 * tokenizer.codebook_size / tokenizer.num_codes)
     with torch.no_grad():
@@ -131,7 +131,10 @@ def measure(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> VQQuality:
 
 
 def reconstruction_grid(tokenizer: VQTokenizer, pixels_NHW3: np.ndarray) -> Image.Image:
-    """Draw rows of original images. Below each row is a row with their reconstructions."""
+    """Return a picture in which rows of original images alternate with rows of their reconstructions.
+
+    Each row has GRID_COLUMNS images. Images that do not fill a row are left out.
+    """
     output_NHW3 = to_pixels(tokenizer.decode(tokenizer.encode(scale_pixels(pixels_NHW3))))
     rows = []
     for start in range(0, len(pixels_NHW3) - GRID_COLUMNS + 1, GRID_COLUMNS):

@@ -19,8 +19,9 @@ from moe_dist.core.routing_plan import RoutingPlan
 def expert_capacity(num_tokens: int, capacity_factor: float, columns: int, top_k: int = 1) -> int:
     """Return the maximum number of tokens that an expert takes from a group: min(b, ceil(b * k * c / columns)).
 
-    Here, b is num_tokens (the size of the selection group), k is top_k and c is capacity_factor. columns: the router's
-    number of columns, including null experts. The arithmetic is exact (without floating-point rounding).
+    b: num_tokens, the size of the selection group. k: top_k. c: capacity_factor.
+    columns: the router's number of columns, including null experts.
+    The arithmetic is exact (without floating-point rounding).
     """
     return min(num_tokens, math.ceil(num_tokens * top_k * Fraction(str(capacity_factor)) / columns))
 
@@ -31,7 +32,8 @@ def keep_within_capacity(
     """Keep, for each group and expert, the tokens with the highest priority among those that chose the expert.
 
     Returns bool [V, E], true where an expert keeps a token. The host is not synchronised.
-    chosen_VE: bool, true where a token chose an expert. priority_VE: int64, all different within an expert's column.
+    chosen_VE: bool, true where a token chose an expert.
+    priority_VE: int64. The priorities of the tokens for one expert must all be different.
     capacities: for each group, the maximum number of tokens that an expert keeps.
     """
     lowest = torch.iinfo(torch.int64).min

@@ -41,12 +41,15 @@ class ExpertBias(nn.Module):
 class DeepSeekV3Router(TokenChoiceRouter):
     """Router in which every valid token takes the k experts with the highest s + b (eq. 15, 16).
 
-    Here, s = sigmoid(x W) is the token's score for an expert, and b is the expert's bias. The experts form `groups`
-    equal groups (DeepSeek-V2's device-limited routing). A token's score for a group is the sum of the two highest s + b
-    in the group. The token takes experts only from the `top_groups` groups with the highest scores. The combine weight
-    is s without the bias, divided by the sum of s over the chosen experts (eq. 13) and multiplied by `scale`. After
-    every optimizer step, an expert's bias rises by `bias_rate` if the expert's load is below the mean over the experts,
-    and falls by `bias_rate` if the load is above the mean.
+    Here, s = sigmoid(x W) is the token's score for an expert, and b is the expert's bias.
+
+    Groups: the experts form `groups` equal groups (DeepSeek-V2's device-limited routing). A token's score for a group
+    is the sum of the two highest s + b in the group. The token takes experts only from the `top_groups` groups with the
+    highest scores.
+    Combine weight: s without the bias, divided by the sum of s over the chosen experts (eq. 13) and multiplied by
+    `scale`.
+    Bias: after every optimizer step, b rises by `bias_rate` if the expert's load is below the mean over the experts. It
+    falls by `bias_rate` if the load is above the mean.
     """
 
     has_state = True

@@ -1,7 +1,8 @@
-"""The router of mixture-of-depths: it chooses the tokens that a block admits (Raposo et al., arXiv 2404.02258; MoMa,
-arXiv 2407.21770).
+"""The router of mixture-of-depths, which chooses the tokens that a block admits.
 
-Shape suffixes: T tokens, D model width, V valid tokens of all competing sets.
+Sources: Raposo et al., arXiv 2404.02258; MoMa, arXiv 2407.21770.
+
+Shape suffixes: T tokens, D model width, V valid tokens.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class DepthRouter(nn.Module):
     modality: the tokens of one modality in a selection group, so that every layer keeps the mix of modalities.
     sequence: the tokens of one packed sequence, as in Raposo et al.
 
-    Padding is never admitted. Ties are broken as in selection_keys. If TokenInfo.causal is set, the auxiliary router
-    decides on each token independently. The gate value is still s.
+    Padding is never admitted. Ties are broken as in selection_keys. If TokenInfo.causal is set, tokens do not compete:
+    the auxiliary router decides for each token independently whether it is admitted. The gate value is s in both cases.
     """
 
     causal = False

@@ -3,11 +3,13 @@
 Shape suffixes: T tokens, D model width, E experts, e experts (or expert slices) on a rank, r ranks of the
 expert-parallel group, N assignments of this rank's tokens, R rows received on this rank.
 
-A dispatcher has no parameters: it follows a RoutingPlan. Rows are copies of tokens, sorted by expert. Each row is sent
+A dispatcher has no parameters. It follows a RoutingPlan. Rows are copies of tokens, sorted by expert. Each row is sent
 together with a combine weight. Combine weights keep their dtype and their gradient, and the Experts class applies them.
 If experts are split into slices (Placement), each slice gets all rows of its expert, and the expert's output is the sum
-over its slices. Both `combine` and the gradient of `dispatch` sum the rows of a token in float32 or wider and round the
-sum once to the rows' dtype. The sum is bitwise repeatable on CPU, and on CUDA under
+over its slices.
+
+Both `combine` and the gradient of `dispatch` add up the rows of a token. They compute the sum in float32 or wider, and
+round it once to the rows' dtype. The sum is bitwise repeatable on CPU, and on CUDA under
 torch.use_deterministic_algorithms(True).
 """
 
@@ -50,8 +52,9 @@ class Receipt:
 
 class Dispatcher(Protocol):
     def dispatch(self, x_TD: Tensor, plan: RoutingPlan, token_id_T: Tensor | None = None) -> tuple[Tensor, Receipt]:
-        """Send each token to the ranks of its experts. Returns the rows that this rank received, and their receipt.
+        """Send each token to the ranks of its experts. Returns the rows that this rank received, and a receipt.
 
+        The receipt holds what the experts and `combine` need in addition to the rows.
         token_id_T: global token ids to send with the rows.
         """
         ...

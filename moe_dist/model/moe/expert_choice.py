@@ -28,10 +28,9 @@ class ExpertChoiceRouter(nn.Module):
     A token may get 0 to E experts. If the capacity factor is 1, tokens get one expert on average. The score of a token
     is s = sigmoid(x W). The combine weight is s, not normalised over experts.
 
-    gumbel_noise: in training, s = sigmoid(x W + G' - G'') with Gumbel noise G' and G'' (MoMa, arXiv 2407.21770, section
-    on upcycling). This s is used both for selection and as the combine weight. The noise is a function of (seed, layer,
-    token id, expert). Token ids are unique over the whole run, so the noise differs in each step, but it is the same in
-    every layout and after a resume.
+    gumbel_noise: in training, s is sigmoid(x W + G' - G''), where G' and G'' are Gumbel noise (MoMa, arXiv 2407.21770,
+    section on upcycling). The noise is a function of (seed, layer, token id, expert). Token ids are unique over the
+    whole run, so the noise differs in each step. It is the same in every layout and after a resume.
 
     If TokenInfo.causal is set, the auxiliary router decides which experts a token gets. The combine weight is still s
     (MoMa, arXiv 2407.21770, eq. 3-4).
@@ -84,7 +83,7 @@ class ExpertChoiceRouter(nn.Module):
     def _add_noise(self, logits_VE: Tensor, token_V: Tensor, info: TokenInfo) -> Tensor:
         """Add Gumbel noise to the logits in training if `gumbel_noise` is set.
 
-        No noise is added while the gate is frozen, as in the stage that trains auxiliary routers.
+        If the gate is frozen, no noise is added. The stage that trains auxiliary routers freezes it.
         """
         if not (self.settings.gumbel_noise and self.training and self.gate.weight.requires_grad):
             return logits_VE

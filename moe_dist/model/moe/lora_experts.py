@@ -26,9 +26,9 @@ from moe_dist.model.site import Site
 class LowRank(nn.Module):
     """The LoRA delta (alpha / r) dropout(x) A B for one weight, or a stack of such deltas, one per expert.
 
-    Source: Hu et al., arXiv 2106.09685, eq. 3. The matrix A, [D, r], is initialised at the scale of Kaiming
-    initialisation with a = sqrt(5). The matrix B, [r, F], starts at zero, so the delta starts at zero, too. Dropout is
-    a function of (seed, name, token, column), so it is the same in every layout and after a resume.
+    Source: Hu et al., arXiv 2106.09685, eq. 3. The matrix A, [D, r], is drawn from a normal distribution with the
+    variance of Kaiming initialisation (a = sqrt(5)). The matrix B, [r, F], starts at zero, so the delta starts at zero,
+    too. Dropout is a function of (seed, name, token, column), so it is the same in every layout and after a resume.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class LoRAExperts(nn.Module):
 
     h = silu(W_g u + w E^g_k(u)) * (W_u u + w E^u_k(u));  y = W_d h + w E^d_k(h)
 
-    Every rank holds the base. The combine weight w scales only the deltas. If the value of w is 1 (`weighting:
-    straight_through`), this is the formula of LLaVA-MoLE's released code; otherwise it is the weighted variant. Every
-    row includes the base's output, so a token must have exactly one expert.
+    Every rank holds the base. The combine weight w scales only the deltas. With `weighting: straight_through`, the
+    value of w is 1, as in LLaVA-MoLE's released code. Every row includes the base's output, and the rows of a token are
+    added up. A token must therefore have exactly one expert.
     """
 
     experts_per_token = 1
@@ -122,10 +122,10 @@ class LoRAExperts(nn.Module):
         return y_RD
 
     def products(self, rows: int, gates: list[Product]) -> list[Product]:
-        """Return the matrix products of the experts and of the router, in order.
+        """Return the matrix products of the experts and the router (`gates`), in the order that metrics/flops.py needs.
 
-        The router's products (`gates`) come after the base's gate_up and before the other products. The combine weights
-        scale only the LoRA deltas, so their gradient does not flow back through gate_up.
+        The router gets its gradient through the combine weights, which scale only the LoRA deltas. This gradient does
+        not flow back through the base's gate_up, so gate_up comes before the router's products.
         """
         return [
             linear_product(self.base.gate_up, rows, beside_lora=True),

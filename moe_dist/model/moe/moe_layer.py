@@ -46,7 +46,10 @@ class MoELayer(nn.Module):
         return router_products(self.get_submodule("router"), work.scored, detached=True)
 
     def num_parameters(self, experts: float | None = None) -> float:
-        """Count the parameters over all ranks. experts: the number of experts to count, by default all."""
+        """Count the parameters over all ranks.
+
+        experts: the number of experts to count. By default, all experts are counted.
+        """
         counted = self.router.num_experts if experts is None else experts
         return router_parameters(self.get_submodule("router")) + self.experts.num_parameters(counted)
 
