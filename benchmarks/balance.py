@@ -153,7 +153,7 @@ def check(run: Run, batch: Batch, output: ModelOutput, counted: dict[str, np.nda
     admitted = {depth.layer: depth.document_lengths for depth in output.depths}
     rows_LE = counted["rows"].sum(1)
     rows_L = [int(rows) for rows in rows_LE.sum(1)]
-    work = Work(document_lengths=batch.info.document_lengths, admitted=admitted, rows=rows_L)
+    work = Work(document_lengths=batch.info.document_lengths, admitted=admitted, rows=dict(enumerate(rows_L)))
     expected = model_flops(run.model, work) - 6 * num_weights(run.model.output) * work.tokens
     attention_LG, expert = flops(counted["tokens"], counted["pairs"])
     assert attention_LG.sum() + expert * rows_LE.sum() == expected

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from moe_dist.config.rope import RopeScaling
 from moe_dist.config.routers import RouterSection
-from moe_dist.core.strict import Positive, Strict
+from moe_dist.core.strict import Count, Positive, Strict
 
 
 class DenseFFN(Strict):
     type: Literal["dense"]
     hidden_size: Positive
+    bias: bool = False  # whether the three projections have biases
 
 
 class LoRAConfig(Strict):
@@ -34,12 +37,23 @@ class LoRAExpertsConfig(LoRAConfig):
     type: Literal["lora"]
 
 
+class SharedExpertConfig(Strict):
+    """Settings of an expert that processes every token, beside the experts that the router chooses.
+
+    Source: DeepSeekMoE (arXiv 2401.06066).
+    """
+
+    hidden_size: Positive
+    gate: bool = False  # whether a learned gate in (0, 1) scales the expert's output for each token (Qwen2-MoE)
+
+
 class MoEFFN(Strict):
     type: Literal["moe"]
     hidden_size: Positive  # of one expert; with LoRA experts, of the dense FFN that they share
     experts: Annotated[SwiGLUExpertsConfig | LoRAExpertsConfig, Field(discriminator="type")] = SwiGLUExpertsConfig()
     slices: Positive = 1  # number of slices of each expert's hidden size. Slices are placed like experts, so that
     # ranks can share one expert (docs/moma.md, "Balance over ranks")
+    shared_expert: SharedExpertConfig | None = None
     router: RouterSection
 
     @model_validator(mode="after")
@@ -67,6 +81,30 @@ class DepthConfig(Strict):
     auxiliary: bool = False  # add an auxiliary router to each gate, for causal inference
 
 
+class LayerConfig(Strict):
+    """Settings of layers that differ from the rest of the model. A null key is as in the model."""
+
+    ffn: DenseFFN | None = None
+    sliding_window: Count | None = None
+
+
+def layer_numbers(key: str) -> list[int]:
+    """Return the layers that a key of `model.layers` names, such as [0, 4, 5, 6] for "0,4-6".
+
+    Raises ValueError if the key has another form.
+    """
+    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", key):
+        raise ValueError(f"layers: '{key}' is not a list of layer numbers such as 0,4-7")
+    spans = [part.split("-") for part in key.split(",")]
+    return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]
+
+
+QKNorm = Annotated[
+    Literal["none", "layer_norm", "rms_norm", "rms_norm_full"],
+    BeforeValidator(lambda value: {True: "layer_norm", False: "none"}[value] if isinstance(value, bool) else value),
+]
+
+
 class ModelConfig(Strict):
     hidden_size: Positive
     num_layers: Positive
@@ -77,13 +115,37 @@ class ModelConfig(Strict):
     depth: DepthConfig | None = None  # mixture-of-depths; None: every block processes all tokens
     norm: Literal["swin", "pre"] = "swin"  # swin: x + norm(f(x)), Chameleon; pre: x + f(norm(x))
     norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
-    qk_norm: bool = True
+    qk_norm: QKNorm = "layer_norm"  # norm of queries and keys: a LayerNorm (Chameleon) or RMSNorm (Qwen3) of each
+    # head, or an RMSNorm of all heads together (OLMoE); true is short for layer_norm, and false for none
+    clip_qkv: Annotated[float, Field(gt=0)] | None = None  # limit queries, keys and values to +- this value (OLMoE)
+    attention_bias: Literal["none", "qkv", "all"] = "none"  # projections with a bias; all: q, k, v and o
     attention_lora: LoRAConfig | None = None  # on the projections q, k, v and o, which are then frozen
+    sliding_window: Count = 0  # a token attends to this many tokens: itself and those just before it; 0: no limit
     rope_base: Annotated[float, Field(gt=0)] = 10000.0
+    rope_scaling: RopeScaling | None = None
+    layers: dict[str, LayerConfig] = Field({})  # layers that differ; keys: layer numbers such as "0" or "0,4-7"
     tie_embeddings: bool = False  # share one matrix between embedding and output
     init_std: Annotated[float, Field(gt=0)] = 0.02
     embedding_init_std: Annotated[float, Field(gt=0)] | None = None  # default: init_std; about 1 for swin, docs/moma.md
     recompute: bool = False  # recompute each block's activations in the backward pass
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layer_keys(cls, layers: Any) -> Any:
+        """Accept a number as a key, since YAML reads `0:` as one."""
+        return {str(key): value for key, value in layers.items()} if isinstance(layers, dict) else layers
+
+    @model_validator(mode="after")
+    def _layers(self):
+        numbers = [number for key in self.layers for number in layer_numbers(key)]
+        for number in numbers:
+            if number >= self.num_layers:
+                raise ValueError(f"layers: there is no layer {number}, num_layers={self.num_layers}")
+            if numbers.count(number) > 1:
+                raise ValueError(f"layers: layer {number} is given twice")
+        if isinstance(self.ffn, MoEFFN) and not self.expert_layers:
+            raise ValueError("layers: every layer is dense, so ffn must be of type dense")
+        return self
 
     @model_validator(mode="after")
     def _heads(self):
@@ -102,6 +164,22 @@ class ModelConfig(Strict):
     @property
     def query_groups(self) -> int:
         return self.num_query_groups or self.num_heads
+
+    def ffn_of(self, layer: int) -> DenseFFN | MoEFFN:
+        return self._own(layer).ffn or self.ffn
+
+    def window_of(self, layer: int) -> int:
+        """Return the sliding window of a layer; 0 if its attention has no limit."""
+        own = self._own(layer).sliding_window
+        return self.sliding_window if own is None else own
+
+    def _own(self, layer: int) -> LayerConfig:
+        return next((own for key, own in self.layers.items() if layer in layer_numbers(key)), LayerConfig())
+
+    @property
+    def expert_layers(self) -> list[int]:
+        """The indices of the layers with experts."""
+        return [layer for layer in range(self.num_layers) if isinstance(self.ffn_of(layer), MoEFFN)]
 
     @property
     def depth_layers(self) -> range:

@@ -23,11 +23,11 @@ class Product(NamedTuple):
 
 
 def linear_product(linear: nn.Linear, rows: int, *, beside_lora: bool = False) -> Product:
-    """Return the Product of applying a linear layer to `rows` rows.
+    """Return the Product of applying a linear layer to `rows` rows. Its bias, if any, belongs to the weights.
 
     beside_lora: True if the layer's weight stays frozen and only the LoRA deltas next to it are trained.
     """
-    return Product(num_weights(linear) * rows, (linear.weight,), beside_lora)
+    return Product(num_weights(linear) * rows, tuple(linear.parameters(recurse=False)), beside_lora)
 
 
 def num_weights(linear: nn.Linear) -> int:
@@ -48,11 +48,22 @@ def no_products(*modules: nn.Module) -> Product:
 class LayerWork:
     """The numbers that determine how many multiply-adds one layer performs for a micro-batch."""
 
-    tokens: int  # number of tokens that the layer processes
-    pairs: int  # (query, key) pairs within documents: L (L + 1) / 2 for a document of length L
+    document_lengths: Sequence[int]  # of the tokens that the layer processes
     rows: int  # (token, expert) assignments of the tokens, on any rank; the number of tokens if the FFN is dense
     scored: Sequence[int] = ()  # tokens scored by each part of the expert layer's router; (): do not count the router
     depth_scored: Sequence[int] = ()  # the same for the layer's mixture-of-depths router
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.document_lengths)
+
+    def pairs(self, window: int = 0) -> int:
+        """Return the number of (query, key) pairs within documents. window: see Documents.attend in model/attention.py.
+
+        Without a window, a document of length L has L (L + 1) / 2 pairs.
+        """
+        spans = [(length, min(length, window or length)) for length in self.document_lengths]
+        return sum(span * (span + 1) // 2 + (length - span) * span for length, span in spans)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +74,7 @@ class Work:
     """
 
     document_lengths: Sequence[int]  # of all tokens of the micro-batch
-    rows: Sequence[int] | None = None  # LayerWork.rows of each layer; None: a dense model
+    rows: Mapping[int, int] = field(default_factory=dict)  # LayerWork.rows of each layer with experts
     admitted: Mapping[int, Sequence[int]] = field(default_factory=dict)  # tokens of each document that a layer with
     # mixture-of-depths processes
     scored: Mapping[int, Sequence[int]] = field(default_factory=dict)
@@ -75,11 +86,9 @@ class Work:
 
     def of_layer(self, layer: int) -> LayerWork:
         lengths = self.admitted.get(layer, self.document_lengths)
-        tokens = sum(lengths)
         return LayerWork(
-            tokens=tokens,
-            pairs=sum(length * (length + 1) // 2 for length in lengths),
-            rows=tokens if self.rows is None else self.rows[layer],
+            document_lengths=lengths,
+            rows=self.rows.get(layer, sum(lengths)),
             scored=self.scored.get(layer, ()),
             depth_scored=self.depth_scored.get(layer, ()),
         )
@@ -89,7 +98,7 @@ class Costed(Protocol):
     """Interface for models that report the matrix products they compute."""
 
     @property
-    def num_layers(self) -> int: ...
+    def expert_layers(self) -> Sequence[int]: ...
 
     def products(self, work: Work) -> Iterable[Iterable[Product]]:
         """Return the matrix products of a forward pass, divided into chains.

@@ -43,10 +43,13 @@ def flops_saved(
     admitted: see Work.admitted in core/costs.py.
     """
     admitted = admitted or {}
-    of_layers = [sum(admitted[layer]) if layer in admitted else tokens for layer in range(model.num_layers)]
+    of_layers = {layer: sum(admitted[layer]) if layer in admitted else tokens for layer in model.expert_layers}
     ours, theirs = (
         _flops(model, Work(document_lengths=document_lengths, rows=rows, admitted=admitted), _can_be_trained)
-        for rows in ([round(experts * tokens)] * model.num_layers, [top_k * count for count in of_layers])
+        for rows in (
+            dict.fromkeys(of_layers, round(experts * tokens)),
+            {layer: top_k * count for layer, count in of_layers.items()},
+        )
     )
     return 1 - ours / theirs
 

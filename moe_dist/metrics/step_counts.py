@@ -82,9 +82,10 @@ class StepCounts:
 
         This synchronises with the device once.
         """
+        load_L = [] if self.routing is None else self.routing.load_LGE.sum((1, 2)).tolist()
         work = Work(
             document_lengths=self.document_lengths,
-            rows=None if self.routing is None else self.routing.load_LGE.sum((1, 2)).tolist(),
+            rows=dict(zip(self.scored, load_L, strict=True)),
             admitted=self.admitted,
             scored=self.scored,
             depth_scored=self.depth_scored,

@@ -1,8 +1,8 @@
-"""Causal attention over packed documents, and rotary embedding with positions that restart in each document.
+"""Causal attention over packed documents.
 
 A micro-batch is a concatenation of documents, T tokens in all. A token attends to itself and to the earlier tokens of
-the same document. No T x T mask is built: the document boundaries are computed once per micro-batch and shared by all
-layers.
+the same document, or to the last of them only (a sliding window). No T x T mask is built: the document boundaries are
+computed once per micro-batch and shared by all layers.
 
 Shape suffixes: T tokens, H heads, G query groups (G divides H; the heads of a group share key and value), d size per
 head, P padded tokens (P >= T).
@@ -24,7 +24,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.errors import UserError
-from moe_dist.core.fused import fused
+from moe_dist.model.rope import rotate
 
 _MULTIPLE = 16  # documents are padded to a multiple of 16: few distinct lengths, at most 15 padding tokens each
 
@@ -37,11 +37,18 @@ class Attending(Protocol):
         ...
 
 
-class Documents(Attending, Protocol):
+class Documents(Protocol):
     """Interface for the document boundaries of a micro-batch.
 
     An implementation also computes the attention within each document.
     """
+
+    def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, window: int = 0) -> Tensor:
+        """Compute softmax attention, scaled by 1/sqrt(d) and causal within each document. Returns [T, H, d].
+
+        window: the number of tokens that a token attends to, the last of which is the token itself; 0: no limit.
+        """
+        ...
 
     def select(self, info: TokenInfo) -> Documents:
         """Return the same documents, restricted to the tokens that `info` describes.
@@ -113,17 +120,30 @@ class BucketedDocuments:
     def select(self, info: TokenInfo) -> BucketedDocuments:
         return self.build(info.document_lengths, self.gather_P.device)
 
-    def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
+    def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, window: int = 0) -> Tensor:
         grouped = key_TGd.shape[1] != query_THd.shape[1]
         sizes = [documents * padded for documents, padded in self.buckets]
         pieces = [x.index_select(0, self.gather_P).split(sizes) for x in (query_THd, key_TGd, value_TGd)]
         outputs = []
         for bucket, *qkv in zip(self.buckets, *pieces):
             query, key, value = (x.unflatten(0, bucket).transpose(1, 2) for x in qkv)
-            output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+            seen = _sliding_window(bucket[1], window, query.device)
+            output = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=seen, is_causal=seen is None, enable_gqa=grouped
+            )
             outputs.append(output.transpose(1, 2).flatten(0, 1))
         output_PHd = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return output_PHd.index_select(0, self.scatter_T)
+
+
+def _sliding_window(length: int, window: int, device: torch.device) -> Tensor | None:
+    """Return which keys each query of a document may see, bool [length, length].
+
+    If the window does not reach its limit, return None: plain causal attention.
+    """
+    if not 0 < window < length:
+        return None
+    return torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +167,12 @@ class VarlenDocuments:
     def select(self, info: TokenInfo) -> VarlenDocuments:
         return self.build(info.document_lengths, self.ends.device)
 
-    def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
+    def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, window: int = 0) -> Tensor:
         ends, longest, grouped = self.ends, self.longest, key_TGd.shape[1] != query_THd.shape[1]
         # torch 2.12 needs enable_gqa if there are fewer key-value heads than query heads. torch 2.11 does not have it.
         extra: dict[str, Any] = {"enable_gqa": True} if grouped and _accepts(varlen_attn, "enable_gqa") else {}
-        output = varlen_attn(query_THd, key_TGd, value_TGd, ends, ends, longest, longest, window_size=(-1, 0), **extra)
+        span = (window - 1, 0)  # tokens to the left and right; -1: no limit
+        output = varlen_attn(query_THd, key_TGd, value_TGd, ends, ends, longest, longest, window_size=span, **extra)
         assert isinstance(output, Tensor)  # a tuple is returned only if further outputs are requested
         return output
 
@@ -162,45 +183,21 @@ def _accepts(function: Callable, name: str) -> bool:
     return name in inspect.signature(function).parameters
 
 
-def rotary_angles(position_T: Tensor, *, head_size: int, base: float) -> Tensor:
-    """Compute the RoPE angles (Su et al., arXiv 2104.09864, eq. 15). Returns float32 [T, 1, 1, d].
-
-    Both halves of the last dimension hold the same d/2 angles. The frequencies are computed as 1 / base^x, not as
-    base^-x, to get the same rounding as the original code of imported models.
-    """
-    exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_T.device) / head_size
-    angle_Td = position_T[:, None].float() * (1.0 / base**exponent)
-    return torch.cat([angle_Td, angle_Td], dim=1)[:, None, None, :]
-
-
-def rotation(angle_T11d: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute the cosines and signed sines that `rotate` needs. Returns [2, T, 1, d] in `dtype`.
-
-    In the first half of the last dimension, the sines are negated. The result is computed once per micro-batch and
-    shared by all layers.
-    """
-    sin_T1d = angle_T11d.sin().squeeze(1)
-    first, second = sin_T1d.chunk(2, dim=-1)
-    return torch.stack([angle_T11d.cos().squeeze(1), torch.cat([-first, second], dim=-1)]).to(dtype)
-
-
-@fused
-def rotate(x_THd: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
-    """Apply the rotary embedding: replace each head (x1, x2) by (x1 cos - x2 sin, x2 cos + x1 sin).
-
-    Here, x1 and x2 are the two halves of the head. cos_T1d, sin_T1d: the two entries of the result of `rotation`.
-    """
-    return x_THd * cos_T1d + x_THd.roll(x_THd.shape[-1] // 2, -1) * sin_T1d
-
-
 @dataclass(frozen=True, slots=True)
 class RotatedDocuments:
-    """Attention that first applies the rotary embedding to queries and keys."""
+    """Attention that first applies the rotary embedding to queries and keys.
 
-    documents: Attending
+    clip: before that, queries, keys and values are limited to +- this value; None: no limit (OLMoE, arXiv 2409.02060).
+    """
+
+    documents: Documents
     turn_2T1d: Tensor
+    window: int = 0  # see Documents.attend
+    clip: float | None = None
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
+        if self.clip is not None:
+            query_THd, key_TGd, value_TGd = (x.clamp(-self.clip, self.clip) for x in (query_THd, key_TGd, value_TGd))
         cos_T1d, sin_T1d = self.turn_2T1d.unbind()
         query_THd, key_TGd = (rotate(x, cos_T1d, sin_T1d) for x in (query_THd, key_TGd))
-        return self.documents.attend(query_THd, key_TGd, value_TGd)
+        return self.documents.attend(query_THd, key_TGd, value_TGd, self.window)

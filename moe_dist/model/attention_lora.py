@@ -26,7 +26,7 @@ class LoRALinear(nn.Linear):
 
     The output consists of `groups` groups. Each group contains an equal share of every part, in the order of `parts`.
     For example, the output of Megatron's fused projection is q q k v, q q k v, ...: its parts are q, k and v, and it
-    has one group per key-value head. There is no bias.
+    has one group per key-value head.
     """
 
     def __init__(
@@ -38,13 +38,14 @@ class LoRALinear(nn.Linear):
         groups: int,
         lora: LoRAConfig,
         site: Site,
+        bias: bool = False,
     ):
         """Create the layer, with one LoRA delta per part.
 
-        parts: a mapping from the name of each part to its output width.
+        parts: a mapping from the name of each part to its output width. bias: whether the layer has a (frozen) bias.
         """
-        super().__init__(input_size, output_size, bias=False)
-        self.weight.requires_grad_(False)
+        super().__init__(input_size, output_size, bias=bias)
+        self.requires_grad_(False)
         self.groups, self.dropout = groups, lora.dropout
         self.lora = nn.ModuleDict()
         for part, width in parts.items():

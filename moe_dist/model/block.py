@@ -71,10 +71,9 @@ class Block(nn.Module):
 
 
 def build_ffn(config: ModelConfig, site: Site, layout: Layout) -> SwiGLU | MoELayer:
-    """Build the feed-forward part of a block: a SwiGLU if the recipe's model is dense, otherwise an expert layer.
+    """Build the feed-forward part of a block: a SwiGLU if the block is dense, otherwise an expert layer.
 
     Both modules are called with (x_TD, info) and return (y_TD, RoutingRecord or None).
     """
-    if isinstance(config.ffn, DenseFFN):
-        return SwiGLU(config.ffn.hidden_size, site)
-    return build_moe_layer(config.ffn, site, layout)
+    ffn = config.ffn_of(site.layer)
+    return SwiGLU(ffn, site) if isinstance(ffn, DenseFFN) else build_moe_layer(ffn, site, layout)

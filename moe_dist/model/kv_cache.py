@@ -79,10 +79,10 @@ class CachedDocuments:
         """Return the same documents, restricted to the tokens that `info` describes. Only these tokens are cached."""
         return replace(self, document_T=info.document_T)
 
-    def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
+    def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, window: int = 0) -> Tensor:
         """Append the tokens to the cache, then compute attention. Returns [T, H, d].
 
-        Each token attends to the cached tokens of its sequence, up to and including itself.
+        Each token attends to the cached tokens of its sequence, up to and including itself, within the window.
         """
         layer, document_T, sequence_N = self.layer, self.document_T, self.sequence_N
         count_N = torch.bincount(document_T, minlength=len(sequence_N))
@@ -98,7 +98,8 @@ class CachedDocuments:
         query_NnHd = query_THd.new_zeros(len(sequence_N), new, *query_THd.shape[1:])
         query_NnHd[document_T, offset_T] = query_THd
         place_Nn = start_N[:, None] + torch.arange(new, device=document_T.device)
-        seen_NnL = torch.arange(longest, device=document_T.device) <= place_Nn[:, :, None]
+        ahead_NnL = torch.arange(longest, device=document_T.device) - place_Nn[:, :, None]
+        seen_NnL = (ahead_NnL <= 0) & (ahead_NnL > -(window or longest))
         y_NHnd = F.scaled_dot_product_attention(
             query_NnHd.transpose(1, 2),
             layer.key_SCGd[sequence_N, :longest].transpose(1, 2),

@@ -49,7 +49,8 @@ class OneRankGroup:
 class Linear(nn.Linear):
     """PyTorch's Linear with the interface of megatron's linear layers.
 
-    The constructor takes megatron's arguments. The forward pass returns (output, bias), where bias is always None.
+    The constructor takes megatron's arguments. The forward pass returns (output, None): the output includes the bias, if
+    there is one.
     """
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool, **_tensor_parallel_settings):
@@ -71,14 +72,13 @@ class AdaptedLinear(LoRALinear):
     def __init__(
         self, input_size: int, output_size: int, *, adapters: dict[str, Any], bias: bool, **_tensor_parallel_settings
     ):
-        assert not bias
-        super().__init__(input_size, output_size, **adapters)
+        super().__init__(input_size, output_size, **adapters, bias=bias)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return super().forward(x), None
 
 
-class HeadNorm(nn.LayerNorm):
+class HeadLayerNorm(nn.LayerNorm):
     """LayerNorm over each query or key head, applied before the rotary embedding (Chameleon, arXiv 2405.09818)."""
 
     def __init__(self, *, hidden_size: int, config: TransformerConfig, eps: float):
@@ -86,6 +86,23 @@ class HeadNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return _layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class HeadRMSNorm(nn.RMSNorm):
+    """RMSNorm of queries or keys, before the rotary embedding: of each head (Qwen3) or of `heads` heads as one vector.
+
+    OLMoE (arXiv 2409.02060) normalises all heads as one vector.
+    """
+
+    def __init__(self, *, hidden_size: int, config: TransformerConfig, eps: float, heads: int = 1):
+        super().__init__(heads * hidden_size, eps=eps)
+
+    def forward(self, x_T1Hd: Tensor) -> Tensor:
+        return (
+            super()
+            .forward(x_T1Hd.unflatten(2, (-1, self.normalized_shape[0] // x_T1Hd.shape[3])).flatten(3))
+            .view_as(x_T1Hd)
+        )
 
 
 @fused
@@ -132,6 +149,9 @@ class Attention(nn.Module):
         )
         core.draw(self.core.linear_qkv.weight, "linear_qkv.weight")
         core.draw(self.core.linear_proj.weight, "linear_proj.weight", onto_residual=True)
+        for bias in self._biases():
+            nn.init.zeros_(bias)
+        self.window, self.clip = config.window_of(site.layer), config.clip_qkv
 
     def forward(self, x_TD: Tensor, token_id_T: Tensor, documents: Documents, turn_2T1d: Tensor) -> Tensor:
         """Return the attention output y_TD. T may be 0.
@@ -141,7 +161,7 @@ class Attention(nn.Module):
         if not len(x_TD):  # megatron fails on 0 tokens: add a zero token and cut it off. Weights get zero gradients.
             alone, ids, turn = locate_documents([1], device=x_TD.device, dtype=x_TD.dtype), token_id_T, turn_2T1d
             return self(F.pad(x_TD, (0, 0, 0, 1)), F.pad(ids, (0, 1)), alone, F.pad(turn, (0, 0) * 2 + (0, 1)))[:0]
-        attending: Attending = RotatedDocuments(documents, turn_2T1d)
+        attending: Attending = RotatedDocuments(documents, turn_2T1d, self.window, self.clip)
         if isinstance(self.core.linear_qkv, LoRALinear):
             x_TD = self.core.linear_qkv.with_dropout(x_TD, token_id_T)
             attending = DroppedDocuments(attending, self.core.linear_proj, token_id_T)
@@ -152,26 +172,33 @@ class Attention(nn.Module):
         return [
             *self.core.linear_qkv.products(work.tokens),
             no_products(*self._head_norms()),
-            Product(2 * self.core.linear_proj.in_features * work.pairs, None),
+            Product(2 * self.core.linear_proj.in_features * work.pairs(self.window), None),
             *self.core.linear_proj.products(work.tokens),
         ]
 
     def num_parameters(self) -> int:
         """Return the number of parameters of the projections and the head norms.
 
-        The projections have no bias. Therefore the number of their parameters equals the number of their multiply-adds
-        for one token.
+        The number of weights of a projection equals its multiply-adds for one token.
         """
-        matrices = self.products(LayerWork(tokens=1, pairs=0, rows=0))
-        norms = sum(2 * norm.normalized_shape[0] for norm in self._head_norms())
-        return sum(product.multiply_adds for product in matrices) + norms
+        of_token = self.products(LayerWork(document_lengths=(1,), rows=0))
+        weights = sum(product.multiply_adds for product in of_token if product.weights is not None)
+        norms = sum(norm.normalized_shape[0] * len(list(norm.parameters())) for norm in self._head_norms())
+        biases = sum(linear.out_features for linear in self._projections() if linear.bias is not None)
+        return weights + norms + biases
 
-    def _head_norms(self) -> list[HeadNorm]:
-        return [module for module in self.core.children() if isinstance(module, HeadNorm)]
+    def _head_norms(self) -> list[HeadLayerNorm | HeadRMSNorm]:
+        return [module for module in self.core.children() if isinstance(module, HeadLayerNorm | HeadRMSNorm)]
+
+    def _projections(self) -> list[nn.Linear]:
+        return [self.core.linear_qkv, self.core.linear_proj]
+
+    def _biases(self) -> list[Tensor]:
+        return [linear.bias for linear in self._projections() if linear.bias is not None]
 
 
 def attention_spec(config: ModelConfig, site: Site) -> ModuleSpec:
-    norm = HeadNorm if config.qk_norm else None
+    query_norm, key_norm = (_head_norm(config, heads) for heads in (config.num_heads, config.query_groups))
     qkv: Any = Linear
     projection: Any = Linear
     if config.attention_lora is not None:
@@ -189,10 +216,17 @@ def attention_spec(config: ModelConfig, site: Site) -> ModuleSpec:
             linear_qkv=qkv,
             core_attention=DocumentAttention,
             linear_proj=projection,
-            q_layernorm=norm,
-            k_layernorm=norm,
+            q_layernorm=query_norm,
+            k_layernorm=key_norm,
         ),
     )
+
+
+def _head_norm(config: ModelConfig, heads: int) -> Any:
+    """Return the norm of the queries or keys as megatron expects it. heads: the number of query or key heads."""
+    if config.qk_norm == "rms_norm_full":
+        return ModuleSpec(module=HeadRMSNorm, params={"heads": heads})
+    return {"none": None, "layer_norm": HeadLayerNorm, "rms_norm": HeadRMSNorm}[config.qk_norm]
 
 
 def megatron_config(config: ModelConfig) -> TransformerConfig:
@@ -204,7 +238,8 @@ def megatron_config(config: ModelConfig) -> TransformerConfig:
         num_query_groups=config.query_groups,
         kv_channels=config.size_per_head,
         layernorm_epsilon=config.norm_epsilon,
-        add_bias_linear=False,
+        add_bias_linear=config.attention_bias == "all",
+        add_qkv_bias=config.attention_bias == "qkv",
         activation_func=F.silu,
         gated_linear_unit=True,
         attention_dropout=0.0,

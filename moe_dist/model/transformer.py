@@ -17,11 +17,12 @@ from moe_dist.core.batch import TokenInfo
 from moe_dist.core.costs import Product, Work, linear_product, no_products, num_weights
 from moe_dist.core.seeding import seeded_normal_
 from moe_dist.core.step import ModelOutput
-from moe_dist.model.attention import Documents, locate_documents, rotary_angles, rotation
+from moe_dist.model.attention import Documents, locate_documents
 from moe_dist.model.block import Block
 from moe_dist.model.kv_cache import Decoding
 from moe_dist.model.mixture_of_depths import MixtureOfDepths
 from moe_dist.model.moe.moe_layer import MoELayer
+from moe_dist.model.rope import rotation_of
 from moe_dist.model.site import block_site, depth_site
 from moe_dist.parallel.layout import Layout
 
@@ -29,9 +30,10 @@ from moe_dist.parallel.layout import Layout
 class Transformer(nn.Module):
     """Decoder with the architecture of MoMa's base model (arXiv 2407.21770), which follows Chameleon.
 
-    With `norm: pre` and `qk_norm: false`, the model has the architecture of Llama. If tie_embeddings is set, the output
-    layer uses the embedding's matrix. The initial value of a parameter is a function of (seed, name, global expert id),
-    so it does not depend on the layout. Under `torch.device("meta")`, construction allocates nothing.
+    With other settings, it has the architecture of Llama, Mixtral, OLMoE and others (convert/families). If
+    tie_embeddings is set, the output layer uses the embedding's matrix. The initial value of a parameter is a function
+    of (seed, name, global expert id), so it does not depend on the layout. Under `torch.device("meta")`, construction
+    allocates nothing.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, layout: Layout, seed: int):
@@ -74,6 +76,11 @@ class Transformer(nn.Module):
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def expert_layers(self) -> list[int]:
+        """The indices of the layers with experts."""
+        return self.config.expert_layers
 
     def products(self, work: Work) -> Iterator[list[Product]]:
         """Yield the matrix products of the forward pass, divided into chains.
@@ -128,8 +135,7 @@ class Transformer(nn.Module):
             of_layers *= config.num_layers
         else:
             of_layers = [decoding.documents(layer, info) for layer in range(config.num_layers)]
-        angles_T11d = rotary_angles(info.position_T, head_size=config.size_per_head, base=config.rope_base)
-        turn_2T1d = rotation(angles_T11d, x_TD.dtype)
+        turn_2T1d = rotation_of(config, info.position_T, x_TD.dtype)
         records, depths = [], []
         for block, documents in zip(self._blocks(), of_layers):
             run: Any = block

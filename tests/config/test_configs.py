@@ -79,7 +79,7 @@ def flops_per_token(model, documents=(128,) * 8) -> float:
     """Of training, with one expert a token on average and every document's tokens admitted at the same share."""
     share = model.depth.capacity if model.depth else 1.0
     admitted = {layer: [round(share * length) for length in documents] for layer in model.depth_layers}
-    rows = [sum(admitted.get(layer, documents)) for layer in range(model.num_layers)]
+    rows = {layer: sum(admitted.get(layer, documents)) for layer in range(model.num_layers)}
     with torch.device("meta"):
         built = Transformer(model, 1536, Layout(), seed=0)
     return model_flops(built, Work(document_lengths=documents, rows=rows, admitted=admitted)) / sum(documents)
@@ -109,7 +109,7 @@ def test_the_adamoe_recipes_train_with_equal_flops():
     router, flops = null.model.ffn.router, []
     at_balance = router.top_k * router.num_experts / (router.num_experts + router.num_null_experts)
     for config, experts in ((null, at_balance), (top_2, top_2.model.ffn.router.top_k)):
-        rows = [round(experts * 512)] * config.model.num_layers
+        rows = dict.fromkeys(range(config.model.num_layers), round(experts * 512))
         of_a_step = model_flops(build(config, 2048), Work(document_lengths=[512], rows=rows))
         flops.append(of_a_step * config.train.steps)
     assert flops[0] == pytest.approx(flops[1], rel=0.02)

@@ -5,8 +5,9 @@ import torch
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
 from moe_dist.model import attention
-from moe_dist.model.attention import BucketedDocuments, VarlenDocuments, locate_documents, rotary_angles, rotation
+from moe_dist.model.attention import BucketedDocuments, VarlenDocuments, locate_documents
 from moe_dist.model.mcore import Attention
+from moe_dist.model.rope import rotary_angles, rotate, rotation
 from moe_dist.model.site import block_site
 from tests.support import reference_model
 from tests.support import routing_reference as reference
@@ -101,7 +102,7 @@ def test_rotation_has_the_bits_of_megatron(dtype):
     x, upstream = (torch.randn(100, 3, 16).to(dtype) for _ in range(2))
     results = []
     for turned in (
-        lambda x: attention.rotate(x, *rotation(angles, dtype).unbind()),
+        lambda x: rotate(x, *rotation(angles, dtype).unbind()),
         lambda x: _apply_rotary_pos_emb_bshd(x.unsqueeze(1), angles).squeeze(1),
     ):
         leaf = x.clone().requires_grad_()

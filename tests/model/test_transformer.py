@@ -8,7 +8,7 @@ import torch
 from moe_dist.core.routing_plan import RoutingRecord
 from moe_dist.core.seeding import fold_key, seeded_normal_
 from moe_dist.losses.language import language_loss
-from moe_dist.model import transformer
+from moe_dist.model import rope
 from moe_dist.model.moe.depth_router import DepthRouter
 from moe_dist.model.moe.lora_experts import LowRank
 from moe_dist.model.transformer import Transformer
@@ -184,14 +184,14 @@ def test_a_module_draws_with_its_name_in_the_module_tree(ffn):
 @FFNS
 def test_bf16_keeps_routing_and_rope_in_float32_and_trains(ffn, monkeypatch):
     angles = []
-    original = transformer.rotary_angles
-    monkeypatch.setattr(transformer, "rotary_angles", lambda *a, **k: angles.append(original(*a, **k)) or angles[-1])
+    original = rope.rotary_angles
+    monkeypatch.setattr(rope, "rotary_angles", lambda *a, **k: angles.append(original(*a, **k)) or angles[-1])
     batch = make_batch([40, 24])
     exact = build(ffn)(batch.tokens_T, batch.info).logits_TV
     model = build(ffn).bfloat16()  # what DeepSpeed does with the module
     output = model(batch.tokens_T, batch.info)
     assert output.logits_TV.dtype == torch.bfloat16
-    assert all(angle.dtype == torch.float32 for angle in angles)
+    assert angles and all(angle.dtype == torch.float32 for angle in angles)
     for record in output.records:
         assert all(part.logits_VC.dtype == part.probs_VC.dtype == torch.float32 for part in record.routings)
     agreement = torch.nn.functional.cosine_similarity(output.logits_TV.float(), exact, dim=1)

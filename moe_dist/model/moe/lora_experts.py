@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.config.model_section import LoRAConfig, LoRAExpertsConfig
+from moe_dist.config.model_section import DenseFFN, LoRAConfig, LoRAExpertsConfig
 from moe_dist.core.costs import Product, linear_product
 from moe_dist.core.expert_rows import set_expert_ids
 from moe_dist.core.seeding import dropout
@@ -91,7 +91,8 @@ class LoRAExperts(nn.Module):
     def __init__(self, settings: LoRAExpertsConfig, held: HeldExperts):
         super().__init__()
         self.held, self.expert_ids, self.dropout = held, held.expert_ids, settings.dropout
-        self.base = SwiGLU(held.size, held.site.child("base")).requires_grad_(False)
+        dense = DenseFFN(type="dense", hidden_size=held.size)
+        self.base = SwiGLU(dense, held.site.child("base")).requires_grad_(False)
         self.lora = nn.ModuleDict()
         up, down = (held.site.hidden_size, held.size), (held.size, held.site.hidden_size)
         for key, sizes in {"gate": up, "up": up, "down": down}.items():

@@ -16,6 +16,7 @@ from moe_dist.model.moe.experts import Experts
 from moe_dist.model.moe.placement import make_placement
 from moe_dist.model.moe.router import Router, router_parameters, router_products
 from moe_dist.model.moe.router_registry import build_experts, build_router
+from moe_dist.model.moe.shared_expert import SharedExpert
 from moe_dist.model.site import Site
 from moe_dist.parallel.layout import Layout
 
@@ -23,12 +24,16 @@ from moe_dist.parallel.layout import Layout
 class MoELayer(nn.Module):
     """The expert layer, which sends each token to its experts and adds up the results.
 
-    The output for a token without an expert (padding, or not chosen by expert choice) is zero.
+    The output for a token without an expert (padding, or not chosen by expert choice) is zero, or the output of the
+    shared expert if there is one.
     """
 
-    def __init__(self, router: Router, dispatcher: Dispatcher, experts: Experts):
+    def __init__(
+        self, router: Router, dispatcher: Dispatcher, experts: Experts, shared_expert: SharedExpert | None = None
+    ):
         super().__init__()
         self.router, self.dispatcher, self.experts = router, dispatcher, experts
+        self.shared_expert = shared_expert
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, RoutingRecord]:
         """Return y_TD in the dtype of x_TD, and the record of the routing."""
@@ -36,11 +41,13 @@ class MoELayer(nn.Module):
         token_id_T = info.token_id_T if self.experts.needs_token_ids else None
         rows_RD, receipt = self.dispatcher.dispatch(x_TD, plan, token_id_T)
         y_RD = self.experts(rows_RD, receipt.counts_e, receipt.weights_R, receipt.token_id_R)
-        return self.dispatcher.combine(y_RD, receipt), record
+        y_TD = self.dispatcher.combine(y_RD, receipt)
+        return (y_TD if self.shared_expert is None else y_TD + self.shared_expert(x_TD, info)), record
 
     def products(self, work: LayerWork) -> list[Product]:
         gates = router_products(self.get_submodule("router"), work.scored)
-        return self.experts.products(work.rows, [product for gate in gates for product in gate])
+        shared = [] if self.shared_expert is None else self.shared_expert.products(work)
+        return [*shared, *self.experts.products(work.rows, [product for gate in gates for product in gate])]
 
     def detached_products(self, work: LayerWork) -> list[list[Product]]:
         return router_products(self.get_submodule("router"), work.scored, detached=True)
@@ -51,7 +58,8 @@ class MoELayer(nn.Module):
         experts: the number of experts to count. By default, all experts are counted.
         """
         counted = self.router.num_experts if experts is None else experts
-        return router_parameters(self.get_submodule("router")) + self.experts.num_parameters(counted)
+        shared = 0 if self.shared_expert is None else self.shared_expert.num_parameters()
+        return router_parameters(self.get_submodule("router")) + self.experts.num_parameters(counted) + shared
 
 
 def build_moe_layer(ffn: MoEFFN, site: Site, layout: Layout) -> MoELayer:
@@ -63,7 +71,8 @@ def build_moe_layer(ffn: MoEFFN, site: Site, layout: Layout) -> MoELayer:
     router = build_router(ffn.router, site.child("router"))
     placement = make_placement(router.expert_groups, layout.expert, ffn.slices)
     experts = build_experts(ffn, router, placement.local_experts[layout.ep_rank], site.child("experts"))
-    return MoELayer(router, make_dispatcher(placement, layout), experts)
+    shared = None if ffn.shared_expert is None else SharedExpert(ffn.shared_expert, site.child("shared_expert"))
+    return MoELayer(router, make_dispatcher(placement, layout), experts, shared)
 
 
 def routers(model: nn.Module) -> list[Router]:

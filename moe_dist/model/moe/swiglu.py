@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_dist.config.model_section import DenseFFN
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.costs import LayerWork, Product, linear_product, num_weights
 from moe_dist.core.fused import fused
@@ -15,17 +16,20 @@ from moe_dist.model.site import Site
 
 
 class SwiGLU(nn.Module):
-    """Dense feed-forward part: y = (silu(x W_gate) * (x W_up)) W_down, without biases.
+    """Dense feed-forward part: y = (silu(x W_gate) * (x W_up)) W_down, with an optional bias for each product.
 
     Source: Shazeer, arXiv 2002.05202, eq. 6.
     """
 
-    def __init__(self, ffn_size: int, site: Site):
+    def __init__(self, settings: DenseFFN, site: Site):
         super().__init__()
-        self.gate_up = nn.Linear(site.hidden_size, 2 * ffn_size, bias=False)
-        self.down = nn.Linear(ffn_size, site.hidden_size, bias=False)
+        width, size = site.hidden_size, settings.hidden_size
+        self.gate_up = nn.Linear(width, 2 * size, bias=settings.bias)
+        self.down = nn.Linear(size, width, bias=settings.bias)
         site.draw(self.gate_up.weight, "gate_up.weight")
         site.draw(self.down.weight, "down.weight", onto_residual=True)
+        for linear in (self.gate_up, self.down) if settings.bias else ():
+            nn.init.zeros_(linear.bias)
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, None]:
         """Return y_TD, and None instead of a routing record.
@@ -42,7 +46,8 @@ class SwiGLU(nn.Module):
 
         The argument `experts` is unused. It allows a block to call SwiGLU and MoELayer in the same way.
         """
-        return num_weights(self.gate_up) + num_weights(self.down)
+        linears = (self.gate_up, self.down)
+        return sum(num_weights(x) + (0 if x.bias is None else x.out_features) for x in linears)
 
 
 @fused
