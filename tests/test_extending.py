@@ -9,9 +9,8 @@ import torch
 
 from moe_dist.config import losses, routers
 from moe_dist.config.recipe import load_config
-from moe_dist.convert.families import FAMILIES
+from moe_dist.convert.families.family_registry import FAMILIES
 from moe_dist.convert.hugging_face import import_folder
-from moe_dist.convert.tensor_maps import tensor_mappings
 from moe_dist.core.errors import UserError
 from moe_dist.losses.term import Context
 from moe_dist.model.moe.router_registry import ROUTERS
@@ -197,9 +196,10 @@ def test_a_family_gives_the_logits_of_transformers(monkeypatch, tmp_path):
 
 def test_a_family_is_exact_both_ways():
     names = printed("A Hugging Face family")[1]
-    model, vocab_size = names["phi3_section"](names["random_phi3"]().config.to_dict(), "config.json")
+    model, vocab_size = names["PHI3"].model_section(names["random_phi3"]().config.to_dict(), "config.json")
     fused = 0
-    for llama, mapping in zip(tensor_mappings(model, vocab_size), names["phi3_mappings"](model, vocab_size)):
+    of_llama, of_phi3 = (family.tensor_mappings(model, vocab_size) for family in (FAMILIES["llama"], names["PHI3"]))
+    for llama, mapping in zip(of_llama, of_phi3, strict=True):
         ours = torch.randn(mapping.shape)
         theirs = mapping.split(ours)
         assert [tensor.shape for tensor in theirs] == list(mapping.sources.values())

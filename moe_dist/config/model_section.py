@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from moe_dist.config.rope import RopeScaling
+from moe_dist.config.rope_scaling import RopeScaling
 from moe_dist.config.routers import RouterSection
 from moe_dist.core.strict import Count, Positive, Strict
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from moe_dist.checkpoint.manifest import newest_complete, read_state
 from moe_dist.checkpoint.stored_weights import read_tensors
 from moe_dist.config.model_section import ModelConfig
-from moe_dist.convert.families import config_json, family_of
+from moe_dist.convert.families.family_registry import family_for, family_of
 from moe_dist.convert.output import write_model
-from moe_dist.convert.tensor_maps import from_theirs, tensor_mappings, to_theirs
+from moe_dist.convert.tensor_maps import from_theirs, to_theirs
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import new_folder, read_json, write_json
 from moe_dist.core.strict import validate
@@ -57,9 +57,9 @@ def export_folder(
     model = validate(ModelConfig, read_state(path)["config"]["model"], str(path), "model")
     stored = read_tensors(path)
     vocab_size = stored["embedding.weight"].shape[0]
-    config = config_json(model, vocab_size, dtype, str(path))
-    tensors = to_theirs(tensor_mappings(model, vocab_size), stored, getattr(torch, dtype), str(path))
-    write_folder(out, config, tensors, tokenizer=path / "tokenizer", shard_bytes=shard_bytes)
+    family, config = family_for(model, vocab_size, str(path))
+    tensors = to_theirs(family.tensor_mappings(model, vocab_size), stored, getattr(torch, dtype), str(path))
+    write_folder(out, config | {"torch_dtype": dtype}, tensors, tokenizer=path / "tokenizer", shard_bytes=shard_bytes)
 
 
 def write_folder(

@@ -1,4 +1,4 @@
-"""Exact conversion between the tensors of Hugging Face's Llama and Mixtral ("theirs") and our parameters ("ours").
+"""Exact conversion between the tensors of Hugging Face's models ("theirs") and our parameters ("ours").
 
 Shape suffixes: V vocabulary, D model width, F feed-forward width, E experts, H heads, G query groups, d size per head.
 """
@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_dist.config.model_section import DenseFFN, ModelConfig
+from moe_dist.config.model_section import ModelConfig, MoEFFN
 from moe_dist.config.routers import TopKSettings
 from moe_dist.core.errors import UserError
 from moe_dist.core.expert_rows import row_name
 from moe_dist.core.tensor_files import LazyTensor
-from moe_dist.model.site import block_name
 
 Shape = tuple[int, ...]
 
@@ -32,37 +31,22 @@ class TensorMapping:
     split: Callable[[Tensor], Sequence[Tensor]] = lambda tensor: (tensor,)  # the inverse of join
 
 
-def tensor_mappings(model: ModelConfig, vocab_size: int) -> Iterator[TensorMapping]:
-    """Yield a mapping for every parameter of the model.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertNames:
+    """The names of the tensors of an expert layer in Hugging Face's models, below the name of the layer."""
 
-    Heads need no reordering: Hugging Face's rotary embedding and ours both pair the first half of a head with the
-    second.
-    """
-    D = model.hidden_size
-    matrix, vector = (vocab_size, D), (D,)
-    yield TensorMapping("embedding.weight", matrix, {"model.embed_tokens.weight": matrix})
-    for layer in range(model.num_layers):
-        ours, theirs = block_name(layer), f"model.layers.{layer}"
-        yield from _attention(model, f"{ours}.attention.core", f"{theirs}.self_attn")
-        yield TensorMapping(f"{ours}.attention_norm.weight", vector, {f"{theirs}.input_layernorm.weight": vector})
-        if isinstance(model.ffn, DenseFFN):
-            yield from _dense(D, model.ffn.hidden_size, f"{ours}.ffn", f"{theirs}.mlp")
-        else:
-            assert isinstance(model.ffn.router, TopKSettings)
-            number = model.ffn.router.num_experts
-            yield from _experts(D, model.ffn.hidden_size, number, f"{ours}.ffn", f"{theirs}.block_sparse_moe")
-        yield TensorMapping(f"{ours}.ffn_norm.weight", vector, {f"{theirs}.post_attention_layernorm.weight": vector})
-    yield TensorMapping("norm.weight", vector, {"model.norm.weight": vector})
-    if not model.tie_embeddings:
-        yield TensorMapping("output.weight", matrix, {"lm_head.weight": matrix})
+    block: str = "mlp"  # holds the router's `gate`, and `experts`
+    gate: str = "gate_proj"  # the three matrices of an expert
+    up: str = "up_proj"
+    down: str = "down_proj"
+    shared: str = "shared_expert"  # its gate, if it has one, is called `shared_expert_gate`
 
 
-def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorMapping]:
-    """Yield the mappings for an attention layer.
+def attention_mappings(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorMapping]:
+    """Yield the mappings for an attention layer. Hugging Face has three projections; we have one fused projection.
 
-    Hugging Face has separate projections for queries, keys and values. We have one fused projection, whose rows are
-    ordered by query group, as in Megatron. The rows of a group are the queries of its heads, then its key, then its
-    value.
+    As in Megatron, the rows of the fused projection, and of its bias, are ordered by query group. The rows of a group
+    are the queries of its heads, then its key, then its value.
     """
     D, H, G, d = model.hidden_size, model.num_heads, model.query_groups, model.size_per_head
 
@@ -72,28 +56,42 @@ def _attention(model: ModelConfig, ours: str, theirs: str) -> Iterator[TensorMap
     def split(qkv: Tensor) -> list[Tensor]:
         return [x.flatten(0, 1) for x in qkv.unflatten(0, (G, -1)).split([H // G * d, d, d], dim=1)]
 
-    qkv = {f"{theirs}.{key}_proj.weight": (n * d, D) for key, n in (("q", H), ("k", G), ("v", G))}
-    yield TensorMapping(f"{ours}.linear_qkv.weight", ((H + 2 * G) * d, D), qkv, join, split)
-    yield TensorMapping(f"{ours}.linear_proj.weight", (D, H * d), {f"{theirs}.o_proj.weight": (D, H * d)})
+    rows = {"q": H * d, "k": G * d, "v": G * d}
+    kinds: dict[str, tuple[int, ...]] = {"weight": (D,)} | ({"bias": ()} if model.attention_bias != "none" else {})
+    for kind, columns in kinds.items():
+        qkv: dict[str, Shape] = {f"{theirs}.{key}_proj.{kind}": (number, *columns) for key, number in rows.items()}
+        yield TensorMapping(f"{ours}.linear_qkv.{kind}", ((H + 2 * G) * d, *columns), qkv, join, split)
+    output: dict[str, Shape] = {"weight": (D, H * d)} | ({"bias": (D,)} if model.attention_bias == "all" else {})
+    for kind, shape in output.items():
+        yield TensorMapping(f"{ours}.linear_proj.{kind}", shape, {f"{theirs}.o_proj.{kind}": shape})
+    if model.qk_norm != "none":
+        for key, heads in (("q", H), ("k", G)):
+            shape = (heads * d if model.qk_norm == "rms_norm_full" else d,)
+            yield TensorMapping(f"{ours}.{key}_layernorm.weight", shape, {f"{theirs}.{key}_norm.weight": shape})
 
 
-def _dense(D: int, F: int, ours: str, theirs: str) -> Iterator[TensorMapping]:
-    gate_up: dict[str, Shape] = {f"{theirs}.{key}_proj.weight": (F, D) for key in ("gate", "up")}
-    yield TensorMapping(
-        f"{ours}.gate_up.weight", (2 * F, D), gate_up, lambda *two: torch.cat(two), lambda both: both.chunk(2)
-    )
-    yield TensorMapping(f"{ours}.down.weight", (D, F), {f"{theirs}.down_proj.weight": (D, F)})
+def dense_mappings(D: int, F: int, ours: str, theirs: str, *, bias: bool = False) -> Iterator[TensorMapping]:
+    """Yield the mappings for a SwiGLU feed-forward part. bias: whether its three projections have biases."""
+    for kind, columns, rows in (("weight", (D,), (D, F)), ("bias", (), (D,))) if bias else (("weight", (D,), (D, F)),):
+        gate_up: dict[str, Shape] = {f"{theirs}.{key}_proj.{kind}": (F, *columns) for key in ("gate", "up")}
+        shape = (2 * F, *columns)
+        yield TensorMapping(
+            f"{ours}.gate_up.{kind}", shape, gate_up, lambda *two: torch.cat(two), lambda both: both.chunk(2)
+        )
+        yield TensorMapping(f"{ours}.down.{kind}", rows, {f"{theirs}.down_proj.{kind}": rows})
 
 
-def _experts(D: int, F: int, E: int, ours: str, theirs: str) -> Iterator[TensorMapping]:
-    """Yield the mappings for a router and its experts.
+def expert_mappings(D: int, ffn: MoEFFN, ours: str, layer: str, names: ExpertNames) -> Iterator[TensorMapping]:
+    """Yield the mappings for a router, its experts and the shared expert. layer: Hugging Face's name of the layer.
 
     The experts' weights are transposed, because our experts compute x W and Hugging Face's compute x W^T.
     """
+    assert isinstance(ffn.router, TopKSettings)
+    E, F, theirs = ffn.router.num_experts, ffn.hidden_size, f"{layer}.{names.block}"
     yield TensorMapping(f"{ours}.router.gate.weight", (E, D), {f"{theirs}.gate.weight": (E, D)})
     for expert in range(E):
         of_expert = f"{theirs}.experts.{expert}"
-        gate_up: dict[str, Shape] = {f"{of_expert}.{key}.weight": (F, D) for key in ("w1", "w3")}
+        gate_up: dict[str, Shape] = {f"{of_expert}.{key}.weight": (F, D) for key in (names.gate, names.up)}
         yield TensorMapping(
             row_name(f"{ours}.experts.gate_up", expert),
             (D, 2 * F),
@@ -104,10 +102,15 @@ def _experts(D: int, F: int, E: int, ours: str, theirs: str) -> Iterator[TensorM
         yield TensorMapping(
             row_name(f"{ours}.experts.down", expert),
             (F, D),
-            {f"{of_expert}.w2.weight": (D, F)},
+            {f"{of_expert}.{names.down}.weight": (D, F)},
             lambda down: down.T,
             lambda down: (down.T,),
         )
+    if (shared := ffn.shared_expert) is not None:
+        yield from dense_mappings(D, shared.hidden_size, f"{ours}.shared_expert.ffn", f"{theirs}.{names.shared}")
+        if shared.gate:
+            gate = f"{theirs}.shared_expert_gate.weight"
+            yield TensorMapping(f"{ours}.shared_expert.gate.weight", (1, D), {gate: (1, D)})
 
 
 def from_theirs(

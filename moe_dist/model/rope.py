@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_dist.config.model_section import ModelConfig
-from moe_dist.config.rope import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
+from moe_dist.config.rope_scaling import LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from moe_dist.core.fused import fused
 
 
@@ -45,9 +45,9 @@ def frequencies(head_size: int, base: float, scaling: RopeScaling | None, device
 
 def _llama3(frequency_F: Tensor, scaling: Llama3Scaling) -> Tensor:
     """Divide low frequencies by `factor`, keep high ones, and interpolate in between (Llama 3.1)."""
-    wavelengths_F = scaling.original_max_position_embeddings / (2 * math.pi / frequency_F)  # in the original context
+    turns_F = scaling.original_max_position_embeddings / (2 * math.pi / frequency_F)  # in the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    kept_F = ((wavelengths_F - low) / (high - low)).clamp(0, 1)
+    kept_F = ((turns_F - low) / (high - low)).clamp(0, 1)
     return (1 - kept_F) * frequency_F / scaling.factor + kept_F * frequency_F
 
 
@@ -60,7 +60,7 @@ def _yarn(frequency_F: Tensor, base: float, scaling: YarnScaling) -> Tensor:
     number = len(frequency_F)
 
     def dimension(turns: float) -> float:
-        """Return the index in F, as a fraction, of the frequency that makes so many turns in the original context."""
+        """Return the index in F, with a fraction, of the frequency that makes `turns` turns in the original context."""
         ratio = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
         return number * math.log(ratio) / math.log(base)
 

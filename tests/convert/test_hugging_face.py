@@ -47,7 +47,7 @@ def test_settings_and_weights_come_out_as_they_are(tmp_path):
     section = yaml.safe_load((tmp_path / "out" / "model.yaml").read_text())["model"]
     assert section == read_state(tmp_path / "out")["config"]["model"]
     model = validate(ModelConfig, section, "test")
-    assert (model.norm, model.qk_norm, model.tie_embeddings) == ("pre", False, True)
+    assert (model.norm, model.qk_norm, model.tie_embeddings) == ("pre", "none", True)
     assert (model.rope_base, model.norm_epsilon, model.init_std) == (300.0, 1e-4, 0.3)
     assert (model.num_heads, model.query_groups, model.size_per_head) == (6, 2, 8)
     stored = read_tensors(tmp_path / "out")
@@ -89,20 +89,26 @@ def change_tensors(folder, change):
 NORM = "model.layers.1.input_layernorm.weight"
 FAULTS = {
     "other architecture": (lambda f: change_config(f, model_type="gpt2"), "model_type='gpt2' is not supported"),
-    "attention bias": (lambda f: change_config(f, attention_bias=True), "attention_bias=True is not supported"),
-    "mlp bias": (lambda f: change_config(f, mlp_bias=True), "mlp_bias=True is not supported"),
+    "attention bias": (lambda f: change_config(f, attention_bias=True), r"lacks the tensor '.*q_proj.bias' \(and 11 m"),
+    "mlp bias": (lambda f: change_config(f, mlp_bias=True), r"lacks the tensor 'model.layers.0.mlp.gate_proj.bias'"),
+    "latent attention": (lambda f: change_config(f, model_type="deepseek_v2"), "model_type='deepseek_v2' is not supp"),
+    "dropout": (lambda f: change_config(f, attention_dropout=0.1), "attention_dropout=0.1 is not supported, only 0.0"),
+    "layer types": (
+        lambda f: change_config(f, model_type="qwen2", use_sliding_window=True, layer_types=3),
+        "is not a config.json of a qwen2 model: 'int' object is not iterable",
+    ),
     "activation": (lambda f: change_config(f, hidden_act="gelu"), "hidden_act='gelu' is not supported"),
     "quantised": (
         lambda f: change_config(f, quantization_config={"bits": 4}),
         r"quantization_config=\{'bits': 4\} is not supported",
     ),
     "rope scaling": (
-        lambda f: change_config(f, rope_scaling={"type": "linear", "factor": 2.0}),
-        "rope_scaling='linear' is not supported",
+        lambda f: change_config(f, rope_scaling={"type": "dynamic", "factor": 2.0}),
+        "rope_scaling='dynamic' is not supported",
     ),
     "rope parameters": (
-        lambda f: change_config(f, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5}),
-        "rope_parameters='llama3' is not supported",
+        lambda f: change_config(f, rope_parameters={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}),
+        "key 'rope_scaling.high_freq_factor' is missing",
     ),
     "partial rotation": (
         lambda f: change_config(f, partial_rotary_factor=0.5),

@@ -1,0 +1,65 @@
+"""The keys of config.json about the rotary embedding, in the forms of transformers 4 and 5."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from moe_dist.config.model_section import ModelConfig
+from moe_dist.core.errors import UserError
+
+SCALING_KEYS = {  # rope_type -> the keys of ours with the same names
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "truncate",
+    ),
+}
+
+
+def rope_section(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the keys `rope_base` and `rope_scaling` of a model.
+
+    The base is at the top level of config.json (transformers 4) or in rope_parameters (transformers 5). Raises
+    UserError if the embedding is partial or has a scaling that is not supported.
+    """
+    parameters = raw.get("rope_parameters") or {}
+    section = {"rope_base": parameters.get("rope_theta", raw["rope_theta"])}
+    for key, settings in (("rope_scaling", raw.get("rope_scaling") or {}), ("rope_parameters", parameters)):
+        kind = settings.get("rope_type", settings.get("type", "default"))
+        if kind != "default" and kind not in SCALING_KEYS:
+            raise UserError(f"{where}: {key}={kind!r} is not supported, only {', '.join(SCALING_KEYS)} and default are")
+        if kind != "default":
+            section["rope_scaling"] = {"type": kind} | _scaling(kind, settings, raw)
+    for settings in (raw, parameters):
+        if settings.get("partial_rotary_factor", 1) != 1:
+            raise UserError(f"{where}: partial_rotary_factor={settings['partial_rotary_factor']} is not supported")
+    return section
+
+
+def _scaling(kind: str, settings: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a scaling. Keys that config.json leaves to transformers are filled in as there."""
+    found = {key: settings[key] for key in SCALING_KEYS[kind] if settings.get(key) is not None}
+    if "original_max_position_embeddings" in SCALING_KEYS[kind]:
+        found.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
+    own, all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
+    if kind == "yarn" and "attention_factor" not in found and own and all_dim:
+        growth = 0.1 * math.log(max(found["factor"], 1))
+        found["attention_factor"] = (growth * own + 1) / (growth * all_dim + 1)
+    return found
+
+
+def rope_json(model: ModelConfig) -> dict[str, Any]:
+    """Return the keys of config.json about the rotary embedding of a model."""
+    base = {"rope_theta": model.rope_base}
+    if model.rope_scaling is None:
+        return {**base, "rope_parameters": {"rope_type": "default", **base}}
+    settings = model.rope_scaling.model_dump(exclude_unset=True, exclude_none=True)
+    scaling = {"rope_type": settings.pop("type"), **settings}
+    return {**base, "rope_scaling": scaling, "rope_parameters": {**scaling, **base}}
