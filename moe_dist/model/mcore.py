@@ -49,8 +49,8 @@ class OneRankGroup:
 class Linear(nn.Linear):
     """PyTorch's Linear with the interface of megatron's linear layers.
 
-    The constructor takes megatron's arguments. The forward pass returns (output, None). The output includes the bias, if
-    the layer has one.
+    The constructor takes megatron's arguments. The forward pass returns (output, None). If the layer has a bias, the
+    output includes it.
     """
 
     def __init__(self, input_size: int, output_size: int, *, bias: bool, **_tensor_parallel_settings):
