@@ -12,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from moe_dist.config.recipe import load_config
+from moe_dist.core.costs import LayerWork
 from moe_dist.metrics.flops import flops_saved
 from moe_dist.metrics.step_counts import StepCounts
 from moe_dist.model import attention
@@ -107,6 +108,15 @@ MORE_FFNS = {
     "auxiliary": moma(4, 4, auxiliary=True),
     "null": {"type": "moe", "hidden_size": 48, "router": NULL_ROUTER},
 }
+SHARED = {**TOP_K, "shared_expert": {"hidden_size": 40}}
+GATED = {**TOP_K, "shared_expert": {"hidden_size": 40, "gate": True}}
+PRETRAINED = {
+    **TIED_LLAMA,
+    "qk_norm": "rms_norm_full",
+    "attention_bias": "all",
+    "clip_qkv": 1.0,
+    "layers": {"0,2": {"ffn": {"type": "dense", "hidden_size": 56, "bias": True}}},
+}
 CHANGES = {
     "chameleon": {},
     "llama": TIED_LLAMA,
@@ -127,6 +137,23 @@ def test_model_flops_are_the_counted_operations(ffn, changes):
     """To the last one: gates and auxiliary routers are less than a hundredth."""
     counted, formula = counted_and_formula(model_config(ffn, hidden_size=64, **changes))
     assert formula == counted
+
+
+@pytest.mark.parametrize("ffn", [SHARED, GATED], ids=["shared", "gated"])
+@pytest.mark.parametrize("changes", [{}, PRETRAINED], ids=["chameleon", "pretrained"])
+def test_shared_experts_and_layers_that_differ(ffn, changes):
+    config = model_config(ffn, hidden_size=64, **changes)
+    counted, formula = counted_and_formula(config)
+    assert formula == counted
+    model = on_meta(config)
+    assert model.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("window", [0, 1, 3, 7, 8, 100])
+def test_a_window_counts_the_pairs_that_it_lets_see(window):
+    work = LayerWork(document_lengths=(7, 1, 20), rows=0)
+    seen = (min(position + 1, window or position + 1) for length in (7, 1, 20) for position in range(length))
+    assert work.pairs(window) == sum(seen)
 
 
 STAGES = {
@@ -177,8 +204,16 @@ def test_recomputed_activations_are_a_second_forward_pass_that_does_not_count(ch
 @pytest.mark.parametrize("ffn", MORE_FFNS.values(), ids=MORE_FFNS)
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"qk_norm": False}, LLAMA, TIED_LLAMA, {**TIED_LLAMA, "attention_lora": LORA}, {"depth": {"auxiliary": True}}],
-    ids=["plain", "no-qk-norm", "llama", "tied", "lora", "depth"],
+    [
+        {},
+        {"qk_norm": "none"},
+        {"qk_norm": "rms_norm", "attention_bias": "qkv"},
+        LLAMA,
+        TIED_LLAMA,
+        {**TIED_LLAMA, "attention_lora": LORA},
+        {"depth": {"auxiliary": True}},
+    ],
+    ids=["plain", "no-qk-norm", "rms-and-biases", "llama", "tied", "lora", "depth"],
 )
 def test_parameter_formula_is_exact(ffn, changes):
     config = model_config(ffn, **changes)

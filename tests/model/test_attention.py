@@ -1,13 +1,17 @@
 """Attention over packed documents against the naive formula, each document on its own."""
 
+import math
+
 import pytest
 import torch
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+from pydantic import TypeAdapter
 
+from moe_dist.config.rope_scaling import RopeScaling
 from moe_dist.model import attention
 from moe_dist.model.attention import BucketedDocuments, VarlenDocuments, locate_documents
 from moe_dist.model.mcore import Attention
-from moe_dist.model.rope import rotary_angles, rotate, rotation
+from moe_dist.model.rope import frequencies, rotary_angles, rotate, rotation, rotation_of
 from moe_dist.model.site import block_site
 from tests.support import reference_model
 from tests.support import routing_reference as reference
@@ -20,14 +24,27 @@ def positions(lengths):
     return torch.cat([torch.arange(length) for length in lengths])
 
 
-@pytest.mark.parametrize(
-    ("qk_norm", "groups", "size"), [(True, None, 8), (False, None, 8), (True, 2, 8), (False, 1, 4)], ids=str
-)
+SETTINGS = {
+    "chameleon": {},
+    "no norm": {"qk_norm": "none"},
+    "layer norm, shared keys": {"num_query_groups": 2},
+    "one key, narrow heads": {"qk_norm": "none", "num_query_groups": 1, "head_size": 4},
+    "biases, rms norm": {"qk_norm": "rms_norm", "attention_bias": "all", "num_query_groups": 2},
+    "biases of q, k and v": {"qk_norm": "none", "attention_bias": "qkv"},
+    "rms norm of all heads, clipped": {"qk_norm": "rms_norm_full", "clip_qkv": 0.7, "num_query_groups": 2},
+    "window": {"sliding_window": 5, "num_query_groups": 2},
+    "window of one token": {"sliding_window": 1},
+    "window as long as a document": {"sliding_window": 40},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("lengths", [LENGTHS, [1], [64], [3, 3, 3]], ids=str)
-def test_attention_equals_the_naive_formula_in_float64(lengths, qk_norm, groups, size):
+def test_attention_equals_the_naive_formula_in_float64(lengths, settings):
     """Cases include keys and values shared by 2 or all 4 heads, and heads narrower than their share of the width."""
     torch.manual_seed(0)
-    config = model_config(qk_norm=qk_norm, rope_base=100.0, num_query_groups=groups, head_size=size)
+    config = model_config(**{"rope_base": 100.0, "head_size": 8} | settings)
+    size, groups = config.size_per_head, config.query_groups
     module = Attention(config, block_site(config, 0, seed=3).child("attention")).double()
     for parameter in module.parameters():  # norms too must matter
         torch.nn.init.normal_(parameter, std=0.5)
@@ -42,6 +59,7 @@ def test_attention_equals_the_naive_formula_in_float64(lengths, qk_norm, groups,
 
     weights = dict(zip(names, parameters))
     settings = {"num_heads": config.num_heads, "groups": groups, "base": 100.0, "epsilon": config.norm_epsilon}
+    settings |= {"clip": config.clip_qkv, "window": config.sliding_window}
     expected = torch.cat([reference_model.attention(piece, weights, **settings) for piece in x.split(lengths)])
     expected_gradients = torch.autograd.grad(expected, [x, *parameters], upstream, allow_unused=True)
     torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
@@ -109,6 +127,68 @@ def test_rotation_has_the_bits_of_megatron(dtype):
         y = turned(leaf)
         results.append((y, *torch.autograd.grad(y, leaf, upstream)))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
+
+
+def scaled(kind, **settings):
+    return TypeAdapter(RopeScaling).validate_python({"type": kind, **settings})
+
+
+def turns_in_context(frequency, context):
+    return context * frequency / (2 * math.pi)
+
+
+def linear(frequency):
+    return frequency / 4
+
+
+def llama3(frequency):
+    """Keep what turns more than 4 times in 64 tokens, divide by 8 what turns less than once, blend in between."""
+    turns = turns_in_context(frequency, 64)
+    if turns >= 4:
+        return frequency
+    if turns <= 1:
+        return frequency / 8
+    share = (turns - 1) / (4 - 1)
+    return share * frequency + (1 - share) * frequency / 8
+
+
+def yarn(frequency):
+    """Without rounding, the ramp over dimensions is one over the logarithm of the turns: keep from 4 turns in 64
+    tokens, divide by 4 up to half a turn."""
+    turns = turns_in_context(frequency, 64)
+    share = (math.log(turns) - math.log(0.5)) / (math.log(4) - math.log(0.5))
+    share = min(max(share, 0), 1)
+    return share * frequency + (1 - share) * frequency / 4
+
+
+SCALINGS = {
+    "linear": (scaled("linear", factor=4.0), linear, 1.0),
+    "llama3": (
+        scaled("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64),
+        llama3,
+        1.0,
+    ),
+    "yarn": (
+        scaled("yarn", factor=4.0, beta_fast=4.0, beta_slow=0.5, truncate=False, original_max_position_embeddings=64),
+        yarn,
+        0.1 * math.log(4) + 1,
+    ),
+}
+
+
+@pytest.mark.parametrize(("scaling", "formula", "factor"), SCALINGS.values(), ids=SCALINGS)
+def test_a_scaling_changes_every_frequency_as_its_paper_says(scaling, formula, factor):
+    plain = [1000.0 ** (-2 * i / 64) for i in range(32)]
+    expected = [formula(frequency) for frequency in plain]
+    found = frequencies(64, 1000.0, scaling, torch.device("cpu"))
+    torch.testing.assert_close(found.double(), torch.tensor(expected, dtype=torch.float64), rtol=2e-5, atol=0)
+    kept, divided = (sum(new == pytest.approx(old * by) for old, new in zip(plain, expected)) for by in (1, 1 / 4))
+    assert scaling.type == "linear" or (kept > 3 and len(plain) - kept - divided > 3)
+    config = model_config(rope_scaling=scaling.model_dump(), rope_base=1000.0, head_size=64)
+    turn = rotation_of(config, torch.tensor([0, 3]), torch.float32)
+    angle = 3 * torch.cat([found, found])
+    torch.testing.assert_close(turn[0, 1, 0], angle.cos() * factor)
+    torch.testing.assert_close(turn[1, 1, 0], angle.sin() * factor * torch.cat([-torch.ones(32), torch.ones(32)]))
 
 
 def test_rotary_angles_are_float32_and_the_plain_formula():

@@ -33,6 +33,7 @@ CAUSAL_MOMA = {
         "image": {"type": "expert_choice", "num_experts": 4, "auxiliary": True},
     },
 }
+WINDOWS = {"sliding_window": 4, "layers": {"1": {"sliding_window": 0}}, "qk_norm": "rms_norm", "attention_bias": "all"}
 DEPTH = {"depth": {"capacity": 0.5, "every": 2, "auxiliary": True}}  # of three layers, the first and the last
 # For each step, how many tokens of each document are read: prompts of unlike lengths, then some go on and some wait.
 STEPS = [(7, 1, 0, 4), (1, 0, 3, 1), (0, 0, 1, 1), (1, 0, 9, 0), (1, 1, 1, 1), (2, 0, 0, 0)]
@@ -97,6 +98,7 @@ def compare(model: Transformer, batch: Batch, steps: list[tuple[int, ...]], tole
     [
         (DENSE, {}),
         (DENSE, LLAMA),
+        (TOP_K, WINDOWS),
         (TOP_K, {}),
         (NULL, {}),
         (BY_MODALITY, {"norm": "pre"}),
@@ -104,7 +106,7 @@ def compare(model: Transformer, batch: Batch, steps: list[tuple[int, ...]], tole
         (DENSE, DEPTH),
         (CAUSAL_MOMA, DEPTH),
     ],
-    ids=["dense", "llama", "top_k", "null", "by_modality", "moma", "depth", "moma-depth"],
+    ids=["dense", "llama", "windows", "top_k", "null", "by_modality", "moma", "depth", "moma-depth"],
 )
 def test_bit_by_bit_equals_at_once(ffn, changes, dtype, tolerance):
     model = Transformer(model_config(ffn, **changes), VOCAB, Layout(), seed=1).to(dtype)

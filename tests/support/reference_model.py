@@ -9,34 +9,47 @@ import math
 import torch
 
 
-def attention(x, weights, *, num_heads, base, epsilon, groups=None, delta=None, position=None):
+def attention(x, weights, *, num_heads, base, epsilon, groups=None, delta=None, position=None, clip=None, window=None):
     """Attention over one document x [L, D]. Weights: qkv in megatron's order (of each group: its heads' queries, a key,
-    a value), proj and norms. Head h reads the key and value of group h // (heads per group).
+    a value), proj, norms and biases. Head h reads the key and value of group h // (heads per group).
 
     position [L]: the tokens' positions; default 0, 1, 2, ... delta(part, x): LoRA's addition to all queries "q", keys
-    "k" and values "v", head after head, and to the output "o".
+    "k" and values "v", head after head, and to the output "o". A token sees the last `window` tokens, itself included.
     """
     length, groups = len(x), groups or num_heads
     shared = num_heads // groups
     size = len(weights["linear_qkv.weight"]) // (num_heads + 2 * groups)
-    mixed = (x @ weights["linear_qkv.weight"].T).view(length, groups, shared + 2, size)
+    mixed = x @ weights["linear_qkv.weight"].T + weights.get("linear_qkv.bias", 0)
+    mixed = mixed.view(length, groups, shared + 2, size)
     query, key, value = mixed[:, :, :shared].flatten(1, 2), mixed[:, :, shared], mixed[:, :, shared + 1]
     if delta:
         query, key, value = (y + delta(part, x).view_as(y) for part, y in zip("qkv", (query, key, value)))
-    if "q_layernorm.weight" in weights:
-        query = layer_norm(query, weights["q_layernorm.weight"], weights["q_layernorm.bias"], epsilon)
-        key = layer_norm(key, weights["k_layernorm.weight"], weights["k_layernorm.bias"], epsilon)
+    query, key = (head_norm(y, weights, f"{part}_layernorm", epsilon) for part, y in (("q", query), ("k", key)))
+    if clip:
+        query, key, value = (torch.where(y.abs() > clip, y.sign() * clip, y) for y in (query, key, value))
     position = torch.arange(length) if position is None else position
     query, key = rotate(query, base, position), rotate(key, base, position)
     rows = []
     for t in range(length):
         heads = []
         for h in range(num_heads):
-            scores = key[: t + 1, h // shared] @ query[t, h] / math.sqrt(size)
-            heads.append(torch.softmax(scores, dim=0) @ value[: t + 1, h // shared])
+            seen = slice(max(0, t + 1 - window) if window else 0, t + 1)
+            scores = key[seen, h // shared] @ query[t, h] / math.sqrt(size)
+            heads.append(torch.softmax(scores, dim=0) @ value[seen, h // shared])
         rows.append(torch.cat(heads))
     attended = torch.stack(rows)
-    return attended @ weights["linear_proj.weight"].T + (delta("o", attended) if delta else 0)
+    output = attended @ weights["linear_proj.weight"].T + weights.get("linear_proj.bias", 0)
+    return output + (delta("o", attended) if delta else 0)
+
+
+def head_norm(x, weights, name, epsilon):
+    """Normalise the heads of x [L, H, d], if there are weights for it: of each head, or of all heads together."""
+    if f"{name}.weight" not in weights:
+        return x
+    weight = weights[f"{name}.weight"]
+    if f"{name}.bias" in weights:
+        return layer_norm(x, weight, weights[f"{name}.bias"], epsilon)
+    return rms_norm(x.reshape(len(x), -1, len(weight)), weight, epsilon).view_as(x)
 
 
 def rotate(x, base, position):

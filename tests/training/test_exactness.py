@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe_dist.config.model_section import DepthConfig
+from moe_dist.config.model_section import DenseFFN, DepthConfig, LayerConfig, SharedExpertConfig
 from moe_dist.config.recipe import Config
+from moe_dist.config.rope_scaling import YarnScaling
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 from tests.support.long import REPEATED
@@ -239,7 +240,7 @@ def test_recomputation_changes_nothing(stage):
     assert_same(train(build, config, 2, follow=expected), expected, FLOAT32)
 
 
-LLAMA = {"num_heads": 4, "num_query_groups": 2, "norm": "pre", "qk_norm": False, "tie_embeddings": True}
+LLAMA = {"num_heads": 4, "num_query_groups": 2, "norm": "pre", "qk_norm": "none", "tie_embeddings": True}
 
 
 @cache
@@ -259,6 +260,42 @@ def test_tied_embeddings_and_grouped_queries(stage, recompute):
 
 def _llama(config: Config, **changes) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update=LLAMA | changes)})
+
+
+PRETRAINED = {  # settings of several pretrained models at once
+    "num_heads": 4,
+    "num_query_groups": 2,
+    "norm": "pre",
+    "qk_norm": "rms_norm_full",
+    "attention_bias": "all",
+    "clip_qkv": 2.5,
+    "sliding_window": 3,
+    "rope_scaling": YarnScaling(type="yarn", factor=4.0, original_max_position_embeddings=8),
+    "layers": {"0": LayerConfig(ffn=DenseFFN(type="dense", hidden_size=24, bias=True), sliding_window=0)},
+}
+
+
+@cache
+def pretrained_reference() -> Trajectory:
+    return train(build, _pretrained(recipe("top_k")), 1)
+
+
+@pytest.mark.parametrize(("stage", "accumulation"), [(1, 2), (2, 1), (3, 2)])
+def test_settings_of_pretrained_models(stage, accumulation):
+    """Biases, norms, windows, a scaled rotary embedding, a dense first layer, a shared expert with a gate."""
+    config = _pretrained(recipe("top_k", world=2, expert=2, accumulation=accumulation, stage=stage))
+    expected = pretrained_reference()
+    trajectory = train(build, config, 2, follow=expected, guide=expected)
+    assert_same(trajectory, expected, FLOAT32, loss_moves=0.3)
+    new = ("attention.core.linear_proj.bias", "attention.core.k_layernorm.weight", "ffn.shared_expert.gate.weight")
+    assert all(trajectory.moved[f"layers.1.{name}"] > 1e-3 for name in new)
+    assert trajectory.moved["layers.0.ffn.gate_up.bias"] > 1e-3
+
+
+def _pretrained(config: Config) -> Config:
+    shared = SharedExpertConfig(hidden_size=8, gate=True)
+    ffn = config.model.ffn.model_copy(update={"shared_expert": shared})
+    return config.model_copy(update={"model": config.model.model_copy(update=PRETRAINED | {"ffn": ffn})})
 
 
 @cache
