@@ -19,7 +19,7 @@ from tests.support.hugging_face_models import SIZES
 
 SPECIAL = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3},
+    "olmoe": {"num_experts": 6, "num_experts_per_tok": 3, "pad_token_id": None},  # a pad token gets no gradient there
     "deepseek": {
         "moe_intermediate_size": 24,
         "n_routed_experts": 6,
@@ -45,7 +45,9 @@ def save_model(kind: str, folder: Path, **changes) -> nn.Module:
         model: nn.Module = DeepSeekMoE(sizes)
     else:
         config = AutoConfig.for_model(kind, **sizes)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name or "bias" in name or kind == "deepseek":
             nn.init.normal_(parameter, mean=float("norm" in name), std=0.3)
@@ -153,11 +155,11 @@ class DeepSeekMoE(nn.Module):
         return attention.o_proj(torch.cat(heads, dim=1))
 
     def _rotate(self, x: torch.Tensor) -> torch.Tensor:
-        half = x.shape[2] // 2
+        half, dtype, x = x.shape[2] // 2, x.dtype, x.double()
         frequency = 1 / self.sizes.rope_theta ** (torch.arange(half) / half)
-        turn = torch.polar(torch.ones(len(x), half), torch.outer(torch.arange(len(x)).float(), frequency))[:, None]
-        turned = torch.complex(x[..., :half].contiguous(), x[..., half:].contiguous()) * turn
-        return torch.cat([turned.real, turned.imag], dim=-1)
+        angle = torch.outer(torch.arange(len(x)).float(), frequency).double()
+        turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+        return torch.cat([turned.real, turned.imag], dim=-1).to(dtype)
 
 
 def swiglu(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:

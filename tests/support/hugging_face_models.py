@@ -88,6 +88,6 @@ def logits_packed(model: Transformer, documents: list[list[int]]) -> Tensor:
     return model(*as_documents(documents)).logits_TV
 
 
-def random_documents(vocabulary: int = 64) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
+def random_documents(vocabulary: int = 64, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in (9, 1, 40, 17)]
