@@ -29,7 +29,8 @@ def main(argv: list[str]) -> None:
     if arguments.job == "verify":
         inspect(arguments.folder, print)
     elif arguments.job == "import":
-        import_folder(arguments.source, arguments.out)
+        for dropped in import_folder(arguments.source, arguments.out):
+            print(f"not used: {dropped}")
         print(f"{arguments.out}: checkpoint and model.yaml")
     elif arguments.job == "export":
         export_folder(arguments.source, arguments.out, dtype=arguments.dtype)

@@ -45,7 +45,7 @@ from moe_dist.training.deepspeed import init_distributed, make_engine
 from moe_dist.training.determinism import make_deterministic
 from moe_dist.training.engine import Engine
 from moe_dist.training.schedule import learning_rate
-from moe_dist.training.setup import check_recipe, find_origin, open_data, open_loader
+from moe_dist.training.setup import check_recipe, embedding_rows, find_origin, open_data, open_loader
 from moe_dist.training.step_metrics import StepMeter
 
 
@@ -108,8 +108,9 @@ class Run:
         with raise_on_all_ranks():
             vocabulary = load_vocabulary(config.data)
             origin.check(vocabulary)
+            rows = embedding_rows(config.model, vocabulary)
         documents, held_out = open_data(config.data, vocabulary, layout, stop)
-        model = Transformer(config.model, vocabulary.size, layout, config.seed)
+        model = Transformer(config.model, rows, layout, config.seed)
         engine = make_engine(model, config, layout)
         initial = origin.fill(engine, layout, vocabulary)
         with raise_on_all_ranks():

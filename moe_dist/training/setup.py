@@ -18,7 +18,7 @@ from moe_dist.checkpoint import checkpoint
 from moe_dist.checkpoint.init_from import Account, init_from, loader_state
 from moe_dist.checkpoint.manifest import identity, resolve_init
 from moe_dist.checkpoint.train_state import TrainState, check_resumable
-from moe_dist.config.model_section import MoEFFN
+from moe_dist.config.model_section import ModelConfig, MoEFFN
 from moe_dist.config.prerequisites import missing
 from moe_dist.config.recipe import Config, DataConfig, InitFrom
 from moe_dist.core.errors import UserError
@@ -64,6 +64,19 @@ def check_recipe(config: Config, layout: Layout) -> None:
     if isinstance(config.model.ffn, MoEFFN):
         make_placement(routers(model)[0].expert_groups, layout.expert, config.model.ffn.slices)
     freeze_others(model, config.trainable)
+
+
+def embedding_rows(model: ModelConfig, vocabulary: Vocabulary) -> int:
+    """Return the number of rows of the embedding: model.vocab_size, by default the size of the vocabulary.
+
+    Raises UserError if there are fewer rows than ids.
+    """
+    if model.vocab_size is not None and model.vocab_size < vocabulary.size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is less than {vocabulary.size}, the number of ids of "
+            f"{vocabulary.describe()} with the special tokens that they lack"
+        )
+    return model.vocab_size or vocabulary.size
 
 
 def check_needs(config: Config, *, resumes: bool) -> None:

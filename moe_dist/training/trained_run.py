@@ -27,7 +27,7 @@ from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.parallel.signals import StopSignals
 from moe_dist.training.deepspeed import init_distributed
-from moe_dist.training.setup import open_data
+from moe_dist.training.setup import embedding_rows, open_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +67,10 @@ class TrainedRun:
             vocabulary = load_vocabulary(config.data)
             if state.vocabulary != vocabulary.fingerprint():
                 raise UserError(f"{self.checkpoint} was trained with other tokenizers than {vocabulary.describe()}")
+            rows = embedding_rows(config.model, vocabulary)
         stores = open_data(config.data, vocabulary, layout, StopSignals(), splits)
         with raise_on_all_ranks():
-            model = Transformer(config.model, vocabulary.size, layout, config.seed).to(layout.device, dtype)
+            model = Transformer(config.model, rows, layout, config.seed).to(layout.device, dtype)
         fill_model(model, self.checkpoint, layout)
         return OpenedRun(
             config=config,
