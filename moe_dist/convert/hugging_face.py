@@ -13,11 +13,11 @@ from moe_dist.checkpoint.manifest import newest_complete, read_state
 from moe_dist.checkpoint.stored_weights import read_tensors
 from moe_dist.config.model_section import ModelConfig
 from moe_dist.convert.families.family_registry import family_for
-from moe_dist.convert.output import write_model
+from moe_dist.convert.output import section_yaml, write_model
 from moe_dist.convert.pretrained import WEIGHT_INDEX, open_pretrained
 from moe_dist.convert.tensor_maps import to_theirs
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import new_folder, write_json
+from moe_dist.core.files import new_folder, write_file, write_json
 from moe_dist.core.strict import validate
 from moe_dist.core.tensor_files import LazyTensor, write_safetensors
 from moe_dist.data.tokenizers.text_tokenizer import TOKENIZER_FILES
@@ -38,6 +38,20 @@ def import_folder(folder: str | Path, out: str | Path) -> tuple[str, ...]:
     source = f"Hugging Face weights {folder}"
     write_model(out, found.model, found.vocab_size, found.tensors, source=source, files=files)
     return found.dropped
+
+
+def write_section(folder: str | Path, out: str | Path) -> None:
+    """Write the `model:` section of a Hugging Face folder to the YAML file `out`.
+
+    Raises UserError if the folder holds no complete, supported model, or if `out` exists or cannot be written.
+    """
+    found, out = open_pretrained(folder), Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already")
+    try:
+        write_file(out, section_yaml(found.model, f"Hugging Face weights {folder}").encode())
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
 
 
 def export_folder(

@@ -178,4 +178,7 @@ def _read_file(file: Path) -> dict[str, LazyTensor]:
 
 def _read_one(file: Path, name: str) -> Tensor:
     with open_safetensors(file) as opened:
-        return opened.get_tensor(name)
+        tensor: Tensor = opened.get_tensor(name)
+    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+        raise UserError(f"{file}: the tensor '{name}' holds NaN or infinite numbers")
+    return tensor

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from moe_dist.checkpoint.train_state import TrainState, check_resumable
 from moe_dist.config.model_section import ModelConfig, MoEFFN
 from moe_dist.config.prerequisites import missing
 from moe_dist.config.recipe import Config, DataConfig, InitFrom
+from moe_dist.convert.pretrained import PretrainedModel
 from moe_dist.core.errors import UserError
 from moe_dist.data.cache.token_cache import TokenStore, build_cache, open_store
 from moe_dist.data.shards.tars import Split
@@ -36,6 +37,7 @@ from moe_dist.parallel.layout import Layout, check_layout
 from moe_dist.parallel.signals import StopSignals
 from moe_dist.training.deepspeed_config import accumulation_steps
 from moe_dist.training.engine import Engine
+from moe_dist.training.pretrained_start import check_tokenizer, find_pretrained
 from moe_dist.training.trainable import freeze_others
 
 TRAINING_SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -139,15 +141,22 @@ class Origin:
     """The checkpoint that a run starts from.
 
     If the run resumes, resume_from is its own checkpoint, and state is the training state in it. If the run starts from
-    an earlier stage, source is the checkpoint of that stage. If all three are None, the run starts from initial values.
+    an earlier stage, source is the checkpoint of that stage. If source is a Hugging Face folder, pretrained is its
+    model. If all are None, the run starts from initial values.
     """
 
-    resume_from: Path | None
-    state: TrainState | None
-    source: InitFrom | None
+    resume_from: Path | None = None
+    state: TrainState | None = None
+    source: InitFrom | None = None
+    pretrained: PretrainedModel | None = None
 
     def check(self, vocabulary: Vocabulary) -> None:
-        """Raise UserError if the run resumes and its checkpoint was made with different tokenizers."""
+        """Raise UserError if the run resumes and its checkpoint was made with different tokenizers.
+
+        If the run starts from a Hugging Face folder, raise UserError if the folder's tokenizer is different.
+        """
+        if self.pretrained is not None and self.source is not None:
+            check_tokenizer(self.pretrained, self.source, vocabulary)
         if self.state is not None and self.state.vocabulary != vocabulary.fingerprint():
             raise UserError(f"{self.resume_from} was trained with other tokenizers than {vocabulary.describe()}")
 
@@ -159,31 +168,38 @@ class Origin:
         """
         if self.resume_from is not None:
             checkpoint.load(self.resume_from, engine, layout)
-        return None if self.source is None else start_from(self.source, engine, layout, vocabulary)
+        if self.source is None:
+            return None
+        if self.pretrained is not None:
+            account = init_from(self.source, engine, layout, self.pretrained.tensors)
+            return replace(account, dropped=self.pretrained.dropped)
+        return start_from(self.source, engine, layout, vocabulary)
 
     @property
     def loader_state(self) -> dict[str, Any] | None:
         """The loader state to continue from, or None to start at the beginning of the data."""
         if self.state is not None:
             return self.state.loader
-        return None if self.source is None else loader_state(self.source)
+        return None if self.source is None or self.pretrained is not None else loader_state(self.source)
 
 
 def find_origin(config: Config) -> Origin:
     """Find the checkpoint that a run starts from. Collective.
 
-    Raises UserError if an entry of the recipe's `needs` is missing, or if the run's own checkpoint cannot be resumed
-    with this recipe.
+    Raises UserError if an entry of the recipe's `needs` is missing, if the run's own checkpoint cannot be resumed with
+    this recipe, or if the recipe's model is not that of the Hugging Face folder that it starts from.
     """
     resume_from = checkpoint.resolve_resume(config)
     with raise_on_all_ranks():
         check_needs(config, resumes=resume_from is not None)
+    if resume_from is None and (pretrained := find_pretrained(config)) is not None:
+        return Origin(source=config.init_from, pretrained=pretrained)
     if resume_from is None:
-        return Origin(resume_from=None, state=None, source=resolve_init(config))
+        return Origin(source=resolve_init(config))
     with raise_on_all_ranks():
         state = TrainState.from_json(checkpoint.read_state(resume_from))
         check_resumable(state.config, config)
-    return Origin(resume_from=resume_from, state=state, source=None)
+    return Origin(resume_from=resume_from, state=state)
 
 
 def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account:
