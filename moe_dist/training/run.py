@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from rich.console import Console
 
 from moe_dist.checkpoint import checkpoint
@@ -110,8 +111,9 @@ class Run:
             origin.check(vocabulary)
             rows = embedding_rows(config.model, vocabulary)
         documents, held_out = open_data(config.data, vocabulary, layout, stop)
-        model = Transformer(config.model, rows, layout, config.seed)
-        engine = make_engine(model, config, layout)
+        with torch.device("meta"):
+            model = Transformer(config.model, rows, layout, config.seed)
+        engine = make_engine(model, config, layout, origin.is_new)
         initial = origin.fill(engine, layout, vocabulary)
         with raise_on_all_ranks():
             loader_state = origin.loader_state or {}

@@ -23,6 +23,7 @@ from moe_dist.config.prerequisites import missing
 from moe_dist.config.recipe import Config, DataConfig, InitFrom
 from moe_dist.convert.pretrained import PretrainedModel
 from moe_dist.core.errors import UserError
+from moe_dist.core.name_patterns import matches_any
 from moe_dist.data.cache.token_cache import TokenStore, build_cache, open_store
 from moe_dist.data.shards.tars import Split
 from moe_dist.data.stream.loader import Loader, check_data, make_loader
@@ -174,6 +175,12 @@ class Origin:
             account = init_from(self.source, engine, layout, self.pretrained.tensors)
             return replace(account, dropped=self.pretrained.dropped)
         return start_from(self.source, engine, layout, vocabulary)
+
+    def is_new(self, name: str) -> bool:
+        """Return True if the model's tensor `name` keeps its initial values, because `fill` does not load it."""
+        if self.resume_from is not None:
+            return False
+        return self.source is None or matches_any(name, self.source.new)
 
     @property
     def loader_state(self) -> dict[str, Any] | None:
