@@ -1,6 +1,7 @@
 """Import, export, upcycle and verify checkpoints:
 
     launch/convert.py import --from FOLDER --to OUT       convert a Hugging Face folder (Llama, Mixtral) to a checkpoint
+    launch/convert.py model --from FOLDER --to FILE.yaml  write only the `model:` section of a Hugging Face folder
     launch/convert.py export --from CHECKPOINT --to OUT   convert a checkpoint to a Hugging Face folder
     launch/convert.py upcycle --from CHECKPOINT --to OUT --experts N [model.ffn.router.KEY=VALUE ...]
     launch/convert.py verify FOLDER                       check every byte of a checkpoint, or of a run's checkpoints
@@ -11,6 +12,8 @@ checkpoint has one expert per modality (1t1i), the experts of a modality are cop
 import, upcycle: the file OUT/model.yaml is written, too. It is the matching `model:` section for a recipe. To start a
 run from the new checkpoint, set the recipe's key init_from.
 verify: the model is not built.
+model: a run can start from a Hugging Face folder without import. Its recipe then needs only the section that this command
+writes, for example by `extends: FILE.yaml`, and init_from: FOLDER.
 """
 
 import argparse
@@ -18,7 +21,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from moe_dist.convert.hugging_face import export_folder, import_folder
+from moe_dist.convert.hugging_face import export_folder, import_folder, write_section
 from moe_dist.convert.inspection import inspect
 from moe_dist.convert.upcycle import Gates, upcycle
 from moe_dist.parallel.discovery import run_rank
@@ -29,8 +32,12 @@ def main(argv: list[str]) -> None:
     if arguments.job == "verify":
         inspect(arguments.folder, print)
     elif arguments.job == "import":
-        import_folder(arguments.source, arguments.out)
+        for dropped in import_folder(arguments.source, arguments.out):
+            print(f"not used: {dropped}")
         print(f"{arguments.out}: checkpoint and model.yaml")
+    elif arguments.job == "model":
+        write_section(arguments.source, arguments.out)
+        print(f"{arguments.out}: the `model:` section")
     elif arguments.job == "export":
         export_folder(arguments.source, arguments.out, dtype=arguments.dtype)
         print(f"{arguments.out}: Hugging Face folder")
@@ -49,10 +56,12 @@ def main(argv: list[str]) -> None:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     jobs = parser.add_subparsers(dest="job", required=True)
-    importing, exporting, upcycling = (jobs.add_parser(name) for name in ("import", "export", "upcycle"))
-    for job in (importing, exporting, upcycling):
+    importing, describing, exporting, upcycling = map(jobs.add_parser, ("import", "model", "export", "upcycle"))
+    for job in (importing, describing, exporting, upcycling):
         job.add_argument("--from", dest="source", type=Path, required=True, metavar="FOLDER")
-        job.add_argument("--to", dest="out", type=Path, required=True, metavar="OUT", help="a folder to create")
+        job.add_argument(
+            "--to", dest="out", type=Path, required=True, metavar="OUT", help="a folder (model: a file) to create"
+        )
     for job in (importing, exporting):
         job.add_argument("--format", choices=["hf"], default="hf", help="hf: Hugging Face folder (safetensors)")
     exporting.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")

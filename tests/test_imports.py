@@ -34,6 +34,7 @@ ALLOWED = {
         "metrics",
         "health",
         "evaluate",
+        "convert",
     },
 }
 # package -> the only file that may import it

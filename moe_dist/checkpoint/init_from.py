@@ -1,4 +1,5 @@
-"""Initialisation of a training stage from the checkpoint of an earlier stage (the recipe's `init_from`).
+"""Initialisation of a training stage from the checkpoint of an earlier stage or from a pretrained model (the recipe's
+`init_from`).
 
 Only parameters and buffers are loaded. Parameters are loaded from their float32 masters if there are any. The optimizer
 and the schedule start anew. The data start from the beginning, too, unless `data_position` is set.
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,16 @@ import torch
 from rich.table import Table
 
 from moe_dist.checkpoint.checkpoint import open_index, read_fragments
-from moe_dist.checkpoint.fragments import MODEL_KINDS, fragments, kind_of, refresh_working_parameters
+from moe_dist.checkpoint.fragments import MASTER, MODEL_KINDS, fragments, kind_of, refresh_working_parameters
 from moe_dist.checkpoint.manifest import read_state
+from moe_dist.checkpoint.storage import Fragment
 from moe_dist.config.recipe import InitFrom
 from moe_dist.core.errors import UserError
 from moe_dist.core.expert_rows import split_row_name
 from moe_dist.core.name_patterns import carried_over, compiled, matching
 from moe_dist.core.step import ShardedModel
-from moe_dist.parallel.agreement import gather_objects
+from moe_dist.core.tensor_files import LazyTensor
+from moe_dist.parallel.agreement import gather_objects, raise_on_all_ranks
 from moe_dist.parallel.layout import Layout
 
 
@@ -66,6 +70,7 @@ class Account:
     loaded: dict[str, str]  # the model's name -> the checkpoint's
     new: list[str]  # the model's names
     left_out: list[str]  # the checkpoint's names
+    dropped: tuple[str, ...] = ()  # superfluous files and tensors of a Hugging Face folder, each with the reason
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-serializable account of the tensors that were loaded, new and left out.
@@ -80,6 +85,7 @@ class Account:
             ),
             "new": _listed({"name": name, "shape": self.model[name].full_shape} for name in self.new),
             "left_out": _listed({"name": name, "shape": self.stored[name].full_shape} for name in self.left_out),
+            "dropped": list(self.dropped),
         }
 
     def table(self) -> Table:
@@ -96,24 +102,25 @@ class Account:
         for fate, counted in self.to_json().items():
             if fate in notes:
                 table.add_row(fate, f"{counted['tensors']:,}", f"{counted['parameters']:,}", notes[fate])
+        for dropped in self.dropped:
+            table.add_row("not used", "", "", dropped)
         return table
 
 
-def init_from(settings: InitFrom, engine: ShardedModel, layout: Layout) -> Account:
+def init_from(
+    settings: InitFrom, engine: ShardedModel, layout: Layout, pretrained: Mapping[str, LazyTensor] | None = None
+) -> Account:
     """Load the parameters and buffers of a checkpoint into a new engine. Collective.
 
     Returns an account of what happened to each tensor.
-    settings.checkpoint: must be a checkpoint folder (see manifest.resolve_init). The engine may have a different layout
-    from the run that wrote the checkpoint.
-    Raises UserError if a file is damaged or if `match` finds an error. In this case, the engine is not changed.
+    settings.checkpoint: must be a checkpoint folder (see manifest.resolve_init) unless `pretrained` is given. The
+    engine may have a different layout from the run that wrote the checkpoint.
+    pretrained: tensors to load instead of a checkpoint, keyed by our names, with an expert's row as NAME[expert].
+    Raises UserError if a file is damaged or if `match` finds an error. In this case, the engine is not changed. Also
+    raises UserError if a pretrained tensor turns out to be damaged when it is read.
     """
-    path = Path(settings.checkpoint)
-    metadata = open_index(path, layout)
-    stored = {
-        name: (metadata.planner_data[name], entry.properties.dtype)  # type: ignore[union-attr]
-        for name, entry in metadata.state_dict_metadata.items()
-        if kind_of(name) in MODEL_KINDS
-    }
+    weights = _stored(Path(settings.checkpoint), layout) if pretrained is None else _pretrained(pretrained)
+    stored = weights.forms
     wanted = [fragment for fragment in fragments(engine) if kind_of(fragment.name) in MODEL_KINDS]
     of_ranks = gather_objects({fragment.name: (fragment.shape, fragment.tensor.dtype) for fragment in wanted})
     model = {name: form for of_rank in of_ranks for name, form in of_rank.items()}
@@ -124,9 +131,46 @@ def init_from(settings: InitFrom, engine: ShardedModel, layout: Layout) -> Accou
         name, expert = _split(fragment.name)
         if name in account.loaded:
             found.append(replace(fragment, name=source[account.loaded[name], expert]))
-    read_fragments(path, metadata, found)
+    weights.read(found)
     refresh_working_parameters(engine)
     return account
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    """Weights that a stage can start from: their forms, and a collective function that reads fragments of them."""
+
+    forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype, by `kind/name` or `kind/name[expert]`
+    read: Callable[[list[Fragment]], None]
+
+
+def _stored(path: Path, layout: Layout) -> _Weights:
+    """Open a checkpoint. Collective. Raises UserError if a file is damaged."""
+    metadata = open_index(path, layout)
+    forms = {
+        name: (metadata.planner_data[name], entry.properties.dtype)  # type: ignore[union-attr]
+        for name, entry in metadata.state_dict_metadata.items()
+        if kind_of(name) in MODEL_KINDS
+    }
+    return _Weights(forms, partial(read_fragments, path, metadata))
+
+
+def _pretrained(tensors: Mapping[str, LazyTensor]) -> _Weights:
+    named = {f"{MASTER}/{name}": tensor for name, tensor in tensors.items()}
+    return _Weights({key: (tensor.shape, tensor.dtype) for key, tensor in named.items()}, partial(_read, named))
+
+
+@raise_on_all_ranks()
+def _read(tensors: Mapping[str, LazyTensor], wanted: list[Fragment]) -> None:
+    """Read the tensors of which this rank holds a part. Each is read once, and one is in memory at a time."""
+    by_name = defaultdict(list)
+    for fragment in wanted:
+        by_name[fragment.name].append(fragment)
+    for name, parts in by_name.items():
+        values = tensors[name].read().flatten()
+        for part in parts:
+            part.tensor.copy_(values[part.offset : part.offset + part.tensor.numel()])
+        del values  # before the next tensor is read
 
 
 def loader_state(settings: InitFrom) -> dict[str, Any] | None:

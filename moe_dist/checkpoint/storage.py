@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -44,6 +44,7 @@ from moe_dist.core.files import StoredFile, read_json, write_json
 from moe_dist.core.tensor_files import DTYPE_NAMES, DTYPES, LazyTensor, open_safetensors, write_safetensors
 
 FRAGMENT_INDEX = "index.json"
+MAPPED = 1 << 22  # elements that are read before a file is closed and opened again
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +208,12 @@ class ShardReader(StorageReader):
         for item in plan.items:
             by_file[self.metadata.storage_data[item.storage_index]].append(item)
         for name, items in sorted(by_file.items()):
-            with open_safetensors(self.folder / name) as file:
-                for item in items:
-                    start = item.storage_offsets[0]
-                    piece = file.get_slice(_key(item.storage_index))[start : start + item.lengths[0]]
-                    planner.resolve_tensor(item).detach().copy_(piece)
+            for batch in _batches(items):
+                with open_safetensors(self.folder / name) as file:
+                    for item in batch:
+                        start = item.storage_offsets[0]
+                        piece = file.get_slice(_key(item.storage_index))[start : start + item.lengths[0]]
+                        planner.resolve_tensor(item).detach().copy_(piece)
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -219,6 +221,21 @@ class ShardReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
         return True
+
+
+def _batches(items: list[ReadItem]) -> Iterator[list[ReadItem]]:
+    """Divide items into batches of about MAPPED elements.
+
+    While a file is open, all that was read from it stays in memory, so it is closed after each batch.
+    """
+    batch: list[ReadItem] = []
+    for item in items:
+        batch.append(item)
+        if sum(held.lengths[0] for held in batch) >= MAPPED:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def read_index(folder: Path, verified: Container[str]) -> Metadata:

@@ -124,6 +124,8 @@ class ModelConfig(Strict):
     rope_base: Annotated[float, Field(gt=0)] = 10000.0
     rope_scaling: RopeScaling | None = None
     layers: dict[str, LayerConfig] = Field({})  # layers that differ; keys: layer numbers such as "0" or "0,4-7"
+    vocab_size: Positive | None = None  # rows of embedding and output; default: the number of ids of the tokenizers.
+    # Rows beyond these ids (a padded vocabulary) are kept, but generation never chooses them
     tie_embeddings: bool = False  # share one matrix between embedding and output
     init_std: Annotated[float, Field(gt=0)] = 0.02
     embedding_init_std: Annotated[float, Field(gt=0)] | None = None  # default: init_std; about 1 for swin, docs/moma.md

@@ -2,45 +2,56 @@
 
 from __future__ import annotations
 
-import functools
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from moe_dist.checkpoint.manifest import newest_complete, read_state
 from moe_dist.checkpoint.stored_weights import read_tensors
 from moe_dist.config.model_section import ModelConfig
-from moe_dist.convert.families.family_registry import family_for, family_of
-from moe_dist.convert.output import write_model
-from moe_dist.convert.tensor_maps import from_theirs, to_theirs
+from moe_dist.convert.families.family_registry import family_for
+from moe_dist.convert.output import section_yaml, write_model
+from moe_dist.convert.pretrained import WEIGHT_INDEX, open_pretrained
+from moe_dist.convert.tensor_maps import to_theirs
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import new_folder, read_json, write_json
+from moe_dist.core.files import new_folder, write_file, write_json
 from moe_dist.core.strict import validate
-from moe_dist.core.tensor_files import DTYPES, LazyTensor, open_safetensors, write_safetensors
-from moe_dist.data.tokenizers.hugging_face_text import TOKENIZER_FILES
+from moe_dist.core.tensor_files import LazyTensor, write_safetensors
+from moe_dist.data.tokenizers.text_tokenizer import TOKENIZER_FILES
 from moe_dist.data.tokenizers.tokenizer_weights import CONFIG
 
-WEIGHT_INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9  # per file, the default of transformers
 
 
-def import_folder(folder: str | Path, out: str | Path) -> None:
+def import_folder(folder: str | Path, out: str | Path) -> tuple[str, ...]:
     """Import a Hugging Face folder: write a checkpoint, model.yaml and the tokenizer (if the folder has one) to `out`.
+
+    Returns the files and tensors of the folder that were dropped. Raises UserError if the folder holds no complete,
+    supported model, or if `out` exists or cannot be written.
+    """
+    folder = Path(folder)
+    found = open_pretrained(folder)
+    files = {f"tokenizer/{name}": (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    source = f"Hugging Face weights {folder}"
+    write_model(out, found.model, found.vocab_size, found.tensors, source=source, files=files)
+    return found.dropped
+
+
+def write_section(folder: str | Path, out: str | Path) -> None:
+    """Write the `model:` section of a Hugging Face folder to the YAML file `out`.
 
     Raises UserError if the folder holds no complete, supported model, or if `out` exists or cannot be written.
     """
-    folder = Path(folder)
-    raw = read_json(folder / CONFIG)
-    family = family_of(raw, str(folder / CONFIG))
-    model, vocab_size = family.model_section(raw, str(folder / CONFIG))
-    tensors = from_theirs(family.tensor_mappings(model, vocab_size), read_folder(folder), str(folder))
-    files = {f"tokenizer/{name}": (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-    write_model(out, model, vocab_size, tensors, source=f"Hugging Face weights {folder}", files=files)
+    found, out = open_pretrained(folder), Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists already")
+    try:
+        write_file(out, section_yaml(found.model, f"Hugging Face weights {folder}").encode())
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
 
 
 def export_folder(
@@ -101,46 +112,3 @@ def _shards(tensors: Mapping[str, LazyTensor], limit: int) -> list[dict[str, Laz
             shards.append({})
         shards[-1][name] = tensor
     return shards
-
-
-def read_folder(folder: str | Path) -> dict[str, LazyTensor]:
-    """Return the tensors of a Hugging Face folder, keyed by name. Each tensor is read from disk only when it is used.
-
-    The tensors come from the safetensors files that the index names, or from all safetensors files in the folder if
-    there is no index. Raises UserError if a file or tensor is missing, duplicated or unreadable.
-    """
-    folder = Path(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    promised: dict[str, str] = {}
-    if (folder / WEIGHT_INDEX).is_file():
-        promised = read_json(folder / WEIGHT_INDEX).get("weight_map", {})
-        files = sorted({folder / file for file in promised.values()})
-    if not files:
-        raise UserError(f"{folder} holds no .safetensors file")
-    found = [(name, tensor) for file in files for name, tensor in _read_file(file).items()]
-    tensors = dict(found)
-    for name, count in Counter(name for name, _ in found).items():
-        if count > 1:
-            raise UserError(f"{folder} holds the tensor '{name}' in {count} files")
-    for name, file in promised.items():
-        if name not in tensors:
-            raise UserError(f"{folder / WEIGHT_INDEX} promises the tensor '{name}', which {file} lacks")
-    return tensors
-
-
-def _read_file(file: Path) -> dict[str, LazyTensor]:
-    tensors = {}
-    with open_safetensors(file) as opened:
-        for name in opened.keys():  # noqa: SIM118 - not a mapping
-            header = opened.get_slice(name)
-            kind = header.get_dtype()
-            if kind not in DTYPES:
-                raise UserError(f"{file}: the tensor '{name}' is of the type {kind}, which is not supported")
-            read = functools.partial(_read, file, name)
-            tensors[name] = LazyTensor(tuple(header.get_shape()), DTYPES[kind], read)
-    return tensors
-
-
-def _read(file: Path, name: str) -> Tensor:
-    with open_safetensors(file) as opened:
-        return opened.get_tensor(name)

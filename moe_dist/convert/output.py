@@ -42,9 +42,14 @@ def write_model(
         differing = sorted(dict(set(expected.items()) ^ set(given.items())))
         raise RuntimeError(f"the conversion does not fit the model: {differing}")
     section = model.model_dump(mode="json", exclude_unset=True)
-    text = f"# the model of these weights ({source})\n" + yaml.safe_dump({"model": section}, sort_keys=False)
     about = {**(state or {}), "step": 0, "source": source, "config": {"model": section}}
-    write_tensors(out, tensors, about, {MODEL: text.encode(), **files})
+    write_tensors(out, tensors, about, {MODEL: section_yaml(model, source).encode(), **files})
+
+
+def section_yaml(model: ModelConfig, source: str) -> str:
+    """Return the text of model.yaml: the settings in `model` that are set, and a comment that names their source."""
+    section = {"model": model.model_dump(mode="json", exclude_unset=True)}
+    return f"# the model of these weights ({source})\n" + yaml.safe_dump(section, sort_keys=False)
 
 
 def parameter_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:

@@ -32,6 +32,11 @@ def matching(patterns: Iterable[str], names: Collection[str], *, key: str, what:
     return found
 
 
+def matches_any(name: str, patterns: Iterable[str]) -> bool:
+    """Return True if the name matches at least one of the patterns."""
+    return any(compiled(pattern).fullmatch(name) for pattern in patterns)
+
+
 def carried_over(pattern: str, name: str, other: str) -> str:
     """Return `other` with each `*` replaced by text from `name`, which must match `pattern`.
 

@@ -9,14 +9,18 @@ Shape suffixes: R rows, D columns.
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from moe_dist.core.expert_rows import expert_ids
 from moe_dist.core.fused import fused
+from moe_dist.core.initial_values import set_initial
 
 _MASK = (1 << 64) - 1
+_CHUNK = 1 << 15  # elements drawn at a time; a multiple of 16. Larger chunks would not stay in the cache
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
@@ -94,17 +98,33 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-@torch.no_grad()
 def seeded_normal_(parameter: Tensor, *, seed: int, name: str, std: float) -> None:
-    """Fill a parameter with N(0, std^2) from a separate generator, seeded by (seed, name).
+    """Set the initial values of a parameter (core/initial_values.py) to N(0, std^2), seeded by (seed, name).
 
     In a stacked expert parameter (core/expert_rows.py), each row is seeded by (seed, name, expert), so the weights do
-    not depend on the distribution of experts over ranks. A meta tensor is left unchanged.
+    not depend on the distribution of experts over ranks. The rows are drawn in parallel.
     """
-    if parameter.is_meta:
-        return
+    set_initial(parameter, partial(_draw, seed=seed, name=name, std=std))
+
+
+def _draw(parameter: Tensor, *, seed: int, name: str, std: float) -> None:
     experts = expert_ids(parameter)
     pieces = [((), parameter)] if experts is None else [((expert,), row) for expert, row in zip(experts, parameter)]
-    for expert, piece in pieces:
-        generator = torch.Generator(device="cpu").manual_seed(fold_key(seed, name, *expert))
-        piece.copy_(torch.randn(piece.shape, generator=generator, dtype=torch.float32, device="cpu") * std)
+    drawing = [partial(_draw_piece, piece, fold_key(seed, name, *expert), std) for expert, piece in pieces]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for done in [pool.submit(draw) for draw in drawing]:
+            done.result()
+
+
+@torch.no_grad()
+def _draw_piece(piece: Tensor, key: int, std: float) -> None:
+    """Fill a contiguous tensor with torch.randn(..., generator=Generator(key)) * std, without a copy of its size.
+
+    The values of consecutive chunks are those of one draw, because torch draws 16 values at a time, except that a draw
+    that is not a multiple of 16 draws its last 16 values anew. So only the last chunk may have another length.
+    """
+    generator = torch.Generator(device="cpu").manual_seed(key)
+    flat, buffer = piece.view(-1), torch.empty(_CHUNK + 15, dtype=torch.float32, device="cpu")
+    ends = [*range(_CHUNK, flat.numel() - 15, _CHUNK), flat.numel()]
+    for start, end in zip([0, *ends], ends):
+        flat[start:end].copy_(buffer[: end - start].normal_(generator=generator).mul_(std))

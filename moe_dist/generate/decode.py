@@ -126,6 +126,7 @@ def _extend(rows: Sequence[_Row], logits_RV: Tensor, form: Format, sampling: Sam
     device = logits_RV.device
     place = {(row.sample.number, row.unconditional): number for number, row in enumerate(rows)}
     samples = [row.sample for row in rows if not row.unconditional]
+    logits_RV = logits_RV[:, : masks_KV.shape[1]]  # rows of a padded vocabulary beyond the tokenizers' ids
     logits_SV = logits_RV[[place[sample.number, False] for sample in samples]]
     if len(samples) < len(rows):  # without an unconditional row, compare the sample with itself
         other = [place.get((sample.number, True), place[sample.number, False]) for sample in samples]

@@ -8,6 +8,7 @@ parameters that get weight decay. The optimizer step is computed in training/eng
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from moe_dist.config.deepspeed_section import DeepSpeedSection
 from moe_dist.config.recipe import Config
 from moe_dist.core.expert_rows import is_stacked
+from moe_dist.core.initial_values import all_new, give_memory, on_meta
 from moe_dist.parallel.discovery import discover
 from moe_dist.parallel.gpus import check_gpus
 from moe_dist.parallel.layout import Layout
@@ -59,12 +61,15 @@ def init_distributed(stop: StopSignals | None = None) -> torch.device:
     return device
 
 
-def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
+def make_engine(model: nn.Module, config: Config, layout: Layout, is_new: Callable[[str], bool] = all_new) -> Engine:
     """Wrap a model in DeepSpeed's ZeRO and return its Engine. Collective.
 
     Parameters that config.trainable does not match are frozen. The learning rate is an argument of each optimizer step
     (Engine.train_step). Raises UserError if the batch sizes do not fit the number of ranks, or if a pattern in
     config.trainable matches no parameter.
+
+    model: if it was built on the meta device, its parameters are created here, in the dtype that training uses. Those
+    for which `is_new` returns False will be loaded and get no initial values.
     """
     section = config.deepspeed
     accumulation = accumulation_steps(config.train, layout.dp)
@@ -72,23 +77,46 @@ def make_engine(model: nn.Module, config: Config, layout: Layout) -> Engine:
     _mark_experts(model, layout)
     trained = [p for p in model.parameters() if p.requires_grad]
     logger.setLevel(section.log_level.upper())
+    of_optimizer = parameter_groups(model)  # now, because sharded parameters have lost their shapes
+    settings = to_deepspeed(section, accumulation=accumulation, num_parameters=sum(p.numel() for p in trained))
+    if on_meta(model):
+        dtype = torch.bfloat16 if section.bf16.enabled else torch.float32
+        shard = _sharder(settings, dtype, layout) if section.zero_optimization.stage == 3 else None
+        give_memory(model, layout.device, dtype, is_new=is_new, shard=shard)
     zero = _ZeroEngine(
-        model,
-        to_deepspeed(section, accumulation=accumulation, num_parameters=sum(p.numel() for p in trained)),
-        lambda params: make_optimizer(params, section, config.schedule.peak_lr),
+        model, of_optimizer, settings, lambda params: make_optimizer(params, section, config.schedule.peak_lr)
     )
     return Engine(zero, config.train, layout, accumulation)
+
+
+def _sharder(settings: dict[str, Any], dtype: torch.dtype, layout: Layout) -> Callable[[nn.Parameter], None]:
+    """Return a collective function that shards one parameter for ZeRO-3, so that this rank keeps only its piece.
+
+    An expert is sharded over the ranks that hold copies of it, any other parameter over all ranks. Unlike DeepSpeed's
+    own conversion, this does not broadcast the parameter, because its initial values are equal on all ranks.
+    """
+    init = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
+
+    def shard(parameter: nn.Parameter) -> None:
+        if is_stacked(parameter):
+            parameter.ds_zero_partition_process_group = layout.edp_group  # type: ignore[attr-defined]
+        init._convert_to_deepspeed_param(parameter)
+        parameter.partition()  # type: ignore[attr-defined]
+
+    return shard
 
 
 class _ZeroEngine(DeepSpeedEngine):
     """DeepSpeed's engine, adapted so that it treats our experts as MoE layers."""
 
-    def __init__(self, model: nn.Module, config: dict[str, Any], optimizer: Any) -> None:
+    def __init__(
+        self, model: nn.Module, parameters: list[dict[str, Any]], config: dict[str, Any], optimizer: Any
+    ) -> None:
         super().__init__(
             args=None,
             model=model,
             optimizer=optimizer,
-            model_parameters=parameter_groups(model),
+            model_parameters=parameters,
             config=config,
             config_class=DeepSpeedConfig(config),
         )

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from rich.console import Console
 
 from moe_dist.checkpoint import checkpoint
@@ -45,7 +46,7 @@ from moe_dist.training.deepspeed import init_distributed, make_engine
 from moe_dist.training.determinism import make_deterministic
 from moe_dist.training.engine import Engine
 from moe_dist.training.schedule import learning_rate
-from moe_dist.training.setup import check_recipe, find_origin, open_data, open_loader
+from moe_dist.training.setup import check_recipe, embedding_rows, find_origin, open_data, open_loader
 from moe_dist.training.step_metrics import StepMeter
 
 
@@ -108,9 +109,11 @@ class Run:
         with raise_on_all_ranks():
             vocabulary = load_vocabulary(config.data)
             origin.check(vocabulary)
+            rows = embedding_rows(config.model, vocabulary)
         documents, held_out = open_data(config.data, vocabulary, layout, stop)
-        model = Transformer(config.model, vocabulary.size, layout, config.seed)
-        engine = make_engine(model, config, layout)
+        with torch.device("meta"):
+            model = Transformer(config.model, rows, layout, config.seed)
+        engine = make_engine(model, config, layout, origin.is_new)
         initial = origin.fill(engine, layout, vocabulary)
         with raise_on_all_ranks():
             loader_state = origin.loader_state or {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from moe_dist.checkpoint import checkpoint
 from moe_dist.checkpoint.init_from import Account, init_from, loader_state
 from moe_dist.checkpoint.manifest import identity, resolve_init
 from moe_dist.checkpoint.train_state import TrainState, check_resumable
-from moe_dist.config.model_section import MoEFFN
+from moe_dist.config.model_section import ModelConfig, MoEFFN
 from moe_dist.config.prerequisites import missing
 from moe_dist.config.recipe import Config, DataConfig, InitFrom
+from moe_dist.convert.pretrained import PretrainedModel
 from moe_dist.core.errors import UserError
+from moe_dist.core.name_patterns import matches_any
 from moe_dist.data.cache.token_cache import TokenStore, build_cache, open_store
 from moe_dist.data.shards.tars import Split
 from moe_dist.data.stream.loader import Loader, check_data, make_loader
@@ -36,6 +38,7 @@ from moe_dist.parallel.layout import Layout, check_layout
 from moe_dist.parallel.signals import StopSignals
 from moe_dist.training.deepspeed_config import accumulation_steps
 from moe_dist.training.engine import Engine
+from moe_dist.training.pretrained_start import check_tokenizer, find_pretrained
 from moe_dist.training.trainable import freeze_others
 
 TRAINING_SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -64,6 +67,19 @@ def check_recipe(config: Config, layout: Layout) -> None:
     if isinstance(config.model.ffn, MoEFFN):
         make_placement(routers(model)[0].expert_groups, layout.expert, config.model.ffn.slices)
     freeze_others(model, config.trainable)
+
+
+def embedding_rows(model: ModelConfig, vocabulary: Vocabulary) -> int:
+    """Return the number of rows of the embedding: model.vocab_size, by default the size of the vocabulary.
+
+    Raises UserError if there are fewer rows than ids.
+    """
+    if model.vocab_size is not None and model.vocab_size < vocabulary.size:
+        raise UserError(
+            f"model.vocab_size={model.vocab_size} is less than {vocabulary.size}, the number of ids of "
+            f"{vocabulary.describe()} with the special tokens that they lack"
+        )
+    return model.vocab_size or vocabulary.size
 
 
 def check_needs(config: Config, *, resumes: bool) -> None:
@@ -126,15 +142,22 @@ class Origin:
     """The checkpoint that a run starts from.
 
     If the run resumes, resume_from is its own checkpoint, and state is the training state in it. If the run starts from
-    an earlier stage, source is the checkpoint of that stage. If all three are None, the run starts from initial values.
+    an earlier stage, source is the checkpoint of that stage. If source is a Hugging Face folder, pretrained is its
+    model. If all are None, the run starts from initial values.
     """
 
-    resume_from: Path | None
-    state: TrainState | None
-    source: InitFrom | None
+    resume_from: Path | None = None
+    state: TrainState | None = None
+    source: InitFrom | None = None
+    pretrained: PretrainedModel | None = None
 
     def check(self, vocabulary: Vocabulary) -> None:
-        """Raise UserError if the run resumes and its checkpoint was made with different tokenizers."""
+        """Raise UserError if the run resumes and its checkpoint was made with different tokenizers.
+
+        If the run starts from a Hugging Face folder, raise UserError if the folder's tokenizer is different.
+        """
+        if self.pretrained is not None and self.source is not None:
+            check_tokenizer(self.pretrained, self.source, vocabulary)
         if self.state is not None and self.state.vocabulary != vocabulary.fingerprint():
             raise UserError(f"{self.resume_from} was trained with other tokenizers than {vocabulary.describe()}")
 
@@ -146,31 +169,44 @@ class Origin:
         """
         if self.resume_from is not None:
             checkpoint.load(self.resume_from, engine, layout)
-        return None if self.source is None else start_from(self.source, engine, layout, vocabulary)
+        if self.source is None:
+            return None
+        if self.pretrained is not None:
+            account = init_from(self.source, engine, layout, self.pretrained.tensors)
+            return replace(account, dropped=self.pretrained.dropped)
+        return start_from(self.source, engine, layout, vocabulary)
+
+    def is_new(self, name: str) -> bool:
+        """Return True if the model's tensor `name` keeps its initial values, because `fill` does not load it."""
+        if self.resume_from is not None:
+            return False
+        return self.source is None or matches_any(name, self.source.new)
 
     @property
     def loader_state(self) -> dict[str, Any] | None:
         """The loader state to continue from, or None to start at the beginning of the data."""
         if self.state is not None:
             return self.state.loader
-        return None if self.source is None else loader_state(self.source)
+        return None if self.source is None or self.pretrained is not None else loader_state(self.source)
 
 
 def find_origin(config: Config) -> Origin:
     """Find the checkpoint that a run starts from. Collective.
 
-    Raises UserError if an entry of the recipe's `needs` is missing, or if the run's own checkpoint cannot be resumed
-    with this recipe.
+    Raises UserError if an entry of the recipe's `needs` is missing, if the run's own checkpoint cannot be resumed with
+    this recipe, or if the recipe's model is not that of the Hugging Face folder that it starts from.
     """
     resume_from = checkpoint.resolve_resume(config)
     with raise_on_all_ranks():
         check_needs(config, resumes=resume_from is not None)
+    if resume_from is None and (pretrained := find_pretrained(config)) is not None:
+        return Origin(source=config.init_from, pretrained=pretrained)
     if resume_from is None:
-        return Origin(resume_from=None, state=None, source=resolve_init(config))
+        return Origin(source=resolve_init(config))
     with raise_on_all_ranks():
         state = TrainState.from_json(checkpoint.read_state(resume_from))
         check_resumable(state.config, config)
-    return Origin(resume_from=resume_from, state=state, source=None)
+    return Origin(resume_from=resume_from, state=state)
 
 
 def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account:

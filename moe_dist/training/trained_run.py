@@ -15,6 +15,7 @@ from moe_dist.checkpoint.train_state import TrainState, check_resumable
 from moe_dist.config.recipe import Config
 from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
+from moe_dist.core.initial_values import give_memory, none_new
 from moe_dist.core.step import ModelOutput
 from moe_dist.data.cache.token_cache import TokenStore, load_vocabulary
 from moe_dist.data.shards.tars import Split
@@ -27,7 +28,7 @@ from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.parallel.signals import StopSignals
 from moe_dist.training.deepspeed import init_distributed
-from moe_dist.training.setup import open_data
+from moe_dist.training.setup import embedding_rows, open_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +68,12 @@ class TrainedRun:
             vocabulary = load_vocabulary(config.data)
             if state.vocabulary != vocabulary.fingerprint():
                 raise UserError(f"{self.checkpoint} was trained with other tokenizers than {vocabulary.describe()}")
+            rows = embedding_rows(config.model, vocabulary)
         stores = open_data(config.data, vocabulary, layout, StopSignals(), splits)
         with raise_on_all_ranks():
-            model = Transformer(config.model, vocabulary.size, layout, config.seed).to(layout.device, dtype)
+            with torch.device("meta"):
+                model = Transformer(config.model, rows, layout, config.seed)
+            give_memory(model, layout.device, dtype, is_new=none_new)
         fill_model(model, self.checkpoint, layout)
         return OpenedRun(
             config=config,

@@ -4,6 +4,7 @@ import json
 import weakref
 
 import pytest
+import sentencepiece
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -11,10 +12,15 @@ from safetensors.torch import load_file, save_file
 from moe_dist.checkpoint.checkpoint import read_state, verify_checkpoint
 from moe_dist.checkpoint.stored_weights import read_tensors, write_tensors
 from moe_dist.config.model_section import ModelConfig
-from moe_dist.convert.hugging_face import import_folder, read_folder
+from moe_dist.convert.hugging_face import import_folder
+from moe_dist.convert.pretrained import read_folder
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
 from moe_dist.core.tensor_files import LazyTensor
+from moe_dist.data.tokenizers.text_tokenizer import load_text_tokenizer
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+from moe_dist.training.setup import embedding_rows
+from tests.data.tokenizers.test_hugging_face_text import save as save_tokenizer
 from tests.support.hugging_face_models import load_checkpoint, logits_apart, logits_packed, random_documents, save_llama
 
 VARIANTS = {
@@ -134,9 +140,9 @@ FAULTS = {
         lambda f: change_tensors(f, lambda t: t.update({"model.extra": torch.ones(2)})),
         r"has no place in its configuration for the tensor 'model\.extra'$",
     ),
-    "tied, but an output": (
+    "tied, but another output": (
         lambda f: change_config(f, tie_word_embeddings=True),
-        r"no place in its configuration for the tensor 'lm_head\.weight'",
+        r"ties the embeddings, but the tensor 'lm_head\.weight' differs from 'model\.embed_tokens\.weight'",
     ),
     "shape": (
         lambda f: change_tensors(f, lambda t: t.update({NORM: torch.ones(47)})),
@@ -151,9 +157,20 @@ FAULTS = {
         r"model\.safetensors is missing, damaged or not a safetensors file",
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "hf holds no .safetensors file"),
+    "pickled": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        r"holds pytorch_model\.bin but no \.safetensors file, and pickled weights are not read: load the model with",
+    ),
     "twice": (
-        lambda f: save_file({NORM: torch.ones(48)}, f / "more.safetensors"),
+        lambda f: (
+            [save_file({NORM: torch.ones(48)}, f / f"{n}.safetensors") for n in "ab"]
+            and (f / "model.safetensors").unlink()
+        ),
         f"hf holds the tensor '{NORM}' in 2 files",
+    ),
+    "more tokens than rows": (
+        lambda f: save_tokenizer(f, eos_token="<|end|>"),
+        "hf: the tokenizer has 300 tokens, the embedding has only 64 rows",
     ),
 }
 
@@ -180,11 +197,70 @@ def test_an_index_that_promises_too_much(tmp_path):
         read_folder(tmp_path / "hf")
 
 
-def test_stored_rotary_frequencies_follow_from_the_settings(tmp_path):
+@pytest.mark.parametrize("weight_map", [{}, [], {"model.norm.weight": "../model.safetensors"}, {"a": 1}])
+def test_a_damaged_index(weight_map, tmp_path):
     save_llama(tmp_path / "hf")
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    change_tensors(tmp_path / "hf", lambda tensors: tensors.update({name: torch.ones(4)}))
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(UserError, match=r"index\.json is damaged: its weight_map does not name a file of this folder"):
+        read_folder(tmp_path / "hf")
+
+
+def test_what_is_known_to_be_superfluous_is_dropped_and_listed(tmp_path):
+    """Other weight files beside model.safetensors or an index, rotary frequencies, and a tied output layer."""
+    theirs = save_llama(tmp_path / "hf", tie_word_embeddings=True)
+    surplus = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    surplus["lm_head.weight"] = theirs.model.embed_tokens.weight.detach().clone()
+    change_tensors(tmp_path / "hf", lambda tensors: tensors.update(surplus))
+    other = {"layers.0.attention.wq.weight": torch.ones(3)}
+    for name in ("consolidated", "adapter_model"):
+        save_file(other, tmp_path / "hf" / f"{name}.safetensors")
+    tensors = [
+        "tensors *.rotary_emb.inv_freq (2): follow from config.json",
+        "tensor lm_head.weight: equal to the tied embedding",
+    ]
+    files = ["adapter_model.safetensors", "consolidated.safetensors"]
+    dropped = import_folder(tmp_path / "hf", tmp_path / "out")
+    assert list(dropped) == [*(f"file {file}: not model.safetensors" for file in files), *tensors]
+    documents = random_documents()
+    expected, ours = logits_apart(theirs, documents), logits_packed(load_checkpoint(tmp_path / "out"), documents)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+    named = dict.fromkeys(load_file(tmp_path / "hf" / "model.safetensors"), "model.safetensors")
+    index = "model.safetensors.index.json"
+    (tmp_path / "hf" / index).write_text(json.dumps({"weight_map": named}))
+    dropped = import_folder(tmp_path / "hf", tmp_path / "indexed")
+    assert list(dropped) == [*(f"file {file}: not named by {index}" for file in files), *tensors]
+
+
+def test_rows_of_a_padded_vocabulary_are_kept(tmp_path):
+    """The tokenizer has 300 tokens, the embedding 320 rows: logits and loss are those of transformers over all rows."""
+    theirs = save_llama(tmp_path / "hf", vocab_size=320)
+    save_tokenizer(tmp_path / "hf", bos_token="<|start|>", eos_token="<|end|>")
     import_folder(tmp_path / "hf", tmp_path / "out")
+    model = validate(ModelConfig, read_state(tmp_path / "out")["config"]["model"], "test")
+    vocabulary = Vocabulary(load_text_tokenizer(tmp_path / "out" / "tokenizer"))
+    assert vocabulary.size == 300 and model.vocab_size == embedding_rows(model, vocabulary) == 320
+    documents = random_documents(300)
+    expected, ours = logits_apart(theirs, documents), logits_packed(load_checkpoint(tmp_path / "out"), documents)
+    assert ours.shape[1] == 320
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match=r"model\.vocab_size=299 is less than 300, the number of ids of text tokenizer"):
+        embedding_rows(model.model_copy(update={"vocab_size": 299}), vocabulary)
+
+
+def test_a_sentencepiece_tokenizer_is_copied_and_pads_with_eos(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a small red bear", "on the hill"] * 9), model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=18, minloglevel=2,
+    )  # fmt: skip
+    theirs = save_llama(tmp_path / "hf", vocab_size=18)
+    (tmp_path / "tokenizer.model").rename(tmp_path / "hf" / "tokenizer.model")
+    import_folder(tmp_path / "hf", tmp_path / "out")
+    tokenizer = load_text_tokenizer(tmp_path / "out" / "tokenizer")
+    assert tokenizer.sha256 == load_text_tokenizer(tmp_path / "hf" / "tokenizer.model").sha256
+    vocabulary = Vocabulary(tokenizer)
+    assert (vocabulary.bos, vocabulary.eos, vocabulary.pad, vocabulary.size) == (1, 2, 2, theirs.config.vocab_size)
+    assert read_state(tmp_path / "out")["config"]["model"].get("vocab_size") is None
 
 
 def test_a_checkpoint_is_never_written_over(tmp_path):

@@ -42,6 +42,20 @@ def test_a_batch_equals_each_sample_alone_without_a_cache(name, sampling, form, 
         assert any(form.vocabulary.eos in tokens for tokens in expected.values()), "no text ends by itself"
 
 
+def test_rows_of_a_padded_vocabulary_are_never_chosen(form):
+    """The likeliest rows are beyond the tokenizers' ids. The samples are those of a model without these rows."""
+    model, padded = (make_model(MODELS["dense"], form) for _ in range(2))
+    for layer in (padded.embedding, padded.output):
+        layer.weight = torch.nn.Parameter(torch.cat([layer.weight, 9 * layer.weight.abs().amax() + layer.weight[:5]]))
+    for sampling in (GREEDY, DRAWN):
+        drawn = []
+        for each in (model, padded):
+            samples = make_samples(form)
+            generate(each, samples, form, sampling, Layout(), lambda left: None)
+            drawn.append([sample.generated for sample in samples])
+        assert drawn[0] == drawn[1]
+
+
 @pytest.mark.parametrize("name", ["top_k", "by_modality", "moma-depth"])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_two_expert_parallel_ranks_give_the_samples_of_one_process(name, sampling, tokenizers):

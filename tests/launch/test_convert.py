@@ -173,11 +173,16 @@ def test_a_run_starts_from_imported_weights_dense_and_upcycled(emoji_samples, tm
         "dense": train(start_from(dense), out=tmp_path / "run_dense"),
         "sparse": train(start_from(sparse, parallel={"expert": 2}), ranks=2, out=tmp_path / "run_sparse"),
         "fresh": train(start_from(dense, init_from=None), out=tmp_path / "run_fresh"),
+        "direct": train(start_from(dense, init_from=str(tmp_path / "hf")), ranks=2, out=tmp_path / "run_direct"),
     }
     for lines, said, status in runs.values():
         assert status == 0 and len(lines) == 4, said
     first = {name: lines[0]["loss"] for name, (lines, *_) in runs.items()}
     assert first["sparse"] == pytest.approx(first["dense"], abs=1e-5)
+    assert first["direct"] == pytest.approx(first["dense"], abs=1e-5)
+    accounts = [json.loads((tmp_path / name / "init_from.json").read_text()) for name in ("run_dense", "run_direct")]
+    one, two = ({entry["name"]: entry for entry in account["loaded"]["entries"]} for account in accounts)
+    assert one == two
     assert abs(first["fresh"] - first["dense"]) > 0.1, "the weights were loaded, not drawn"
     assert runs["sparse"][0][-1]["loss"] < first["sparse"] - 0.1, "it trains"
 

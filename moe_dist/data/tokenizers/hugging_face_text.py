@@ -13,7 +13,6 @@ from moe_dist.core.errors import UserError
 from moe_dist.core.files import read_json
 
 TOKENIZER, TOKENIZER_CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL)  # the files to copy with a tokenizer
 
 
 class HuggingFaceTokenizer:

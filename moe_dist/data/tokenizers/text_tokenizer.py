@@ -14,9 +14,11 @@ import sentencepiece
 
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import write_file
-from moe_dist.data.tokenizers.hugging_face_text import HuggingFaceTokenizer
+from moe_dist.data.tokenizers.hugging_face_text import SPECIAL, TOKENIZER, TOKENIZER_CONFIG, HuggingFaceTokenizer
 
 VOCAB_SIZE = 2048  # default, enough for captions; use 8192 or more for long texts
+SENTENCEPIECE = "tokenizer.model"  # in a Hugging Face folder
+TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL, SENTENCEPIECE)  # the files to copy with a tokenizer
 MAX_LINE_BYTES = 1 << 24  # SentencePiece silently skips longer lines; its own default is 4192
 
 logger = logging.getLogger(__name__)
@@ -42,15 +44,25 @@ class TextTokenizer(Protocol):
 def load_text_tokenizer(path: str | Path) -> TextTokenizer:
     """Load a text tokenizer from a Hugging Face folder or a SentencePiece file.
 
-    Raises UserError if there is no such folder or file, or if it holds no tokenizer.
+    If a Hugging Face folder has a tokenizer.model and no tokenizer.json, its tokenizer.model is loaded. Raises
+    UserError if there is no such folder or file, or if it holds no tokenizer.
     """
-    return HuggingFaceTokenizer(path) if Path(path).is_dir() else SentencePieceTokenizer(path)
+    path = Path(path)
+    if path.is_dir() and ((path / TOKENIZER).is_file() or not (path / SENTENCEPIECE).is_file()):
+        return HuggingFaceTokenizer(path)
+    return SentencePieceTokenizer(path / SENTENCEPIECE if path.is_dir() else path)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return True if a Hugging Face folder has a tokenizer that load_text_tokenizer can load."""
+    return any((folder / name).is_file() for name in (TOKENIZER, SENTENCEPIECE))
 
 
 class SentencePieceTokenizer:
     """A TextTokenizer read from a SentencePiece file. Raises UserError if the file is missing or is not a model.
 
-    Unknown characters become byte pieces or <unk>.
+    Unknown characters become byte pieces or <unk>. If the model has no PAD, EOS is used for padding. This leaves a
+    pretrained model's vocabulary size unchanged, and it is safe because padding is masked.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -66,6 +78,8 @@ class SentencePieceTokenizer:
         self.size: int = self._processor.get_piece_size()
         ids = (self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id())
         self.pad, self.bos, self.eos = (None if i < 0 else i for i in ids)
+        if self.pad is None:
+            self.pad = self.eos
 
     @property
     def pieces(self) -> list[str]:

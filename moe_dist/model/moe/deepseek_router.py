@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moe_dist.config.routers import DeepSeekV3Settings
 from moe_dist.core.batch import TokenInfo
+from moe_dist.core.initial_values import constant_
 from moe_dist.core.seeding import fold_key
 from moe_dist.model.moe.router import Site, selection_keys
 from moe_dist.model.moe.token_choice import TokenChoiceRouter
@@ -30,7 +31,8 @@ class ExpertBias(nn.Module):
 
     def __init__(self, num_experts: int):
         super().__init__()
-        self.register_buffer("value", torch.zeros(num_experts, dtype=torch.float32))
+        self.register_buffer("value", torch.empty(num_experts, dtype=torch.float32))
+        constant_(self.value, 0.0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExpertBias:
         changed = fn(self.value)

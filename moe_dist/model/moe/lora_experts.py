@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moe_dist.config.model_section import DenseFFN, LoRAConfig, LoRAExpertsConfig
 from moe_dist.core.costs import Product, linear_product
 from moe_dist.core.expert_rows import set_expert_ids
+from moe_dist.core.initial_values import constant_
 from moe_dist.core.seeding import dropout
 from moe_dist.model.moe.experts import HeldExperts, matmul_by_expert
 from moe_dist.model.moe.swiglu import SwiGLU
@@ -50,11 +51,12 @@ class LowRank(nn.Module):
         self.num_weights = rank * (input_size + output_size)  # per expert
         stack = () if expert_ids is None else (len(expert_ids),)
         self.a = nn.Parameter(torch.empty(*stack, input_size, rank))
-        self.b = nn.Parameter(torch.zeros(*stack, rank, output_size))
+        self.b = nn.Parameter(torch.empty(*stack, rank, output_size))
         if expert_ids is not None:
             set_expert_ids(self.a, expert_ids)
             set_expert_ids(self.b, expert_ids)
         site.draw(self.a, "a", std=1 / math.sqrt(3 * input_size))
+        constant_(self.b, 0.0)
 
     def drop(self, x_RD: Tensor, token_id_R: Tensor | None) -> Tensor:
         """Apply dropout to the input. The random numbers are seeded by the global token ids of the rows.

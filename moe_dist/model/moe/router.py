@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.costs import Product
+from moe_dist.core.initial_values import constant_
 from moe_dist.core.routing_plan import RoutingPlan, RoutingRecord
 from moe_dist.core.seeding import hash_ids
 from moe_dist.model.site import Site
@@ -97,7 +98,9 @@ class Gate(RouterPart):
         super().__init__()
         self.width, self.columns = site.hidden_size, columns
         self.weight = nn.Parameter(torch.empty(columns, site.hidden_size, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.zeros(columns, dtype=torch.float32)) if bias else None
+        self.bias = nn.Parameter(torch.empty(columns, dtype=torch.float32)) if bias else None
+        if self.bias is not None:
+            constant_(self.bias, 0.0)
         site.draw(self.weight, "gate.weight")
 
     def forward(self, x_VD: Tensor) -> Tensor:

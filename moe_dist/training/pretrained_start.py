@@ -1,0 +1,94 @@
+"""Starting a run from a Hugging Face folder: finding it, and checking that model and tokenizer of the recipe fit it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moe_dist.config.model_section import ModelConfig
+from moe_dist.config.recipe import Config, InitFrom
+from moe_dist.convert.pretrained import EMBEDDING, PretrainedModel, is_pretrained, open_pretrained
+from moe_dist.core.errors import UserError
+from moe_dist.core.name_patterns import matches_any
+from moe_dist.data.tokenizers.hugging_face_text import TOKENIZER
+from moe_dist.data.tokenizers.text_tokenizer import SENTENCEPIECE, SentencePieceTokenizer, load_text_tokenizer
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+from moe_dist.parallel.agreement import gather_objects, raise_on_all_ranks
+
+# Keys of `model:` that a stage may choose freely: they add new parameters, or do not change the model.
+FREE = ("attention_lora", "depth", "init_std", "embedding_init_std", "recompute")
+
+
+def find_pretrained(config: Config) -> PretrainedModel | None:
+    """Open the Hugging Face folder that `init_from` names. Returns None if it names none. Collective.
+
+    Raises UserError if the folder holds no complete, supported model, or if the recipe needs something else than its
+    model.
+    """
+    settings = config.init_from
+    if settings is None or not any(gather_objects(is_pretrained(settings.checkpoint))):
+        return None
+    with raise_on_all_ranks():
+        if settings.data_position:
+            raise UserError(f"init_from.data_position: {settings.checkpoint} is not a checkpoint of a run")
+        if config.data.neighbours is not None:
+            raise UserError(
+                f"data.neighbours needs init_from to be the checkpoint that the store was collected with, and "
+                f"{settings.checkpoint} is a Hugging Face folder: import it first"
+            )
+        found = open_pretrained(settings.checkpoint)
+        check_model(found, config.model, settings)
+    return found
+
+
+def check_model(found: PretrainedModel, model: ModelConfig, settings: InitFrom) -> None:
+    """Raise UserError naming the first key of the recipe's `model:` section that differs from the folder's model.
+
+    Some keys may differ (FREE). If `settings` renames tensors or lists new or left-out ones, the type of the
+    feed-forward parts, experts or routers may differ, too; the account of all tensors then shows what was loaded.
+    """
+    free = [*FREE, *(["vocab_size"] if matches_any(EMBEDDING, settings.left_out) else [])]
+    given = found.model.model_dump(exclude_unset=True)
+    theirs = {key: given[key] if isinstance(given.get(key), dict) else value for key, value in _values(found.model)}
+    changes = bool(settings.rename or settings.new or settings.left_out)
+    ours = dict(_values(model))
+    difference = next(_differences(ours, {k: v for k, v in theirs.items() if k not in free}, "model", changes), None)
+    if difference is not None:
+        raise UserError(
+            f"the recipe's {difference} according to {found.folder} (launch/convert.py model writes the section of a "
+            "folder)"
+        )
+
+
+def _values(model: ModelConfig) -> Iterator[tuple[str, Any]]:
+    """Yield the value of each key of the section, with defaults that depend on other keys filled in."""
+    yield from (model.model_dump() | {"num_query_groups": model.query_groups, "head_size": model.size_per_head}).items()
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str, changes: bool) -> Iterator[str]:
+    """Yield a description of each key of `theirs` that has another value in `ours`.
+
+    changes: skip mappings inside whose `type` differs.
+    """
+    for key, value in theirs.items():
+        mine, name = ours.get(key), f"{path}.{key}"
+        if not isinstance(mine, dict) or not isinstance(value, dict):
+            if mine != value:
+                yield f"{name} is {mine!r}, but must be {value!r}"
+        elif not changes or mine.get("type") == value.get("type"):
+            yield from _differences(mine, value, name, changes)
+
+
+def check_tokenizer(found: PretrainedModel, settings: InitFrom, vocabulary: Vocabulary) -> None:
+    """Raise UserError if the folder has a text tokenizer that differs from the recipe's, and its embedding is loaded.
+
+    A SentencePiece file is compared with the folder's tokenizer.model, a Hugging Face tokenizer with its
+    tokenizer.json. If the folder does not have this file, nothing is compared.
+    """
+    is_sentencepiece = isinstance(vocabulary.text, SentencePieceTokenizer)
+    path = found.folder / SENTENCEPIECE if is_sentencepiece else found.folder
+    left_out = matches_any(EMBEDDING, settings.left_out)
+    if left_out or not (path.is_file() if is_sentencepiece else (path / TOKENIZER).is_file()):
+        return
+    if load_text_tokenizer(path).sha256 != vocabulary.text.sha256:
+        raise UserError(f"{found.folder} was trained with another tokenizer than {vocabulary.describe()}")
