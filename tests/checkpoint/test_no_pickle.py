@@ -123,7 +123,7 @@ def test_a_planted_hugging_face_file_is_refused(tmp_path):
     (tmp_path / "hf" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes, "num_attention_heads": 2}))
     content = pickled(tmp_path, "torch.save")
     for name, sentence in (
-        ("pytorch_model.bin", "holds no .safetensors file"),
+        ("pytorch_model.bin", "but no .safetensors file, and pickled weights are not read"),
         ("model.safetensors", "not a safetens"),
     ):
         (tmp_path / "hf" / name).write_bytes(content)
