@@ -12,21 +12,22 @@ from moe_dist.data.cache.token_shard import TokenShard
 from moe_dist.data.shards.sample_report import Loss, SampleReport
 
 
-def count_cut_captions(report: SampleReport, shards: Sequence[TokenShard], lengths: np.ndarray, room: int) -> None:
-    """Record each caption of more than `room` tokens in `report`, unless its sample has already lost another part.
+def count_cut_captions(report: SampleReport, shards: Sequence[TokenShard], room: int) -> None:
+    """Record each document with a picture and a caption of more than `room` tokens as a lost part in `report`.
 
-    lengths: the number of text tokens of each document that has an image, and 0 for each document without an image.
+    Documents of which another part is already lost are left out.
     """
-    cut = lengths > room
     keys = []
-    start = 0
+    lost = written = 0
     for shard in shards:
-        cut[start + shard.prompts[:, 0]] = False  # an instruction is never cut
-        cut[start + np.array(shard.manifest["short_documents"], dtype=np.int64)] = False
-        numbers = np.flatnonzero(cut[start : start + len(shard)])
-        keys += [f"{shard.manifest['shard']} number {number}" for number in numbers]
-        start += len(shard)
-    lost, written = int((lengths[cut] - room).sum()), int(lengths[cut].sum())
+        documents, lengths = shard.caption_lengths
+        over = np.bincount(documents, np.maximum(lengths - room, 0), len(shard))
+        cut = (over > 0) & (shard.image_rows >= 0)
+        cut[shard.prompts[:, 0]] = False  # an instruction is never cut
+        cut[np.array(shard.manifest["short_documents"], dtype=np.int64)] = False
+        keys += [f"{shard.manifest['shard']} number {number}" for number in np.flatnonzero(cut)]
+        lost += int(over[cut].sum())
+        written += int(lengths[cut[documents]].sum())
     for key in keys:
         report.add_lost(Loss(f"caption cut: {lost} of {written} tokens", key))
 

@@ -66,20 +66,22 @@ class TokenStore:
         self.text_tokens = sum(shard.manifest["text_tokens"] for shard in shards)
         self.image_tokens = sum(shard.manifest["image_tokens"] for shard in shards)
         has_image = np.concatenate([shard.image_rows >= 0 for shard in shards])
-        text_lengths = np.concatenate([np.diff(shard.text_ends, prepend=0) for shard in shards])
+        text_lengths = np.concatenate([shard.text_lengths for shard in shards])
         image_codes = self.image_tokens // max(1, int(has_image.sum()))
         lengths = text_lengths + image_codes * has_image
         self.report = SampleReport()  # samples that became documents, skipped samples and lost parts
         for shard in shards:
             self.report.merge(shard.report)
         if sequence_length >= image_codes + 4:  # otherwise packing says that no image fits
-            room = sequence_length - image_codes - 4
-            count_cut_captions(self.report, shards, np.where(has_image, text_lengths, 0), room)
+            count_cut_captions(self.report, shards, sequence_length - image_codes - 4)
         self._kept = self._without_long_instructions(lengths + 2 + 2 * has_image, sequence_length)
         with_text = text_lengths[self._kept] > 0
         self.pairs = int((has_image[self._kept] & with_text).sum())
         self.texts = int((~has_image[self._kept]).sum())
-        self.has_image, self.lengths = has_image[self._kept], lengths[self._kept]  # text and image tokens, no markers
+        self.has_image, self.lengths = (
+            has_image[self._kept],
+            lengths[self._kept],
+        )  # text (first caption) and image, no markers
         self.domains = tuple(sorted({domain for shard in shards for domain in shard.domains}))
         self.part_ends = np.searchsorted(self._kept, np.cumsum([sum(map(len, part)) for part in parts]))
 
@@ -105,14 +107,14 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def document(self, index: int) -> StoredDocument:
-        """Return document number `index`, where 0 <= index < len(self)."""
+    def document(self, index: int, choice: int = 0) -> StoredDocument:
+        """Return document number `index`, 0 <= index < len. Of n captions, its text is number `choice` mod n."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         index = int(self._kept[index])
         number = int(np.searchsorted(self._ends, index, side="right"))
         shard = self._shards[number]
-        return shard.document(index - int(self._ends[number]) + len(shard))
+        return shard.document(index - int(self._ends[number]) + len(shard), choice)
 
 
 def open_store(data: DataConfig, split: Split, vocabulary: Vocabulary) -> TokenStore:

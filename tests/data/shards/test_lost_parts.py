@@ -169,15 +169,15 @@ def test_members_without_a_key_are_counted(tmp_path):
     assert samples == {"a": (True, None)} and dict(report.unused) == {"members without key and ending": 2}
 
 
-def test_one_of_a_list_of_captions_is_used_by_the_hash_of_the_key(tmp_path):
-    both = json.dumps({"caption": ["one", " ", "two", 3]}).encode()
-    members = [(f"{i:02d}.{end}", content) for i in range(40) for end, content in (("png", PNG), ("json", both))]
-    path = write_tar(tmp_path / "a.tar", members)
-    samples, report = read(path)
-    captions = [caption for _, caption in samples.values()]
-    assert 8 < captions.count("one") < 32 and captions.count("one") + captions.count("two") == 40
-    assert read(path)[0] == samples and report.used == 40
-    assert dict(report.unused) == {"further captions of json field caption": 40}
+@pytest.mark.parametrize("name", ["caption", "text"])
+def test_all_captions_of_a_list_are_read(tmp_path, name):
+    members = [("a.png", PNG), ("a.json", json.dumps({name: ["one", " ", "two", 3]}).encode())]
+    members += [("b.json", json.dumps({name: ["three", "four"]}).encode())]
+    report = SampleReport()
+    samples = list(iterate(str(write_tar(tmp_path / "a.tar", members)), report))
+    assert [sample.captions for sample in samples] == [("one", "two"), ("three", "four")]
+    assert [sample.texts for sample in samples] == [sample.captions for sample in samples], "tokenizers learn from all"
+    assert report.used == 2 and dict(report.unused) == {f"entries without text in json field {name}": 1}
 
 
 def test_a_report_is_bounded_and_survives_its_json():
