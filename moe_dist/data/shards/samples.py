@@ -17,13 +17,15 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, PngImagePlugin, features
 
 from moe_dist.data.shards.sample_groups import SampleFiles
 from moe_dist.data.shards.sample_report import Loss
 from moe_dist.data.tasks.instructions import Instruction, is_instruction, read_instruction, sample_hash
 
 MAX_MEGAPIXELS = 64.0  # checked in the header, so that a larger image (a decompression bomb) is never decoded
+# The largest compressed text or colour profile of a PNG, in bytes. Pillow's own limit is 1 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20
 AVIF = features.check("avif")  # Pillow may be built without it
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if AVIF else []))
 IMAGE_SUFFIXES = (
@@ -123,7 +125,8 @@ def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MA
 def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
     """Decode the first frame of an image file to an upright RGB image on a white background.
 
-    Raises BadSample if the image is oversized, cannot be decoded, or has 32-bit values.
+    Raises BadSample if the image is oversized, cannot be decoded, has 32-bit values, or is a PNG with too long a text
+    or colour profile.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -138,8 +141,10 @@ def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Imag
             raise BadSample("oversized image") from None
         except BadSample:
             raise
-        except Exception:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
-            raise BadSample("undecodable image") from None
+        except Exception as error:  # on broken files: OSError, SyntaxError, ValueError, struct.error, ...
+            too_long = "MAX_TEXT_" in str(error)  # Pillow names the limit in its messages
+            reason = "PNG text or colour profile above 16 MiB" if too_long else "undecodable image"
+            raise BadSample(reason) from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
