@@ -35,6 +35,8 @@ class MemoryDocument:
 class MemoryStore:
     """A store in memory. part_sizes: number of documents of each corpus, if there are several."""
 
+    digest = "in memory"
+
     def __init__(self, documents: list[MemoryDocument], part_sizes: Sequence[int] | None = None):
         self.documents = documents
         self.part_ends = np.cumsum(part_sizes or [len(documents)])
@@ -44,6 +46,9 @@ class MemoryStore:
 
     def __len__(self) -> int:
         return len(self.documents)
+
+    def replaced(self) -> list[str]:
+        return []
 
     def document(self, index: int, choice: int = 0) -> MemoryDocument:
         document = self.documents[index]

@@ -1,15 +1,36 @@
-"""Checks of a split's documents: count the captions that do not fit into a sequence, and enforce data.expect."""
+"""Checks of a split's documents: count the captions that do not fit into a sequence, enforce data.expect, and identify
+the shards.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
-from moe_dist.data.cache.token_shard import TokenShard
+from moe_dist.core.files import read_json
+from moe_dist.data.cache.token_shard import TOKEN_SHARD_MANIFEST, TokenShard
 from moe_dist.data.shards.sample_report import Loss, SampleReport
+
+
+def content_digest(shards: Sequence[TokenShard]) -> str:
+    """Return one digest over the content of all shards, in their order, and over the splits that are read from them."""
+    named = (f"{shard.manifest['identity']} {shard.manifest['split']}\n" for shard in shards)
+    return hashlib.sha256("".join(named).encode()).hexdigest()[:32]
+
+
+def replaced_shards(shards: Sequence[TokenShard]) -> list[str]:
+    """Return the names of shards of which older tokens exist that were made from another content."""
+    names = []
+    for shard in shards:
+        name, identity = shard.manifest["shard"], shard.manifest["identity"]
+        manifests = map(read_json, shard.folder.parent.glob(f"{name}-*/{TOKEN_SHARD_MANIFEST}"))
+        if any(other["shard"] == name and other["identity"] != identity for other in manifests):
+            names.append(name)
+    return names
 
 
 def count_cut_captions(report: SampleReport, shards: Sequence[TokenShard], room: int) -> None:

@@ -145,6 +145,18 @@ def test_a_state_of_other_data_is_refused():
         loader(seed=6, state=state)
 
 
+@pytest.mark.parametrize(("names", "named"), [([], "a shard"), (["a.tar", "b.tar"], "a.tar, b.tar")])
+def test_a_state_of_shards_with_another_content_is_refused(names, named):
+    store, state = random_store(7, pairs=60), next(loader(store=random_store(7, pairs=60))).state
+    loader(store=store, state=state)
+    before = state["of"].pop("shards")
+    loader(store=store, state=state)  # a state from before the digest was saved
+    state["of"]["shards"] = before + "other"
+    store.replaced = lambda: names
+    with pytest.raises(UserError, match=rf"not those of the saved loader state: {named} was replaced by another"):
+        loader(store=store, state=state)
+
+
 class BrokenStore(MemoryStore):
     def document(self, index, choice=0):
         if index == 70:
