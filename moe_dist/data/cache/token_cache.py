@@ -78,8 +78,7 @@ class TokenStore:
         self._kept = self._without_long_instructions(lengths + 2 + 2 * has_image, sequence_length)
         self.pairs = int((has_image & (text_lengths > 0))[self._kept].sum())
         self.texts = int((~has_image[self._kept]).sum())
-        self.has_image = has_image[self._kept]
-        self.lengths = lengths[self._kept]  # text and image tokens without markers; of several captions, the first
+        self.has_image, self.lengths = has_image[self._kept], lengths[self._kept]  # text and image tokens, no markers
         self.domains = tuple(sorted({domain for shard in shards for domain in shard.domains}))
         self.part_ends = np.searchsorted(self._kept, np.cumsum([sum(map(len, part)) for part in parts]))
 
@@ -186,17 +185,16 @@ def _tokenise(
         vocabulary.image.to(device)
     columns = (TextColumn("tokenising {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not shown) as progress:
-        counts = [source.samples for source in missing if source.samples is not None]
-        total = sum(counts) if len(counts) == len(missing) else None
-        task = progress.add_task(f"{split} samples", total=total)
+        known = all(source.samples for source in missing)
+        task = progress.add_task(f"{split} samples", total=sum(source.samples for source in missing) if known else None)
         for number, source in enumerate(missing, 1):
             report, writer = SampleReport(), TokenShardWriter(vocabulary, device)
             writer.add(_counted(iterate(source.shard, report), progress, task, stop))
             if stop():
                 return
             writer.write(source.new_folder(), source.origin, report)
-            if total is not None:  # also counts the samples of other splits in the same tars
-                progress.update(task, completed=sum(counts[:number]))
+            if known:  # also counts the samples of other splits in the same tars
+                progress.update(task, completed=sum(source.samples for source in missing[:number]))
 
 
 def _counted(samples: Iterable[RawSample], progress: Progress, task, stop: Callable[[], bool]) -> Iterator[RawSample]:
@@ -215,7 +213,7 @@ class _Source:
     """A shard, and the folders that may hold its tokens."""
 
     shard: Shard
-    samples: int | None  # None: unknown (remote)
+    samples: int  # 0: unknown (remote), or none
     origin: dict[str, str | None]  # identifies the raw content
     homes: tuple[Path, ...]  # folders of token shards, the preferred one first
     name: str
@@ -231,7 +229,7 @@ class _Source:
         parents = (path.parent, user_cache()) if path else (user_cache(),)
         return cls(
             shard=shard,
-            samples=index.count if index else None,
+            samples=index.count if index else 0,
             origin={"shard": file, "identity": identity, "split": shard.split},
             homes=tuple(parent / TOKENS / vocabulary.fingerprint()[:DIGITS] for parent in parents),
             name=f"{file}-{digest}",
