@@ -91,8 +91,6 @@ def start_samples(arguments: argparse.Namespace, form: Format, sampling: Samplin
             raise UserError(f"--{name} must be at least 1, not {getattr(arguments, name)}")
     texts = [part for parts in arguments.mixed for part in parts if not part.startswith("@")]
     for text in (*arguments.caption, *texts):
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            raise UserError(f"{text!a} is not UTF-8 text")
         if re.match(r"[a-z_]+(\.[a-z_]+)+=", text):
             raise UserError(f"'{text}' looks like an override: overrides of the recipe come right after RUN")
     prompts: list[Prompt] = [form.text_to_image(caption) for caption in arguments.caption]

@@ -39,8 +39,8 @@ class Pairs:
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def document(self, index: int) -> Document:
-        return self._store.document(self._numbers[index])
+    def document(self, index: int, choice: int = 0) -> Document:
+        return self._store.document(self._numbers[index], choice)
 
 
 def conditional_losses(forward: Callable, store: DocumentStore, held_out: HeldOutSplit) -> dict[str, float]:

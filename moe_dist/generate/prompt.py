@@ -95,13 +95,14 @@ class Format:
     def text_to_image(self, caption: str) -> Prompt:
         """Build a prompt for generating an image from a caption.
 
-        Raises UserError if the prompt with its image is too long, or if images cannot be decoded.
+        Raises UserError if the caption is not UTF-8, if the prompt with its image is too long, or if images cannot be
+        decoded.
         """
         if self.cannot_draw:
             raise self.cannot_draw
         v = self.vocabulary
         assert v.boi is not None
-        text = v.text.encode(caption)
+        text = self._text(caption)
         needed = len(text) + self.num_codes + 4
         if needed > self.context:
             raise UserError(
@@ -120,19 +121,24 @@ class Format:
     def mixed(self, parts: Sequence[Part]) -> Prompt:
         """Build a prompt from texts and pictures, to be continued with texts and pictures.
 
-        Raises UserError if the prompt is too long, or if pictures cannot be encoded.
+        Raises UserError if a text is not UTF-8, if the prompt is too long, or if pictures cannot be encoded.
         """
         return self._checked("mixed", parts)
 
     def _checked(self, task: Task, parts: Sequence[Part]) -> Prompt:
         tokens = [self.vocabulary.bos]
         for part in parts:
-            tokens += self.vocabulary.text.encode(part) if isinstance(part, str) else self._picture(part)
+            tokens += self._text(part) if isinstance(part, str) else self._picture(part)
         if len(tokens) >= self.context:
             raise UserError(
                 f"the prompt has {len(tokens)} tokens: data.sequence_length={self.context} has no room for more"
             )
         return Prompt(task, tuple(parts), tuple(tokens))
+
+    def _text(self, text: str) -> list[int]:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # bytes of a command line that are not UTF-8
+            raise UserError(f"the prompt {text!a} is not UTF-8 text")
+        return self.vocabulary.text.encode(text)
 
     def _picture(self, picture: Image.Image) -> list[int]:
         image, v = self._image_tokenizer("read"), self.vocabulary

@@ -22,6 +22,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from moe_dist.core.errors import PeerError, UserError, as_user_error
+from moe_dist.parallel.mpi_start import start_mpi
 
 # Variables in which MPI launchers pass (rank, world size): MPICH and its derivatives, Open MPI, PMIx.
 _MPI_VARIABLES = (("PMI_RANK", "PMI_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMIX_RANK", ""))
@@ -58,8 +59,9 @@ def discover(environment: Mapping[str, str] = os.environ) -> Place:
         return _from_environment(environment)
     if _started_by_srun(environment):
         return _from_slurm(environment)
-    if any(rank in environment for rank, _ in _MPI_VARIABLES):
-        return _from_mpi(environment)
+    for rank, _ in _MPI_VARIABLES:
+        if rank in environment:
+            return _from_mpi(environment, environment[rank])
     return Place(
         rank=0,
         world=1,
@@ -187,14 +189,8 @@ def _from_slurm(environment: Mapping[str, str]) -> Place:
     )
 
 
-def _from_mpi(environment: Mapping[str, str]) -> Place:
-    try:
-        from mpi4py import MPI  # initialises MPI: only under an MPI launcher
-    except (ImportError, RuntimeError):  # RuntimeError: mpi4py is installed, an MPI library is not
-        raise UserError(
-            "mpi4py finds no MPI library: pip install 'moe_dist[mpi]' for MPICH, or load the MPI that mpiexec is from"
-        ) from None
-
+def _from_mpi(environment: Mapping[str, str], rank: str) -> Place:
+    MPI = start_mpi(rank)
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     meeting = None

@@ -19,11 +19,10 @@ import torch.distributed as dist
 
 from moe_dist.core.errors import PeerError
 from moe_dist.parallel.discovery import Place
+from moe_dist.parallel.mpi_start import REPEAT, SILENCE
 from moe_dist.parallel.signals import Stopped, StopSignals
 
 POLL = 0.05  # seconds between two looks for the other ranks
-SILENCE = 3.0  # seconds before the wait is reported, and
-REPEAT = 60.0  # between two reports
 LAST_WAIT = 10.0  # seconds that a rank waits on after a signal: if the others come, all of them stop together
 LIMIT = 1800.0  # seconds after which a rank gives up, as torch does
 ANSWER = timedelta(seconds=60)  # time that rank 0 may take to answer a rank that has reached it

@@ -1,7 +1,7 @@
 """Set-up of a run: checking its recipe, opening its data, and loading the checkpoint that the model starts from.
 
 A run is refused here if a prerequisite is missing, or if the model in the checkpoint was trained with different
-tokenizers. A warning reports the number of skipped samples.
+tokenizers. The numbers of used, skipped and lost samples and the first sample are printed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from moe_dist.checkpoint import checkpoint
@@ -28,6 +29,7 @@ from moe_dist.data.cache.token_cache import TokenStore, build_cache, open_store
 from moe_dist.data.shards.tars import Split
 from moe_dist.data.stream.loader import Loader, check_data, make_loader
 from moe_dist.data.stream.neighbour_store import NeighbourStore
+from moe_dist.data.stream.packing import Document
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 from moe_dist.model.attention import check_head_size
 from moe_dist.model.moe.moe_layer import routers
@@ -42,6 +44,7 @@ from moe_dist.training.pretrained_start import check_tokenizer, find_pretrained
 from moe_dist.training.trainable import freeze_others
 
 TRAINING_SPLITS: tuple[Split, Split] = ("train", "validation")
+SHOWN = 100  # characters of the first sample's texts
 
 
 @raise_on_all_ranks()  # no rank may fail while another still sets up its groups
@@ -121,12 +124,12 @@ def open_data(
         stores = tuple(open_store(data, split, vocabulary) for split in splits)
     for split, store in zip(splits, stores, strict=True):
         if layout.is_main:
-            _show(split, store)
+            _show(split, store, vocabulary)
     return stores
 
 
-def _show(split: Split, store: TokenStore) -> None:
-    """Print what a split contains and which parts of its samples are unused by design.
+def _show(split: Split, store: TokenStore, vocabulary: Vocabulary) -> None:
+    """Print what a split contains, which parts of its samples are unused by design, and its first sample.
 
     If samples are bad or have a lost part, also print a warning with their numbers and the reasons.
     """
@@ -134,7 +137,21 @@ def _show(split: Split, store: TokenStore) -> None:
     lines = [f"{split}: {store.contents}" + (f"; unused by design: {unused}" if unused else "")]
     if store.report.bad or store.report.lost:
         lines.append(f"warning: {split}: {store.report.summary()}")
+    if len(store):
+        lines.append(f"{split}: the first sample: {_describe(store.document(0), vocabulary)}")
     print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def _describe(document: Document, vocabulary: Vocabulary) -> str:
+    """Describe a document by its number of image codes and the beginnings of its texts, decoded from their ids."""
+    parts = [] if document.image is None else [f"a picture of {len(document.image)} codes"]
+    cut = document.prompt.length if document.prompt else 0
+    names = ("prompt", "answer") if document.prompt else ("", "text" if document.image is None else "caption")
+    for name, ids in zip(names, np.split(document.text, [cut]), strict=True):
+        if len(ids):
+            text = vocabulary.text.decode(ids.tolist())
+            parts.append(f"{name} {text[:SHOWN]!r}" + ("..." if len(text) > SHOWN else ""))
+    return ", ".join(parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

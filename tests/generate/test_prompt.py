@@ -143,3 +143,12 @@ def test_weights_without_a_decoder_say_so_at_once(form, tokenizers):
         blind.text_to_image("a")
     allowed = [f.next(f.start(0, f.mixed(["a"]), max_tokens=18)) for f in (form, blind)]
     assert allowed == [Format.TEXT_OR_IMAGE, Format.TEXT]  # a text continues without images, which could not be decoded
+
+
+@pytest.mark.parametrize("text", [r"caf\udce9", r"half \ud83d"])
+@pytest.mark.parametrize("task", ["text_to_image", "mixed"])
+def test_a_prompt_that_is_not_utf_8_is_refused_in_one_sentence(form, task, text):
+    prompt = text.encode().decode("unicode_escape")
+    with pytest.raises(UserError) as refused:
+        getattr(form, task)(prompt if task == "text_to_image" else [PICTURE, prompt])
+    assert str(refused.value) == f"the prompt '{text}' is not UTF-8 text"

@@ -51,6 +51,8 @@ def test_one_process_and_two_expert_parallel_ranks_write_the_same(overrides, tok
     assert guided.returncode == 2 and "error: --guidance is for images" in guided.stderr
     late = launch_tool(ALONE, "generate.py", [str(run), "--caption", "a", "parallel.expert=1"])
     assert late.returncode == 2 and "overrides of the recipe come right after RUN" in late.stderr
+    latin = launch_tool(ALONE, "generate.py", [str(run), "--mixed", b"caf\xe9"])
+    assert latin.returncode == 2 and latin.stderr.endswith("error: the prompt 'caf\\udce9' is not UTF-8 text\n")
     other = f"data.text_tokenizer={tokenizers / 'other.model'}"
     refused = launch_tool(ALONE, "generate.py", [str(run), other, "--caption", "a"])
     assert refused.returncode == 2 and "step_00000002 was trained with other tokenizers than" in refused.stderr

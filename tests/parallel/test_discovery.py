@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -174,3 +175,49 @@ def test_the_process_group_is_closed_at_a_clean_end():
 )
 def test_first_host(nodelist, host):
     assert first_host(nodelist) == host
+
+
+WAITING = """
+import os, signal, sys, time
+from moe_dist.parallel import mpi_start
+from moe_dist.parallel.discovery import discover
+from moe_dist.parallel.signals import StopSignals
+mpi_start.SILENCE = 0.3
+rank = os.environ["PMI_RANK"]
+with open(f"{sys.argv[1]}/{rank}.txt", "w") as file:
+    file.write(str(os.getpid()))
+while rank == "1" and not os.path.exists(f"{sys.argv[1]}/come"):
+    time.sleep(0.02)
+with StopSignals() as stop:
+    rank = discover().rank
+    os.kill(os.getpid(), signal.SIGUSR1)
+    sys.stderr.write(f"met {rank}, signal {stop.received}\\n")
+"""
+
+
+@pytest.fixture
+def waiting(tmp_path):
+    """Start two ranks under mpiexec, of which rank 1 comes when the file `come` exists."""
+    script = tmp_path / "probe.py"
+    script.write_text(WAITING)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PMI", "SLURM", "RANK"))}
+    command = [TOOLS / "mpiexec", "-n", "2", sys.executable, str(script), str(tmp_path)]
+    environment |= {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as ranks:
+        yield ranks
+        ranks.terminate()
+
+
+def test_a_wait_in_mpi_is_reported(waiting, tmp_path):
+    assert waiting.stderr.readline() == "rank 0: waiting in MPI_Init for the other ranks of mpiexec\n"
+    (tmp_path / "come").touch()
+    assert sorted(waiting.stderr) == ["met 0, signal 10\n", "met 1, signal 10\n"], "MPICH keeps no signal"
+    assert waiting.wait(60) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_wait_in_mpi(waiting, tmp_path, number):
+    assert "waiting in MPI_Init" in waiting.stderr.readline()
+    os.kill(int((tmp_path / "0.txt").read_text()), number)
+    assert waiting.wait(60) != 0
+    assert "met" not in waiting.stderr.read()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,10 +29,13 @@ class MemoryDocument:
     text: np.ndarray
     image: np.ndarray | None
     prompt: InstructionPrompt | None = None
+    further: tuple[np.ndarray, ...] = ()  # captions besides `text`
 
 
 class MemoryStore:
     """A store in memory. part_sizes: number of documents of each corpus, if there are several."""
+
+    digest = "in memory"
 
     def __init__(self, documents: list[MemoryDocument], part_sizes: Sequence[int] | None = None):
         self.documents = documents
@@ -44,14 +47,19 @@ class MemoryStore:
     def __len__(self) -> int:
         return len(self.documents)
 
-    def document(self, index: int) -> MemoryDocument:
-        return self.documents[index]
+    def replaced(self) -> list[str]:
+        return []
+
+    def document(self, index: int, choice: int = 0) -> MemoryDocument:
+        document = self.documents[index]
+        captions = (document.text, *document.further)
+        return replace(document, text=captions[choice % len(captions)]) if document.further else document
 
 
 def random_store(
-    seed: int, *, pairs: int = 0, texts: int = 0, codes: int = 6, caption: int = 12, text: int = 40
+    seed: int, *, pairs: int = 0, texts: int = 0, codes: int = 6, caption: int = 12, text: int = 40, captions: int = 1
 ) -> MemoryStore:
-    """Return pairs and texts mixed, with lengths uniform from 0 to the given maximum."""
+    """Return pairs and texts mixed, with lengths from 0 to the given maximum. Each has 1 to `captions` texts."""
     rng = np.random.default_rng(seed)
     v = SmallVocabulary
 
@@ -60,7 +68,11 @@ def random_store(
 
     documents = [MemoryDocument(words(caption), rng.integers(v.first_image, v.size, codes)) for _ in range(pairs)]
     documents += [MemoryDocument(words(text), None) for _ in range(texts)]
-    return MemoryStore([documents[i] for i in rng.permutation(len(documents))])
+    documents = [documents[i] for i in rng.permutation(len(documents))]
+    for document in documents if captions > 1 else ():
+        longest = text if document.image is None else caption
+        document.further = tuple(words(longest) for _ in range(rng.integers(captions)))
+    return MemoryStore(documents)
 
 
 def random_instructions(seed: int, *, count: int, pictures: float = 0.5, codes: int = 6) -> list[MemoryDocument]:

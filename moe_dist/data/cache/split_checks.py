@@ -1,32 +1,54 @@
-"""Checks of a split's documents: count the captions that do not fit into a sequence, and enforce data.expect."""
+"""Checks of a split's documents: count the captions that do not fit into a sequence, enforce data.expect, and identify
+the shards.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
-from moe_dist.data.cache.token_shard import TokenShard
+from moe_dist.core.files import read_json
+from moe_dist.data.cache.token_shard import TOKEN_SHARD_MANIFEST, TokenShard
 from moe_dist.data.shards.sample_report import Loss, SampleReport
 
 
-def count_cut_captions(report: SampleReport, shards: Sequence[TokenShard], lengths: np.ndarray, room: int) -> None:
-    """Record each caption of more than `room` tokens in `report`, unless its sample has already lost another part.
+def content_digest(shards: Sequence[TokenShard]) -> str:
+    """Return one digest over the content of all shards, in their order, and over the splits that are read from them."""
+    named = (f"{shard.manifest['identity']} {shard.manifest['split']}\n" for shard in shards)
+    return hashlib.sha256("".join(named).encode()).hexdigest()[:32]
 
-    lengths: the number of text tokens of each document that has an image, and 0 for each document without an image.
-    """
-    cut = lengths > room
-    keys = []
-    start = 0
+
+def replaced_shards(shards: Sequence[TokenShard]) -> list[str]:
+    """Return the names of shards of which older tokens exist that were made from another content."""
+    names = []
     for shard in shards:
-        cut[start + shard.prompts[:, 0]] = False  # an instruction is never cut
-        cut[start + np.array(shard.manifest["short_documents"], dtype=np.int64)] = False
-        numbers = np.flatnonzero(cut[start : start + len(shard)])
-        keys += [f"{shard.manifest['shard']} number {number}" for number in numbers]
-        start += len(shard)
-    lost, written = int((lengths[cut] - room).sum()), int(lengths[cut].sum())
+        name, identity = shard.manifest["shard"], shard.manifest["identity"]
+        manifests = map(read_json, shard.folder.parent.glob(f"{name}-*/{TOKEN_SHARD_MANIFEST}"))
+        if any(other["shard"] == name and other["identity"] != identity for other in manifests):
+            names.append(name)
+    return names
+
+
+def count_cut_captions(report: SampleReport, shards: Sequence[TokenShard], room: int) -> None:
+    """Record each document with a picture and a caption of more than `room` tokens as a lost part in `report`.
+
+    Documents of which another part is already lost are left out.
+    """
+    keys = []
+    lost = written = 0
+    for shard in shards:
+        documents, lengths = shard.caption_lengths
+        over = np.bincount(documents, np.maximum(lengths - room, 0), len(shard))
+        cut = (over > 0) & (shard.image_rows >= 0)
+        cut[shard.prompts[:, 0]] = False  # an instruction is never cut
+        cut[np.array(shard.manifest["short_documents"], dtype=np.int64)] = False
+        keys += [f"{shard.manifest['shard']} number {number}" for number in np.flatnonzero(cut)]
+        lost += int(over[cut].sum())
+        written += int(lengths[cut[documents]].sum())
     for key in keys:
         report.add_lost(Loss(f"caption cut: {lost} of {written} tokens", key))
 

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
-from moe_dist.data.cache.split_checks import check_expected, count_cut_captions
+from moe_dist.data.cache.split_checks import check_expected, content_digest, count_cut_captions, replaced_shards
 from moe_dist.data.cache.token_shard import (
     TOKEN_SHARD_FORMAT,
     TOKEN_SHARD_MANIFEST,
@@ -63,21 +63,20 @@ class TokenStore:
     def __init__(self, parts: Sequence[Sequence[TokenShard]], sequence_length: int) -> None:
         self._shards = shards = [shard for part in parts for shard in part]
         self._ends = np.cumsum([len(shard) for shard in shards])
+        self.digest = content_digest(shards)
         self.text_tokens = sum(shard.manifest["text_tokens"] for shard in shards)
         self.image_tokens = sum(shard.manifest["image_tokens"] for shard in shards)
         has_image = np.concatenate([shard.image_rows >= 0 for shard in shards])
-        text_lengths = np.concatenate([np.diff(shard.text_ends, prepend=0) for shard in shards])
+        text_lengths = np.concatenate([shard.text_lengths for shard in shards])
         image_codes = self.image_tokens // max(1, int(has_image.sum()))
         lengths = text_lengths + image_codes * has_image
         self.report = SampleReport()  # samples that became documents, skipped samples and lost parts
         for shard in shards:
             self.report.merge(shard.report)
         if sequence_length >= image_codes + 4:  # otherwise packing says that no image fits
-            room = sequence_length - image_codes - 4
-            count_cut_captions(self.report, shards, np.where(has_image, text_lengths, 0), room)
+            count_cut_captions(self.report, shards, sequence_length - image_codes - 4)
         self._kept = self._without_long_instructions(lengths + 2 + 2 * has_image, sequence_length)
-        with_text = text_lengths[self._kept] > 0
-        self.pairs = int((has_image[self._kept] & with_text).sum())
+        self.pairs = int((has_image & (text_lengths > 0))[self._kept].sum())
         self.texts = int((~has_image[self._kept]).sum())
         self.has_image, self.lengths = has_image[self._kept], lengths[self._kept]  # text and image tokens, no markers
         self.domains = tuple(sorted({domain for shard in shards for domain in shard.domains}))
@@ -102,25 +101,27 @@ class TokenStore:
         pictures = len(self) - self.pairs - self.texts
         return f"{self.pairs} pairs of picture and text, {pictures} pictures alone, {self.texts} texts alone"
 
+    def replaced(self) -> list[str]:
+        return replaced_shards(self._shards)
+
     def __len__(self) -> int:
         return len(self._kept)
 
-    def document(self, index: int) -> StoredDocument:
-        """Return document number `index`, where 0 <= index < len(self)."""
+    def document(self, index: int, choice: int = 0) -> StoredDocument:
+        """Return document number `index`, 0 <= index < len. Of n captions, its text is number `choice` mod n."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         index = int(self._kept[index])
         number = int(np.searchsorted(self._ends, index, side="right"))
         shard = self._shards[number]
-        return shard.document(index - int(self._ends[number]) + len(shard))
+        return shard.document(index - int(self._ends[number]) + len(shard), choice)
 
 
 def open_store(data: DataConfig, split: Split, vocabulary: Vocabulary) -> TokenStore:
     """Open the tokens of a split. Before this, build_cache must have run on every rank.
 
-    Raises UserError if a shard's tokens are missing or damaged, if shipped tokens were made with other tokenizers, if
-    more than data.max_bad_fraction of the split's samples could not be used or lost a part, or if the training samples
-    do not match data.expect.
+    Raises UserError if a shard's tokens are missing, damaged, or (shipped) made with other tokenizers, if there are no
+    samples, if over data.max_bad_fraction of them are bad or lost, or if training samples do not match data.expect.
     """
     parts: list[list[TokenShard]] = []
     for part in _parts(data, split):
@@ -132,6 +133,7 @@ def open_store(data: DataConfig, split: Split, vocabulary: Vocabulary) -> TokenS
     store = TokenStore(parts, data.sequence_length)
     no_pictures = IMAGE_LOSS if vocabulary.image is None or data.expect == "text" else ()
     no_captions = CAPTION_LOSS if data.expect == "images" else ()
+    store.report.check_samples(split)
     store.report.check(data.max_bad_fraction, (*no_pictures, *no_captions))
     if split == "train":
         check_expected(data, len(store), store.pairs, store.texts, store.contents)
@@ -186,8 +188,7 @@ def _tokenise(
         known = all(source.samples for source in missing)
         task = progress.add_task(f"{split} samples", total=sum(source.samples for source in missing) if known else None)
         for number, source in enumerate(missing, 1):
-            report = SampleReport()
-            writer = TokenShardWriter(vocabulary, device)
+            report, writer = SampleReport(), TokenShardWriter(vocabulary, device)
             writer.add(_counted(iterate(source.shard, report), progress, task, stop))
             if stop():
                 return
@@ -212,7 +213,7 @@ class _Source:
     """A shard, and the folders that may hold its tokens."""
 
     shard: Shard
-    samples: int  # 0: unknown (remote)
+    samples: int  # 0: unknown (remote), or none
     origin: dict[str, str | None]  # identifies the raw content
     homes: tuple[Path, ...]  # folders of token shards, the preferred one first
     name: str

@@ -2,6 +2,8 @@
 
   text.npy        vocabulary ids of all captions and texts, concatenated (uint16, or int32 for a larger vocabulary)
   text_ends.npy   int64 [documents]: end of each document's text in text.npy
+  captions.npy    int64 [further captions, 2]: document, start of the caption in its text; for the second and later
+                  captions of documents that have several, in the order of text.npy
   image.npy       vocabulary ids of the image codes [images, codes of an image], same dtype
   image_rows.npy  int64 [documents]: the document's row of image.npy, -1 without an image
   prompts.npy     int64 [instructions, 4], ordered by document: document, length of the prompt in its text, index into
@@ -32,7 +34,7 @@ from moe_dist.data.tokenizers.image_tokenizer import ImageTokenizer
 from moe_dist.data.tokenizers.pixels import crop_and_resize, scale_pixels
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
-TOKEN_SHARD_FORMAT = 3  # part of a token shard's name; increase it when the files change
+TOKEN_SHARD_FORMAT = 4  # part of a token shard's name; increase it when the files change
 TOKEN_SHARD_MANIFEST = "manifest.json"
 TEXTLESS = "pictures without text, since the recipe has no data.image_tokenizer"
 IMAGES_AT_ONCE = 128  # images per call of the image tokenizer
@@ -42,7 +44,7 @@ IMAGES_AT_ONCE = 128  # images per call of the image tokenizer
 class StoredDocument:
     """One sample as vocabulary ids (int64), without markers such as BOS and EOS."""
 
-    text: np.ndarray  # may be empty; for an instruction, the prompt followed by the answer
+    text: np.ndarray  # one caption, may be empty; for an instruction, the prompt followed by the answer
     image: np.ndarray | None  # codes row by row
     prompt: InstructionPrompt | None  # None unless it is an instruction
 
@@ -69,6 +71,26 @@ class TokenShard:
         return np.load(self.folder / "text_ends.npy")
 
     @cached_property
+    def captions(self) -> np.ndarray:
+        return np.load(self.folder / "captions.npy")
+
+    @cached_property
+    def caption_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """The document of each caption, ascending, and the caption's number of tokens. Texts count as captions."""
+        begins = self.text_ends - np.diff(self.text_ends, prepend=0)
+        further, start = self.captions.T
+        documents = np.concatenate([np.arange(len(self)), further])
+        starts = np.concatenate([begins, begins[further] + start])
+        order = np.lexsort((starts, documents))
+        return documents[order], np.diff(starts[order], append=self.manifest["text_tokens"])
+
+    @property
+    def text_lengths(self) -> np.ndarray:
+        """The number of tokens of each document's text; if the document has several captions, of the first of them."""
+        documents, lengths = self.caption_lengths
+        return lengths[np.searchsorted(documents, np.arange(len(self)))]
+
+    @cached_property
     def image_rows(self) -> np.ndarray:
         return np.load(self.folder / "image_rows.npy")
 
@@ -89,11 +111,14 @@ class TokenShard:
     def _image(self) -> np.ndarray:
         return np.load(self.folder / "image.npy", mmap_mode="r" if self.manifest["image_tokens"] else None)
 
-    def document(self, index: int) -> StoredDocument:
-        """Return document number `index` of the shard, where 0 <= index < len(self)."""
-        start = self.text_ends[index - 1] if index else 0
+    def document(self, index: int, choice: int = 0) -> StoredDocument:
+        """Return document number `index`, 0 <= index < len. Of n captions, its text is number `choice` mod n."""
+        begin = self.text_ends[index - 1] if index else 0
+        first, last = np.searchsorted(self.captions[:, 0], [index, index + 1])
+        bounds = [begin, *(begin + self.captions[first:last, 1]), self.text_ends[index]]
+        number = choice % (len(bounds) - 1)
         row = self.image_rows[index]
-        text = self._text[start : self.text_ends[index]].astype(np.int64)
+        text = self._text[bounds[number] : bounds[number + 1]].astype(np.int64)
         return StoredDocument(text, self._image[row].astype(np.int64) if row >= 0 else None, self._prompt(index))
 
     def _prompt(self, index: int) -> InstructionPrompt | None:
@@ -114,6 +139,7 @@ class TokenShardWriter:
     def __init__(self, vocabulary: Vocabulary, device: torch.device | str = "cpu") -> None:
         self.vocabulary, self.device = vocabulary, device
         self._texts: list[np.ndarray] = []
+        self._captions: list[tuple[int, int]] = []  # rows of captions.npy
         self._rows: list[int] = []
         self._short: list[int] = []  # numbers of the documents of which a part is lost
         self._textless = 0
@@ -128,7 +154,7 @@ class TokenShardWriter:
         tokenizer, images = self.vocabulary.image, 0
         for sample in samples:
             picture = sample.image if tokenizer is not None else None
-            if picture is None and sample.text is None:
+            if picture is None and not sample.texts:
                 self._textless += 1
                 continue
             try:
@@ -150,13 +176,22 @@ class TokenShardWriter:
 
     def _text_ids(self, sample: RawSample) -> list[int]:
         if sample.instruction is None:
-            return self.vocabulary.text.encode(sample.caption or "")
+            return self._caption_ids(sample.captions)
         if sample.image is not None and self.vocabulary.image is None:
             raise UserError(f"sample '{sample.key}' asks about a picture: that needs data.image_tokenizer")
         instruction = sample.instruction
         prompt, answer = instruction_ids(self.vocabulary.text, instruction.prompt, instruction.answer)
         self._prompts.append((len(self._texts), InstructionPrompt(len(prompt), instruction.domain, sample.hash)))
         return prompt + answer
+
+    def _caption_ids(self, captions: tuple[str, ...]) -> list[int]:
+        """Return the ids of all captions of the next document, and record where the second and later ones start."""
+        ids: list[int] = []
+        for number, caption in enumerate(captions):
+            if number:
+                self._captions.append((len(self._texts), len(ids)))
+            ids += self.vocabulary.text.encode(caption)
+        return ids
 
     def _encode(self, tokenizer: ImageTokenizer) -> None:
         codes = tokenizer.encode(scale_pixels(np.stack(self._pixels)).to(self.device))
@@ -178,6 +213,7 @@ class TokenShardWriter:
         arrays = {
             "text.npy": np.concatenate([np.empty(0, self._dtype), *self._texts]),
             "text_ends.npy": np.cumsum([len(text) for text in self._texts], dtype=np.int64),
+            "captions.npy": np.array(self._captions, dtype=np.int64).reshape(-1, 2),
             "image.npy": np.concatenate([np.empty((0, codes), self._dtype), *self._codes]),
             "image_rows.npy": np.array(self._rows, dtype=np.int64),
             "prompts.npy": np.array(prompts, dtype=np.int64).reshape(-1, 4),

@@ -38,6 +38,7 @@ class SampleReport:
     """
 
     total: int = 0
+    other_splits: int = 0  # samples of other splits in the same shards
     bad: Counter[str] = field(default_factory=Counter)
     lost: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)  # members and json fields unused by design: name -> samples
@@ -67,17 +68,18 @@ class SampleReport:
 
     def to_json(self) -> dict[str, Any]:
         counts = {"bad": dict(self.bad), "lost": dict(self.lost), "unused": dict(self.unused)}
-        return {"total": self.total, **counts, "first_keys": self.first_keys}
+        return {"total": self.total, "other_splits": self.other_splits, **counts, "first_keys": self.first_keys}
 
     @classmethod
     def from_json(cls, stored: dict[str, Any]) -> SampleReport:
         """Restore a report from `stored`, the dict that to_json() returned."""
         bad, lost, unused = (Counter(stored[name]) for name in ("bad", "lost", "unused"))
-        return cls(stored["total"], bad, lost, unused, stored["first_keys"])
+        return cls(stored["total"], stored["other_splits"], bad, lost, unused, stored["first_keys"])
 
     def merge(self, other: SampleReport) -> None:
         """Add the counts of another report to this one."""
         self.total += other.total
+        self.other_splits += other.other_splits
         for mine, others in ((self.bad, other.bad), (self.lost, other.lost), (self.unused, other.unused)):
             for name, number in others.items():
                 mine[_bounded(mine, name)] += number
@@ -95,14 +97,23 @@ class SampleReport:
         reasons = [f"{n} {reason} ({', '.join(self.first_keys.get(reason, []))})" for reason, n in counts.most_common()]
         return f": {', '.join(reasons)}" if reasons else ""
 
+    def check_samples(self, split: str) -> None:
+        """Raise UserError if there are no samples. split: the split of the samples counted here."""
+        if self.total == 0 and self.other_splits == 0:
+            raise UserError(f"the shards of the {split} split hold no samples")
+        if self.total == 0:
+            raise UserError(
+                f"none of the {self.other_splits} samples in the shards belongs to the {split} split: the hash of "
+                "their keys holds out 5 % for validation and 5 % for test; set data.validation_shards to other shards "
+                "(for a first try, to the same ones), or add samples"
+            )
+
     def check(self, max_bad_fraction: float, unwanted: tuple[str, ...] = ()) -> None:
-        """Raise UserError if there are no samples, or if more than max_bad_fraction are bad or have a lost part.
+        """Raise UserError if more than max_bad_fraction of the samples are bad or have a lost part.
 
         unwanted: prefixes of the reasons that do not matter, because the recipe does not use such parts. A sample is
         not counted if the reason for its lost part has one of these prefixes.
         """
-        if self.total == 0:
-            raise UserError("the shards hold no samples of this split")
         lost = sum(number for reason, number in self.lost.items() if not reason.startswith(unwanted))
         if self.bad.total() + lost > max_bad_fraction * self.total:
             raise UserError(f"{self.summary()}; data.max_bad_fraction={max_bad_fraction} allows fewer")

@@ -11,20 +11,21 @@ in docs/data.md shows which parts are used, unused by design or lost, and which 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, PngImagePlugin, features
 
 from moe_dist.data.shards.sample_groups import SampleFiles
 from moe_dist.data.shards.sample_report import Loss
 from moe_dist.data.tasks.instructions import Instruction, is_instruction, read_instruction, sample_hash
 
 MAX_MEGAPIXELS = 64.0  # checked in the header, so that a larger image (a decompression bomb) is never decoded
+# The largest compressed text or colour profile of a PNG, in bytes. Pillow's own limit is 1 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20
 AVIF = features.check("avif")  # Pillow may be built without it
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if AVIF else []))
 IMAGE_SUFFIXES = (
@@ -45,21 +46,26 @@ FIELDS_SHOWN = 8
 class RawSample:
     """A decoded sample that is not tokenised yet.
 
-    It has an image, a caption, or both. Alternatively, it is an instruction with or without an image.
+    It has an image, captions, or both. Alternatively, it is an instruction with or without an image.
     """
 
     key: str
     image: Image.Image | None  # mode RGB, original size
-    caption: str | None
+    captions: tuple[str, ...]  # several if the .json member has a list; every epoch uses one of them
     instruction: Instruction | None = None
     hash: int = 0  # sample_hash if this is an instruction, else 0
     loss: Loss | None = None  # the first lost part
     unused: tuple[str, ...] = ()  # names of members and fields that are unused by design
 
     @property
-    def text(self) -> str | None:
-        """Return the text for the text tokenizer: the prompt and answer of an instruction, or else the caption."""
-        return self.instruction.prompt + self.instruction.answer if self.instruction else self.caption
+    def caption(self) -> str | None:
+        """Return the first caption, or None if there is no caption."""
+        return next(iter(self.captions), None)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Return the texts for the text tokenizer: the prompt and answer of an instruction, or else the captions."""
+        return (self.instruction.prompt + self.instruction.answer,) if self.instruction else self.captions
 
 
 class BadSample(Exception):
@@ -95,31 +101,32 @@ def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MA
     picture = next((suffix for suffix in IMAGE_SUFFIXES if files.get(suffix) is not None), None)
     file = None if picture is None else files[picture]
     image = None if file is None else decode_image(file, max_megapixels)
-    caption, name = _text_caption(files), None
-    record = _read_json(files, needed=caption is None)
-    if caption is None:
-        name, caption = _json_caption(record or {}, key)
-    asks = caption is None and is_instruction(record or {})
-    lost = _lost_members(files, picture, has_text=caption is not None or asks)
+    captions, name = _text_caption(files), None
+    record = _read_json(files, needed=not captions)
+    if not captions:
+        name, captions = _json_captions(record or {})
+    asks = not captions and is_instruction(record or {})
+    lost = _lost_members(files, picture, has_text=bool(captions) or asks)
     loss = next((Loss(reason, f"{key}.{end}" if "." in end else key) for end, reason in lost.items()), None)
-    if loss is None and image is not None and caption is None and not asks:
+    if loss is None and image is not None and not captions and not asks:
         loss = _lost_json(record, key)
-    if image is None and (loss is not None if asks else caption is None):
+    if image is None and (loss is not None if asks else not captions):
         raise BadSample("neither image nor caption") if loss is None else LostSample(loss)
     fields = set(Instruction.model_fields) if asks else {name}
-    unused = (*_unused_members(files, picture, lost), *_unused_fields(record or {}, fields))
+    unused = (*_unused_members(files, picture, lost), *_unused_fields(record or {}, fields, len(captions)))
     if not asks:
-        return RawSample(key, image, caption, loss=loss, unused=unused)
+        return RawSample(key, image, captions, loss=loss, unused=unused)
     asked = {field: value for field, value in (record or {}).items() if field in fields}
     _check_unicode(json.dumps(asked, ensure_ascii=False))
     instruction = read_instruction(asked, f"shard {shard}, sample '{key}'")
-    return RawSample(key, image, None, instruction, sample_hash(instruction.prompt, file or b""), loss, unused)
+    return RawSample(key, image, (), instruction, sample_hash(instruction.prompt, file or b""), loss, unused)
 
 
 def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
     """Decode the first frame of an image file to an upright RGB image on a white background.
 
-    Raises BadSample if the image is oversized, cannot be decoded, or has 32-bit values.
+    Raises BadSample if the image is oversized, cannot be decoded, has 32-bit values, or is a PNG with too long a text
+    or colour profile.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -134,8 +141,10 @@ def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Imag
             raise BadSample("oversized image") from None
         except BadSample:
             raise
-        except Exception:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ... on broken files
-            raise BadSample("undecodable image") from None
+        except Exception as error:  # on broken files: OSError, SyntaxError, ValueError, struct.error, ...
+            too_long = "MAX_TEXT_" in str(error)  # Pillow names the limit in its messages
+            reason = "PNG text or colour profile above 16 MiB" if too_long else "undecodable image"
+            raise BadSample(reason) from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -156,11 +165,12 @@ def encode_png(image: Image.Image, size: int) -> bytes:
     return out.getvalue()
 
 
-def _text_caption(files: Mapping[str, bytes | None]) -> str | None:
+def _text_caption(files: Mapping[str, bytes | None]) -> tuple[str, ...]:
     try:
-        return _text((files.get("txt") or b"").decode()) or None
+        text = _text((files.get("txt") or b"").decode())
     except ValueError:
         raise BadSample("undecodable caption") from None
+    return (text,) if text else ()
 
 
 def _read_json(files: Mapping[str, bytes | None], *, needed: bool) -> dict[str, object] | None:
@@ -181,20 +191,15 @@ def _read_json(files: Mapping[str, bytes | None], *, needed: bool) -> dict[str, 
     return record if isinstance(record, dict) else None
 
 
-def _json_caption(record: Mapping[str, object], key: str) -> tuple[str | None, str | None]:
-    """Find the caption in a .json member. Return the name of its field and its text, or (None, None) if there is none.
-
-    record: the member's JSON object.
-    key: the sample's key. If the field contains a list of captions, the hash of the key chooses one of them.
-    """
+def _json_captions(record: Mapping[str, object]) -> tuple[str | None, tuple[str, ...]]:
+    """Find the captions in a .json member's object. Return the name of their field and the captions, or (None, ())."""
     fields = [(name, record[name]) for name in CAPTION_FIELDS if name in record]
     for name, value in sorted(fields, key=lambda item: isinstance(item[1], list)):  # a list, if there is no other
         texts = [_text(text) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-        texts = [text for text in texts if text]
-        if texts:
-            digest = hashlib.sha256(key.encode(errors="surrogateescape")).digest()
-            return name, texts[int.from_bytes(digest[8:16]) % len(texts)]
-    return None, None
+        captions = tuple(text for text in texts if text)
+        if captions:
+            return name, captions
+    return None, ()
 
 
 def _text(caption: str) -> str:
@@ -256,15 +261,14 @@ def _unused_members(files: Mapping[str, bytes | None], picture: str | None, lost
     return (f".{suffix}" for suffix in files if suffix not in (picture, "txt", "json") and suffix not in lost)
 
 
-def _unused_fields(record: Mapping[str, object], used: Iterable[str | None]) -> Iterator[str]:
-    """Yield a description of each JSON field that is not used, or of which only a part is used.
-
-    A list of captions is used only in part, because only one of its captions is read.
+def _unused_fields(record: Mapping[str, object], used: Iterable[str | None], captions: int) -> Iterator[str]:
+    """Yield a description of each JSON field that is not used, or that is a list of captions and of other entries.
 
     used: the names of the fields that are read.
+    captions: the number of the sample's captions.
     """
     for name, value in record.items():
         if name not in used:
             yield readable(f"json field {name}")
-        elif isinstance(value, list) and name in CAPTION_FIELDS and len(value) > 1:
-            yield f"further captions of json field {name}"
+        elif isinstance(value, list) and name in CAPTION_FIELDS and len(value) > captions:
+            yield f"entries without text in json field {name}"

@@ -70,8 +70,6 @@ def _scan(shard: Path) -> ShardIndex:
             count = sum(1 for _ in sample_groups(names, str(shard)))
         except DAMAGE as error:
             raise UserError(f"shard {shard} is corrupt or truncated: {explain(error)}") from None
-    if count == 0:
-        raise UserError(f"shard {shard} holds no samples")
     return ShardIndex(count, shard.stat().st_size, _sha256(shard))
 
 

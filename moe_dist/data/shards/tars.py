@@ -39,6 +39,7 @@ Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 HELD_OUT = 0.05  # fraction of the keys in the validation split; the same for the test split
 SAMPLES_PER_SHARD = 256
+EMPTY = "shards without samples"
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SIGPIPE_STATUS = [0, 23, 141, -13]  # exit statuses of curl, a shell and a command whose reader stops early
 
@@ -184,8 +185,10 @@ def iterate(
     """
     shard = Shard(shard) if isinstance(shard, str) else shard
     report = SampleReport() if report is None else report
+    before = report.total + report.other_splits
     for files in _groups(shard.url, report.unused):
         if shard.split is not None and split_of(files.key) != shard.split:
+            report.other_splits += 1
             continue
         files = replace(files, key=readable(files.key))
         report.total += 1
@@ -201,6 +204,8 @@ def iterate(
         if sample.loss is not None:
             report.add_lost(sample.loss)
         yield sample
+    if report.total + report.other_splits == before:
+        report.add_unused([EMPTY])
 
 
 def _groups(url: str, unused: Counter[str]) -> Iterator[SampleFiles]:

@@ -26,7 +26,7 @@ from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
 
 def whole_captions(store: DocumentStore, vocabulary: Vocabulary, data: DataConfig) -> Assembler:
-    """Create an assembler that drops no caption and does not depend on the run's seed."""
+    """Create an assembler that drops no caption, uses the first of several, and does not depend on the run's seed."""
     return Assembler(
         store=store,
         vocabulary=vocabulary,
@@ -34,6 +34,7 @@ def whole_captions(store: DocumentStore, vocabulary: Vocabulary, data: DataConfi
         sequence_length=data.sequence_length,
         image_first=data.image_first,
         caption_dropout=0.0,
+        every_caption=False,
     )
 
 
@@ -109,9 +110,9 @@ class ShuffledCaptions:
     def __len__(self) -> int:
         return len(self._store)
 
-    def document(self, index: int) -> Document:
-        document = self._store.document(index)
+    def document(self, index: int, choice: int = 0) -> Document:
+        document = self._store.document(index, choice)
         if index not in self._caption_of:
             return document
-        other = self._store.document(self._caption_of[index])
+        other = self._store.document(self._caption_of[index], choice)
         return _Mixed(text=other.text, image=document.image, prompt=other.prompt)

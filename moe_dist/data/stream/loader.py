@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,17 @@ from moe_dist.data.stream.neighbour_store import NeighbourStore
 from moe_dist.data.stream.packing import SHORTEST_PIECE, Assembler, DocumentStore, collate
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
+SHARDS = "shards"  # key of a loader state's digest over the shards' content
+SHARDS_SHOWN = 3
 LoaderState = dict[str, Any]  # JSON-able
+
+
+class ShardStore(DocumentStore, Protocol):
+    """Interface for a document store that can say from which shards it was made."""
+
+    digest: str  # over the content of all shards
+
+    def replaced(self) -> list[str]: ...  # names of shards that seem to have replaced others
 
 
 class Loaded(NamedTuple):
@@ -107,7 +117,7 @@ class Loader:
 
 
 def make_loader(
-    store: DocumentStore,
+    store: ShardStore,
     vocabulary: Vocabulary,
     data: DataConfig,
     *,
@@ -153,7 +163,7 @@ def make_loader(
         device=device,
     )
     if state is not None:
-        _check_identity(state["of"], identity)
+        _check_identity(state["of"], identity, store)
         loader.restore(state)
     return loader
 
@@ -176,14 +186,26 @@ def _check_images(assembler: Assembler) -> None:
         assembler(0, int(pairs[0]))
 
 
-def _identity(store: DocumentStore, data: DataConfig, seed: int, neighbours: NeighbourStore | None) -> LoaderState:
+def _identity(store: ShardStore, data: DataConfig, seed: int, neighbours: NeighbourStore | None) -> LoaderState:
     """Return the values that must be the same when a loader state is saved and when it is restored."""
     keys = ("lanes", "sequence_length", "group_sequences", "image_fraction")
-    identity = {"seed": seed, "documents": len(store), **{f"data.{key}": getattr(data, key) for key in keys}}
+    identity = {
+        "seed": seed,
+        "documents": len(store),
+        SHARDS: store.digest,
+        **{f"data.{key}": getattr(data, key) for key in keys},
+    }
     return identity if neighbours is None else identity | {"data.neighbours": neighbours.identity}
 
 
-def _check_identity(saved: LoaderState, now: LoaderState) -> None:
+def _check_identity(saved: LoaderState, now: LoaderState, store: ShardStore) -> None:
+    """Raise UserError if a state was saved with other settings or shards. Older states have no digest of the shards."""
     for key, value in now.items():
-        if saved.get(key) != value:
+        if key != SHARDS and saved.get(key) != value:
             raise UserError(f"the loader state was saved with {key}={saved.get(key)}, this run has {key}={value}")
+    if saved.get(SHARDS, store.digest) != store.digest:
+        names = ", ".join(store.replaced()[:SHARDS_SHOWN])
+        raise UserError(
+            f"the shards are not those of the saved loader state: {names or 'a shard'} was replaced by another; "
+            "restore the shards, or start a new run"
+        )

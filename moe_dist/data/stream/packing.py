@@ -6,8 +6,8 @@ Assembly (a document is an image-text pair, a text or an instruction; codes are 
   text only  BOS text EOS
   instruction   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
 A pair's image comes first with probability data.image_first. Its caption is dropped with probability
-data.caption_dropout. These random choices depend only on (seed, epoch, document number). They are therefore the same in
-every parallel layout and after a resume.
+data.caption_dropout. If a document has several captions, one of them is drawn. These random choices depend only on
+(seed, epoch, document number). They are therefore the same in every parallel layout and after a resume.
 
 Lengths: an image is never split across two sequences. If a pair is longer than a sequence, the end of its caption is
 removed. A text may be cut anywhere and continue in a later sequence. Each piece of a cut text is a separate document
@@ -54,13 +54,13 @@ class DocumentStore(Protocol):
     """Interface for a random-access collection of tokenised documents. Implemented in data/cache/token_cache.py."""
 
     has_image: np.ndarray  # bool per document
-    lengths: np.ndarray  # text and image tokens per document, without markers
+    lengths: np.ndarray  # text (first caption) and image tokens per document, without markers
     domains: tuple[str, ...]  # sorted names of the instructions' domains; empty without instructions
     part_ends: np.ndarray  # int64: end of each corpus in the concatenated documents
 
     def __len__(self) -> int: ...
 
-    def document(self, index: int) -> Document: ...
+    def document(self, index: int, choice: int = 0) -> Document: ...  # with caption `choice` mod number of captions
 
 
 def random_bits(seed: int, counter: tuple[int, int, int], count: int) -> np.ndarray:
@@ -111,6 +111,7 @@ class Assembler:
     sequence_length: int
     image_first: float
     caption_dropout: float
+    every_caption: bool = True  # each epoch draws one of several captions; False: the first caption is used
 
     def __call__(self, epoch: int, index: int, start: int = 0) -> Piece:
         """Assemble document number `index` for epoch number `epoch`. The piece begins at the document's token `start`.
@@ -118,7 +119,8 @@ class Assembler:
         Only texts are cut, so `start` is 0 for all other documents. Raises UserError if the document's image does not
         fit into a sequence.
         """
-        document = self.store.document(index)
+        draws = random_bits(self.seed, (index, epoch, 0), 3)
+        document = self.store.document(index, int(draws[2]) if self.every_caption else 0)
         v, text, image = self.vocabulary, document.text, document.image
         if document.prompt is not None:
             return self._instruction(epoch, index, document, document.prompt)
@@ -131,7 +133,7 @@ class Assembler:
                 f"data.sequence_length={self.sequence_length} cannot hold an image: "
                 f"its {len(image)} codes and 4 markers need {len(image) + 4}"
             )
-        first_draw, second_draw = (random_bits(self.seed, (index, epoch, 0), 2) >> np.uint64(11)) * 2.0**-53
+        first_draw, second_draw = (draws[:2] >> np.uint64(11)) * 2.0**-53
         image_first, dropped = first_draw < self.image_first, second_draw < self.caption_dropout
         caption = text[: 0 if dropped else room]
         block = [[v.boi], image, [v.eoi]]

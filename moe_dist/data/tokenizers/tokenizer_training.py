@@ -71,10 +71,11 @@ def _read(recipe: TokenizerRecipe, split: Split, max_images: int) -> tuple[list[
     texts: list[str] = []
     images: list[np.ndarray] = []
     for sample in _samples(shards, report):
-        if sample.text is not None:
-            texts.append(sample.text)
+        texts += sample.texts
         if sample.image is not None and len(images) < max_images:
             images.append(crop_and_resize(sample.image, recipe.vq.image_size))
+    if split == "train":  # held-out samples only measure the quality
+        report.check_samples(split)
     report.check(recipe.max_bad_fraction)
     if report.bad:
         print(f"warning: {split}: {report.summary()}", file=sys.stderr, flush=True)

@@ -11,6 +11,9 @@ from moe_dist.core.strict import validate
 from moe_dist.data.cache.token_cache import TokenStore, build_cache, load_vocabulary, open_store
 from moe_dist.data.cache.token_shard import TEXTLESS
 from moe_dist.data.shards.tars import Sample, write_shards
+from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
+from moe_dist.data.tokenizers.text_tokenizer import load_text_tokenizer
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
 from moe_dist.training.setup import _show
 
 WORDS = "a red cross on a white ground"
@@ -36,6 +39,11 @@ def store_of(tokenizers, tmp_path):
 
 
 @pytest.fixture
+def vocabulary(tokenizers):
+    return Vocabulary(load_text_tokenizer(str(tokenizers / "text.model")), load_image_tokenizer(str(tokenizers / "vq")))
+
+
+@pytest.fixture
 def png(emoji_samples):
     return emoji_samples[0].png
 
@@ -45,14 +53,34 @@ def pairs(png):
     return [Sample(f"pair{i}", "train", png, WORDS) for i in range(4)]
 
 
-def test_what_is_used_is_told(store_of, pairs, png, capsys):
+def test_what_is_used_is_told(store_of, vocabulary, pairs, png, capsys):
     picture, text = Sample("picture", "train", png), Sample("text", "train", None, WORDS, {"id": 3})
     asked = Sample("asked", "train", png, None, INSTRUCTION)
     store = store_of([*pairs, picture, text, asked])
     assert store.contents == "5 pairs of picture and text, 1 pictures alone, 1 texts alone"
     assert store.report.used == len(store) == store.report.total == 7
-    _show("train", store)
-    assert capsys.readouterr().err == f"train: {store.contents}; unused by design: json field id (1)\n"
+    _show("train", store, vocabulary)
+    counts, first = capsys.readouterr().err.splitlines()
+    assert counts == f"train: {store.contents}; unused by design: json field id (1)"
+    assert first.startswith("train: the first sample: ")
+
+
+@pytest.mark.parametrize(
+    ("sample", "shown"),
+    [
+        ({"png": True, "caption": WORDS}, f"a picture of 16 codes, caption '{WORDS}'"),
+        ({"png": True}, "a picture of 16 codes"),
+        ({"caption": "two\nlines"}, r"text 'two\nlines'"),
+        ({"caption": "red cross " * 20}, f"text '{('red cross ' * 20)[:100]}'..."),
+        ({"meta": INSTRUCTION}, r"prompt 'What is it?\nAnswer:', answer 'joker'"),
+        ({"png": True, "meta": {"caption": [WORDS, "other"]}}, f"a picture of 16 codes, caption '{WORDS}'"),
+    ],
+)
+def test_the_first_sample_is_shown_as_the_model_reads_it(store_of, vocabulary, png, sample, shown, capsys):
+    anything = {"expect": "text", "max_bad_fraction": 1.0}
+    store = store_of([Sample("a", "train", **sample | {"png": png if "png" in sample else None})], **anything)
+    _show("train", store, vocabulary)
+    assert capsys.readouterr().err.splitlines()[-1] == f"train: the first sample: {shown}"
 
 
 EXPECTED = [

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import stat
+import tarfile
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
 from moe_dist.data.cache.token_cache import TokenStore, build_cache, load_vocabulary, open_store
-from moe_dist.data.shards.tars import Sample, iterate, resolve_shards, write_shards
+from moe_dist.data.shards.tars import Sample, iterate, resolve_shards, split_of, write_shards
 from moe_dist.data.tokenizers.pixels import crop_and_resize, scale_pixels
 
 
@@ -224,6 +225,33 @@ def test_shipped_training_tokens_are_never_the_held_out_ones(recipe, shards):
         tar.unlink()
     with pytest.raises(UserError):
         store_of(recipe(shards=str(shards / "train")), "validation")
+
+
+@pytest.fixture
+def ten(tmp_path, emoji_samples):
+    """Write ten samples, all of which fall into the training split, as a flat folder of one tar."""
+    samples = [Sample(s.key, "train", s.png, s.caption) for s in emoji_samples if split_of(s.key) == "train"][:10]
+    write_shards(samples, tmp_path / "ten")
+    return tmp_path / "ten" / "train"
+
+
+def test_a_flat_folder_of_ten_samples_says_what_to_set(recipe, ten):
+    assert len(store_of(recipe(shards=str(ten)))) == 10
+    sentence = r"none of the 10 samples in the shards belongs to the validation split.*; set data.validation_shards to"
+    with pytest.raises(UserError, match=sentence):
+        store_of(recipe(shards=str(ten)), "validation")
+    data = recipe(shards=str(ten), validation_shards=str(ten))
+    assert len(store_of(data)) == len(store_of(data, "validation")) == 10
+
+
+def test_an_empty_shard_is_counted(recipe, ten):
+    with tarfile.open(ten / "shard-000001.tar", "w"):
+        pass
+    store = store_of(recipe(shards=str(ten)))
+    assert len(store) == store.report.used == 10 and dict(store.report.unused) == {"shards without samples": 1}
+    (ten / "shard-000000.tar").unlink()
+    with pytest.raises(UserError, match="the shards of the train split hold no samples"):
+        store_of(recipe(shards=str(ten)))
 
 
 def test_a_users_flat_folder_is_split_by_key(recipe, tmp_path, emoji_samples):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from moe_dist.core.errors import UserError
 from moe_dist.data.shards.sample_report import OTHERS, REASONS_KEPT, Loss, SampleReport
@@ -75,6 +76,24 @@ def test_of_a_gif_the_first_frame_is_used(tmp_path):
     frames[0].save(out, "GIF", save_all=True, append_images=frames[1:])
     (sample,) = iterate(str(write_tar(tmp_path / "a.tar", [("a.gif", out.getvalue())])))
     assert sample.image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def png_with(kind: str, mebibytes: int) -> bytes:
+    """Return a PNG with a colour profile, or with a plain (tEXt) or compressed (zTXt, iTXt) text, of this size."""
+    if kind == "iCCP":
+        return picture("PNG", icc_profile=bytes(mebibytes << 20))
+    info = PngInfo()
+    add = info.add_itxt if kind == "iTXt" else info.add_text
+    add("parameters", "x" * (mebibytes << 20), zip=kind != "tEXt")
+    return picture("PNG", pnginfo=info)
+
+
+@pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt", "iCCP"])
+def test_a_png_with_a_long_text_or_profile_is_used_within_bounds(tmp_path, kind):
+    bad = 65 if kind == "tEXt" else 17
+    members = [("a.png", png_with(kind, 3)), ("a.txt", b"t"), ("b.png", png_with(kind, bad)), ("b.txt", b"t")]
+    samples, report = read(write_tar(tmp_path / "a.tar", members))
+    assert samples == {"a": (True, "t")} and dict(report.bad) == {"PNG text or colour profile above 16 MiB": 1}
 
 
 def test_a_tiff_of_values_without_a_range_is_bad(tmp_path):
@@ -169,15 +188,15 @@ def test_members_without_a_key_are_counted(tmp_path):
     assert samples == {"a": (True, None)} and dict(report.unused) == {"members without key and ending": 2}
 
 
-def test_one_of_a_list_of_captions_is_used_by_the_hash_of_the_key(tmp_path):
-    both = json.dumps({"caption": ["one", " ", "two", 3]}).encode()
-    members = [(f"{i:02d}.{end}", content) for i in range(40) for end, content in (("png", PNG), ("json", both))]
-    path = write_tar(tmp_path / "a.tar", members)
-    samples, report = read(path)
-    captions = [caption for _, caption in samples.values()]
-    assert 8 < captions.count("one") < 32 and captions.count("one") + captions.count("two") == 40
-    assert read(path)[0] == samples and report.used == 40
-    assert dict(report.unused) == {"further captions of json field caption": 40}
+@pytest.mark.parametrize("name", ["caption", "text"])
+def test_all_captions_of_a_list_are_read(tmp_path, name):
+    members = [("a.png", PNG), ("a.json", json.dumps({name: ["one", " ", "two", 3]}).encode())]
+    members += [("b.json", json.dumps({name: ["three", "four"]}).encode())]
+    report = SampleReport()
+    samples = list(iterate(str(write_tar(tmp_path / "a.tar", members)), report))
+    assert [sample.captions for sample in samples] == [("one", "two"), ("three", "four")]
+    assert [sample.texts for sample in samples] == [sample.captions for sample in samples], "tokenizers learn from all"
+    assert report.used == 2 and dict(report.unused) == {f"entries without text in json field {name}": 1}
 
 
 def test_a_report_is_bounded_and_survives_its_json():

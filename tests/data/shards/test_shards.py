@@ -214,9 +214,14 @@ def test_unreadable_url_is_named(tmp_path):
         list(iterate(f"pipe:cat {tmp_path}/nothing.tar 2>/dev/null"))
 
 
-def test_tar_without_samples_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"empty.tar holds no samples"):
-        verify_shard(write_tar(tmp_path / "empty.tar", {}))
+@pytest.mark.parametrize("members", [{}, {"README": b"no sample"}])
+def test_a_tar_without_samples_is_counted(tmp_path, members):
+    tar = write_tar(tmp_path / "empty.tar", members)
+    assert verify_shard(tar).count == 0
+    for split in (None, "train"):
+        report = SampleReport()
+        assert not list(iterate(Shard(str(tar), split), report)) and report.total == 0
+        assert report.unused["shards without samples"] == 1
 
 
 @pytest.fixture
@@ -310,8 +315,14 @@ def test_too_many_bad_samples_end_the_run(tmp_path):
     report.check(0.02)
     with pytest.raises(UserError, match=r"5 of 300 samples skipped: 4 undecodable image \(b, c, d\), 1 oversized"):
         report.check(0.01)
-    with pytest.raises(UserError, match="no samples"):
-        SampleReport().check(1.0)
+
+
+def test_a_split_without_samples_is_named_with_the_cure():
+    with pytest.raises(UserError, match=r"^the shards of the test split hold no samples$"):
+        SampleReport().check_samples("test")
+    with pytest.raises(UserError, match=r"none of the 7 samples .* belongs to the validation split.*validation_shards"):
+        SampleReport(other_splits=7).check_samples("validation")
+    SampleReport(total=1).check_samples("train")
 
 
 def test_limit_of_the_image_size_is_exact(tmp_path):

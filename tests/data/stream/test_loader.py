@@ -18,7 +18,7 @@ from moe_dist.data.stream.held_out_batches import ShuffledCaptions, held_out_bat
 from moe_dist.data.stream.loader import make_loader
 from tests.support.synthetic_store import MemoryDocument, MemoryStore, SmallVocabulary, data_config, random_store
 
-STORE = random_store(7, pairs=60, texts=50, text=100)
+STORE = random_store(7, pairs=60, texts=50, text=100, captions=3)
 
 
 def loader(rank=0, dp=1, *, groups=1, state=None, store=STORE, seed=5, device="cpu", **data):
@@ -85,7 +85,7 @@ def test_rank_and_lane_of_a_group():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_resume_at_any_batch_equals_the_uninterrupted_run(seed):
-    store = random_store(seed, pairs=17, texts=13, text=90)  # several epochs
+    store = random_store(seed, pairs=17, texts=13, text=90, captions=3)  # several epochs
     whole = list(islice(loader(store=store, seed=seed), 40))
     assert whole[-1].state["lanes"]["0"]["all"]["epoch"] >= 2
     for stop in range(0, 30):
@@ -145,11 +145,23 @@ def test_a_state_of_other_data_is_refused():
         loader(seed=6, state=state)
 
 
+@pytest.mark.parametrize(("names", "named"), [([], "a shard"), (["a.tar", "b.tar"], "a.tar, b.tar")])
+def test_a_state_of_shards_with_another_content_is_refused(names, named):
+    store, state = random_store(7, pairs=60), next(loader(store=random_store(7, pairs=60))).state
+    loader(store=store, state=state)
+    before = state["of"].pop("shards")
+    loader(store=store, state=state)  # a state from before the digest was saved
+    state["of"]["shards"] = before + "other"
+    store.replaced = lambda: names
+    with pytest.raises(UserError, match=rf"not those of the saved loader state: {named} was replaced by another"):
+        loader(store=store, state=state)
+
+
 class BrokenStore(MemoryStore):
-    def document(self, index):
+    def document(self, index, choice=0):
         if index == 70:
             raise OSError("the disk is gone")
-        return super().document(index)
+        return super().document(index, choice)
 
 
 def test_an_error_in_the_thread_is_raised_by_next_again_and_again():

@@ -56,6 +56,25 @@ def test_order_and_dropout_follow_their_shares_and_change_with_epoch_and_seed():
         assert not all(np.array_equal(a, b) for a, b in zip(first, changed, strict=True))
 
 
+def test_every_epoch_draws_one_of_several_captions():
+    """Each is drawn equally often, whatever the order and dropout; it depends on seed, epoch and document alone."""
+    further = (np.array([20, 21]), np.array([30]))
+    pairs, texts = ([MemoryDocument(WORDS, codes, None, further)] * 600 for codes in (CODES, None))
+    words = {WORDS.tobytes(): 0, **{caption.tobytes(): n for n, caption in enumerate(further, 1)}}
+
+    def drawn(documents, epoch, **changes):
+        make = assembler(documents, **changes)
+        pieces = [make(epoch, i).tokens for i in range(600)]
+        return [words[p[(p >= V.first_text) & (p < V.first_image)].tobytes()] for p in pieces]
+
+    first = drawn(pairs, 0)
+    assert all(first.count(number) / 600 == pytest.approx(1 / 3, abs=0.06) for number in range(3))
+    assert first == drawn(pairs, 0) == drawn(texts, 0) == drawn(pairs, 0, image_first=1.0)
+    for changed in (drawn(pairs, 1), drawn(pairs, 0, seed=1)):
+        assert sum(a == b for a, b in zip(first, changed, strict=True)) / 600 == pytest.approx(1 / 3, abs=0.06)
+    assert set(drawn(pairs, 0, every_caption=False)) == {0}
+
+
 def test_long_caption_is_cut_and_an_image_never():
     long = np.arange(10, 40)
     for share in (0.0, 1.0):

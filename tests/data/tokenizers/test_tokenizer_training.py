@@ -11,7 +11,7 @@ from PIL import Image
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.strict import validate
 from moe_dist.data.cache.token_cache import build_cache, load_vocabulary, open_store
-from moe_dist.data.shards.tars import Sample, write_shards
+from moe_dist.data.shards.tars import Sample, split_of, write_shards
 from moe_dist.data.tokenizers.tokenizer_training import TokenizerRecipe, train_tokenizers
 from tests.support import ROOT
 
@@ -54,6 +54,19 @@ def test_a_corpus_of_texts_gets_a_text_tokenizer_only(tmp_path):
     text, quality = train_tokenizers(validate(TokenizerRecipe, raw, "test"))
     assert text.size == 290 and quality is None
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["text.model"]
+
+
+def test_a_flat_folder_may_hold_out_no_sample(emoji_samples, tmp_path):
+    samples = [Sample(s.key, "train", s.png, s.caption) for s in emoji_samples if split_of(s.key) == "train"]
+    write_shards(samples, tmp_path / "shards")
+    (tmp_path / "shards" / "train").rename(tmp_path / "flat")
+    vq = {"image_size": 32, "codebook_size": 32, "channels": [8, 16], "blocks": 1}
+    raw = {"shards": str(tmp_path / "flat"), "out": str(tmp_path / "out"), "vocab_size": 400, "vq": vq}
+    text, quality = train_tokenizers(validate(TokenizerRecipe, raw | {"training": {"steps": 2}}, "test"))
+    assert text.size == 400 and quality is None
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == [
+        *("config.json", "model.safetensors", "text.model")
+    ]
 
 
 def test_a_wrong_key_is_one_sentence_and_status_2():
