@@ -34,6 +34,20 @@ ROUTERS: dict[str, dict[str, Any]] = {
     },
     "padded": {"type": "top_k", "num_experts": 8, "top_k": 2, "capacity_factor": 1.2, "pad_to_capacity": True},
     "null": {"type": "null_experts", "num_experts": 8, "num_null_experts": 8, "top_k": 3},
+    "null_of_true": {
+        "type": "null_experts",
+        "num_experts": 8,
+        "num_null_experts": 8,
+        "top_k": 3,
+        "normalize_over": "true",
+    },
+    "null_of_chosen": {
+        "type": "null_experts",
+        "num_experts": 8,
+        "num_null_experts": 4,
+        "top_k": 3,
+        "normalize_over": "chosen",
+    },
     "null_full": {
         "type": "null_experts",
         "num_experts": 8,

@@ -106,7 +106,8 @@ def _token_choice_weights(logits: list[Tensor], best: list[int], experts: int, s
         values = [1 / (1 + torch.exp(-logit)) for logit in logits]
     true = [c for c in best if c < experts]
     if settings.type == "null_experts":
-        total = sum(torch.exp(logits[c]) for c in true)
+        columns = {"chosen_true": true, "true": range(experts), "chosen": best}[settings.normalize_over]
+        total = sum(torch.exp(logits[c]) for c in columns)
         return values, {c: torch.exp(logits[c]) / total for c in true}
     if settings.weighting == "straight_through":
         return values, {c: values[c] / values[c].detach() for c in true}

@@ -122,8 +122,9 @@ class TopKRouter(TokenChoiceRouter):
 class NullExpertRouter(TokenChoiceRouter):
     """AdaMoE routing (arXiv 2406.13233): top-k over true and null experts, so a token takes 0 to k true experts.
 
-    The combine weights are a softmax over the chosen true experts. If a token chose only null experts, its output is
-    zero. Assignments to null experts produce no rows, so they cost neither FLOPs nor communication.
+    By default, the combine weights are a softmax over the chosen true experts (eq. 1). The setting `normalize_over`
+    selects the columns of the softmax. If a token chose only null experts, its output is zero. Assignments to null
+    experts produce no rows, so they cost neither FLOPs nor communication.
     """
 
     settings: NullExpertSettings
@@ -133,8 +134,12 @@ class NullExpertRouter(TokenChoiceRouter):
         self.reference_top_k = settings.reference_top_k
 
     def weights(self, logits_VC: Tensor, chosen_Vk: Tensor) -> Tensor:
-        true_Vk = chosen_Vk < self.num_experts
-        logits_Vk = logits_VC.gather(1, chosen_Vk).masked_fill(~true_Vk, -torch.inf)
+        true_Vk, chosen_logits_Vk = chosen_Vk < self.num_experts, logits_VC.gather(1, chosen_Vk)
+        logits_Vk = chosen_logits_Vk.masked_fill(~true_Vk, -torch.inf)
+        if self.settings.normalize_over == "true":
+            return (logits_Vk - logits_VC[:, : self.num_experts].logsumexp(dim=1, keepdim=True)).exp()
+        if self.settings.normalize_over == "chosen":
+            return (logits_Vk - chosen_logits_Vk.logsumexp(dim=1, keepdim=True)).exp()
         highest_V1 = logits_Vk.detach().amax(dim=1, keepdim=True)
         exp_Vk = (logits_Vk - highest_V1.where(true_Vk.any(dim=1, keepdim=True), 0.0)).exp()
         total_V1 = exp_Vk.sum(dim=1, keepdim=True)

@@ -128,7 +128,18 @@ def test_dropping_by_probability_is_not_causal():
 
 def test_what_layouts_and_losses_ask_of_a_router():
     built = {name: build_router(router_settings(raw), SITE) for name, raw in ROUTERS.items()}
-    causal = {"top_1", "top_2_sigmoid", "top_8", "biased", "by_position", "padded", "null", "null_in_text"}
+    causal = {
+        "top_1",
+        "top_2_sigmoid",
+        "top_8",
+        "biased",
+        "by_position",
+        "padded",
+        "null",
+        "null_in_text",
+        "null_of_true",
+        "null_of_chosen",
+    }
     causal |= {"deepseek", "deepseek_ungrouped"}
     assert {name for name, router in built.items() if router.causal} == causal
     assert built["7t1i"].expert_groups == ((0, 1, 2, 3, 4, 5, 6), (7,))
