@@ -11,20 +11,20 @@ tensor.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from moe_dist.checkpoint.checkpoint import open_index, read_fragments
 from moe_dist.checkpoint.fragments import MASTER, MODEL_KINDS, fragments, kind_of, refresh_working_parameters
 from moe_dist.checkpoint.manifest import read_state
+from moe_dist.checkpoint.null_gates import check_copies, copies, is_widened
+from moe_dist.checkpoint.stage_account import Account, Form, Forms
 from moe_dist.checkpoint.storage import Fragment
 from moe_dist.config.recipe import InitFrom
 from moe_dist.core.errors import UserError
@@ -34,77 +34,6 @@ from moe_dist.core.step import ShardedModel
 from moe_dist.core.tensor_files import LazyTensor
 from moe_dist.parallel.agreement import gather_objects, raise_on_all_ranks
 from moe_dist.parallel.layout import Layout
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """The properties of a parameter or buffer that must be equal in checkpoint and model. Its precision may differ.
-
-    experts: the global ids of the experts in a stacked parameter, or None if the parameter or buffer is not stacked.
-    shape: for a stacked parameter, the shape of one expert's row.
-    """
-
-    shape: tuple[int, ...]
-    experts: tuple[int, ...] | None
-    is_float: bool
-
-    @property
-    def full_shape(self) -> list[int]:
-        return [*([] if self.experts is None else [len(self.experts)]), *self.shape]
-
-    def __str__(self) -> str:
-        experts = "" if self.experts is None else f"{len(self.experts)} experts of "
-        return f"{experts}{list(self.shape)}{'' if self.is_float else ' (integers)'}"
-
-
-Forms = Mapping[str, Form]  # by name, without kind and expert
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """A list of all tensors of a checkpoint and a model, with the fate of each: loaded, new or left out."""
-
-    settings: InitFrom
-    stored: Forms
-    model: Forms
-    loaded: dict[str, str]  # the model's name -> the checkpoint's
-    new: list[str]  # the model's names
-    left_out: list[str]  # the checkpoint's names
-    dropped: tuple[str, ...] = ()  # superfluous files and tensors of a Hugging Face folder, each with the reason
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a JSON-serializable account of the tensors that were loaded, new and left out.
-
-        For each of these three groups, it gives the number of tensors, their total number of parameters, and the name
-        and shape of each tensor. The shape of a stacked parameter includes the number of experts.
-        """
-        return {
-            "init_from": self.settings.model_dump(mode="json"),
-            "loaded": _listed(
-                {"name": name, "from": old, "shape": self.model[name].full_shape} for name, old in self.loaded.items()
-            ),
-            "new": _listed({"name": name, "shape": self.model[name].full_shape} for name in self.new),
-            "left_out": _listed({"name": name, "shape": self.stored[name].full_shape} for name in self.left_out),
-            "dropped": list(self.dropped),
-        }
-
-    def table(self) -> Table:
-        """Return a table for printing: how many tensors and parameters were loaded, new and left out."""
-        renamed = sum(name != old for name, old in self.loaded.items())
-        notes = {
-            "loaded": f"{renamed} renamed" if renamed else "",
-            "new": ", ".join(self.settings.new),
-            "left_out": ", ".join(self.settings.left_out),
-        }
-        table = Table(
-            *("", "tensors", "parameters", ""), title=f"init_from {self.settings.checkpoint}", title_justify="left"
-        )
-        for fate, counted in self.to_json().items():
-            if fate in notes:
-                table.add_row(fate, f"{counted['tensors']:,}", f"{counted['parameters']:,}", notes[fate])
-        for dropped in self.dropped:
-            table.add_row("not used", "", "", dropped)
-        return table
 
 
 def init_from(
@@ -126,12 +55,17 @@ def init_from(
     model = {name: form for of_rank in of_ranks for name, form in of_rank.items()}
     account = match(settings, _forms(stored), _forms(model))
     source = {_split(name): name for name in stored}
-    found = []
+    plain: list[Fragment] = []
+    wide: list[Fragment] = []
     for fragment in wanted:
         name, expert = _split(fragment.name)
         if name in account.loaded:
-            found.append(replace(fragment, name=source[account.loaded[name], expert]))
-    weights.read(found)
+            of_source = replace(fragment, name=source[account.loaded[name], expert])
+            (wide if name in account.widened else plain).append(of_source)
+    weights.read(plain)
+    shapes = {fragment.name: stored[fragment.name][0] for fragment in wide}
+    for number in range(account.copies):
+        weights.read(copies(wide, shapes, number))
     refresh_working_parameters(engine)
     return account
 
@@ -201,8 +135,16 @@ def match(settings: InitFrom, stored: Forms, model: Forms) -> Account:
             raise UserError(f"init_from: the checkpoint's '{loaded[name]}' and '{old}' would both become '{name}'")
         loaded[name] = old
     _check_fates(loaded, new, model)
+    widened = [name for name, old in loaded.items() if is_widened(name, stored[old].shape, model[name].shape)]
     for name, old in loaded.items():
-        if stored[old] != model[name]:
+        if name in widened and settings.null_gates is not None:
+            check_copies(name, stored[old].shape, model[name].shape, settings.null_gates)
+        elif name in widened:
+            raise UserError(
+                f"init_from: the model's '{name}' has rows for null experts that the checkpoint's '{old}' lacks: set "
+                "init_from.null_gates to copied or fresh"
+            )
+        elif stored[old] != model[name]:
             raise UserError(
                 f"init_from: the checkpoint's '{old}' is {stored[old]}, the model's '{name}' is {model[name]}"
             )
@@ -213,6 +155,7 @@ def match(settings: InitFrom, stored: Forms, model: Forms) -> Account:
         {name: loaded[name] for name in model if name in loaded},
         [name for name in model if name in new],
         [name for name in stored if name in left_out],
+        widened,
     )
 
 
@@ -275,11 +218,6 @@ def _forms(logical: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[s
 def _split(logical: str) -> tuple[str, int | None]:
     """Return the name and the global expert id in `kind/name[expert]`. For `kind/name`, the id is None."""
     return split_row_name(logical.split("/", 1)[1])
-
-
-def _listed(entries: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    entries = [{**entry, "parameters": math.prod(entry["shape"])} for entry in entries]
-    return {"tensors": len(entries), "parameters": sum(e["parameters"] for e in entries), "entries": entries}
 
 
 def _more(names: list[str]) -> str:

@@ -58,6 +58,8 @@ class InitFrom(Strict):
     rename: dict[str, str] = Field({})  # the checkpoint's names -> the model's; text matched by `*` is kept
     new: Patterns = ()  # parameters of the model that keep their own initial values
     left_out: Patterns = ()  # parameters of the checkpoint that are not used
+    null_gates: Literal["copied", "fresh"] | None = None  # rows of null experts in a gate that has none in the
+    # checkpoint: copies of the true experts' rows, or their own initial values (AdaMoE)
     data_position: bool = False  # continue in the data where the checkpoint's run stopped; false: start over
 
     @model_validator(mode="before")

@@ -44,13 +44,14 @@ def find_pretrained(config: Config) -> PretrainedModel | None:
 def check_model(found: PretrainedModel, model: ModelConfig, settings: InitFrom) -> None:
     """Raise UserError naming the first key of the recipe's `model:` section that differs from the folder's model.
 
-    Some keys may differ (FREE). If `settings` renames tensors or lists new or left-out ones, the type of the
-    feed-forward parts, experts or routers may differ, too; the account of all tensors then shows what was loaded.
+    Some keys may differ (FREE). If `settings` renames tensors, lists new or left-out ones, or adds null experts, the
+    type of the feed-forward parts, experts or routers may differ, too. The account of all tensors then shows what was
+    loaded.
     """
     free = [*FREE, *(["vocab_size"] if matches_any(EMBEDDING, settings.left_out) else [])]
     given = found.model.model_dump(exclude_unset=True)
     theirs = {key: given[key] if isinstance(given.get(key), dict) else value for key, value in _values(found.model)}
-    changes = bool(settings.rename or settings.new or settings.left_out)
+    changes = bool(settings.rename or settings.new or settings.left_out or settings.null_gates)
     ours = dict(_values(model))
     difference = next(_differences(ours, {k: v for k, v in theirs.items() if k not in free}, "model", changes), None)
     if difference is not None:

@@ -17,8 +17,8 @@ import torch
 from rich.console import Console
 
 from moe_dist.checkpoint import checkpoint
-from moe_dist.checkpoint.init_from import Account
 from moe_dist.checkpoint.saver import Saver
+from moe_dist.checkpoint.stage_account import Account
 from moe_dist.checkpoint.train_state import TrainState
 from moe_dist.config.recipe import Config
 from moe_dist.core.batch import Batch

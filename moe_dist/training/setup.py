@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from moe_dist.checkpoint import checkpoint
-from moe_dist.checkpoint.init_from import Account, init_from, loader_state
+from moe_dist.checkpoint.init_from import init_from, loader_state
 from moe_dist.checkpoint.manifest import identity, resolve_init
+from moe_dist.checkpoint.stage_account import Account
 from moe_dist.checkpoint.train_state import TrainState, check_resumable
 from moe_dist.config.model_section import ModelConfig, MoEFFN
 from moe_dist.config.prerequisites import missing

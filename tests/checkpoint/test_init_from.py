@@ -14,8 +14,9 @@ import torch
 import yaml
 from torch import nn
 
-from moe_dist.checkpoint.init_from import Account, Form, match
+from moe_dist.checkpoint.init_from import match
 from moe_dist.checkpoint.manifest import resolve_init
+from moe_dist.checkpoint.stage_account import Account, Form
 from moe_dist.checkpoint.stored_weights import read_tensors, write_tensors
 from moe_dist.config.recipe import InitFrom, load_config, save_config
 from moe_dist.core.errors import UserError
