@@ -14,11 +14,10 @@ from dataclasses import replace
 from moe_dist.checkpoint.storage import Fragment
 from moe_dist.core.errors import UserError
 
-GATE = ".router.gate.weight"
-Shape = tuple[int, ...]
+ROUTER_GATE = ".router.gate.weight"
 
 
-def check_copies(name: str, stored: Shape, model: Shape, null_gates: str) -> None:
+def check_copies(name: str, stored: tuple[int, ...], model: tuple[int, ...], null_gates: str) -> None:
     """Raise UserError if the gate's null rows cannot be whole copies of its true rows, as `copied` requires."""
     nulls = model[0] - stored[0]
     if null_gates == "copied" and nulls % stored[0]:
@@ -28,12 +27,12 @@ def check_copies(name: str, stored: Shape, model: Shape, null_gates: str) -> Non
         )
 
 
-def is_widened(name: str, stored: Shape, model: Shape) -> bool:
+def is_widened(name: str, stored: tuple[int, ...], model: tuple[int, ...]) -> bool:
     """Return whether a parameter is a gate with more rows in the model than in the checkpoint."""
-    return name.endswith(GATE) and len(stored) == 2 and stored[1:] == model[1:] and stored[0] < model[0]
+    return name.endswith(ROUTER_GATE) and len(stored) == 2 and stored[1:] == model[1:] and stored[0] < model[0]
 
 
-def copies(fragments: Iterable[Fragment], stored: Mapping[str, Shape], number: int) -> list[Fragment]:
+def copies(fragments: Iterable[Fragment], stored: Mapping[str, tuple[int, ...]], number: int) -> list[Fragment]:
     """Return the parts of fragments of wide gates that are filled from the whole stored gate for the n-th time.
 
     stored: the shapes of the stored gates, keyed by name. number: 0 for the rows of the true experts, 1 for the first

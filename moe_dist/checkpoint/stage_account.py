@@ -51,7 +51,7 @@ class Account:
 
     @property
     def copies(self) -> int:
-        """How often each widened gate is filled from the stored gate, the rows of the true experts included."""
+        """The number of times that a stored gate fills its widened gate: once for the true experts, then for copies."""
         if self.settings.null_gates == "fresh":
             return min(1, len(self.widened))
         rows = ((self.model[name].shape[0], self.stored[self.loaded[name]].shape[0]) for name in self.widened)

@@ -91,7 +91,9 @@ class TopKSettings(TokenChoiceSettings):
 class NullExpertSettings(TokenChoiceSettings):
     type: Literal["null_experts"]
     num_null_experts: Count
-    normalize_over: Literal["chosen_true", "true", "chosen"] = "chosen_true"  # columns whose softmax gives the combine
+    normalize_over: Literal["chosen_true", "all_true", "chosen"] = (
+        "chosen_true"  # columns whose softmax gives the combine
+    )
     # weights: the chosen true experts (eq. 1); all true experts, as in a pretrained model that does not renormalise;
     # or all chosen columns, null experts included (the paper's ablation)
     reference_top_k: Positive | None = None  # k of the vanilla model, with which telemetry compares FLOPs

@@ -39,7 +39,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
         "num_experts": 8,
         "num_null_experts": 8,
         "top_k": 3,
-        "normalize_over": "true",
+        "normalize_over": "all_true",
     },
     "null_of_chosen": {
         "type": "null_experts",

@@ -106,7 +106,7 @@ def _token_choice_weights(logits: list[Tensor], best: list[int], experts: int, s
         values = [1 / (1 + torch.exp(-logit)) for logit in logits]
     true = [c for c in best if c < experts]
     if settings.type == "null_experts":
-        columns = {"chosen_true": true, "true": range(experts), "chosen": best}[settings.normalize_over]
+        columns = {"chosen_true": true, "all_true": range(experts), "chosen": best}[settings.normalize_over]
         total = sum(torch.exp(logits[c]) for c in columns)
         return values, {c: torch.exp(logits[c]) / total for c in true}
     if settings.weighting == "straight_through":

@@ -136,7 +136,7 @@ class NullExpertRouter(TokenChoiceRouter):
     def weights(self, logits_VC: Tensor, chosen_Vk: Tensor) -> Tensor:
         true_Vk, chosen_logits_Vk = chosen_Vk < self.num_experts, logits_VC.gather(1, chosen_Vk)
         logits_Vk = chosen_logits_Vk.masked_fill(~true_Vk, -torch.inf)
-        if self.settings.normalize_over == "true":
+        if self.settings.normalize_over == "all_true":
             return (logits_Vk - logits_VC[:, : self.num_experts].logsumexp(dim=1, keepdim=True)).exp()
         if self.settings.normalize_over == "chosen":
             return (logits_Vk - chosen_logits_Vk.logsumexp(dim=1, keepdim=True)).exp()
