@@ -33,7 +33,7 @@ class TensorMapping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertNames:
-    """The names of the tensors of an expert layer in Hugging Face's models, below the name of the layer."""
+    """Names in Hugging Face's models of an expert layer's tensors, relative to the name of the layer."""
 
     block: str = "mlp"  # holds the router's `gate`, and `experts`
     gate: str = "gate_proj"  # the three matrices of an expert

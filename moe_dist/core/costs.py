@@ -23,7 +23,7 @@ class Product(NamedTuple):
 
 
 def linear_product(linear: nn.Linear, rows: int, *, beside_lora: bool = False) -> Product:
-    """Return the Product of applying a linear layer to `rows` rows. Its bias, if any, belongs to the weights.
+    """Return the Product that describes a linear layer applied to `rows` rows. A bias counts as one of its weights.
 
     beside_lora: True if the layer's weight stays frozen and only the LoRA deltas next to it are trained.
     """

@@ -70,7 +70,7 @@ class ClipArtQA(Strict):
 
 
 def _ask(pair: Sample, kind: str, answers: Mapping[str, str], domain: str) -> Sample:
-    """Return an instruction sample that has the pair's image, and a question and its answer instead of the caption.
+    """Turn an image-caption pair into an instruction: the same image, with a question and its answer as the text.
 
     kind: the kind of question, a key of QUESTIONS.
     answers: the answer to each kind of question.

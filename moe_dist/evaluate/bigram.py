@@ -4,14 +4,14 @@ Interpolated absolute discounting (Ney, Essen and Kneser 1994; Chen and Goodman 
   P(w|v) = max(c(v,w) - D, 0) / c(v) + f(v) B(w),   f(v) = probability mass freed by discounting v's successors
   B(w) = a c(w) / N + b k(w) / K + (1 - a - b) / V
 where c(v,w) is the number of bigrams (v, w), c(v) is the number of bigrams that begin with v, c(w) is the number of
-bigrams that end with w, and N is the number of all bigrams. Here, k(w) is the number of different predecessors of
+bigrams that end with w, and N is the total number of bigrams. Here, k(w) is the number of different predecessors of
 w (Kneser and Ney 1995), K is the sum of all k(w), and V is the size of the vocabulary.
 
 There is one model for contexts that are text tokens and one for contexts that are image tokens. The parameters D, a and
-b are fitted on a tenth of the training documents, using counts from the other nine tenths. The final counts are from
-all training documents. Documents with the same text are either all in this tenth or all outside it. Otherwise repeated
-captions would make new bigrams look rarer in the fit than they are in the held-out split. The discount D may exceed 1,
-because a bigram of a repeated caption is counted once for every repetition.
+b are fitted on a tenth of the training documents, using counts from the other nine tenths. Documents with the same text
+are on the same side of this division. Otherwise repeated captions would make new bigrams look rarer in the fit than they
+are in the held-out split. After the fit, all training documents are counted. The discount D may exceed 1, because a
+bigram of a repeated caption is counted once for every repetition.
 """
 
 from __future__ import annotations

@@ -32,10 +32,10 @@ Image = tuple[int, ...]  # the codes of an image
 def caption_gain(forward: Callable, store: DocumentStore, held_out: HeldOutSplit) -> dict[str, float]:
     """Measure the caption gain on a store's image-text pairs, in nats per image code. Collective.
 
-    Returns eval/caption_gain, its 95 % interval as eval/caption_gain/low and eval/caption_gain/high, and the number of
-    captions as eval/caption_gain/captions. The result is empty if there are fewer than two captions.
-    forward: Batch -> an output with logits_TV. held_out: the part of the pairs to evaluate, once with the images' own
-    captions and once with shuffled ones. Only images that occur in both evaluations count.
+    The images are evaluated twice: with their own captions, and with shuffled captions. Only images that occur in both
+    evaluations count. Returns eval/caption_gain, its 95 % interval as eval/caption_gain/low and eval/caption_gain/high,
+    and the number of captions as eval/caption_gain/captions. The result is empty if there are fewer than two captions.
+    forward: Batch -> an output with logits_TV. held_out: which pairs to evaluate.
     """
     pairs, held_out = Pairs(store), held_out.ordered(image_first=False)
     if len({_key(pairs.document(i).text) for i in range(len(pairs))}) < 2:

@@ -26,9 +26,9 @@ from moe_dist.parallel.discovery import host_name
 class Stragglers:
     """Context manager that reports slow ranks. Every rank must enter it around each training step.
 
-    Every `straggler_every` steps, the ranks exchange the medians of their own seconds per step (collective). The
-    slowest rank is reported if its value is at least `straggler_factor` times the median over the other ranks. Rank 0
-    prints the report and appends it to RUN/stragglers.jsonl.
+    Every `straggler_every` steps, the ranks exchange their median step times (collective). If the slowest rank's median
+    is at least `straggler_factor` times the median over the other ranks, rank 0 prints a report and appends it to
+    RUN/stragglers.jsonl.
     """
 
     def __init__(self, settings: HealthConfig, folder: RunFolder, *, rank: int, step: int = 0) -> None:

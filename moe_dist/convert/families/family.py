@@ -155,13 +155,16 @@ class Family:
 
 
 def top_k_section(raw: JSON, *, hidden_size: str, num_experts: str, renormalize: bool) -> JSON:
-    """Return the section `ffn` of a model with experts. hidden_size, num_experts: the keys that hold these numbers."""
+    """Return the `ffn` section of a model with experts.
+
+    hidden_size, num_experts: the keys of `raw` that hold the width of an expert and the number of experts.
+    """
     router = {"type": "top_k", "num_experts": raw[num_experts], "top_k": raw["num_experts_per_tok"]}
     return {"type": "moe", "hidden_size": raw[hidden_size], "router": router | {"renormalize": renormalize}}
 
 
 def experts_of(model: ModelConfig) -> tuple[MoEFFN, Any]:
-    """Return the section `ffn` of a model with top-k experts, and its router's settings."""
+    """Return the `ffn` section of a model with experts, and the settings of its router."""
     assert isinstance(model.ffn, MoEFFN)
     return model.ffn, model.ffn.router
 
@@ -176,7 +179,10 @@ def dense_layers_of(model: ModelConfig) -> tuple[list[int], int]:
 
 
 def _layer_differences(differences: list[JSON]) -> JSON:
-    """Return the keys `sliding_window` and `layers` of a model whose layers have these settings."""
+    """Return the keys `sliding_window` and `layers` of a `model:` section.
+
+    differences: for each layer, the settings that differ from a layer of kind `ffn` with full attention.
+    """
     windows = [of_layer.get("sliding_window", 0) for of_layer in differences]
     section: JSON = {}
     if windows[0] and len(set(windows)) == 1:

@@ -27,7 +27,7 @@ LOOK_AHEAD = 64  # number of pieces that a stream holds for the packer to choose
 
 
 class Stream:
-    """A stream of pieces, made from the given documents. Each epoch has the documents in a new order.
+    """A stream of pieces, made from the given documents. Each epoch goes through the documents in a new order.
 
     The list `pending` contains the pieces that have been read ahead, oldest first.
     """

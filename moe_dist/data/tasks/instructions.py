@@ -84,7 +84,7 @@ class NoBoundary(Exception):
 
 
 def instruction_ids(tokenizer: TextTokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Return the ids of the prompt and of the answer. Concatenated, they are the ids of the text prompt + answer.
+    """Return the ids of the prompt and the ids of the answer. Together, they are the ids of the joined text.
 
     As in lm-evaluation-harness (`_encode_pair`), whitespace at the end of the prompt is moved to the answer, and both
     are tokenised as one text. The prompt gets the first n ids, where n is the number of ids of the prompt alone. This

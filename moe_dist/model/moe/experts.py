@@ -1,4 +1,4 @@
-"""The experts of one rank. Each Experts class has its own formula, which includes the combine weights.
+"""The experts of one rank. Each Experts class computes its own function of a row and applies the combine weight itself.
 
 Shape suffixes: R rows (sorted by expert), D model width, F expert width, e local experts.
 """
@@ -150,8 +150,8 @@ def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
     """Return True if torch's grouped matmul is correct for these rows and does not wait for the GPU.
 
     On a CPU, this is true for float32 and bfloat16. On a GPU, it is true only for bfloat16 on compute capability 9.0
-    (with at least one row) and 10.0. On 10.0, the kernel may leave the weight gradients of experts without rows
-    unwritten (pytorch issue 172439), so every expert must have rows.
+    (with at least one row) and 10.0. On 10.0, every expert must have at least one row, because the kernel may not write
+    the weight gradients of the other experts (pytorch issue 172439).
     """
     if x_RD.dtype != torch.bfloat16:
         return x_RD.is_cpu and x_RD.dtype == torch.float32

@@ -39,14 +39,14 @@ def make_placement(expert_groups: Sequence[Sequence[int]], ep: int, slices: int 
     """Place the same number of experts on every rank, and nearly the same number from each group (modality).
 
     For each group in turn, every rank first gets an equal share, rounded down. The remaining experts of the group go to
-    the ranks with the fewest experts so far. For each group, the ranks' numbers of experts differ by at most one.
+    the ranks with the fewest experts so far. Of each group, any two ranks have equally many experts, or one more.
 
     ep: the number of ranks. slices: the number of slices per expert. Slices are placed like experts: the first slices
     of all experts in a group come before the second slices. Raises UserError if `ep` does not divide the number of
     experts multiplied by `slices`.
 
-    If `slices` is ep divided by the greatest common divisor of ep and the sizes of the groups, every rank holds the
-    same number of slices from each group, and no rank holds two slices of one expert.
+    If `slices` is ep / gcd(ep, *sizes of the groups), every rank holds the same number of slices from each group, and no
+    rank holds two slices of one expert.
     """
     num_experts = sum(len(group) for group in expert_groups)
     if num_experts * slices % ep:
