@@ -9,9 +9,9 @@ w (Kneser and Ney 1995), K is the sum of all k(w), and V is the size of the voca
 
 There is one model for contexts that are text tokens and one for contexts that are image tokens. The parameters D, a and
 b are fitted on a tenth of the training documents, using counts from the other nine tenths. Documents with the same text
-are on the same side of this division. Otherwise repeated captions would make new bigrams look rarer in the fit than they
-are in the held-out split. After the fit, all training documents are counted. The discount D may exceed 1, because a
-bigram of a repeated caption is counted once for every repetition.
+are on the same side of this division. Otherwise repeated captions would make new bigrams look rarer in the fit than
+they are in the held-out split. After the fit, all training documents are counted. The discount D may exceed 1, because
+a bigram of a repeated caption is counted once for every repetition.
 """
 
 from __future__ import annotations

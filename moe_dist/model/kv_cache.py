@@ -76,7 +76,7 @@ class CachedDocuments:
     document_T: Tensor
 
     def select(self, info: TokenInfo) -> CachedDocuments:
-        """Return the same documents, restricted to the tokens of `info`. The result's `attend` caches only these tokens."""
+        """Return the same documents, restricted to the tokens of `info`. Its `attend` caches only these tokens."""
         return replace(self, document_T=info.document_T)
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, window: int = 0) -> Tensor:

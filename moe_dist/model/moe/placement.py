@@ -45,8 +45,8 @@ def make_placement(expert_groups: Sequence[Sequence[int]], ep: int, slices: int 
     of all experts in a group come before the second slices. Raises UserError if `ep` does not divide the number of
     experts multiplied by `slices`.
 
-    If `slices` is ep / gcd(ep, *sizes of the groups), every rank holds the same number of slices from each group, and no
-    rank holds two slices of one expert.
+    If `slices` is ep / gcd(ep, *sizes of the groups), every rank holds the same number of slices from each group, and
+    no rank holds two slices of one expert.
     """
     num_experts = sum(len(group) for group in expert_groups)
     if num_experts * slices % ep:
