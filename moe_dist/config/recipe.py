@@ -99,6 +99,20 @@ class ScheduleConfig(Strict):
 class EvalConfig(Strict):
     every: Count = 100  # steps; 0: never; otherwise the last step also evaluates
     groups: Positive = 16  # selection groups of the held-out split in one evaluation
+    tasks: Annotated[tuple[PathText, ...], Field(strict=False)] = ()  # tasks of lm_eval: names or YAML files
+    tasks_every: Positive | None = None  # steps between two evaluations of the tasks; default: every
+    task_limit: Positive | None = None  # documents of each task; default: all
+
+    @model_validator(mode="after")
+    def _when(self):
+        if self.tasks and not self.steps_between_tasks:
+            raise ValueError("tasks are never evaluated with every=0: set tasks_every")
+        return self
+
+    @property
+    def steps_between_tasks(self) -> int:
+        """The number of steps between two evaluations of the tasks; 0 if there are no tasks."""
+        return (self.tasks_every or self.every) if self.tasks else 0
 
 
 class CheckpointConfig(Strict):

@@ -4,7 +4,7 @@ Models whose routing depends on later tokens are refused. All ranks decode in st
 ranks. A rank whose samples are all done feeds padding to its model until every rank is done. The result for a sample
 does not depend on the rank that decodes it or on the other samples of that rank.
 
-Shape suffixes: K kinds of next token (Format.next), R rows (documents in the cache), S samples, T tokens, V vocabulary.
+Shape suffixes: K kinds of next token (DocumentFormat.next), R rows (documents in the cache), S samples, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,8 @@ from torch import Tensor
 
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.errors import UserError
-from moe_dist.generate.prompt import Format, GenerationState
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+from moe_dist.generate.prompt import GenerationState
 from moe_dist.generate.sampling import Sampling, choose, guide
 from moe_dist.model.kv_cache import KVCache
 from moe_dist.model.moe.token_choice import TokenChoiceRouter
@@ -27,6 +29,21 @@ from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 
 OnStep = Callable[[int], None]  # called after every step with the number of unfinished samples over all ranks
+
+
+class DocumentFormat(Protocol):
+    """Interface of the rules for generated tokens: which tokens may follow, and when a sample is done.
+
+    Implemented by Format (generate/prompt.py) and TextUntil (harness/stopping.py).
+    """
+
+    vocabulary: Vocabulary
+    context: int  # no sample is longer than this
+    masks_KV: Tensor  # bool; K: kinds of next token
+
+    def next(self, sample: GenerationState) -> int: ...
+
+    def add(self, sample: GenerationState, token: int) -> None: ...
 
 
 def check_can_generate(model: Transformer) -> None:
@@ -58,7 +75,7 @@ class _Row:
 def generate(
     model: Transformer,
     samples: Sequence[GenerationState],
-    form: Format,
+    form: DocumentFormat,
     sampling: Sampling,
     layout: Layout,
     on_step: OnStep,
@@ -90,7 +107,7 @@ def generate(
             return
 
 
-def _micro_batch(rows: Sequence[_Row], form: Format) -> tuple[Tensor, TokenInfo]:
+def _micro_batch(rows: Sequence[_Row], form: DocumentFormat) -> tuple[Tensor, TokenInfo]:
     """Build a micro-batch on the CPU from the tokens in the rows' `feed`.
 
     Also increase each row's `read` by the number of tokens in its `feed`. If there are no rows, the micro-batch is a
@@ -116,11 +133,13 @@ def _micro_batch(rows: Sequence[_Row], form: Format) -> tuple[Tensor, TokenInfo]
     return tokens_T, info
 
 
-def _extend(rows: Sequence[_Row], logits_RV: Tensor, form: Format, sampling: Sampling, masks_KV: Tensor) -> None:
+def _extend(
+    rows: Sequence[_Row], logits_RV: Tensor, form: DocumentFormat, sampling: Sampling, masks_KV: Tensor
+) -> None:
     """Draw the next token of every sample and append it to the sample.
 
     The token also becomes the `feed` of the sample's rows, so the model reads it in the next step.
-    logits_RV: the logits after each row's last token. masks_KV: for each kind of token (Format.next), which tokens of
+    logits_RV: the logits after each row's last token. masks_KV: for each kind of token (DocumentFormat.next), which tokens of
     the vocabulary are allowed.
     """
     device = logits_RV.device

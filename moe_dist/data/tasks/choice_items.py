@@ -79,16 +79,25 @@ def _check_options(choices: Mapping[int, Choice]) -> None:
 def _choice(instruction: Instruction, tokenizer: TextTokenizer) -> Choice:
     """Return the first token of each option, and the index of the correct option.
 
-    The options are tokenised in the same form as the sample's answer: either as letters or as texts, and with the
-    whitespace that precedes the answer. Raises UserError if the sample is not a multiple-choice item. Raises NoBoundary
-    if the ids of the prompt cannot be separated from the ids of an option.
+    Raises UserError if the sample is not a multiple-choice item. Raises NoBoundary if the ids of the prompt cannot be
+    separated from the ids of an option.
     """
-    prompt, answer, options, correct = instruction.prompt, instruction.answer, instruction.options, instruction.correct
+    options, correct = written_options(instruction)
+    ids = [instruction_ids(tokenizer, instruction.prompt, option)[1] for option in options]
+    return Choice(tuple(of_option[0] for of_option in ids), correct)
+
+
+def written_options(instruction: Instruction) -> tuple[list[str], int]:
+    """Return the options in the same form as the sample's answer, and the index of the correct option.
+
+    The options are either letters or texts, with the whitespace that precedes the answer. Raises UserError if the
+    sample is not a multiple-choice item.
+    """
+    answer, options, correct = instruction.answer, instruction.options, instruction.correct
     blanks = answer[: len(answer) - len(answer.lstrip())]
     for names in (LETTERS, options or ()):
         if options is not None and correct is not None and answer == blanks + names[correct]:
-            written = [blanks + name for name, _ in zip(names, options)]
-            return Choice(tuple(instruction_ids(tokenizer, prompt, option)[1][0] for option in written), correct)
+            return [blanks + name for name, _ in zip(names, options)], correct
     raise UserError(
         f"the sample '{instruction.prompt[:60]}...' is not a multiple-choice item: its answer '{instruction.answer}' "
         "is neither the letter nor the text of its correct option"

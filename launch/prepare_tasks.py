@@ -1,0 +1,29 @@
+"""Write multiple-choice items as task files of lm-evaluation-harness:
+
+  python launch/prepare_tasks.py shards=data/multiple_choice out=data/tasks/words [split=validation]
+
+Writes a YAML file and the items of each domain, and OUT/NAME.yaml for all of them, where NAME is the name of the folder
+OUT. launch/lm_eval.py and lm_eval itself take these files.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from moe_dist.core.strict import apply_override, validate
+from moe_dist.data.tasks.task_files import TaskFilesRecipe, write_task_files
+from moe_dist.parallel.discovery import run_rank
+
+
+def main(arguments: list[str]) -> None:
+    settings: dict[str, Any] = {}
+    for argument in arguments:
+        apply_override(settings, argument)
+    recipe = validate(TaskFilesRecipe, settings, "prepare_tasks.py")
+    for task, count in write_task_files(recipe).items():
+        print(f"{task}: {count} items")
+
+
+if __name__ == "__main__":
+    run_rank(lambda: main(sys.argv[1:]))

@@ -1,0 +1,53 @@
+"""The format of generated text: text tokens until a stop string, the end of the document or a maximum length.
+
+Shape suffixes: K kinds of token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moe_dist.core.batch import TEXT
+from moe_dist.data.tokenizers.vocabulary import Vocabulary
+from moe_dist.generate.prompt import GenerationState, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class StopSettings:
+    """Settings that end a continuation."""
+
+    until: tuple[str, ...]  # stop strings
+    max_tokens: int
+
+
+class TextUntil:
+    """The format of a continuation (generate/decode.py `DocumentFormat`). Any text token may come next, also markers.
+
+    context: the maximum number of tokens of a prompt and its continuation.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, context: int, settings: StopSettings) -> None:
+        self.vocabulary, self.context, self.settings = vocabulary, context, settings
+        self.masks_KV: Tensor = (vocabulary.modality_of == TEXT)[None]
+
+    def start_text(self, number: int, prompt: tuple[int, ...]) -> GenerationState:
+        """Create the initial state of continuation `number`, without generated tokens."""
+        limit = len(prompt) + self.settings.max_tokens
+        return GenerationState(number, Prompt("text", (), prompt), limit)
+
+    def next(self, sample: GenerationState) -> int:
+        """Return the index of the row of masks_KV that marks the tokens that may come next."""
+        return 0
+
+    def add(self, sample: GenerationState, token: int) -> None:
+        """Append a token. The continuation is done at its maximum length, at EOS, and if it has a stop string."""
+        sample.generated.append(token)
+        ended = sample.length == sample.limit or token == self.vocabulary.eos
+        sample.done = ended or self._has_stop_string(sample)
+
+    def _has_stop_string(self, sample: GenerationState) -> bool:
+        v = self.vocabulary
+        text = v.text.decode([token for token in sample.generated if token < v.text.size])
+        return any(stop in text for stop in self.settings.until if stop)
