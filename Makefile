@@ -58,7 +58,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --upgrade --quiet pip
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,report,corpora,mpi,models]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test,report,corpora,mpi,models,eval]'
 	touch $@
 
 data: setup  ## what CONFIG needs first, as it says itself (`needs`): corpora, tokenizers, earlier stages

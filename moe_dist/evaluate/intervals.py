@@ -1,15 +1,18 @@
-"""Confidence intervals of an accuracy, and of the difference between two models' accuracies on the same items."""
+"""Confidence intervals: of an accuracy, of the difference between two models' accuracies on the same items, and of a
+mean over the predictions of documents.
+"""
 
 from __future__ import annotations
 
 import math
 from statistics import NormalDist
+from typing import NamedTuple
 
 Z95 = NormalDist().inv_cdf(0.975)
 Interval = tuple[float, float]
 
 
-def wilson(right: int, items: int) -> Interval:
+def wilson(right: float, items: float) -> Interval:
     """Return the 95 % interval of the fraction right / items, where items > 0.
 
     Sources: Wilson 1927, eq. 7; Brown, Cai and DasGupta 2001, eq. 4.
@@ -39,3 +42,47 @@ def mcnemar(gained: int, lost: int) -> float:
     """
     n, fewer = gained + lost, min(gained, lost)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(fewer + 1)) / 2**n)
+
+
+class DocumentSums(NamedTuple):
+    """Sums over documents, from which the mean of a value over all predictions and its interval follow.
+
+    In the sums, x is the sum of the value over a document's predictions, and n is the number of its predictions. The
+    documents are independent of each other, but the predictions of a document are not.
+    """
+
+    documents: float  # number of documents with predictions
+    total: float  # sum of x
+    predictions: float  # sum of n
+    xx: float  # sum of x^2
+    xn: float  # sum of x n
+    nn: float  # sum of n^2
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.predictions
+
+    @property
+    def variance(self) -> float:
+        """The variance of the mean, a ratio of two sums over at least 2 documents (Cochran 1977, section 2.11)."""
+        squares = self.xx - 2 * self.mean * self.xn + self.mean**2 * self.nn
+        return max(0.0, squares) * self.documents / (self.documents - 1) / self.predictions**2
+
+    def interval(self) -> Interval:
+        """Return the 95 % interval of the mean, from at least 2 documents."""
+        half = Z95 * math.sqrt(self.variance)
+        return self.mean - half, self.mean + half
+
+    def share_interval(self) -> Interval:
+        """Return the 95 % interval of the mean of a value that is 0 or 1, from at least 2 documents.
+
+        This is Wilson's interval for the effective number of predictions (Korn and Graubard 1998): the number of
+        independent predictions whose mean would have the same variance. If all values are equal, it is the number of
+        documents.
+        """
+        spread = self.mean * (1 - self.mean)
+        if not spread:
+            effective = self.documents
+        else:
+            effective = min(self.predictions, spread / self.variance) if self.variance else self.predictions
+        return wilson(self.mean * effective, effective)

@@ -1,6 +1,9 @@
 """Held-out loss in nats per token: over all predictions, per modality of the target, and per domain.
 
-Shape suffixes: T tokens of a micro-batch, V vocabulary.
+For the loss over all predictions, and for the fraction of predictions whose target is the most likely token, also 95 %
+confidence intervals over documents.
+
+Shape suffixes: T tokens of a micro-batch, V vocabulary, N documents of a micro-batch.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_dist.core.batch import MODALITIES, Batch
+from moe_dist.evaluate.intervals import DocumentSums
 from moe_dist.losses import language
 from moe_dist.parallel.layout import Layout
 
@@ -24,17 +28,48 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure a model's mean cross-entropy in nats per token.
 
-    Returns eval/loss, eval/loss/text, eval/loss/image and eval/loss/domain/NAME. A key is absent if there are no
-    predictions to average.
+    Returns eval/loss, eval/loss/text, eval/loss/image and eval/loss/domain/NAME, the accuracy of the most likely token
+    (eval/accuracy), and the intervals of eval/loss and eval/accuracy (KEY/low, KEY/high). A key is absent if there are
+    no predictions to average, and an interval if there are fewer than two documents.
     forward: Batch -> an output with logits_TV. domains: the names of the domains, indexed by the batches' domain_T;
     empty if the data have no domains. Collective: every rank must call it with the same number of batches, as
     held_out_batches ensures.
     """
+    moments = torch.zeros(2, 6, dtype=torch.float64, device=layout.device)
 
     def of_batch(batch: Batch) -> Tensor:
-        return language.token_losses(forward(batch).logits_TV, batch.targets_T)
+        logits_TV = forward(batch).logits_TV
+        losses_T = language.token_losses(logits_TV, batch.targets_T)
+        hits_T = logits_TV.argmax(dim=1) == batch.targets_T
+        moments.add_(torch.stack([_moments(values_T, batch) for values_T in (losses_T, hits_T)]))
+        return losses_T
 
-    return mean_losses(of_batch, (batch.to(layout.device) for batch in batches), layout, domains)
+    means = mean_losses(of_batch, (batch.to(layout.device) for batch in batches), layout, domains)
+    if layout.dp_group is not None:
+        dist.all_reduce(moments, group=layout.dp_group)
+    return means | _intervals(*(DocumentSums(*row) for row in moments.tolist()))
+
+
+def _moments(values_T: Tensor, batch: Batch) -> Tensor:
+    """Return the fields of DocumentSums, float64 [6], for the values of a micro-batch's predictions.
+
+    A document that is cut into several pieces counts as several documents.
+    """
+    of_token_T2 = torch.stack([values_T.double(), torch.ones_like(values_T, dtype=torch.float64)], dim=1)
+    of_token_T2 = torch.where(batch.loss_mask_T[:, None], of_token_T2, 0.0)
+    of_document_N2 = of_token_T2.new_zeros(len(batch.info.document_lengths), 2)
+    x_N, n_N = of_document_N2.index_add_(0, batch.info.document_T, of_token_T2).unbind(1)
+    return torch.stack([(n_N > 0).sum(), x_N.sum(), n_N.sum(), (x_N * x_N).sum(), (x_N * n_N).sum(), (n_N * n_N).sum()])
+
+
+def _intervals(loss: DocumentSums, hits: DocumentSums) -> dict[str, float]:
+    if not hits.predictions:
+        return {}
+    found = {"eval/accuracy": hits.mean}
+    if hits.documents > 1:
+        for key, (low, high) in {"eval/loss": loss.interval(), "eval/accuracy": hits.share_interval()}.items():
+            found |= {f"{key}/low": low, f"{key}/high": high}
+    return found
 
 
 def mean_losses(

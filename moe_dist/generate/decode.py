@@ -4,7 +4,8 @@ Models whose routing depends on later tokens are refused. All ranks decode in st
 ranks. A rank whose samples are all done feeds padding to its model until every rank is done. The result for a sample
 does not depend on the rank that decodes it or on the other samples of that rank.
 
-Shape suffixes: K kinds of next token (DocumentFormat.next), R rows (documents in the cache), S samples, T tokens, V vocabulary.
+Shape suffixes: K kinds of next token (DocumentFormat.next), R rows (documents in the cache), S samples, T tokens,
+V vocabulary.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from moe_dist.harness.answering import AnsweringModel
 from moe_dist.parallel.agreement import PATIENCE, raise_on_all_ranks
 
-Result = TypeVar("Result")
+Outcome = TypeVar("Outcome")
 Job = tuple[str, tuple[Any, ...]]  # the name of a method of AnsweringModel, and its arguments
 
 
@@ -31,13 +31,13 @@ class Team:
         self._share((method, arguments))
         return getattr(self._model, method)(*arguments)
 
-    def lead(self, work: Callable[[], Result]) -> Result | None:
+    def lead(self, work: Callable[[], Outcome]) -> Outcome | None:
         """Run `work`, which may call `ask`, on rank 0, while the other ranks follow. Collective.
 
         Returns the result on rank 0 and None on the others. An exception of rank 0 is raised on every rank.
         """
         problem: Exception | None = None
-        result: Result | None = None
+        result: Outcome | None = None
         if self._model.layout.is_main:
             try:
                 result = work()

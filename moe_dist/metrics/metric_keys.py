@@ -1,8 +1,9 @@
 """The table of all metric keys. The keys are the same in metrics.jsonl, TensorBoard and W&B.
 
-In the keys, {layer} stands for a layer's number, {modality} for text or image, and {domain} for the name of an
-instruction domain. All losses are in nats per predicted token. The moe/ keys and model_flops cover all micro-batches of
-the step on all ranks.
+In the keys, {layer} stands for a layer's number, {modality} for text or image, {domain} for the name of an
+instruction domain, {task} for the name of a task or group of lm_eval, and {metric} for the name of one of its metrics.
+All losses are in nats per predicted token. The moe/ keys and model_flops cover all micro-batches of the step on all
+ranks.
 """
 
 from __future__ import annotations
@@ -27,10 +28,23 @@ KEYS = {
     "eval/loss": "held-out loss",
     "eval/loss/{modality}": "the same, per modality of the target",
     "eval/loss/domain/{domain}": "the same, per domain of the instruction",
+    "eval/loss/low": "lower end of the 95 % confidence interval of eval/loss over documents",
+    "eval/loss/high": "upper end",
+    "eval/accuracy": "fraction of the held-out predictions whose target is the most likely token",
+    "eval/accuracy/low": "lower end of its 95 % confidence interval over documents",
+    "eval/accuracy/high": "upper end",
+    "eval/tasks/{task}/{metric}": "a metric of lm_eval on a task or group (metrics of another filter: METRIC/FILTER)",
+    "eval/tasks/{task}/{metric}/low": "lower end of its 95 % confidence interval over the task's documents",
+    "eval/tasks/{task}/{metric}/high": "upper end",
     "eval/causal/loss": "held-out loss (a likelihood) with auxiliary routers replacing expert choice and "
     "mixture-of-depths",
     "eval/causal/loss/{modality}": "the same, per modality of the target",
     "eval/causal/loss/domain/{domain}": "the same, per domain of the instruction",
+    **{
+        f"eval/{routing}/{key}": f"as eval/{key}, for eval/{routing}/loss"
+        for routing in ("causal", "shuffled")
+        for key in ("loss/low", "loss/high", "accuracy", "accuracy/low", "accuracy/high")
+    },
     "eval/image_to_text": "held-out loss of captions and their end tokens that follow their image",
     "eval/text_to_image": "held-out loss of image codes that follow their caption",
     "eval/causal/image_to_text": "the same with auxiliary routers",
@@ -74,7 +88,7 @@ KEYS = {
     "moe/rank_imbalance": "rows of the busiest expert-parallel rank over the mean of its group, in the worst layer",
 }
 
-_BLANKS = {"{layer}": r"\d+", "{modality}": "|".join(MODALITIES), "{domain}": ".+"}
+_BLANKS = {"{layer}": r"\d+", "{modality}": "|".join(MODALITIES), "{domain}": ".+", "{task}": "[^/]+", "{metric}": ".+"}
 _PATTERN = re.compile("|".join(re.sub(r"\{\w+\}", lambda blank: f"(?:{_BLANKS[blank[0]]})", key) for key in KEYS))
 
 

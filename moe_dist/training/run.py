@@ -48,6 +48,7 @@ from moe_dist.training.engine import Engine
 from moe_dist.training.schedule import learning_rate
 from moe_dist.training.setup import check_recipe, embedding_rows, find_origin, open_data, open_loader
 from moe_dist.training.step_metrics import StepMeter
+from moe_dist.training.task_evaluation import TaskEvaluation
 
 
 def train(config: Config, stop: StopSignals | None = None) -> None:
@@ -93,6 +94,7 @@ class Run:
     documents: TokenStore  # of the training split
     held_out: TokenStore
     loader_state: dict[str, Any]
+    tasks: TaskEvaluation | None  # None if the recipe has no eval.tasks
     initial: Account | None  # the account of init_from; None if the run resumes or has no init_from
     stop: StopSignals = field(default_factory=StopSignals)
     step: int = 0  # optimizer steps done
@@ -113,6 +115,7 @@ class Run:
         documents, held_out = open_data(config.data, vocabulary, layout, stop)
         with torch.device("meta"):
             model = Transformer(config.model, rows, layout, config.seed)
+        tasks = TaskEvaluation.open(config, model, vocabulary, layout)
         engine = make_engine(model, config, layout, origin.is_new)
         initial = origin.fill(engine, layout, vocabulary)
         with raise_on_all_ranks():
@@ -129,6 +132,7 @@ class Run:
             documents=documents,
             held_out=held_out,
             loader_state=loader_state,
+            tasks=tasks,
             initial=initial,
             step=origin.state.step if origin.state else 0,
             tokens=origin.state.tokens if origin.state else 0,
@@ -162,6 +166,8 @@ class Run:
                 if _due(self.step, config.eval.every, self.last):
                     metrics |= self.evaluate()
                     watch.beat()
+                if self.tasks is not None and self._are_tasks_due(self.step):
+                    metrics |= self.tasks.evaluate(watch.beat)
                 if self._is_logged(self.step):
                     self._log(sinks, metrics)
                 progress.update(self.step, metrics)
@@ -207,7 +213,11 @@ class Run:
     def _is_logged(self, step: int) -> bool:
         """Return True if the metrics of step number `step` are written to metrics.jsonl."""
         every = self.config.telemetry.every
-        return step % every == 0 or step == self.last or _due(step, self.config.eval.every, self.last)
+        evaluated = _due(step, self.config.eval.every, self.last) or self._are_tasks_due(step)
+        return step % every == 0 or step == self.last or evaluated
+
+    def _are_tasks_due(self, step: int) -> bool:
+        return _due(step, self.config.eval.steps_between_tasks, self.last)
 
     def _tell_hang(self, sentence: str) -> None:
         self.folder.write_status("failed", self.step, sentence, restart=True)
