@@ -29,8 +29,6 @@ from moe_dist.training.trained_run import TrainedRun
 
 
 def main(argv: list[str]) -> None:
-    # A script's folder comes first in Python's path, where this file would hide the package lm_eval.
-    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")

@@ -6,6 +6,7 @@ Only rank 0 loads the tasks and computes the metrics.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
 
 FEWSHOT_SEED = 1234  # the default of lm_eval
+BOOTSTRAPS = 1000  # samples for standard errors without a formula; lm_eval's 100,000 would take longer than the model
 Results = dict[str, Any]
 
 
@@ -59,7 +61,7 @@ class TaskSuite:
         loaded = None
         with raise_on_all_ranks(patient=True):  # a task may prepare its data for a long time
             if layout.is_main:
-                require_extra("lm_eval", "eval", "evaluating tasks")
+                _require_lm_eval()
                 with keep_random_state():
                     loaded = load_tasks(settings)
         return cls(settings, loaded)
@@ -86,6 +88,7 @@ class TaskSuite:
                 HarnessModel(team, text, context),
                 self.loaded,
                 limit=self.settings.limit,
+                bootstrap_iters=BOOTSTRAPS,
                 apply_chat_template=self.settings.chat,
                 fewshot_as_multiturn=self.settings.chat,
                 confirm_run_unsafe_code=self.settings.unsafe_code,
@@ -96,6 +99,18 @@ class TaskSuite:
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
+def _require_lm_eval() -> None:
+    """Raise UserError if the package lm_eval is not installed.
+
+    The folder of the running script comes first in Python's path. In launch/, the file lm_eval.py would hide the
+    package, so this folder is removed from the path.
+    """
+    scripts = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent
+    if (scripts / "lm_eval.py").is_file():
+        sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != scripts]
+    require_extra("lm_eval", "eval", "evaluating tasks")
+
+
 def load_tasks(settings: TaskSettings) -> TaskDict:
     """Load tasks by their names and files. Raises UserError if a task or file does not exist or cannot be loaded."""
     from lm_eval.tasks import TaskManager
@@ -104,7 +119,10 @@ def load_tasks(settings: TaskSettings) -> TaskDict:
     for file in files:
         if not file.is_file():
             raise UserError(f"there is no task file {file}")
-    folders = sorted({str(file.parent) for file in files})
+    given = {file.resolve().parent for file in files}
+    folders = sorted(
+        str(folder) for folder in given if given.isdisjoint(folder.parents)
+    )  # each includes its subfolders
     # Reading the index of lm_eval's own tasks takes seconds.
     manager = TaskManager(include_path=folders, include_defaults=len(files) < len(settings.tasks))
     names = [name for task in settings.tasks for name in _names(task, manager)]

@@ -51,6 +51,27 @@ def test_a_modality_without_predictions_has_no_key():
     }
 
 
+def test_the_interval_and_the_accuracy_are_over_documents():
+    sums = []  # of each document: loss, hits, predictions
+    for batch in batches():
+        with torch.no_grad():
+            logits = table_forward(batch).logits_TV.double()
+        for document in range(len(batch.info.document_lengths)):
+            counted = (batch.loss_mask_T & (batch.info.document_T == document)).nonzero().squeeze(1).tolist()
+            if counted:
+                losses = [F.cross_entropy(logits[t], batch.targets_T[t]).item() for t in counted]
+                hits = sum(int(logits[t].argmax()) == int(batch.targets_T[t]) for t in counted)
+                sums.append((sum(losses), hits, len(counted)))
+    result = evaluate(table_forward, batches(), Layout())
+    predictions = sum(n for _, _, n in sums)
+    mean = sum(loss for loss, _, _ in sums) / predictions
+    squares = sum((loss - mean * n) ** 2 for loss, _, n in sums)
+    half = 1.959964 * (squares * len(sums) / (len(sums) - 1)) ** 0.5 / predictions
+    assert (result["eval/loss/low"], result["eval/loss/high"]) == pytest.approx((mean - half, mean + half), rel=1e-4)
+    assert result["eval/accuracy"] == pytest.approx(sum(hits for _, hits, _ in sums) / predictions)
+    assert 0 <= result["eval/accuracy/low"] < result["eval/accuracy"] < result["eval/accuracy/high"] <= 1
+
+
 def in_domains(given):
     """Give every third token no domain and the others one of two domains in turn."""
     for batch in given:

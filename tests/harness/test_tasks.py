@@ -1,5 +1,7 @@
 """Tasks answered by our model, compared with lm_eval's own model on the export of the same checkpoint."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -116,10 +118,10 @@ def refuse_settings(rank, checkpoint, tasks):
 
 
 def test_settings_of_generation_that_are_not_supported(mixtral, tasks, tmp_path):
-    content = (tmp_path / "beams.yaml", next(task for task in tasks if "continued" in task))
-    text = open(content[1]).read().replace("task: continued", "task: beams").replace("until:", "num_beams: 3\n  until:")
-    content[0].write_text(text)
-    first, second = run_ranks(refuse_settings, 2, mixtral[0], [str(content[0])])
+    text = Path(next(task for task in tasks if "continued" in task)).read_text()
+    beams = tmp_path / "beams.yaml"
+    beams.write_text(text.replace("task: continued", "task: beams").replace("until:", "num_beams: 3\n  until:"))
+    first, second = run_ranks(refuse_settings, 2, mixtral[0], [str(beams)])
     assert "generation_kwargs of a task" in first and "num_beams" in first and second == f"{first} (rank 0)"
 
 
