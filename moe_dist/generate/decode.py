@@ -140,8 +140,8 @@ def _extend(
     """Draw the next token of every sample and append it to the sample.
 
     The token also becomes the `feed` of the sample's rows, so the model reads it in the next step.
-    logits_RV: the logits after each row's last token. masks_KV: for each kind of token (DocumentFormat.next), which tokens of
-    the vocabulary are allowed.
+    logits_RV: the logits after each row's last token. masks_KV: for each kind of token (DocumentFormat.next), which
+    tokens of the vocabulary are allowed.
     """
     device = logits_RV.device
     place = {(row.sample.number, row.unconditional): number for number, row in enumerate(rows)}

@@ -22,7 +22,7 @@ from tests.support.task_cases import (
     write_tasks,
 )
 
-PLAIN = {}
+PLAIN = {"limit": 24}
 EXAMPLES_IN_A_CHAT = {"fewshot": 2, "chat": True, "limit": 12}  # longer than the context
 
 
