@@ -24,7 +24,7 @@ from moe_dist.harness.answering import AnsweringModel
 from moe_dist.harness.task_suite import Results, TaskMetric, TaskSettings, TaskSuite, task_metrics
 from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.parallel.agreement import raise_on_all_ranks
-from moe_dist.parallel.discovery import run_rank
+from moe_dist.parallel.discovery import is_main_process, run_rank
 from moe_dist.training.trained_run import TrainedRun
 
 
@@ -49,8 +49,8 @@ def evaluate_tasks(arguments: argparse.Namespace) -> None:
     with raise_on_all_ranks():
         given = {name: getattr(arguments, name) for name in TaskSettings.model_fields}
         settings = validate(TaskSettings, given, "lm_eval.py")
+    suite = TaskSuite.load(settings, is_main=is_main_process())
     run = found.open()
-    suite = TaskSuite.load(settings, run.layout)
     with raise_on_all_ranks():
         model = replace(AnsweringModel.of(run.config, run.model, run.vocabulary, run.layout), shown=True)
     results = suite.evaluate(model, run.config.data.text_tokenizer)

@@ -18,7 +18,6 @@ from moe_dist.metrics.curves import report_or_explain, write_report
 from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.metrics.sinks import Sinks
 from moe_dist.parallel.discovery import discover
-from moe_dist.parallel.layout import Layout
 from tests.metrics.test_curves import make_run
 from tests.metrics.test_run_folder import make_config
 from tests.support import ROOT
@@ -107,7 +106,7 @@ def test_tasks(monkeypatch):
     with pytest.raises(
         UserError, match=r"^evaluating tasks needs the package lm_eval: pip install 'moe_dist\[eval\]'$"
     ):
-        TaskSuite.load(TaskSettings(tasks=("hellaswag",)), Layout())
+        TaskSuite.load(TaskSettings(tasks=("hellaswag",)), is_main=True)
 
 
 @pytest.mark.parametrize("module", ["transformers", "gguf", "accelerate"])

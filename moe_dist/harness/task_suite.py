@@ -23,7 +23,6 @@ from moe_dist.harness.random_state import keep_random_state
 from moe_dist.harness.task_text import TaskText, load_task_text
 from moe_dist.harness.team import Team
 from moe_dist.parallel.agreement import raise_on_all_ranks
-from moe_dist.parallel.layout import Layout
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -52,15 +51,15 @@ class TaskSuite:
     loaded: TaskDict | None
 
     @classmethod
-    def load(cls, settings: TaskSettings, layout: Layout) -> TaskSuite:
-        """Load the tasks and their data. Collective.
+    def load(cls, settings: TaskSettings, *, is_main: bool) -> TaskSuite:
+        """Load the tasks and their data on rank 0. Collective.
 
         Raises UserError if lm_eval is not installed, if a task or file does not exist, or if a task's data cannot be
         loaded.
         """
         loaded = None
         with raise_on_all_ranks(patient=True):  # a task may prepare its data for a long time
-            if layout.is_main:
+            if is_main:
                 _require_lm_eval()
                 with keep_random_state():
                     loaded = load_tasks(settings)
@@ -212,7 +211,7 @@ def _interval(value: float, error: Any, of_documents: Sequence[Any]) -> Interval
             return wilson(right, items)
     if not isinstance(error, int | float) or not math.isfinite(error):
         return None
-    return value - Z95 * error, value + Z95 * error
+    return float(value - Z95 * error), float(value + Z95 * error)
 
 
 def metric_values(metrics: Iterable[TaskMetric]) -> dict[str, float]:

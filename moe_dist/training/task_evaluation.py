@@ -30,7 +30,8 @@ class TaskEvaluation:
         """
         if not config.eval.tasks:
             return None
-        suite = TaskSuite.load(TaskSettings(tasks=config.eval.tasks, limit=config.eval.task_limit), layout)
+        settings = TaskSettings(tasks=config.eval.tasks, limit=config.eval.task_limit)
+        suite = TaskSuite.load(settings, is_main=layout.is_main)
         with raise_on_all_ranks():
             answering = AnsweringModel.of(config, model, vocabulary, layout)
         return cls(suite, answering, config.data.text_tokenizer)

@@ -12,6 +12,7 @@ from moe_dist.parallel.layout import Layout, make_layout
 from tests.convert.test_export import save_mixtral
 from tests.support.distributed import run_ranks
 from tests.support.hugging_face_models import save_llama
+from tests.support.long import LONG
 from tests.support.task_cases import (
     answering_model,
     compare_answers,
@@ -55,7 +56,7 @@ def test_a_swap_of_two_experts_is_found(mixtral, tasks):
     with torch.no_grad():
         weight = next(p for name, p in model.model.named_parameters() if "experts" in name and p.dim() == 3)
         weight[[0, 1]] = weight[[1, 0]]
-    ours = TaskSuite.load(settings, Layout()).evaluate(model, str(mixtral[0] / "tokenizer"))
+    ours = TaskSuite.load(settings, is_main=True).evaluate(model, str(mixtral[0] / "tokenizer"))
     with pytest.raises(AssertionError, match="instead of"):
         compare_answers(ours, reference_results(mixtral[1], settings))
 
@@ -79,10 +80,10 @@ def test_metrics_have_intervals(mixtral, tasks):
     assert metrics["rolling", "bits_per_byte"].value > 0
 
 
-def refused(rank, tasks, fewshot=None):
+def refused(rank, tasks):
     layout = Layout() if rank < 0 else make_layout(expert=1, device=torch.device("cpu"))
     try:
-        TaskSuite.load(TaskSettings(tasks=tasks, fewshot=fewshot), layout)
+        TaskSuite.load(TaskSettings(tasks=tasks), is_main=layout.is_main)
     except UserError as error:
         return str(error)
     return None
@@ -109,7 +110,7 @@ def test_every_rank_has_the_sentence(tmp_path):
 def refuse_settings(rank, checkpoint, tasks):
     """Have rank 0 refuse a request while the other ranks follow."""
     layout = make_layout(expert=2, device=torch.device("cpu"))
-    suite = TaskSuite.load(TaskSettings(tasks=tasks, limit=1), layout)
+    suite = TaskSuite.load(TaskSettings(tasks=tasks, limit=1), is_main=layout.is_main)
     try:
         suite.evaluate(answering_model(checkpoint, layout), str(checkpoint / "tokenizer"))
     except UserError as error:
@@ -125,7 +126,7 @@ def test_settings_of_generation_that_are_not_supported(mixtral, tasks, tmp_path)
     assert "generation_kwargs of a task" in first and "num_beams" in first and second == f"{first} (rank 0)"
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(not LONG, reason="a real model, minutes of processor time: make test-long runs it")
 def test_smollm2_answers_as_in_transformers(tasks, tmp_path):
     prepare_smollm2(tmp_path / "smollm2")
     checkpoint, exported = import_and_export(tmp_path / "smollm2", tmp_path)

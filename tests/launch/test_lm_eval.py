@@ -38,6 +38,8 @@ def test_tasks_during_training_and_after_it(tokenizers, tmp_path):
     ]
     run_ranks(train_on_rank, 2, overrides)
     first, second, third = metrics_of(run)
+    run_ranks(train_on_rank, 2, [*overrides, "eval.tasks=[]", f"run.dir={tmp_path / 'without'}"])
+    assert [line["loss"] for line in metrics_of(tmp_path / "without")] == [first["loss"], second["loss"], third["loss"]]
     of_tasks = {key: value for key, value in third.items() if key.startswith("eval/tasks/")}
     assert of_tasks.keys() == {key for key in second if key.startswith("eval/tasks/")}
     assert not any(key.startswith("eval/tasks/") for key in first)

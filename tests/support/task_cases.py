@@ -134,7 +134,7 @@ def answering_model(checkpoint: Path, layout: Layout, **changes) -> AnsweringMod
 def our_results(rank: int, checkpoint: Path, settings: TaskSettings) -> Results:
     """Evaluate our model. With rank -1 in one process, otherwise on all ranks, which together hold the experts."""
     layout = Layout() if rank < 0 else make_layout(expert=2, device=torch.device("cpu"))
-    suite = TaskSuite.load(settings, layout)
+    suite = TaskSuite.load(settings, is_main=layout.is_main)
     results = suite.evaluate(answering_model(checkpoint, layout), str(checkpoint / "tokenizer"))
     return {key: results[key] for key in ("results", "samples") if key in results}
 
@@ -148,7 +148,7 @@ def reference_results(exported: Path, settings: TaskSettings) -> Results:
     tokenizer = AutoTokenizer.from_pretrained(exported)
     # With larger batches, HFLM's text of a document that ends early goes on until the whole batch has ended.
     theirs = HFLM(pretrained=model, tokenizer=tokenizer, max_length=CONTEXT, batch_size=1)
-    loaded = TaskSuite.load(settings, Layout()).loaded
+    loaded = TaskSuite.load(settings, is_main=True).loaded
     chat = {"apply_chat_template": settings.chat, "fewshot_as_multiturn": settings.chat}
     return evaluate(theirs, loaded, limit=settings.limit, **chat)
 
