@@ -119,9 +119,7 @@ def load_tasks(settings: TaskSettings) -> TaskDict:
         if not file.is_file():
             raise UserError(f"there is no task file {file}")
     given = {file.resolve().parent for file in files}
-    folders = sorted(
-        str(folder) for folder in given if given.isdisjoint(folder.parents)
-    )  # each includes its subfolders
+    folders = sorted(str(folder) for folder in given if given.isdisjoint(folder.parents))  # subfolders are included
     # Reading the index of lm_eval's own tasks takes seconds.
     manager = TaskManager(include_path=folders, include_defaults=len(files) < len(settings.tasks))
     names = [name for task in settings.tasks for name in _names(task, manager)]
@@ -133,7 +131,9 @@ def load_tasks(settings: TaskSettings) -> TaskDict:
         raise UserError(f"lm_eval cannot load {tried}: {type(error).__name__}: {lines[0]}") from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) and not settings.unsafe_code:
-            raise UserError(f"the task {name} runs code that the model writes: allow it with --unsafe-code")
+            raise UserError(
+                f"the task {name} runs code that the model writes: only launch/lm_eval.py --unsafe-code does that"
+            )
         if getattr(task, "MULTIMODAL", False):
             raise UserError(f"the task {name} needs pictures or sound, but tasks can only be answered with text")
         _set_examples(task, settings.fewshot)
@@ -142,7 +142,7 @@ def load_tasks(settings: TaskSettings) -> TaskDict:
 
 def is_file(task: str) -> bool:
     """Return whether a task is given as a file and not by its name."""
-    return task.endswith((".yaml", ".yml")) or "/" in task
+    return task.endswith(".yaml") or "/" in task
 
 
 def _names(task: str, manager: TaskManager) -> list[str]:
@@ -150,7 +150,9 @@ def _names(task: str, manager: TaskManager) -> list[str]:
     if is_file(task):
         found = [name for name, entry in manager.task_index.items() if _is_of_file(entry.yaml_path, Path(task))]
         if not found:
-            raise UserError(f"{task} is not a task file of lm_eval: it must name a `task` or a `group`")
+            raise UserError(
+                f"{task} is not a task file of lm_eval: it must be a .yaml file that names a `task` or a `group`"
+            )
         return found
     found = manager.match_tasks([task])
     if not found:
