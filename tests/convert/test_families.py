@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from moe_dist.checkpoint.checkpoint import read_state
 from moe_dist.checkpoint.stored_weights import read_tensors
+from moe_dist.convert import pretrained
 from moe_dist.convert.families.family_registry import FAMILIES
 from moe_dist.convert.hugging_face import export_folder, import_folder
+from moe_dist.core.tensor_files import LazyTensor
 from moe_dist.model.transformer import Transformer
 from tests.support.family_models import reference_model, save_model
 from tests.support.hugging_face_models import (
@@ -239,3 +241,47 @@ def exported_as(kind, changes):
 
 def tensors_of(folder: Path):
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def swap_experts(tensors):
+    """Exchange two experts' matrices, as an importer that sorts names as text would do beyond ten experts."""
+    first, second = (next(name for name in tensors if name.endswith(f"experts.down[{number}]")) for number in (0, 1))
+    tensors[first], tensors[second] = tensors[second], tensors[first]
+
+
+def transpose_a_matrix(tensors):
+    name = next(name for name, tensor in tensors.items() if name.endswith("linear_proj.weight"))
+    tensor = tensors[name]
+    tensors[name] = LazyTensor(tensor.shape, tensor.dtype, lambda: tensor.read().T.contiguous())
+
+
+def empty(ending):
+    def change(tensors):
+        name = next(name for name in tensors if name.endswith(ending))
+        shape, dtype = tensors[name].shape, tensors[name].dtype
+        tensors[name] = LazyTensor(shape, dtype, lambda: torch.zeros(shape, dtype=dtype))
+
+    return change
+
+
+FAULTS = {
+    "two experts swapped": ("mixtral", swap_experts),
+    "a matrix transposed": ("llama, grouped", transpose_a_matrix),
+    "an expert dropped": ("qwen3_moe", empty("experts.gate_up[5]")),
+    "a bias missing": ("qwen2", empty("linear_qkv.bias")),
+}
+
+
+@pytest.mark.parametrize(("case", "fault"), FAULTS.values(), ids=FAULTS)
+def test_planted_faults_are_caught(case, fault, monkeypatch, tmp_path):
+    """The comparison of logits above fails if the import makes this mistake."""
+    original = pretrained.from_theirs
+
+    def faulty(*arguments):
+        tensors = original(*arguments)
+        fault(tensors)
+        return tensors
+
+    monkeypatch.setattr(pretrained, "from_theirs", faulty)
+    with pytest.raises(AssertionError, match="Tensor-likes are not close"):
+        test_logits_equal_the_reference(*CASES[case], tmp_path)
