@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,13 +15,17 @@ from torch import Tensor
 from moe_dist.config.inheritance import merge
 from moe_dist.config.recipe import Config
 from moe_dist.core.strict import validate
+from moe_dist.metrics import memory
 from moe_dist.metrics.memory import RankBytes, rank_bytes
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.layout import Layout
+from moe_dist.training import deepspeed
 from moe_dist.training.trainable import freeze_others
 from tests.support import checkpoint_jobs
 from tests.support.checkpoint_jobs import Job
 from tests.support.distributed import run_ranks
 from tests.support.model_batches import LORA, LORA_EXPERTS, TOP_K, model_config
-from tests.support.toy_model import objective, step_batches
+from tests.support.toy_model import VOCABULARY, objective, step_batches
 
 LORA_MODEL = model_config(LORA_EXPERTS, attention_lora=LORA)
 STATEFUL = model_config(TOP_K | {"router": {"type": "deepseek_v3", "num_experts": 4, "top_k": 2}}, tie_embeddings=True)
@@ -105,8 +110,10 @@ def measured(rank: int, job: Job, settings: dict[str, Any]) -> tuple[RankBytes, 
 
     def predicting(model, config, layout):
         config = validate(Config, merge(config.model_dump(mode="json"), {"deepspeed": settings}), "test")
-        freeze_others(model, config.trainable)
-        formula.append(rank_bytes(model, layout, config.deepspeed))
+        with torch.device("meta"):
+            whole = Transformer(model.config, VOCABULARY, Layout(), seed=0)
+        freeze_others(whole, config.trainable)
+        formula.append(rank_bytes(whole, layout, config.deepspeed))
         return make_engine(model, config, layout)
 
     checkpoint_jobs.make_engine = predicting
@@ -144,33 +151,49 @@ def check(job: Job, *, upper: bool = False, **settings: Any) -> list[RankBytes]:
 FULL = Job(transformer=True)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+FORMS = [(1, ("*",), "AdamW"), (2, (*DOWN, *ROUTERS), "SGD"), (2, ("*",), "AdamW")]  # EP, trainable, optimizer
+FEW = {(0, False), (0, True), (1, True)}  # number of a form, bf16
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(
-    ("expert", "trainable", "optimizer"), [(1, ("*",), "AdamW"), (2, (*DOWN, *ROUTERS), "SGD"), (2, ("*",), "AdamW")]
+    ("form", "bf16"),
+    [
+        pytest.param(FORMS[number], bf16, marks=() if (number, bf16) in FEW else pytest.mark.slow)
+        for number in range(3)
+        for bf16 in (False, True)
+    ],
 )
-def test_the_formula_is_what_an_engine_holds(stage, bf16, expert, trainable, optimizer):
+def test_the_formula_is_what_an_engine_holds(stage, bf16, form):
+    expert, trainable, optimizer = form
     check(replace(FULL, stage=stage, bf16=bf16, expert=expert, trainable=trainable, optimizer=optimizer))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+SMALL_BUCKET = {"reduce_bucket_size": 70_000, "stage3_param_persistence_threshold": 20_000}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("stage", "settings"),
     [
-        {"data_types": {"grad_accum_dtype": "bf16"}},
-        {"zero_optimization": {"overlap_comm": True}},
-        {"zero_optimization": {"reduce_bucket_size": 70_000, "stage3_param_persistence_threshold": 20_000}},
-        {"zero_optimization": {"stage3_param_persistence_threshold": 10**6}},
-        {"zero_optimization": {"stage3_param_persistence_threshold": 10**6, "stage3_model_persistence_threshold": 9e4}},
+        *((stage, {"data_types": {"grad_accum_dtype": "bf16"}}) for stage in (1, 2, 3)),
+        *((stage, {"zero_optimization": SMALL_BUCKET}) for stage in (1, 2, 3)),
+        (1, {"zero_optimization": {"overlap_comm": True}}),
+        (3, {"zero_optimization": {"sub_group_size": 50_000, "stage3_param_persistence_threshold": 10**6}}),
+        (
+            3,
+            {
+                "zero_optimization": {"stage3_param_persistence_threshold": 10**6},
+                "stage3_model_persistence_threshold": 9e4,
+            },
+        ),
     ],
     ids=str,
 )
-def test_settings_that_cost_memory(stage, settings):
+def test_settings_that_change_the_memory(stage, settings):
     check(replace(FULL, stage=stage, bf16=True), upper="bucket" in str(settings), **settings)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(("stage", "bf16"), [(1, True), (2, False), (3, True)])
 def test_a_single_rank(stage, bf16):
     check(Job(world=1, expert=1, stage=stage, bf16=bf16, model=LORA_MODEL))
 
@@ -181,6 +204,22 @@ def test_adapters_tied_embeddings_and_buffers(model, stage):
     trainable = ("*lora*",) if model is LORA_MODEL else ROUTERS
     formula, _ = check(Job(expert=1, stage=stage, bf16=True, model=model, trainable=trainable))
     assert formula.frozen > formula.parameters and (formula.buffers > 0) == (model is STATEFUL)
+
+
+def measured_with_small_groups(rank: int, job: Job) -> tuple[RankBytes, dict[str, int], int]:
+    """Let DeepSpeed divide groups of experts at few elements."""
+    split = deepspeed.split_params_into_different_moe_groups_for_optimizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "EXPERT_GROUP", 300_000)
+        patch.setattr(deepspeed, split.__name__, partial(split, max_group_size=300_000))
+        return measured(rank, job, {})
+
+
+def test_large_groups_of_experts():
+    job = replace(FULL, stage=3, bf16=True, expert=1)
+    for formula, found, _ in run_ranks(measured_with_small_groups, 2, job):
+        assert formula.gradients <= found["gradients"] <= formula.gradients + 128
+    assert formula.gradients < check(job)[0].gradients
 
 
 def test_experts_that_are_copied_and_divided():

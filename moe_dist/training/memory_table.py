@@ -1,0 +1,105 @@
+"""Command that prints a table of the memory that recipes need on each GPU, and the numbers behind it.
+
+  python -m moe_dist.training.memory_table configs/NAME.yaml:VOCABULARY_SIZE ... [--gpus 8 16 64] [--room 64]
+
+Each recipe is shown with all parameters trained, with LoRA, and with the routers trained alone. Of each, the lowest
+ZeRO stage is shown at which the model, the gradients and the optimizer fit into `room` GiB; the rest of a GPU is for
+activations. The expert-parallel ranks are as many as divide the experts and a node of 8 GPUs. docs/weights.md has the
+table for the sizes of published models.
+"""
+
+from __future__ import annotations
+
+import argparse
+from math import gcd
+from pathlib import Path
+
+import torch
+
+from moe_dist.config.model_section import MoEFFN
+from moe_dist.config.recipe import Config, load_config
+from moe_dist.metrics.memory import RankBytes, rank_bytes
+from moe_dist.model.moe.moe_layer import routers
+from moe_dist.model.transformer import Transformer
+from moe_dist.parallel.layout import Layout, check_layout
+from moe_dist.training.trainable import freeze_others
+
+NODE = 8  # GPUs
+VARIANTS = {  # overrides of a recipe
+    "all": ["trainable=['*']"],
+    "LoRA": ["trainable=['*.attention.*lora*']", "model.attention_lora={rank: 16, alpha: 32}"],
+    "routers": ["trainable=['*.router.*']"],
+}
+
+
+def recipe_bytes(config: Config, vocab_size: int, world: int) -> RankBytes:
+    """Return the bytes of a recipe's model and optimizer on one of `world` ranks. Nothing is allocated.
+
+    Raises UserError if the recipe does not fit the number of ranks, or trains no parameter.
+    """
+    check_layout(world=world, expert=config.parallel.expert)
+    with torch.device("meta"):
+        model = Transformer(config.model, vocab_size, Layout(), config.seed)
+    freeze_others(model, config.trainable)
+    return rank_bytes(model, Layout(world=world, expert=config.parallel.expert), config.deepspeed)
+
+
+def lowest_stage(recipe: Path, overrides: list[str], vocab_size: int, world: int, room: float) -> tuple[int, RankBytes]:
+    """Return the lowest ZeRO stage at which a recipe needs at most `room` bytes on a rank, and the bytes.
+
+    If it needs more at every stage, return stage 3. The overrides are applied to the recipe.
+    """
+    stage, needed = 0, None
+    while needed is None or (needed.total > room and stage < 3):
+        stage += 1
+        config = load_config(recipe, [*overrides, f"deepspeed.zero_optimization.stage={stage}"])
+        needed = recipe_bytes(config, vocab_size, world)
+    return stage, needed
+
+
+def expert_ranks(config: Config) -> int:
+    """Return the number of expert-parallel ranks for the table: the most that divide the experts and a node."""
+    if not isinstance(config.model.ffn, MoEFFN):
+        return 1
+    with torch.device("meta"):
+        first = routers(Transformer(config.model.model_copy(update={"num_layers": 1}), 1, Layout(), config.seed))[0]
+    return gcd(sum(len(group) for group in first.expert_groups), NODE)
+
+
+def rows(recipe: Path, vocab_size: int, gpus: list[int], room: float) -> list[str]:
+    """Return the recipe's rows of the table: one for each of VARIANTS that it has parameters for."""
+    config = load_config(recipe)
+    expert = expert_ranks(config)
+    lines = []
+    for variant, overrides in VARIANTS.items():
+        if variant == "routers" and not isinstance(config.model.ffn, MoEFFN):
+            continue
+        own = [*overrides, f"parallel.expert={expert}"]
+        cells = [_cell(*lowest_stage(recipe, own, vocab_size, world, room), room) for world in gpus]
+        lines.append(f"| {recipe.stem} | {variant} | {expert} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(stage: int, needed: RankBytes, room: float) -> str:
+    state = needed.masters + needed.moments
+    shown = [needed.parameters + needed.frozen + needed.buffers, needed.gradients, state]
+    total = f"{needed.total / 2**30:.1f}" if needed.total <= room else f"**{needed.total / 2**30:.1f}**"
+    return f"ZeRO-{stage}: {total} = {' + '.join(f'{part / 2**30:.1f}' for part in shown)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="GiB on each GPU")
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE:VOCABULARY_SIZE")
+    parser.add_argument("--gpus", nargs="+", type=int, default=[8, 16, 64])
+    parser.add_argument("--room", type=float, default=64, help="GiB for model, gradients and optimizer")
+    options = parser.parse_args()
+    print("| model | trained | EP |", " | ".join(f"{number} GPUs" for number in options.gpus), "|")
+    print("|---" * (3 + len(options.gpus)) + "|")
+    for given in options.recipes:
+        recipe, _, vocab_size = given.rpartition(":")
+        for row in rows(Path(recipe), int(vocab_size), options.gpus, options.room * 2**30):
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
