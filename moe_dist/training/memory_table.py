@@ -2,16 +2,14 @@
 
   python -m moe_dist.training.memory_table configs/NAME.yaml:VOCABULARY_SIZE ... [--gpus 8 16 64] [--room 64]
 
-Each recipe is shown with all parameters trained, with LoRA, and with the routers trained alone. Of each, the lowest
-ZeRO stage is shown at which the model, the gradients and the optimizer fit into `room` GiB; the rest of a GPU is for
-activations. The expert-parallel ranks are as many as divide the experts and a node of 8 GPUs. docs/weights.md has the
-table for the sizes of published models.
+Each recipe is shown with all parameters trained, with LoRA, and with the routers trained alone. For each of these, the
+table has the lowest ZeRO stage at which the model, the gradients and the optimizer fit into `room` GiB. The rest of a
+GPU is for activations. docs/weights.md has the table for published models.
 """
 
 from __future__ import annotations
 
 import argparse
-from math import gcd
 from pathlib import Path
 
 import torch
@@ -19,12 +17,10 @@ import torch
 from moe_dist.config.model_section import MoEFFN
 from moe_dist.config.recipe import Config, load_config
 from moe_dist.metrics.memory import RankBytes, rank_bytes
-from moe_dist.model.moe.moe_layer import routers
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, check_layout
 from moe_dist.training.trainable import freeze_others
 
-NODE = 8  # GPUs
 VARIANTS = {  # overrides of a recipe
     "all": ["trainable=['*']"],
     "LoRA": ["trainable=['*.attention.*lora*']", "model.attention_lora={rank: 16, alpha: 32}"],
@@ -57,26 +53,15 @@ def lowest_stage(recipe: Path, overrides: list[str], vocab_size: int, world: int
     return stage, needed
 
 
-def expert_ranks(config: Config) -> int:
-    """Return the number of expert-parallel ranks for the table: the most that divide the experts and a node."""
-    if not isinstance(config.model.ffn, MoEFFN):
-        return 1
-    with torch.device("meta"):
-        first = routers(Transformer(config.model.model_copy(update={"num_layers": 1}), 1, Layout(), config.seed))[0]
-    return gcd(sum(len(group) for group in first.expert_groups), NODE)
-
-
 def rows(recipe: Path, vocab_size: int, gpus: list[int], room: float) -> list[str]:
-    """Return the recipe's rows of the table: one for each of VARIANTS that it has parameters for."""
+    """Return the recipe's rows of the table: one for each of VARIANTS. A dense model has no row for routers."""
     config = load_config(recipe)
-    expert = expert_ranks(config)
     lines = []
     for variant, overrides in VARIANTS.items():
         if variant == "routers" and not isinstance(config.model.ffn, MoEFFN):
             continue
-        own = [*overrides, f"parallel.expert={expert}"]
-        cells = [_cell(*lowest_stage(recipe, own, vocab_size, world, room), room) for world in gpus]
-        lines.append(f"| {recipe.stem} | {variant} | {expert} | {' | '.join(cells)} |")
+        cells = [_cell(*lowest_stage(recipe, overrides, vocab_size, world, room), room) for world in gpus]
+        lines.append(f"| {recipe.stem} | {variant} | {config.parallel.expert} | {' | '.join(cells)} |")
     return lines
 
 

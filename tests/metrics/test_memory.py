@@ -169,6 +169,7 @@ def test_the_formula_is_what_an_engine_holds(stage, bf16, form):
     check(replace(FULL, stage=stage, bf16=bf16, expert=expert, trainable=trainable, optimizer=optimizer))
 
 
+SMALL_PARAMETERS = {"stage3_param_persistence_threshold": 10**6, "stage3_model_persistence_threshold": 90_000}
 SMALL_BUCKET = {"reduce_bucket_size": 70_000, "stage3_param_persistence_threshold": 20_000}
 
 
@@ -179,13 +180,7 @@ SMALL_BUCKET = {"reduce_bucket_size": 70_000, "stage3_param_persistence_threshol
         *((stage, {"zero_optimization": SMALL_BUCKET}) for stage in (1, 2, 3)),
         (1, {"zero_optimization": {"overlap_comm": True}}),
         (3, {"zero_optimization": {"sub_group_size": 50_000, "stage3_param_persistence_threshold": 10**6}}),
-        (
-            3,
-            {
-                "zero_optimization": {"stage3_param_persistence_threshold": 10**6},
-                "stage3_model_persistence_threshold": 9e4,
-            },
-        ),
+        (3, {"zero_optimization": SMALL_PARAMETERS}),
     ],
     ids=str,
 )
