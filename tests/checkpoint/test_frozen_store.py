@@ -16,14 +16,19 @@ from moe_dist.checkpoint.checkpoint import checkpoint_path, newest_complete, pru
 from moe_dist.checkpoint.fragments import fragments
 from moe_dist.checkpoint.manifest import frozen_digest
 from moe_dist.checkpoint.stored_weights import read_tensors
+from moe_dist.config.model_section import ModelConfig
+from moe_dist.convert.hugging_face import export_folder, import_folder
 from moe_dist.convert.inspection import inspect
 from moe_dist.core import tensor_files
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import StoredFile, write_json
+from moe_dist.core.strict import validate
 from tests.checkpoint.test_checkpoint import read
 from tests.checkpoint.test_saver import make_saver, state_of
 from tests.support.checkpoint_jobs import Job, assert_same, attempt, build, run, run_on_rank
 from tests.support.distributed import run_ranks
+from tests.support.model_batches import LLAMA
+from tests.support.toy_model import objective, step_batches
 
 DOWN = ("*.experts.down",)  # half of the experts' weights
 
@@ -242,6 +247,27 @@ def test_a_full_disk_while_the_store_is_written(tmp_path):
     for sentence in run_ranks(_save_with_a_small_disk, 2, Job(save=str(path))):
         assert sentence == f"cannot write the checkpoint {path}: [Errno 27] File too large (rank 1)"
     assert not [file for file in (tmp_path / "checkpoints").rglob("*") if file.is_file()]
+
+
+def _save_in_the_middle(rank, path):
+    """Train the routers of a model with the form of Mixtral, and save it with its recipe's section `model`."""
+    router = {"type": "top_k", "num_experts": 4, "top_k": 2, "renormalize": True}
+    section = LLAMA | {"hidden_size": 32, "num_layers": 2, "num_heads": 4}
+    section |= {"ffn": {"type": "moe", "hidden_size": 48, "router": router}}
+    engine, layout = build(Job(stage=3, model=validate(ModelConfig, section, "test"), trainable=("*.router.*",)))
+    engine.train_step(step_batches(0, rank, 2, groups=4), objective, 0.01)
+    checkpoint.save(path, engine, layout, state={"step": 1, "config": {"model": section}})
+
+
+def test_both_parts_are_exported(tmp_path):
+    path = checkpoint_path(tmp_path / "run", 1)
+    run_ranks(_save_in_the_middle, 2, str(path))
+    kinds = {name.partition("[")[0]: kind for kind, _, name in (name.partition("/") for name in read(path))}
+    assert kinds["layers.0.ffn.router.gate.weight"] == "exp_avg_sq" and kinds["embedding.weight"] == "frozen"
+    export_folder(tmp_path / "run", tmp_path / "hugging_face")
+    import_folder(tmp_path / "hugging_face", tmp_path / "back")
+    tensors, back = ({name: t.read() for name, t in read_tensors(p).items()} for p in (path, tmp_path / "back"))
+    assert_same(back, tensors)
 
 
 def test_a_model_without_frozen_weights_has_no_store(tmp_path):
