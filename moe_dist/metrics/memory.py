@@ -17,6 +17,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moe_dist.config.deepspeed_section import DeepSpeedSection, SGDSection, ZeroSection
+from moe_dist.core.errors import UserError
 from moe_dist.core.expert_rows import is_stacked
 from moe_dist.parallel.layout import Layout
 
@@ -60,6 +61,7 @@ def rank_bytes(model: nn.Module, layout: Layout, section: DeepSpeedSection) -> R
 
     model: the whole model, as built for a single rank, with the parameters frozen that are not trained. layout: the
     layout to train it in; its process groups are not used. section: the ZeRO stage, the precision and the optimizer.
+    Raises UserError if the ranks cannot divide the experts equally.
     """
     parameters = [_on_rank(parameter, layout) for parameter in model.parameters()]
     trained = [p for p in parameters if p.is_trained]
@@ -78,6 +80,8 @@ def rank_bytes(model: nn.Module, layout: Layout, section: DeepSpeedSection) -> R
 
 def _on_rank(parameter: Tensor, layout: Layout) -> _Parameter:
     is_expert = is_stacked(parameter)
+    if is_expert and len(parameter) % layout.expert:
+        raise UserError(f"parallel.expert={layout.expert} does not divide the model's {len(parameter)} experts")
     return _Parameter(
         numel=parameter.numel() // (layout.expert if is_expert else 1),
         ranks=layout.edp if is_expert else layout.dp,

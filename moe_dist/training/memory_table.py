@@ -10,12 +10,14 @@ GPU is for activations. docs/weights.md has the table for published models.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
 from moe_dist.config.model_section import MoEFFN
 from moe_dist.config.recipe import Config, load_config
+from moe_dist.core.errors import UserError
 from moe_dist.metrics.memory import RankBytes, rank_bytes
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout, check_layout
@@ -74,16 +76,24 @@ def _cell(stage: int, needed: RankBytes, room: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="GiB on each GPU")
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE:VOCABULARY_SIZE")
+    parser.add_argument("recipes", nargs="+", type=_with_size, metavar="RECIPE:VOCABULARY_SIZE")
     parser.add_argument("--gpus", nargs="+", type=int, default=[8, 16, 64])
     parser.add_argument("--room", type=float, default=64, help="GiB for model, gradients and optimizer")
     options = parser.parse_args()
     print("| model | trained | EP |", " | ".join(f"{number} GPUs" for number in options.gpus), "|")
     print("|---" * (3 + len(options.gpus)) + "|")
-    for given in options.recipes:
-        recipe, _, vocab_size = given.rpartition(":")
-        for row in rows(Path(recipe), int(vocab_size), options.gpus, options.room * 2**30):
-            print(row, flush=True)
+    try:
+        for recipe, vocab_size in options.recipes:
+            print(*rows(recipe, vocab_size, options.gpus, options.room * 2**30), sep="\n", flush=True)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def _with_size(argument: str) -> tuple[Path, int]:
+    recipe, _, size = argument.rpartition(":")
+    if not recipe or not size.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{argument}' is not a recipe and the size of its vocabulary, a.yaml:32000")
+    return Path(recipe), int(size)
 
 
 if __name__ == "__main__":

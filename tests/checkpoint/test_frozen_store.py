@@ -49,7 +49,7 @@ def _save_three_times(rank, job, folder, asynchronous):
 
 def snapshot(folder):
     store = Path(folder) / "checkpoints" / "frozen"
-    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(store.rglob("*"))}
+    return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (store, *store.rglob("*"))}
 
 
 def size(folder):

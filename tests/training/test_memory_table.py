@@ -51,3 +51,19 @@ def test_a_recipe_that_does_not_fit():
     config = load_config(ROOT / "configs" / "tune_mixtral_8x7b.yaml", ["model.num_layers=1"])
     with pytest.raises(UserError, match=r"parallel\.expert=8 does not divide the 12 ranks"):
         recipe_bytes(config, 1000, 12)
+    config = load_config(ROOT / "configs" / "tune_mixtral_8x7b.yaml", ["model.num_layers=1", "parallel.expert=3"])
+    with pytest.raises(UserError, match=r"parallel\.expert=3 does not divide the model's 8 experts"):
+        recipe_bytes(config, 1000, 12)
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ("configs/tune_mixtral_8x7b.yaml", "is not a recipe and the size of its vocabulary, a.yaml:32000"),
+        ("nowhere.yaml:7", "error: there is no configuration file nowhere.yaml"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(argument, sentence, capsys, monkeypatch):
+    with pytest.raises(SystemExit) as ended:
+        printed(capsys, monkeypatch, argument)
+    assert sentence in f"{capsys.readouterr().err} {ended.value}"
