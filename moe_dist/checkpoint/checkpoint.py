@@ -1,10 +1,11 @@
 """Sharded checkpoints that any parallel layout can load. They are committed atomically and verified before use.
 
 RUN/checkpoints/step_XXXXXXXX/
-    rank_RRRRR.safetensors   fragments of logical tensors (see fragments.py), each written by one rank
+    rank_RRRRR.safetensors   fragments of logical tensors (see fragments.py), each written by one rank; not the frozen
     index.json               logical tensors: dtype, shape, and the file of each piece
     state.json               state of the run, counters of the optimizer and the engine, layout of the writing run
-    manifest.json            size and SHA-256 of the files above, written last
+    manifest.json            size and SHA-256 of the files above, and the digest of the store with the frozen weights
+                             (see frozen_store.py), written last
 
 A checkpoint is written to step_XXXXXXXX.tmp. This folder is renamed once all ranks' files are on disk. Nothing is
 pickled. Loading the checkpoint of a different model raises UserError.
@@ -13,18 +14,18 @@ pickled. Loading the checkpoint of a different model raises UserError.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
+from moe_dist.checkpoint.fragment_files import dcp_errors, disk_errors, removed_on_error, write_fragments
 from moe_dist.checkpoint.fragments import (
+    FROZEN,
     MODEL_KINDS,
     fragments,
     kind_of,
@@ -34,10 +35,12 @@ from moe_dist.checkpoint.fragments import (
     reset_optimizer,
     set_optimizer_scalars,
 )
+from moe_dist.checkpoint.frozen_store import keep_store
 from moe_dist.checkpoint.manifest import (
     CHECKPOINT_FORMAT,
     STATE,
     checkpoint_path,
+    frozen_digest,
     newest_complete,
     prune,
     read_state,
@@ -46,14 +49,7 @@ from moe_dist.checkpoint.manifest import (
     verify_checkpoint,
     write_manifest,
 )
-from moe_dist.checkpoint.storage import (
-    Fragment,
-    FragmentLoadPlanner,
-    FragmentSavePlanner,
-    ShardReader,
-    ShardWriter,
-    read_index,
-)
+from moe_dist.checkpoint.storage import Fragment, FragmentLoadPlanner, ShardReader, read_index
 from moe_dist.checkpoint.train_state import merge_states
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import PARTIAL, StoredFile, partial_path, put_in_place, read_json, write_json
@@ -84,7 +80,8 @@ def save(path: str | Path, engine: ShardedModel, layout: Layout, *, state: dict[
     If any rank cannot write (disk full, read-only), every rank raises the same UserError. Earlier checkpoints stay
     intact.
     """
-    write(path, fragments(engine), describe(engine, layout, state), layout)
+    held, header = fragments(engine), describe(engine, layout, state)
+    engine.frozen_store = write(path, held, header, layout, store=engine.frozen_store)
 
 
 def describe(engine: ShardedModel, layout: Layout, state: dict[str, Any]) -> dict[str, Any]:
@@ -113,32 +110,31 @@ def write(
     header: dict[str, Any],
     layout: Layout,
     group: dist.ProcessGroup | None = None,
-) -> None:
+    *,
+    store: str | None = None,
+) -> str | None:
     """Write this rank's fragments and commit the checkpoint. This is the second half of `save`.
 
     Collective over `group`, which must contain all ranks. The engine is not used, so a background thread may call this
     function. Such a thread needs its own process group.
-    held: this rank's fragments. header: the content of state.json, as returned by `describe`.
+    held: this rank's fragments. header: the content of state.json, as returned by `describe`. store: the digest of an
+    existing store with the same frozen weights, if there is one.
+    Returns the digest of the checkpoint's store of frozen weights, or None if no parameter is frozen.
     """
     path = Path(path)
     partial = partial_path(path)
     what = f"cannot write the checkpoint {path}"
-    writer = ShardWriter(partial)
-    try:
-        with _disk(what, group):
+    frozen = [fragment for fragment in held if kind_of(fragment.name) == FROZEN]
+    changing = [fragment for fragment in held if kind_of(fragment.name) != FROZEN]
+    states, have_frozen = zip(*gather_objects((header["state"], bool(frozen)), group))
+    state = merge_states(states)
+    digest = keep_store(path, frozen, store, layout, group, what) if any(have_frozen) else None
+    with removed_on_error(partial, layout):
+        files = write_fragments(partial, changing, layout, group, what)
+        with disk_errors(what, group):
             if layout.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-        state = merge_states(gather_objects(header["state"], group))
-        with _dcp(what):
-            dcp.save({}, storage_writer=writer, planner=FragmentSavePlanner(held), process_group=group)
-        with _disk(what, group):
-            if layout.is_main:
-                commit(partial, path, writer.files, header | {"state": state})
-    except UserError:
-        if layout.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+                commit(partial, path, files, header | {"state": state}, digest)
+    return digest
 
 
 def load(path: str | Path, engine: ShardedModel, layout: Layout) -> dict[str, Any]:
@@ -164,6 +160,7 @@ def load(path: str | Path, engine: ShardedModel, layout: Layout) -> dict[str, An
     set_optimizer_scalars(engine, header["optimizer"])
     refresh_working_parameters(engine)
     engine.steps, engine.skipped_steps = header["engine"]["steps"], header["engine"]["skipped_steps"]
+    engine.frozen_store = frozen_digest(path)
     return header["state"]
 
 
@@ -179,16 +176,19 @@ def open_index(path: Path, layout: Layout) -> Metadata:
 
 def read_fragments(path: Path, metadata: Metadata, wanted: list[Fragment]) -> None:
     """Read a checkpoint's values into the `wanted` fragments, cast to each fragment's dtype. Collective."""
-    with _dcp(f"cannot read the checkpoint {path}"):
+    with dcp_errors(f"cannot read the checkpoint {path}"):
         dcp.load({}, storage_reader=ShardReader(path, metadata), planner=FragmentLoadPlanner(wanted))
 
 
-def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> None:
+def commit(
+    partial: Path, path: Path, files: Iterable[StoredFile], header: dict[str, Any], store: str | None = None
+) -> None:
     """Complete the checkpoint folder `partial`, then rename it to `path`. The rename makes the checkpoint visible.
 
-    files: the files already written to the folder. header: the content of state.json.
+    files: the files already written to the folder. header: the content of state.json. store: the digest of the store
+    with the frozen weights, or None if there are none.
     """
-    seal(partial, files, header)
+    seal(partial, files, header, store)
     replaced = path.with_name(f"{path.name}.replaced{PARTIAL}")
     if path.exists():  # this step was saved before, which does not happen in a run
         path.rename(replaced)
@@ -196,12 +196,12 @@ def commit(partial: Path, path: Path, files: Iterable[StoredFile], header: dict[
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def seal(partial: Path, files: Iterable[StoredFile], header: dict[str, Any]) -> None:
+def seal(partial: Path, files: Iterable[StoredFile], header: dict[str, Any], store: str | None = None) -> None:
     """Write the last two files of a checkpoint folder: state.json, then the manifest of all files.
 
-    files: the files already written to the folder. header: the content of state.json.
+    The arguments are those of `commit`.
     """
-    write_manifest(partial, {*files, write_json(partial / STATE, header)})
+    write_manifest(partial, {*files, write_json(partial / STATE, header)}, store)
 
 
 def _check_same_model(path: Path, wanted: list[Fragment], metadata: Metadata) -> None:
@@ -232,32 +232,3 @@ def _check_same_model(path: Path, wanted: list[Fragment], metadata: Metadata) ->
 
 def _show(form: tuple[tuple[int, ...], torch.dtype]) -> str:
     return f"{DTYPE_NAMES[form[1]]}{list(form[0])}"
-
-
-@contextmanager
-def _disk(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Context manager for a step of one rank that uses the disk. If any rank raises OSError, all ranks raise UserError.
-
-    Collective: the ranks exchange their errors at the end of the block. what: the start of the error message.
-    """
-    with raise_on_all_ranks(group=group):
-        try:
-            yield
-        except OSError as error:
-            raise UserError(f"{what}: {error}") from error
-
-
-@contextmanager
-def _dcp(what: str) -> Iterator[None]:
-    """Context manager that replaces the CheckpointException of torch.distributed.checkpoint (DCP).
-
-    If the disk caused the exception, UserError is raised instead. Otherwise, RuntimeError is raised. DCP raises its
-    exception on every rank, so every rank raises the same error. what: the start of the UserError's message.
-    """
-    try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-        if isinstance(cause, OSError | UserError):
-            raise UserError(f"{what}: {cause} (rank {rank})") from None
-        raise RuntimeError(str(error)) from None

@@ -3,6 +3,10 @@
 A manifest lists every file of a checkpoint with the file's size and SHA-256. It is written last, before the folder
 step_XXXXXXXX.tmp is renamed to step_XXXXXXXX. A renamed folder was therefore complete. If one of its files is missing
 or truncated, the checkpoint was damaged later, and the user must decide whether to continue without it.
+
+If a checkpoint has frozen weights, its manifest also has the digest of the store that holds them (frozen_store.py),
+which is the SHA-256 of the store's manifest. The store's files are treated like the checkpoint's own files, under their
+paths relative to the checkpoint. A checkpoint of format 1 has its frozen weights inside.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +29,10 @@ from moe_dist.parallel.agreement import raise_on_all_ranks
 
 Answer = TypeVar("Answer")
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 MANIFEST, STATE = "manifest.json", "state.json"
+STORES = "frozen"  # the folder of the frozen stores, next to the checkpoints
+Entries = dict[str, dict[str, Any]]  # by file: its size ("bytes") and checksum ("sha256")
 ASIDE = ".aside"  # suffix of a checkpoint later than the step a run has started from
 
 
@@ -39,24 +45,41 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def write_manifest(folder: Path, files: Iterable[StoredFile]) -> None:
+def store_path(checkpoint: Path, digest: str) -> Path:
+    """Return the path of the frozen store with this digest that belongs to a checkpoint."""
+    return checkpoint.resolve().parent / STORES / digest
+
+
+def write_manifest(folder: Path, files: Iterable[StoredFile], store: str | None = None) -> StoredFile:
+    """Write the manifest of a checkpoint or frozen store, and return its own size and SHA-256.
+
+    store: the digest of the checkpoint's frozen store, or None if it has none.
+    """
     entries = {file.name: {"bytes": file.size, "sha256": file.sha256} for file in files}
-    write_json(folder / MANIFEST, {"format": CHECKPOINT_FORMAT, "files": dict(sorted(entries.items()))})
+    content = {"format": CHECKPOINT_FORMAT, "files": dict(sorted(entries.items())), "frozen": store}
+    return write_json(folder / MANIFEST, content)
 
 
-def verify_checkpoint(path: str | Path, *, share: int = 0, shares: int = 1) -> dict[str, int]:
-    """Check the sizes of all files of a checkpoint, and the checksums of one share of the files.
+def verify_checkpoint(
+    path: str | Path, *, share: int = 0, shares: int = 1, known: Set[str] = frozenset()
+) -> dict[str, int]:
+    """Check the sizes of all files of a checkpoint and its frozen store, and the checksums of one share of the files.
 
     The files are divided into `shares` shares, numbered from 0. Only the checksums of share number `share` are checked.
-    By default, all checksums are checked.
-    Returns a dict from file name to size in bytes, for storage.read_index. Raises UserError if a file is missing or
-    damaged. The message names the file.
+    By default, all checksums are checked. Those of the files in `known` are never checked.
+    Returns a dict from file name to size in bytes, for storage.read_index. The name of a file in the store is its path
+    relative to the checkpoint. Raises UserError if a file is missing or damaged. The message names the file.
     """
     path = Path(path)
     files = _manifest(path)
-    for name in sorted(files)[share::shares]:
-        _verify_checksum(path / name, files)
+    for name in sorted(files.keys() - known)[share::shares]:
+        _verify_checksum(path, name, files)
     return {name: entry["bytes"] for name, entry in files.items()}
+
+
+def frozen_digest(path: str | Path) -> str | None:
+    """Return the digest of a checkpoint's frozen store, or None if it has none. Raises UserError if it is damaged."""
+    return _parsed(Path(path), STATE)[1]
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
@@ -65,12 +88,12 @@ def read_state(path: str | Path) -> dict[str, Any]:
     Raises UserError if the state or the manifest is damaged, or if a file of the checkpoint is missing or truncated.
     """
     path = Path(path)
-    _verify_checksum(path / STATE, _manifest(path))
+    _verify_checksum(path, STATE, _manifest(path))
     return read_json(path / STATE)["state"]
 
 
 def identity(path: str | Path) -> str:
-    """Return a digest that identifies a checkpoint. It is computed from the manifest, which holds all checksums."""
+    """Return a digest that identifies a checkpoint or store: the SHA-256 of its manifest, which holds all checksums."""
     return hashlib.sha256((Path(path) / MANIFEST).read_bytes()).hexdigest()
 
 
@@ -89,9 +112,10 @@ def newest_complete(run_dir: str | Path) -> Path | None:
     path = next(reversed(checkpoints(run_dir)), None)
     if path is not None:
         try:
-            _manifest(path)
+            _parsed(path, STATE)
         except UserError as error:
             raise UserError(f"{error}; {_remedy(path)}") from None
+        _manifest(path)
     return path
 
 
@@ -107,10 +131,10 @@ def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
     """Remove old checkpoints and the leftovers of interrupted saves. Only one rank may call this function.
 
     The newest `keep` complete checkpoints are kept. If `keep_every` is not 0, checkpoints whose step is a multiple of
-    it are kept, too. Damaged checkpoints are kept for inspection. Errors are ignored: a checkpoint that cannot be
-    removed stays.
+    it are kept, too. Damaged checkpoints are kept for inspection. Frozen stores that no checkpoint refers to are
+    removed, unless there is a damaged checkpoint. Errors are ignored: a checkpoint that cannot be removed stays.
     """
-    complete = [path for path in checkpoints(run_dir) if _is_complete(path)]
+    complete = [path for path in checkpoints(run_dir) if is_complete(path)]
     for path in complete[:-keep]:
         if keep_every and step_of(path) % keep_every == 0:
             continue
@@ -118,6 +142,16 @@ def prune(run_dir: str | Path, keep: int, keep_every: int = 0) -> None:
             path.rename(partial_path(path))  # so that a half-removed one never looks complete
     for path in (Path(run_dir) / "checkpoints").glob(f"step_*{PARTIAL}"):
         shutil.rmtree(path, ignore_errors=True)
+    with suppress(UserError):
+        _prune_stores(Path(run_dir) / "checkpoints")
+
+
+def _prune_stores(folder: Path) -> None:
+    """Remove the frozen stores that no checkpoint refers to. Raises UserError if a checkpoint is damaged."""
+    used = {frozen_digest(path) for path in folder.glob("step_*")}
+    for store in (folder / STORES).glob("*"):
+        if store.name not in used:
+            shutil.rmtree(store, ignore_errors=True)
 
 
 def set_aside_later(run_dir: str | Path, step: int) -> list[Path]:
@@ -188,45 +222,75 @@ def _named_checkpoint(key: str, folder: str) -> Path:
     return path
 
 
+_STORE_REMEDY = "restore it: the checkpoints of this run cannot be read without their frozen weights"
+
+
 def _remedy(path: Path) -> str:
     return f"restore it, or move {path} away to continue from the checkpoint before it"
 
 
-def _is_complete(path: Path) -> bool:
+def is_complete(path: Path) -> bool:
+    """Return True if a checkpoint or frozen store exists, and no file of it is missing or truncated."""
+    with suppress(UserError):
+        return bool(_store(path) if path.parent.name == STORES else _manifest(path))
+    return False
+
+
+def _verify_checksum(path: Path, name: str, files: Entries) -> None:
+    with (path / name).open("rb") as stream:
+        if hashlib.file_digest(stream, "sha256").hexdigest() != files[name]["sha256"]:
+            is_own = "/" not in name
+            file, remedy = (path / name, _remedy(path)) if is_own else ((path / name).resolve(), _STORE_REMEDY)
+            raise UserError(f"{file} is damaged: its checksum differs from the one in {MANIFEST}; {remedy}")
+
+
+def _manifest(path: Path) -> Entries:
+    """Read the entries of a checkpoint's manifest and of its frozen store's, keyed by path relative to the checkpoint.
+
+    Raises UserError naming a file that is missing or has the wrong size.
+    """
+    files, digest = _parsed(path, STATE)
+    if digest is None:
+        return files
+    return files | {f"../{STORES}/{digest}/{name}": entry for name, entry in _store(store_path(path, digest)).items()}
+
+
+def _store(store: Path) -> Entries:
+    """Read the entries of a frozen store's manifest.
+
+    Raises UserError if the manifest does not match the store's name, or a file is missing or has the wrong size.
+    """
     try:
-        _manifest(path)
-    except UserError:
-        return False
-    return True
+        if identity(store) != store.name:
+            raise UserError(f"{store / MANIFEST} is damaged")
+        return _parsed(store)[0]
+    except OSError:
+        raise UserError(f"the frozen weights in {store} cannot be read; {_STORE_REMEDY}") from None
+    except UserError as error:
+        raise UserError(f"{error}; {_STORE_REMEDY}") from None
 
 
-def _verify_checksum(file: Path, files: dict[str, dict[str, Any]]) -> None:
-    with file.open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != files[file.name]["sha256"]:
-            raise UserError(
-                f"{file} is damaged: its checksum differs from the one in {MANIFEST}; {_remedy(file.parent)}"
-            )
+def _parsed(path: Path, *required: str) -> tuple[Entries, str | None]:
+    """Read a folder's manifest: the entries of its files, and the digest of its frozen store or None.
 
-
-def _manifest(path: Path) -> dict[str, dict[str, Any]]:
-    """Read a manifest, check that every file has the right size, and return the entries, keyed by file name.
-
-    Raises UserError if a file is missing or has the wrong size. The message names the file.
+    required: files that must be listed. Raises UserError if a file is missing or has the wrong size. The message names
+    the file.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         files, version = manifest["files"], manifest["format"]
-        sizes = {name: int(files[name]["bytes"]) for name in (STATE, *files) if files[name]["sha256"]}
+        sizes = {name: int(files[name]["bytes"]) for name in (*required, *files) if files[name]["sha256"]}
+        digest = manifest["frozen"] if version == CHECKPOINT_FORMAT else None
+        if digest is not None and not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ValueError(digest)
     except OSError:
         raise UserError(f"{path / MANIFEST} cannot be read") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path / MANIFEST} is damaged") from None
-    if version != CHECKPOINT_FORMAT:
-        raise UserError(
-            f"{path / MANIFEST}: format {version} is not known, this version reads format {CHECKPOINT_FORMAT}"
-        )
+    if version not in (1, CHECKPOINT_FORMAT):
+        raise UserError(f"{path / MANIFEST}: format {version} is not known, this version reads formats 1 and 2")
     for name, size in sizes.items():
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found != size:
             raise UserError(f"{path / name} " + ("is missing" if found is None else f"has {found} bytes, not {size}"))
-    return files
+    return files, digest

@@ -96,7 +96,7 @@ class Saver:
             wait([self._writing])
 
     def _write(self, path: Path, held: list[Fragment], header: dict[str, Any]) -> None:
-        write(path, held, header, self.layout, self._group)
+        self.engine.frozen_store = write(path, held, header, self.layout, self._group, store=self.engine.frozen_store)
         if self.layout.is_main:
             prune(self.run_dir, self.settings.keep, self.settings.keep_every)
 

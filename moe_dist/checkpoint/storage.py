@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -183,7 +183,10 @@ class ShardWriter(StorageWriter):
 
 
 class ShardReader(StorageReader):
-    """A DCP reader. It memory-maps a checkpoint's files and reads only the values that the load plan requests."""
+    """A DCP reader. It memory-maps a checkpoint's files and reads only the values that the load plan requests.
+
+    metadata: the result of `read_index`.
+    """
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         self.folder, self.metadata = folder, metadata
@@ -238,14 +241,24 @@ def _batches(items: list[ReadItem]) -> Iterator[list[ReadItem]]:
         yield batch
 
 
-def read_index(folder: Path, verified: Container[str]) -> Metadata:
-    """Read a checkpoint's index and return it as DCP's metadata.
+def read_index(folder: Path, verified: Collection[str]) -> Metadata:
+    """Read the indexes of a checkpoint and of its store of frozen weights, and return them as DCP's metadata.
 
     In the metadata, storage_data maps each piece to its file, and planner_data maps each tensor to its shape.
-    verified: the names of the files that were verified. Raises UserError if a piece is in any other file.
+    verified: the files that were verified, as paths relative to the folder (manifest.verify_checkpoint). Raises
+    UserError if a piece is in any other file.
     """
     metadata = Metadata({}, planner_data={}, storage_data={})
-    for name, entry in read_json(folder / FRAGMENT_INDEX)["tensors"].items():
+    _add_index(metadata, folder, "", verified)
+    for name in verified:
+        if name.endswith(f"/{FRAGMENT_INDEX}"):
+            _add_index(metadata, folder, name.removesuffix(FRAGMENT_INDEX), verified)
+    return metadata
+
+
+def _add_index(metadata: Metadata, folder: Path, inner: str, verified: Collection[str]) -> None:
+    """Add an index to `metadata`. inner: the path of the index's own folder relative to `folder`, ending in a slash."""
+    for name, entry in read_json(folder / inner / FRAGMENT_INDEX)["tensors"].items():
         shape = tuple(entry["shape"])
         pieces = [ChunkStorageMetadata(torch.Size([start]), torch.Size([size])) for start, size, _ in entry["pieces"]]
         metadata.state_dict_metadata[name] = TensorStorageMetadata(
@@ -253,10 +266,10 @@ def read_index(folder: Path, verified: Container[str]) -> Metadata:
         )
         metadata.planner_data[name] = shape
         for start, _, file in entry["pieces"]:
-            if file not in verified:
-                raise UserError(f"{folder / FRAGMENT_INDEX} names the file {file}, which the manifest does not list")
-            metadata.storage_data[MetadataIndex(name, [start])] = file
-    return metadata
+            if inner + file not in verified:
+                index = folder / inner / FRAGMENT_INDEX
+                raise UserError(f"{index} names the file {file}, which the manifest does not list")
+            metadata.storage_data[MetadataIndex(name, [start])] = inner + file
 
 
 def _key(index: MetadataIndex) -> str:

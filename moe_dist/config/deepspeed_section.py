@@ -66,6 +66,11 @@ class ZeroSection(Strict):
     stage3_max_live_parameters: Size | None = None
     stage3_max_reuse_distance: Size | None = None
 
+    def bucket_elements(self, num_parameters: int) -> int:
+        """Return the size of the gradient bucket in elements. num_parameters: the number of trained parameters."""
+        given = self.reduce_bucket_size
+        return min(500_000_000, num_parameters) if given is None else given
+
     @model_validator(mode="after")
     def _parameters_are_partitioned(self):
         if self.offload_param is not None and self.stage != 3:

@@ -69,6 +69,7 @@ class ShardedModel(Protocol):
 
     steps: int
     skipped_steps: int
+    frozen_store: str | None  # the digest of a store of these frozen weights (checkpoint/frozen_store.py), if written
 
     @property
     def module(self) -> nn.Module: ...

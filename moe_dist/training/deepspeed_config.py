@@ -33,7 +33,8 @@ def to_deepspeed(section: DeepSpeedSection, *, accumulation: int, num_parameters
     size of DeepSpeed's gradient bucket.
     """
     zero = section.zero_optimization.model_dump(exclude_none=True)
-    zero.setdefault("reduce_bucket_size", min(500_000_000, num_parameters))  # DeepSpeed allocates it in every step
+    # DeepSpeed allocates it in every step.
+    zero["reduce_bucket_size"] = section.zero_optimization.bucket_elements(num_parameters)
     accumulation_type = section.data_types.grad_accum_dtype if section.data_types else "fp32"
     config = section.model_dump(exclude={"optimizer", "zero_optimization", "data_types"}, exclude_none=True)
     return config | {

@@ -78,6 +78,7 @@ class Engine:
         self._layout = layout
         self._train = settings
         self.accumulation = accumulation
+        self.frozen_store: str | None = None  # see ShardedModel
         self._states = RouterStates(zero.module)
 
     @property

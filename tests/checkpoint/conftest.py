@@ -1,5 +1,6 @@
 """Fixtures: a checkpoint to load and to damage."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -23,9 +24,7 @@ def copied(saved, tmp_path):
     """Copy this checkpoint, so that a test can damage it. Return the copy and the job that would resume from it."""
     job, _ = saved
     folder = tmp_path / "checkpoints" / "step_00000002"
-    folder.mkdir(parents=True)
-    for file in Path(job.save).iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(Path(job.save).parent, folder.parent)
     return folder, replace(job.resumed(stop=3), load=str(folder))
 
 

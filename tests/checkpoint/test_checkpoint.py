@@ -167,9 +167,17 @@ def test_some_rank_holds_nothing_of_a_parameter():
 
 
 def read(folder):
-    """Read full logical tensors with the safetensors library only. Every element must be stored exactly once."""
-    index = json.loads((Path(folder) / "index.json").read_text())["tensors"]
-    files = {path.name: load_file(path) for path in Path(folder).glob("*.safetensors")}
+    """Read full logical tensors, frozen ones too, with the safetensors library only. Every element must be stored
+    exactly once.
+    """
+    digest = json.loads((Path(folder) / "manifest.json").read_text())["frozen"]
+    frozen = {} if digest is None else read_folder(Path(folder).parent / "frozen" / digest)
+    return read_folder(Path(folder)) | frozen
+
+
+def read_folder(folder):
+    index = json.loads((folder / "index.json").read_text())["tensors"]
+    files = {path.name: load_file(path) for path in folder.glob("*.safetensors")}
     assert sum(len(tensors) for tensors in files.values()) == sum(len(entry["pieces"]) for entry in index.values())
     full = {}
     for name, entry in index.items():

@@ -45,7 +45,7 @@ def test_a_damaged_manifest(copied):
             checkpoint.verify_checkpoint(folder)
         with pytest.raises(UserError, match=r"manifest\.json is damaged"):
             checkpoint.read_state(folder)
-    (folder / "manifest.json").write_text(text.replace('"format": 1', '"format": 9'))
+    (folder / "manifest.json").write_text(text.replace('"format": 2', '"format": 9'))
     with pytest.raises(UserError, match="format 9 is not known"):
         checkpoint.verify_checkpoint(folder)
 
@@ -91,7 +91,7 @@ def test_a_full_disk_on_one_rank_is_told_by_all_and_leaves_the_old_checkpoint(co
     assert sentences[0] == sentences[1]
     assert f"cannot write the checkpoint {path}: [Errno 27] File too large" in sentences[0]
     assert "(rank 1)" in sentences[0]
-    assert sorted(folder.parent.iterdir()) == [folder]
+    assert sorted(folder.parent.iterdir()) == [folder.parent / "frozen", folder]
     checkpoint.verify_checkpoint(folder)
 
 
@@ -133,7 +133,7 @@ def test_a_kill_leaves_the_old_checkpoint(moment, left, copied):
     assert checkpoint.newest_complete(run_dir) == folder
     run(job)
     checkpoint.prune(run_dir, keep=1)
-    assert sorted(folder.parent.iterdir()) == [folder]
+    assert sorted(folder.parent.iterdir()) == [folder.parent / "frozen", folder]
 
 
 def test_the_same_step_can_be_saved_again(tmp_path):
@@ -141,4 +141,4 @@ def test_the_same_step_can_be_saved_again(tmp_path):
     run(job)
     again = run(replace(job, stage=3))
     assert_same(run(job.resumed()).at_save, again.at_save)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert {path.name for path in tmp_path.iterdir()} == {"frozen", "step_00000001"}

@@ -189,9 +189,8 @@ def test_an_error_of_one_writer_is_every_ranks_at_the_next_save_or_the_end(then_
     assert sentences[0] == sentences[1]
     assert f"cannot write the checkpoint {path}: [Errno 27] File too large" in sentences[0]
     assert "(rank 1)" in sentences[0]
-    assert sorted(path.parent.iterdir()) == [checkpoint_path(tmp_path, 0)], (
-        "the one before is kept, the partial one not"
-    )
+    left = sorted(path.parent.iterdir())
+    assert left == [path.with_name("frozen"), checkpoint_path(tmp_path, 0)], "the one before is kept, the partial not"
     checkpoint.verify_checkpoint(checkpoint_path(tmp_path, 0))
 
 
@@ -230,4 +229,7 @@ def _keep_one(rank, job, folder):
 
 def test_the_older_checkpoint_goes_when_the_newer_one_is_whole(tmp_path):
     assert run_ranks(_keep_one, 2, Job(), str(tmp_path)) == [checkpoint_path(tmp_path, 0)] * 2
-    assert list((tmp_path / "checkpoints").iterdir()) == [checkpoint_path(tmp_path, 1)]
+    assert sorted((tmp_path / "checkpoints").iterdir()) == [
+        tmp_path / "checkpoints" / "frozen",
+        checkpoint_path(tmp_path, 1),
+    ]

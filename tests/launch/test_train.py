@@ -219,6 +219,7 @@ def test_a_second_stage_starts_from_the_first(overrides, tokenizers, tmp_path):
     again = launch(TORCHRUN, [*stage, "train.stop_after=3"])
     assert again.returncode == 0, again.stderr
     assert "resumed after step 2: init_from is not read again" in again.stdout
+    assert len(list((second / "checkpoints" / "frozen").iterdir())) == 1, "the frozen weights are written once"
 
 
 def _failed_with(result, sentence):
