@@ -160,7 +160,10 @@ class TokenShardWriter:
             try:
                 ids = self._text_ids(sample)
             except NoBoundary as reason:
-                self._bad.append((str(reason), sample.key))
+                self._skip(sample, str(reason))
+                continue
+            if sample.text and not ids:
+                self._skip(sample, "the tokenizer drops the text")
                 continue
             if sample.loss is not None:
                 self._short.append(len(self._texts))
@@ -173,6 +176,10 @@ class TokenShardWriter:
                     self._encode(tokenizer)
         if tokenizer is not None and self._pixels:
             self._encode(tokenizer)
+
+    def _skip(self, sample: RawSample, reason: str) -> None:
+        if sample.loss is None:  # otherwise the sample has been counted as lost
+            self._bad.append((reason, sample.key))
 
     def _text_ids(self, sample: RawSample) -> list[int]:
         if sample.instruction is None:
