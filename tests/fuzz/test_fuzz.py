@@ -8,17 +8,12 @@ import shutil
 
 import pytest
 
-from tests.support.fuzz_cases import CASES, KINDS, Tokenizers, run_case
+from tests.support.fuzz_cases import CASES, KINDS, run_case
 from tests.support.fuzz_launches import launch_case, prepare
 from tests.support.long import LONG
 
 CHUNK = 50
 LAUNCHES, LAUNCHES_IN_SHORT = 20, 6
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    return Tokenizers.make(tmp_path_factory.mktemp("sound"))
 
 
 @pytest.mark.parametrize("first", range(0, CASES if LONG else CHUNK, CHUNK))

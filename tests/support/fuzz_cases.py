@@ -35,6 +35,7 @@ from tests.support.fuzz_checks import (
 from tests.support.fuzz_mutations import VALUES, damage_bytes, damage_json, damage_text, damage_value
 from tests.support.fuzz_tars import RECORDS, Member, damage_members, draw_members, picture, write_tar
 
+TEXTS = ["a small red rose", "Which is red?\nAnswer: A", "caf\u00e9 text"] * 3
 SPECIAL = ["<|end|>", "<|start|>", "<|pad|>"]
 CHAMELEON = {
     "model_type": "chameleon_vqgan",
@@ -50,32 +51,38 @@ CHAMELEON = {
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """Sound tokenizers in a folder, of which cases damage copies."""
+    """Sound tokenizers in a folder, of which cases damage copies. Each is made when it is asked for."""
 
     folder: Path
 
-    @classmethod
-    def make(cls, folder: Path) -> Tokenizers:
-        texts = ["a small red rose", "Which is red?\nAnswer: A", "caf\u00e9 text"] * 3
-        train_text_tokenizer(texts, folder / "text" / "text.model", vocab_size=300)
-        _hugging_face(texts, folder / "hugging_face")
-        torch.manual_seed(0)
-        small = VQConfig(image_size=16, codebook_size=16, code_width=8, channels=(8, 8), blocks=1)
-        vq = VQTokenizer(small)
-        vq.quantizer._codebook.initted.fill_(True)
-        vq.save(folder / "vq")
-        _chameleon(folder / "chameleon")
-        return cls(folder)
+    def path(self, name: str) -> Path:
+        """Return the folder of the tokenizer text, hugging_face, vq or chameleon."""
+        place = self.folder / name
+        if not place.exists():
+            place.mkdir(parents=True)
+            _MAKERS[name](place)
+        return place
 
     @property
     def text(self) -> Path:
-        return self.folder / "text" / "text.model"
+        return self.path("text") / "text.model"
 
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(load_text_tokenizer(self.text), VQTokenizer.load(self.folder / "vq"))
+        return Vocabulary(load_text_tokenizer(self.text), VQTokenizer.load(self.path("vq")))
 
 
-def _hugging_face(texts: list[str], folder: Path) -> None:
+def _sentencepiece(folder: Path) -> None:
+    train_text_tokenizer(TEXTS, folder / "text.model", vocab_size=300)
+
+
+def _vq(folder: Path) -> None:
+    torch.manual_seed(0)
+    vq = VQTokenizer(VQConfig(image_size=16, codebook_size=16, code_width=8, channels=(8, 8), blocks=1))
+    vq.quantizer._codebook.initted.fill_(True)  # as after training
+    vq.save(folder)
+
+
+def _hugging_face(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -83,8 +90,7 @@ def _hugging_face(texts: list[str], folder: Path) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=280, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    folder.mkdir()
+    tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<|start|>", "eos_token": {"content": "<|end|>"}, "pad_token": "<|pad|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(named | {"model_max_length": 512}))
@@ -94,12 +100,13 @@ def _hugging_face(texts: list[str], folder: Path) -> None:
 def _chameleon(folder: Path) -> None:
     from transformers import ChameleonVQVAE, ChameleonVQVAEConfig  # takes seconds
 
+    torch.manual_seed(0)
     model = ChameleonVQVAE(ChameleonVQVAEConfig(**CHAMELEON))
-    folder.mkdir()
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CHAMELEON))
 
 
+_MAKERS = {"text": _sentencepiece, "hugging_face": _hugging_face, "vq": _vq, "chameleon": _chameleon}
 SMALL: dict[str, Any] = {
     "seed": 0,
     "data": {"sequence_length": 64, "group_sequences": 1, "lanes": 2, "max_bad_fraction": 0.5, "image_fraction": None},
@@ -125,7 +132,7 @@ def small_recipe(folder: Path, tokenizers: Tokenizers) -> dict[str, Any]:
         "shards": str(folder / "shards"),
         "validation_shards": str(folder / "shards" / "good.tar"),
         "text_tokenizer": str(tokenizers.text),
-        "image_tokenizer": str(tokenizers.folder / "vq"),
+        "image_tokenizer": str(tokenizers.path("vq")),
     }
     return SMALL | {"run": {"dir": str(folder / "run")}, "data": places | SMALL["data"]}
 
@@ -190,7 +197,7 @@ def json_case(draw: Random, folder: Path, tokenizers: Tokenizers) -> Callable[[]
 
 def tokenizer_case(draw: Random, folder: Path, tokenizers: Tokenizers) -> Callable[[], str]:
     name = draw.choice(("text", "hugging_face", "hugging_face", "vq", "chameleon"))
-    place = Path(shutil.copytree(tokenizers.folder / name, folder / name))
+    place = Path(shutil.copytree(tokenizers.path(name), folder / name))
     damage_tokenizer(draw, place)
     if name in ("vq", "chameleon"):
         return lambda: check_image_tokenizer(place)
@@ -257,7 +264,7 @@ def run_case(kind: str, number: int, folder: Path, tokenizers: Tokenizers) -> st
 def main() -> None:
     kind, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     with tempfile.TemporaryDirectory() as root:
-        tokenizers = Tokenizers.make(Path(root, "tokenizers"))
+        tokenizers = Tokenizers(Path(root, "tokenizers"))
         for number in range(first, last):
             folder = Path(root, "case")
             folder.mkdir()

@@ -11,6 +11,7 @@ from random import Random
 import yaml
 
 from moe_dist.config.recipe import load_config
+from moe_dist.core.errors import UserError
 from moe_dist.data.cache.token_cache import load_vocabulary, open_store
 from tests.support import ROOT
 from tests.support.fuzz_cases import (
@@ -43,14 +44,31 @@ def prepare(number: int, folder: Path, tokenizers: Tokenizers) -> Path:
         damaged_records(draw, shards)
     elif kind == "tokenizer":
         name = draw.choice(("text", "hugging_face", "vq"))
-        own = Path(shutil.copytree(tokenizers.folder / name, folder / name))
+        own = Path(shutil.copytree(tokenizers.path(name), folder / name))
         damage_tokenizer(draw, own)
         key = "image_tokenizer" if name == "vq" else "text_tokenizer"
         settings["data"] |= {key: str(own / "text.model" if name == "text" else own)}
     recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
     if kind == "recipe":
-        damage_recipe(draw, recipe)
+        _damage(draw, recipe, readable=number % 8 == 7)
     return recipe
+
+
+def _damage(draw: Random, recipe: Path, *, readable: bool) -> None:
+    """Damage a recipe. readable: until its settings are valid, so that the run finds what is wrong with them."""
+    sound = recipe.read_text()
+    damage_recipe(draw, recipe)
+    while readable and not _is_valid(recipe):
+        recipe.write_text(sound)
+        damage_recipe(draw, recipe)
+
+
+def _is_valid(recipe: Path) -> bool:
+    try:
+        load_config(recipe)
+    except UserError:
+        return False
+    return True
 
 
 def _pair(number: int) -> tuple[tuple[str, bytes], tuple[str, bytes]]:
@@ -59,7 +77,7 @@ def _pair(number: int) -> tuple[tuple[str, bytes], tuple[str, bytes]]:
 
 def launch_case(recipe: Path) -> str:
     """Train a recipe in a process of its own and return its last words. Raises Fault if they are not one sentence."""
-    command = [*ALONE, "launch/train.py", "--config", str(recipe)]
+    command = [*ALONE, "launch/train.py", "--config", str(recipe), "train.stop_after=2"]
     try:
         done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
