@@ -138,7 +138,7 @@ def test_a_sample_is_not_counted_as_both_lost_and_bad(sound, tmp_path, length):
     write_members(tmp_path / "a.tar", members)
     settings = {"shards": f"{tmp_path}/a.tar", "validation_shards": "unused", "text_tokenizer": "unused"}
     data = validate(DataConfig, settings | {"max_bad_fraction": 1.0, "sequence_length": length}, "test")
-    vocabulary = sound.vocabulary()
+    vocabulary = sound.vocabulary
     build_cache(data, "train", vocabulary)
     store = open_store(data, "train", vocabulary)
     assert len(store) == 0 and store.report.lost.total() == 1 and not store.report.bad and store.report.used == 0

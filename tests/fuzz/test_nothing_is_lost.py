@@ -102,7 +102,7 @@ def test_tokens_that_reach_the_model_and_tokens_cut_are_the_tokens_written(sound
     settings = {"shards": f"{tmp_path}/a.tar", "validation_shards": f"{tmp_path}/a.tar", "text_tokenizer": "unused"}
     settings |= {"image_tokenizer": "unused", "max_bad_fraction": 1.0, "sequence_length": draw.choice((16, 32, 77))}
     data = validate(DataConfig, settings, "test")
-    vocabulary = sound.vocabulary()
+    vocabulary = sound.vocabulary
     build_cache(data, "train", vocabulary)
     store = open_store(data, "train", vocabulary)
     written = sum(

@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -67,7 +68,9 @@ class Tokenizers:
     def text(self) -> Path:
         return self.path("text") / "text.model"
 
+    @cached_property
     def vocabulary(self) -> Vocabulary:
+        """The joint vocabulary of text and vq."""
         return Vocabulary(load_text_tokenizer(self.text), VQTokenizer.load(self.path("vq")))
 
 
@@ -187,12 +190,12 @@ def damage_recipe(draw: Random, file: Path) -> None:
 
 def tar_case(draw: Random, folder: Path, tokenizers: Tokenizers) -> Callable[[], str]:
     path = damaged_tar(draw, folder)
-    return lambda: check_tar(path, tokenizers.vocabulary())
+    return lambda: check_tar(path, tokenizers.vocabulary)
 
 
 def json_case(draw: Random, folder: Path, tokenizers: Tokenizers) -> Callable[[], str]:
     path = damaged_records(draw, folder)
-    return lambda: check_tar(path, tokenizers.vocabulary())
+    return lambda: check_tar(path, tokenizers.vocabulary)
 
 
 def tokenizer_case(draw: Random, folder: Path, tokenizers: Tokenizers) -> Callable[[], str]:
