@@ -93,7 +93,7 @@ def layer_numbers(key: str) -> list[int]:
 
     Raises ValueError if the key has another form.
     """
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", key):
+    if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", key):
         raise ValueError(f"layers: '{key}' is not a list of layer numbers such as 0,4-7")
     spans = [part.split("-") for part in key.split(",")]
     return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]

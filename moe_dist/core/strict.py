@@ -53,7 +53,7 @@ _Loader.add_implicit_resolver(
 _DECIMAL = re.compile(r"[-+]?(0|[1-9]\d*|(\d+\.\d*|\.\d+|\d+(?=e))(e[-+]?\d+)?|\.inf|\.nan)", re.IGNORECASE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 MOST_VALUES = 100_000  # in a YAML document; a few nested aliases can stand for billions of values
-_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_TEXT, _INTEGER, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "merge"))
 _KINDS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 
 
@@ -107,16 +107,17 @@ def _foreign(node: yaml.Node) -> str | None:
 
 
 def _wrong_key(node: yaml.MappingNode) -> str | None:
-    """Return an error sentence if a key of a mapping is not a text or is given twice, otherwise None."""
+    """Return an error sentence if a key of a mapping is neither text nor integer, or is given twice, otherwise None."""
     seen: set[str] = set()
     for key, _ in node.value:
         line = f"(line {key.start_mark.line + 1})"
-        if key.tag not in (_TEXT, _MERGE):
+        if key.tag not in (_TEXT, _INTEGER, _MERGE):
             name = f"'{cut(key.value)}'" if isinstance(key, yaml.ScalarNode) else "of several values"
             return f"the key {name} is not a text; write it in quotes {line}"
-        if key.value in seen:
-            return f"key '{cut(key.value)}' is given twice {line}"
-        seen.add(key.value)
+        name = key.value.lstrip("+") if key.tag == _INTEGER else key.value  # +1 is 1
+        if name in seen:
+            return f"key '{cut(name)}' is given twice {line}"
+        seen.add(name)
     return None
 
 

@@ -27,7 +27,7 @@ from tests.support.launching import MOMA
         ("seed: \x00", "not valid YAML: unacceptable character #x0000"),
         ("? [a, b]\n: 1", r"the key of several values is not a text; write it in quotes \(line 1\)"),
         ("true: 1\nTrue: 2", r"the key 'true' is not a text; write it in quotes \(line 1\)"),
-        ("model: {1: 2}", r"key 'model': the key '1' is not a text; write it in quotes \(line 1\)"),
+        ("model: {+1: 2, '1': 2}", r"key 'model': key '1' is given twice \(line 1\)"),
         ("data:\n  lanes: 1\n  lanes: 2", r"key 'data': key 'lanes' is given twice \(line 3\)"),
         ('run: {dir: "\\ud83d"}', r"key 'run\.dir': \\ud83d has a lone surrogate"),
         ("'': 1", "unknown key ''"),
@@ -57,6 +57,11 @@ def test_a_long_value_is_cut_in_the_sentence():
     with pytest.raises(UserError, match=r"key 'model\.recompute': .*got 'xxx") as caught:
         load_config(MOMA, [f"model.recompute={'x' * 5000}"])
     assert SHOWN < len(str(caught.value)) < 3 * SHOWN
+
+
+def test_layers_without_number_are_no_list_of_layers():
+    with pytest.raises(UserError, match=r"'0-99999999999' is not a list of layer numbers"):
+        load_config(MOMA, ["model.layers={0-99999999999: {}}"])
 
 
 @pytest.mark.parametrize(

@@ -89,12 +89,11 @@ class TokenStore:
         kept = np.ones(len(lengths), dtype=bool)
         for shard, end in zip(self._shards, self._ends, strict=True):
             prompted = shard.prompts[:, 0] + end - len(shard)
-            short = set(shard.manifest["short_documents"])  # these are counted as lost already
-            for number in prompted[lengths[prompted] > sequence_length]:
-                kept[number] = False
-                if (document := int(number - end + len(shard))) not in short:
-                    key = f"{shard.manifest['shard']} number {document}"
-                    self.report.add_bad(f"instruction longer than data.sequence_length={sequence_length}", key)
+            long = prompted[lengths[prompted] > sequence_length]
+            kept[long] = False
+            for number in sorted({*(long - end + len(shard)).tolist()} - {*shard.manifest["short_documents"]}):
+                key = f"{shard.manifest['shard']} number {number}"
+                self.report.add_bad(f"instruction longer than data.sequence_length={sequence_length}", key)
         return np.flatnonzero(kept)
 
     @property
