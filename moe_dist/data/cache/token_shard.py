@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,6 @@ class TokenShardWriter:
             except NoBoundary as reason:
                 self._skip(sample, str(reason))
                 continue
-            if sample.text and not ids:
-                self._skip(sample, "the tokenizer drops the text")
-                continue
             if sample.loss is not None:
                 self._short.append(len(self._texts))
             self._texts.append(np.array(ids, dtype=self._dtype))
@@ -192,13 +190,16 @@ class TokenShardWriter:
         return prompt + answer
 
     def _caption_ids(self, captions: tuple[str, ...]) -> list[int]:
-        """Return the ids of all captions of the next document, and record where the second and later ones start."""
-        ids: list[int] = []
-        for number, caption in enumerate(captions):
-            if number:
-                self._captions.append((len(self._texts), len(ids)))
-            ids += self.vocabulary.text.encode(caption)
-        return ids
+        """Return the ids of all captions of the next document, and record where the second and later ones start.
+
+        Raises NoBoundary if the tokenizer makes no ids of a caption.
+        """
+        parts = [self.vocabulary.text.encode(caption) for caption in captions]
+        if not all(parts):
+            raise NoBoundary("the tokenizer drops the text")
+        starts = accumulate(len(part) for part in parts[:-1])
+        self._captions += [(len(self._texts), start) for start in starts]
+        return [i for part in parts for i in part]
 
     def _encode(self, tokenizer: ImageTokenizer) -> None:
         codes = tokenizer.encode(scale_pixels(np.stack(self._pixels)).to(self.device))
