@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-SHOWN = 80  # characters
+MOST_SHOWN = 80  # characters
 
 
 class UserError(Exception):
@@ -42,8 +42,8 @@ def as_user_error(error: Exception) -> UserError | None:
 
 
 def cut(text: str) -> str:
-    """Return a text from the user's input as an error message shows it: at most SHOWN characters of it."""
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    """Return a text from the user's input as an error message shows it: at most MOST_SHOWN characters of it."""
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def closest(name: str, names: Iterable[str]) -> str | None:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from moe_dist.config.recipe import DataConfig, load_config
-from moe_dist.core.errors import SHOWN, UserError
+from moe_dist.core.errors import MOST_SHOWN, UserError
 from moe_dist.core.strict import MOST_VALUES, validate
 from moe_dist.data.cache.token_cache import build_cache, open_store
 from moe_dist.data.tokenizers.hugging_face_text import HuggingFaceTokenizer
@@ -56,7 +56,7 @@ def test_aliases_that_stand_for_billions_of_values_are_refused_at_once(tmp_path)
 def test_a_long_value_is_cut_in_the_sentence():
     with pytest.raises(UserError, match=r"key 'model\.recompute': .*got 'xxx") as caught:
         load_config(MOMA, [f"model.recompute={'x' * 5000}"])
-    assert SHOWN < len(str(caught.value)) < 3 * SHOWN
+    assert MOST_SHOWN < len(str(caught.value)) < 3 * MOST_SHOWN
 
 
 def test_layers_without_number_are_no_list_of_layers():

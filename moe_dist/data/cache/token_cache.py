@@ -89,8 +89,7 @@ class TokenStore:
         kept = np.ones(len(lengths), dtype=bool)
         for shard, end in zip(self._shards, self._ends, strict=True):
             prompted = shard.prompts[:, 0] + end - len(shard)
-            long = prompted[lengths[prompted] > sequence_length]
-            kept[long] = False
+            kept[long := prompted[lengths[prompted] > sequence_length]] = False
             for number in sorted({*(long - end + len(shard)).tolist()} - {*shard.manifest["short_documents"]}):
                 key = f"{shard.manifest['shard']} number {number}"
                 self.report.add_bad(f"instruction longer than data.sequence_length={sequence_length}", key)
