@@ -13,7 +13,7 @@ from tests.support.fuzz_launches import launch_case, prepare
 from tests.support.long import LONG
 
 CHUNK = 50
-LAUNCHES, LAUNCHES_IN_SHORT = 20, 6
+LAUNCHES, LAUNCHES_IN_SHORT = 20, 8
 
 
 @pytest.mark.parametrize("first", range(0, CASES if LONG else CHUNK, CHUNK))
