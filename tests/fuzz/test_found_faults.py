@@ -59,6 +59,12 @@ def test_a_long_value_is_cut_in_the_sentence():
     assert MOST_SHOWN < len(str(caught.value)) < 3 * MOST_SHOWN
 
 
+def test_a_name_that_is_too_long_for_a_file(tmp_path):
+    (tmp_path / "a.yaml").write_text(f"extends: {'x' * 3000}")
+    with pytest.raises(UserError, match=r"a\.yaml: key 'extends': \[Errno 36\] File name too long: '.*xxx\.\.\.$"):
+        load_config(tmp_path / "a.yaml")
+
+
 def test_layers_without_number_are_no_list_of_layers():
     with pytest.raises(UserError, match=r"'0-99999999999' is not a list of layer numbers"):
         load_config(MOMA, ["model.layers={0-99999999999: {}}"])
