@@ -40,7 +40,7 @@ test-fast: setup  ## the working loop
 
 test-long: setup  ## kill -9 at many places of steps and saves, under all launchers; every repeated layout
 	MOE_DIST_LONG=1 $(BIN)/python -m pytest tests/checkpoint/test_kills.py tests/launch/test_lost_rank.py \
-		tests/core/test_fused.py tests/benchmarks/test_moma_eta_gpu.py tests/harness/test_tasks.py $(EXACT)
+		tests/core/test_fused.py tests/fuzz tests/benchmarks/test_moma_eta_gpu.py tests/harness/test_tasks.py $(EXACT)
 
 test-processors: $(PROCESSORS:%=test-on-%)  ## the exactness tests with the kernels of other processors, and on two threads
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moe_dist.core.errors import UserError
+from moe_dist.core.errors import UserError, cut
 from moe_dist.core.paths import expand
 from moe_dist.core.strict import parse_yaml
 
@@ -39,12 +39,13 @@ def _read(path: Path, before: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: key 'extends': give the path of one recipe, not {base!r}")
     try:
         source, chain = path.parent / expand(base), (*before, path)
-    except ValueError as error:
-        raise UserError(f"{path}: key 'extends': {error}") from None
-    if source.resolve() in [recipe.resolve() for recipe in chain]:
+        circular, exists = source.resolve() in [recipe.resolve() for recipe in chain], source.is_file()
+    except (ValueError, OSError) as error:  # OSError: the name is too long
+        raise UserError(f"{path}: key 'extends': {cut(str(error))}") from None
+    if circular:
         circle = " -> ".join(str(recipe) for recipe in (*chain, source))
         raise UserError(f"{path}: key 'extends': recipes extend each other in a circle: {circle}")
-    if not source.is_file():
+    if not exists:
         raise UserError(f"{path}: key 'extends': there is no recipe {source}")
     return merge(_read(source, chain), data)
 

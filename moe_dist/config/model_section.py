@@ -9,12 +9,12 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from moe_dist.config.rope_scaling import RopeScaling
 from moe_dist.config.routers import RouterSection
-from moe_dist.core.strict import Count, Positive, Strict
+from moe_dist.core.strict import Count, Positive, Strict, Width
 
 
 class DenseFFN(Strict):
     type: Literal["dense"]
-    hidden_size: Positive
+    hidden_size: Width
     bias: bool = False  # whether the three projections have biases
 
 
@@ -24,7 +24,7 @@ class LoRAConfig(Strict):
     LoRA adds (alpha / rank) B A dropout(x) to the output of a linear layer whose weight is frozen. A and B are trained.
     """
 
-    rank: Positive
+    rank: Width
     alpha: Annotated[float, Field(gt=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
@@ -43,15 +43,15 @@ class SharedExpertConfig(Strict):
     Source: DeepSeekMoE (arXiv 2401.06066).
     """
 
-    hidden_size: Positive
+    hidden_size: Width
     gate: bool = False  # whether a learned gate in (0, 1) scales the expert's output for each token (Qwen2-MoE)
 
 
 class MoEFFN(Strict):
     type: Literal["moe"]
-    hidden_size: Positive  # of one expert; with LoRA experts, of the dense FFN that they share
+    hidden_size: Width  # of one expert; with LoRA experts, of the dense FFN that they share
     experts: Annotated[SwiGLUExpertsConfig | LoRAExpertsConfig, Field(discriminator="type")] = SwiGLUExpertsConfig()
-    slices: Positive = 1  # number of slices of each expert's hidden size. Slices are placed like experts, so that
+    slices: Width = 1  # number of slices of each expert's hidden size. Slices are placed like experts, so that
     # ranks can share one expert (docs/moma.md, "Balance over ranks")
     shared_expert: SharedExpertConfig | None = None
     router: RouterSection
@@ -93,7 +93,7 @@ def layer_numbers(key: str) -> list[int]:
 
     Raises ValueError if the key has another form.
     """
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", key):
+    if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", key):
         raise ValueError(f"layers: '{key}' is not a list of layer numbers such as 0,4-7")
     spans = [part.split("-") for part in key.split(",")]
     return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]
@@ -106,11 +106,11 @@ QKNorm = Annotated[
 
 
 class ModelConfig(Strict):
-    hidden_size: Positive
-    num_layers: Positive
-    num_heads: Positive
-    num_query_groups: Positive | None = None  # key-value heads, each shared by equally many heads; default: num_heads
-    head_size: Positive | None = None  # default: hidden_size / num_heads
+    hidden_size: Width
+    num_layers: Annotated[Width, Field(le=2048)]
+    num_heads: Width
+    num_query_groups: Width | None = None  # key-value heads, each shared by equally many heads; default: num_heads
+    head_size: Width | None = None  # default: hidden_size / num_heads
     ffn: Annotated[DenseFFN | MoEFFN, Field(discriminator="type")]
     depth: DepthConfig | None = None  # mixture-of-depths; None: every block processes all tokens
     norm: Literal["swin", "pre"] = "swin"  # swin: x + norm(f(x)), Chameleon; pre: x + f(norm(x))

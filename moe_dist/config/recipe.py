@@ -20,7 +20,7 @@ from moe_dist.config.model_section import ModelConfig
 from moe_dist.config.needs import Need
 from moe_dist.config.renamed import check_names, with_new_names
 from moe_dist.core.paths import Paths, PathText
-from moe_dist.core.strict import Count, Fraction, Positive, Strict, apply_override, validate
+from moe_dist.core.strict import Count, Fraction, Positive, Strict, Width, apply_override, validate
 
 Patterns = Annotated[tuple[str, ...], Field(strict=False)]  # name patterns; not strict, so that a list is accepted
 
@@ -38,7 +38,7 @@ class DataConfig(Strict):
     image_tokenizer: PathText | None = None  # folder of a trained VQ tokenizer or Hugging Face ChameleonVQVAE weights
     sequence_length: Positive = 512
     group_sequences: Positive = 4  # packed sequences that compete together in expert-choice routing
-    lanes: Positive = 8  # fixed number of data streams; the data-parallel size must divide it
+    lanes: Width = 8  # fixed number of data streams; the data-parallel size must divide it
     image_first: Fraction = 0.5  # fraction of pairs in image-before-text order
     caption_dropout: Fraction = 0.1  # fraction of pairs without their caption (guidance needs it)
     image_fraction: Fraction | None = None  # fraction of image tokens in a group; None: as in the data

@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
-from moe_dist.core.strict import Count, Positive, Strict, nested, pick, within
+from moe_dist.core.errors import cut
+from moe_dist.core.strict import Count, Positive, Strict, Width, nested, pick, within
 
 
 class RouterSettings(Strict):
@@ -33,7 +34,7 @@ def _parse(raw: Any) -> Any:
     if not isinstance(raw, dict):
         return raw
     name = raw.get("type")
-    return nested(pick(RouterSettings.kinds, name, "type", f"there is no router '{name}'"), raw)
+    return nested(pick(RouterSettings.kinds, name, "type", f"there is no router '{cut(str(name))}'"), raw)
 
 
 RouterSection = Annotated[SerializeAsAny[RouterSettings], BeforeValidator(_parse)]
@@ -55,8 +56,8 @@ class TokenChoiceSettings(RouterSettings):
     capacity_factor is null, there is no limit (dropless).
     """
 
-    num_experts: Positive
-    top_k: Positive
+    num_experts: Width
+    top_k: Width
     bias: bool = False  # whether the gate has a bias
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
     drop_policy: Literal["position", "probability"] = "position"  # kept: the earliest tokens, or the highest gates
@@ -90,12 +91,10 @@ class TopKSettings(TokenChoiceSettings):
 
 class NullExpertSettings(TokenChoiceSettings):
     type: Literal["null_experts"]
-    num_null_experts: Count
-    normalize_over: Literal["chosen_true", "all_true", "chosen"] = (
-        "chosen_true"  # columns whose softmax gives the combine
-    )
-    # weights: the chosen true experts (eq. 1); all true experts, as in a pretrained model that does not renormalise;
-    # or all chosen columns, null experts included (the paper's ablation)
+    num_null_experts: Annotated[Count, Field(le=1 << 17)]
+    # The columns whose softmax gives the combine weights: the chosen true experts (eq. 1); all true experts, as in a
+    # pretrained model that does not renormalise; or all chosen columns, null experts included (the paper's ablation).
+    normalize_over: Literal["chosen_true", "all_true", "chosen"] = "chosen_true"
     reference_top_k: Positive | None = None  # k of the vanilla model, with which telemetry compares FLOPs
 
     @property
@@ -105,7 +104,7 @@ class NullExpertSettings(TokenChoiceSettings):
 
 class ExpertChoiceSettings(RouterSettings):
     type: Literal["expert_choice"]
-    num_experts: Positive
+    num_experts: Width
     capacity_factor: Annotated[float, Field(gt=0)] = 1.0
     auxiliary: bool = False  # add an auxiliary router, for causal inference
     gumbel_noise: bool = False  # in training, the gate is sigmoid(x W + G' - G''); for upcycled experts

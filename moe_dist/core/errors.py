@@ -6,14 +6,22 @@ The functions convert file errors to UserError, and suggest a known name for a m
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+MOST_SHOWN = 80  # characters
 
 
 class UserError(Exception):
     """An error that the user can fix. Its message is one sentence that names the wrong key, file or number.
 
-    Command-line programs print the message without a traceback and exit with status 2.
+    Command-line programs print the message without a traceback and exit with status 2. The message is one line:
+    characters that cannot be printed, such as a line break in a key, are written as escapes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], message))
 
 
 class PeerError(Exception):
@@ -31,6 +39,11 @@ def as_user_error(error: Exception) -> UserError | None:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return UserError(f"{error.filename}: {error.strerror}")
     return error if isinstance(error, UserError) else None
+
+
+def cut(text: str) -> str:
+    """Return a text from the user's input as an error message shows it: at most MOST_SHOWN characters of it."""
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def closest(name: str, names: Iterable[str]) -> str | None:

@@ -12,10 +12,13 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
 
 def expand(path: str) -> str:
-    """Replace `~`, `~user`, `$NAME` and `${NAME}` in a path. Raises ValueError if there is no such user or variable.
+    """Replace `~`, `~user`, `$NAME` and `${NAME}` in a path.
 
-    A `pipe:` URL is returned unchanged, because a shell will expand it.
+    A `pipe:` URL is returned unchanged, because a shell will expand it. Raises ValueError if there is no such user or
+    variable, or if the path is empty or has a null character.
     """
+    if not path or "\0" in path:
+        raise ValueError("a path is not empty and has no null character")
     if path.startswith("pipe:"):
         return path
     path = _VARIABLE.sub(_value, path)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin
@@ -15,11 +15,13 @@ from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origi
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moe_dist.core.errors import UserError, did_you_mean
+from moe_dist.core.errors import UserError, cut, did_you_mean
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
+# Larger numbers are not meant: they would take hours or all memory before anything says so.
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Count = Annotated[int, Field(ge=0, le=10**9)]
+Width = Annotated[int, Field(gt=0, le=1 << 17)]  # a width of a model, or the number of its experts or heads
 V = TypeVar("V")
 
 
@@ -34,20 +36,12 @@ Settings = TypeVar("Settings", bound=Strict)
 
 
 class _Loader(yaml.SafeLoader):
-    """A YAML loader that reads 1e-4 as a number and a date as text, as YAML 1.2 does, and rejects a duplicate key."""
+    """A YAML loader that reads 1e-4 as a number and a date as text, as YAML 1.2 does."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012, declared by PyYAML
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise UserError(f"key '{key_node.value}' is given twice (line {key_node.start_mark.line + 1})")
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -57,6 +51,9 @@ _Loader.add_implicit_resolver(
 
 # How numbers are written. YAML 1.1 has more integers and fractions: 010 is 8 there, 0x10 is 16, 1:30 is 90.
 _DECIMAL = re.compile(r"[-+]?(0|[1-9]\d*|(\d+\.\d*|\.\d+|\d+(?=e))(e[-+]?\d+)?|\.inf|\.nan)", re.IGNORECASE)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+MOST_VALUES = 100_000  # in a YAML document; a few nested aliases can stand for billions of values
+_TEXT, _INTEGER, _MERGE = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "merge"))
 _KINDS = {f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 
 
@@ -66,20 +63,19 @@ def parse_yaml(text: str, where: str) -> Any:
     Raises UserError if the text is not valid YAML or contains a value that settings do not allow. The message begins
     with `where`.
     """
-    loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        for keys, part in _nodes(node, ()):
+        node = yaml.compose(text, _Loader)
+        for number, (keys, part) in enumerate(_nodes(node, ())):
+            if number == MOST_VALUES:
+                raise UserError(f"{where}: more than {MOST_VALUES} values; an alias (*name) counts as a copy")
             if problem := _foreign(part):
                 name = f"key '{'.'.join(keys)}': " if keys else ""
                 raise UserError(f"{where}: {name}{problem}")
-        return loader.construct_document(node) if node is not None else None
+        return _Loader("").construct_document(node) if node is not None else None
     except yaml.YAMLError as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise UserError(f"{where}: a value contains itself or is nested too deeply") from None
-    finally:
-        loader.dispose()
 
 
 def _nodes(node: yaml.Node | None, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], yaml.Node]]:
@@ -90,7 +86,7 @@ def _nodes(node: yaml.Node | None, keys: tuple[str, ...]) -> Iterator[tuple[tupl
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             yield from _nodes(key, keys)
-            yield from _nodes(value, (*keys, str(key.value)))
+            yield from _nodes(value, (*keys, cut(str(key.value))))
     elif isinstance(node, yaml.SequenceNode):
         for number, item in enumerate(node.value):
             yield from _nodes(item, (*keys, str(number)))
@@ -102,7 +98,26 @@ def _foreign(node: yaml.Node) -> str | None:
         return f"{node.tag.rpartition(':')[2]} is not a kind of value that settings have"
     number = node.tag.endswith((":int", ":float"))
     if number and not _DECIMAL.fullmatch(node.value):
-        return f"{node.value} is not a decimal number; write it with the digits 0 to 9, or in quotes if it is a text"
+        return (
+            f"{cut(node.value)} is not a decimal number; write it with the digits 0 to 9, or in quotes if it is a text"
+        )
+    if isinstance(node, yaml.ScalarNode) and _SURROGATE.search(node.value):
+        return f"{cut(node.value)} has a lone surrogate, which is no character"
+    return _wrong_key(node) if isinstance(node, yaml.MappingNode) else None
+
+
+def _wrong_key(node: yaml.MappingNode) -> str | None:
+    """Return an error sentence if a key of a mapping is neither text nor integer, or is given twice, otherwise None."""
+    seen: set[str] = set()
+    for key, _ in node.value:
+        line = f"(line {key.start_mark.line + 1})"
+        if key.tag not in (_TEXT, _INTEGER, _MERGE):
+            name = f"'{cut(key.value)}'" if isinstance(key, yaml.ScalarNode) else "of several values"
+            return f"the key {name} is not a text; write it in quotes {line}"
+        name = key.value.lstrip("+") if key.tag == _INTEGER else key.value  # +1 is 1
+        if name in seen:
+            return f"key '{cut(name)}' is given twice {line}"
+        seen.add(name)
     return None
 
 
@@ -114,13 +129,13 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     """
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"override '{override}' is not of the form section.key=value")
+        raise UserError(f"override '{cut(override)}' is not of the form section.key=value")
     *parents, last = key.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})
         if not isinstance(data, dict):
-            raise UserError(f"override '{override}': '{parent}' is a value, not a section")
-    data[last] = parse_yaml(text, f"override '{override}'")
+            raise UserError(f"override '{cut(override)}': '{parent}' is a value, not a section")
+    data[last] = parse_yaml(text, f"override '{cut(override)}'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +146,8 @@ class Fault:
     text: str
 
     def sentence(self) -> str:
-        key = ".".join(filter(None, self.keys))
-        return self.text.replace("{key}", key) if key else self.text.removeprefix("key '{key}': ")
+        key = ".".join(self.keys)
+        return self.text.replace("{key}", key) if self.keys else self.text.removeprefix("key '{key}': ")
 
 
 class Faults(ValueError):
@@ -145,7 +160,8 @@ class Faults(ValueError):
         self.faults = tuple(faults)
 
     def below(self, key: str) -> tuple[Fault, ...]:
-        return tuple(Fault((key, *fault.keys), fault.text) for fault in self.faults)
+        """Return the faults with `key` before their keys, unless it is empty."""
+        return tuple(Fault((key, *fault.keys) if key else fault.keys, fault.text) for fault in self.faults)
 
 
 def validate(model: type[Settings], data: Any, where: str, prefix: str = "") -> Settings:
@@ -205,7 +221,7 @@ def pick(kinds: Mapping[str, V], name: Any, key: str, missing: str) -> V:
     """
     if isinstance(name, str) and name in kinds:
         return kinds[name]
-    raise Faults([Fault((key,), f"key '{{key}}': {missing}{_alternatives(name, kinds)}")])
+    raise Faults([Fault((key,) if key else (), f"key '{{key}}': {missing}{_alternatives(name, kinds)}")])
 
 
 def _alternatives(name: Any, known: Iterable[str]) -> str:
@@ -226,11 +242,11 @@ def _faults(model: type[BaseModel], item: Any) -> Iterator[Fault]:
         yield Fault((*keys, "type"), "key '{key}' is missing")
     elif item["type"] == "union_tag_invalid":
         tag, known = context["tag"], [known.strip("' ") for known in context["expected_tags"].split(",")]
-        yield Fault((*keys, "type"), f"key '{{key}}': there is no '{tag}'{_alternatives(tag, known)}")
+        yield Fault((*keys, "type"), f"key '{{key}}': there is no '{cut(tag)}'{_alternatives(tag, known)}")
     else:
         message = item["msg"].removeprefix("Value error, ")
-        shown = "" if isinstance(item["input"], dict | list | BaseModel) else f", got {item['input']!r}"
-        yield Fault(keys, f"key '{{key}}': {message[:1].lower()}{message[1:]}{shown}")
+        got = "" if isinstance(item["input"], dict | list | BaseModel) else f", got {cut(repr(item['input']))}"
+        yield Fault(keys, f"key '{{key}}': {message[:1].lower()}{message[1:]}{got}")
 
 
 def _unknown(section: Any, key: str) -> str:

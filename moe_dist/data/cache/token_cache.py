@@ -89,10 +89,10 @@ class TokenStore:
         kept = np.ones(len(lengths), dtype=bool)
         for shard, end in zip(self._shards, self._ends, strict=True):
             prompted = shard.prompts[:, 0] + end - len(shard)
-            for number in prompted[lengths[prompted] > sequence_length]:
-                key = f"{shard.manifest['shard']} number {number - end + len(shard)}"
+            kept[long := prompted[lengths[prompted] > sequence_length]] = False
+            for number in sorted({*(long - end + len(shard)).tolist()} - {*shard.manifest["short_documents"]}):
+                key = f"{shard.manifest['shard']} number {number}"
                 self.report.add_bad(f"instruction longer than data.sequence_length={sequence_length}", key)
-                kept[number] = False
         return np.flatnonzero(kept)
 
     @property

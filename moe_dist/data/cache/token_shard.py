@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class TokenShardWriter:
             try:
                 ids = self._text_ids(sample)
             except NoBoundary as reason:
-                self._bad.append((str(reason), sample.key))
+                self._skip(sample, str(reason))
                 continue
             if sample.loss is not None:
                 self._short.append(len(self._texts))
@@ -174,6 +175,10 @@ class TokenShardWriter:
         if tokenizer is not None and self._pixels:
             self._encode(tokenizer)
 
+    def _skip(self, sample: RawSample, reason: str) -> None:
+        if sample.loss is None:  # otherwise the sample has been counted as lost
+            self._bad.append((reason, sample.key))
+
     def _text_ids(self, sample: RawSample) -> list[int]:
         if sample.instruction is None:
             return self._caption_ids(sample.captions)
@@ -185,13 +190,16 @@ class TokenShardWriter:
         return prompt + answer
 
     def _caption_ids(self, captions: tuple[str, ...]) -> list[int]:
-        """Return the ids of all captions of the next document, and record where the second and later ones start."""
-        ids: list[int] = []
-        for number, caption in enumerate(captions):
-            if number:
-                self._captions.append((len(self._texts), len(ids)))
-            ids += self.vocabulary.text.encode(caption)
-        return ids
+        """Return the ids of all captions of the next document, and record where the second and later ones start.
+
+        Raises NoBoundary if the tokenizer makes no ids of a caption.
+        """
+        parts = [self.vocabulary.text.encode(caption) for caption in captions]
+        if not all(parts):
+            raise NoBoundary("the tokenizer drops the text")
+        starts = accumulate(len(part) for part in parts[:-1])
+        self._captions += [(len(self._texts), start) for start in starts]
+        return [i for part in parts for i in part]
 
     def _encode(self, tokenizer: ImageTokenizer) -> None:
         codes = tokenizer.encode(scale_pixels(np.stack(self._pixels)).to(self.device))

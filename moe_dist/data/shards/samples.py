@@ -114,6 +114,8 @@ def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MA
         raise BadSample("neither image nor caption") if loss is None else LostSample(loss)
     fields = set(Instruction.model_fields) if asks else {name}
     unused = (*_unused_members(files, picture, lost), *_unused_fields(record or {}, fields, len(captions)))
+    if record is None and captions:  # broken, or no object
+        unused = (*unused, ".json")
     if not asks:
         return RawSample(key, image, captions, loss=loss, unused=unused)
     asked = {field: value for field, value in (record or {}).items() if field in fields}

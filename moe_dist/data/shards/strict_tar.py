@@ -6,16 +6,19 @@ of the archive. This reader requires an end-of-archive marker that is followed b
 
 from __future__ import annotations
 
+import gzip
+import io
 import tarfile
+import zlib
 from collections.abc import Iterator
 from typing import BinaryIO, Self
 
-DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError)
+DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error)
 AFTER_END = (
     "bytes follow its end-of-archive marker, as `cat a.tar b.tar` writes them, and would be lost; join tars with "
     "`tar --concatenate --file=a.tar b.tar`"
 )
-GZIP_TRAILER = 8  # bytes: checksum and size
+GZIP_MAGIC = b"\x1f\x8b"
 
 
 def explain(error: BaseException) -> str:
@@ -53,7 +56,7 @@ def tar_entries(stream: BinaryIO) -> Iterator[tuple[str, bytes | None]]:
     Raises an exception of one of the types in DAMAGE if the tar is damaged. Names are decoded as UTF-8 in every locale.
     Bytes that are not UTF-8 become surrogate escapes, as in Python's file names.
     """
-    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_StrictTarInfo, encoding="utf-8") as tar:
+    with tarfile.open(fileobj=_unzipped(stream), mode="r|*", tarinfo=_StrictTarInfo, encoding="utf-8") as tar:
         for member in tar:
             if member.isreg():
                 content = tar.extractfile(member).read()  # type: ignore[union-attr]
@@ -76,7 +79,29 @@ def _check_end(unpacked) -> None:
     while chunk := unpacked.read(1 << 20):
         if chunk.strip(b"\0"):
             raise tarfile.ReadError(AFTER_END)
-    # tarfile reads the first of several gzip members; what follows it is left over in the decompressor.
-    rest = getattr(getattr(unpacked, "cmp", None), "unused_data", b"")
-    if unpacked.comptype == "gz" and rest[GZIP_TRAILER:].strip(b"\0"):
+    # tarfile reads the first of several bz2 or xz streams; what follows it is left over in the decompressor.
+    if getattr(getattr(unpacked, "cmp", None), "unused_data", b"").strip(b"\0"):
         raise tarfile.ReadError(AFTER_END)
+
+
+class _Rejoined(io.RawIOBase):
+    """A stream whose first bytes, `head`, have been read already."""
+
+    def __init__(self, head: bytes, rest: BinaryIO) -> None:
+        self._head, self._rest = head, rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        part = self._head[: len(buffer)] or self._rest.read(len(buffer))
+        self._head = self._head[len(part) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+
+def _unzipped(stream: BinaryIO) -> BinaryIO:
+    """Return the stream, decompressed if it is gzip: unlike tarfile, the gzip module compares checksums."""
+    head = stream.read(len(GZIP_MAGIC))
+    whole = io.BufferedReader(_Rejoined(head, stream), 1 << 16)
+    return gzip.GzipFile(fileobj=whole) if head == GZIP_MAGIC else whole  # type: ignore[return-value]

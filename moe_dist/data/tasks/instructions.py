@@ -77,7 +77,8 @@ def read_instruction(record: dict[str, Any], where: str) -> Instruction:
 
 
 class NoBoundary(Exception):
-    """Raised if the ids of a prompt cannot be separated from the ids of its answer (see instruction_ids).
+    """Raised if the ids of a prompt cannot be separated from those of its answer (see instruction_ids), or if the
+    tokenizer makes no ids of a text.
 
     The message is the reason in a few words.
     """

@@ -19,7 +19,14 @@ from moe_dist.core.errors import UserError
 from moe_dist.core.files import read_json
 from moe_dist.core.tensor_files import read_safetensors
 from moe_dist.data.tokenizers.pixels import in_chunks
-from moe_dist.data.tokenizers.tokenizer_weights import CONFIG, content_sha256, load_weights
+from moe_dist.data.tokenizers.tokenizer_weights import (
+    CONFIG,
+    MAX_BLOCKS,
+    MAX_SIDE,
+    MAX_SIZE,
+    content_sha256,
+    load_weights,
+)
 
 CHUNK_PIXELS = 512 * 512  # pixels encoded at once: about 0.5 GiB of activations at Chameleon's width
 
@@ -27,10 +34,9 @@ CHUNK_PIXELS = 512 * 512  # pixels encoded at once: about 0.5 GiB of activations
 class ChameleonVQ(nn.Module):
     """An ImageTokenizer that wraps transformers' ChameleonVQVAE."""
 
-    def __init__(self, config: ChameleonVQVAEConfig) -> None:
+    def __init__(self, config: ChameleonVQVAEConfig, model: ChameleonVQVAE) -> None:
         super().__init__()
-        self.config = config
-        self.model = ChameleonVQVAE(config)
+        self.config, self.model = config, model
         self.image_size, self.codebook_size = config.resolution, config.num_embeddings
         self.num_codes = (config.resolution // 2 ** (len(config.channel_multiplier) - 1)) ** 2
 
@@ -44,16 +50,14 @@ class ChameleonVQ(nn.Module):
         raw = read_json(folder / CONFIG)
         whole_model = raw.get("model_type") == "chameleon"
         try:
-            config = ChameleonVQVAEConfig(**(raw.get("vq_config", {}) if whole_model else raw))
-            tokenizer = cls(config)
+            config = _checked(ChameleonVQVAEConfig(**(raw.get("vq_config", {}) if whole_model else raw)))
         except Exception as error:  # transformers' own validation raises several kinds
             raise UserError(f"{folder / CONFIG} is not a ChameleonVQVAE configuration: {error}") from None
         tensors: dict[str, Tensor] = {}
         for file in sorted(folder.glob("*.safetensors")):
             tensors |= read_safetensors(file, after="vqmodel." if whole_model else "")
         wanted = {name: value for name, value in tensors.items() if not name.startswith("decoder.")}
-        load_weights(tokenizer.model, wanted, folder)
-        return tokenizer.eval()
+        return cls(config, load_weights(lambda: ChameleonVQVAE(config), wanted, folder)).eval()
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: Tensor) -> Tensor:
@@ -70,3 +74,18 @@ class ChameleonVQ(nn.Module):
         """Return a digest of the tokenizer's settings and weights."""
         keys = ("resolution", "num_embeddings", "channel_multiplier", "attn_resolutions", "attn_type")
         return content_sha256({key: getattr(self.config, key) for key in keys}, self)
+
+
+def _checked(config: ChameleonVQVAEConfig) -> ChameleonVQVAEConfig:
+    """Return the configuration. Raises ValueError if a size is not positive or is too large to be meant."""
+    levels = len(config.channel_multiplier)
+    for name in ("resolution", "base_channels", "latent_channels", "embed_dim", "num_embeddings"):
+        if not 0 < getattr(config, name) <= MAX_SIZE:
+            raise ValueError(f"{name}={getattr(config, name)} is not between 1 and {MAX_SIZE}")
+    if not 0 < config.num_res_blocks * levels <= MAX_BLOCKS:
+        raise ValueError(
+            f"num_res_blocks={config.num_res_blocks} times {levels} levels is not between 1 and {MAX_BLOCKS}"
+        )
+    if config.resolution > MAX_SIDE or config.resolution % 2 ** (levels - 1):
+        raise ValueError(f"resolution={config.resolution} is above {MAX_SIDE} or not divisible {levels - 1} times by 2")
+    return config

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from moe_dist.core.errors import UserError
+from moe_dist.core.errors import UserError, cut
 from moe_dist.core.files import read_json
 
 TOKENIZER, TOKENIZER_CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
+MOST_IDS = 1 << 22
 
 
 class HuggingFaceTokenizer:
@@ -26,16 +28,22 @@ class HuggingFaceTokenizer:
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         try:
-            content = (folder / TOKENIZER).read_text()
-            self._tokenizer = Tokenizer.from_str(content)
+            content = (folder / TOKENIZER).read_text(encoding="utf-8")
         except OSError:
             raise UserError(f"{folder} holds no {TOKENIZER} (data.text_tokenizer)") from None
-        except Exception as error:  # the library raises plain Exception
-            raise UserError(f"{folder / TOKENIZER} is not a tokenizer: {error}") from None
+        except UnicodeDecodeError:
+            content = ""  # no tokenizer
+        with _failures(f"{folder / TOKENIZER} is not a tokenizer"):
+            self._tokenizer = Tokenizer.from_str(content)
+        self._file = folder / TOKENIZER
         self._tokenizer.encode_special_tokens = True  # text that spells a special token is encoded as plain text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.size: int = self._tokenizer.get_vocab_size()
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None  # or a text would get other ids at every call
+        self.size: int = max(self._tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps
+        if self.size > MOST_IDS:
+            raise UserError(f"{self._file} has the id {self.size - 1}, but ids must be below {MOST_IDS}")
         named: dict[str, Any] = {}
         for file in (folder / SPECIAL, folder / TOKENIZER_CONFIG):
             named |= read_json(file) if file.is_file() else {}
@@ -45,18 +53,39 @@ class HuggingFaceTokenizer:
         self.sha256 = hashlib.sha256(f"{content} {self.bos} {self.eos} {self.pad}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Encode a text as ids, without BOS or EOS."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        """Encode a text as ids, without BOS or EOS. Raises UserError if the library fails at this text."""
+        with _failures(f"{self._file} cannot encode {cut(repr(text))}"):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Decode ids to text, dropping special tokens."""
-        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+        """Decode ids to text, dropping special tokens. Raises UserError if the library fails at these ids."""
+        with _failures(f"{self._file} cannot decode {cut(repr(ids))}"):
+            return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def _id(self, token: str | dict | None, folder: Path) -> int | None:
-        content = token["content"] if isinstance(token, dict) else token
-        if content is None:
+    def _id(self, token: object, folder: Path) -> int | None:
+        content = token.get("content") if isinstance(token, dict) else token
+        if token is None:
             return None
+        if not isinstance(content, str):
+            raise UserError(
+                f"{folder} names the special token {cut(repr(token))}, which is neither a text nor has a 'content'"
+            )
         found = self._tokenizer.token_to_id(content)
         if found is None:
-            raise UserError(f"{folder} names the special token {content!r}, which its {TOKENIZER} lacks")
+            raise UserError(f"{folder} names the special token {cut(repr(content))}, which its {TOKENIZER} lacks")
         return found
+
+
+@contextmanager
+def _failures(sentence: str) -> Iterator[None]:
+    """Raise UserError if the tokenizers library raises an exception in the `with` block.
+
+    The message begins with `sentence`. The library raises plain Exception, or PanicException (a BaseException) if it
+    stops at an error of its own.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{sentence}: {cut(str(error))}") from None

@@ -70,9 +70,10 @@ class SentencePieceTokenizer:
         if not path.is_file():
             raise UserError(f"there is no SentencePiece model {path} (data.text_tokenizer)")
         content = path.read_bytes()
+        self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (RuntimeError, OSError):
+            self._processor.LoadFromSerializedProto(content)
+        except (RuntimeError, OSError, ValueError):  # ValueError: the library's message is not UTF-8
             raise UserError(f"{path} is not a SentencePiece model") from None
         self.sha256 = hashlib.sha256(content).hexdigest()
         self.size: int = self._processor.get_piece_size()

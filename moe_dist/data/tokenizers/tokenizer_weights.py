@@ -4,30 +4,51 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from moe_dist.core.errors import UserError
+from moe_dist.core.errors import UserError, cut
 
+Module = TypeVar("Module", bound=nn.Module)
+# Larger values in a config.json are not meant: they would take all memory, or hours to build.
+MAX_SIDE = 4096  # pixels
+MAX_SIZE = 1 << 17  # channels, codes
+MAX_BLOCKS = 256
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def load_weights(module: nn.Module, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Copy tensors into the module's parameters and buffers. Raises UserError unless every name and shape matches."""
-    expected = module.state_dict()
+def load_weights(make: Callable[[], Module], tensors: Mapping[str, Tensor], folder: Path) -> Module:
+    """Build a module with the given parameters and buffers, in eval mode.
+
+    Raises UserError if the module cannot be built, if a name, shape or kind of number does not match, or if a value is
+    not finite. Names and shapes are compared on the meta device first, because a module with wrong sizes may be larger
+    than the memory.
+    """
+    try:
+        with torch.device("meta"):
+            expected = make().state_dict()
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"{folder / CONFIG} describes no tokenizer that can be built: {cut(str(error))}") from None
+    wrong = f"the weights in {folder} do not match its {CONFIG}: "
     for name, value in expected.items():
         if name not in tensors:
-            raise UserError(f"the weights in {folder} do not match its {CONFIG}: '{name}' is missing")
+            raise UserError(f"{wrong}'{name}' is missing")
         if tensors[name].shape != value.shape:
-            shapes = f"{list(tensors[name].shape)}, not {list(value.shape)}"
-            raise UserError(f"the weights in {folder} do not match its {CONFIG}: '{name}' has the shape {shapes}")
+            raise UserError(f"{wrong}'{name}' has the shape {list(tensors[name].shape)}, not {list(value.shape)}")
+        if tensors[name].is_floating_point() != value.is_floating_point():
+            raise UserError(f"{wrong}'{name}' has the type {tensors[name].dtype}, not {value.dtype}")
+        if not tensors[name].isfinite().all():
+            raise UserError(f"the weights in {folder} are damaged: '{name}' has values that are not finite")
     unknown = sorted(set(tensors) - set(expected))
     if unknown:
-        raise UserError(f"the weights in {folder} do not match its {CONFIG}: '{unknown[0]}' is not expected")
+        raise UserError(f"{wrong}'{unknown[0]}' is not expected")
+    module = make()
     module.load_state_dict(tensors)
+    return module.eval()
 
 
 def content_sha256(config: dict[str, Any], module: nn.Module) -> str:

@@ -19,11 +19,19 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
+from moe_dist.core.errors import UserError
 from moe_dist.core.files import read_json, write_file
-from moe_dist.core.strict import Positive, Strict, validate
+from moe_dist.core.strict import Positive, Strict, Width, validate
 from moe_dist.core.tensor_files import read_safetensors
 from moe_dist.data.tokenizers.pixels import in_chunks
-from moe_dist.data.tokenizers.tokenizer_weights import CONFIG, WEIGHTS, content_sha256, load_weights
+from moe_dist.data.tokenizers.tokenizer_weights import (
+    CONFIG,
+    MAX_BLOCKS,
+    MAX_SIDE,
+    WEIGHTS,
+    content_sha256,
+    load_weights,
+)
 
 CHUNK = 32  # images encoded or decoded at once
 PATCH = 4  # side of a patch of the patch embedding, in pixels
@@ -36,11 +44,11 @@ class VQConfig(Strict):
     """The sizes of the tokenizer and the settings of its quantizer, stored in config.json."""
 
     type: Literal["moe_dist_vq"] = "moe_dist_vq"
-    image_size: Positive = 64  # side in pixels
-    codebook_size: Positive = 512
-    code_width: Positive = 32
-    channels: tuple[Positive, Positive] = (32, 128)  # at 1/4 and at 1/8 of the resolution
-    blocks: Positive = 2  # residual blocks at each resolution
+    image_size: Annotated[Positive, Field(le=MAX_SIDE)] = 64  # side in pixels
+    codebook_size: Width = 512
+    code_width: Width = 32
+    channels: tuple[Width, Width] = (32, 128)  # at 1/4 and at 1/8 of the resolution
+    blocks: Annotated[Positive, Field(le=MAX_BLOCKS)] = 2  # residual blocks at each resolution
     decay: Annotated[float, Field(gt=0, lt=1)] = 0.95  # of the codebook's moving averages
     commitment: Annotated[float, Field(ge=0)] = 0.25
 
@@ -146,9 +154,12 @@ class VQTokenizer(nn.Module):
     def load(cls, folder: str | Path) -> VQTokenizer:
         """Load a saved tokenizer in eval mode.
 
-        Raises UserError if a file is missing or damaged, or if the weights do not match config.json.
+        Raises UserError if a file is missing or damaged, if the weights do not match config.json, or if the tokenizer
+        was never trained.
         """
         folder = Path(folder)
-        tokenizer = cls(validate(VQConfig, read_json(folder / CONFIG), str(folder / CONFIG)))
-        load_weights(tokenizer, read_safetensors(folder / WEIGHTS), folder)
-        return tokenizer.eval()
+        config = validate(VQConfig, read_json(folder / CONFIG), str(folder / CONFIG))
+        tokenizer = load_weights(lambda: cls(config), read_safetensors(folder / WEIGHTS), folder)
+        if not tokenizer.quantizer._codebook.initted:  # the first pictures would choose the codes, on every rank others
+            raise UserError(f"the image tokenizer in {folder} is not trained: its codebook is empty")
+        return tokenizer

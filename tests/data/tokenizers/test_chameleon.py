@@ -68,7 +68,8 @@ def test_a_whole_chameleon_model_gives_its_vqmodel(model, images, tmp_path):
 
 def test_the_real_configuration_is_1024_codes_over_8192_entries():
     with torch.device("meta"):
-        tokenizer = ChameleonVQ(ChameleonVQVAEConfig()).eval()
+        config = ChameleonVQVAEConfig()
+        tokenizer = ChameleonVQ(config, ChameleonVQVAE(config)).eval()
         codes = tokenizer.encode(torch.zeros(2, 3, 512, 512))
     assert codes.shape == (2, tokenizer.num_codes) == (2, 1024)
     assert (tokenizer.image_size, tokenizer.codebook_size) == (512, 8192)
