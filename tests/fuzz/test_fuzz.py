@@ -13,7 +13,7 @@ from tests.support.fuzz_launches import launch_case, prepare
 from tests.support.long import LONG
 
 CHUNK = 50
-LAUNCHES, LAUNCHES_IN_SHORT = 20, 8
+LAUNCHES = 20
 
 
 @pytest.mark.parametrize("first", range(0, CASES if LONG else CHUNK, CHUNK))
@@ -33,6 +33,6 @@ def test_damaged_input_gives_a_result_or_one_sentence(kind, first, sound, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(LAUNCHES if LONG else LAUNCHES_IN_SHORT))
+@pytest.mark.parametrize("number", range(LAUNCHES))
 def test_a_launch_on_damaged_input_ends_well_or_with_one_sentence(number, sound, tmp_path):
     launch_case(prepare(number, tmp_path, sound))
