@@ -2,9 +2,11 @@
 
 The references are the loss of a smoothed bigram model and the run's own loss with shuffled captions.
 
-Reads RUN/config.yaml and the run's newest checkpoint, and writes RUN/evaluation.json. Runs as a single process, or
-under any launcher if parallel.expert divides the number of processes (a checkpoint does not depend on the layout). The
-number of selection groups to evaluate is set by eval.groups.
+Reads RUN/config.yaml and the run's newest checkpoint, and writes RUN/evaluation.json. The setting eval.groups
+determines the number of selection groups to evaluate.
+
+Runs as a single process or under any launcher. By default, every process holds all experts. To shard the experts, set
+parallel.expert to a divisor of the number of processes.
 """
 
 import argparse
@@ -73,7 +75,7 @@ def table(results: dict[str, float], step: int, causal: bool) -> Table:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), or infinity if this is too large for a float (for a loss above 709 nats per token)."""
+    """Return exp(loss), or infinity if exp(loss) is too large for a float."""
     try:
         return math.exp(loss)
     except OverflowError:

@@ -44,7 +44,8 @@ def init_from(
     Returns an account of what happened to each tensor.
     settings.checkpoint: must be a checkpoint folder (see manifest.resolve_init) unless `pretrained` is given. The
     engine may have a different layout from the run that wrote the checkpoint.
-    pretrained: tensors to load instead of a checkpoint, keyed by our names, with an expert's row as NAME[expert].
+    pretrained: tensors to load instead of a checkpoint, keyed by their names in the model. If a parameter stacks
+    experts, each expert has its own tensor with the key NAME[expert].
     Raises UserError if a file is damaged or if `match` finds an error. In this case, the engine is not changed. Also
     raises UserError if a pretrained tensor turns out to be damaged when it is read.
     """
@@ -96,7 +97,10 @@ def _pretrained(tensors: Mapping[str, LazyTensor]) -> _Weights:
 
 @raise_on_all_ranks()
 def _read(tensors: Mapping[str, LazyTensor], wanted: list[Fragment]) -> None:
-    """Read the tensors of which this rank holds a part. Each is read once, and one is in memory at a time."""
+    """Fill the wanted fragments of this rank with values from the tensors.
+
+    Each tensor is read at most once. Only one tensor is in memory at a time.
+    """
     by_name = defaultdict(list)
     for fragment in wanted:
         by_name[fragment.name].append(fragment)

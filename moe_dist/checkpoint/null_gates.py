@@ -33,10 +33,13 @@ def is_widened(name: str, stored: tuple[int, ...], model: tuple[int, ...]) -> bo
 
 
 def copies(fragments: Iterable[Fragment], stored: Mapping[str, tuple[int, ...]], number: int) -> list[Fragment]:
-    """Return the parts of fragments of wide gates that are filled from the whole stored gate for the n-th time.
+    """Return the parts of the fragments that copy `number` of the stored gate fills.
 
-    stored: the shapes of the stored gates, keyed by name. number: 0 for the rows of the true experts, 1 for the first
-    copy in the rows of the null experts, and so on.
+    Copy 0 fills the rows of the true experts. The other copies fill the rows of the null experts. A returned part has
+    the shape of the stored gate and an offset in the stored gate, so it can be read like any other fragment.
+
+    fragments: the fragments of the widened gates.
+    stored: the shapes of the stored gates, keyed by name.
     """
     found = []
     for fragment in fragments:

@@ -20,7 +20,7 @@ class CorpusNeed(Strict):
 
 
 class TokenizersNeed(Strict):
-    """A trained text tokenizer and, if `images` is true, an image tokenizer. launch/train_tokenizers.py trains both."""
+    """The tokenizers that launch/train_tokenizers.py trains: one for text and, if `images` is true, one for images."""
 
     type: Literal["tokenizers"]
     shards: PathText

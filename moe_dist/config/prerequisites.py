@@ -2,9 +2,9 @@
 
   python -m moe_dist.config.prerequisites configs/NAME.yaml
 
-Prints the command for each missing prerequisite, in the recipe's order. The targets `make data` and `make train` run
-these commands. If an earlier stage is missing, its command is `make train` with the recipe of that stage. This command
-first creates the prerequisites of the stage.
+Prints the command for each missing prerequisite, in the order of the section `needs`. The targets `make data` and
+`make train` run these commands. If an earlier stage is missing, its command is `make train` with the recipe of that
+stage. This command first creates the prerequisites of the stage.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def prerequisite(need: Need) -> Prerequisite:
 
 
 def missing(config: Config) -> Iterator[Prerequisite]:
-    """Yield the prerequisites of a recipe that are missing or incomplete, in the recipe's order.
+    """Yield the prerequisites of a recipe that are missing or incomplete, in the order of its section `needs`.
 
     Raises UserError if an earlier stage's recipe is invalid.
     """

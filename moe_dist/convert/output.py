@@ -47,7 +47,10 @@ def write_model(
 
 
 def section_yaml(model: ModelConfig, source: str) -> str:
-    """Return the text of model.yaml: the settings in `model` that are set, and a comment that names their source."""
+    """Return the text of model.yaml: a comment that names the source, and the settings of `model`.
+
+    Settings that are not set explicitly in `model` are left out.
+    """
     section = {"model": model.model_dump(mode="json", exclude_unset=True)}
     return f"# the model of these weights ({source})\n" + yaml.safe_dump(section, sort_keys=False)
 

@@ -57,12 +57,12 @@ class TokenInfo:
         num_groups: int,
         num_sequences: int | None = None,
     ) -> TokenInfo:
-        """Build a TokenInfo from CPU tensors. Its other fields are computed from them.
+        """Build a TokenInfo from CPU tensors. The fields that are not given are computed.
 
         Selection groups are contiguous and of equal size, and so are packed sequences.
         num_sequences: the number of packed sequences. If it is None, each group is one sequence.
-        Raises ValueError if the tokens cannot be divided into this number of groups and sequences, or if the sum of
-        document_lengths is not the number of tokens.
+        Raises ValueError if the tokens cannot be divided into equal sequences or the sequences into equal groups, or if
+        the sum of document_lengths is not the number of tokens.
         """
         num_tokens, sequences = modality_T.numel(), num_sequences or num_groups
         if num_tokens % sequences or sequences % num_groups or sum(document_lengths) != num_tokens:

@@ -23,8 +23,9 @@ class Product(NamedTuple):
 
 
 def linear_product(linear: nn.Linear, rows: int, *, beside_lora: bool = False) -> Product:
-    """Return the Product that describes a linear layer applied to `rows` rows. A bias counts as one of its weights.
+    """Return the Product that describes a linear layer applied to `rows` rows.
 
+    If the layer has a bias, the Product's weights include the bias.
     beside_lora: True if the layer's weight stays frozen and only the LoRA deltas next to it are trained.
     """
     return Product(num_weights(linear) * rows, tuple(linear.parameters(recurse=False)), beside_lora)

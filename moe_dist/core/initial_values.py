@@ -20,7 +20,10 @@ _NORMS = (nn.RMSNorm, nn.LayerNorm)
 
 @torch.no_grad()
 def set_initial(tensor: Tensor, fill: Fill) -> None:
-    """Fill a parameter or buffer with its initial values: now, or, if it is on the meta device, by `give_memory`."""
+    """Fill a parameter or buffer with its initial values.
+
+    If the tensor is on the meta device, only remember `fill`. `give_memory` will then fill the tensor.
+    """
     if tensor.is_meta:
         setattr(tensor, _ATTRIBUTE, fill)
     else:
@@ -28,7 +31,7 @@ def set_initial(tensor: Tensor, fill: Fill) -> None:
 
 
 def constant_(tensor: Tensor, value: float) -> None:
-    """Set every initial value of a parameter or buffer to `value` (set_initial)."""
+    """Use `value` as the initial value of every element of a parameter or buffer."""
     set_initial(tensor, lambda target: target.fill_(value))
 
 
@@ -58,10 +61,12 @@ def give_memory(
 ) -> None:
     """Create the parameters and buffers of a model that was built on the meta device, one after another.
 
-    dtype: the dtype of all parameters; buffers keep theirs. is_new: return True if the tensor of this name needs its
-    initial values; other tensors are filled with zeros, because they will be loaded. shard: if given, a function that
-    is called with each parameter as soon as it is filled, and replaces its data by a smaller copy. All parameters are
-    then filled in the same buffer, so the peak of memory is one whole parameter above what `shard` keeps.
+    dtype: the dtype of all parameters. Buffers keep their own dtypes.
+    is_new: a function that is called with a tensor's name. It returns True if the tensor needs its initial values.
+    The other tensors are filled with zeros, because they will be loaded.
+    shard: if given, a function that replaces a parameter's data by a smaller copy. It is called with each parameter as
+    soon as the parameter is filled. All parameters are then filled in the same buffer, so only one whole parameter is
+    in memory at a time.
 
     Parameters stay the same Python objects, so shared parameters stay shared and references to them stay valid. Raises
     RuntimeError if a tensor has no initial values.
@@ -85,7 +90,10 @@ def give_memory(
 
 
 def _initial(model: nn.Module, name: str, tensor: Tensor) -> Fill:
-    """Return the function that fills a tensor. PyTorch's norms start at weight 1 and bias 0."""
+    """Return the function that fills a tensor with its initial values.
+
+    PyTorch's norms do not call set_initial. Their weights are set to 1 and their biases to 0.
+    """
     fill: Fill | None = getattr(tensor, _ATTRIBUTE, None)
     path, _, key = name.rpartition(".")
     if fill is None and isinstance(model.get_submodule(path), _NORMS):

@@ -62,7 +62,7 @@ class Objective(Protocol):
 
 
 class ShardedModel(Protocol):
-    """The interface that checkpointing needs from a model under ZeRO and its optimizer.
+    """Interface for a model that ZeRO partitions, together with its optimizer. Checkpointing uses this interface.
 
     The class Engine in training/engine.py implements it.
     """

@@ -66,7 +66,11 @@ class LazyTensor:
 
 @contextmanager
 def open_safetensors(file: Path) -> Iterator[Any]:
-    """Open a safetensors file. Raises UserError if it is not one, or if the `with` block requests a missing tensor."""
+    """Open a safetensors file for a `with` block.
+
+    Raises UserError if the file is missing, damaged or not a safetensors file, or if the block requests a tensor that
+    the file does not contain.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
@@ -77,8 +81,8 @@ def open_safetensors(file: Path) -> Iterator[Any]:
 def read_safetensors(file: Path, after: str = "") -> dict[str, Tensor]:
     """Read the tensors of a safetensors file, keyed by name. Raises UserError if the file is missing or damaged.
 
-    after: if given, read only the tensors whose name contains this text, and key each by the part of its name after the
-    text.
+    after: if given, read only the tensors whose names contain this text. Their keys in the dict are then the parts of
+    the names that follow the text.
     """
     with open_safetensors(file) as opened:
         names = [name for name in opened.keys() if after in name]  # noqa: SIM118 - not a mapping

@@ -1,4 +1,6 @@
-"""Prompts for a model, and the tokens that may follow. Both have the document format of data/stream/packing.py.
+"""Prompts for a model, and the tokens that may follow a prompt.
+
+A prompt and the tokens after it form a document in the format of data/stream/packing.py.
 
   text -> image   BOS caption BOI | codes
   image -> text   BOS BOI codes EOI | caption EOS

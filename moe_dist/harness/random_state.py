@@ -1,4 +1,4 @@
-"""The state of the global random generators, which tasks of lm_eval change."""
+"""A context manager that restores the global random generators. Tasks of lm_eval change them."""
 
 from __future__ import annotations
 

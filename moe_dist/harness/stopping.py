@@ -16,15 +16,16 @@ from moe_dist.generate.prompt import GenerationState, Prompt
 
 @dataclass(frozen=True, slots=True)
 class StopSettings:
-    """Settings that end a continuation."""
+    """Settings that determine when a continuation ends."""
 
     until: tuple[str, ...]  # stop strings
     max_tokens: int
 
 
 class TextUntil:
-    """The format of a continuation (generate/decode.py `DocumentFormat`). Any text token may come next, also markers.
+    """The format of a continuation. Any text token may come next, including markers.
 
+    Implements DocumentFormat (generate/decode.py).
     context: the maximum number of tokens of a prompt and its continuation.
     """
 
@@ -42,7 +43,10 @@ class TextUntil:
         return 0
 
     def add(self, sample: GenerationState, token: int) -> None:
-        """Append a token. The continuation is done at its maximum length, at EOS, and if it has a stop string."""
+        """Append a token, and mark the continuation as done if it is complete.
+
+        It is complete if the token is EOS, if the maximum length is reached, or if the text contains a stop string.
+        """
         sample.generated.append(token)
         ended = sample.length == sample.limit or token == self.vocabulary.eos
         sample.done = ended or self._has_stop_string(sample)

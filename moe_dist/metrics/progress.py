@@ -25,8 +25,9 @@ WINDOW = 50  # number of updates over which the speed is averaged
 class Progress:
     """Context manager around a training loop. It shows the loop's progress if `is_main` is true.
 
-    The loop starts after `step` of `total` steps. causal: the model's `Transformer.causal_routing`. If it is False, the
-    losses are labelled "non-causal".
+    total: the number of steps of the run, including the steps before the loop.
+    step: the number of steps that were completed before the loop.
+    causal: the model's `Transformer.causal_routing`. If it is False, the losses are labelled "non-causal".
     """
 
     def __init__(

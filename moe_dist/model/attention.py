@@ -1,8 +1,8 @@
 """Causal attention over packed documents.
 
 A micro-batch is a concatenation of documents, T tokens in all. A token attends to itself and to the earlier tokens of
-the same document, or to the last of them only (a sliding window). No T x T mask is built: the document boundaries are
-computed once per micro-batch and shared by all layers.
+the same document. With a sliding window, it attends only to the most recent of these tokens. No T x T mask is built:
+the document boundaries are computed once per micro-batch and shared by all layers.
 
 Shape suffixes: T tokens, H heads, G query groups (G divides H; the heads of a group share key and value), d size per
 head, P padded tokens (P >= T).
@@ -46,7 +46,7 @@ class Documents(Protocol):
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, window: int = 0) -> Tensor:
         """Compute softmax attention, scaled by 1/sqrt(d) and causal within each document. Returns [T, H, d].
 
-        window: the number of tokens that a token attends to, the last of which is the token itself; 0: no limit.
+        window: the maximum number of tokens that a token attends to, including itself. 0 means no limit.
         """
         ...
 
@@ -137,9 +137,9 @@ class BucketedDocuments:
 
 
 def _sliding_window(length: int, window: int, device: torch.device) -> Tensor | None:
-    """Return which keys each query of a document may see, bool [length, length].
+    """Return a mask of the keys that each query of a document may see, bool [length, length].
 
-    If the window does not reach its limit, return None: plain causal attention.
+    Return None if there is no window or the document fits into it. Plain causal attention then gives the same result.
     """
     if not 0 < window < length:
         return None
@@ -187,7 +187,8 @@ def _accepts(function: Callable, name: str) -> bool:
 class RotatedDocuments:
     """Attention that first applies the rotary embedding to queries and keys.
 
-    clip: before that, queries, keys and values are limited to +- this value; None: no limit (OLMoE, arXiv 2409.02060).
+    clip: if given, queries, keys and values are clamped to [-clip, clip] before the rotary embedding (OLMoE, arXiv
+    2409.02060).
     """
 
     documents: Documents

@@ -1,6 +1,6 @@
 """Agreement between ranks: an error of one rank is raised on every rank, so that no rank hangs.
 
-Also functions that gather values from all ranks.
+This module also contains functions that gather values from all ranks.
 """
 
 from __future__ import annotations

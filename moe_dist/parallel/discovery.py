@@ -1,9 +1,9 @@
 """Discovery of rank and world size under the DeepSpeed launcher, torchrun, srun and mpiexec, or in a single process.
 
-The function run_rank sets the exit status of this process, and decides whether it prints the error or the traceback.
-
 Sources in order of precedence: RANK and WORLD_SIZE in the environment (DeepSpeed's launcher, torchrun); Slurm's own
 variables (srun); mpi4py, if an MPI launcher's variables are set (mpiexec, mpirun); otherwise a single process.
+
+This module also contains run_rank, which runs the `main` function of a launch script and sets the exit status.
 """
 
 from __future__ import annotations

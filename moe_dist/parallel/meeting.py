@@ -31,9 +31,11 @@ ANSWER = timedelta(seconds=60)  # time that rank 0 may take to answer a rank tha
 def meet(place: Place, stop: StopSignals) -> dist.Store | None:
     """Wait until all ranks have connected. Collective: every rank calls it after Place.export.
 
+    Returns the store to which the ranks are connected, or None if there is only one rank. The caller must keep the
+    store until torch.distributed is initialised, because torch.distributed reuses it.
+
     Raises Stopped if this rank receives a signal and the other ranks do not connect within the next LAST_WAIT seconds.
-    Raises PeerError after LIMIT seconds of waiting. Returns None if there is only one rank. Keep the returned store
-    until torch.distributed is initialised, because torch.distributed reuses it.
+    Raises PeerError after LIMIT seconds of waiting.
     """
     if place.world == 1:
         return None

@@ -33,9 +33,9 @@ def sample_groups(
 ) -> Iterator[SampleFiles]:
     """Group the members of a tar, given as (name, content), into samples.
 
-    Raises UserError naming the shard and the key if a key occurs again after other samples, or if a sample has two
-    members with the same ending.
+    Raises UserError if the members of a sample do not follow each other, or if two of them have the same ending.
 
+    shard: the name of the tar, for error messages.
     unused: a counter for members that belong to no sample because their name has no key or no ending.
     """
     seen: set[str] = set()

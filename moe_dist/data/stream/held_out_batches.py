@@ -26,7 +26,10 @@ from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
 
 def whole_captions(store: DocumentStore, vocabulary: Vocabulary, data: DataConfig) -> Assembler:
-    """Create an assembler that drops no caption, uses the first of several, and does not depend on the run's seed."""
+    """Create an assembler that drops no captions and does not depend on the run's seed.
+
+    If an image has several captions, the assembler uses the first one.
+    """
     return Assembler(
         store=store,
         vocabulary=vocabulary,

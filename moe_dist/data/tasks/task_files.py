@@ -1,5 +1,7 @@
-"""Multiple-choice items as files of EleutherAI's lm-evaluation-harness: a YAML file for each domain and one for their
-group, and the items as JSON lines, which the library `datasets` reads without a network.
+"""Multiple-choice items as task files for EleutherAI's lm-evaluation-harness.
+
+Each domain becomes a task. A YAML file describes the task, and JSON-lines files contain its items. Another YAML file
+describes the group of all tasks. The library `datasets` reads the items without network access.
 
 The prompts and options are those of training, so a task asks the same questions as launch/multiple_choice.py.
 """
@@ -39,9 +41,10 @@ class TaskFilesRecipe(Strict):
 def write_task_files(recipe: TaskFilesRecipe) -> dict[str, int]:
     """Write the task files of a corpus. Returns the number of items of each task.
 
-    The YAML files name the items by absolute paths, so a folder that was moved has to be written again. Raises
-    UserError if the shards hold anything but multiple-choice items without pictures, or if `out` exists, is not a
-    valid name or cannot be written.
+    The YAML files contain the absolute paths of the items' files. If the folder `out` is moved, the task files must be
+    written again.
+    Raises UserError if a sample is not a multiple-choice item, if it has a picture, or if a domain is not a valid name.
+    Also raises UserError if `out` exists, does not end in a valid name, or cannot be written.
     """
     out = Path(recipe.out).resolve()
     if not re.fullmatch(r"[\w-]+", out.name):
@@ -63,7 +66,7 @@ def write_task_files(recipe: TaskFilesRecipe) -> dict[str, int]:
 
 
 def _read(shards: str | Sequence[str], split: Split) -> dict[str, list[Item]]:
-    """Return the items of a split, by domain in alphabetical order."""
+    """Return a dict from each domain to its items in the split. The domains are in alphabetical order."""
     items: dict[str, list[Item]] = defaultdict(list)
     for shard in resolve_shards(shards, split):
         for sample in iterate(shard):
@@ -96,7 +99,7 @@ def _task(out: Path, domain: str, has_examples: bool) -> dict[str, Any]:
 
 
 def _group(name: str, domains: Sequence[str]) -> dict[str, Any]:
-    """Return the group of all tasks. Its metrics are means over all items."""
+    """Return the content of the YAML file for the group of all tasks. Its metrics are means over all items."""
     return {
         "group": name,
         "task": [f"{name}_{domain}" for domain in domains],
