@@ -33,7 +33,12 @@ CASES = {
         **LORA,
         stage=3,
         expert=1,
-        deepspeed={"stage3_max_live_parameters": LIVE, "stage3_prefetch_bucket_size": 0},
+        recompute=True,
+        deepspeed={
+            "stage3_max_live_parameters": LIVE,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        },
     ),
 }
 

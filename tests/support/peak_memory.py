@@ -41,6 +41,7 @@ class MemoryJob:
     bf16: bool = True
     trainable: tuple[str, ...] = ("*.router.*",)
     lora: dict[str, Any] | None = None  # LoRA on attention
+    recompute: bool = False
     source: Literal["seeds", "checkpoint", "folder"] = "seeds"
     path: str = ""  # of the checkpoint or the Hugging Face folder
     save: str | None = None  # write a checkpoint here afterwards
@@ -56,6 +57,7 @@ class MemoryJob:
             "norm": "pre",
             "qk_norm": False,
             "attention_lora": self.lora,
+            "recompute": self.recompute,
             "ffn": {"type": "moe", "hidden_size": self.ffn_size, "router": router},
         }
         raw = {
