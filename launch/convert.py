@@ -12,8 +12,8 @@ checkpoint has one expert per modality (1t1i), the experts of a modality are cop
 import, upcycle: the file OUT/model.yaml is written, too. It is the matching `model:` section for a recipe. To start a
 run from the new checkpoint, set the recipe's key init_from.
 verify: the model is not built.
-model: a run can start from a Hugging Face folder without import. Its recipe then needs only the section that this
-command writes, for example by `extends: FILE.yaml`, and init_from: FOLDER.
+model: a run can start from a Hugging Face folder without import. Its recipe then needs the section that this command
+writes, for example by `extends: FILE.yaml`, and `init_from: FOLDER`.
 """
 
 import argparse

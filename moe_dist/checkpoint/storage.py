@@ -232,11 +232,13 @@ def _batches(items: list[ReadItem]) -> Iterator[list[ReadItem]]:
     While a file is open, all that was read from it stays in memory, so it is closed after each batch.
     """
     batch: list[ReadItem] = []
+    elements = 0
     for item in items:
         batch.append(item)
-        if sum(held.lengths[0] for held in batch) >= MAPPED:
+        elements += item.lengths[0]
+        if elements >= MAPPED:
             yield batch
-            batch = []
+            batch, elements = [], 0
     if batch:
         yield batch
 

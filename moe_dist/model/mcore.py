@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from moe_dist.config.model_section import ModelConfig
 from moe_dist.core.costs import LayerWork, Product, linear_product, no_products
 from moe_dist.core.fused import fused
+from moe_dist.core.initial_values import constant_
 from moe_dist.model.attention import Attending, Documents, RotatedDocuments, locate_documents
 from moe_dist.model.attention_lora import DroppedDocuments, LoRALinear
 from moe_dist.model.site import Site
@@ -150,7 +151,7 @@ class Attention(nn.Module):
         core.draw(self.core.linear_qkv.weight, "linear_qkv.weight")
         core.draw(self.core.linear_proj.weight, "linear_proj.weight", onto_residual=True)
         for bias in self._biases():
-            nn.init.zeros_(bias)
+            constant_(bias, 0.0)
         self.window, self.clip = config.window_of(site.layer), config.clip_qkv
 
     def forward(self, x_TD: Tensor, token_id_T: Tensor, documents: Documents, turn_2T1d: Tensor) -> Tensor:

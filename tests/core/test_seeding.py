@@ -1,7 +1,10 @@
 """Counter-based hashes against Python integers; initialisation by name."""
 
+import pytest
 import torch
 
+from moe_dist.core.expert_rows import set_expert_ids
+from moe_dist.core.seeding import _CHUNK as CHUNK
 from moe_dist.core.seeding import dropout, fold_key, hash_ids, logistic, seeded_normal_, uniform
 from tests.support.routing_reference import splitmix_hash
 
@@ -56,6 +59,23 @@ def test_initialisation_depends_on_name_and_seed_alone():
     assert torch.equal(first, second) and not torch.equal(first, third)
     assert abs(float(first.std()) - 0.5) < 0.02 and abs(float(first.mean())) < 0.02
     seeded_normal_(torch.empty(2, device="meta"), seed=0, name="a", std=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 31, CHUNK - 1, CHUNK, CHUNK + 15, CHUNK + 16, 3 * CHUNK + 7])
+def test_initial_values_are_those_of_one_draw_of_torch(size, dtype):
+    """Runs of earlier versions start from these values. Rows that are drawn in parallel are those drawn alone."""
+    rows = torch.empty(3, size, dtype=dtype)
+    set_expert_ids(rows, (5, 0, 2))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        seeded_normal_(rows, seed=3, name="x", std=0.02)
+    finally:
+        torch.set_num_threads(threads)
+    for expert, row in zip((5, 0, 2), rows, strict=True):
+        generator = torch.Generator().manual_seed(fold_key(3, "x", expert))
+        assert torch.equal(row, (torch.randn(size, generator=generator) * 0.02).to(dtype))
 
 
 def test_dropout_keeps_the_mean_and_decides_every_element_by_itself():

@@ -1,6 +1,7 @@
 """A run that starts from a Hugging Face folder holds, in any layout, what a run from the imported checkpoint holds."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -21,20 +22,32 @@ from moe_dist.training.setup import embedding_rows, find_origin
 from tests.convert.test_export import save_mixtral
 from tests.data.tokenizers.test_hugging_face_text import save as save_tokenizer
 from tests.support.distributed import run_ranks
+from tests.support.family_models import save_model
 from tests.support.hugging_face_models import save_llama
 from tests.support.trajectory import full_masters
 
 ROWS = 304  # the tokenizer has 300 tokens
-SAVE = {"llama": save_llama, "mixtral": save_mixtral}
-LAYOUTS = [(1, 1, "llama", False), (2, 1, "mixtral", True), (2, 2, "mixtral", False), (3, 2, "mixtral", True)]
+QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 40}
+SAVE = {
+    "llama": partial(save_llama, dtype=torch.bfloat16),
+    "mixtral": partial(save_mixtral, dtype=torch.bfloat16),
+    "qwen2_moe": partial(save_model, "qwen2_moe", **QWEN),  # biases and a shared expert
+}
+LAYOUTS = [
+    (1, 1, "llama", False),
+    (2, 1, "mixtral", True),
+    (2, 2, "mixtral", False),
+    (3, 2, "mixtral", True),
+    (3, 2, "qwen2_moe", False),
+]
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two Hugging Face folders with bf16 weights, tied embeddings and superfluous files, and imported checkpoints."""
+    """Hugging Face folders with tied embeddings and superfluous files, two of them in bf16, and their imports."""
     root = tmp_path_factory.mktemp("pretrained")
     for name, save in SAVE.items():
-        save(root / name, vocab_size=ROWS, tie_word_embeddings=True, dtype=torch.bfloat16)
+        save(root / name, vocab_size=ROWS, tie_word_embeddings=True)
         save_tokenizer(root / name, bos_token="<|start|>", eos_token="<|end|>")
         save_file({"a": torch.ones(1)}, root / name / "consolidated.safetensors")
         import_folder(root / name, root / f"{name}-ours")
@@ -71,8 +84,9 @@ def start(rank, config):
         origin = find_origin(config)
         vocabulary = load_vocabulary(config.data)
         origin.check(vocabulary)
-        model = Transformer(config.model, embedding_rows(config.model, vocabulary), layout, config.seed)
-        engine = make_engine(model, config, layout)
+        with torch.device("meta"):
+            model = Transformer(config.model, embedding_rows(config.model, vocabulary), layout, config.seed)
+        engine = make_engine(model, config, layout, origin.is_new)
         account = origin.fill(engine, layout, vocabulary)
         return full_masters(engine), account.to_json(), read
     finally:

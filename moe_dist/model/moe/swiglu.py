@@ -12,6 +12,7 @@ from moe_dist.config.model_section import DenseFFN
 from moe_dist.core.batch import TokenInfo
 from moe_dist.core.costs import LayerWork, Product, linear_product, num_weights
 from moe_dist.core.fused import fused
+from moe_dist.core.initial_values import constant_
 from moe_dist.model.site import Site
 
 
@@ -29,7 +30,7 @@ class SwiGLU(nn.Module):
         site.draw(self.gate_up.weight, "gate_up.weight")
         site.draw(self.down.weight, "down.weight", onto_residual=True)
         for linear in (self.gate_up, self.down) if settings.bias else ():
-            nn.init.zeros_(linear.bias)
+            constant_(linear.bias, 0.0)
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, None]:
         """Return y_TD, and None instead of a routing record.
