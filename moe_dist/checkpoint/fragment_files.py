@@ -1,4 +1,4 @@
-"""Collective writing of fragments to a new folder, and one error for all ranks if a disk or a DCP call fails."""
+"""Functions that write fragments to a new folder. If a disk or a DCP call fails, all ranks raise the same error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def write_fragments(
 
 @contextmanager
 def removed_on_error(folder: Path, layout: Layout) -> Iterator[None]:
-    """Context manager that removes an unfinished folder if UserError, which every rank raises, ends the block."""
+    """Context manager that removes an unfinished folder if the block raises UserError.
+
+    Rank 0 removes the folder, so the block must raise UserError on every rank.
+    """
     try:
         yield
     except UserError:
@@ -49,7 +52,7 @@ def removed_on_error(folder: Path, layout: Layout) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
-    """Context manager for a step of one rank that uses the disk. If any rank raises OSError, all ranks raise UserError.
+    """Context manager for disk operations. If any rank raises OSError in the block, all ranks raise UserError.
 
     Collective: the ranks exchange their errors at the end of the block. what: the start of the error message.
     """

@@ -4,10 +4,11 @@ RUN/checkpoints/frozen/DIGEST/
     rank_RRRRR.safetensors, index.json   the logical tensors `frozen/NAME`, stored as in a checkpoint
     manifest.json                        size and SHA-256 of the files above; its own SHA-256 is DIGEST
 
-Training does not change frozen weights, and a resumed run cannot change `trainable` or `init_from` (train_state.py). So
-a run has one store, whatever the layouts of its parts. The first save writes it to new.tmp and renames it, before the
-checkpoint that refers to it becomes visible. A resumed run refers to the store of the checkpoint it has loaded. If that
-store is in another run's folder, the first save writes a store of the resumed run.
+Training does not change frozen weights, and a resumed run cannot change `trainable` or `init_from` (train_state.py). A
+run therefore needs only one store, even if it is resumed in other layouts. The first save writes the store to new.tmp
+and renames it. Only then does the checkpoint that refers to it become visible. A resumed run refers to the store of the
+checkpoint that it loaded. If that store is in another run's folder, the first save writes a new store for the resumed
+run.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ def keep_store(
 ) -> str:
     """Return the digest of the store that a new checkpoint refers to. Collective over `group`, a group of all ranks.
 
+    If the run already has a store with the digest `known`, and no file of that store is missing or truncated, it is
+    reused. Otherwise, a new store is written.
+
     checkpoint: the path of the checkpoint, which does not exist yet. frozen: this rank's frozen fragments. known: the
-    digest of a store with the same values, if there is one. If it is not next to the checkpoint, or files of it are
-    missing or truncated, a store is written. what: the start of the error message.
+    digest of a store with the same values, or None. what: the start of the error message.
     """
     reused = known if layout.is_main and known and is_complete(store_path(checkpoint, known)) else None
     digest = gather_objects(reused, group)[0]
@@ -53,7 +56,10 @@ def keep_store(
 
 
 def _commit(partial: Path, files: Iterable[StoredFile]) -> str:
-    """Complete the store `partial` and rename it to its digest, unless this store exists already. Return the digest."""
+    """Complete the store `partial`, rename its folder to its digest, and return the digest.
+
+    If a complete store with this digest already exists, `partial` is removed instead.
+    """
     digest = write_manifest(partial, files).sha256
     place = partial.with_name(digest)
     if is_complete(place):

@@ -1,12 +1,12 @@
 """Management of the checkpoints in a run folder: finding, verifying and removing them, and selecting one to start from.
 
-A manifest lists every file of a checkpoint with the file's size and SHA-256. It is written last, before the folder
-step_XXXXXXXX.tmp is renamed to step_XXXXXXXX. A renamed folder was therefore complete. If one of its files is missing
-or truncated, the checkpoint was damaged later, and the user must decide whether to continue without it.
+A manifest lists every file of a checkpoint with the file's size and SHA-256. The manifest is written last. The
+folder step_XXXXXXXX.tmp is then renamed to step_XXXXXXXX, so a renamed folder was complete. If one of its files is
+missing or truncated, the checkpoint was damaged later, and the user must decide whether to continue without it.
 
-If a checkpoint has frozen weights, its manifest also has the digest of the store that holds them (frozen_store.py),
-which is the SHA-256 of the store's manifest. The store's files are treated like the checkpoint's own files, under their
-paths relative to the checkpoint. A checkpoint of format 1 has its frozen weights inside.
+Frozen weights are in a store of their own (frozen_store.py), and the checkpoint's manifest holds the store's digest,
+which is the SHA-256 of the store's manifest. The store's files are verified like the checkpoint's own files. Only
+checkpoints of format 1 contain their frozen weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def checkpoint_path(run_dir: str | Path, step: int) -> Path:
 
 
 def step_of(path: Path) -> int:
-    """Return the number of optimizer steps done when a checkpoint was saved, taken from its folder's name."""
+    """Return the optimizer step at which a checkpoint was saved. The step is read from the folder's name."""
     return int(path.name.removeprefix("step_"))
 
 
@@ -66,7 +66,7 @@ def verify_checkpoint(
     """Check the sizes of all files of a checkpoint and its frozen store, and the checksums of one share of the files.
 
     The files are divided into `shares` shares, numbered from 0. Only the checksums of share number `share` are checked.
-    By default, all checksums are checked. Those of the files in `known` are never checked.
+    By default, there is one share. The checksums of the files in `known` are never checked.
     Returns a dict from file name to size in bytes, for storage.read_index. The name of a file in the store is its path
     relative to the checkpoint. Raises UserError if a file is missing or damaged. The message names the file.
     """
@@ -78,7 +78,10 @@ def verify_checkpoint(
 
 
 def frozen_digest(path: str | Path) -> str | None:
-    """Return the digest of a checkpoint's frozen store, or None if it has none. Raises UserError if it is damaged."""
+    """Return the digest of a checkpoint's frozen store, or None if the checkpoint has no store.
+
+    Raises UserError if the manifest is damaged, or if a file of the checkpoint is missing or truncated.
+    """
     return _parsed(Path(path), STATE)[1]
 
 
@@ -245,7 +248,7 @@ def _verify_checksum(path: Path, name: str, files: Entries) -> None:
 
 
 def _manifest(path: Path) -> Entries:
-    """Read the entries of a checkpoint's manifest and of its frozen store's, keyed by path relative to the checkpoint.
+    """Read the entries of all files of a checkpoint and of its frozen store, keyed by path relative to the checkpoint.
 
     Raises UserError naming a file that is missing or has the wrong size.
     """

@@ -49,7 +49,10 @@ MAPPED = 1 << 22  # elements that are read before a file is closed and opened ag
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """A contiguous piece of one flattened logical tensor. `tensor` is a 1-D view of the piece's live data."""
+    """A contiguous piece of one flattened logical tensor.
+
+    The 1-D `tensor` holds the piece's values. A save reads them, and a load overwrites them.
+    """
 
     name: str
     shape: tuple[int, ...]  # shape of the whole logical tensor
@@ -227,9 +230,9 @@ class ShardReader(StorageReader):
 
 
 def _batches(items: list[ReadItem]) -> Iterator[list[ReadItem]]:
-    """Divide items into batches of about MAPPED elements.
+    """Divide the items to read from one file into batches of about MAPPED elements.
 
-    While a file is open, all that was read from it stays in memory, so it is closed after each batch.
+    The caller reopens the file for each batch, because the values read from an open file stay in memory.
     """
     batch: list[ReadItem] = []
     elements = 0
@@ -259,7 +262,11 @@ def read_index(folder: Path, verified: Collection[str]) -> Metadata:
 
 
 def _add_index(metadata: Metadata, folder: Path, inner: str, verified: Collection[str]) -> None:
-    """Add an index to `metadata`. inner: the path of the index's own folder relative to `folder`, ending in a slash."""
+    """Read one index and add its tensors to `metadata`.
+
+    folder: the checkpoint's folder. inner: the index's folder, relative to `folder`; empty, or with a slash at the end.
+    verified: as in read_index.
+    """
     for name, entry in read_json(folder / inner / FRAGMENT_INDEX)["tensors"].items():
         shape = tuple(entry["shape"])
         pieces = [ChunkStorageMetadata(torch.Size([start]), torch.Size([size])) for start, size, _ in entry["pieces"]]

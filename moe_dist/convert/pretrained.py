@@ -1,7 +1,7 @@
 """A Hugging Face folder, opened as one of our models: its `model:` section, and its tensors under our names.
 
-Each tensor is read from the disk only when it is used. Files and tensors that are known to be superfluous are dropped
-and listed. Any other surplus tensor is an error.
+Each tensor is read from the disk only when it is used. Files and tensors that are known to be superfluous are
+skipped and listed in PretrainedModel.dropped. Any other surplus tensor is an error.
 """
 
 from __future__ import annotations
@@ -89,9 +89,10 @@ def _is_padded(folder: Path, rows: int) -> bool:
 def _without_known_surplus(
     found: Mapping[str, LazyTensor], mappings: Iterable[TensorMapping], where: str
 ) -> tuple[dict[str, LazyTensor], list[str]]:
-    """Return the tensors without stored rotary frequencies and without a tied output layer, and what was dropped.
+    """Drop redundant tensors: stored rotary frequencies, and an output layer that is tied to the embedding.
 
-    Raises UserError if the output layer of a model with tied embeddings differs from the embedding.
+    Returns the remaining tensors, and one line of text for each kind of dropped tensor, with the reason. Raises
+    UserError if the output layer of a model with tied embeddings differs from the embedding.
     """
     sources = {part.name: list(part.sources) for part in mappings}
     wanted = {name for names in sources.values() for name in names}
@@ -116,8 +117,9 @@ def _equal(one: LazyTensor, other: LazyTensor) -> bool:
 def read_folder(folder: str | Path) -> tuple[dict[str, LazyTensor], list[str]]:
     """Return a Hugging Face folder's tensors, and a list of its weight files that are not used.
 
-    The tensors come from the files that the index names; without an index, from model.safetensors; without that, from
-    all safetensors files. Raises UserError naming a file or tensor that is missing, duplicated or unreadable.
+    If the folder has an index, the tensors are read from the files that the index names. If it has no index, they are
+    read from model.safetensors. If it has neither, they are read from all safetensors files.
+    Raises UserError naming a file or tensor that is missing, duplicated or unreadable.
     """
     folder = Path(folder)
     present = sorted(folder.glob("*.safetensors"))

@@ -57,18 +57,15 @@ def uniform(key: int, *ids: Tensor) -> Tensor:
 
 
 def logistic(key: int, *ids: Tensor) -> Tensor:
-    """Draw a float64 from the standard logistic distribution for each element of the broadcast ids.
-
-    The difference of two independent Gumbel variables has this distribution.
-    """
+    """Draw a float64 from the standard logistic distribution for each element of the broadcast ids."""
     return uniform(key, *ids).logit()
 
 
 def dropout(x_RD: Tensor, token_id_R: Tensor, *, key: int, rate: float) -> Tensor:
     """Zero each element with probability `rate` and scale the others by 1 / (1 - rate).
 
-    The draw depends only on (key, token, column). Column c uses bits 16 (c mod 4) to 16 (c mod 4) + 15 of the hash of
-    (key, token, c div 4), so `rate` is rounded to a multiple of 2^-16.
+    Whether an element is zeroed depends only on `key`, the token's id and the column. The random numbers have 16 bits,
+    so `rate` is rounded to a multiple of 2^-16.
     """
     return _drop(x_RD, token_id_R, _state(key, x_RD.device), round(rate * 2**16))
 
@@ -99,10 +96,10 @@ def _signed(value: int) -> int:
 
 
 def seeded_normal_(parameter: Tensor, *, seed: int, name: str, std: float) -> None:
-    """Set the initial values of a parameter (core/initial_values.py) to N(0, std^2), seeded by (seed, name).
+    """Draw the initial values of a parameter from N(0, std^2), seeded by (seed, name).
 
-    In a stacked expert parameter (core/expert_rows.py), each row is seeded by (seed, name, expert), so the weights do
-    not depend on the distribution of experts over ranks. The rows are drawn in parallel.
+    Each row of a stacked expert parameter is seeded by (seed, name, expert). Therefore the weights do not depend on
+    the distribution of experts over ranks. The rows are drawn in parallel.
     """
     set_initial(parameter, partial(_draw, seed=seed, name=name, std=std))
 
@@ -118,10 +115,11 @@ def _draw(parameter: Tensor, *, seed: int, name: str, std: float) -> None:
 
 @torch.no_grad()
 def _draw_piece(piece: Tensor, key: int, std: float) -> None:
-    """Fill a contiguous tensor with torch.randn(..., generator=Generator(key)) * std, without a copy of its size.
+    """Fill a contiguous tensor with std * torch.randn(...), drawn by a CPU generator that is seeded with `key`.
 
-    The values of consecutive chunks are those of one draw, because torch draws 16 values at a time, except that a draw
-    that is not a multiple of 16 draws its last 16 values anew. So only the last chunk may have another length.
+    To save memory, the tensor is filled in chunks. The values equal those of a single draw, because torch draws 16
+    values at a time. If a length is not a multiple of 16, torch draws the last 16 values again. Therefore only the last
+    chunk may have such a length.
     """
     generator = torch.Generator(device="cpu").manual_seed(key)
     flat, buffer = piece.view(-1), torch.empty(_CHUNK + 15, dtype=torch.float32, device="cpu")

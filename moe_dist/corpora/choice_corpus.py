@@ -7,7 +7,7 @@ occurs more often is drawn more often. Therefore a model cannot recognise a wron
 frequency, or because it was never an answer in training. In every task and split, each letter is correct equally often.
 
 All questions about a synset (a set of synonyms in WordNet) and its opposites are in the same split, whatever their
-task. So are all questions about an emoji.
+task. All questions about one emoji are in the same split, too.
 """
 
 from __future__ import annotations

@@ -114,9 +114,10 @@ def report(config: Config, device: torch.device) -> RankReport:
 
 
 def compare(ranks: tuple[RankReport, ...]) -> list[str]:
-    """Compare the ranks' reports. Return one phrase for each value that differs from the ranks' most common value.
+    """Return one phrase for each difference between the ranks' reports.
 
-    If several values are equally common, the one that the lowest rank reports counts as the most common.
+    Each value of a report, such as a package's version, is compared with the most common value over all ranks. If
+    several values are equally common, the one that the lowest rank reports is used.
     """
     differences = []
     for name in ranks[0].comparable():

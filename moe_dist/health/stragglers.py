@@ -1,9 +1,9 @@
 """Detection of slow ranks.
 
 All ranks wait for the slowest in every step, so only the time of their own work is compared. A rank's own seconds in a
-step are the step's seconds minus the seconds spent waiting inside collectives. Only waiting of the host is measured.
-With gloo, the host waits. On GPUs, the host does not wait in a collective, so all ranks look equally fast and no slow
-rank is reported.
+step are the step's seconds minus the seconds spent waiting inside collectives. Only the host's waiting time is
+measured. With gloo, the host waits in collectives. On GPUs, it does not wait, so all ranks look equally fast and no
+slow rank is reported.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ class PooledBalance:
 
     This is the loss in LLaVA-MoLE's code (arXiv 2401.16160). For one document, the tokens of all layers are pooled: f_c
     is the fraction of (token, layer) pairs that chose column c, and P_c is the mean gate value of column c over all
-    pairs. The loss has no factor for the number of experts, so its value is k / C if the load is balanced.
+    pairs. Each token chooses k of the C columns in every layer. Unlike LoadBalance, this loss has no factor C, so its
+    value is k / C if the load is balanced.
     """
 
     def __init__(self, settings: PooledBalanceSettings, context: Context):

@@ -151,7 +151,7 @@ def loss_figure(runs: Sequence[RunMetrics], baseline: Mapping[str, float]) -> Fi
 def routing_figure(run: RunMetrics) -> Figure:
     """Plot a heat map of each layer's expert utilization over time, and curves of unrouted tokens and rank imbalance.
 
-    If every utilization is nearly 1 (expert choice), the title says this and the heat map is left out.
+    If every utilization is nearly 1, as with expert choice, the title says so and the heat map is left out.
     """
     loads = {key.split("/")[1]: run.series(key) for key in run.keys if key.endswith("/utilization")}
     even = all(np.nanmax(np.abs(load - 1), initial=0) < 0.01 for _, load in loads.values())

@@ -4,7 +4,7 @@ A multiply-add is 2 FLOPs. A product counts once for the forward pass, once more
 are trained, and once more for the gradient of its input if an earlier product has trained weights. Therefore the FLOPs
 of a model that is trained as a whole are three times those of the forward pass. In LoRA training, a product with frozen
 weights counts twice if an earlier product has trained weights, otherwise once. An auxiliary router detaches its input,
-so no gradient flows from its products to earlier ones. Its products therefore form a separate chain.
+so no gradient flows back from it to earlier products. Its own products are therefore counted as if they came first.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ def flops_saved(
 
     Neither FLOP count includes the routers. Both assume that all parameters are trained, except those that LoRA
     freezes. Therefore the result does not depend on the recipe's `trainable`.
+
     tokens: the number of routed tokens, without padding.
-    experts: the mean over all `tokens`, including those that skip a layer with mixture-of-depths.
+    experts: the mean number of experts per token and layer. A token that skips a layer with mixture-of-depths counts
+    as 0 in that layer.
     admitted: see Work.admitted in core/costs.py.
     """
     admitted = admitted or {}

@@ -76,13 +76,17 @@ class CachedDocuments:
     document_T: Tensor
 
     def select(self, info: TokenInfo) -> CachedDocuments:
-        """Return the same documents, restricted to the tokens of `info`. Its `attend` caches only these tokens."""
+        """Return a copy that holds only the tokens that `info` describes. The copy's `attend` caches only these tokens.
+
+        info: a result of TokenInfo.select.
+        """
         return replace(self, document_T=info.document_T)
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor, window: int = 0) -> Tensor:
         """Append the tokens to the cache, then compute attention. Returns [T, H, d].
 
-        Each token attends to the cached tokens of its sequence, up to and including itself, within the window.
+        Each token attends to itself and to the cached tokens of its sequence that precede it.
+        window: the number of tokens that a token attends to, the last of which is the token itself; 0: no limit.
         """
         layer, document_T, sequence_N = self.layer, self.document_T, self.sequence_N
         count_N = torch.bincount(document_T, minlength=len(sequence_N))

@@ -25,10 +25,10 @@ def rotary_angles(position_T: Tensor, *, head_size: int, base: float, scaling: R
 
 
 def frequencies(head_size: int, base: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
-    """Compute the angle between two neighbouring positions in each pair of dimensions, float32 [F].
+    """Compute the RoPE frequencies: for each pair of dimensions, the angle between two neighbouring positions.
 
-    The frequencies are computed as 1 / base^x, not as base^-x, to get the same rounding as the original code of
-    imported models.
+    Returns float32 [F]. The unscaled frequencies are computed as 1 / base^x, as in the original code of imported
+    models, because base^-x would be rounded differently.
     """
     exponent_F = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
     frequency_F = 1.0 / base**exponent_F
@@ -52,15 +52,15 @@ def _llama3(frequency_F: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 
 def _yarn(frequency_F: Tensor, base: float, scaling: YarnScaling) -> Tensor:
-    """Divide the frequencies by `factor`, less and less towards the high ones (YaRN, arXiv 2309.00071, eq. 17-19).
+    """Divide low frequencies by `factor`, keep high ones, and interpolate in between (YaRN).
 
-    A frequency is kept if it makes at least beta_fast turns in the original context. It is divided by the whole factor
-    if it makes at most beta_slow turns.
+    A frequency is high if it makes at least beta_fast turns in the original context, and low if it makes at most
+    beta_slow turns. Source: arXiv 2309.00071, eq. 17-19.
     """
     number = len(frequency_F)
 
     def dimension(turns: float) -> float:
-        """Return the index in F, with a fraction, of the frequency that makes `turns` turns in the original context."""
+        """Return the index of the frequency that makes `turns` turns in the original context. It may be fractional."""
         ratio = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
         return number * math.log(ratio) / math.log(base)
 
@@ -76,7 +76,10 @@ def _yarn(frequency_F: Tensor, base: float, scaling: YarnScaling) -> Tensor:
 
 
 def magnitude(scaling: RopeScaling | None) -> float:
-    """Return the factor on rotated queries and keys. It differs from 1 only in YaRN (arXiv 2309.00071, eq. 22)."""
+    """Return the factor by which rotated queries and keys are multiplied.
+
+    It differs from 1 only in YaRN (arXiv 2309.00071, eq. 22).
+    """
     if not isinstance(scaling, YarnScaling):
         return 1.0
     return scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0

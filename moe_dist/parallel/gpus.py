@@ -20,10 +20,10 @@ def check_gpus(place: Place, device: torch.device) -> dist.Store | None:
     Ranks may share a GPU on purpose if each of them sets a different NCCL_HOSTID, because NCCL then treats them as
     different hosts.
 
-    NCCL connects the ranks when torch.distributed is initialised, so this check must come before that. The check
-    communicates through a store at the address and port that torch.distributed will use. Keep the returned store until
-    torch.distributed is initialised, because torch.distributed reuses it. Returns None if there is no GPU or only one
-    rank.
+    Call this function before torch.distributed is initialised, because NCCL connects the ranks during that
+    initialisation. The check communicates through a store at the address and port that torch.distributed will use. Keep
+    the returned store until torch.distributed is initialised, because torch.distributed reuses it. Returns None if
+    there is no GPU or only one rank.
     """
     gpu = gpu_of(device)
     if gpu is None or place.world == 1:

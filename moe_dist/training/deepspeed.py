@@ -92,8 +92,9 @@ def make_engine(model: nn.Module, config: Config, layout: Layout, is_new: Callab
 def _sharder(settings: dict[str, Any], dtype: torch.dtype, layout: Layout) -> Callable[[nn.Parameter], None]:
     """Return a collective function that shards one parameter for ZeRO-3, so that this rank keeps only its piece.
 
-    An expert is sharded over the ranks that hold copies of it, any other parameter over all ranks. Unlike DeepSpeed's
-    own conversion, this does not broadcast the parameter, because its initial values are equal on all ranks.
+    An expert is sharded over the ranks that hold copies of it. Any other parameter is sharded over all ranks. Unlike
+    DeepSpeed's own conversion, the function does not broadcast the parameter, because all copies of a parameter have
+    the same initial values.
     """
     init = deepspeed.zero.Init(config_dict_or_path=settings, dtype=dtype)
 

@@ -1,3 +1,4 @@
-"""One file for each family of Hugging Face models: its config.json as a `model:` section and back, and the names of its
-tensors. No other file knows a family. Imports core, config, model and the tensor maps of convert.
+"""One file for each family of Hugging Face models. Each file converts its family's config.json to a `model:` section
+and back, and names its family's tensors. The rest of convert does not depend on the family. Imports core, config,
+model and the tensor maps of convert.
 """

@@ -1,4 +1,4 @@
-"""Mixtral (arXiv 2401.04088): top-k experts whose weights are renormalised, without dropped tokens."""
+"""Mixtral (arXiv 2401.04088): top-k experts with renormalised gate values. No tokens are dropped."""
 
 from __future__ import annotations
 

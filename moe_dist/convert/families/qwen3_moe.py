@@ -22,7 +22,10 @@ class Qwen3MoE(Family):
     sizes: ClassVar[tuple[str, ...]] = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
 
     def model_section(self, given: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:
-        """Convert a config.json. The number of experts is num_experts in transformers 4, num_local_experts in 5."""
+        """Convert a config.json to a `model:` section. Also return the vocabulary size.
+
+        The number of experts is called num_experts by transformers 4, and num_local_experts by transformers 5.
+        """
         number = {"num_experts": given["num_local_experts"]} if "num_local_experts" in given else {}
         return super().model_section({**given, **number}, where)
 
@@ -49,7 +52,7 @@ class Qwen3MoE(Family):
 
 
 def sparse_keys(model: ModelConfig) -> JSON:
-    """Return the keys of config.json about experts that Qwen3-MoE and Qwen2-MoE share."""
+    """Return the keys of config.json that describe the experts. Qwen3-MoE and Qwen2-MoE have the same keys."""
     (ffn, router), (dense, width) = experts_of(model), dense_layers_of(model)
     return {
         "intermediate_size": width,
