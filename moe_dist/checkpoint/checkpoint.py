@@ -1,7 +1,7 @@
 """Sharded checkpoints that any parallel layout can load. They are committed atomically and verified before use.
 
 RUN/checkpoints/step_XXXXXXXX/
-    rank_RRRRR.safetensors   fragments of logical tensors (see fragments.py), each written by one rank; not the frozen
+    rank_RRRRR.safetensors   the fragments that one rank writes (see fragments.py), without frozen weights
     index.json               logical tensors: dtype, shape, and the file of each piece
     state.json               state of the run, counters of the optimizer and the engine, layout of the writing run
     manifest.json            size and SHA-256 of the files above, and the digest of the store with the frozen weights

@@ -14,8 +14,9 @@ from moe_dist.config.recipe import InitFrom
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """The properties of a parameter or buffer that must be equal in checkpoint and model. Its precision may differ.
+    """The properties of a parameter or buffer that must be the same in the checkpoint and in the model.
 
+    The precision may differ.
     experts: the global ids of the experts in a stacked parameter, or None if the parameter or buffer is not stacked.
     shape: for a stacked parameter, the shape of one expert's row.
     """
@@ -51,7 +52,11 @@ class Account:
 
     @property
     def copies(self) -> int:
-        """The number of times that a stored gate fills its widened gate: once for the true experts, then for copies."""
+        """The number of times that a stored gate is copied into the widened gate; 0 if no gate is widened.
+
+        The first copy fills the rows of the true experts. Any further copies fill the rows of the null experts. If the
+        gates need different numbers of copies, this is the highest number.
+        """
         if self.settings.null_gates == "fresh":
             return min(1, len(self.widened))
         rows = ((self.model[name].shape[0], self.stored[self.loaded[name]].shape[0]) for name in self.widened)

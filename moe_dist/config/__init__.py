@@ -1,4 +1,4 @@
-"""Loading of recipes (YAML files with bases and overrides) into one typed tree, and search for their prerequisites.
+"""Recipes: loading YAML files with bases and overrides into one typed tree, and finding a recipe's prerequisites.
 
 This package imports only core.
 """

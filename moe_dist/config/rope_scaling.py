@@ -1,7 +1,7 @@
-"""Settings of the scaling of the rotary embedding, with which a pretrained model was extended to longer texts.
+"""Settings for scaling the rotary embedding, to extend a model to longer texts.
 
-`model.rope_scaling.type` in a recipe selects one of the classes below, under the names of Hugging Face's config.json.
-model/rope.py applies them.
+`model.rope_scaling.type` in a recipe selects one of the classes below. Types and settings have the same names as in
+Hugging Face's config.json. model/rope.py applies the scaling.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ class LinearScaling(Strict):
 
 
 class Llama3Scaling(Strict):
-    """Long wavelengths are multiplied by `factor`, short ones are kept, those between are interpolated (Llama 3.1)."""
+    """Scaling of Llama 3.1.
+
+    Low frequencies are divided by `factor`, and high frequencies are kept. In between, the scaling changes gradually.
+    """
 
     type: Literal["llama3"]
     factor: Factor
@@ -40,7 +43,11 @@ class Llama3Scaling(Strict):
 
 
 class YarnScaling(Strict):
-    """YaRN (Peng et al., arXiv 2309.00071): an interpolation by frequency, and a factor on the queries and keys."""
+    """YaRN scaling (Peng et al., arXiv 2309.00071).
+
+    Low frequencies are divided by `factor`, and high frequencies are kept. In between, the scaling changes gradually.
+    Queries and keys are also multiplied by `attention_factor`.
+    """
 
     type: Literal["yarn"]
     factor: Factor

@@ -33,7 +33,7 @@ class TensorMapping:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertNames:
-    """Names in Hugging Face's models of an expert layer's tensors, relative to the name of the layer."""
+    """The names of an expert layer's tensors in a Hugging Face model, relative to the name of the layer."""
 
     block: str = "mlp"  # holds the router's `gate`, and `experts`
     gate: str = "gate_proj"  # the three matrices of an expert

@@ -72,8 +72,8 @@ def write_file(path: Path, content: str | bytes, *, shared: bool = False) -> Non
 def new_folder(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder to fill. When the `with` block ends, this folder is renamed to `path`.
 
-    Raises OSError if `path` is then a file or a folder that is not empty, or if the new folder cannot be written. If
-    the block raises, the temporary folder is deleted and `path` stays as it was.
+    Raises OSError if `path` is a file or a non-empty folder, or if the new folder cannot be written. If the block
+    raises, the temporary folder is deleted and `path` stays as it was.
     """
     partial = partial_path(path, shared=shared)
     try:

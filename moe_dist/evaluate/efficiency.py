@@ -34,11 +34,12 @@ def flops_to_reach(flops_W: np.ndarray, loss_W: np.ndarray, targets: np.ndarray)
 
 
 def eta(dense_flops_W: np.ndarray, dense_loss_W: np.ndarray, flops_W: np.ndarray, loss_W: np.ndarray) -> np.ndarray:
-    """Return the FLOPs with which the dense model reaches a loss, divided by those with which the other model does.
+    """Compare the FLOPs that a dense model and another model need to reach the same loss.
 
-    There is one ratio per point of the dense model's curve, [W]. For each point, the loss is the lowest that the dense
-    model has reached up to that point. FLOPs are counted until a model reaches this loss for the first time. A ratio
-    above 1 means that the other model is better. The ratio is nan if the other model never reaches the loss.
+    Returns the dense model's FLOPs divided by the other model's, [W]: one ratio per point of the dense model's curve.
+    The loss of a point is the lowest that the dense model has reached up to that point. FLOPs are counted until a model
+    first reaches this loss. A ratio above 1 means that the other model is better. The ratio is nan if the other model
+    never reaches the loss.
     """
     targets = np.minimum.accumulate(dense_loss_W)
     return flops_to_reach(dense_flops_W, dense_loss_W, targets) / flops_to_reach(flops_W, loss_W, targets)

@@ -45,9 +45,9 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 class DocumentSums(NamedTuple):
-    """Sums over documents, from which the mean of a value over all predictions and its interval follow.
+    """Sums over documents. They give the mean of a value over all predictions, and the interval of this mean.
 
-    In the sums, x is the sum of the value over a document's predictions, and n is the number of its predictions. The
+    For each document, x is the sum of the value over its predictions, and n is the number of these predictions. The
     documents are independent of each other, but the predictions of a document are not.
     """
 
@@ -64,21 +64,24 @@ class DocumentSums(NamedTuple):
 
     @property
     def variance(self) -> float:
-        """The variance of the mean, a ratio of two sums over at least 2 documents (Cochran 1977, section 2.11)."""
+        """The variance of the mean, which is a ratio of two sums (Cochran 1977, section 2.11).
+
+        There must be at least 2 documents.
+        """
         squares = self.xx - 2 * self.mean * self.xn + self.mean**2 * self.nn
         return max(0.0, squares) * self.documents / (self.documents - 1) / self.predictions**2
 
     def interval(self) -> Interval:
-        """Return the 95 % interval of the mean, from at least 2 documents."""
+        """Return the 95 % interval of the mean. There must be at least 2 documents."""
         half = Z95 * math.sqrt(self.variance)
         return self.mean - half, self.mean + half
 
     def share_interval(self) -> Interval:
-        """Return the 95 % interval of the mean of a value that is 0 or 1, from at least 2 documents.
+        """Return the 95 % interval of the mean of values that are 0 or 1. There must be at least 2 documents.
 
         This is Wilson's interval for the effective number of predictions (Korn and Graubard 1998): the number of
-        independent predictions whose mean would have the same variance. If all values are equal, it is the number of
-        documents.
+        independent predictions whose mean would have the same variance. If all values are equal, the number of
+        documents is used instead.
         """
         spread = self.mean * (1 - self.mean)
         if not spread:

@@ -1,7 +1,7 @@
 """Held-out loss in nats per token: over all predictions, per modality of the target, and per domain.
 
-For the loss over all predictions, and for the fraction of predictions whose target is the most likely token, also 95 %
-confidence intervals over documents.
+This file also computes the accuracy: the fraction of predictions whose target is the most likely token. The accuracy
+and the loss over all predictions have 95 % confidence intervals over documents.
 
 Shape suffixes: T tokens of a micro-batch, V vocabulary, N documents of a micro-batch.
 """
@@ -26,14 +26,15 @@ TokenLosses = Callable[[Batch], Tensor]  # [T] loss of every prediction in nats;
 def evaluate(
     forward: Callable, batches: Iterable[Batch], layout: Layout, domains: Sequence[str] = ()
 ) -> dict[str, float]:
-    """Measure a model's mean cross-entropy in nats per token.
+    """Measure a model's mean cross-entropy in nats per token, and its accuracy.
 
-    Returns eval/loss, eval/loss/text, eval/loss/image and eval/loss/domain/NAME, the accuracy of the most likely token
-    (eval/accuracy), and the intervals of eval/loss and eval/accuracy (KEY/low, KEY/high). A key is absent if there are
-    no predictions to average, and an interval if there are fewer than two documents.
+    Collective: every rank must call it with the same number of batches, as held_out_batches ensures.
+
+    Returns eval/loss, eval/loss/text, eval/loss/image, eval/loss/domain/NAME, eval/accuracy, and the intervals of
+    eval/loss and eval/accuracy (KEY/low, KEY/high). A key is left out if there are no predictions to average. The
+    intervals are left out if there are fewer than two documents.
     forward: Batch -> an output with logits_TV. domains: the names of the domains, indexed by the batches' domain_T;
-    empty if the data have no domains. Collective: every rank must call it with the same number of batches, as
-    held_out_batches ensures.
+    empty if the data have no domains.
     """
     moments = torch.zeros(2, 6, dtype=torch.float64, device=layout.device)
 

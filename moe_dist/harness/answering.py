@@ -34,7 +34,7 @@ Score = tuple[float, bool]  # log-likelihood of a continuation; whether greedy d
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """An input of the model, and the requests whose continuations are predicted at its end."""
+    """An input of the model, and the requests that are scored with its logits."""
 
     ids: tuple[int, ...]
     requests: list[int]  # indices of requests
@@ -42,7 +42,7 @@ class _Reading:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnsweringModel:
-    """A model with what it needs to answer requests. Raises UserError if its routing cannot be causal."""
+    """A model that answers requests. Raises UserError if the model's routing cannot be causal."""
 
     model: Transformer
     vocabulary: Vocabulary
@@ -57,7 +57,11 @@ class AnsweringModel:
 
     @classmethod
     def of(cls, config: Config, model: Transformer, vocabulary: Vocabulary, layout: Layout) -> AnsweringModel:
-        """Return a model that reads data.sequence_length tokens, in micro-batches of the size used in training."""
+        """Create an AnsweringModel with the recipe's limits.
+
+        The model reads at most data.sequence_length tokens of a text. A micro-batch has at most as many tokens as in
+        training.
+        """
         context = config.data.sequence_length
         budget = config.train.micro_batch_groups * config.data.group_sequences * context
         return cls(model=model, vocabulary=vocabulary, layout=layout, context=context, budget=budget)
@@ -66,9 +70,10 @@ class AnsweringModel:
 
     @torch.no_grad()
     def score(self, requests: Sequence[tuple[Ids, Ids]]) -> list[Score]:
-        """Return the score of each (context, continuation). Collective: all ranks must pass the same requests.
+        """Return the score of each request. Collective: all ranks must pass the same requests.
 
-        A continuation has at least 1 and at most `context` tokens.
+        requests: pairs of a text and its continuation. Each continuation must have at least 1 token and at most
+        `self.context` tokens.
         """
         readings = self._readings(requests)
         of_ranks = [list(self._micro_batches(readings[rank :: self.layout.dp])) for rank in range(self.layout.dp)]
@@ -107,7 +112,10 @@ class AnsweringModel:
             yield batch
 
     def _forward(self, batch: Sequence[_Reading]) -> Tensor:
-        """Return the logits of a micro-batch whose documents are the readings. Without any, read a padding token."""
+        """Return the logits of a micro-batch whose documents are the readings.
+
+        If there are no readings, the model reads one padding token.
+        """
         documents = [reading.ids for reading in batch] or [(self.vocabulary.pad,)]
         tokens_T = torch.tensor([token for ids in documents for token in ids])
         lengths = [len(ids) for ids in documents]

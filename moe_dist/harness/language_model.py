@@ -1,5 +1,6 @@
-"""The interface of lm_eval for language models, implemented by a team of ranks. The only file that imports lm_eval at
-its top: import it in functions, after require_extra.
+"""The interface of lm_eval for language models, implemented by a team of ranks.
+
+This is the only file that imports lm_eval at its top. Import this file inside functions only, after require_extra.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that precedes a text without a context: lm_eval has one name for it and for the end of a text."""
+        """The token that precedes a text without a context. lm_eval also uses this name for the end-of-text token."""
         return self._text.prefix
 
     @property

@@ -45,7 +45,7 @@ class TaskSettings(Strict):
 
 @dataclass(frozen=True, slots=True)
 class TaskSuite:
-    """Loaded tasks. On ranks other than 0 there are none."""
+    """Loaded tasks and the settings of their evaluation. Only rank 0 loads tasks."""
 
     settings: TaskSettings
     loaded: TaskDict | None
@@ -146,7 +146,7 @@ def is_file(task: str) -> bool:
 
 
 def _names(task: str, manager: TaskManager) -> list[str]:
-    """Return the names in lm_eval's index that a name, pattern or file stands for. Raises UserError without any."""
+    """Return the names in lm_eval's index that match a name, pattern or file. Raises UserError if none matches."""
     if is_file(task):
         found = [name for name, entry in manager.task_index.items() if _is_of_file(entry.yaml_path, Path(task))]
         if not found:
@@ -166,7 +166,11 @@ def _is_of_file(path: Path | None, file: Path) -> bool:
 
 
 def _set_examples(task: Any, fewshot: int | None) -> None:
-    """Set a task's number of examples as lm_eval's command line does: a task with 0 examples keeps them."""
+    """Set a task's number of examples by the rules of lm_eval's command line.
+
+    If the task's configuration says 0, the number stays 0. Otherwise, it is set to `fewshot`. If `fewshot` is None, the
+    task keeps its own number, or gets 0 if it has none.
+    """
     given = task.get_config("num_fewshot")
     if given is None or (fewshot is not None and given != 0):
         task.set_config(key="num_fewshot", value=fewshot or 0)
@@ -187,7 +191,7 @@ class TaskMetric:
 
 
 def task_metrics(results: Mapping[str, Any]) -> list[TaskMetric]:
-    """Return the metrics in lm_eval's results, in their order.
+    """Return the metrics in lm_eval's results, in the order of the results.
 
     If every document is either right or wrong, the interval is Wilson's. Otherwise, it is based on lm_eval's standard
     error.

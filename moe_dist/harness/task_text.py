@@ -1,8 +1,9 @@
-"""Text of tasks as token ids, by the rules of lm_eval's own model of Hugging Face folders (HFLM).
+"""Conversion of the texts of tasks to token ids, as in lm_eval's own class for Hugging Face models (HFLM).
 
-The same text therefore gets the same ids here and for the model's export. These rules differ from those of training
-(data/tasks/instructions.py) in two points: the tokenizer of a Hugging Face folder decides whether a text begins with
-BOS, and text that spells a special token becomes this token, because chat templates write special tokens as text.
+A text therefore gets the same ids here as in an evaluation of the exported model. The rules differ from those of
+training (data/tasks/instructions.py) in two points. First, the tokenizer of a Hugging Face folder decides whether a
+text begins with BOS. Second, if a text contains the name of a special token, the name is encoded as this token. Chat
+templates need this, because they write special tokens by name.
 """
 
 from __future__ import annotations
@@ -30,20 +31,25 @@ class TaskText(Protocol):
     template: str | None  # the chat template
 
     def encode(self, text: str, special: bool | None = None) -> list[int]:
-        """Encode a text. special: add BOS; by default, add it as the tokenizer does, unless the text begins with it."""
+        """Encode a text.
+
+        special: whether to add the tokenizer's special tokens, such as BOS. None: add them unless the text already
+        begins with BOS.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids, dropping special tokens."""
 
     def chat(self, messages: Messages, *, prompt: bool) -> str:
-        """Apply the chat template. prompt: end with the beginning of an answer; otherwise, leave the last message open.
+        """Apply the chat template to messages and return the text.
 
-        Raises UserError if there is no template or if it fails.
+        prompt: if True, the text ends with the beginning of an answer. If False, the last message is not closed, so the
+        model can continue it. Raises UserError if there is no template or if it fails.
         """
 
 
 class HuggingFaceTaskText:
-    """The TaskText of a Hugging Face folder, by transformers' tokenizer."""
+    """The TaskText of a Hugging Face folder. It uses the folder's tokenizer, loaded by transformers."""
 
     def __init__(self, folder: str) -> None:
         require_extra("transformers", "eval", "evaluating tasks with a Hugging Face tokenizer")

@@ -1,6 +1,6 @@
 """Work that rank 0 gives to all ranks: rank 0 asks for answers, and the other ranks follow until rank 0 dismisses them.
 
-Only rank 0 needs the tasks and their data. Ranks could also not build the same requests by themselves, since a task may
+Only rank 0 needs the tasks and their data. The other ranks could not build the requests by themselves: a task may
 depend on Python's hashes, which differ between processes.
 """
 
@@ -19,7 +19,7 @@ Job = tuple[str, tuple[Any, ...]]  # the name of a method of AnsweringModel, and
 
 
 class Team:
-    """The ranks that answer requests together. The other ranks wait up to PATIENCE for the next request of rank 0."""
+    """The ranks that answer requests together. Rank 0 sends the requests. The others wait up to PATIENCE for each."""
 
     def __init__(self, model: AnsweringModel) -> None:
         self._model = model

@@ -1,11 +1,12 @@
 """The bytes that a model, its gradients and its optimizer take on one rank, computed from the model's shapes.
 
-The model may be on the meta device, so a recipe's memory is known before anything is allocated. Not counted: the
-activations; with ZeRO-3, the layers that are gathered for the moment; copies of a bucket while it is reduced; the
-buffers of the communication library and of the allocator. With offloading, part of these bytes is host memory.
+The model may be on the meta device, so a recipe's memory is known before anything is allocated. With offloading, some
+of these bytes are in host memory. The following are not counted: activations, layers that ZeRO-3 gathers temporarily,
+copies of a bucket during its reduction, and buffers of the communication library and the allocator.
 
-Symbols: n is the number of elements of a parameter on a rank, which of a stacked expert parameter has only the rows of
-its own experts. d is the number of ranks with the same elements, among which ZeRO divides them: dp, or edp for experts.
+Symbols: n is the number of a parameter's elements on a rank before ZeRO divides them. If the parameter is a stack of
+experts, only the rows of the rank's own experts count. d is the number of ranks that hold the same elements: dp, or edp
+for experts. ZeRO divides the elements among these d ranks.
 """
 
 from __future__ import annotations
@@ -52,15 +53,16 @@ class _Parameter(NamedTuple):
 
     @property
     def part(self) -> int:
-        """n / d, rounded up."""
+        """The number of elements that ZeRO assigns to a rank: n / d, rounded up."""
         return -(-self.numel // self.ranks)
 
 
 def rank_bytes(model: nn.Module, layout: Layout, section: DeepSpeedSection) -> RankBytes:
-    """Return the bytes of a model and its optimizer on one rank. All ranks hold as much.
+    """Return the bytes of a model, its gradients and its optimizer on one rank. All ranks have the same result.
 
-    model: the whole model, as built for a single rank, with the parameters frozen that are not trained. layout: the
-    layout to train it in; its process groups are not used. section: the ZeRO stage, the precision and the optimizer.
+    model: the whole model, as built for a single rank. Parameters that are not trained must be frozen already.
+    layout: the layout to train it in; its process groups are not used. section: the ZeRO stage, the precision and the
+    optimizer.
     Raises UserError if the ranks cannot divide the experts equally.
     """
     parameters = [_on_rank(parameter, layout) for parameter in model.parameters()]
@@ -96,9 +98,10 @@ def _working_width(section: DeepSpeedSection) -> int:
 
 
 def _kept(parameters: Sequence[_Parameter], zero: ZeroSection) -> Iterator[int]:
-    """Yield the number of elements that a rank keeps of the working copy of each parameter.
+    """Yield, for each parameter, the number of elements in the working precision that a rank keeps.
 
-    ZeRO-3 keeps a part. Beside it, small parameters stay gathered, up to a sum of their sizes.
+    With ZeRO-1 and ZeRO-2, a rank keeps all of its elements. With ZeRO-3, it keeps its part of them. In addition, it
+    keeps gathered copies of small parameters, as long as their total size does not exceed a limit.
     """
     largest = 100_000 if (given := zero.stage3_param_persistence_threshold) is None else given
     room = float("inf") if (limit := zero.stage3_model_persistence_threshold) is None else limit
@@ -117,11 +120,11 @@ def _num_moments(section: DeepSpeedSection) -> int:
 
 
 def _gradients(trained: Sequence[_Parameter], section: DeepSpeedSection) -> int:
-    """Return the most bytes of gradients that a step needs at once. With ZeRO-1, this is an upper bound.
+    """Return the largest number of bytes that gradients take during a step. With ZeRO-1, this is an upper bound.
 
-    ZeRO-1 accumulates all gradients of the rank, ZeRO-2 and 3 those of its parts. They are reduced in a bucket. If not
-    all fit into it, the gradient computed last waits outside. In the end, the optimizer gets float32 gradients of one
-    group at a time.
+    ZeRO-1 accumulates all gradients of the rank. ZeRO-2 and ZeRO-3 accumulate only the gradients of the rank's parts.
+    Gradients are reduced in a bucket. If they do not all fit into the bucket, the newest gradient takes extra memory
+    until the bucket is reduced. Finally, the optimizer gets the gradients in float32, one group at a time.
     """
     zero, working = section.zero_optimization, _working_width(section)
     width = 2 if section.data_types and section.data_types.grad_accum_dtype == "bf16" else 4
@@ -144,10 +147,10 @@ def _gradients(trained: Sequence[_Parameter], section: DeepSpeedSection) -> int:
 
 
 def _largest_group(trained: Iterable[_Parameter], zero: ZeroSection) -> int:
-    """Return the number of elements on a rank of the largest group of the optimizer.
+    """Return the number of elements that a rank holds of the optimizer's largest parameter group.
 
-    The groups are dense or expert parameters, with or without weight decay. DeepSpeed divides large groups of experts,
-    and with ZeRO-3 all large groups.
+    Dense and expert parameters are in different groups, and so are parameters with and without weight decay. DeepSpeed
+    splits large groups of experts. With ZeRO-3, it splits all large groups.
     """
     largest = 0
     groups: dict[tuple[bool, bool], tuple[int, int]] = {}

@@ -14,9 +14,9 @@ FULL = 1000  # steps between two collections of all generations: cycles can outl
 
 
 class AlignedCollection:
-    """Context manager that turns automatic garbage collection off during a training loop.
+    """Context manager that aligns garbage collection between ranks during a training loop.
 
-    The loop must call `after` after every step.
+    It turns automatic collection off. Instead, the loop must call `after` after every step.
     """
 
     def __enter__(self) -> AlignedCollection:

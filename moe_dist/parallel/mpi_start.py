@@ -1,8 +1,9 @@
 """The start of MPI, which waits for all ranks that mpiexec starts.
 
-The wait is one call, during which no Python code of this process runs: no thread, and no handler of a signal. Therefore
-another process reports the wait, and signals have their default effect, which is to end the process. Only SIGUSR1 has
-no effect if the library is MPICH, which handles it itself; after the wait, the earlier handlers are set again.
+While this process waits, none of its Python code runs, neither threads nor signal handlers. Therefore another process
+reports the wait. During the wait, stop signals have their default effect: they end the process. There is one exception:
+MPICH handles SIGUSR1 itself, so this signal has no effect under MPICH. After the wait, the earlier handlers are
+restored.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ while not select.select([sys.stdin], [], [], seconds)[0]:
 
 
 def start_mpi(rank: str) -> ModuleType:
-    """Initialise MPI and return mpi4py's module. Collective. rank: this rank's number, for the report of the wait.
+    """Initialise MPI and return mpi4py's module. Collective.
 
-    Raises UserError if there is no MPI library.
+    rank: this rank's number, which is printed if the wait for the other ranks takes long. Raises UserError if there is
+    no MPI library.
     """
     try:
         with _reported(f"rank {rank}: waiting in MPI_Init for the other ranks of mpiexec"), _default_signals():

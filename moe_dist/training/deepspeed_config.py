@@ -1,6 +1,6 @@
-"""Translates a recipe's `deepspeed` section (config/deepspeed_section.py) into DeepSpeed's configuration.
+"""Translation of a recipe's `deepspeed` section (config/deepspeed_section.py) into DeepSpeed's configuration.
 
-Also computes the number of accumulation steps. This file does not import DeepSpeed.
+This file also computes the number of accumulation steps. It does not import DeepSpeed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""OLMoE (arXiv 2409.02060): an RMSNorm of all query and key heads together, and clipped queries, keys and values."""
+"""OLMoE (arXiv 2409.02060).
+
+One RMSNorm covers all query heads, and another covers all key heads. Queries, keys and values may be clipped.
+"""
 
 from __future__ import annotations
 

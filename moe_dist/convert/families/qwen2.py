@@ -25,9 +25,9 @@ class Qwen2(Family):
 
 
 def typed_windows(raw: JSON, by_default: range) -> list[int]:
-    """Return the sliding window of each layer, from the keys that Qwen's models share; 0: none.
+    """Return the sliding window of each layer of a Qwen model. A layer without a window gets 0.
 
-    by_default: the layers with a window if config.json has no `layer_types`.
+    raw: the content of config.json. by_default: the layers with a window if config.json has no `layer_types`.
     """
     window = raw["sliding_window"] if raw.get("use_sliding_window") else None
     kinds = raw.get("layer_types")
@@ -36,7 +36,7 @@ def typed_windows(raw: JSON, by_default: range) -> list[int]:
 
 
 def window_keys(model: ModelConfig) -> JSON:
-    """Return the keys of config.json for the sliding windows of a model, in which all windows have one size."""
+    """Return the keys of config.json for a model's sliding windows. All windows must have the same size."""
     windows = [model.window_of(layer) for layer in range(model.num_layers)]
     kinds = ["sliding_attention" if window else "full_attention" for window in windows]
     first = next((layer for layer, window in enumerate(windows) if window), model.num_layers)

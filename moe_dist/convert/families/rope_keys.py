@@ -44,7 +44,10 @@ def rope_section(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _scaling(kind: str, settings: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a scaling. Keys that config.json leaves to transformers are filled in as there."""
+    """Return the settings of a scaling.
+
+    Some settings may be missing but follow from other keys of config.json. They are computed as in transformers.
+    """
     found = {key: settings[key] for key in SCALING_KEYS[kind] if settings.get(key) is not None}
     if "original_max_position_embeddings" in SCALING_KEYS[kind]:
         found.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))

@@ -1,4 +1,4 @@
-"""The experts of one rank. Each Experts class computes its own function of a row and applies the combine weight itself.
+"""The experts of one rank. An Experts class computes the outputs of experts and also applies the combine weights.
 
 Shape suffixes: R rows (sorted by expert), D model width, F expert width, e local experts.
 """

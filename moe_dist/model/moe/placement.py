@@ -39,7 +39,7 @@ def make_placement(expert_groups: Sequence[Sequence[int]], ep: int, slices: int 
     """Place the same number of experts on every rank, and nearly the same number from each group (modality).
 
     For each group in turn, every rank first gets an equal share, rounded down. The remaining experts of the group go to
-    the ranks with the fewest experts so far. Of each group, any two ranks have equally many experts, or one more.
+    the ranks with the fewest experts so far. The numbers of a group's experts on any two ranks differ by at most one.
 
     ep: the number of ranks. slices: the number of slices per expert. Slices are placed like experts: the first slices
     of all experts in a group come before the second slices. Raises UserError if `ep` does not divide the number of
