@@ -61,7 +61,7 @@ def export_folder(
 
     The folder holds sharded safetensors, their index and config.json, and the checkpoint's tokenizer files, if any.
     dtype: float32 (the dtype of checkpoints), bfloat16 or float16.
-    Raises UserError if `source` holds no usable checkpoint, if the model has a setting that neither Llama nor Mixtral
+    Raises UserError if `source` holds no usable checkpoint, if the model has a setting that no family
     supports, or if `out` exists or cannot be written.
     """
     path = newest_complete(source) or Path(source)

@@ -18,6 +18,7 @@ import torch
 from moe_dist.checkpoint import checkpoint
 from moe_dist.checkpoint.init_from import init_from, loader_state
 from moe_dist.checkpoint.manifest import identity, resolve_init
+from moe_dist.checkpoint.null_gates import ROUTER_GATE
 from moe_dist.checkpoint.stage_account import Account
 from moe_dist.checkpoint.train_state import TrainState, check_resumable
 from moe_dist.config.model_section import ModelConfig, MoEFFN
@@ -198,7 +199,9 @@ class Origin:
         """Return True if the model's tensor `name` keeps its initial values, because `fill` does not load it."""
         if self.resume_from is not None:
             return False
-        return self.source is None or matches_any(name, self.source.new)
+        if self.source is None or matches_any(name, self.source.new):
+            return True
+        return self.source.null_gates == "fresh" and name.endswith(ROUTER_GATE)
 
     @property
     def loader_state(self) -> dict[str, Any] | None:
