@@ -37,7 +37,7 @@ MODELS = {
     "sliced": (MOMA | {"slices": 2}, {}),
     "recomputed": (MOMA, {"recompute": True}),
     "depth": (MOMA, {"depth": {}}),
-    "lora": ({**LORA_EXPERTS, "experts": {"type": "lora", **LORA}}, {"attention_lora": LORA}),
+    "lora": ({**LORA_EXPERTS, "experts": {"type": "lora", **LORA}}, {"lora": LORA}),
     "llama": (TOP_K, {"norm": "pre", "qk_norm": False, "num_query_groups": 2, "tie_embeddings": True}),
 }
 LOSSES = {"load_balance": {"weight": 0.01, "scope": "global"}, "router_z": {"weight": 0.01}}

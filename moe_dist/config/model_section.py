@@ -9,6 +9,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from moe_dist.config.rope_scaling import RopeScaling
 from moe_dist.config.routers import RouterSection
+from moe_dist.core.errors import did_you_mean
+from moe_dist.core.name_patterns import compiled
 from moe_dist.core.strict import Count, Positive, Strict, Width
 
 
@@ -27,6 +29,43 @@ class LoRAConfig(Strict):
     rank: Width
     alpha: Annotated[float, Field(gt=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+LORA_TARGETS = (  # the weights that LoRA can be added to
+    *(f"attention.{part}" for part in ("q", "k", "v", "o")),
+    *(f"{ffn}.{part}" for ffn in ("ffn", "experts", "shared_expert") for part in ("gate", "up", "down")),
+    "router",
+)
+
+
+class LoRASection(LoRAConfig):
+    """Settings of LoRA on the weights of the model. The weights that get a LoRA delta are frozen.
+
+    targets: names of LORA_TARGETS, or patterns such as attention.* or *.down. `ffn` is the feed-forward part of a layer
+    without experts, `experts` each of the experts, and `router` the gate of the routers that choose the experts.
+    """
+
+    targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("attention.*",)
+
+    @field_validator("targets")
+    @classmethod
+    def _known(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in targets:
+            if not _named(pattern):
+                raise ValueError(f"there is no '{pattern}'{did_you_mean(pattern, LORA_TARGETS) or _LISTED}")
+        return targets
+
+    def has(self, target: str) -> bool:
+        """Return True if `target`, a name of LORA_TARGETS, gets LoRA deltas."""
+        return any(target in _named(pattern) for pattern in self.targets)
+
+
+def _named(pattern: str) -> list[str]:
+    """Return the names of LORA_TARGETS that a pattern matches."""
+    return [target for target in LORA_TARGETS if compiled(pattern).fullmatch(target)]
+
+
+_LISTED = f": the names are {', '.join(LORA_TARGETS)}; * matches any text"
 
 
 class SwiGLUExpertsConfig(Strict):
@@ -119,7 +158,7 @@ class ModelConfig(Strict):
     # head, or an RMSNorm of all heads together (OLMoE); true is short for layer_norm, and false for none
     clip_qkv: Annotated[float, Field(gt=0)] | None = None  # limit queries, keys and values to +- this value (OLMoE)
     attention_bias: Literal["none", "qkv", "all"] = "none"  # projections with a bias; all: q, k, v and o
-    attention_lora: LoRAConfig | None = None  # on the projections q, k, v and o, which are then frozen
+    lora: LoRASection | None = None  # on attention, feed-forward parts, experts or routers, which are then frozen
     sliding_window: Count = 0  # a token attends to this many tokens: itself and those just before it; 0: no limit
     rope_base: Annotated[float, Field(gt=0)] = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -158,6 +197,27 @@ class ModelConfig(Strict):
         if self.num_heads % self.query_groups:
             raise ValueError(f"num_query_groups={self.query_groups} does not divide num_heads={self.num_heads}")
         return self
+
+    @model_validator(mode="after")
+    def _lora_targets(self):
+        for pattern in self.lora.targets if self.lora else ():
+            if not any(target.partition(".")[0] in self._lora_parts for target in _named(pattern)):
+                raise ValueError(f"lora.targets: the model has no '{pattern}', only {', '.join(self._lora_parts)}")
+        of_experts = [target for target in LORA_TARGETS if target.startswith("experts.")]
+        slices = self.ffn.slices if isinstance(self.ffn, MoEFFN) else 1
+        if slices > 1 and self.lora and any(self.lora.has(target) for target in of_experts):
+            raise ValueError(f"lora.targets: experts in slices (ffn.slices={slices}) cannot have LoRA")
+        return self
+
+    @property
+    def _lora_parts(self) -> list[str]:
+        """The parts of the model that LoRA can be added to, as they begin the names in LORA_TARGETS."""
+        ffn = self.ffn
+        dense = len(self.expert_layers) < self.num_layers
+        experts = isinstance(ffn, MoEFFN) and isinstance(ffn.experts, SwiGLUExpertsConfig)
+        shared = isinstance(ffn, MoEFFN) and ffn.shared_expert is not None
+        parts = {"attention": True, "ffn": dense, "experts": experts, "shared_expert": shared}
+        return [part for part, there in (parts | {"router": isinstance(ffn, MoEFFN)}).items() if there]
 
     @property
     def size_per_head(self) -> int:

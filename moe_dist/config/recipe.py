@@ -136,6 +136,12 @@ class HealthConfig(Strict):
     straggler_factor: Annotated[float, Field(gt=1)] = 1.5  # slow: own time per step exceeds the others' by this
 
 
+def _trained_by_default(settings: dict[str, Any]) -> tuple[str, ...]:
+    """Return the default of `trainable`. settings: the valid settings of the recipe's sections before it."""
+    model = settings.get("model")
+    return ("*",) if model is None or model.lora is None else ("*.lora.*",)
+
+
 class Config(Strict):
     """All settings of a recipe, one field per section."""
 
@@ -144,7 +150,8 @@ class Config(Strict):
     data: DataConfig
     model: ModelConfig
     init_from: InitFrom | None = None  # not read when a run resumes
-    trainable: Annotated[tuple[str, ...], Field(min_length=1)] = ("*",)  # name patterns; other parameters are frozen
+    # Name patterns; other parameters are frozen. The default is ["*.lora.*"] with model.lora, otherwise ["*"].
+    trainable: Annotated[tuple[str, ...], Field(min_length=1, default_factory=_trained_by_default)]
     parallel: ParallelConfig = ParallelConfig()
     train: TrainConfig
     losses: LossesSection = Field({})  # terms in addition to the language loss
@@ -179,6 +186,11 @@ def stored_config(data: dict[str, Any], where: str) -> Config:
     where: the beginning of the error message. Raises UserError if a key or value is invalid.
     """
     return validate(Config, with_new_names(data), where)
+
+
+def stored_model(config: dict[str, Any], where: str) -> ModelConfig:
+    """Validate the section `model` of a recipe stored in a checkpoint, as stored_config does with the whole recipe."""
+    return validate(ModelConfig, with_new_names(config)["model"], where, "model")
 
 
 def _resolve(data: dict[str, Any], overrides: Sequence[str], where: str) -> Config:

@@ -9,6 +9,7 @@ from moe_dist.core.errors import UserError
 
 RENAMED = {
     "deepspeed.optimizer.params.lr": "schedule.peak_lr",
+    "model.attention_lora": "model.lora",  # whose targets are attention.* by default
 }
 
 

@@ -11,14 +11,13 @@ import torch
 
 from moe_dist.checkpoint.manifest import newest_complete, read_state
 from moe_dist.checkpoint.stored_weights import read_tensors
-from moe_dist.config.model_section import ModelConfig
+from moe_dist.config.recipe import stored_model
 from moe_dist.convert.families.family_registry import family_for
 from moe_dist.convert.output import section_yaml, write_model
 from moe_dist.convert.pretrained import WEIGHT_INDEX, open_pretrained
 from moe_dist.convert.tensor_maps import to_theirs
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import new_folder, write_file, write_json
-from moe_dist.core.strict import validate
 from moe_dist.core.tensor_files import LazyTensor, write_safetensors
 from moe_dist.data.tokenizers.text_tokenizer import TOKENIZER_FILES
 from moe_dist.data.tokenizers.tokenizer_weights import CONFIG
@@ -65,7 +64,7 @@ def export_folder(
     supports, or if `out` exists or cannot be written.
     """
     path = newest_complete(source) or Path(source)
-    model = validate(ModelConfig, read_state(path)["config"]["model"], str(path), "model")
+    model = stored_model(read_state(path)["config"], str(path))
     stored = read_tensors(path)
     vocab_size = stored["embedding.weight"].shape[0]
     family, config = family_for(model, vocab_size, str(path))

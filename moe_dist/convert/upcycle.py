@@ -21,6 +21,7 @@ from torch import nn
 from moe_dist.checkpoint.manifest import newest_complete, read_state
 from moe_dist.checkpoint.stored_weights import read_tensors
 from moe_dist.config.model_section import DenseFFN, ModelConfig, MoEFFN, SwiGLUExpertsConfig
+from moe_dist.config.recipe import stored_model
 from moe_dist.convert.output import write_model
 from moe_dist.core.batch import MODALITIES
 from moe_dist.core.errors import UserError
@@ -64,7 +65,7 @@ def upcycle(
     """
     path = newest_complete(source) or Path(source)
     state = read_state(path)
-    old = validate(ModelConfig, state["config"]["model"], str(path), "model")
+    old = stored_model(state["config"], str(path))
     model = _sparse(old, _router_section(old, experts, path), overrides)
     stored = read_tensors(path)
     vocab_size = stored["embedding.weight"].shape[0]

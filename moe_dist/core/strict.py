@@ -192,7 +192,9 @@ def nested(model: type[Settings], data: Any) -> Settings:
     try:
         return model.model_validate_json(json.dumps(data))  # JSON mode accepts a YAML list for a tuple
     except ValidationError as error:
-        raise Faults(fault for item in error.errors() for fault in _faults(model, item)) from None
+        # If another setting is invalid, a default that depends on settings is reported, too.
+        items = (item for item in error.errors() if item["type"] != "default_factory_not_called")
+        raise Faults(fault for item in items for fault in _faults(model, item)) from None
 
 
 def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict[str, V]:

@@ -22,7 +22,7 @@ from moe_dist.core.costs import LayerWork, Product, linear_product, no_products
 from moe_dist.core.fused import fused
 from moe_dist.core.initial_values import constant_
 from moe_dist.model.attention import Attending, Documents, RotatedDocuments, locate_documents
-from moe_dist.model.attention_lora import DroppedDocuments, LoRALinear
+from moe_dist.model.lora import DroppedDocuments, LoRALinear
 from moe_dist.model.site import Site
 
 with warnings.catch_warnings():  # megatron warns four times about packages that are not used here
@@ -163,9 +163,11 @@ class Attention(nn.Module):
             alone, ids, turn = locate_documents([1], device=x_TD.device, dtype=x_TD.dtype), token_id_T, turn_2T1d
             return self(F.pad(x_TD, (0, 0, 0, 1)), F.pad(ids, (0, 1)), alone, F.pad(turn, (0, 0) * 2 + (0, 1)))[:0]
         attending: Attending = RotatedDocuments(documents, turn_2T1d, self.window, self.clip)
-        if isinstance(self.core.linear_qkv, LoRALinear):
-            x_TD = self.core.linear_qkv.with_dropout(x_TD, token_id_T)
-            attending = DroppedDocuments(attending, self.core.linear_proj, token_id_T)
+        qkv, projection = self._projections()
+        if isinstance(qkv, LoRALinear):
+            x_TD = qkv.with_dropout(x_TD, token_id_T)
+        if isinstance(projection, LoRALinear):
+            attending = DroppedDocuments(attending, projection, token_id_T)
         output_T1D, _ = self.core(x_TD.unsqueeze(1), attention_mask=attending)
         return output_T1D.squeeze(1)
 
@@ -202,14 +204,13 @@ def attention_spec(config: ModelConfig, site: Site) -> ModuleSpec:
     query_norm, key_norm = (_head_norm(config, heads) for heads in (config.num_heads, config.query_groups))
     qkv: Any = Linear
     projection: Any = Linear
-    if config.attention_lora is not None:
-        query, key = config.num_heads * config.size_per_head, config.query_groups * config.size_per_head
-        parts = {"q": query, "k": key, "v": key}
+    query, key = config.num_heads * config.size_per_head, config.query_groups * config.size_per_head
+    if adapted := site.adapted("attention", parts := {"q": query, "k": key, "v": key}):
         of_qkv = {"parts": parts, "groups": config.query_groups, "site": site.child("linear_qkv")}
-        of_proj = {"parts": {"o": config.hidden_size}, "groups": 1, "site": site.child("linear_proj")}
-        lora = {"lora": config.attention_lora}
-        qkv = partial(AdaptedLinear, adapters=of_qkv | lora)
-        projection = ModuleSpec(module=AdaptedLinear, params={"adapters": of_proj | lora})
+        qkv = partial(AdaptedLinear, adapters=of_qkv | {"adapted": adapted})
+    if adapted := site.adapted("attention", parts := {"o": config.hidden_size}):
+        of_proj = {"parts": parts, "adapted": adapted, "site": site.child("linear_proj")}
+        projection = ModuleSpec(module=AdaptedLinear, params={"adapters": of_proj})
     return ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},

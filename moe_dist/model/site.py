@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from moe_dist.config.model_section import ModelConfig
+from moe_dist.config.model_section import LoRASection, ModelConfig
 from moe_dist.core.seeding import fold_key, seeded_normal_
 
 
@@ -25,9 +26,15 @@ class Site:
     init_std: float
     output_std: float | None = None  # for projections onto the residual stream; None: init_std
     name: str  # prefix of the parameter names; it also seeds the random numbers
+    lora: LoRASection | None = None  # of the model; None: no weight of the module gets LoRA deltas
 
     def child(self, name: str) -> Site:
         return replace(self, name=f"{self.name}.{name}")
+
+    def adapted(self, target: str, parts: Iterable[str]) -> tuple[str, ...]:
+        """Return the parts of a target that get LoRA deltas, such as ("q", "v") of "attention"."""
+        lora = self.lora
+        return () if lora is None else tuple(part for part in parts if lora.has(f"{target}.{part}"))
 
     def key(self, purpose: str) -> int:
         """Return the key that seeds the module's random numbers for one purpose."""
@@ -59,9 +66,10 @@ def block_site(model: ModelConfig, layer: int, seed: int) -> Site:
         init_std=model.init_std,
         output_std=model.init_std / math.sqrt(2 * model.num_layers),  # for 2 * num_layers projections (GPT-2)
         name=block_name(layer),
+        lora=model.lora,
     )
 
 
 def depth_site(model: ModelConfig, layer: int, seed: int) -> Site:
     """Return the site of the mixture-of-depths around block number `layer`."""
-    return replace(block_site(model, layer, seed), name=f"depth.{layer}")
+    return replace(block_site(model, layer, seed), name=f"depth.{layer}", lora=None)

@@ -16,7 +16,7 @@ from moe_dist.data.tokenizers.vocabulary import Vocabulary
 from moe_dist.parallel.agreement import gather_objects, raise_on_all_ranks
 
 # Keys of `model:` that a stage may choose freely: they add new parameters, or do not change the model.
-FREE = ("attention_lora", "depth", "init_std", "embedding_init_std", "recompute")
+FREE = ("lora", "depth", "init_std", "embedding_init_std", "recompute")
 
 
 def find_pretrained(config: Config) -> PretrainedModel | None:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from moe_dist.checkpoint.train_state import check_resumable
-from moe_dist.config.recipe import load_config
+from moe_dist.config.recipe import load_config, stored_model
 from moe_dist.config.renamed import RENAMED, with_new_names
 from moe_dist.core.errors import UserError
 from moe_dist.metrics.run_folder import RunFolder
@@ -54,6 +54,17 @@ def test_a_run_folder_of_before_is_evaluated(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored_before()))
     config = RunFolder(tmp_path).evaluation_config(["seed=3"])
     assert (config.schedule.peak_lr, config.seed) == (2e-3, 3)
+
+
+def test_lora_on_attention_of_before_is_that_of_today():
+    stored = load_config(ROOT / "configs" / "llava_mole_quickstart.yaml").model_dump(mode="json")
+    lora = stored["model"].pop("lora")
+    assert lora.pop("targets") == ["attention.*"]
+    stored["model"]["attention_lora"] = lora
+    check_resumable(stored, load_config(ROOT / "configs" / "llava_mole_quickstart.yaml"))
+    assert stored_model(stored, "test").lora.has("attention.o")
+    stored["model"]["attention_lora"] = None
+    assert stored_model(stored, "test").lora is None
 
 
 def test_translation_leaves_todays_keys_and_its_argument_alone():

@@ -100,6 +100,7 @@ def moma(text, image, **more):
 NULL_ROUTER = {"type": "null_experts", "num_experts": 8, "num_null_experts": 8, "top_k": 3}
 TIED_LLAMA = {**LLAMA, "head_size": 24, "tie_embeddings": True}
 FFNS = {"dense": DENSE, "top_k": TOP_K, "moe_8x": EXPERT_CHOICE, "moma": MOMA, "lora": LORA_EXPERTS}
+SHARED = TOP_K | {"shared_expert": {"hidden_size": 40, "gate": True}}
 MORE_FFNS = {
     **FFNS,
     "moma_1t1i": moma(1, 1),
@@ -120,8 +121,8 @@ PRETRAINED = {
 CHANGES = {
     "chameleon": {},
     "llama": TIED_LLAMA,
-    "lora": {"attention_lora": LORA},
-    "llama-lora": {**TIED_LLAMA, "attention_lora": LORA},
+    "lora": {"lora": LORA},
+    "llama-lora": {**TIED_LLAMA, "lora": LORA},
     "depth": {"depth": {}},
     "depth_of_sequences": {"depth": {"scope": "sequence"}},
     "depth_of_modalities": {"depth": {"scope": "modality", "auxiliary": True}},
@@ -160,9 +161,13 @@ STAGES = {
     "causal_routers": (moma(4, 4, auxiliary=True), {"depth": {"auxiliary": True}}, ("*.auxiliary.*",)),
     "routers_of_the_last_layer": (TOP_K, {}, ("layers.2.ffn.router.*",)),
     "routers_beside_lora": (LORA_EXPERTS, {}, ("layers.1.ffn.router.*",)),
-    "lora": (LORA_EXPERTS, {"attention_lora": LORA}, ("*.router.*", "*.lora.*")),
+    "lora": (LORA_EXPERTS, {"lora": LORA}, ("*.router.*", "*.lora.*")),
     "lora_of_experts": (LORA_EXPERTS, {}, ("*.router.*", "*.lora.*")),
     "experts": (MOMA, {}, ("*.experts.*",)),
+    "lora_of_pretrained_experts": (SHARED, {"lora": LORA | {"targets": ["experts.*"]}}, ("*.lora.*",)),
+    "lora_everywhere": (SHARED, {"lora": LORA | {"targets": ["*"]}}, ("*.lora.*",)),
+    "lora_of_some_parts": (SHARED, {"lora": LORA | {"targets": ["*.up", "attention.v", "router"]}}, ("*.lora.*",)),
+    "lora_of_dense_parts": (DENSE, {"lora": LORA | {"targets": ["ffn.*"]}}, ("*.lora.*",)),
     "norms": (DENSE, {}, ("layers.1.attention_norm.weight",)),
     "last_norm": (DENSE, {}, ("norm.weight",)),
 }
@@ -210,7 +215,7 @@ def test_recomputed_activations_are_a_second_forward_pass_that_does_not_count(ch
         {"qk_norm": "rms_norm", "attention_bias": "qkv"},
         LLAMA,
         TIED_LLAMA,
-        {**TIED_LLAMA, "attention_lora": LORA},
+        {**TIED_LLAMA, "lora": LORA},
         {"depth": {"auxiliary": True}},
     ],
     ids=["plain", "no-qk-norm", "rms-and-biases", "llama", "tied", "lora", "depth"],
@@ -224,6 +229,17 @@ def test_parameter_formula_is_exact(ffn, changes):
     one = 3 * 8 * (32 + 48) if ffn is LORA_EXPERTS else 3 * 32 * 48
     for active in (1, 1.5) if experts > 1 else ():
         assert total - model.num_parameters(experts=active) == config.num_layers * (experts - active) * one
+
+
+@pytest.mark.parametrize("targets", [["*"], ["experts.down", "ffn.up"], ["shared_expert.*", "router", "attention.k"]])
+def test_parameter_formula_is_exact_with_lora(targets):
+    dense = {"layers": {"0": {"ffn": {"type": "dense", "hidden_size": 40, "bias": True}}}}
+    config = model_config(SHARED, **dense, **LLAMA, attention_bias="qkv", lora=LORA | {"targets": targets})
+    model = on_meta(config)
+    assert model.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
+    experts = [p for name, p in model.layers[1].named_parameters() if ".experts." in name]
+    one = sum(parameter[0].numel() for parameter in experts)
+    assert model.num_parameters() - model.num_parameters(experts=1.5) == 2 * 2.5 * one
 
 
 def test_parameters_are_those_of_all_ranks():

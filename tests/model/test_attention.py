@@ -72,9 +72,7 @@ def test_attention_equals_the_naive_formula_in_float64(lengths, settings):
 def test_lora_on_attention_equals_the_naive_formula_in_float64(qk_norm, groups, size, dropout):
     """Each projection has its own delta and dropout mask; the base is frozen."""
     lora = {"rank": 5, "alpha": reference.LORA_ALPHA, "dropout": dropout}
-    config = model_config(
-        qk_norm=qk_norm, rope_base=100.0, num_query_groups=groups, head_size=size, attention_lora=lora
-    )
+    config = model_config(qk_norm=qk_norm, rope_base=100.0, num_query_groups=groups, head_size=size, lora=lora)
     module = Attention(config, block_site(config, 0, seed=3).child("attention")).double()
     torch.manual_seed(0)
     for parameter in module.parameters():

@@ -9,8 +9,8 @@ from moe_dist.core.routing_plan import RoutingRecord
 from moe_dist.core.seeding import fold_key, seeded_normal_
 from moe_dist.losses.language import language_loss
 from moe_dist.model import rope
+from moe_dist.model.lora import LowRank
 from moe_dist.model.moe.depth_router import DepthRouter
-from moe_dist.model.moe.lora_experts import LowRank
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 from tests.support import reference_model
@@ -169,7 +169,7 @@ def test_initialisation_follows_from_seed_and_name(ffn, embedding):
 @pytest.mark.parametrize("ffn", [MOMA, TOP_K, LORA_EXPERTS], ids=["moma", "top_k", "lora"])
 def test_a_module_draws_with_its_name_in_the_module_tree(ffn):
     """Tie breaking, dropout and initial values are seeded by the names in the module tree."""
-    model = build(ffn, depth={"auxiliary": True}, attention_lora=LORA)
+    model = build(ffn, depth={"auxiliary": True}, lora=LORA)
     keyed = {name: module for name, module in model.named_modules() if hasattr(module, "key")}
     assert {type(module) for module in keyed.values()} >= {DepthRouter, LowRank}
     for name, module in keyed.items():

@@ -53,7 +53,7 @@ SYSTEMS = {
         "losses={load_balance: {weight: 0.01}}",
     ],
     "lora_experts": [
-        *[LORA, TOP_1, "model.attention_lora={rank: 4, alpha: 8, dropout: 0.05}"],
+        *[LORA, TOP_1, "model.lora={rank: 4, alpha: 8, dropout: 0.05}"],
         *["trainable=['*.router.*', '*.lora.*']", "losses={pooled_balance: {weight: 0.01}}"],
     ],
     "router_only": [LORA, TOP_1, "trainable=['layers.1.ffn.router.*']"],

@@ -33,7 +33,7 @@ MODELS = {
     "dense": (DENSE, {}),
     "moma": (MOMA, {"recompute": True}),
     "depth": (MOMA, {"depth": {}}),
-    "lora": ({**LORA_EXPERTS, "experts": {"type": "lora", **LORA}}, {"attention_lora": LORA}),
+    "lora": ({**LORA_EXPERTS, "experts": {"type": "lora", **LORA}}, {"lora": LORA}),
 }
 
 

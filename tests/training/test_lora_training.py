@@ -9,9 +9,10 @@ from functools import cache
 
 import pytest
 
-from moe_dist.config.model_section import LoRAConfig, LoRAExpertsConfig
+from moe_dist.config.model_section import LoRAExpertsConfig, LoRASection, ModelConfig
 from moe_dist.config.recipe import Config
 from moe_dist.core.seeding import seeded_normal_
+from moe_dist.core.strict import validate
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
 from tests.support.checkpoint_jobs import Job, assert_same, run
@@ -38,7 +39,7 @@ def recipe(
         deepspeed=sgd(clip=CLIP, lr=0.1) | {"zero_optimization": zero} | section,
     )
     ffn = config.model.ffn.model_copy(update={"experts": LoRAExpertsConfig(type="lora", **LORA)})
-    changes = {"ffn": ffn, "attention_lora": LoRAConfig(**LORA), "recompute": recompute}
+    changes = {"ffn": ffn, "lora": LoRASection(**LORA), "recompute": recompute}
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
 
 
@@ -131,6 +132,81 @@ def test_resume_is_bitwise_and_at_another_layout_exact(stage, tmp_path):
     assert_same(rest.at_end, whole.at_end)
     frozen = [name for name in whole.at_save if name.startswith("working") and ".base." in name]
     assert len(frozen) == 4 and not any(name.replace("working", "master", 1) in whole.at_save for name in frozen)
+    other = run(job.resumed(world=1, expert=1, stage=4 - stage), follow=whole)
+    assert_same(other.at_save, whole.at_save)
+    assert other.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+
+
+# --- LoRA on every weight of a model with a dense layer, experts and a shared expert
+
+
+def everywhere(*, world=1, expert=1, accumulation=2, stage=1, recompute=False, **section) -> Config:
+    """Train the deltas alone, which is the default of a recipe with model.lora."""
+    config = recipe(world=world, expert=expert, accumulation=accumulation, stage=stage, **section)
+    changes = {
+        "ffn": {
+            "type": "moe",
+            "hidden_size": 16,
+            "shared_expert": {"hidden_size": 24, "gate": True},
+            "router": ROUTER | {"top_k": 2, "renormalize": True},
+        },
+        "layers": {"0": {"ffn": {"type": "dense", "hidden_size": 24}}},
+        "lora": LORA | {"targets": ["*"]},
+        "recompute": recompute,
+    }
+    model = validate(ModelConfig, config.model.model_dump(mode="json") | changes, "test")
+    return config.model_copy(update={"model": model, "trainable": ("*.lora.*",)})
+
+
+@cache
+def everywhere_alone() -> Trajectory:
+    return train(build, everywhere(), 1)
+
+
+@pytest.mark.parametrize(
+    ("world", "expert", "stage"),
+    [
+        (2, 2, 1),
+        (2, 1, 3),
+        *(pytest.param(*layout, marks=pytest.mark.slow) for layout in ((2, 2, 2), (2, 2, 3), (4, 2, 3))),
+        *(pytest.param(*layout, marks=REPEATED) for layout in ((2, 1, 1), (2, 1, 2), (4, 2, 1))),
+    ],
+)
+def test_lora_on_every_weight_equals_one_process(world, expert, stage):
+    expected = everywhere_alone()
+    trajectory = train(build, everywhere(world=world, expert=expert, stage=stage), world, follow=expected)
+    deviation = trajectory.deviation(expected)
+    print("deviation", {name: f"{value:.1e}" for name, value in deviation.items()})
+    assert all(deviation[name] <= tolerance for name, tolerance in FLOAT32.items()), f"deviates: {deviation}"
+    trained = {name: distance for name, distance in trajectory.moved.items() if ".lora." in name}
+    frozen = {name: distance for name, distance in trajectory.moved.items() if name not in trained}
+    assert len(trained) == 2 * (2 * 4 + 3 + 3 * EXPERTS + 3 + 1), "two for each delta"
+    assert min(trained.values()) > 1e-3, min(trained, key=trained.get)
+    assert not any(frozen.values()) and max(trajectory.losses) - min(trajectory.losses) > 0.1
+
+
+@pytest.mark.slow
+def test_lora_on_every_weight_recomputed_and_in_bf16():
+    expected = everywhere_alone()
+    recomputed = train(build, everywhere(world=2, expert=2, recompute=True), 2, follow=expected)
+    assert all(recomputed.deviation(expected)[name] <= tolerance for name, tolerance in FLOAT32.items())
+    rounded = train(build, everywhere(accumulation=4, **BF16), 1)
+    spread = train(build, everywhere(world=2, expert=2, stage=3, **BF16), 2, follow=rounded, guide=rounded)
+    deviation = spread.deviation(rounded)
+    assert all(deviation[name] <= bound for name, bound in (BFLOAT16 | {"norm": 2e-3}).items()), deviation
+
+
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+def test_lora_on_every_weight_is_stored_and_resumed(stage, tmp_path):
+    save = str(tmp_path / "step_00000002")
+    job = Job(model=everywhere().model, trainable=("*.lora.*",), stage=stage, stop=4, save=save, save_at=2)
+    whole, rest = run(job), run(job.resumed())
+    assert rest.losses == whole.losses[2:] and rest.norms == whole.norms[2:]
+    assert_same(rest.at_end, whole.at_end)
+    working = {name.removeprefix("working ") for name in whole.at_save if name.startswith("working")}
+    frozen = {name for name in working if f"master {name}" not in whole.at_save}
+    assert {f"layers.1.ffn.experts.{name} of 3" for name in ("gate_up", "down")} < frozen
+    assert "layers.1.ffn.experts.lora.down.b of 3" in working - frozen
     other = run(job.resumed(world=1, expert=1, stage=4 - stage), follow=whole)
     assert_same(other.at_save, whole.at_save)
     assert other.losses == pytest.approx(whole.losses[2:], rel=1e-5)

@@ -166,7 +166,7 @@ def test_a_key_inside_a_section_and_keys_that_are_free(folders):
     found = open_pretrained(folders / "mixtral")
     settings = InitFrom(checkpoint=str(folders / "mixtral"), new=("*.lora.*",))
     own = found.model.model_dump(mode="json", exclude_unset=True)
-    own |= {"attention_lora": {"rank": 2, "alpha": 4.0}, "recompute": True, "init_std": 0.5}
+    own |= {"lora": {"rank": 2, "alpha": 4.0}, "recompute": True, "init_std": 0.5}
     check_model(found, recipe(folders / "mixtral", model=own).model, settings)
     own["ffn"]["router"]["top_k"] = 3
     with pytest.raises(UserError, match=r"model\.ffn\.router\.top_k is 3, but must be 2"):

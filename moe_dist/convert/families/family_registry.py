@@ -29,7 +29,7 @@ FAMILIES = {family.model_type: family for family in (*DENSE, *SPARSE)}
 COMMON = {  # settings that all families have
     "norm": "pre",
     "depth": None,
-    "attention_lora": None,
+    "lora": None,
     "ffn.experts.type": "swiglu",
     "ffn.slices": 1,
     "ffn.router.type": "top_k",

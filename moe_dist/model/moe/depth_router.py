@@ -51,7 +51,7 @@ class DepthRouter(nn.Module):
         """
         token_V, sizes = info.competing(self.settings.scope)
         x_VD = x_TD.index_select(0, token_V)
-        logits_V1 = self.gate(x_VD)
+        logits_V1 = self.gate(x_VD, token_V, info)
         auxiliary_V1 = None if self.auxiliary is None else self.auxiliary(x_VD)
         if info.causal:
             admitted_V1 = decide_alone(auxiliary_V1, self.layer)

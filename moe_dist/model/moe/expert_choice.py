@@ -54,7 +54,7 @@ class ExpertChoiceRouter(nn.Module):
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]:
         token_V, sizes = info.competing()
         x_VD = x_TD.index_select(0, token_V)
-        logits_VE = self._add_noise(self.gate(x_VD), token_V, info)
+        logits_VE = self._add_noise(self.gate(x_VD, token_V, info), token_V, info)
         probs_VE = logits_VE.sigmoid()
         auxiliary_VE = None if self.auxiliary is None else self.auxiliary(x_VD)
         if info.causal:
@@ -85,7 +85,8 @@ class ExpertChoiceRouter(nn.Module):
 
         If the gate is frozen, no noise is added. The stage that trains auxiliary routers freezes it.
         """
-        if not (self.settings.gumbel_noise and self.training and self.gate.weight.requires_grad):
+        trained = any(parameter.requires_grad for parameter in self.gate.parameters())
+        if not (self.settings.gumbel_noise and self.training and trained):
             return logits_VE
         token_id_V = info.token_id_T.index_select(0, token_V)
         expert_E = torch.arange(self.num_experts, device=logits_VE.device)

@@ -1,81 +1,78 @@
-"""LoRA: low-rank deltas of frozen weights, and experts that consist of such deltas (LLaVA-MoLE, arXiv 2401.16160).
+"""LoRA and experts: LoRA deltas of pretrained experts, and experts that consist of such deltas (LLaVA-MoLE, arXiv
+2401.16160).
 
-Shape suffixes: R rows (sorted by expert if there are experts), D input width, r rank, F output width, e local experts.
+Shape suffixes: R rows (sorted by expert), D model width, F expert width, e local experts.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_dist.config.model_section import DenseFFN, LoRAConfig, LoRAExpertsConfig
+from moe_dist.config.model_section import DenseFFN, LoRAConfig, LoRAExpertsConfig, SwiGLUExpertsConfig
 from moe_dist.core.costs import Product, linear_product
-from moe_dist.core.expert_rows import set_expert_ids
-from moe_dist.core.initial_values import constant_
-from moe_dist.core.seeding import dropout
-from moe_dist.model.moe.experts import HeldExperts, matmul_by_expert
-from moe_dist.model.moe.swiglu import SwiGLU
-from moe_dist.model.site import Site
+from moe_dist.model.lora import LowRank, num_delta_weights, side_by_side
+from moe_dist.model.moe.experts import GroupedExperts, HeldExperts, matmul_by_expert, weighted
+from moe_dist.model.moe.swiglu import SwiGLU, gated
+
+MATRICES = ("gate", "up", "down")  # the matrices of an expert
 
 
-class LowRank(nn.Module):
-    """The LoRA delta (alpha / r) dropout(x) A B for one weight, or a stack of such deltas, one per expert.
+def stacked_deltas(settings: LoRAConfig, held: HeldExperts, parts: Iterable[str]) -> nn.ModuleDict:
+    """Create stacked LoRA deltas, one per expert, for each part of the experts."""
+    up, down = (held.site.hidden_size, held.size), (held.size, held.site.hidden_size)
+    sizes = {"gate": up, "up": up, "down": down}
+    site = held.site.child("lora")
+    return nn.ModuleDict({p: LowRank(*sizes[p], settings, site.child(p), held.expert_ids) for p in parts})
 
-    Source: Hu et al., arXiv 2106.09685, eq. 3. The matrix A, [D, r], is drawn from a normal distribution with the
-    variance of Kaiming initialisation (a = sqrt(5)). The matrix B, [r, F], starts at zero, so the delta starts at zero,
-    too. Dropout is a function of (seed, name, token, column), so it is the same in every layout and after a resume.
+
+class AdaptedExperts(GroupedExperts):
+    """GroupedExperts with frozen weights, plus LoRA deltas of each expert for some of its matrices.
+
+    h = silu(x W_gate + E_gate(x)) * (x W_up + E_up(x));  y = w (h W_down + E_down(h))
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        lora: LoRAConfig,
-        site: Site,
-        expert_ids: Sequence[int] | None = None,
-    ):
-        """Create a single delta, or a stack of deltas if expert_ids is given.
+    def __init__(self, settings: SwiGLUExpertsConfig, held: HeldExperts):
+        super().__init__(settings, held)
+        assert held.site.lora is not None
+        self.requires_grad_(False)
+        self.dropout = held.site.lora.dropout
+        self.lora = stacked_deltas(held.site.lora, held, held.site.adapted("experts", MATRICES))
 
-        expert_ids: the global id of the expert to which each delta of the stack belongs. In a stack, A is [e, D, r] and
-        B is [e, r, F].
-        """
-        super().__init__()
-        self.scale, self.rate, rank = lora.alpha / lora.rank, lora.dropout, lora.rank
-        self.key = site.key("dropout")
-        self.num_weights = rank * (input_size + output_size)  # per expert
-        stack = () if expert_ids is None else (len(expert_ids),)
-        self.a = nn.Parameter(torch.empty(*stack, input_size, rank))
-        self.b = nn.Parameter(torch.empty(*stack, rank, output_size))
-        if expert_ids is not None:
-            set_expert_ids(self.a, expert_ids)
-            set_expert_ids(self.b, expert_ids)
-        site.draw(self.a, "a", std=1 / math.sqrt(3 * input_size))
-        constant_(self.b, 0.0)
-
-    def drop(self, x_RD: Tensor, token_id_R: Tensor | None) -> Tensor:
-        """Apply dropout to the input. The random numbers are seeded by the global token ids of the rows.
-
-        If token_id_R is None, return the input unchanged.
-        """
-        return x_RD if token_id_R is None else dropout(x_RD, token_id_R, key=self.key, rate=self.rate)
+    @property
+    def needs_token_ids(self) -> bool:  # type: ignore[override]
+        return self.training and self.dropout > 0
 
     def forward(
-        self,
-        x_RD: Tensor,
-        matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
-        weights_R1: Tensor | float = 1.0,
+        self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
     ) -> Tensor:
-        """Return the delta [R, F]. x_RD: a result of `drop`.
+        """Return y_RD in the dtype of the rows. The combine weights (float32) are rounded to that dtype first.
 
-        matmul: the function that multiplies rows by A and by B. weights_R1: factors that scale the rows of the delta.
+        token_id_R: global token ids of the rows, which dropout needs.
         """
-        return matmul(matmul(x_RD, self.a) * (self.scale * weights_R1), self.b)
+        matmul = partial(matmul_by_expert, counts_e=counts_e)
+
+        def product(x: Tensor, weight: Tensor, parts: dict[str, int]) -> Tensor:
+            loras = {part: cast(LowRank, self.lora[part]) for part in parts if part in self.lora}
+            deltas = {part: lora(lora.drop(x, token_id_R), matmul) for part, lora in loras.items()}
+            y = matmul(x, weight)
+            return y + side_by_side(x, parts, deltas) if deltas else y
+
+        h_RF = gated(product(rows_RD, self.gate_up, {"gate": self.held.size, "up": self.held.size}))
+        return weighted(product(h_RF, self.down, {"down": self.held.site.hidden_size}), weights_R)
+
+    def products(self, rows: int, gates: list[Product]) -> list[Product]:
+        gate_up, down = (product._replace(beside_lora=True) for product in super().products(rows, []))
+        deltas = Product(num_delta_weights(self.lora) * rows, tuple(self.lora.parameters()))
+        return [gate_up, deltas, down, *gates]
+
+    def num_parameters(self, experts: float) -> float:
+        return super().num_parameters(experts) + num_delta_weights(self.lora) * experts
 
 
 class LoRAExperts(nn.Module):
@@ -94,11 +91,8 @@ class LoRAExperts(nn.Module):
         super().__init__()
         self.held, self.expert_ids, self.dropout = held, held.expert_ids, settings.dropout
         dense = DenseFFN(type="dense", hidden_size=held.size)
-        self.base = SwiGLU(dense, held.site.child("base")).requires_grad_(False)
-        self.lora = nn.ModuleDict()
-        up, down = (held.site.hidden_size, held.size), (held.size, held.site.hidden_size)
-        for key, sizes in {"gate": up, "up": up, "down": down}.items():
-            self.lora[key] = LowRank(*sizes, settings, held.site.child("lora").child(key), held.expert_ids)
+        self.base = SwiGLU(dense, replace(held.site.child("base"), lora=None)).requires_grad_(False)
+        self.lora = stacked_deltas(settings, held, MATRICES)
 
     @property
     def needs_token_ids(self) -> bool:
@@ -133,13 +127,9 @@ class LoRAExperts(nn.Module):
         return [
             linear_product(self.base.gate_up, rows, beside_lora=True),
             *gates,
-            Product(self._num_weights() * rows, tuple(self.lora.parameters())),
+            Product(num_delta_weights(self.lora) * rows, tuple(self.lora.parameters())),
             linear_product(self.base.down, rows, beside_lora=True),
         ]
 
     def num_parameters(self, experts: float) -> float:
-        return self.base.num_parameters() + self._num_weights() * experts
-
-    def _num_weights(self) -> int:
-        """Return the number of weights in the LoRA deltas of one expert."""
-        return sum(cast(LowRank, delta).num_weights for delta in self.lora.values())
+        return self.base.num_parameters() + num_delta_weights(self.lora) * experts

@@ -19,6 +19,7 @@ from moe_dist.core.costs import Product
 from moe_dist.core.initial_values import constant_
 from moe_dist.core.routing_plan import RoutingPlan, RoutingRecord
 from moe_dist.core.seeding import hash_ids
+from moe_dist.model.lora import LowRank
 from moe_dist.model.site import Site
 
 # Selection compares logits rounded to multiples of 2^-14 (the grid), so logits that differ only by rounding errors tie
@@ -85,6 +86,8 @@ class RouterPart(nn.Module):
 class Gate(RouterPart):
     """Linear layer that computes the logits of a router: x W^T (+ b), in float32 (float64 for float64 input).
 
+    It can have a LoRA delta (`router` in LORA_TARGETS). The weight and the bias are then frozen.
+
     The weight dtype and autocast do not change this precision. The gate is a separate module because ZeRO-3 gathers
     parameters with hooks, which need a module that returns a tensor. A router returns dataclasses.
     """
@@ -97,20 +100,35 @@ class Gate(RouterPart):
         """
         super().__init__()
         self.width, self.columns = site.hidden_size, columns
+        lora = site.lora if site.lora is not None and site.lora.has("router") else None
+        self.lora = None if lora is None else LowRank(self.width, columns, lora, site.child("gate").child("lora"))
         self.weight = nn.Parameter(torch.empty(columns, site.hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(columns, dtype=torch.float32)) if bias else None
         if self.bias is not None:
             constant_(self.bias, 0.0)
         site.draw(self.weight, "gate.weight")
+        for parameter in self.parameters(recurse=False) if lora else ():
+            parameter.requires_grad_(False)
 
-    def forward(self, x_VD: Tensor) -> Tensor:
-        return precise_linear(x_VD, self.weight, self.bias)
+    def forward(self, x_VD: Tensor, token_V: Tensor, info: TokenInfo) -> Tensor:
+        """Return the logits [V, C]. token_V: the index of each row among the tokens of `info`."""
+        logits_VC = precise_linear(x_VD, self.weight, self.bias)
+        if self.lora is None:
+            return logits_VC
+        token_id_V = info.token_id_T.index_select(0, token_V) if self.training and self.lora.rate else None
+        delta_VC: Tensor = self.lora(self.lora.drop(x_VD, token_id_V), _precise_product)
+        return logits_VC + delta_VC
 
     def products(self, tokens: int) -> list[Product]:
-        return [Product(self.width * self.columns * tokens, tuple(self.parameters()))]
+        own = tuple(self.parameters(recurse=False))
+        base = Product(self.width * self.columns * tokens, own, beside_lora=self.lora is not None)
+        if self.lora is None:
+            return [base]
+        return [base, Product(self.lora.num_weights * tokens, tuple(self.lora.parameters()))]
 
     def num_parameters(self) -> int:
-        return self.columns * (self.width + (self.bias is not None))
+        deltas = 0 if self.lora is None else self.lora.num_weights
+        return self.columns * (self.width + (self.bias is not None)) + deltas
 
 
 def router_products(router: nn.Module, scored: Sequence[int], *, detached: bool = False) -> list[list[Product]]:
@@ -149,6 +167,11 @@ def precise_linear(x_VD: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None
     with _no_autocast(x_VD.device.type):
         bias = None if bias_C is None else bias_C.to(dtype)
         return F.linear(x_VD.to(dtype), weight_CD.to(dtype), bias)
+
+
+def _precise_product(x_VD: Tensor, weight_DC: Tensor) -> Tensor:
+    """Compute x W as precisely as `precise_linear`."""
+    return precise_linear(x_VD, weight_DC.t())
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -20,7 +20,7 @@ from moe_dist.core.errors import UserError
 from moe_dist.model.moe.deepseek_router import DeepSeekV3Router
 from moe_dist.model.moe.expert_choice import ExpertChoiceRouter, ModalityRouter
 from moe_dist.model.moe.experts import Experts, GroupedExperts, HeldExperts
-from moe_dist.model.moe.lora_experts import LoRAExperts
+from moe_dist.model.moe.lora_experts import MATRICES, AdaptedExperts, LoRAExperts
 from moe_dist.model.moe.router import Router
 from moe_dist.model.moe.token_choice import NullExpertRouter, TopKRouter
 from moe_dist.model.site import Site
@@ -59,5 +59,8 @@ def build_experts(ffn: MoEFFN, router: Router, expert_ids: tuple[int, ...], site
         )
     size, slices = ffn.hidden_size // ffn.slices, ffn.slices
     held = HeldExperts(expert_ids=expert_ids, size=size, slices=slices, site=site)
-    experts: Experts = EXPERTS[ffn.experts.type](ffn.experts, held)
+    kind: Any = EXPERTS[ffn.experts.type]
+    if kind is GroupedExperts and site.adapted("experts", MATRICES):
+        kind = AdaptedExperts
+    experts: Experts = kind(ffn.experts, held)
     return experts

@@ -22,7 +22,8 @@ class SharedExpert(nn.Module):
 
     def __init__(self, settings: SharedExpertConfig, site: Site):
         super().__init__()
-        self.ffn = SwiGLU(DenseFFN(type="dense", hidden_size=settings.hidden_size), site.child("ffn"))
+        dense = DenseFFN(type="dense", hidden_size=settings.hidden_size)
+        self.ffn = SwiGLU(dense, site.child("ffn"), target="shared_expert")
         self.gate = nn.Linear(site.hidden_size, 1, bias=False) if settings.gate else None
         if self.gate is not None:
             site.draw(self.gate.weight, "gate.weight")

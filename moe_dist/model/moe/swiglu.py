@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from moe_dist.config.model_section import DenseFFN
 from moe_dist.core.batch import TokenInfo
-from moe_dist.core.costs import LayerWork, Product, linear_product, num_weights
+from moe_dist.core.costs import LayerWork, Product
 from moe_dist.core.fused import fused
 from moe_dist.core.initial_values import constant_
+from moe_dist.model.lora import apply_linear, linear_products, make_linear, num_linear_parameters
 from moe_dist.model.site import Site
 
 
@@ -22,33 +23,32 @@ class SwiGLU(nn.Module):
     Source: Shazeer, arXiv 2002.05202, eq. 6.
     """
 
-    def __init__(self, settings: DenseFFN, site: Site):
+    def __init__(self, settings: DenseFFN, site: Site, target: str = "ffn"):
+        """Create the module. target: the beginning of the names in LORA_TARGETS of its three matrices."""
         super().__init__()
-        width, size = site.hidden_size, settings.hidden_size
-        self.gate_up = nn.Linear(width, 2 * size, bias=settings.bias)
-        self.down = nn.Linear(size, width, bias=settings.bias)
+        width, size, bias = site.hidden_size, settings.hidden_size, settings.bias
+        up, down = {"gate": size, "up": size}, {"down": width}
+        self.gate_up = make_linear(width, up, target=target, site=site.child("gate_up"), bias=bias)
+        self.down = make_linear(size, down, target=target, site=site.child("down"), bias=bias)
         site.draw(self.gate_up.weight, "gate_up.weight")
         site.draw(self.down.weight, "down.weight", onto_residual=True)
-        for linear in (self.gate_up, self.down) if settings.bias else ():
+        for linear in (self.gate_up, self.down) if bias else ():
             constant_(linear.bias, 0.0)
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[Tensor, None]:
-        """Return y_TD, and None instead of a routing record.
-
-        The argument `info` is unused. It allows a block to call SwiGLU and MoELayer in the same way.
-        """
-        return self.down(gated(self.gate_up(x_TD))), None
+        """Return y_TD, and None instead of a routing record."""
+        h_TF = gated(apply_linear(self.gate_up, x_TD, info.token_id_T))
+        return apply_linear(self.down, h_TF, info.token_id_T), None
 
     def products(self, work: LayerWork) -> list[Product]:
-        return [linear_product(self.gate_up, work.rows), linear_product(self.down, work.rows)]
+        return [*linear_products(self.gate_up, work.rows), *linear_products(self.down, work.rows)]
 
     def num_parameters(self, experts: float | None = None) -> int:
         """Count the parameters.
 
         The argument `experts` is unused. It allows a block to call SwiGLU and MoELayer in the same way.
         """
-        linears = (self.gate_up, self.down)
-        return sum(num_weights(x) + (0 if x.bias is None else x.out_features) for x in linears)
+        return num_linear_parameters(self.gate_up) + num_linear_parameters(self.down)
 
 
 @fused

@@ -55,7 +55,7 @@ class TokenChoiceRouter(nn.Module):
 
     def forward(self, x_TD: Tensor, info: TokenInfo) -> tuple[RoutingPlan, RoutingRecord]:
         token_V, sizes = info.competing()
-        logits_VC = self.gate(x_TD.index_select(0, token_V))
+        logits_VC = self.gate(x_TD.index_select(0, token_V), token_V, info)
         probs_VC = self.probabilities(logits_VC)
         chosen_Vk = self.choose(logits_VC, info)
         chosen_VC = torch.zeros_like(logits_VC, dtype=torch.bool).scatter(1, chosen_Vk, True)

@@ -8,8 +8,9 @@ from moe_dist.config.model_section import LoRAExpertsConfig, MoEFFN
 from moe_dist.config.routers import router_settings
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
+from moe_dist.model.lora import LowRank
 from moe_dist.model.moe.experts import HeldExperts
-from moe_dist.model.moe.lora_experts import LoRAExperts, LowRank
+from moe_dist.model.moe.lora_experts import LoRAExperts
 from moe_dist.model.moe.moe_layer import build_moe_layer
 from moe_dist.model.moe.router_registry import build_router
 from moe_dist.model.site import Site
@@ -243,6 +244,6 @@ def test_bad_settings_are_named(change, sentence):
 def test_every_delta_of_a_model_has_masks_of_its_own():
     lora = {"rank": 2, "alpha": 2.0, "dropout": 0.1}
     ffn = {"type": "moe", "hidden_size": 8, "router": TOP_1, "experts": {"type": "lora", **lora}}
-    models = [Transformer(model_config(ffn, attention_lora=lora), 10, Layout(), seed) for seed in (0, 1)]
+    models = [Transformer(model_config(ffn, lora=lora), 10, Layout(), seed) for seed in (0, 1)]
     keys = [module.key for model in models for module in model.modules() if isinstance(module, LowRank)]
     assert len(keys) == len(set(keys)) == 2 * 3 * (3 + 4)
