@@ -72,7 +72,7 @@ def test_margins_say_how_far_a_score_must_move():
         x_1D = torch.randn(1, WIDTH, generator=generator, dtype=torch.float64)
         moved(router, 0, 0.0)
         before = decisions(router, x_1D, token)
-        scores_E = router.gate(x_1D)[0].detach().sigmoid()
+        scores_E = (router.gate.weight @ x_1D[0]).detach().sigmoid()
         for suffix, (chosen_C, margin_C) in before.items():
             for column in ((~chosen_C) & margin_C.isfinite()).nonzero().flatten().tolist():
                 # The best expert of a group, or the expert itself.
