@@ -2,7 +2,8 @@
 
     launch/convert.py import --from FOLDER --to OUT       convert a Hugging Face folder (Llama, Mixtral) to a checkpoint
     launch/convert.py model --from FOLDER --to FILE.yaml  write only the `model:` section of a Hugging Face folder
-    launch/convert.py export --from CHECKPOINT --to OUT   convert a checkpoint to a Hugging Face folder
+    launch/convert.py export --from CHECKPOINT --to OUT   convert a checkpoint to a Hugging Face folder; LoRA is merged
+    launch/convert.py export --adapters --from CHECKPOINT --to OUT   write only the LoRA deltas, as a PEFT adapter
     launch/convert.py upcycle --from CHECKPOINT --to OUT --experts N [model.ffn.router.KEY=VALUE ...]
     launch/convert.py verify FOLDER                       check every byte of a checkpoint, or of a run's checkpoints
 
@@ -21,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from moe_dist.convert.adapters import export_adapters
 from moe_dist.convert.hugging_face import export_folder, import_folder, write_section
 from moe_dist.convert.inspection import inspect
 from moe_dist.convert.upcycle import Gates, upcycle
@@ -38,6 +40,8 @@ def main(argv: list[str]) -> None:
     elif arguments.job == "model":
         write_section(arguments.source, arguments.out)
         print(f"{arguments.out}: the `model:` section")
+    elif arguments.job == "export" and arguments.adapters:
+        print(f"{arguments.out}: {export_adapters(arguments.source, arguments.out)}")
     elif arguments.job == "export":
         export_folder(arguments.source, arguments.out, dtype=arguments.dtype)
         print(f"{arguments.out}: Hugging Face folder")
@@ -64,6 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         )
     for job in (importing, exporting):
         job.add_argument("--format", choices=["hf"], default="hf", help="hf: Hugging Face folder (safetensors)")
+    exporting.add_argument("--adapters", action="store_true", help="write only the LoRA deltas, as a PEFT adapter")
     exporting.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     upcycling.add_argument(
         "--experts", required=True, help="experts per layer, such as 8, or per modality, such as 4t4i"

@@ -13,6 +13,7 @@ from moe_dist.checkpoint.manifest import newest_complete, read_state
 from moe_dist.checkpoint.stored_weights import read_tensors
 from moe_dist.config.recipe import stored_model
 from moe_dist.convert.families.family_registry import family_for
+from moe_dist.convert.lora_weights import merged, without_lora
 from moe_dist.convert.output import section_yaml, write_model
 from moe_dist.convert.pretrained import WEIGHT_INDEX, open_pretrained
 from moe_dist.convert.tensor_maps import to_theirs
@@ -56,7 +57,7 @@ def write_section(folder: str | Path, out: str | Path) -> None:
 def export_folder(
     source: str | Path, out: str | Path, *, dtype: str = "float32", shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Export a checkpoint, or a run's newest checkpoint, to the Hugging Face folder `out`.
+    """Export a checkpoint, or a run's newest checkpoint, to the Hugging Face folder `out`. LoRA deltas are merged.
 
     The folder holds sharded safetensors, their index and config.json, and the checkpoint's tokenizer files, if any.
     dtype: float32 (the dtype of checkpoints), bfloat16 or float16.
@@ -65,7 +66,7 @@ def export_folder(
     """
     path = newest_complete(source) or Path(source)
     model = stored_model(read_state(path)["config"], str(path))
-    stored = read_tensors(path)
+    stored, model = merged(read_tensors(path), model), without_lora(model)
     vocab_size = stored["embedding.weight"].shape[0]
     family, config = family_for(model, vocab_size, str(path))
     tensors = to_theirs(family.tensor_mappings(model, vocab_size), stored, getattr(torch, dtype), str(path))

@@ -22,6 +22,7 @@ from moe_dist.checkpoint.manifest import newest_complete, read_state
 from moe_dist.checkpoint.stored_weights import read_tensors
 from moe_dist.config.model_section import DenseFFN, ModelConfig, MoEFFN, SwiGLUExpertsConfig
 from moe_dist.config.recipe import stored_model
+from moe_dist.convert.lora_weights import merged, without_lora
 from moe_dist.convert.output import write_model
 from moe_dist.core.batch import MODALITIES
 from moe_dist.core.errors import UserError
@@ -55,6 +56,7 @@ def upcycle(
 ) -> None:
     """Upcycle the checkpoint `source`, or the newest checkpoint of the run `source`, to the folder `out`.
 
+    LoRA deltas of the seed are merged into its weights.
     Raises UserError if `source` holds no usable checkpoint, if the options do not suit its model, or if `out`
     exists or cannot be written.
     experts: the number of experts per layer. "8" (dense seed only) means top-2 routing among 8 experts, with weights
@@ -65,9 +67,10 @@ def upcycle(
     """
     path = newest_complete(source) or Path(source)
     state = read_state(path)
-    old = stored_model(state["config"], str(path))
+    seed_model = stored_model(state["config"], str(path))
+    old = without_lora(seed_model)
     model = _sparse(old, _router_section(old, experts, path), overrides)
-    stored = read_tensors(path)
+    stored = merged(read_tensors(path), seed_model)
     vocab_size = stored["embedding.weight"].shape[0]
     before, after = _on_meta(old, vocab_size), _on_meta(model, vocab_size)
     routers = _routers(model, after, seed)

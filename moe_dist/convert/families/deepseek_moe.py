@@ -22,6 +22,7 @@ class DeepSeekMoE(Family):
     refused: ClassVar[JSON] = {"scoring_func": "softmax", "routed_scaling_factor": 1.0, "mlp_bias": False}
     sizes: ClassVar[tuple[str, ...]] = ("moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")
     names = ExpertNames(shared="shared_experts")
+    stacks_experts = False
 
     def attention(self, raw: JSON) -> JSON:
         return {"attention_bias": "all"} if raw.get("attention_bias") else {}

@@ -34,6 +34,7 @@ class Family:
     refused: ClassVar[JSON] = {}  # keys of config.json -> the only value that is supported
     sizes: ClassVar[tuple[str, ...]] = ()  # keys that must be positive integers, besides those of every family
     names: ClassVar[ExpertNames] = ExpertNames()
+    stacks_experts: ClassVar[bool] = True  # transformers 5 has stacked the experts of a layer into two parameters
 
     def model_section(self, given: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:
         """Convert a config.json to a `model:` section. Also return the vocabulary size.
