@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "train.micro_batch_groups",  # selection groups do not depend on how many of them share a forward pass
     "train.non_finite",
     "train.max_skipped",
+    "train.reach_steps",
     "train.deterministic",
     "model.recompute",
     "data.validation_shards",

@@ -86,6 +86,9 @@ class TrainConfig(Strict):
     micro_batch_groups: Positive = 1  # selection groups in one forward pass of one rank
     non_finite: Literal["stop", "skip"] = "stop"  # response to a non-finite loss or gradient
     max_skipped: Count = 10  # with skip: the run fails once more steps than this were skipped
+    reach_steps: Count = (
+        10  # by then, a gradient must have reached every trained parameter (docs/stages.md); 0: no check
+    )
     deterministic: bool = False  # bitwise repeatable runs on a GPU, also when resumed; slower (docs/gpu.md)
 
 

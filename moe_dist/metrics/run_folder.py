@@ -1,4 +1,4 @@
-"""The folder of a run: config.yaml, init_from.json, metrics.jsonl, status.json, checkpoints/, tensorboard/, samples/.
+"""The folder of a run: config.yaml, init_from.json, reached.json, metrics.jsonl, status.json, checkpoints/, and so on.
 
 The health checks add health.json and stacks/. A job under a scheduler adds job.json and logs/ (docs/slurm.md). Only
 rank 0 writes to the folder. A file that is rewritten is replaced atomically, so a reader never sees half a file. When a
@@ -106,6 +106,14 @@ class RunFolder:
         """
         with self._writing():
             write_file(self.initial, json_text(account))
+
+    def write_reached(self, reached: dict[str, Any]) -> None:
+        """Write reached.json, the outcome of the check train.reach_steps.
+
+        Raises UserError if the file cannot be written.
+        """
+        with self._writing():
+            write_file(self.path / "reached.json", json_text(reached))
 
     def evaluation_config(self, overrides: Sequence[str]) -> Config:
         """Return the run's recipe, changed so that one process can evaluate the run's newest checkpoint.

@@ -45,10 +45,12 @@ from moe_dist.parallel.signals import Stopped, StopSignals
 from moe_dist.training.deepspeed import init_distributed, make_engine
 from moe_dist.training.determinism import make_deterministic
 from moe_dist.training.engine import Engine
+from moe_dist.training.reach import Reach
 from moe_dist.training.schedule import learning_rate
 from moe_dist.training.setup import check_recipe, embedding_rows, find_origin, open_data, open_loader
 from moe_dist.training.step_metrics import StepMeter
 from moe_dist.training.task_evaluation import TaskEvaluation
+from moe_dist.training.trainable import num_trained
 
 
 def train(config: Config, stop: StopSignals | None = None) -> None:
@@ -148,6 +150,11 @@ class Run:
         """The meter that computes routing metrics and FLOPs for this run's steps."""
         return StepMeter.of(self.model, self.config, self.layout, self.documents.domains)
 
+    @cached_property
+    def reach(self) -> Reach:
+        """The check that a gradient reaches every trained parameter. It begins with the first step after the start."""
+        return Reach(self.model, self.layout, self.config.train.reach_steps)
+
     @property
     def last(self) -> int:
         """The step at which this run ends."""
@@ -223,7 +230,7 @@ class Run:
         self.folder.write_status("failed", self.step, sentence, restart=True)
 
     def _tell_the_start(self) -> None:
-        """Report how the run starts.
+        """Report how the run starts, and how many parameters it trains.
 
         If the run starts from init_from, print how many parameters were loaded, and write the list of all parameters
         to RUN/init_from.json. If the run resumes, print that init_from is not read again.
@@ -233,6 +240,8 @@ class Run:
             Console().print(self.initial.table())
         elif self.config.init_from is not None:
             print(f"resumed after step {self.step}: init_from is not read again", flush=True)
+        trained, total = num_trained(self.model, self.layout.expert), int(self.model.num_parameters())
+        print(f"trains {trained:,} of {total:,} parameters ({trained / total:.2%})", flush=True)
 
     def train_step(self) -> dict[str, Any]:
         """Take one optimizer step and return its metrics (metrics/metric_keys.py). Collective."""
@@ -241,7 +250,9 @@ class Run:
         context = Context(layout=self.layout, group_sequences=config.data.group_sequences)
         objective = make_objective(config.losses, context, self.step)
         count = self.meter.count if self._is_logged(self.step + 1) else None
+        reach = self.reach  # watches from now on
         result = self.engine.train_step(self._read(read), objective, lr, count)
+        reach.after_step(lr, self.folder, skipped=result.skipped)
         self.loader_state = read[-1].state
         self.step += 1
         self.tokens += result.counts["loss"]

@@ -138,7 +138,7 @@ def router_products(router: nn.Module, scored: Sequence[int], *, detached: bool 
     scored: the number of tokens that each child router scored (one number for a router without children). If `scored`
     is empty, the result is empty.
     """
-    planners = zip(_planners(router), scored, strict=True) if scored else ()
+    planners = zip(planning_routers(router), scored, strict=True) if scored else ()
     parts = [(part, tokens) for planner, tokens in planners for part in _parts_of(planner)]
     return [part.products(tokens) for part, tokens in parts if part.detached == detached]
 
@@ -148,13 +148,13 @@ def router_parameters(router: nn.Module) -> int:
     return sum(part.num_parameters() for part in _parts_of(router))
 
 
-def _planners(router: nn.Module) -> list[nn.Module]:
+def planning_routers(router: nn.Module) -> list[nn.Module]:
     """Return the routers that produce the Routings of a RoutingRecord, in the same order.
 
     These are the router's children, or the router itself if it has none.
     """
     children = [child for child in router.children() if hasattr(child, "expert_groups")]
-    return [planner for child in children for planner in _planners(child)] or [router]
+    return [planner for child in children for planner in planning_routers(child)] or [router]
 
 
 def _parts_of(router: nn.Module) -> Iterator[RouterPart]:
