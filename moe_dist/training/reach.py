@@ -50,8 +50,8 @@ class Reached:
     def sentence(self) -> str:
         """Return a sentence about the parameters that were not tried."""
         return (
-            f"{self.steps} steps: gradients reached {self.reached} trained tensors; not tried for lack of tokens: "
-            f"{_listed(self.not_tried) if self.not_tried else 'none'}"
+            f"{self.steps} steps: gradients reached {self.reached} trained tensors, but not {_listed(self.not_tried)}, "
+            "whose experts or modalities had too few tokens, or whose router has one expert"
         )
 
 

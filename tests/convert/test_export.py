@@ -169,7 +169,6 @@ REFUSED = {
     "swin": ({"norm": "swin"}, "model.norm is 'swin', Hugging Face's models have 'pre'"),
     "qk_norm": ({"qk_norm": True}, "model.qk_norm is 'layer_norm'; the closest architecture, mixtral, has 'none'"),
     "mixture-of-depths": ({"depth": {}}, "model.depth is not null, Hugging Face's models have None"),
-    "attention LoRA": ({"lora": LORA}, "model.lora is not null, Hugging Face's models have None"),
     "LoRA experts": (
         {"ffn": SPARSE | {"experts": {"type": "lora", **LORA}, "router": SPARSE["router"] | {"top_k": 1}}},
         "model.ffn.experts.type is 'lora', Hugging Face's models have 'swiglu'",

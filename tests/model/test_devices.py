@@ -61,6 +61,7 @@ MODELS = {
     "null_in_text": (MIXED, {}),
     "lora": (LORA_EXPERTS, {"lora": {"rank": 8, "alpha": 16.0}}),
     "lora_dropout": (LORA_DROPOUT, {"lora": DROPOUT}),
+    "lora_everywhere": (TOP_K | {"shared_expert": {"hidden_size": 40}}, {"lora": DROPOUT | {"targets": ["*"]}}),
     "llama": (TOP_K, {"norm": "pre", "qk_norm": False, "num_query_groups": 2, "tie_embeddings": True}),
     "recomputed": (MOMA, {"recompute": True}),
     "depth": (MOMA, {"depth": {}}),
