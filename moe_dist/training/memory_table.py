@@ -25,7 +25,7 @@ from moe_dist.training.trainable import freeze_others
 
 VARIANTS = {  # overrides of a recipe
     "all": ["trainable=['*']"],
-    "LoRA": ["trainable=['*.attention.*lora*']", "model.attention_lora={rank: 16, alpha: 32}"],
+    "LoRA": ["trainable=['*.attention.*lora*']", "model.lora={rank: 16, alpha: 32}"],
     "routers": ["trainable=['*.router.*']"],
 }
 

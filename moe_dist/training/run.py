@@ -50,7 +50,7 @@ from moe_dist.training.schedule import learning_rate
 from moe_dist.training.setup import check_recipe, embedding_rows, find_origin, open_data, open_loader
 from moe_dist.training.step_metrics import StepMeter
 from moe_dist.training.task_evaluation import TaskEvaluation
-from moe_dist.training.trainable import num_trained
+from moe_dist.training.trainable import trained_share
 
 
 def train(config: Config, stop: StopSignals | None = None) -> None:
@@ -95,6 +95,7 @@ class Run:
     loader: Loader
     documents: TokenStore  # of the training split
     held_out: TokenStore
+    reach: Reach
     loader_state: dict[str, Any]
     tasks: TaskEvaluation | None  # None if the recipe has no eval.tasks
     initial: Account | None  # the account of init_from; None if the run resumes or has no init_from
@@ -133,6 +134,7 @@ class Run:
             saver=Saver(folder.path, engine, layout, config.checkpoint),
             documents=documents,
             held_out=held_out,
+            reach=Reach(engine.module, layout, config.train.reach_steps),
             loader_state=loader_state,
             tasks=tasks,
             initial=initial,
@@ -149,11 +151,6 @@ class Run:
     def meter(self) -> StepMeter:
         """The meter that computes routing metrics and FLOPs for this run's steps."""
         return StepMeter.of(self.model, self.config, self.layout, self.documents.domains)
-
-    @cached_property
-    def reach(self) -> Reach:
-        """The check that a gradient reaches every trained parameter. It begins with the first step after the start."""
-        return Reach(self.model, self.layout, self.config.train.reach_steps)
 
     @property
     def last(self) -> int:
@@ -240,8 +237,7 @@ class Run:
             Console().print(self.initial.table())
         elif self.config.init_from is not None:
             print(f"resumed after step {self.step}: init_from is not read again", flush=True)
-        trained, total = num_trained(self.model, self.layout.expert), int(self.model.num_parameters())
-        print(f"trains {trained:,} of {total:,} parameters ({trained / total:.2%})", flush=True)
+        print(trained_share(self.model, self.model.num_parameters(), self.layout.expert), flush=True)
 
     def train_step(self) -> dict[str, Any]:
         """Take one optimizer step and return its metrics (metrics/metric_keys.py). Collective."""
@@ -250,9 +246,8 @@ class Run:
         context = Context(layout=self.layout, group_sequences=config.data.group_sequences)
         objective = make_objective(config.losses, context, self.step)
         count = self.meter.count if self._is_logged(self.step + 1) else None
-        reach = self.reach  # watches from now on
         result = self.engine.train_step(self._read(read), objective, lr, count)
-        reach.after_step(lr, self.folder, skipped=result.skipped)
+        self.reach.after_step(lr, self.folder, skipped=result.skipped)
         self.loader_state = read[-1].state
         self.step += 1
         self.tokens += result.counts["loss"]

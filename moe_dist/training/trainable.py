@@ -19,6 +19,12 @@ def num_trained(model: nn.Module, expert: int) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) * (expert if is_stacked(p) else 1) for p in trained)
 
 
+def trained_share(model: nn.Module, total: float, expert: int) -> str:
+    """Return a sentence that says how many of the `total` parameters a run trains. expert: see num_trained."""
+    trained = num_trained(model, expert)
+    return f"trains {trained:,} of {int(total):,} parameters ({trained / total:.2%})"
+
+
 def freeze_others(model: nn.Module, patterns: Iterable[str]) -> None:
     """Freeze every parameter whose name matches none of the patterns.
 

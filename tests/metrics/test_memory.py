@@ -27,7 +27,7 @@ from tests.support.distributed import run_ranks
 from tests.support.model_batches import LORA, LORA_EXPERTS, TOP_K, model_config
 from tests.support.toy_model import VOCABULARY, objective, step_batches
 
-LORA_MODEL = model_config(LORA_EXPERTS, attention_lora=LORA)
+LORA_MODEL = model_config(LORA_EXPERTS, lora=LORA)
 STATEFUL = model_config(TOP_K | {"router": {"type": "deepseek_v3", "num_experts": 4, "top_k": 2}}, tie_embeddings=True)
 DOWN, ROUTERS = ("*.experts.down",), ("*.router.*",)
 
