@@ -61,7 +61,13 @@ def adapted(tmp_path, kind, changes, targets, **more):
     return tmp_path / "hf", put(tmp_path / "ours", section, read_tensors(tmp_path / "plain"), **more)
 
 
-@pytest.mark.parametrize(("kind", "changes", "targets"), CASES.values(), ids=CASES)
+SLOW = {"mixtral, gate and up", "qwen2_moe, shared"}  # parts of "mixtral" and "qwen2_moe"
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "targets"),
+    [pytest.param(*case, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, case in CASES.items()],
+)
 def test_merged_and_as_an_adapter_transformers_computes_what_we_do(kind, changes, targets, tmp_path, capsys):
     hf, ours = adapted(tmp_path, kind, changes, targets)
     documents = random_documents()
