@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from launch import convert
+from moe_dist.checkpoint.manifest import newest_complete
 from moe_dist.data.shards.tars import Sample, split_of, write_shards
 from tests.convert.test_export import save_mixtral
 from tests.data.tokenizers.test_hugging_face_text import save as save_tokenizer
@@ -55,7 +56,7 @@ def test_a_mixtral_is_tuned_on_two_ranks_and_leaves_merged_and_as_an_adapter(rec
     convert.main(["export", "--from", out, "--to", str(tmp_path / "merged")])
     convert.main(["export", "--adapters", "--from", out, "--to", str(tmp_path / "adapter")])
     documents = random_documents(300)
-    [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
+    checkpoint = newest_complete(tmp_path / "run")
     expected = logits_packed(load_checkpoint(checkpoint).eval(), documents)
     base, merged = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("hf", "merged"))
     assert (logits_apart(base, documents) - expected).abs().max() > 0.02, "it has learned"
