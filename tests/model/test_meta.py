@@ -29,7 +29,12 @@ MODELS = {
     "expert choice": {"ffn": EXPERT_CHOICE, "norm": "pre"},
     "lora experts": {
         "ffn": TOP_K | {"experts": LORA, "router": {"type": "top_k", "num_experts": 4, "top_k": 1}},
-        "attention_lora": {"rank": 2, "alpha": 4.0},
+        "lora": {"rank": 2, "alpha": 4.0},
+    },
+    "lora everywhere": {
+        "ffn": TOP_K | {"shared_expert": {"hidden_size": 8}},
+        "layers": {"0": {"ffn": DENSE | {"bias": True}}},
+        "lora": {"rank": 2, "alpha": 4.0, "targets": ["*"]},
     },
     "router with state": {"ffn": TOP_K | {"router": {"type": "deepseek_v3", **ROUTER}}},
 }

@@ -56,7 +56,7 @@ class MemoryJob:
             "num_heads": self.hidden_size // 64,
             "norm": "pre",
             "qk_norm": False,
-            "attention_lora": self.lora,
+            "lora": self.lora,
             "recompute": self.recompute,
             "ffn": {"type": "moe", "hidden_size": self.ffn_size, "router": router},
         }
