@@ -116,7 +116,7 @@ def save_figure(figure: Figure, file: Path) -> None:
         raise UserError(f"{file} cannot be written: {error.strerror or error}") from error
 
 
-def _make_figure(width: float, height: float) -> Figure:
+def make_figure(width: float, height: float) -> Figure:
     require_extra("matplotlib", "report", "drawing curves")
     from matplotlib.figure import Figure
 
@@ -129,7 +129,7 @@ def loss_figure(runs: Sequence[RunMetrics], baseline: Mapping[str, float]) -> Fi
     A panel shows the training loss (raw and smoothed), the held-out losses as points and the bigram baseline as a line.
     """
     parts = [part for part in ("", *MODALITIES) if any(run.series(_key("loss", part))[0].size for run in runs)]
-    figure = _make_figure(1.2 + 4.4 * len(parts), 4.6)
+    figure = make_figure(1.2 + 4.4 * len(parts), 4.6)
     axes = figure.subplots(1, len(parts), squeeze=False)[0]
     for axis, part in zip(axes, parts, strict=True):
         for i, run in enumerate(runs):
@@ -155,7 +155,7 @@ def routing_figure(run: RunMetrics) -> Figure:
     """
     loads = {key.split("/")[1]: run.series(key) for key in run.keys if key.endswith("/utilization")}
     even = all(np.nanmax(np.abs(load - 1), initial=0) < 0.01 for _, load in loads.values())
-    figure = _make_figure(10, 3.2 if even else 7.2)
+    figure = make_figure(10, 3.2 if even else 7.2)
     if even:
         unrouted, imbalance = figure.subplots(1, 2)
     else:
@@ -186,7 +186,7 @@ def domain_figure(run: RunMetrics) -> Figure:
     columns = min(len(layers), max(1, 24 // max(experts, 6)))
     rows = -(-len(layers) // columns)
     size = (1.5 + columns * max(2.4, 0.4 * experts), 0.8 + rows * (0.9 + 0.35 * len(domains)))
-    figure = _make_figure(*size)
+    figure = make_figure(*size)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, layer in zip(axes.flat, layers):
         table = np.stack([shares.get(f"moe/{layer}/domain_share/{domain}", unknown) for domain in domains])
