@@ -18,6 +18,7 @@ from moe_dist.convert.upcycle import upcycle
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
 from moe_dist.core.tensor_files import LazyTensor
+from tests.convert.test_families import step
 from tests.support.family_models import reference_model, save_model
 from tests.support.hugging_face_models import load_checkpoint, logits_apart, logits_packed, random_documents
 from tests.support.model_batches import LORA_EXPERTS, VOCAB, model_config
@@ -159,3 +160,27 @@ def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
     with pytest.raises(UserError, match="plain holds a model without LoRA, so there are no adapters to export"):
         convert.main(["export", *out, str(tmp_path / "plain")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours", "plain"]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", ["*"]),
+        ("mixtral", ["experts.down", "attention.*"]),
+        ("qwen3_moe", ["experts.down", "router", "ffn.*"]),
+    ],
+)
+def test_four_steps_of_sgd_equal_peft(name, targets, tmp_path):
+    """The same batches, gradients of the deltas alone, without dropout. Not the experts' gate and up: transformers
+    stores them as one matrix, whose single adapter in PEFT also trains what is zero in ours.
+    """
+    kind, changes, _ = CASES[name]
+    hf, ours = adapted(tmp_path, kind, changes, targets)
+    convert.main(["export", "--adapters", "--from", str(ours), "--to", str(tmp_path / "adapter")])
+    theirs = PeftModel.from_pretrained(reference_model(hf), tmp_path / "adapter", is_trainable=True).eval()
+    losses = []
+    for model, part in ((theirs, "lora_"), (load_checkpoint(ours).eval(), ".lora.")):
+        deltas = [parameter for key, parameter in model.named_parameters() if part in key]
+        losses.append([step(model, deltas, seed) for seed in range(4)])
+    assert losses[0][0] != losses[0][3]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)

@@ -55,6 +55,13 @@ def test_mixture_of_depths_then_causal_routers_then_evaluation(overrides, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "held-out loss after 4 steps, non-causal (expert choice)" in " ".join(done.stdout.split())
 
+    done = launch_tool(TORCHRUN, "experts_by_token.py", [str(second), "parallel.expert=2"])
+    assert done.returncode == 0, done.stderr
+    found = json.loads((second / "experts_by_token.json").read_text())
+    assert found["step"] == 4 and len(found["layers"]) == 3 and f"{found['experts_per_token']:.2f}" in done.stdout
+    assert {"word start", "inside a word", "marker", "image code"} <= found["classes"].keys()
+    assert (second / "experts_by_token.png").stat().st_size > 10_000
+
 
 @pytest.mark.slow
 def test_a_stage_without_auxiliary_routers_is_refused(overrides):
