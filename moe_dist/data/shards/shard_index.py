@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlparse
 
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import read_json, write_file
+from moe_dist.data.shards.jsonl import is_jsonl, jsonl_samples
 from moe_dist.data.shards.sample_groups import sample_groups
 from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_entries
 
@@ -67,7 +68,9 @@ def _scan(shard: Path) -> ShardIndex:
     with shard.open("rb") as stream:
         try:
             names = ((name, None) for name, _ in tar_entries(stream))
-            count = sum(1 for _ in sample_groups(names, str(shard)))
+            lines = is_jsonl(shard.name)
+            samples = jsonl_samples(stream, str(shard)) if lines else sample_groups(names, str(shard))
+            count = sum(1 for _ in samples)
         except DAMAGE as error:
             raise UserError(f"shard {shard} is corrupt or truncated: {explain(error)}") from None
     return ShardIndex(count, shard.stat().st_size, _sha256(shard))

@@ -14,11 +14,13 @@ import sentencepiece
 
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import write_file
+from moe_dist.data.tokenizers.chat_template import CHAT_TEMPLATE, CHAT_TEMPLATE_JSON, ChatTemplate
 from moe_dist.data.tokenizers.hugging_face_text import SPECIAL, TOKENIZER, TOKENIZER_CONFIG, HuggingFaceTokenizer
 
 VOCAB_SIZE = 2048  # default, enough for captions; use 8192 or more for long texts
 SENTENCEPIECE = "tokenizer.model"  # in a Hugging Face folder
-TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL, SENTENCEPIECE)  # the files to copy with a tokenizer
+# The files to copy with a tokenizer
+TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL, SENTENCEPIECE, CHAT_TEMPLATE, CHAT_TEMPLATE_JSON)
 MAX_LINE_BYTES = 1 << 24  # SentencePiece silently skips longer lines; its own default is 4192
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class TextTokenizer(Protocol):
     bos: int | None
     eos: int | None
     sha256: str  # equal exactly if every text gets the same ids
+    chat: ChatTemplate
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -76,6 +79,7 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError, ValueError):  # ValueError: the library's message is not UTF-8
             raise UserError(f"{path} is not a SentencePiece model") from None
         self.sha256 = hashlib.sha256(content).hexdigest()
+        self.chat = ChatTemplate(path)
         self.size: int = self._processor.get_piece_size()
         ids = (self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id())
         self.pad, self.bos, self.eos = (None if i < 0 else i for i in ids)
