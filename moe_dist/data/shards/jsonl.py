@@ -50,7 +50,7 @@ def _fault(line: bytes) -> str | None:
         return f"is not valid JSON ({error.msg} at character {error.pos + 1})"
     except (ValueError, RecursionError):  # a number of thousands of digits, or nested too deeply
         return "is not valid JSON"
-    return None if isinstance(record, dict) else f"is no JSON object, but a {type(record).__name__}"
+    return None if isinstance(record, dict) else "is no JSON object"
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:

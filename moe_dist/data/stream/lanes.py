@@ -247,7 +247,7 @@ def _weighted_lanes(
     documents, ends = np.arange(len(assembler.store)), assembler.store.part_ends
     parts = []
     for number, part in enumerate(np.split(documents, ends[:-1]), 1):
-        kind = f"samples of entry {number} of data.shards, because data.weights is set"
+        kind = f"samples in entry {number} of data.shards (data.weights is set)"
         parts.append(_ranges(part, np.array([len(part)]), lanes, kind))
     return {n: Lane(WeightedStream([ranges[n] for ranges in parts], weights, assembler, lane=n), data) for n in numbers}
 

@@ -32,6 +32,21 @@ class _Rendered:
     text: str
     ids: list[int]
 
+    def through_answer(self, begun: str, ended: str, answer: str) -> str:
+        """Return the text up to the end of an answer.
+
+        That is `ended`, unless the template writes the last answer of a conversation in another way than earlier ones,
+        as Qwen3's does (with empty thoughts). Then the answer is looked for after `begun`. What follows it in `ended`,
+        such as an end-of-turn token, must follow it in the text too.
+
+        begun: the conversation up to the place where the answer begins. ended: the conversation that ends with it.
+        """
+        _, found, closing = ended.rpartition(answer)
+        at = self.text.find(answer, len(begun))
+        through = self.text[: at + len(answer)] + closing
+        usable = found and closing and at >= 0 and self.text.startswith(through)
+        return through if usable and not self.text.startswith(ended) else ended
+
     def place(self, beginning: str) -> int:
         """Return the number of ids of a beginning of the text.
 
@@ -73,8 +88,10 @@ def _conversation(
     rendered = _Rendered(chat, text, chat.encode(text))
     answers = []
     for number in (number for number, message in enumerate(messages) if message.role == ASSISTANT):
-        start = rendered.place(chat.render(_plain(messages[:number]), generation=True))
-        end = rendered.place(chat.render(_plain(messages[: number + 1]), generation=False))
+        begun = chat.render(_plain(messages[:number]), generation=True)
+        ended = chat.render(_plain(messages[: number + 1]), generation=False)
+        through = rendered.through_answer(begun, ended, messages[number].content.strip())
+        start, end = rendered.place(begun), rendered.place(through)
         if not start < end:
             raise NoBoundary("the chat template drops an answer")
         answers.append((start, end))

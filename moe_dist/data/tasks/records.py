@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import ConfigDict, Field
+from pydantic import AliasChoices, ConfigDict, Field
 
 from moe_dist.core.strict import Strict, validate
 from moe_dist.data.tasks.instructions import ASSISTANT, DOMAIN, Filled, Instruction, Message, read_instruction
@@ -65,8 +65,8 @@ class _Messages(_Record):
 
 
 class _Turn(_Record):
-    speaker: Filled = Field(alias="from")
-    value: str
+    speaker: Filled = Field(validation_alias=AliasChoices("from", "role"))
+    value: str = Field(validation_alias=AliasChoices("value", "content"))
 
 
 class _Conversations(_Record):

@@ -79,8 +79,9 @@ class ChatTemplate:
         fails.
         """
         marked = [{k: self._spelled.sub(rf"{BEGIN}\g<0>{END}", v) for k, v in m.items()} for m in messages]
+        template = self._template
         try:
-            return self._template.render(
+            return template.render(
                 **self._special, messages=marked, tools=None, documents=None, add_generation_prompt=generation
             )
         except RefusedConversation:
