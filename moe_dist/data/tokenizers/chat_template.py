@@ -35,7 +35,7 @@ TODAY = datetime(2024, 7, 26)  # the date that Llama 3's templates write without
 BEGIN, END = "\ud800", "\udfff"
 _MARKED = re.compile(f"{BEGIN}(.*?){END}", re.DOTALL)
 _MARKS = re.compile(f"[{BEGIN}{END}]")
-Messages = Sequence[Mapping[str, str]]  # each with `role` and `content`
+ChatMessages = Sequence[Mapping[str, str]]  # each with `role` and `content`
 
 
 class RefusedConversation(Exception):
@@ -72,7 +72,7 @@ class ChatTemplate:
         content = json.dumps([self._source, self._special], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16] if self._source is not None else ""
 
-    def render(self, messages: Messages, *, generation: bool) -> str:
+    def render(self, messages: ChatMessages, *, generation: bool) -> str:
         """Return the conversation as text. generation: whether to begin an answer at its end.
 
         Raises RefusedConversation if the template refuses the messages, and UserError if there is no template or if it
