@@ -19,6 +19,8 @@ from moe_dist.data.shards.jsonl import is_jsonl, jsonl_samples
 from moe_dist.data.shards.sample_groups import sample_groups
 from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_entries
 
+CHANGED = "if you changed it on purpose, delete the index (NAME.index.json)"
+
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
@@ -58,9 +60,10 @@ def verify_shard(shard: str | Path, *, content: bool = True) -> ShardIndex:
         return index
     size = shard.stat().st_size
     if size != index.bytes:
-        raise UserError(f"shard {shard} is truncated or was replaced: {size} bytes, its index says {index.bytes}")
+        sizes = f"{size} bytes, its index says {index.bytes}"
+        raise UserError(f"shard {shard} is truncated or was replaced: {sizes}; {CHANGED}")
     if content and _sha256(shard) != index.sha256:
-        raise UserError(f"shard {shard} is corrupt or was replaced: its sha256 is not the one in its index")
+        raise UserError(f"shard {shard} is corrupt or was replaced: its sha256 is not the one in its index; {CHANGED}")
     return index
 
 

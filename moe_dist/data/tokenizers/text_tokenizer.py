@@ -13,8 +13,8 @@ from typing import Protocol
 import sentencepiece
 
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import write_file
-from moe_dist.data.tokenizers.chat_template import CHAT_TEMPLATE, CHAT_TEMPLATE_JSON, ChatTemplate
+from moe_dist.core.files import read_json, write_file
+from moe_dist.data.tokenizers.chat_template import CHAT_TEMPLATE, CHAT_TEMPLATE_JSON, ChatTemplate, read_template
 from moe_dist.data.tokenizers.hugging_face_text import SPECIAL, TOKENIZER, TOKENIZER_CONFIG, HuggingFaceTokenizer
 
 VOCAB_SIZE = 2048  # default, enough for captions; use 8192 or more for long texts
@@ -79,12 +79,13 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError, ValueError):  # ValueError: the library's message is not UTF-8
             raise UserError(f"{path} is not a SentencePiece model") from None
         self.sha256 = hashlib.sha256(content).hexdigest()
-        self.chat = ChatTemplate(path)
         self.size: int = self._processor.get_piece_size()
         ids = (self._processor.pad_id(), self._processor.bos_id(), self._processor.eos_id())
         self.pad, self.bos, self.eos = (None if i < 0 else i for i in ids)
         if self.pad is None:
             self.pad = self.eos
+        self._control = {self._processor.id_to_piece(i): i for i in range(self.size) if self._processor.is_control(i)}
+        self.chat = self._chat(path)
 
     @property
     def pieces(self) -> list[str]:
@@ -97,6 +98,27 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text, dropping control pieces (pad, bos, eos)."""
         return self._processor.decode([int(i) for i in ids])
+
+    def _chat(self, path: Path) -> ChatTemplate:
+        """Return the chat template of the folder that holds the model, or one that refuses if there is none."""
+        config = path.parent / TOKENIZER_CONFIG
+        source = read_template(path.parent, read_json(config) if config.is_file() else {})
+        ids = {"bos_token": self.bos, "eos_token": self.eos}
+        names = {name: self._processor.id_to_piece(i) for name, i in ids.items() if i is not None}
+        return ChatTemplate(path, source, self._encode_rendered, names, list(self._control))
+
+    def _encode_rendered(self, text: str, special: bool) -> list[int]:
+        """Encode a text. special: whether control pieces in the text become their ids.
+
+        The text is then divided at the control pieces, and SentencePiece encodes each part as a text of its own.
+        """
+        if not special or not self._control:
+            return self.encode(text)
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, self._control))})", text):
+            if part:
+                ids += [self._control[part]] if part in self._control else self.encode(part)
+        return ids
 
 
 def train_text_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int = VOCAB_SIZE) -> SentencePieceTokenizer:
