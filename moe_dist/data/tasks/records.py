@@ -3,7 +3,8 @@
   prompt and answer   the fields of Instruction (data/tasks/instructions.py)
   messages            [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]
   conversations       [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}, ...] (LLaVA);
-                      `image` names the picture, which is another member of the sample
+                      `image`, or the list `images`, names the picture, which is another member of the sample; messages
+                      may have it too
   Alpaca              `instruction`, `input` (may be empty or missing) and `output`
 
 Every form may have a `domain`. A `content` may also be a list of parts, of which those of type `text` are joined.
@@ -34,8 +35,8 @@ ALPACA_WITH_INPUT = (
 )
 FORM_FIELDS = {  # the fields that are read of each form
     "prompt": frozenset(Instruction.model_fields) - {"messages", "picture"},
-    "messages": frozenset({"messages", "domain"}),
-    "conversations": frozenset({"conversations", "image", "domain"}),
+    "messages": frozenset({"messages", "image", "images", "domain"}),
+    "conversations": frozenset({"conversations", "image", "images", "domain"}),
     "alpaca": frozenset({"instruction", "input", "output", "domain"}),
 }
 
@@ -59,9 +60,22 @@ class _Message(_Record):
     tool_calls: list[Any] | None = None
 
 
-class _Messages(_Record):
-    messages: list[_Message]
+class _Pictured(_Record):
+    """A record that may name a picture."""
+
+    image: str | list[str] | None = None
+    images: list[str] | None = None
     domain: Filled = DOMAIN
+
+    @property
+    def pictures(self) -> int:
+        """Return the number of pictures that the record names."""
+        named = [self.image] if isinstance(self.image, str) else self.image or []
+        return len([name for name in (*named, *(self.images or [])) if name])
+
+
+class _Messages(_Pictured):
+    messages: list[_Message]
 
 
 class _Turn(_Record):
@@ -69,10 +83,8 @@ class _Turn(_Record):
     value: str = Field(validation_alias=AliasChoices("value", "content"))
 
 
-class _Conversations(_Record):
+class _Conversations(_Pictured):
     conversations: list[_Turn]
-    image: str | None = None
-    domain: Filled = DOMAIN
 
 
 class _Alpaca(_Record):
@@ -121,7 +133,9 @@ def _from_messages(record: _Messages) -> Instruction:
     if unknown := sorted(set(parts) - {"text", "image"}):
         raise BadRecord(f"message part of type {unknown[0]}")
     messages = [Message(message.role, _text(message.content)) for message in record.messages]
-    return _conversation(messages, record.domain, picture="image" in parts)
+    if not record.pictures:  # then `<image>` is text
+        return _conversation(messages, record.domain, pictures=parts.count("image"))
+    return _with_placeholders(messages, record)
 
 
 def _text(content: str | list[_Part] | None) -> str:
@@ -131,9 +145,14 @@ def _text(content: str | list[_Part] | None) -> str:
 def _from_turns(record: _Conversations) -> Instruction:
     if unknown := [turn.speaker for turn in record.conversations if turn.speaker not in ROLES]:
         raise BadRecord(f"conversation with the unknown speaker '{unknown[0]}'")
-    picture = bool(record.image) or any(IMAGE_PLACEHOLDER in turn.value for turn in record.conversations)
-    messages = [Message(ROLES[turn.speaker], _without_placeholder(turn.value)) for turn in record.conversations]
-    return _conversation(messages, record.domain, picture=picture)
+    return _with_placeholders([Message(ROLES[turn.speaker], turn.value) for turn in record.conversations], record)
+
+
+def _with_placeholders(messages: Sequence[Message], record: _Pictured) -> Instruction:
+    """Make an instruction of messages in which `<image>` stands for the picture."""
+    placed = sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages)
+    plain = [Message(message.role, _without_placeholder(message.content)) for message in messages]
+    return _conversation(plain, record.domain, pictures=max(placed, record.pictures))
 
 
 def _without_placeholder(text: str) -> str:
@@ -143,7 +162,9 @@ def _without_placeholder(text: str) -> str:
     return text
 
 
-def _conversation(messages: Sequence[Message], domain: str, *, picture: bool) -> Instruction:
+def _conversation(messages: Sequence[Message], domain: str, *, pictures: int) -> Instruction:
+    if pictures > 1:
+        raise BadRecord("conversation with several pictures")
     answers = [number for number, message in enumerate(messages) if message.role == ASSISTANT]
     if not answers:
         raise BadRecord("conversation without an answer")
@@ -153,9 +174,8 @@ def _conversation(messages: Sequence[Message], domain: str, *, picture: bool) ->
     if not prompt.strip():
         raise BadRecord("conversation without a prompt")
     used = tuple(messages[: answers[-1] + 1])
-    return Instruction(
-        prompt=prompt, answer=messages[answers[0]].content, domain=domain, messages=used, picture=picture
-    )
+    answer = messages[answers[0]].content
+    return Instruction(prompt=prompt, answer=answer, domain=domain, messages=used, picture=pictures == 1)
 
 
 def _from_alpaca(record: _Alpaca) -> Instruction:
