@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import AliasChoices, ConfigDict, Field
 
+from moe_dist.core.errors import cut
 from moe_dist.core.strict import Strict, validate
 from moe_dist.data.tasks.instructions import ASSISTANT, DOMAIN, Filled, Instruction, Message, read_instruction
 
@@ -131,7 +132,7 @@ def _from_messages(record: _Messages) -> Instruction:
         raise BadRecord("message with tool_calls, which are not supported")
     parts = [part.type for message in record.messages if isinstance(message.content, list) for part in message.content]
     if unknown := sorted(set(parts) - {"text", "image"}):
-        raise BadRecord(f"message part of type {unknown[0]}")
+        raise BadRecord(f"message part of type {cut(unknown[0])}")
     messages = [Message(message.role, _text(message.content)) for message in record.messages]
     if not record.pictures:  # then `<image>` is text
         return _conversation(messages, record.domain, pictures=parts.count("image"))
@@ -144,7 +145,7 @@ def _text(content: str | list[_Part] | None) -> str:
 
 def _from_turns(record: _Conversations) -> Instruction:
     if unknown := [turn.speaker for turn in record.conversations if turn.speaker not in ROLES]:
-        raise BadRecord(f"conversation with the unknown speaker '{unknown[0]}'")
+        raise BadRecord(f"conversation with the unknown speaker '{cut(unknown[0])}'")
     return _with_placeholders([Message(ROLES[turn.speaker], turn.value) for turn in record.conversations], record)
 
 

@@ -26,7 +26,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from moe_dist.core.errors import UserError
+from moe_dist.core.errors import UserError, cut
 from moe_dist.core.files import read_json
 
 CHAT_TEMPLATE, CHAT_TEMPLATE_JSON = "chat_template.jinja", "chat_template.json"
@@ -141,7 +141,7 @@ def read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise RefusedConversation(" ".join(_MARKS.sub("", str(message)).split()))
+    raise RefusedConversation(cut(" ".join(_MARKS.sub("", str(message)).split())))
 
 
 def _to_json(value: object, indent: int | None = None, **options: Any) -> str:
@@ -150,7 +150,7 @@ def _to_json(value: object, indent: int | None = None, **options: Any) -> str:
 
 def _line(error: Exception) -> str:
     """Return an exception's message in one line, without marks."""
-    return " ".join(_MARKS.sub("", f"{type(error).__name__}: {error}").split())
+    return cut(" ".join(_MARKS.sub("", f"{type(error).__name__}: {error}").split()))
 
 
 class _Generation(Extension):

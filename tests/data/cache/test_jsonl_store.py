@@ -101,7 +101,10 @@ def test_every_form_reaches_the_batch(tmp_path, folder, kind):
 
 
 def test_llavas_conversation_about_a_picture_in_a_tar(tmp_path, folder, tokenizers, emoji_samples):
-    llava = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nis it?"}, *FORMS[1]["conversations"][1:]]}
+    llava = {
+        "image": "a.png",
+        "conversations": [{"from": "human", "value": "<image>\nis it?"}, *FORMS[1]["conversations"][1:]],
+    }
     write_shards([Sample("a", "train", emoji_samples[0].png, None, llava)], tmp_path / "tars")
     data = recipe(tmp_path, tmp_path / "tars" / "train", image_tokenizer=str(tokenizers / "vq"))
     vocabulary, store = store_of(data)
@@ -190,7 +193,11 @@ def fail(rank, raw):
 @pytest.mark.parametrize(
     ("spoil", "sentence", "name"),
     [
-        (lambda folder: (folder / "prompts.jsonl").open("a").write("{"), r"prompts.jsonl: line 25 is not valid JSON", "prompts"),
+        (
+            lambda folder: (folder / "prompts.jsonl").open("a").write("{"),
+            r"prompts.jsonl: line 25 is not valid JSON",
+            "prompts",
+        ),
         (lambda folder: save_chat_tokenizer(folder / "tokenizer", "{{ x.y }}"), "fails: UndefinedError", "talks"),
         (lambda folder: save_chat_tokenizer(folder / "tokenizer", None), "has no chat template", "talks"),
     ],

@@ -36,7 +36,9 @@ def test_every_line_is_a_sample(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     for url in (str(tmp_path / name), f"file:{tmp_path / name}", f"pipe:cat {tmp_path / name}"):
         samples = list(iterate(url))
-        assert [s.texts for s in samples] == [(r.get("text", r.get("prompt", "") + r.get("answer", "")),) for r in RECORDS]
+        assert [s.texts for s in samples] == [
+            (r.get("text", r.get("prompt", "") + r.get("answer", "")),) for r in RECORDS
+        ]
         assert [s.key for s in samples] == [f"{name} line {i + 1}" for i in range(6)]
     index = verify_shard(tmp_path / name)
     assert index == verify_shard(tmp_path / name) and (index.count, index.bytes) == (6, len(content))

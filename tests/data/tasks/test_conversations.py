@@ -83,7 +83,10 @@ def test_text_that_spells_a_special_token_stays_text(tmp_path, role):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for m in messages %}{{ m.role }} {{ messages | length }} {{ m.content }}\n{% endfor %}", "rewrites earlier"),
+        (
+            "{% for m in messages %}{{ m.role }} {{ messages | length }} {{ m.content }}\n{% endfor %}",
+            "rewrites earlier",
+        ),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "prompt and answer merge"),
         ("{% for m in messages if m.role == 'user' %}Q {{ m.content }} A{% endfor %}", "drops an answer"),
         (LLAMA2, r"refused by the chat template \(roles must alternate\)"),
@@ -126,7 +129,10 @@ def test_a_sentencepiece_model_with_a_template_beside_it(tokenizers, tmp_path, n
     ids, learned = ours(tokenizer, conversation("red </s>", "green", "hat", "joker"))
     encode = tokenizer.encode
     asked = [[*encode("[INST] red "), *encode("</s>"), *encode(" [/INST]")], encode("[INST] hat [/INST]")]
-    answers = [[*encode(" [/INST] green")[len(encode(" [/INST]")) :]], encode("[INST] hat [/INST] joker")[len(asked[1]) :]]
+    answers = [
+        [*encode(" [/INST] green")[len(encode(" [/INST]")) :]],
+        encode("[INST] hat [/INST] joker")[len(asked[1]) :],
+    ]
     expected, places = [], set()
     for prompt, answer in zip(asked, answers, strict=True):
         expected += [tokenizer.bos, *prompt]

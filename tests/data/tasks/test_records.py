@@ -106,7 +106,10 @@ def test_records_without_anything_to_learn_are_bad(record, reason):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ({"messages": [{"role": 3, "content": "a"}]}, r"key 'messages\.0\.role': input should be a valid string, got 3"),
+        (
+            {"messages": [{"role": 3, "content": "a"}]},
+            r"key 'messages\.0\.role': input should be a valid string, got 3",
+        ),
         ({"messages": ["a"]}, r"key 'messages\.0': "),
         ({"messages": [{"content": "a"}]}, r"key 'messages\.0\.role' is missing"),
         ({"conversations": [{"from": "human"}]}, r"key 'conversations\.0\.value' is missing"),
