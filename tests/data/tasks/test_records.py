@@ -6,21 +6,15 @@ from moe_dist.core.errors import UserError
 from moe_dist.data.tasks.instructions import Message
 from moe_dist.data.tasks.records import BadRecord, form_of, to_instruction
 
-ALPACA_PROMPT = """Below is an instruction that describes a task. Write a response that appropriately completes the request.
-
-### Instruction:
-Name a fruit.
-
-### Response:"""
-ALPACA_INPUT = """Below is an instruction that describes a task, paired with an input that provides further context. Write a response that appropriately completes the request.
-
-### Instruction:
-Sum {up}.
-
-### Input:
-1 {2} 3
-
-### Response:"""  # noqa: E501
+ALPACA_PROMPT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n### Instruction:\nName a fruit.\n\n### Response:"
+)
+ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nSum {up}.\n\n### Input:\n1 {2} 3\n\n### Response:"
+)
 LLAVA = {
     "id": "000000033471",
     "image": "000000033471.jpg",
