@@ -34,6 +34,8 @@ class RunConfig(Strict):
 class DataConfig(Strict):
     shards: Paths  # folder(s), brace-expanded tar paths or remote URLs, as webdataset takes them
     validation_shards: Paths | None = None  # default: validation/ next to train/, or a split by hash
+    validation_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.05  # of the samples, in a split by hash
+    weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None  # samples drawn from each entry of shards
     text_tokenizer: PathText  # SentencePiece .model file, or a Hugging Face folder with a tokenizer.json
     image_tokenizer: PathText | None = None  # folder of a trained VQ tokenizer or Hugging Face ChameleonVQVAE weights
     sequence_length: Positive = 512
@@ -45,6 +47,15 @@ class DataConfig(Strict):
     neighbours: PathText | None = None  # store that launch/align.py makes, for losses.manifold (docs/roma.md)
     max_bad_fraction: Fraction = 0.01  # the run fails if more samples than this cannot be decoded or lose a part
     expect: Literal["pairs", "images", "text", "any"] = "any"  # what every training sample has to hold (docs/data.md)
+
+    @model_validator(mode="after")
+    def _one_weight_each(self):
+        entries = 1 if isinstance(self.shards, str) else len(self.shards)
+        if self.weights is not None and len(self.weights) != entries:
+            raise ValueError(f"weights has {len(self.weights)} entries, but shards has {entries}")
+        if self.weights is not None and self.image_fraction is not None:
+            raise ValueError("weights and image_fraction cannot be combined: leave one of them out")
+        return self
 
 
 class InitFrom(Strict):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +146,15 @@ def _show(split: Split, store: TokenStore, vocabulary: Vocabulary) -> None:
 
 
 def _describe(document: Document, vocabulary: Vocabulary) -> str:
-    """Describe a document by its number of image codes and the beginnings of its texts, decoded from their ids."""
+    """Describe a document by its number of image codes and the beginnings of its texts, decoded from their ids.
+
+    The texts of a conversation are a prompt and an answer in turn.
+    """
     parts = [] if document.image is None else [f"a picture of {len(document.image)} codes"]
-    cut = document.prompt.length if document.prompt else 0
-    names = ("prompt", "answer") if document.prompt else ("", "text" if document.image is None else "caption")
-    for name, ids in zip(names, np.split(document.text, [cut]), strict=True):
+    prompt = document.prompt
+    cuts = [] if prompt is None else [prompt.length, *(place for span in prompt.later for place in span)]
+    names = cycle(("prompt", "answer")) if prompt else ("text" if document.image is None else "caption",)
+    for name, ids in zip(names, np.split(document.text, cuts), strict=False):
         if len(ids):
             text = vocabulary.text.decode(ids.tolist())
             parts.append(f"{name} {text[:SHOWN]!r}" + ("..." if len(text) > SHOWN else ""))

@@ -17,8 +17,11 @@ from moe_dist.data.shards.sample_report import Loss, SampleReport
 
 
 def content_digest(shards: Sequence[TokenShard]) -> str:
-    """Return one digest over the content of all shards, in their order, and over the splits that are read from them."""
-    named = (f"{shard.manifest['identity']} {shard.manifest['split']}\n" for shard in shards)
+    """Return one digest over the content of all shards, in their order, over the splits that are read from them, and
+    over the chat template that wrote their conversations.
+    """
+    keys = ("identity", "split", "chat_template")
+    named = (" ".join(str(shard.manifest[key]) for key in keys) + "\n" for shard in shards)
     return hashlib.sha256("".join(named).encode()).hexdigest()[:32]
 
 

@@ -2,9 +2,9 @@
 
 A shard's tokens are stored next to it in tokens/<vocabulary>/<shard>/. If the shard is remote or its folder is
 read-only, they are stored in the user's cache folder. <vocabulary> is a digest of both tokenizers. <shard> ends in a
-digest of the tar's checksum (for a remote shard, its URL), the split, and the format version of the token files. If one
-of these changes, the shard is tokenised again. A folder may contain tokens/ but no tars. Its tokens must then have been
-made with the recipe's tokenizers and in the current format.
+digest of its checksum (for a remote shard, its URL), the split, the chat template, and the format of the token files.
+If one of these changes, the shard is tokenised again. A folder may contain tokens/ but no tars. Its tokens must then
+have been made with the recipe's tokenizers and in the current format.
 
 Call order on every rank: load_vocabulary, build_cache, a barrier, open_store.
 """
@@ -35,7 +35,7 @@ from moe_dist.data.cache.token_shard import (
 from moe_dist.data.shards.sample_report import CAPTION_LOSS, IMAGE_LOSS, SampleReport
 from moe_dist.data.shards.samples import RawSample
 from moe_dist.data.shards.shard_index import local_path, user_cache, verify_shard
-from moe_dist.data.shards.tars import TAR_SUFFIXES, Shard, Split, iterate, resolve_shards
+from moe_dist.data.shards.tars import SHARD_SUFFIXES, Shard, Split, iterate, resolve_shards
 from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
 from moe_dist.data.tokenizers.text_tokenizer import load_text_tokenizer
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
@@ -83,13 +83,11 @@ class TokenStore:
         self.part_ends = np.searchsorted(self._kept, np.cumsum([sum(map(len, part)) for part in parts]))
 
     def _without_long_instructions(self, lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-        """Return the indices of all documents except instructions of more than `sequence_length` tokens. The argument
-        `lengths` contains the number of tokens of each document, including markers.
-        """
+        """Return the indices of all documents except overlong instructions. lengths: in tokens, with markers."""
         kept = np.ones(len(lengths), dtype=bool)
         for shard, end in zip(self._shards, self._ends, strict=True):
             prompted = shard.prompts[:, 0] + end - len(shard)
-            kept[long := prompted[lengths[prompted] > sequence_length]] = False
+            kept[long := prompted[lengths[prompted] - shard.omitted_markers > sequence_length]] = False
             for number in sorted({*(long - end + len(shard)).tolist()} - {*shard.manifest["short_documents"]}):
                 key = f"{shard.manifest['shard']} number {number}"
                 self.report.add_bad(f"instruction longer than data.sequence_length={sequence_length}", key)
@@ -224,7 +222,8 @@ class _Source:
         path = local_path(shard.url)
         index = verify_shard(path, content=content) if path else None
         identity = index.sha256 if index else shard.url
-        digest = hashlib.sha256(f"{identity} {shard.split} {TOKEN_SHARD_FORMAT}".encode()).hexdigest()[:DIGITS]
+        made_from = f"{identity} {shard.split} {shard.validation} {vocabulary.text.chat.digest} {TOKEN_SHARD_FORMAT}"
+        digest = hashlib.sha256(made_from.encode()).hexdigest()[:DIGITS]
         file = re.sub(r"[^\w.-]+", "_", shard.url.rpartition("/")[2])[-64:]
         parents = (path.parent, user_cache()) if path else (user_cache(),)
         return cls(
@@ -271,14 +270,14 @@ def _parts(data: DataConfig, split: Split) -> list[list[Shard] | Path]:
         elif held_out is not None:
             parts.append(resolve_shards((), split, part))
         else:
-            parts.append(resolve_shards(part, split, data.validation_shards))
+            parts.append(resolve_shards(part, split, data.validation_shards, data.validation_fraction))
     return parts
 
 
 def _shipped_folder(part: Path, split: Split) -> Path | None:
     root = part.parent if part.name == "train" else part
     for folder in (root / split, part):
-        if (folder / TOKENS).is_dir() and not any(file.name.endswith(TAR_SUFFIXES) for file in folder.iterdir()):
+        if (folder / TOKENS).is_dir() and not any(file.name.endswith(SHARD_SUFFIXES) for file in folder.iterdir()):
             return folder
     return None
 

@@ -6,8 +6,9 @@
                   captions of documents that have several, in the order of text.npy
   image.npy       vocabulary ids of the image codes [images, codes of an image], same dtype
   image_rows.npy  int64 [documents]: the document's row of image.npy, -1 without an image
-  prompts.npy     int64 [instructions, 4], ordered by document: document, length of the prompt in its text, index into
-                  the manifest's `domains`, hash that identifies the sample
+  prompts.npy     int64 [instructions, 5], ordered by document: document, length of the prompt in its text, index into
+                  the manifest's `domains`, hash that identifies the sample, markers (1: BOS, 2: EOS, 3: both)
+  later.npy       int64 [further prompts, 3], ordered by document: document, start and end of the prompt in its text
   manifest.json   the shard and the tokenizers from which the tokens were made; the numbers of documents and tokens; a
                   report on skipped samples; the documents of which a part, such as the image, was lost; file sizes
 
@@ -30,12 +31,13 @@ from moe_dist.core.errors import UserError
 from moe_dist.core.files import new_folder, read_json, write_json
 from moe_dist.data.shards.sample_report import SampleReport
 from moe_dist.data.shards.samples import RawSample
-from moe_dist.data.tasks.instructions import InstructionPrompt, NoBoundary, instruction_ids
+from moe_dist.data.tasks.conversations import tokenised
+from moe_dist.data.tasks.instructions import InstructionPrompt, NoBoundary
 from moe_dist.data.tokenizers.image_tokenizer import ImageTokenizer
 from moe_dist.data.tokenizers.pixels import crop_and_resize, scale_pixels
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 
-TOKEN_SHARD_FORMAT = 4  # part of a token shard's name; increase it when the files change
+TOKEN_SHARD_FORMAT = 5  # part of a token shard's name; increase it when the files change
 TOKEN_SHARD_MANIFEST = "manifest.json"
 TEXTLESS = "pictures without text, since the recipe has no data.image_tokenizer"
 IMAGES_AT_ONCE = 128  # images per call of the image tokenizer
@@ -45,7 +47,7 @@ IMAGES_AT_ONCE = 128  # images per call of the image tokenizer
 class StoredDocument:
     """One sample as vocabulary ids (int64), without markers such as BOS and EOS."""
 
-    text: np.ndarray  # one caption, may be empty; for an instruction, the prompt followed by the answer
+    text: np.ndarray  # one caption, may be empty; for an instruction, the prompts and answers
     image: np.ndarray | None  # codes row by row
     prompt: InstructionPrompt | None  # None unless it is an instruction
 
@@ -100,6 +102,15 @@ class TokenShard:
         return np.load(self.folder / "prompts.npy")
 
     @property
+    def omitted_markers(self) -> np.ndarray:
+        """The number of markers, of BOS and EOS, that each instruction does not get."""
+        return 2 - (self.prompts[:, 4] & 1) - (self.prompts[:, 4] >> 1)
+
+    @cached_property
+    def _later(self) -> np.ndarray:
+        return np.load(self.folder / "later.npy")
+
+    @property
     def domains(self) -> list[str]:
         """Return the names of the domains to which the shard's instructions belong, sorted."""
         return self.manifest["domains"]
@@ -126,8 +137,10 @@ class TokenShard:
         at = np.searchsorted(self.prompts[:, 0], index)
         if at == len(self.prompts) or self.prompts[at, 0] != index:
             return None
-        _, length, domain, sample = self.prompts[at].tolist()
-        return InstructionPrompt(length, self.domains[domain], sample)
+        _, length, domain, sample, markers = self.prompts[at].tolist()
+        first, last = np.searchsorted(self._later[:, 0], [index, index + 1])
+        later = tuple((start, end) for _, start, end in self._later[first:last].tolist())
+        return InstructionPrompt(length, self.domains[domain], sample, later, bool(markers & 1), bool(markers & 2))
 
 
 class TokenShardWriter:
@@ -145,6 +158,7 @@ class TokenShardWriter:
         self._short: list[int] = []  # numbers of the documents of which a part is lost
         self._textless = 0
         self._prompts: list[tuple[int, InstructionPrompt]] = []  # number of the document, its prompt
+        self._templated = False  # whether the chat template wrote a document
         self._bad: list[tuple[str, str]] = []  # reason and key of each sample that cannot be tokenised
         self._pixels: list[np.ndarray] = []  # images not yet encoded
         self._codes: list[np.ndarray] = []
@@ -184,10 +198,10 @@ class TokenShardWriter:
             return self._caption_ids(sample.captions)
         if sample.image is not None and self.vocabulary.image is None:
             raise UserError(f"sample '{sample.key}' asks about a picture: that needs data.image_tokenizer")
-        instruction = sample.instruction
-        prompt, answer = instruction_ids(self.vocabulary.text, instruction.prompt, instruction.answer)
-        self._prompts.append((len(self._texts), InstructionPrompt(len(prompt), instruction.domain, sample.hash)))
-        return prompt + answer
+        ids, prompt = tokenised(self.vocabulary.text, sample.instruction, sample.hash)
+        self._prompts.append((len(self._texts), prompt))
+        self._templated = self._templated or bool(sample.instruction.messages)
+        return ids
 
     def _caption_ids(self, captions: tuple[str, ...]) -> list[int]:
         """Return the ids of all captions of the next document, and record where the second and later ones start.
@@ -215,7 +229,11 @@ class TokenShardWriter:
             report.add_bad(reason, key)
         codes = self.vocabulary.image.num_codes if self.vocabulary.image else 0
         domains = sorted({prompt.domain for _, prompt in self._prompts})
-        prompts = [(i, prompt.length, domains.index(prompt.domain), prompt.sample) for i, prompt in self._prompts]
+        prompts = [
+            (i, prompt.length, domains.index(prompt.domain), prompt.sample, prompt.bos + 2 * prompt.eos)
+            for i, prompt in self._prompts
+        ]
+        later = [(i, *span) for i, prompt in self._prompts for span in prompt.later]
         if self._textless:
             report.unused[TEXTLESS] += self._textless
         arrays = {
@@ -224,7 +242,8 @@ class TokenShardWriter:
             "captions.npy": np.array(self._captions, dtype=np.int64).reshape(-1, 2),
             "image.npy": np.concatenate([np.empty((0, codes), self._dtype), *self._codes]),
             "image_rows.npy": np.array(self._rows, dtype=np.int64),
-            "prompts.npy": np.array(prompts, dtype=np.int64).reshape(-1, 4),
+            "prompts.npy": np.array(prompts, dtype=np.int64).reshape(-1, 5),
+            "later.npy": np.array(later, dtype=np.int64).reshape(-1, 3),
         }
         manifest = {
             "format": TOKEN_SHARD_FORMAT,
@@ -235,6 +254,7 @@ class TokenShardWriter:
             "text_tokens": arrays["text.npy"].size,
             "image_tokens": arrays["image.npy"].size,
             "domains": domains,
+            "chat_template": self.vocabulary.text.chat.digest if self._templated else "",
             "short_documents": self._short,
             "samples": report.to_json(),
         }

@@ -104,8 +104,8 @@ class SampleReport:
         if self.total == 0:
             raise UserError(
                 f"none of the {self.other_splits} samples in the shards belongs to the {split} split: the hash of "
-                "their keys holds out 5 % for validation and 5 % for test; set data.validation_shards to other shards "
-                "(for a first try, to the same ones), or add samples"
+                "their keys or prompts holds out data.validation_fraction for validation and 5 % for test; set "
+                "data.validation_shards to other shards (for a first try, to the same ones), or add samples"
             )
 
     def check(self, max_bad_fraction: float, unwanted: tuple[str, ...] = ()) -> None:

@@ -3,7 +3,8 @@
 The members of a sample are files with the same key: an image (whose ending is in IMAGE_SUFFIXES), a `.txt` file and a
 `.json` file. Not all of them need to be present. The caption is the content of the `.txt` file. If this file is missing
 or empty, the caption is the field `caption` or `text` of the `.json` file. A `.json` file without a caption can be an
-instruction, with the fields `prompt` and `answer` (data/tasks/instructions.py).
+instruction, in one of the forms of data/tasks/records.py. A record with messages, conversations or Alpaca's fields is
+an instruction even if it has a field `text` too.
 
 A decoded sample has an RGB image, a caption, or both. An instruction has no caption, and its image is optional. A table
 in docs/data.md shows which parts are used, unused by design or lost, and which samples are bad.
@@ -21,7 +22,8 @@ from PIL import Image, ImageOps, PngImagePlugin, features
 
 from moe_dist.data.shards.sample_groups import SampleFiles
 from moe_dist.data.shards.sample_report import Loss
-from moe_dist.data.tasks.instructions import Instruction, is_instruction, read_instruction, sample_hash
+from moe_dist.data.tasks.instructions import Instruction, sample_hash
+from moe_dist.data.tasks.records import FORM_FIELDS, BadRecord, form_of, to_instruction
 
 MAX_MEGAPIXELS = 64.0  # checked in the header, so that a larger image (a decompression bomb) is never decoded
 # The largest compressed text or colour profile of a PNG, in bytes. Pillow's own limit is 1 MiB.
@@ -64,8 +66,8 @@ class RawSample:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Return the texts for the text tokenizer: the prompt and answer of an instruction, or else the captions."""
-        return (self.instruction.prompt + self.instruction.answer,) if self.instruction else self.captions
+        """Return the texts for the text tokenizer: those of an instruction, or else the captions."""
+        return self.instruction.texts if self.instruction else self.captions
 
 
 class BadSample(Exception):
@@ -103,25 +105,35 @@ def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MA
     image = None if file is None else decode_image(file, max_megapixels)
     captions, name = _text_caption(files), None
     record = _read_json(files, needed=not captions)
-    if not captions:
+    form = None if captions else form_of(record or {})
+    if not captions and form in (None, "prompt"):
         name, captions = _json_captions(record or {})
-    asks = not captions and is_instruction(record or {})
+    asks = form is not None and not captions
     lost = _lost_members(files, picture, has_text=bool(captions) or asks)
     loss = next((Loss(reason, f"{key}.{end}" if "." in end else key) for end, reason in lost.items()), None)
     if loss is None and image is not None and not captions and not asks:
         loss = _lost_json(record, key)
     if image is None and (loss is not None if asks else not captions):
         raise BadSample("neither image nor caption") if loss is None else LostSample(loss)
-    fields = set(Instruction.model_fields) if asks else {name}
+    fields = FORM_FIELDS[form] if form is not None and asks else {name}
     unused = (*_unused_members(files, picture, lost), *_unused_fields(record or {}, fields, len(captions)))
     if record is None and captions:  # broken, or no object
         unused = (*unused, ".json")
     if not asks:
         return RawSample(key, image, captions, loss=loss, unused=unused)
-    asked = {field: value for field, value in (record or {}).items() if field in fields}
-    _check_unicode(json.dumps(asked, ensure_ascii=False))
-    instruction = read_instruction(asked, f"shard {shard}, sample '{key}'")
+    instruction = _instruction({k: v for k, v in (record or {}).items() if k in fields}, shard, key)
+    if instruction.picture and image is None:
+        raise LostSample(Loss("image that the record names is no member of the sample", key))
     return RawSample(key, image, (), instruction, sample_hash(instruction.prompt, file or b""), loss, unused)
+
+
+def _instruction(record: Mapping[str, object], shard: str, key: str) -> Instruction:
+    """Return a record as an instruction. Raises BadSample or, if a field has a wrong type, UserError."""
+    _check_unicode(json.dumps(record, ensure_ascii=False))
+    try:
+        return to_instruction(record, f"shard {shard}, sample '{key}'")
+    except BadRecord as reason:
+        raise BadSample(str(reason)) from None
 
 
 def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:

@@ -15,8 +15,11 @@ from urllib.parse import unquote, urlparse
 
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import read_json, write_file
+from moe_dist.data.shards.jsonl import is_jsonl, jsonl_samples
 from moe_dist.data.shards.sample_groups import sample_groups
 from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_entries
+
+CHANGED = "if you changed it on purpose, delete the index (NAME.index.json)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,10 @@ def verify_shard(shard: str | Path, *, content: bool = True) -> ShardIndex:
         return index
     size = shard.stat().st_size
     if size != index.bytes:
-        raise UserError(f"shard {shard} is truncated or was replaced: {size} bytes, its index says {index.bytes}")
+        sizes = f"{size} bytes, its index says {index.bytes}"
+        raise UserError(f"shard {shard} is truncated or was replaced: {sizes}; {CHANGED}")
     if content and _sha256(shard) != index.sha256:
-        raise UserError(f"shard {shard} is corrupt or was replaced: its sha256 is not the one in its index")
+        raise UserError(f"shard {shard} is corrupt or was replaced: its sha256 is not the one in its index; {CHANGED}")
     return index
 
 
@@ -67,7 +71,9 @@ def _scan(shard: Path) -> ShardIndex:
     with shard.open("rb") as stream:
         try:
             names = ((name, None) for name, _ in tar_entries(stream))
-            count = sum(1 for _ in sample_groups(names, str(shard)))
+            lines = is_jsonl(shard.name)
+            samples = jsonl_samples(stream, str(shard)) if lines else sample_groups(names, str(shard))
+            count = sum(1 for _ in samples)
         except DAMAGE as error:
             raise UserError(f"shard {shard} is corrupt or truncated: {explain(error)}") from None
     return ShardIndex(count, shard.stat().st_size, _sha256(shard))

@@ -56,7 +56,7 @@ def tar_entries(stream: BinaryIO) -> Iterator[tuple[str, bytes | None]]:
     Raises an exception of one of the types in DAMAGE if the tar is damaged. Names are decoded as UTF-8 in every locale.
     Bytes that are not UTF-8 become surrogate escapes, as in Python's file names.
     """
-    with tarfile.open(fileobj=_unzipped(stream), mode="r|*", tarinfo=_StrictTarInfo, encoding="utf-8") as tar:
+    with tarfile.open(fileobj=unzipped(stream), mode="r|*", tarinfo=_StrictTarInfo, encoding="utf-8") as tar:
         for member in tar:
             if member.isreg():
                 content = tar.extractfile(member).read()  # type: ignore[union-attr]
@@ -100,7 +100,7 @@ class _Rejoined(io.RawIOBase):
         return len(part)
 
 
-def _unzipped(stream: BinaryIO) -> BinaryIO:
+def unzipped(stream: BinaryIO) -> BinaryIO:
     """Return the stream, decompressed if it is gzip: unlike tarfile, the gzip module compares checksums."""
     head = stream.read(len(GZIP_MAGIC))
     whole = io.BufferedReader(_Rejoined(head, stream), 1 << 16)

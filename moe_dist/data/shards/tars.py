@@ -1,4 +1,5 @@
-"""WebDataset shards: writing a corpus as tars, finding the tars that a recipe names, and checking and reading them.
+"""Shards: writing a corpus as WebDataset tars, finding the tars and JSONL files that a recipe names, and checking and
+reading them.
 
 A prepared corpus consists of the files OUT/{train,validation,test}/shard-%06d.tar. Every local tar has an index: its
 number of samples, size and sha256. A shard is checked against its index before it is read, because the webdataset
@@ -22,6 +23,7 @@ from webdataset.gopen import gopen, set_options
 from webdataset.shardlists import expand_urls
 
 from moe_dist.core.errors import UserError
+from moe_dist.data.shards.jsonl import JSONL_SUFFIXES, is_jsonl, jsonl_samples
 from moe_dist.data.shards.sample_groups import SampleFiles, sample_groups
 from moe_dist.data.shards.sample_report import SampleReport
 from moe_dist.data.shards.samples import (
@@ -33,6 +35,7 @@ from moe_dist.data.shards.samples import (
     readable,
 )
 from moe_dist.data.shards.shard_index import local_path, verify_shard
+from moe_dist.data.shards.split_names import split_name
 from moe_dist.data.shards.strict_tar import DAMAGE, explain, tar_entries
 
 Split = Literal["train", "validation", "test"]
@@ -41,16 +44,18 @@ HELD_OUT = 0.05  # fraction of the keys in the validation split; the same for th
 SAMPLES_PER_SHARD = 256
 EMPTY = "shards without samples"
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+SHARD_SUFFIXES = (*TAR_SUFFIXES, *JSONL_SUFFIXES)
 SIGPIPE_STATUS = [0, 23, 141, -13]  # exit statuses of curl, a shell and a command whose reader stops early
 
 
-def split_of(key: str) -> Split:
+def split_of(key: str, validation: float = HELD_OUT) -> Split:
     """Return the split to which a key belongs. The split depends only on the hash of the key.
 
     key: a sample's key, or a name that related samples share so that they are in the same split.
+    validation: the fraction of the keys in the validation split.
     """
     position = int.from_bytes(_digest(key)[:8]) / 2**64
-    return "test" if position < HELD_OUT else "validation" if position < 2 * HELD_OUT else "train"
+    return "test" if position < HELD_OUT else "validation" if position < HELD_OUT + validation else "train"
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -107,14 +112,18 @@ def _digest(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A tar, and the split whose samples are read from it. If the split is None, all samples are read."""
+    """A tar or JSONL file, and the split whose samples are read from it. If it is None, all samples are read."""
 
     url: str
     split: Split | None = None
+    validation: float = HELD_OUT  # fraction of the samples in the validation split
 
 
 def resolve_shards(
-    spec: str | Sequence[str], split: Split = "train", validation: str | Sequence[str] | None = None
+    spec: str | Sequence[str],
+    split: Split = "train",
+    validation: str | Sequence[str] | None = None,
+    fraction: float = HELD_OUT,
 ) -> list[Shard]:
     """Return the shards of one split in a fixed order.
 
@@ -123,13 +132,14 @@ def resolve_shards(
     spec (data.shards): prepared folders, flat folders, brace-expanded paths, or URLs that webdataset accepts. A
     prepared folder has a subfolder for each split. A flat folder contains the tars themselves.
     validation (data.validation_shards): the shards of the validation split. If they are given, training uses all
-    samples outside prepared folders. Otherwise, split_of(key) divides these samples: about 5 % are for validation,
-    about 5 % for test, and the rest for training.
+    samples outside prepared folders. Otherwise, split_of divides these samples: about 5 % are for test, about
+    `fraction` (data.validation_fraction) for validation, and the rest for training.
     """
     if split == "validation" and validation is not None:
         return [shard for part in _parts(validation) for shard in _resolve(part, split, flat_split=None)]
     flat_split = None if split == "train" and validation is not None else split
-    return [shard for part in _parts(spec) for shard in _resolve(part, split, flat_split)]
+    found = [shard for part in _parts(spec) for shard in _resolve(part, split, flat_split)]
+    return [replace(shard, validation=fraction) for shard in found]
 
 
 def _parts(spec: str | Sequence[str]) -> Sequence[str]:
@@ -144,6 +154,8 @@ def _resolve(part: str, split: Split, flat_split: Split | None) -> list[Shard]:
         path = local_path(url)
         if path and not path.is_file():
             raise UserError(f"there is no shard file or folder {path} (from {part})")
+        if url.endswith(".json"):
+            raise UserError(f"{url} is no shard: write each record on a line of its own, `jq -c .[] FILE > FILE.jsonl`")
     return [Shard(url, flat_split) for url in urls]
 
 
@@ -153,13 +165,17 @@ def _resolve_folder(folder: Path, split: Split, flat_split: Split | None) -> lis
     prepared = bool(_tars(root / "train") and _tars(root / "validation"))
     tars = _tars(root / split) if prepared else _tars(folder) or _tars(folder / "train")
     if not tars:
-        raise UserError(f"the shard folder {root / split if prepared else folder} holds no .tar files")
+        raise UserError(
+            f"the shard folder {root / split if prepared else folder} holds no .tar files, and no .jsonl files"
+        )
     return [Shard(str(tar), None if prepared else flat_split) for tar in tars]
 
 
 def _tars(folder: Path) -> list[Path]:
-    files = folder.iterdir() if folder.is_dir() else ()
-    return sorted(file for file in files if file.name.endswith(TAR_SUFFIXES) and not file.name.startswith("."))
+    """Return the tars of a folder; if there are none, its JSONL files."""
+    files = sorted(file for file in folder.iterdir() if not file.name.startswith(".")) if folder.is_dir() else []
+    tars = [file for file in files if file.name.endswith(TAR_SUFFIXES)]
+    return tars or [file for file in files if file.name.endswith(JSONL_SUFFIXES)]
 
 
 # ---------------------------------------------------------------------------------------------------------- reading
@@ -187,7 +203,7 @@ def iterate(
     report = SampleReport() if report is None else report
     before = report.total + report.other_splits
     for files in _groups(shard.url, report.unused):
-        if shard.split is not None and split_of(files.key) != shard.split:
+        if shard.split is not None and _split(files, shard) != shard.split:
             report.other_splits += 1
             continue
         files = replace(files, key=readable(files.key))
@@ -208,10 +224,17 @@ def iterate(
         report.add_unused([EMPTY])
 
 
+def _split(files: SampleFiles, shard: Shard) -> Split:
+    return split_of(split_name(files, line=is_jsonl(shard.url)), shard.validation)
+
+
 def _groups(url: str, unused: Counter[str]) -> Iterator[SampleFiles]:
     try:
         with gopen(url) as stream:
             set_options(stream, ignore_status=SIGPIPE_STATUS)
-            yield from sample_groups(tar_entries(stream), url, unused)
+            if is_jsonl(url):
+                yield from jsonl_samples(stream, url)
+            else:
+                yield from sample_groups(tar_entries(stream), url, unused)
     except DAMAGE as error:
         raise UserError(f"cannot read shard {url}: {explain(error)}") from None

@@ -7,6 +7,9 @@ documents begins its next epoch earlier than the others. No lane waits for anoth
 Everything that depends on the order of documents happens inside a lane: shuffling, packing, and mixing of modalities
 and corpora. Selection group j of a run is group j // lanes of lane j mod lanes.
 
+With data.weights, a lane reads each corpus in an order of its own, and takes documents from them in proportion to the
+weights (WeightedStream). The weights count documents, not tokens.
+
 A lane's state consists of the states of its streams of pieces. A stream's state is its epoch, its position in the
 epoch, and the (epoch, document, start) of each piece that has been read but not yet packed. On resume, these pieces are
 made again from their documents.
@@ -14,7 +17,7 @@ made again from their documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +29,42 @@ from moe_dist.data.stream.packing import Assembler, Group, Piece, fill_sequence,
 LOOK_AHEAD = 64  # number of pieces that a stream holds for the packer to choose from
 
 
+class Order:
+    """The endless order in which a lane reads documents: all of them in every epoch, each time in a new order.
+
+    number: the documents' number among the orders of the lane.
+    """
+
+    def __init__(self, documents: np.ndarray, seed: int, *, lane: int, number: int = 0):
+        self._documents, self._seed, self._lane, self._number = documents, seed, lane, number
+        self.epoch, self.cursor = 0, 0
+        self._order = self._permutation()
+
+    @property
+    def drawn(self) -> int:
+        """Return the number of documents that have been read, over all epochs."""
+        return self.epoch * len(self._documents) + self.cursor
+
+    def draw(self) -> tuple[int, int]:
+        """Return the epoch and the number of the next document."""
+        epoch, document = self.epoch, int(self._order[self.cursor])
+        self.cursor += 1
+        if self.cursor == len(self._order):
+            self.restore({"epoch": epoch + 1, "cursor": 0})
+        return epoch, document
+
+    def state(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "cursor": self.cursor}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+        self._order = self._permutation()
+
+    def _permutation(self) -> np.ndarray:
+        bits = random_bits(self._seed, (self._lane, self.epoch, 1 + self._number), len(self._documents))
+        return self._documents[np.argsort(bits, kind="stable")]
+
+
 class Stream:
     """A stream of pieces, made from the given documents. Each epoch goes through the documents in a new order.
 
@@ -33,42 +72,64 @@ class Stream:
     """
 
     def __init__(self, documents: np.ndarray, assembler: Assembler, *, lane: int, epochs: int | None = None):
-        self._documents = documents
         self._assemble = assembler
-        self._lane = lane
+        self._order = Order(documents, assembler.seed, lane=lane)
         self._epochs = epochs  # None: infinite
-        self._epoch, self._cursor = 0, 0
-        self._order = self._permutation()
         self.pending: list[Piece] = []
 
     def refill(self) -> list[Piece]:
         """Fill `pending` by reading ahead, and return it. The list is empty only after the last epoch."""
-        while len(self.pending) < LOOK_AHEAD and self._epoch != self._epochs:
-            self.pending.append(self._assemble(self._epoch, int(self._order[self._cursor])))
-            self._cursor += 1
-            if self._cursor == len(self._order):
-                self._epoch, self._cursor = self._epoch + 1, 0
-                self._order = self._permutation()
+        while len(self.pending) < LOOK_AHEAD and self._order.epoch != self._epochs:
+            self.pending.append(self._assemble(*self._order.draw()))
         return self.pending
 
     def state(self) -> dict[str, Any]:
-        pending = [[piece.epoch, piece.document, piece.start] for piece in self.pending]
-        return {"epoch": self._epoch, "cursor": self._cursor, "pending": pending}
+        return {**self._order.state(), "pending": _stored(self.pending)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        self._epoch, self._cursor = state["epoch"], state["cursor"]
-        self._order = self._permutation()
+        self._order.restore(state)
         self.pending = [self._assemble(*piece) for piece in state["pending"]]
 
-    def _permutation(self) -> np.ndarray:
-        bits = random_bits(self._assemble.seed, (self._lane, self._epoch, 1), len(self._documents))
-        return self._documents[np.argsort(bits, kind="stable")]
+
+class WeightedStream:
+    """An endless stream of pieces that mixes corpora by weight: of any number of documents that have been read, each
+    corpus has the share that its weight gives it, to within one or two documents.
+
+    The next document comes from the corpus with the smallest (documents read + 1/2) / weight, the first of equal ones
+    (the method of Sainte-Lague). So nothing is drawn by chance, and the corpora's own orders are the whole state. Each
+    corpus has its own epochs: it begins again when all of its documents have been read.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray], weights: Sequence[float], assembler: Assembler, *, lane: int):
+        """parts: the documents of each corpus."""
+        self._assemble, self._weights = assembler, weights
+        self._orders = [Order(part, assembler.seed, lane=lane, number=i) for i, part in enumerate(parts)]
+        self.pending: list[Piece] = []
+
+    def refill(self) -> list[Piece]:
+        """Fill `pending` by reading ahead, and return it."""
+        while len(self.pending) < LOOK_AHEAD:
+            shares = [(order.drawn + 0.5) / weight for order, weight in zip(self._orders, self._weights, strict=True)]
+            self.pending.append(self._assemble(*self._orders[shares.index(min(shares))].draw()))
+        return self.pending
+
+    def state(self) -> dict[str, Any]:
+        return {"orders": [order.state() for order in self._orders], "pending": _stored(self.pending)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for order, saved in zip(self._orders, state["orders"], strict=True):
+            order.restore(saved)
+        self.pending = [self._assemble(*piece) for piece in state["pending"]]
+
+
+def _stored(pending: Sequence[Piece]) -> list[list[int]]:
+    return [[piece.epoch, piece.document, piece.start] for piece in pending]
 
 
 class Lane:
     """A stream of selection groups, packed from one stream of pieces."""
 
-    def __init__(self, stream: Stream, data: DataConfig):
+    def __init__(self, stream: Stream | WeightedStream, data: DataConfig):
         self._stream = stream
         self._data = data
 
@@ -158,8 +219,10 @@ def make_lanes(
 
     Raises UserError if the store has too few documents or cannot reach data.image_fraction.
 
-    epochs: the number of passes over the documents. If it is None, the lanes are infinite.
+    epochs: the number of passes over the documents, without data.weights. If it is None, the lanes are infinite.
     """
+    if data.weights is not None and epochs is None:
+        return _weighted_lanes(assembler, data, data.weights, numbers, lanes)
     has_image = np.asarray(assembler.store.has_image)
     if data.image_fraction is None:
         ranges = _ranges(np.arange(len(assembler.store)), assembler.store.part_ends, lanes, "documents")
@@ -176,6 +239,17 @@ def make_lanes(
         )
         for n in numbers
     }
+
+
+def _weighted_lanes(
+    assembler: Assembler, data: DataConfig, weights: Sequence[float], numbers: Iterable[int], lanes: int
+) -> Lanes:
+    documents, ends = np.arange(len(assembler.store)), assembler.store.part_ends
+    parts = []
+    for number, part in enumerate(np.split(documents, ends[:-1]), 1):
+        kind = f"samples in entry {number} of data.shards (data.weights is set)"
+        parts.append(_ranges(part, np.array([len(part)]), lanes, kind))
+    return {n: Lane(WeightedStream([ranges[n] for ranges in parts], weights, assembler, lane=n), data) for n in numbers}
 
 
 def _ranges(documents: np.ndarray, part_ends: np.ndarray, lanes: int, kind: str) -> list[np.ndarray]:

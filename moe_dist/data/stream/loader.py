@@ -194,6 +194,7 @@ def _identity(store: ShardStore, data: DataConfig, seed: int, neighbours: Neighb
         "documents": len(store),
         SHARDS: store.digest,
         **{f"data.{key}": getattr(data, key) for key in keys},
+        "data.weights": None if data.weights is None else list(data.weights),
     }
     return identity if neighbours is None else identity | {"data.neighbours": neighbours.identity}
 

@@ -5,16 +5,17 @@ Assembly (a document is an image-text pair, a text or an instruction; codes are 
   pair whose caption is dropped   BOS BOI codes EOI EOS
   text only  BOS text EOS
   instruction   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
+A conversation goes on with further prompts and answers. It may have no BOS, and no EOS (data/tasks/conversations.py).
 A pair's image comes first with probability data.image_first. Its caption is dropped with probability
-data.caption_dropout. If a document has several captions, one of them is drawn. These random choices depend only on
-(seed, epoch, document number). They are therefore the same in every parallel layout and after a resume.
+data.caption_dropout. If a document has several captions, one of them is drawn. These choices depend only on (seed,
+epoch, document number).
 
 Lengths: an image is never split across two sequences. If a pair is longer than a sequence, the end of its caption is
 removed. A text may be cut anywhere and continue in a later sequence. Each piece of a cut text is a separate document
 for attention and positions. Only the first piece begins with BOS, and only the last piece ends with EOS. An instruction
 is never cut: if it does not fit into the rest of a sequence, it goes into a later sequence.
 
-Every token of a piece except the first is predicted. In an instruction, only the answer and EOS are predicted.
+Every token of a piece except the first is predicted. In an instruction, only the answers and EOS are predicted.
 
 Shape suffixes: T tokens of one micro-batch, S its instructions.
 """
@@ -85,6 +86,7 @@ class Piece:
     prompt_tokens: int = 0  # number of tokens before an instruction's answer
     domain: int = NO_DOMAIN  # index into the store's domains
     sample: int = 0  # InstructionPrompt.sample
+    later_prompts: tuple[tuple[int, int], ...] = ()  # start and end of each further prompt of a conversation
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -142,11 +144,12 @@ class Assembler:
 
     def _instruction(self, epoch: int, index: int, document: Document, prompt: InstructionPrompt) -> Piece:
         v, image = self.vocabulary, document.image
-        before = [v.bos] if image is None else [v.bos, v.boi, *image, v.eoi]
-        tokens = np.concatenate([before, document.text, [v.eos]]).astype(np.int64)
+        before = [v.bos] * prompt.bos + ([] if image is None else [v.boi, *image, v.eoi])
+        tokens = np.concatenate([before, document.text, [v.eos] * prompt.eos]).astype(np.int64)
         domain = self.store.domains.index(prompt.domain)
-        image_tokens = 0 if image is None else len(image)
-        return Piece(epoch, index, 0, tokens, image_tokens, len(before) + prompt.length, domain, prompt.sample)
+        codes, shift = 0 if image is None else len(image), len(before)
+        later = tuple((start + shift, end + shift) for start, end in prompt.later)
+        return Piece(epoch, index, 0, tokens, codes, shift + prompt.length, domain, prompt.sample, later)
 
 
 def fill_sequence(pending: list[Piece], room: int) -> list[Piece]:
@@ -178,10 +181,7 @@ def _must_cut(piece: Piece, room: int) -> bool:
 
 
 def _cut(pending: list[Piece], i: int, room: int) -> Piece:
-    """Cut off and return the first `room` tokens of the text pending[i]. The rest of the text remains in the list.
-
-    If only one token would remain, cut off one token less, because nothing can be learned from a piece of one token.
-    """
+    """Cut off and return the first `room` tokens of the text pending[i]; one less if only one would remain there."""
     piece, pending[i] = pending[i].split(min(room, len(pending[i]) - 2))
     return piece
 
@@ -218,9 +218,8 @@ def collate(
     token of a piece, and all tokens of a prompt except its last. Each run of padding has an entry in document_lengths.
 
     groups: pairs of (the group's number in the run, the group).
-    instructions: whether the data contain instructions. If so, the sidecar describes them:
-    domain_T: index into the store's domains, -1 outside instructions.
-    prompt_end_S: index of the last prompt token. sample_S: the sample_hash.
+    instructions: whether the data contain instructions. If so, the sidecar describes them: domain_T (index into the
+    store's domains, -1 outside instructions), prompt_end_S (index of the first prompt's last token), sample_S.
     """
     group_tokens = len(groups[0][1]) * sequence_length
     num_tokens = len(groups) * group_tokens
@@ -234,6 +233,8 @@ def collate(
         targets[at : stop - 1] = piece.tokens[1:]
         valid[at:stop] = True
         has_target[at + max(piece.prompt_tokens - 1, 0) : stop - 1] = True
+        for start, end in piece.later_prompts:
+            has_target[at + start - 1 : at + end - 1] = False
     lengths = np.array(document_lengths)
     starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
     token_ids = np.concatenate([np.arange(group_tokens) + number * group_tokens for number, _ in groups])

@@ -35,7 +35,7 @@ def read_instructions(data: DataConfig, split: Split) -> dict[int, Instruction]:
     """Return the instruction samples of a split, keyed by sample hash (sample_S in the batch's sidecar)."""
     return {
         sample.hash: sample.instruction
-        for shard in resolve_shards(data.shards, split, data.validation_shards)
+        for shard in resolve_shards(data.shards, split, data.validation_shards, data.validation_fraction)
         for sample in iterate(shard)
         if sample.instruction is not None
     }

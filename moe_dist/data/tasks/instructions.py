@@ -1,19 +1,21 @@
 """Instruction samples: a prompt, optionally with an image, and the answer to learn.
 
-The .json member of such a sample has the fields `prompt`, `answer` and `domain`. A multiple-choice item also has
-`options` and `correct`, and can have `question`. Other fields are ignored. Training and evaluation use the same layout:
+A record of such a sample has the fields `prompt`, `answer` and possibly `domain`. A multiple-choice item also has
+`options` and `correct`, and can have `question`. Other fields are ignored. Records in other forms, such as
+conversations, are converted (data/tasks/records.py). Training and evaluation use the same layout:
 
   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
 
 Prompt and answer are tokenised as one text. Its ids must begin with the ids of the prompt alone (see instruction_ids).
-The remaining ids are the answer's. Only the answer and EOS contribute to the loss.
+The remaining ids are the answer's. Only the answer and EOS contribute to the loss. For conversations, see
+data/tasks/conversations.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
@@ -28,19 +30,35 @@ def _filled(text: str) -> str:
 
 
 Filled = Annotated[str, AfterValidator(_filled)]
+DOMAIN = "instructions"  # domain of the samples that name none
+ASSISTANT = "assistant"  # role of the messages to be learned
+
+
+class Message(NamedTuple):
+    """A message of a conversation."""
+
+    role: str
+    content: str
 
 
 class Instruction(Strict):
-    """The .json member of an instruction sample."""
+    """An instruction, as the fields of its record give it. A conversation has all its messages in `messages`."""
 
     model_config = ConfigDict(extra="ignore")
 
     prompt: Filled
     answer: Filled  # appended to the prompt as it is, so it begins with a space if one is needed
-    domain: Filled  # the sample's topic; metrics are reported per domain
+    domain: Filled = DOMAIN  # the sample's topic; metrics are reported per domain
     question: Filled | None = None
     options: Annotated[tuple[Filled, ...], Field(min_length=2)] | None = None
     correct: Count | None = None  # index into options
+    messages: tuple[Message, ...] = ()  # of a conversation: all messages. `prompt` and `answer` are the first ones
+    picture: bool = False  # whether the record names a picture
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Return the texts: of each message, or else of the prompt with its answer."""
+        return tuple(message.content for message in self.messages) or (self.prompt + self.answer,)
 
     @model_validator(mode="after")
     def _choice(self):
@@ -53,19 +71,18 @@ class Instruction(Strict):
 
 @dataclass(frozen=True, slots=True)
 class InstructionPrompt:
-    """The length, domain and sample hash of the prompt in a tokenised instruction.
+    """The prompts of a tokenised instruction, its domain, its sample hash and the markers it gets.
 
-    The text of a tokenised instruction is the prompt followed by the answer.
+    The text of a tokenised instruction is the prompt followed by the answer. In a conversation, further prompts and
+    answers follow.
     """
 
     length: int  # number of prompt ids at the beginning of the text
     domain: str
     sample: int  # sample_hash
-
-
-def is_instruction(record: dict[str, Any]) -> bool:
-    """Return whether a .json member has fields of an instruction: a prompt or an answer."""
-    return "prompt" in record or "answer" in record
+    later: tuple[tuple[int, int], ...] = ()  # start and end of each further prompt in the text
+    bos: bool = True  # whether BOS is put before the text
+    eos: bool = True  # whether EOS is put after it; false if the chat template writes its own
 
 
 def read_instruction(record: dict[str, Any], where: str) -> Instruction:

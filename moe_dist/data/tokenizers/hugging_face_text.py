@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from moe_dist.core.errors import UserError, cut
 from moe_dist.core.files import read_json
+from moe_dist.data.tokenizers.chat_template import ChatTemplate, read_template
 
 TOKENIZER, TOKENIZER_CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 MOST_IDS = 1 << 22
@@ -50,6 +51,7 @@ class HuggingFaceTokenizer:
         self.bos, self.eos, self.pad = (self._id(named.get(f"{key}_token"), folder) for key in ("bos", "eos", "pad"))
         if self.pad is None:
             self.pad = self.eos
+        self.chat = self._chat(folder, named)
         self.sha256 = hashlib.sha256(f"{content} {self.bos} {self.eos} {self.pad}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -61,6 +63,20 @@ class HuggingFaceTokenizer:
         """Decode ids to text, dropping special tokens. Raises UserError if the library fails at these ids."""
         with _failures(f"{self._file} cannot decode {cut(repr(ids))}"):
             return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def _chat(self, folder: Path, named: dict[str, Any]) -> ChatTemplate:
+        written = {key: _written(value) for key, value in named.items() if key.endswith("_token")}
+        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        names = {key: value for key, value in written.items() if value is not None}
+        return ChatTemplate(folder, read_template(folder, named), self._encode_rendered, names, special)
+
+    def _encode_rendered(self, text: str, special: bool) -> list[int]:
+        """Encode a text. special: whether special tokens in the text become their ids."""
+        self._tokenizer.encode_special_tokens = not special
+        try:
+            return self.encode(text)
+        finally:
+            self._tokenizer.encode_special_tokens = True
 
     def _id(self, token: object, folder: Path) -> int | None:
         content = token.get("content") if isinstance(token, dict) else token
@@ -74,6 +90,12 @@ class HuggingFaceTokenizer:
         if found is None:
             raise UserError(f"{folder} names the special token {cut(repr(content))}, which its {TOKENIZER} lacks")
         return found
+
+
+def _written(token: object) -> str | None:
+    """Return how a special token of tokenizer_config.json is written. It is a text, or has the text as `content`."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
 
 
 @contextmanager

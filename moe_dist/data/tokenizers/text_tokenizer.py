@@ -13,12 +13,14 @@ from typing import Protocol
 import sentencepiece
 
 from moe_dist.core.errors import UserError
-from moe_dist.core.files import write_file
+from moe_dist.core.files import read_json, write_file
+from moe_dist.data.tokenizers.chat_template import CHAT_TEMPLATE, CHAT_TEMPLATE_JSON, ChatTemplate, read_template
 from moe_dist.data.tokenizers.hugging_face_text import SPECIAL, TOKENIZER, TOKENIZER_CONFIG, HuggingFaceTokenizer
 
 VOCAB_SIZE = 2048  # default, enough for captions; use 8192 or more for long texts
 SENTENCEPIECE = "tokenizer.model"  # in a Hugging Face folder
-TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL, SENTENCEPIECE)  # the files to copy with a tokenizer
+# The files to copy with a tokenizer
+TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL, SENTENCEPIECE, CHAT_TEMPLATE, CHAT_TEMPLATE_JSON)
 MAX_LINE_BYTES = 1 << 24  # SentencePiece silently skips longer lines; its own default is 4192
 
 logger = logging.getLogger(__name__)
@@ -35,6 +37,7 @@ class TextTokenizer(Protocol):
     bos: int | None
     eos: int | None
     sha256: str  # equal exactly if every text gets the same ids
+    chat: ChatTemplate
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -81,6 +84,8 @@ class SentencePieceTokenizer:
         self.pad, self.bos, self.eos = (None if i < 0 else i for i in ids)
         if self.pad is None:
             self.pad = self.eos
+        self._control = {self._processor.id_to_piece(i): i for i in range(self.size) if self._processor.is_control(i)}
+        self.chat = self._chat(path)
 
     @property
     def pieces(self) -> list[str]:
@@ -93,6 +98,27 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids to text, dropping control pieces (pad, bos, eos)."""
         return self._processor.decode([int(i) for i in ids])
+
+    def _chat(self, path: Path) -> ChatTemplate:
+        """Return the chat template of the folder that holds the model, or one that refuses if there is none."""
+        config = path.parent / TOKENIZER_CONFIG
+        source = read_template(path.parent, read_json(config) if config.is_file() else {})
+        ids = {"bos_token": self.bos, "eos_token": self.eos}
+        names = {name: self._processor.id_to_piece(i) for name, i in ids.items() if i is not None}
+        return ChatTemplate(path, source, self._encode_rendered, names, list(self._control))
+
+    def _encode_rendered(self, text: str, special: bool) -> list[int]:
+        """Encode a text. special: whether control pieces in the text become their ids.
+
+        The text is then divided at the control pieces, and SentencePiece encodes each part as a text of its own.
+        """
+        if not special or not self._control:
+            return self.encode(text)
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, self._control))})", text):
+            if part:
+                ids += [self._control[part]] if part in self._control else self.encode(part)
+        return ids
 
 
 def train_text_tokenizer(texts: Iterable[str], out: str | Path, vocab_size: int = VOCAB_SIZE) -> SentencePieceTokenizer:

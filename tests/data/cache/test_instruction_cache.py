@@ -129,7 +129,7 @@ def test_an_instruction_longer_than_a_sequence_is_left_out_and_counted(recipe, t
         ({"answer": None}, r"key 'answer': input should be a valid string"),
         ({"answer": " "}, r"key 'answer': is empty"),
         ({"prompt": 3}, r"key 'prompt': input should be a valid string, got 3"),
-        ({"domain": ...}, r"key 'domain' is missing"),
+        ({"domain": " "}, r"key 'domain': is empty"),
         ({"answer": ...}, r"key 'answer' is missing"),
         ({"prompt": ...}, r"key 'prompt' is missing"),
         ({"correct": 2}, r"correct=2 is not an index into the 2 options"),

@@ -129,8 +129,8 @@ def test_a_tiff_of_values_without_a_range_is_bad(tmp_path):
         ({"png": PNG, "txt": LINK}, "caption member is a link", "a", (True, None)),
         ({"jpg": LINK}, "image member is a link", "a", None),
         (
-            {"png": PNG, "json": b'{"id": 3, "conversations": []}'},
-            WITHOUT_CAPTION + "conversations, id",
+            {"png": PNG, "json": b'{"id": 3, "dialogue": []}'},
+            WITHOUT_CAPTION + "dialogue, id",
             "a",
             (True, None),
         ),
