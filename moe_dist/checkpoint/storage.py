@@ -264,8 +264,8 @@ def read_index(folder: Path, verified: Collection[str]) -> Metadata:
 def _add_index(metadata: Metadata, folder: Path, inner: str, verified: Collection[str]) -> None:
     """Read one index and add its tensors to `metadata`.
 
-    folder: the checkpoint's folder. inner: the index's folder, relative to `folder`; empty, or with a slash at the end.
-    verified: as in read_index.
+    folder: the checkpoint's folder. inner: the path of the index's folder, relative to `folder`. It is empty or ends
+    with a slash. verified: see read_index.
     """
     for name, entry in read_json(folder / inner / FRAGMENT_INDEX)["tensors"].items():
         shape = tuple(entry["shape"])

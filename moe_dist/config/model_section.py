@@ -41,8 +41,9 @@ LORA_TARGETS = (  # the weights that LoRA can be added to
 class LoRASection(LoRAConfig):
     """Settings of LoRA on the weights of the model. The weights that get a LoRA delta are frozen.
 
-    targets: names of LORA_TARGETS, or patterns such as attention.* or *.down. `ffn` is the feed-forward part of a layer
-    without experts, `experts` each of the experts, and `router` the gate of the routers that choose the experts.
+    targets: names of LORA_TARGETS, or patterns such as attention.* or *.down. In these names, `ffn` means the
+    feed-forward part of the layers without experts, and `experts` means every expert. `router` means the gates of the
+    routers that choose the experts.
     """
 
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = ("attention.*",)
@@ -77,7 +78,7 @@ class LoRAExpertsConfig(LoRAConfig):
 
 
 class SharedExpertConfig(Strict):
-    """Settings of an expert that processes every token, beside the experts that the router chooses.
+    """Settings of an expert that processes every token, in addition to the experts that the router chooses.
 
     Source: DeepSeekMoE (arXiv 2401.06066).
     """
@@ -121,7 +122,7 @@ class DepthConfig(Strict):
 
 
 class LayerConfig(Strict):
-    """Settings of layers that differ from the rest of the model. A null key is as in the model."""
+    """Settings of layers that differ from the rest of the model. If a key is null, the model's value is used."""
 
     ffn: DenseFFN | None = None
     sliding_window: Count | None = None
@@ -173,7 +174,7 @@ class ModelConfig(Strict):
     @field_validator("layers", mode="before")
     @classmethod
     def _layer_keys(cls, layers: Any) -> Any:
-        """Accept a number as a key, since YAML reads `0:` as one."""
+        """Convert the keys to text, because YAML reads a key such as `0:` as a number."""
         return {str(key): value for key, value in layers.items()} if isinstance(layers, dict) else layers
 
     @model_validator(mode="after")
@@ -211,7 +212,10 @@ class ModelConfig(Strict):
 
     @property
     def _lora_parts(self) -> list[str]:
-        """The parts of the model that LoRA can be added to, as they begin the names in LORA_TARGETS."""
+        """The parts of the model that LoRA can be added to.
+
+        A part is the first component of names in LORA_TARGETS, such as "attention".
+        """
         ffn = self.ffn
         dense = len(self.expert_layers) < self.num_layers
         experts = isinstance(ffn, MoEFFN) and isinstance(ffn.experts, SwiGLUExpertsConfig)
@@ -231,7 +235,7 @@ class ModelConfig(Strict):
         return self._own(layer).ffn or self.ffn
 
     def window_of(self, layer: int) -> int:
-        """Return the sliding window of a layer; 0 if its attention has no limit."""
+        """Return the size of a layer's sliding window, or 0 if the layer's attention has no window."""
         own = self._own(layer).sliding_window
         return self.sliding_window if own is None else own
 

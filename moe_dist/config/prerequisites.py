@@ -3,8 +3,8 @@
   python -m moe_dist.config.prerequisites configs/NAME.yaml
 
 Prints the command for each missing prerequisite, in the order of the section `needs`. The targets `make data` and
-`make train` run these commands. If an earlier stage is missing, its command is `make train` with the recipe of that
-stage. This command first creates the prerequisites of the stage.
+`make train` run these commands. For a missing earlier stage, the command is `make train` with the recipe of the
+stage. Before `make train` trains a stage, it creates the prerequisites of the stage.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Delta:
 
 
 def parts_of(name: str) -> tuple[str, ...]:
-    """Return the parts of the output of a weight that can have LoRA deltas, in order.
+    """Return the parts of a weight's output that can have LoRA deltas, such as ("q", "k", "v"), in order.
 
     name: the name of a parameter, or of one expert's row of a parameter. If the parameter cannot have LoRA deltas, the
     result is empty.

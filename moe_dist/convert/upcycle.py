@@ -56,14 +56,14 @@ def upcycle(
 ) -> None:
     """Upcycle the checkpoint `source`, or the newest checkpoint of the run `source`, to the folder `out`.
 
-    LoRA deltas of the seed are merged into its weights.
-    Raises UserError if `source` holds no usable checkpoint, if the options do not suit its model, or if `out`
+    The model in the checkpoint is called the seed model. If it has LoRA deltas, they are merged into its weights.
+    Raises UserError if `source` holds no usable checkpoint, if the options do not suit the seed model, or if `out`
     exists or cannot be written.
-    experts: the number of experts per layer. "8" (dense seed only) means top-2 routing among 8 experts, with weights
-    that sum to 1. "4t4i" means expert choice among 4 text and 4 image experts.
+    experts: the number of experts per layer. "8" (dense seed model only) means top-2 routing among 8 experts, with
+    weights that sum to 1. "4t4i" means expert choice among 4 text and 4 image experts.
     overrides: changes to the router that `experts` describes, each given as model.ffn.router.KEY=VALUE.
     gates: "fresh" initialises the gates at random, as in a new model whose random seed is `seed`. "copied" (1t1i seed
-    only) gives every expert of a modality the gate of the seed's expert for that modality.
+    model only) gives every expert of a modality the gate of the seed model's expert for that modality.
     """
     path = newest_complete(source) or Path(source)
     state = read_state(path)

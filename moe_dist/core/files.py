@@ -60,7 +60,7 @@ def new_file(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def write_file(path: Path, content: str | bytes, *, shared: bool = False) -> None:
-    """Write a file atomically, replacing an existing one (text is encoded as UTF-8).
+    """Write a file atomically. An existing file is replaced. Text is encoded as UTF-8.
 
     Raises OSError if the file cannot be written.
     """

@@ -79,7 +79,10 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def _nodes(node: yaml.Node | None, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], yaml.Node]]:
-    """Yield the path of keys that leads to each node of a YAML document, and the node."""
+    """Yield (path, node) for each node of a YAML document. The path consists of the keys that lead to the node.
+
+    keys: the path of the argument `node`.
+    """
     if node is None:
         return
     yield keys, node
@@ -160,7 +163,7 @@ class Faults(ValueError):
         self.faults = tuple(faults)
 
     def below(self, key: str) -> tuple[Fault, ...]:
-        """Return the faults with `key` before their keys, unless it is empty."""
+        """Return the faults with `key` added in front of their keys. If `key` is empty, the keys do not change."""
         return tuple(Fault((key, *fault.keys) if key else fault.keys, fault.text) for fault in self.faults)
 
 
@@ -218,8 +221,8 @@ def nested_items(data: Mapping[str, Any], read: Callable[[str, Any], V]) -> dict
 def pick(kinds: Mapping[str, V], name: Any, key: str, missing: str) -> V:
     """Return kinds[name]. Raises Faults if there is no such name.
 
-    key: the settings key that the error message names. missing: the text of the message. If a known name is close to
-    `name`, the text is followed by this name, otherwise by all known names.
+    key: the settings key that the error message names. missing: the text of the message. If a known name is similar
+    to `name`, the message also suggests the known name. Otherwise, the message lists all known names.
     """
     if isinstance(name, str) and name in kinds:
         return kinds[name]
@@ -231,7 +234,7 @@ def _alternatives(name: Any, known: Iterable[str]) -> str:
 
 
 def _faults(model: type[BaseModel], item: Any) -> Iterator[Fault]:
-    """Convert one pydantic error to Faults. There are several if a nested validator found several errors."""
+    """Yield the faults of one pydantic error. An error from a nested validator can contain several faults."""
     location, context = [str(part) for part in item["loc"]], item.get("ctx", {})
     keys = tuple(_walk(model, location)[0])
     if isinstance(inner := context.get("error"), Faults):

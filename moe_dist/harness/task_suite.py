@@ -66,8 +66,9 @@ class TaskSuite:
         return cls(settings, loaded)
 
     def evaluate(self, model: AnsweringModel, tokenizer: str) -> Results:
-        """Evaluate a model on the tasks. Returns lm_eval's results on rank 0, and an empty dict on others. Collective.
+        """Evaluate a model on the tasks. Collective.
 
+        Returns lm_eval's results on rank 0, and an empty dict on all other ranks.
         tokenizer: the recipe's data.text_tokenizer. Raises UserError if a task cannot be answered, for example because
         it needs pictures.
         """
@@ -101,8 +102,8 @@ class TaskSuite:
 def _require_lm_eval() -> None:
     """Raise UserError if the package lm_eval is not installed.
 
-    The folder of the running script comes first in Python's path. In launch/, the file lm_eval.py would hide the
-    package, so this folder is removed from the path.
+    Python's path begins with the folder of the running script. If this folder contains a file lm_eval.py (as launch/
+    does), the file would hide the package. In this case, the folder is removed from the path.
     """
     scripts = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent
     if (scripts / "lm_eval.py").is_file():
@@ -141,12 +142,15 @@ def load_tasks(settings: TaskSettings) -> TaskDict:
 
 
 def is_file(task: str) -> bool:
-    """Return whether a task is given as a file and not by its name."""
+    """Return whether a task is given as a file rather than by its name."""
     return task.endswith(".yaml") or "/" in task
 
 
 def _names(task: str, manager: TaskManager) -> list[str]:
-    """Return the names in lm_eval's index that match a name, pattern or file. Raises UserError if none matches."""
+    """Return the names of the tasks and groups in lm_eval's index that `task` stands for.
+
+    task: a name, a pattern or a file. Raises UserError if it matches nothing in the index.
+    """
     if is_file(task):
         found = [name for name, entry in manager.task_index.items() if _is_of_file(entry.yaml_path, Path(task))]
         if not found:
@@ -193,8 +197,8 @@ class TaskMetric:
 def task_metrics(results: Mapping[str, Any]) -> list[TaskMetric]:
     """Return the metrics in lm_eval's results, in the order of the results.
 
-    If every document is either right or wrong, the interval is Wilson's. Otherwise, it is based on lm_eval's standard
-    error.
+    If a metric is the mean of scores that are all 0 or 1, its confidence interval is Wilson's. Otherwise, the interval
+    is computed from lm_eval's standard error.
     """
     found = []
     for task, values in results.get("results", {}).items():

@@ -44,7 +44,8 @@ class TaskText(Protocol):
         """Apply the chat template to messages and return the text.
 
         prompt: if True, the text ends with the beginning of an answer. If False, the last message is not closed, so the
-        model can continue it. Raises UserError if there is no template or if it fails.
+        model can continue it.
+        Raises UserError if there is no template or if the template fails.
         """
 
 
@@ -110,5 +111,8 @@ class SentencePieceTaskText:
 
 
 def load_task_text(path: str, vocabulary: Vocabulary) -> TaskText:
-    """Load the conversion for the tokenizer data.text_tokenizer. Raises UserError if it has no EOS token."""
+    """Load the TaskText of a tokenizer. Raises UserError if the tokenizer has no EOS token.
+
+    path: the recipe's data.text_tokenizer.
+    """
     return HuggingFaceTaskText(path) if Path(path).is_dir() else SentencePieceTaskText(path, vocabulary)

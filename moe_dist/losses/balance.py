@@ -74,8 +74,9 @@ class LoadBalance:
         return _balance(p_BC, _pool_nulls(f_BC, part.num_experts))
 
     def _global_shares(self, parts: list[Routing], batch: Batch) -> list[Tensor]:
-        """Return the fractions f of each router part, over all ranks and the step's micro-batches so far. Collective.
+        """Return the fractions f of each router part. Collective.
 
+        Tokens of all data-parallel ranks and of all micro-batches of the step so far are counted.
         Each f is scaled by (number of all tokens / number of the part's tokens). The objective divides by the number of
         all tokens, so with this scale a part's loss is a mean over the part's own tokens.
         """

@@ -61,9 +61,10 @@ def _flops(model: Costed, work: Work, trained: Callable[[Product], bool]) -> int
 
 
 def _with_backward(chain: Iterable[Product], trained: Callable[[Product], bool]) -> int:
-    """Return the multiply-adds of a chain of matrix products: those of the forward pass and of the gradients.
+    """Return the number of multiply-adds that a chain of matrix products needs in the forward and backward passes.
 
-    trained: returns whether a product's weights are trained. Gradients that training does not need are not counted.
+    Gradients that training does not need are not counted. trained: a function that returns True if a product's weights
+    are trained.
     """
     total, before = 0, False  # before: an earlier product of the chain is trained
     for product in chain:

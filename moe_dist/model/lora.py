@@ -140,8 +140,9 @@ class LoRALinear(nn.Linear):
 
 
 def side_by_side(x: Tensor, parts: Mapping[str, int], deltas: Mapping[str, Tensor], groups: int = 1) -> Tensor:
-    """Join the deltas of the parts of an output to a tensor of the output's width. A part without a delta gets zeros.
+    """Join the deltas of an output's parts into one tensor that is as wide as the output.
 
+    A part without a delta is filled with zeros.
     parts: the width of each part. groups: see LoRALinear. x: the input, which gives the number of rows.
     """
     pieces = [deltas[part] if part in deltas else x.new_zeros(*x.shape[:-1], width) for part, width in parts.items()]
@@ -154,9 +155,10 @@ def num_delta_weights(deltas: nn.ModuleDict) -> int:
 
 
 def make_linear(input_size: int, parts: Mapping[str, int], *, target: str, site: Site, bias: bool) -> nn.Linear:
-    """Build the linear layer of one or several parts of a LoRA target. It is a LoRALinear if one of them has LoRA.
+    """Build a linear layer whose output consists of one or more parts of a LoRA target.
 
-    parts: the output width of each part. site: the layer's own place.
+    If any of the parts gets LoRA deltas, the layer is a LoRALinear. Otherwise, it is a plain nn.Linear.
+    parts: the output width of each part. site: the site of the layer.
     """
     size = sum(parts.values())
     if adapted := site.adapted(target, parts):
@@ -165,18 +167,18 @@ def make_linear(input_size: int, parts: Mapping[str, int], *, target: str, site:
 
 
 def apply_linear(linear: nn.Linear, x_TI: Tensor, token_id_T: Tensor) -> Tensor:
-    """Apply a result of `make_linear`. token_id_T: global token ids, which seed the dropout of LoRA."""
+    """Apply a layer built by `make_linear`. token_id_T: global token ids, which seed the dropout of LoRA."""
     y_TO: Tensor = linear(linear.with_dropout(x_TI, token_id_T) if isinstance(linear, LoRALinear) else x_TI)
     return y_TO
 
 
 def linear_products(linear: nn.Linear, rows: int) -> list[Product]:
-    """Return the matrix products of applying a result of `make_linear` to `rows` rows."""
+    """Return the matrix products that a layer built by `make_linear` computes for this number of rows."""
     return linear.products(rows) if isinstance(linear, LoRALinear) else [linear_product(linear, rows)]
 
 
 def num_linear_parameters(linear: nn.Linear) -> int:
-    """Return the number of parameters of a result of `make_linear`."""
+    """Return the number of parameters of a layer built by `make_linear`."""
     deltas = num_delta_weights(linear.lora) if isinstance(linear, LoRALinear) else 0
     return num_weights(linear) + (0 if linear.bias is None else linear.out_features) + deltas
 

@@ -90,9 +90,10 @@ class HeadLayerNorm(nn.LayerNorm):
 
 
 class HeadRMSNorm(nn.RMSNorm):
-    """RMSNorm of queries or keys, before the rotary embedding: of each head (Qwen3) or of `heads` heads as one vector.
+    """RMSNorm of queries or keys, applied before the rotary embedding.
 
-    OLMoE (arXiv 2409.02060) normalises all heads as one vector.
+    Every `heads` consecutive heads are normalised as one vector. Qwen3 normalises each head by itself. OLMoE (arXiv
+    2409.02060) normalises all heads as one vector.
     """
 
     def __init__(self, *, hidden_size: int, config: TransformerConfig, eps: float, heads: int = 1):
@@ -182,7 +183,7 @@ class Attention(nn.Module):
     def num_parameters(self) -> int:
         """Return the number of parameters of the projections and the head norms.
 
-        The number of weights of a projection equals its multiply-adds for one token.
+        The weights of a projection are counted as its multiply-adds for one token. The two numbers are equal.
         """
         of_token = self.products(LayerWork(document_lengths=(1,), rows=0))
         weights = sum(product.multiply_adds for product in of_token if product.weights is not None)

@@ -54,13 +54,16 @@ def _llama3(frequency_F: Tensor, scaling: Llama3Scaling) -> Tensor:
 def _yarn(frequency_F: Tensor, base: float, scaling: YarnScaling) -> Tensor:
     """Divide low frequencies by `factor`, keep high ones, and interpolate in between (YaRN).
 
-    A frequency is high if it makes at least beta_fast turns in the original context, and low if it makes at most
-    beta_slow turns. Source: arXiv 2309.00071, eq. 17-19.
+    A frequency is high if its angle makes at least beta_fast full turns over the original context, and low if it makes
+    at most beta_slow turns. Source: arXiv 2309.00071, eq. 17-19.
     """
     number = len(frequency_F)
 
     def dimension(turns: float) -> float:
-        """Return the index of the frequency that makes `turns` turns in the original context. It may be fractional."""
+        """Return the index of the frequency whose angle makes `turns` full turns over the original context.
+
+        The index can be fractional.
+        """
         ratio = scaling.original_max_position_embeddings / (turns * 2 * math.pi)
         return number * math.log(ratio) / math.log(base)
 

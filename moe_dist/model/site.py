@@ -71,5 +71,5 @@ def block_site(model: ModelConfig, layer: int, seed: int) -> Site:
 
 
 def depth_site(model: ModelConfig, layer: int, seed: int) -> Site:
-    """Return the site of the mixture-of-depths around block number `layer`."""
+    """Return the site of the mixture-of-depths module around block number `layer`."""
     return replace(block_site(model, layer, seed), name=f"depth.{layer}", lora=None)

@@ -28,8 +28,8 @@ def trained_share(model: nn.Module, total: float, expert: int) -> str:
 def freeze_others(model: nn.Module, patterns: Iterable[str]) -> None:
     """Freeze every parameter whose name matches none of the patterns.
 
-    Parameters already frozen by their own modules stay frozen. If a pattern matches no parameter, or only parameters
-    that their modules have frozen, raises UserError naming the pattern.
+    Parameters that their own modules have frozen stay frozen. Raises UserError if a pattern matches no parameter, or
+    only parameters that are already frozen. The message names the pattern.
     """
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     chosen = matching(patterns, parameters, key="trainable", what="parameter that the model can train")

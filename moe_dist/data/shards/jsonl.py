@@ -1,7 +1,6 @@
-"""JSONL shards: a .jsonl or .jsonl.gz file, of which each line becomes a sample with a .json member.
+"""JSONL shards: .jsonl or .jsonl.gz files. Each line becomes a sample with a .json member.
 
-Empty lines are skipped. A line that is not a JSON object makes the file unusable, as a damaged header does with a tar:
-UserError names the line.
+Empty lines are skipped. If a line is not a JSON object, the whole file is unusable, and a UserError names the line.
 """
 
 from __future__ import annotations
@@ -24,10 +23,11 @@ def is_jsonl(shard: str) -> bool:
 
 
 def jsonl_samples(stream: BinaryIO, shard: str) -> Iterator[SampleFiles]:
-    """Yield a sample for each line of a plain or compressed JSONL file. Its key is the file's name and the line number.
+    """Yield a sample for each line of a plain or compressed JSONL file.
 
-    Raises UserError naming the line if it is not a JSON object, and an exception of one of the types in DAMAGE
-    (strict_tar.py) if the compression is damaged.
+    The key of the sample consists of the file's name and the line number.
+    Raises UserError if a line is not a JSON object. The message names the line. If the compression is damaged, raises
+    an exception of one of the types in DAMAGE (strict_tar.py).
     """
     name = shard.rpartition("/")[2]
     for number, line in enumerate(unzipped(stream), 1):

@@ -8,10 +8,11 @@ from moe_dist.data.shards.samples import IMAGE_SUFFIXES, BadSample, LostSample, 
 
 
 def split_name(sample: SampleFiles, *, line: bool) -> str:
-    """Return the name whose hash decides to which split a sample belongs, if there are no folders for the splits.
+    """Return the name whose hash decides which split a sample belongs to.
 
-    It is the prompt of an instruction without a picture, so that no prompt is in two splits. Other samples are divided
-    by their keys; a line of a JSONL file (`line`), by its text.
+    For an instruction without a picture, the name is the prompt. Therefore no prompt is in two splits. For any other
+    text in a JSONL file, the name is the text. For all other samples, the name is the sample's key.
+    line: whether the sample is a line of a JSONL file.
     """
     if any(suffix in IMAGE_SUFFIXES for suffix in sample.files) or "json" not in sample.files:
         return sample.key

@@ -71,7 +71,11 @@ class HuggingFaceTokenizer:
         return ChatTemplate(folder, read_template(folder, named), self._encode_rendered, names, special)
 
     def _encode_rendered(self, text: str, special: bool) -> list[int]:
-        """Encode a text. special: whether special tokens in the text become their ids."""
+        """Encode a text.
+
+        special: if True, the name of a special token in the text is encoded as this token. If False, it is encoded as
+        plain text.
+        """
         self._tokenizer.encode_special_tokens = not special
         try:
             return self.encode(text)
@@ -93,7 +97,10 @@ class HuggingFaceTokenizer:
 
 
 def _written(token: object) -> str | None:
-    """Return how a special token of tokenizer_config.json is written. It is a text, or has the text as `content`."""
+    """Return the text of a special token in tokenizer_config.json, or None if there is none.
+
+    token: either the text itself or a mapping with the text under `content`.
+    """
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
@@ -102,8 +109,8 @@ def _written(token: object) -> str | None:
 def _failures(sentence: str) -> Iterator[None]:
     """Raise UserError if the tokenizers library raises an exception in the `with` block.
 
-    The message begins with `sentence`. The library raises plain Exception, or PanicException (a BaseException) if it
-    stops at an error of its own.
+    The message begins with `sentence`. The library raises plain Exception. If the library's Rust code panics, it
+    raises PanicException, which is a BaseException.
     """
     try:
         yield

@@ -24,9 +24,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def load_weights(make: Callable[[], Module], tensors: Mapping[str, Tensor], folder: Path) -> Module:
     """Build a module with the given parameters and buffers, in eval mode.
 
-    Raises UserError if the module cannot be built, if a name, shape or kind of number does not match, or if a value is
-    not finite. Names and shapes are compared on the meta device first, because a module with wrong sizes may be larger
-    than the memory.
+    Raises UserError if the module cannot be built, if a name or shape does not match, if a tensor is integer instead of
+    floating-point or vice versa, or if a value is not finite. The module is first built on the meta device to compare
+    names and shapes, because a module with wrong sizes might not fit in memory.
     """
     try:
         with torch.device("meta"):

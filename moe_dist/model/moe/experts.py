@@ -36,7 +36,8 @@ class Experts(Protocol):
     """Interface for the experts of a rank.
 
     An implementation is an nn.Module that is constructed with (settings, HeldExperts). If an expert receives no rows,
-    the gradient of its trainable parameters must be zero, not None, even if the whole rank receives no rows.
+    the gradient of its trainable parameters must be zero, not None. The same holds if no expert of the rank receives
+    rows.
     rows_RD: the rows, sorted by local expert. counts_e: the number of rows of each local expert, as values on the host.
     weights_R: the combine weight of each row.
     """
@@ -149,9 +150,9 @@ def looped_matmul(x_RD: Tensor, weight_eDF: Tensor, counts_e: Sequence[int]) -> 
 def _has_grouped_kernel(x_RD: Tensor, counts_e: Sequence[int]) -> bool:
     """Return True if torch's grouped matmul is correct for these rows and does not wait for the GPU.
 
-    On a CPU, this is true for float32 and bfloat16. On a GPU, it is true only for bfloat16 on compute capability 9.0
-    (with at least one row) and 10.0. On 10.0, every expert must have at least one row, because the kernel may not write
-    the weight gradients of the other experts (pytorch issue 172439).
+    On a CPU, the dtype must be float32 or bfloat16. On a GPU, the dtype must be bfloat16, and the compute capability
+    must be 9.0 or 10.0. On 9.0, there must be at least one row. On 10.0, every expert must have at least one row,
+    because the kernel can leave the weight gradients of the other experts unwritten (pytorch issue 172439).
     """
     if x_RD.dtype != torch.bfloat16:
         return x_RD.is_cpu and x_RD.dtype == torch.float32

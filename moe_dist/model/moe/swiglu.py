@@ -24,7 +24,11 @@ class SwiGLU(nn.Module):
     """
 
     def __init__(self, settings: DenseFFN, site: Site, target: str = "ffn"):
-        """Create the module. target: the beginning of the names in LORA_TARGETS of its three matrices."""
+        """Create the module.
+
+        target: the prefix of the names of the three matrices in LORA_TARGETS. For example, with the prefix "ffn", the
+        names are ffn.gate, ffn.up and ffn.down.
+        """
         super().__init__()
         width, size, bias = site.hidden_size, settings.hidden_size, settings.bias
         up, down = {"gate": size, "up": size}, {"down": width}

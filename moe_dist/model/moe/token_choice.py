@@ -24,7 +24,8 @@ from moe_dist.model.site import Site
 class TokenChoiceRouter(nn.Module):
     """Base class of the token-choice routers. A subclass defines the combine weights of the chosen columns.
 
-    Full experts drop assignments after the combine weights are computed, so a token's other weights do not change.
+    The combine weights are computed before full experts drop assignments. Therefore, if one assignment of a token is
+    dropped, the weights of the token's other assignments do not change.
     """
 
     has_auxiliary = has_state = False
