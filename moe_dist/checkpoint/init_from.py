@@ -42,7 +42,7 @@ def init_from(
     """Load the parameters and buffers of a checkpoint into a new engine. Collective.
 
     Returns an account of what happened to each tensor.
-    settings.checkpoint: must be a checkpoint folder (see manifest.resolve_init) unless `pretrained` is given. The
+    If `pretrained` is not given, settings.checkpoint must be a checkpoint folder (see manifest.resolve_init). The
     engine may have a different layout from the run that wrote the checkpoint.
     pretrained: tensors to load instead of a checkpoint, keyed by their names in the model. If a parameter stacks
     experts, each expert has its own tensor with the key NAME[expert].
@@ -73,14 +73,14 @@ def init_from(
 
 @dataclass(frozen=True, slots=True)
 class _Weights:
-    """Weights that a stage can start from: their forms, and a collective function that reads fragments of them."""
+    """Weights that a stage can start from: their shapes and dtypes, and a collective function that reads fragments."""
 
     forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype, by `kind/name` or `kind/name[expert]`
     read: Callable[[list[Fragment]], None]
 
 
 def _stored(path: Path, layout: Layout) -> _Weights:
-    """Open a checkpoint. Collective. Raises UserError if a file is damaged."""
+    """Open a checkpoint and return its weights. Collective. Raises UserError if a file is damaged."""
     metadata = open_index(path, layout)
     forms = {
         name: (metadata.planner_data[name], entry.properties.dtype)  # type: ignore[union-attr]

@@ -51,7 +51,7 @@ def store_path(checkpoint: Path, digest: str) -> Path:
 
 
 def write_manifest(folder: Path, files: Iterable[StoredFile], store: str | None = None) -> StoredFile:
-    """Write the manifest of a checkpoint or frozen store, and return its own size and SHA-256.
+    """Write the manifest of a checkpoint or frozen store. Return the manifest's own size and SHA-256.
 
     store: the digest of the checkpoint's frozen store, or None if it has none.
     """
@@ -67,8 +67,8 @@ def verify_checkpoint(
 
     The files are divided into `shares` shares, numbered from 0. Only the checksums of share number `share` are checked.
     By default, there is one share. The checksums of the files in `known` are never checked.
-    Returns a dict from file name to size in bytes, for storage.read_index. The name of a file in the store is its path
-    relative to the checkpoint. Raises UserError if a file is missing or damaged. The message names the file.
+    Returns the size of each file in bytes, keyed by its path relative to the checkpoint. storage.read_index needs these
+    sizes. Raises UserError if a file is missing or damaged. The message names the file.
     """
     path = Path(path)
     files = _manifest(path)

@@ -63,7 +63,7 @@ class Account:
         return max((mine // theirs for mine, theirs in rows), default=0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a JSON-serializable account of the tensors that were loaded, new and left out.
+        """Return a JSON-serializable account of the loaded, the new and the left-out tensors.
 
         For each of these three groups, it gives the number of tensors, their total number of parameters, and the name
         and shape of each tensor. The shape of a stacked parameter includes the number of experts.
@@ -80,7 +80,7 @@ class Account:
         }
 
     def table(self) -> Table:
-        """Return a table for printing: how many tensors and parameters were loaded, new and left out."""
+        """Return a printable table that counts the loaded, the new and the left-out tensors and their parameters."""
         renamed = sum(name != old for name, old in self.loaded.items())
         notes = {
             "loaded": ", ".join(

@@ -68,7 +68,7 @@ class TrainState:
 def merge_states(states: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Merge the states of all ranks. Mappings are merged key by key.
 
-    All other values must be equal on all ranks. If a value is not, raises RuntimeError naming its key.
+    All other values must be equal on all ranks. Raises RuntimeError naming the key of a value that differs.
     """
     merged: dict[str, Any] = {}
     for state in states:
@@ -95,7 +95,7 @@ def _is_of(key: str, sections: Iterable[str]) -> bool:
 def _only_longer(old: dict[str, Any], new: dict[str, Any]) -> bool:
     """Return whether the new recipe only adds steps at the end, without changing the steps that are done.
 
-    This is the case if train.steps does not shrink and the learning rate is constant after warm-up.
+    This is true if train.steps is not reduced and the learning rate is constant after warm-up.
     """
     constant = new["schedule.end_lr"] == new["schedule.peak_lr"]
     return constant and new["train.steps"] >= old["train.steps"]

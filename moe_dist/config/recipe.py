@@ -151,7 +151,7 @@ class HealthConfig(Strict):
 
 
 def _trained_by_default(settings: dict[str, Any]) -> tuple[str, ...]:
-    """Return the default of `trainable`. settings: the valid settings of the recipe's sections before it."""
+    """Return the default of `trainable`. settings: the validated sections that precede it in the recipe."""
     model = settings.get("model")
     return ("*",) if model is None or model.lora is None else ("*.lora.*",)
 
@@ -203,7 +203,10 @@ def stored_config(data: dict[str, Any], where: str) -> Config:
 
 
 def stored_model(config: dict[str, Any], where: str) -> ModelConfig:
-    """Validate the section `model` of a recipe stored in a checkpoint, as stored_config does with the whole recipe."""
+    """Validate and return the section `model` of a recipe stored in a checkpoint.
+
+    Old keys are accepted, and errors are raised, as in stored_config.
+    """
     return validate(ModelConfig, with_new_names(config)["model"], where, "model")
 
 

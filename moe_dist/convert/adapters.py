@@ -1,4 +1,4 @@
-"""LoRA deltas as adapters: in the format of PEFT, for the model of the transformers library that has the same weights.
+"""Export of LoRA deltas in the adapter format of PEFT, for the transformers model that has the same weights.
 
 In transformers 5, the experts of a layer are two stacked parameters. PEFT adapts a parameter by `target_parameters`.
 The gate and up deltas of an expert become one delta of the fused parameter, whose rank is the sum of both. The layout
@@ -70,7 +70,7 @@ def export_adapters(source: str | Path, out: str | Path) -> str:
 
 
 def _trained(model: ModelConfig, vocab_size: int, trainable: Iterable[str]) -> list[str]:
-    """Return the names of the parameters that a run with these patterns trains."""
+    """Return the names of the parameters that a run trains. trainable: the name patterns from its recipe."""
     with torch.device("meta"):
         built = Transformer(model, vocab_size, Layout(), seed=0)
     named = built.named_parameters()
@@ -99,11 +99,14 @@ class PeftAdapter:
     multiples: dict[str, int] = field(default_factory=dict)  # rank of a parameter's delta, in multiples of lora.rank
 
     def add(self, module: str, a: LazyTensor, b: LazyTensor) -> None:
-        """Add the factors of a delta. module: the module of transformers' model. a: [R, D]. b: [O, R]."""
+        """Add the factors a [R, D] and b [O, R] of a delta. module: the module's name in transformers."""
         self.tensors |= {f"base_model.model.{module}.lora_{key}.weight": x for key, x in (("A", a), ("B", b))}
 
     def config(self) -> dict[str, Any]:
-        """Return the content of adapter_config.json. PEFT supports no dropout on parameters."""
+        """Return the content of adapter_config.json.
+
+        PEFT supports no dropout on parameters. If the adapter adapts any, lora_dropout is 0.
+        """
         rank, alpha = self.lora.rank, self.lora.alpha
         return {
             "peft_type": "LORA",
@@ -145,14 +148,17 @@ def _adapter(family: Family, model: ModelConfig, vocab_size: int, stored: Mappin
 def _is_parameter(family: Family, model: ModelConfig, part: str, source: str) -> bool:
     """Return True if PEFT must adapt a weight as a parameter, not as a linear layer.
 
-    Routers are no linear layers. If a model has experts, PEFT takes the names of linear layers in feed-forward parts
-    for those of experts.
+    Routers are not linear layers. If a model has stacked experts, PEFT would also mistake the linear layers
+    of feed-forward parts for experts because of their names.
     """
     return part == "router" or (family.stacks_experts and isinstance(model.ffn, MoEFFN) and "self_attn" not in source)
 
 
 def _add_linear(adapter: PeftAdapter, source: str, delta: Delta, *, as_parameter: bool) -> None:
-    """Add the delta of a matrix x W^T. source: the name of W in transformers' model."""
+    """Add the delta of one weight matrix. source: the name of the weight in transformers' model.
+
+    as_parameter: whether PEFT adapts the weight as a parameter, not as a linear layer.
+    """
     module = source.removesuffix(".weight")
     within = module.split(".", 3)[3]  # without "model.layers.N."
     if as_parameter:
@@ -167,7 +173,7 @@ def _transposed(tensor: LazyTensor) -> Tensor:
 
 
 def _add_experts(adapter: PeftAdapter, module: str, last: str, of_experts: list[dict[str, Delta]], inner: str) -> None:
-    """Add the deltas of one stacked parameter of the experts. last: the last part that the parameter consists of."""
+    """Add the deltas of the experts' stacked parameter: gate_up_proj if `last` is "up", down_proj if it is "down"."""
     parts, kind = (("gate", "up"), "gate_up_proj") if last == "up" else (("down",), "down_proj")
     name = f"{module.split('.', 3)[3]}.{kind}"
     adapter.parameters.add(name)
@@ -189,7 +195,10 @@ def _add_experts(adapter: PeftAdapter, module: str, last: str, of_experts: list[
 
 
 def _block_diagonal(deltas: Mapping[str, Delta], parts: tuple[str, ...]) -> Tensor:
-    """Return the B [O, R] of one expert. The rows of a part have values only in the columns of its own delta."""
+    """Combine the B factors of an expert's parts into a block-diagonal matrix [O, R].
+
+    If a part has no delta, its rows are zero.
+    """
     found = [delta.b.read().t() for delta in deltas.values()]
     joined = torch.block_diag(*found)
     size = len(found[0])

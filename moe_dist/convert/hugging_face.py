@@ -1,4 +1,7 @@
-"""Conversion between local Hugging Face folders and checkpoints, in both directions, one tensor at a time."""
+"""Conversion between local Hugging Face folders and checkpoints, in both directions.
+
+Tensors are read and converted one at a time.
+"""
 
 from __future__ import annotations
 

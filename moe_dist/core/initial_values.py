@@ -36,17 +36,17 @@ def constant_(tensor: Tensor, value: float) -> None:
 
 
 def all_new(name: str) -> bool:
-    """Return True: every tensor of the model needs its initial values."""
+    """Return True. Use this function as `is_new` of give_memory if every tensor needs its initial values."""
     return True
 
 
 def none_new(name: str) -> bool:
-    """Return False: every tensor of the model will be loaded."""
+    """Return False. Use this function as `is_new` of give_memory if every tensor will be loaded."""
     return False
 
 
 def on_meta(model: nn.Module) -> bool:
-    """Return True if a parameter of the model is on the meta device."""
+    """Return True if any parameter of the model is on the meta device."""
     return any(parameter.is_meta for parameter in model.parameters())
 
 

@@ -25,7 +25,7 @@ _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB1331
 
 
 def fold_key(*parts: int | str) -> int:
-    """Hash (seed, name, ...) to a signed 64-bit number, the same on every machine."""
+    """Hash the parts, for example (seed, name), to a signed 64-bit number. It is the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little", signed=True)
 
 

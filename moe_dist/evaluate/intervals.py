@@ -1,4 +1,4 @@
-"""Confidence intervals: of an accuracy, of the difference between two models' accuracies on the same items, and of a
+"""Confidence intervals of an accuracy, of the difference between two models' accuracies on the same items, and of a
 mean over the predictions of documents.
 """
 

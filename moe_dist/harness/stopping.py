@@ -23,7 +23,8 @@ class StopSettings:
 
 
 class TextUntil:
-    """The format of a continuation. Any text token may come next, including markers.
+    """The rules for a continuation: which tokens may come next, and when it ends. Any text token may come next,
+    including markers.
 
     Implements DocumentFormat (generate/decode.py).
     context: the maximum number of tokens of a prompt and its continuation.
@@ -34,12 +35,12 @@ class TextUntil:
         self.masks_KV: Tensor = (vocabulary.modality_of == TEXT)[None]
 
     def start_text(self, number: int, prompt: tuple[int, ...]) -> GenerationState:
-        """Create the initial state of continuation `number`, without generated tokens."""
+        """Create the state of a continuation before its first token. number: the number of the continuation."""
         limit = len(prompt) + self.settings.max_tokens
         return GenerationState(number, Prompt("text", (), prompt), limit)
 
     def next(self, sample: GenerationState) -> int:
-        """Return the index of the row of masks_KV that marks the tokens that may come next."""
+        """Return 0, the index of the only row of masks_KV. This row allows all text tokens."""
         return 0
 
     def add(self, sample: GenerationState, token: int) -> None:

@@ -1,4 +1,4 @@
-"""Work that rank 0 gives to all ranks: rank 0 asks for answers, and the other ranks follow until rank 0 dismisses them.
+"""Requests that all ranks answer together. Rank 0 sends them one by one until its work is done.
 
 Only rank 0 needs the tasks and their data. The other ranks could not build the requests by themselves: a task may
 depend on Python's hashes, which differ between processes.
@@ -19,7 +19,10 @@ Job = tuple[str, tuple[Any, ...]]  # the name of a method of AnsweringModel, and
 
 
 class Team:
-    """The ranks that answer requests together. Rank 0 sends the requests. The others wait up to PATIENCE for each."""
+    """The ranks that answer requests together.
+
+    Rank 0 sends the requests. The other ranks wait for each request, but at most PATIENCE.
+    """
 
     def __init__(self, model: AnsweringModel) -> None:
         self._model = model
@@ -32,7 +35,7 @@ class Team:
         return getattr(self._model, method)(*arguments)
 
     def lead(self, work: Callable[[], Outcome]) -> Outcome | None:
-        """Run `work`, which may call `ask`, on rank 0, while the other ranks follow. Collective.
+        """Run `work` on rank 0. Each time it calls `ask`, the other ranks make the same call. Collective.
 
         Returns the result on rank 0 and None on the others. An exception of rank 0 is raised on every rank.
         """
@@ -59,7 +62,7 @@ class Team:
             getattr(self._model, method)(*arguments)
 
     def _share(self, job: Job | None) -> Job | None:
-        """Send a job from rank 0 to the other ranks. None dismisses them."""
+        """Send rank 0's job to the other ranks and return it on every rank. The job None ends their work."""
         if self._group is None:
             return job
         shared = [job]

@@ -1,4 +1,4 @@
-"""A heat map with the value in each cell, for tables that are small enough to be read."""
+"""A heat map of a small table, with the value printed in each cell."""
 
 from __future__ import annotations
 

@@ -159,14 +159,14 @@ class RunFolder:
     def write_failure(self, error: BaseException, step: int | None) -> None:
         """Write the error that ended the run to status.json.
 
-        step: the number of steps done, or None if the error came during set-up, before `open`.
+        step: the number of steps done, or None if the error occurred during set-up, before `open`.
 
         After a UserError, the field `restart` is false, because a person must act first. After any other error (a lost
         rank, a bug, a signal during set-up), it is true, because starting again can help. If status.json cannot be
         written, do nothing: the disk may be the cause of the error.
 
         Set-up does not change the files of an earlier run in the folder. Therefore, after an error during set-up, the
-        earlier run's step is kept, and a run that was done stays done.
+        earlier run's step is kept. If the earlier run was done, status.json is not changed.
         """
         before: dict[str, Any] = {}
         if step is None:

@@ -91,10 +91,11 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
     """Run the `main` function of a launch script on this rank, then exit the process.
 
     The exit status is 0 after success, 2 after a UserError (printed by rank 0) and 1 after a bug in moe_dist.
-    docs/resuming.md, "Stopping and starting again", lists the exit statuses with the contents of RUN/status.json.
+    docs/resuming.md, "Stopping and starting again", has a table of the exit statuses and the matching
+    contents of RUN/status.json.
 
-    After an error, other ranks may still wait in a collective, and Python's clean-up would wait with them. So the
-    clean-up is skipped: the launcher sees this exit at once and kills the other ranks.
+    After an error, other ranks may still wait in a collective, and Python's clean-up would wait for them. Therefore
+    this rank exits without the clean-up. The launcher sees the exit at once and kills the other ranks.
     """
     gc.freeze()  # imported objects stay: do not scan them during the run and, for two seconds, at exit
     code = 0

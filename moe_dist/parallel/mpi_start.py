@@ -65,7 +65,7 @@ def _reported(text: str) -> Iterator[None]:
 
 @contextmanager
 def _default_signals() -> Iterator[None]:
-    """Let signals end this process while the block runs, unless they are ignored."""
+    """Let stop signals end this process while the block runs. Signals that are ignored stay ignored."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before:

@@ -1,8 +1,8 @@
-"""Command that prints a table of the memory that recipes need on each GPU, and the numbers behind it.
+"""Command that prints a table of the memory that recipes need on each GPU.
 
   python -m moe_dist.training.memory_table configs/NAME.yaml:VOCABULARY_SIZE ... [--gpus 8 16 64] [--room 64]
 
-Each recipe is shown with all parameters trained, with LoRA, and with the routers trained alone. For each of these, the
+Each recipe is shown with all parameters trained, with LoRA, and with only the routers trained. For each of these, the
 table has the lowest ZeRO stage at which the model, the gradients and the optimizer fit into `room` GiB. The rest of a
 GPU is for activations. docs/weights.md has the table for published models.
 """
@@ -43,9 +43,10 @@ def recipe_bytes(config: Config, vocab_size: int, world: int) -> RankBytes:
 
 
 def lowest_stage(recipe: Path, overrides: list[str], vocab_size: int, world: int, room: float) -> tuple[int, RankBytes]:
-    """Return the lowest ZeRO stage at which a recipe needs at most `room` bytes on a rank, and the bytes.
+    """Return a ZeRO stage, and the bytes that a recipe needs on a rank at this stage.
 
-    If it needs more at every stage, return stage 3. The overrides are applied to the recipe.
+    The stage is the lowest one at which the recipe needs at most `room` bytes, or 3 if every stage needs more.
+    overrides: changes to the recipe, as in load_config.
     """
     stage, needed = 0, None
     while needed is None or (needed.total > room and stage < 3):

@@ -265,9 +265,9 @@ class Run:
         return metrics if result.counted is None else metrics | self.meter.metrics(result.counted, seconds)
 
     def _read(self, read: list[Loaded]) -> Iterator[Batch]:
-        """Yield the micro-batches of a step. Append each result of the loader to the list `read`.
+        """Yield the micro-batches of a step. Append the loader's results to `read`, for use after the step.
 
-        Besides its micro-batch, a result has the loader's state and the time that training waited for the data.
+        A result has a micro-batch, the loader's state and the time that training waited for the data.
         """
         for item in islice(self.loader, self.engine.accumulation):
             read.append(item)

@@ -101,7 +101,10 @@ class _Rejoined(io.RawIOBase):
 
 
 def unzipped(stream: BinaryIO) -> BinaryIO:
-    """Return the stream, decompressed if it is gzip: unlike tarfile, the gzip module compares checksums."""
+    """Return the stream. If it is gzip, decompress it with the gzip module, which also verifies the checksum.
+
+    The tarfile module can decompress a gzip stream, too, but does not verify the checksum.
+    """
     head = stream.read(len(GZIP_MAGIC))
     whole = io.BufferedReader(_Rejoined(head, stream), 1 << 16)
     return gzip.GzipFile(fileobj=whole) if head == GZIP_MAGIC else whole  # type: ignore[return-value]

@@ -32,7 +32,7 @@ LOOK_AHEAD = 64  # number of pieces that a stream holds for the packer to choose
 class Order:
     """The endless order in which a lane reads documents: all of them in every epoch, each time in a new order.
 
-    number: the documents' number among the orders of the lane.
+    number: the number of this order in its lane. Orders with different numbers are shuffled differently.
     """
 
     def __init__(self, documents: np.ndarray, seed: int, *, lane: int, number: int = 0):
@@ -78,7 +78,7 @@ class Stream:
         self.pending: list[Piece] = []
 
     def refill(self) -> list[Piece]:
-        """Fill `pending` by reading ahead, and return it. The list is empty only after the last epoch."""
+        """Read ahead until `pending` has LOOK_AHEAD pieces or the last epoch ends, and return it."""
         while len(self.pending) < LOOK_AHEAD and self._order.epoch != self._epochs:
             self.pending.append(self._assemble(*self._order.draw()))
         return self.pending
@@ -92,22 +92,23 @@ class Stream:
 
 
 class WeightedStream:
-    """An endless stream of pieces that mixes corpora by weight: of any number of documents that have been read, each
-    corpus has the share that its weight gives it, to within one or two documents.
+    """An endless stream of pieces that mixes corpora by weight.
 
-    The next document comes from the corpus with the smallest (documents read + 1/2) / weight, the first of equal ones
-    (the method of Sainte-Lague). So nothing is drawn by chance, and the corpora's own orders are the whole state. Each
-    corpus has its own epochs: it begins again when all of its documents have been read.
+    At any time, the numbers of documents read from the corpora are proportional to the weights, to within one or two
+    documents. The next document comes from the corpus with the smallest (documents read + 1/2) / weight; in a tie,
+    from the first one (the method of Sainte-Lague). This choice is not random, so a stream's state needs only the
+    orders of its corpora and `pending`. Each corpus has its own epochs: it begins again when all of its documents have
+    been read.
     """
 
     def __init__(self, parts: Sequence[np.ndarray], weights: Sequence[float], assembler: Assembler, *, lane: int):
-        """parts: the documents of each corpus."""
+        """parts: for each corpus, the numbers of its documents in this lane."""
         self._assemble, self._weights = assembler, weights
         self._orders = [Order(part, assembler.seed, lane=lane, number=i) for i, part in enumerate(parts)]
         self.pending: list[Piece] = []
 
     def refill(self) -> list[Piece]:
-        """Fill `pending` by reading ahead, and return it."""
+        """Read ahead until `pending` has LOOK_AHEAD pieces, and return it."""
         while len(self.pending) < LOOK_AHEAD:
             shares = [(order.drawn + 0.5) / weight for order, weight in zip(self._orders, self._weights, strict=True)]
             self.pending.append(self._assemble(*self._orders[shares.index(min(shares))].draw()))
@@ -153,8 +154,8 @@ class SteeredLane:
 
     The fraction is the number of image tokens in a group, divided by the number of its tokens without padding. Pairs
     and texts come from separate streams. First, pairs are added to a sequence until the group's number of image tokens
-    is as close as possible to its target. Then texts are added, which lowers the fraction. Their number is limited, so
-    that the group lacks at most half of one image's tokens.
+    is as close as possible to its target. Then texts are added, which lowers the fraction. The number
+    of texts is limited: with them, the group may have at most half an image's tokens too few for the fraction.
 
     If data.image_fraction is close to the largest possible value, there is room for little text, and sequences end in
     padding.
@@ -185,8 +186,8 @@ class SteeredLane:
     def _take_pairs(self, wanted: float) -> tuple[list[Piece], float]:
         """Take pairs for one sequence until their number of image tokens is as close to `wanted` as possible.
 
-        Returns the pairs, and half the number of tokens of one image. When next_group() adds texts, the group may lack
-        this many image tokens.
+        Returns the pairs, and half the number of tokens of one image. When next_group() has added texts, the group
+        may lack this many image tokens at most.
         """
         taken: list[Piece] = []
         room, half = self._data.sequence_length, 0.0
@@ -219,7 +220,8 @@ def make_lanes(
 
     Raises UserError if the store has too few documents or cannot reach data.image_fraction.
 
-    epochs: the number of passes over the documents, without data.weights. If it is None, the lanes are infinite.
+    epochs: the number of passes over the documents. If it is None, the lanes are infinite. Only infinite lanes use
+    data.weights.
     """
     if data.weights is not None and epochs is None:
         return _weighted_lanes(assembler, data, data.weights, numbers, lanes)

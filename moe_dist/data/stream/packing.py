@@ -5,7 +5,7 @@ Assembly (a document is an image-text pair, a text or an instruction; codes are 
   pair whose caption is dropped   BOS BOI codes EOI EOS
   text only  BOS text EOS
   instruction   BOS prompt answer EOS   or   BOS BOI codes EOI prompt answer EOS
-A conversation goes on with further prompts and answers. It may have no BOS, and no EOS (data/tasks/conversations.py).
+A conversation continues with further prompts and answers. It may lack BOS or EOS (data/tasks/conversations.py).
 A pair's image comes first with probability data.image_first. Its caption is dropped with probability
 data.caption_dropout. If a document has several captions, one of them is drawn. These choices depend only on (seed,
 epoch, document number).
@@ -39,7 +39,7 @@ SHORTEST_PIECE = 8  # tokens: a text is not cut to fill less room than this
 
 
 class Document(Protocol):
-    """Interface for a tokenised sample: the vocabulary ids of its text and image, without markers."""
+    """Interface for a tokenised sample: the vocabulary ids of its text and image, without markers such as BOS."""
 
     @property
     def text(self) -> np.ndarray: ...  # ids of the caption or text (may be empty), or of a prompt and its answer
@@ -181,7 +181,7 @@ def _must_cut(piece: Piece, room: int) -> bool:
 
 
 def _cut(pending: list[Piece], i: int, room: int) -> Piece:
-    """Cut off and return the first `room` tokens of the text pending[i]; one less if only one would remain there."""
+    """Cut up to `room` tokens off the beginning of the text pending[i] and return them. At least two tokens remain."""
     piece, pending[i] = pending[i].split(min(room, len(pending[i]) - 2))
     return piece
 
@@ -215,11 +215,12 @@ def collate(
     """Concatenate groups into one micro-batch on the CPU.
 
     The target of a token is the next token of the same piece. Three kinds of tokens have no target: padding, the last
-    token of a piece, and all tokens of a prompt except its last. Each run of padding has an entry in document_lengths.
+    token of a piece, and all tokens of a prompt except its last. Padding at the end of a sequence has its own entry
+    in document_lengths.
 
     groups: pairs of (the group's number in the run, the group).
-    instructions: whether the data contain instructions. If so, the sidecar describes them: domain_T (index into the
-    store's domains, -1 outside instructions), prompt_end_S (index of the first prompt's last token), sample_S.
+    instructions: whether the data contain instructions. If so, the sidecar has domain_T (index into the store's
+    domains, -1 outside instructions), prompt_end_S (index of the first prompt's last token), sample_S (sample hash).
     """
     group_tokens = len(groups[0][1]) * sequence_length
     num_tokens = len(groups) * group_tokens

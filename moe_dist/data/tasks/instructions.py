@@ -42,7 +42,7 @@ class Message(NamedTuple):
 
 
 class Instruction(Strict):
-    """An instruction, as the fields of its record give it. A conversation has all its messages in `messages`."""
+    """A validated instruction. If it is a conversation, `messages` holds all of its messages."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -57,7 +57,7 @@ class Instruction(Strict):
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Return the texts: of each message, or else of the prompt with its answer."""
+        """Return the text of each message. If there are no messages, return the prompt and answer as one text."""
         return tuple(message.content for message in self.messages) or (self.prompt + self.answer,)
 
     @model_validator(mode="after")
@@ -71,7 +71,7 @@ class Instruction(Strict):
 
 @dataclass(frozen=True, slots=True)
 class InstructionPrompt:
-    """The prompts of a tokenised instruction, its domain, its sample hash and the markers it gets.
+    """The prompts, domain and sample hash of a tokenised instruction, and whether BOS and EOS are added to its text.
 
     The text of a tokenised instruction is the prompt followed by the answer. In a conversation, further prompts and
     answers follow.
@@ -86,18 +86,18 @@ class InstructionPrompt:
 
 
 def read_instruction(record: dict[str, Any], where: str) -> Instruction:
-    """Validate a .json member, and return it as an Instruction. Raises UserError if a field is missing or invalid.
+    """Validate an instruction's record and return it as an Instruction.
 
-    The error message begins with `where` and names the field.
+    Raises UserError if a field is missing or invalid. The error message begins with `where` and names the field.
     """
     return validate(Instruction, record, where)
 
 
 class NoBoundary(Exception):
     """Raised if the ids of a prompt cannot be separated from those of its answer (see instruction_ids), or if the
-    tokenizer makes no ids of a text.
+    tokenizer returns no ids for a text.
 
-    The message is the reason in a few words.
+    The exception's message gives the reason in a few words.
     """
 
 

@@ -5,8 +5,9 @@ chat_template.json. It is rendered as transformers does: in Jinja's sandbox, wit
 filter `tojson` and the functions raise_exception and strftime_now. The function strftime_now always gives the same
 day, so that the ids of a conversation do not depend on the day on which they are made.
 
-The special tokens that the template writes become their ids. A special token that a message spells is encoded as plain
-text: the message is marked before it is rendered, and the marks are removed before it is encoded.
+Special tokens that the template writes are encoded as their ids. If a message contains the text of a special token,
+this text is encoded like any other text: the marks BEGIN and END are put around it before the message is rendered, and
+are removed before it is encoded.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ class RefusedConversation(Exception):
 
 
 class ChatTemplate:
-    """A chat template with the tokenizer that encodes what it writes.
+    """A tokenizer's chat template, with the function that encodes rendered conversations.
 
-    The template is compiled when it is first used. Then a missing template, and one with errors, raises UserError.
+    The template is compiled when it is first used. If it is missing or has errors, UserError is raised at that time.
     """
 
     def __init__(
@@ -58,9 +59,9 @@ class ChatTemplate:
     ) -> None:
         """where: the tokenizer's file or folder, for error messages. source: the template; None if there is none.
 
-        encode: encodes a text. If the second argument is true, special tokens in the text become their ids.
-        special: the names of the special tokens, such as bos_token, and how they are written.
-        marked: all special tokens as they are written.
+        encode: a function that encodes a text. If its second argument is true, special tokens in the text become their
+        ids. special: the text of each special token that the template can name, keyed by name, such as bos_token.
+        marked: the texts of all special tokens.
         """
         self._where, self._source, self._encode, self._special = where, source, encode, dict(special or {})
         longest_first = sorted(filter(None, marked), key=len, reverse=True)
@@ -68,15 +69,15 @@ class ChatTemplate:
 
     @property
     def digest(self) -> str:
-        """Return a digest of the template and of the names it uses; empty if there is no template."""
+        """Return a digest of the template and its named special tokens. It is empty if there is no template."""
         content = json.dumps([self._source, self._special], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16] if self._source is not None else ""
 
     def render(self, messages: ChatMessages, *, generation: bool) -> str:
-        """Return the conversation as text. generation: whether to begin an answer at its end.
+        """Return the conversation as text. generation: whether the text ends with the beginning of an answer.
 
-        Raises RefusedConversation if the template refuses the messages, and UserError if there is no template or if it
-        fails.
+        Raises RefusedConversation if the template refuses the messages, and UserError if there is no template or if
+        rendering fails.
         """
         marked = [{k: self._spelled.sub(rf"{BEGIN}\g<0>{END}", v) for k, v in m.items()} for m in messages]
         template = self._template
@@ -120,7 +121,8 @@ class ChatTemplate:
 def read_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """Return the source of a folder's chat template, or None if there is none.
 
-    Raises UserError if the template is not UTF-8 or not a text, or if there are several and none is the default.
+    If there are several templates, the one named `default` is returned. Raises UserError if there are several but none
+    has this name, or if the template is not UTF-8 or not a string.
 
     config: the content of tokenizer_config.json.
     """
@@ -149,7 +151,7 @@ def _to_json(value: object, indent: int | None = None, **options: Any) -> str:
 
 
 def _line(error: Exception) -> str:
-    """Return an exception's message in one line, without marks."""
+    """Return an exception's type and message in one short line, without the marks BEGIN and END."""
     return cut(" ".join(_MARKS.sub("", f"{type(error).__name__}: {error}").split()))
 
 

@@ -1,5 +1,5 @@
-"""LoRA and experts: LoRA deltas of pretrained experts, and experts that consist of such deltas (LLaVA-MoLE, arXiv
-2401.16160).
+"""Pretrained experts with LoRA deltas, and experts that share one feed-forward and differ only in their LoRA deltas
+(LLaVA-MoLE, arXiv 2401.16160).
 
 Shape suffixes: R rows (sorted by expert), D model width, F expert width, e local experts.
 """
@@ -51,8 +51,9 @@ class AdaptedExperts(GroupedExperts):
     def forward(
         self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
     ) -> Tensor:
-        """Return y_RD in the dtype of the rows. The combine weights (float32) are rounded to that dtype first.
+        """Return the output y_RD in the dtype of the rows.
 
+        The combine weights (float32) are rounded to that dtype first.
         token_id_R: global token ids of the rows, which dropout needs.
         """
         matmul = partial(matmul_by_expert, counts_e=counts_e)
@@ -101,8 +102,9 @@ class LoRAExperts(nn.Module):
     def forward(
         self, rows_RD: Tensor, counts_e: tuple[int, ...], weights_R: Tensor, token_id_R: Tensor | None = None
     ) -> Tensor:
-        """Return y_RD in the dtype of the rows. The combine weights (float32) are rounded to that dtype first.
+        """Return the output y_RD in the dtype of the rows.
 
+        The combine weights (float32) are rounded to that dtype first.
         token_id_R: global token ids of the rows, which dropout needs.
         """
         matmul = partial(matmul_by_expert, counts_e=counts_e)
