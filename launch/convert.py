@@ -8,13 +8,13 @@
     launch/convert.py verify FOLDER                       check every byte of a checkpoint, or of a run's checkpoints
 
 If CHECKPOINT is a run folder, the run's newest checkpoint is used.
-upcycle: makes a sparse model from a dense checkpoint. The experts of each layer are copies of the layer's FFN. If the
-checkpoint has one expert per modality (1t1i), the experts of a modality are copies of that modality's expert.
 import, upcycle: the file OUT/model.yaml is written, too. It is the matching `model:` section for a recipe. To start a
 run from the new checkpoint, set the recipe's key init_from.
-verify: the model is not built.
-model: a run can start from a Hugging Face folder without import. Its recipe then needs the section that this command
-writes, for example by `extends: FILE.yaml`, and `init_from: FOLDER`.
+model: a run can start from a Hugging Face folder without import. Its recipe then needs `init_from: FOLDER` and the
+section that this command writes. The recipe can include the section with `extends: FILE.yaml`.
+upcycle: makes a sparse model from a dense checkpoint. The experts of each layer are copies of the layer's FFN. If the
+checkpoint has one expert per modality (1t1i), the experts of a modality are copies of that modality's expert.
+verify: the files are checked without building the model.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Show which held-out tokens take many experts: launch/experts_by_token.py RUN [section.key=value ...]
 
-Reads RUN/config.yaml and the run's newest checkpoint. Prints the mean number of experts by class of token and the
-tokens with the extreme means. Writes RUN/experts_by_token.json, and RUN/experts_by_token.png if matplotlib is
-installed. The setting eval.groups determines the number of selection groups to read.
+Reads RUN/config.yaml and the run's newest checkpoint. Prints the mean number of experts of each class of token, and the
+tokens with the lowest and the highest means. Writes RUN/experts_by_token.json, and RUN/experts_by_token.png if
+matplotlib is installed. The setting eval.groups determines the number of selection groups to read.
 
 Runs as a single process or under any launcher. By default, every process holds all experts.
 """
@@ -46,7 +46,11 @@ def main() -> None:
 
 
 def tables(summary: dict[str, Any]) -> list[Table]:
-    """Return the printed tables: by class of token, and the tokens with the fewest and the most experts."""
+    """Return the two tables to print.
+
+    The first shows the mean number of experts for each class of token. The second shows the tokens with the fewest and
+    the tokens with the most experts.
+    """
     mean = summary["experts_per_token"]
     classes = Table("tokens", "number", "experts", title=f"{mean:.2f} experts per token and layer")
     for name, row in summary["classes"].items():

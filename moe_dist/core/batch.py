@@ -142,9 +142,9 @@ class TokenInfo:
         """Divide the valid tokens into sets. The tokens of a set compete with each other.
 
         Returns the indices of the tokens, one set after another, and the number of tokens in each set.
-        If `scope` is "group", a set contains the tokens of one selection group, text before images. If it is
-        "modality", a set contains the tokens of one modality in one selection group. If it is "sequence", a set
-        contains the tokens of one packed sequence.
+        If `scope` is "group", a set contains the tokens of one selection group. Its text tokens precede its image
+        tokens. If `scope` is "modality", a set contains the tokens of one modality in one selection group. If `scope`
+        is "sequence", a set contains the tokens of one packed sequence.
         """
         return self.once(("competing", scope), lambda: self._competing(scope))
 

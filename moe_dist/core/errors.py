@@ -42,7 +42,7 @@ def as_user_error(error: Exception) -> UserError | None:
 
 
 def cut(text: str) -> str:
-    """Return a text from the user's input as an error message shows it: at most MOST_SHOWN characters of it."""
+    """Shorten the user's text for an error message. Text after the first MOST_SHOWN characters becomes "..."."""
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 

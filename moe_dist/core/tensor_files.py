@@ -92,7 +92,7 @@ def read_safetensors(file: Path, after: str = "") -> dict[str, Tensor]:
 def write_safetensors(
     path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str] | None = None
 ) -> StoredFile:
-    """Write a safetensors file, one tensor at a time, and fsync and hash it.
+    """Write a safetensors file, one tensor at a time, and fsync it. Return its name, size and SHA-256.
 
     The library's own safetensors.save_file would need a second copy of all tensors.
     """

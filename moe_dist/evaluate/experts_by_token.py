@@ -1,7 +1,7 @@
 """The number of experts that tokens take: by layer, by class of token, and by token of the vocabulary.
 
-With null experts (AdaMoE, arXiv 2406.13233), a token takes as many true experts as its router chooses. Expert choice
-does the same. This module shows which tokens take many experts and which take few.
+With null experts (AdaMoE, arXiv 2406.13233) or expert choice, tokens take different numbers of experts. This module
+shows which tokens take many experts and which take few. Null experts are not counted.
 
 Shape suffixes: L expert layers, V vocabulary, T tokens of a micro-batch, C classes of token.
 """
@@ -30,14 +30,21 @@ RARE = 20  # a token with fewer occurrences is left out of the lists
 
 @dataclass(frozen=True, slots=True)
 class ExpertsByToken:
-    """Sums over all valid tokens of a split."""
+    """Counts for each token of the vocabulary: its occurrences in a split, and its experts in each layer.
+
+    Padding is not counted.
+    """
 
     layers: tuple[int, ...]  # the expert layers
     experts_LV: Tensor  # int64: (token, expert) assignments of each token of the vocabulary
     seen_V: Tensor  # int64: occurrences
 
     def summary(self, vocabulary: Vocabulary) -> dict[str, Any]:
-        """Return the means as a JSON-serializable mapping: by layer, by class of token, and the extreme tokens."""
+        """Return the mean numbers of experts as a JSON-serializable mapping.
+
+        It contains the means over all tokens, by layer and by class of token. It also lists the tokens with the lowest
+        and the highest means.
+        """
         seen_V, experts_V = self.seen_V.double(), self.experts_LV.double().sum(0)
         mean_V = experts_V / seen_V.clamp(min=1) / len(self.layers)
         frequent = (self.seen_V >= RARE).nonzero().flatten().tolist()
@@ -124,7 +131,10 @@ def token_class(vocabulary: Vocabulary, token: int) -> str:
 
 
 def _text(vocabulary: Vocabulary, token: int) -> str:
-    """Return the text of a text token as it is inside a text, with its leading space."""
+    """Return the text that a token adds when it follows another token, including any leading space.
+
+    If the text tokenizer does not have the token, return its id in angle brackets.
+    """
     if token >= vocabulary.text.size:
         return f"<{token}>"
     anchor = vocabulary.text.encode("a")

@@ -39,7 +39,7 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that precedes a text without a context. lm_eval also uses this name for the end-of-text token."""
+        """The id of the token that precedes a text without a context. lm_eval prescribes the property's name."""
         return self._text.prefix
 
     @property

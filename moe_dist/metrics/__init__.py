@@ -1,4 +1,4 @@
 """Metrics of a run, and their output: metric keys, routing metrics, FLOPs, sinks, progress display, reports.
 
-The run folder, which holds all files of a run, is also here. Imports core, config and parallel.
+This room also manages the run folder, which holds all files of a run. Imports core, config and parallel.
 """

@@ -100,8 +100,8 @@ def _working_width(section: DeepSpeedSection) -> int:
 def _kept(parameters: Sequence[_Parameter], zero: ZeroSection) -> Iterator[int]:
     """Yield, for each parameter, the number of elements in the working precision that a rank keeps.
 
-    With ZeRO-1 and ZeRO-2, a rank keeps all of its elements. With ZeRO-3, it keeps its part of them. In addition, it
-    keeps gathered copies of small parameters, as long as their total size does not exceed a limit.
+    ZeRO-1 and ZeRO-2 do not divide the parameters. With ZeRO-3, a rank keeps only its part of each parameter. In
+    addition, it keeps gathered copies of small parameters, as long as their total size does not exceed a limit.
     """
     largest = 100_000 if (given := zero.stage3_param_persistence_threshold) is None else given
     room = float("inf") if (limit := zero.stage3_model_persistence_threshold) is None else limit
@@ -147,9 +147,9 @@ def _gradients(trained: Sequence[_Parameter], section: DeepSpeedSection) -> int:
 
 
 def _largest_group(trained: Iterable[_Parameter], zero: ZeroSection) -> int:
-    """Return the number of elements that a rank holds of the optimizer's largest parameter group.
+    """Return the number of elements in a rank's part of the optimizer's largest parameter group.
 
-    Dense and expert parameters are in different groups, and so are parameters with and without weight decay. DeepSpeed
+    The optimizer has separate groups for dense and for expert parameters, each with and without weight decay. DeepSpeed
     splits large groups of experts. With ZeRO-3, it splits all large groups.
     """
     largest = 0

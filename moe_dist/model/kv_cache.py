@@ -86,7 +86,7 @@ class CachedDocuments:
         """Append the tokens to the cache, then compute attention. Returns [T, H, d].
 
         Each token attends to itself and to the cached tokens of its sequence that precede it.
-        window: the number of tokens that a token attends to, the last of which is the token itself; 0: no limit.
+        window: the maximum number of tokens that a token attends to, including itself. 0 means no limit.
         """
         layer, document_T, sequence_N = self.layer, self.document_T, self.sequence_N
         count_N = torch.bincount(document_T, minlength=len(sequence_N))

@@ -31,7 +31,7 @@ _ENOUGH = 2  # steps in which an expert or router must have had tokens: LoRA's A
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """The outcome of the check. The names are those of parameters, or of experts' rows of stacked parameters."""
+    """The outcome of the check. `not_tried` and `never` name parameters, or experts' rows of stacked parameters."""
 
     steps: int
     reached: int
@@ -48,7 +48,7 @@ class Reached:
             )
 
     def sentence(self) -> str:
-        """Return a sentence about the parameters that were not tried."""
+        """Return a message about the parameters in `not_tried`, with the possible reasons."""
         return (
             f"{self.steps} steps: gradients reached {self.reached} trained tensors, but not {_listed(self.not_tried)}, "
             "whose experts or modalities had too few tokens, or whose router has one expert"
@@ -61,7 +61,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 class _Routed:
-    """An expert layer: where its parts are among the numbers of tokens that `Reach` counts."""
+    """An expert layer, and the positions of its experts and routers in the token counts of `Reach`."""
 
     def __init__(self, name: str, layer: MoELayer, offset: int):
         router = layer.get_submodule("router")
@@ -75,7 +75,9 @@ class _Routed:
         return self.num_experts + len(self.routers)
 
     def place(self, name: str, row: int | None) -> int | None:
-        """Return the place of the tokens that a parameter needs. If it needs none of this layer's, return None.
+        """Return the position of a parameter's token count: the count of its expert or of its router.
+
+        Return None if the parameter belongs neither to one expert nor to a router of this layer.
 
         row: for a stacked parameter, the global id of the expert or slice.
         """
@@ -85,8 +87,9 @@ class _Routed:
         return self.offset + self.num_experts + found[0] if found else None
 
     def tokens(self, record: RoutingRecord) -> Tensor:
-        """Return the numbers of tokens of each expert and of each router. A router of one column has nothing to choose,
-        and counts as one without tokens.
+        """Return the number of tokens of each expert, and then of each router.
+
+        A router with a single column has nothing to choose, so its number is 0.
         """
         parts = zip(record.routings, self.routers.values(), strict=True)
         scored = [part.token_V.shape[0] if _can_choose(router) else 0 for part, router in parts]
@@ -99,9 +102,10 @@ def _can_choose(router: nn.Module) -> bool:
 
 
 class Reach:
-    """Hooks on a model that see gradients and routing. They are removed after the check.
+    """The check of one model. Hooks on the model observe its gradients and its routing.
 
-    Steps that cannot move a parameter, because they were skipped or because their learning rate is 0, do not count.
+    The hooks are removed after the check. A step does not count if it was skipped or if its learning rate is 0, because
+    such a step does not change the parameters.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, steps: int):
@@ -120,9 +124,10 @@ class Reach:
             self._hooks.append(model.register_forward_hook(self._count))
 
     def after_step(self, lr: float, folder: RunFolder, *, skipped: bool) -> None:
-        """Count a step. After the last step of the check, report its outcome, and write it to `folder`. Collective.
+        """Count a step. After the last step of the check, report the outcome and write it to `folder`. Collective.
 
-        Raises UserError on every rank if there are parameters that no gradient reached though they were tried.
+        Raises UserError on every rank if no gradient reached a parameter. No error is raised for parameters whose
+        expert or router had too few tokens.
         """
         if not self._left:
             return
@@ -168,14 +173,18 @@ class Reach:
         return all(tries[place] >= _ENOUGH for place in places)
 
     def _tensors(self) -> Iterator[tuple[str, int | None]]:
-        """Yield the trained parameters of all ranks, in an order that all ranks share: (name, None or expert id)."""
+        """Yield (name, row) for the trained parameters of all ranks, in the same order on every rank.
+
+        For a stacked parameter, there is one pair per expert or slice, and `row` is the global id. For other
+        parameters, `row` is None.
+        """
         for name, parameter in self._trained.items():
             ids = expert_ids(parameter)
             rows = [None] if ids is None else range(len(ids) * self._layout.expert)
             yield from ((name, row) for row in rows)
 
     def _over_ranks(self) -> Tensor:
-        """Return which of the tensors a gradient reached on any rank, bool. Collective."""
+        """Return a bool for each pair of `_tensors`: True if a gradient reached it on any rank. Collective."""
         found = {tensor: number for number, tensor in enumerate(self._tensors())}
         reached = torch.zeros(len(found), dtype=torch.int32, device=self._layout.device)
         for name, seen in self._seen.items():

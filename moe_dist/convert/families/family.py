@@ -26,7 +26,7 @@ JSON = dict[str, Any]  # the content of a config.json, or a part of it
 
 
 class Family:
-    """A family of Hugging Face models. The methods are inverse to each other where both directions exist."""
+    """The conversion of a family of Hugging Face models, in both directions."""
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]  # transformers' class
@@ -92,7 +92,7 @@ class Family:
         return ()
 
     def _differences(self, raw: JSON) -> list[JSON]:
-        """Return the settings in which each layer differs from the section `ffn` and from full attention."""
+        """Return, for each layer, the settings that differ from the model's `ffn` section and full attention."""
         dense = {"ffn": Family.ffn(self, raw)}
         without = set(self.dense_layers(raw))
         windows = enumerate(self.windows(raw))
@@ -126,7 +126,7 @@ class Family:
         }
 
     def keys(self, model: ModelConfig) -> JSON:
-        """Return the keys of config.json that are special to the family, and `intermediate_size`."""
+        """Return `intermediate_size`, and the keys of config.json that are specific to the family."""
         assert isinstance(model.ffn, DenseFFN)
         return {"intermediate_size": model.ffn.hidden_size}
 
@@ -171,9 +171,10 @@ def experts_of(model: ModelConfig) -> tuple[MoEFFN, Any]:
 
 
 def dense_layers_of(model: ModelConfig) -> tuple[list[int], int]:
-    """Return the layers without experts, in a model with experts, and the width of their feed-forward parts.
+    """Return the layers without experts, and the width of their feed-forward parts.
 
-    If there are none, the width is that of one expert: config.json must name a width, but it is not used.
+    If every layer has experts, return the width of one expert. The width is then not used, but config.json must contain
+    one.
     """
     dense = [layer for layer in range(model.num_layers) if layer not in model.expert_layers]
     return dense, model.ffn_of(dense[0] if dense else 0).hidden_size

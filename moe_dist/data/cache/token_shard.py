@@ -2,15 +2,15 @@
 
   text.npy        vocabulary ids of all captions and texts, concatenated (uint16, or int32 for a larger vocabulary)
   text_ends.npy   int64 [documents]: end of each document's text in text.npy
-  captions.npy    int64 [further captions, 2]: document, start of the caption in its text; for the second and later
-                  captions of documents that have several, in the order of text.npy
-  image.npy       vocabulary ids of the image codes [images, codes of an image], same dtype
+  captions.npy    int64 [further captions, 2], in the order of text.npy: document, start of the caption in its text. A
+                  further caption is the second or a later caption of a document
+  image.npy       vocabulary ids of the image codes [images, codes of an image], in the dtype of text.npy
   image_rows.npy  int64 [documents]: the document's row of image.npy, -1 without an image
   prompts.npy     int64 [instructions, 5], ordered by document: document, length of the prompt in its text, index into
                   the manifest's `domains`, hash that identifies the sample, markers (1: BOS, 2: EOS, 3: both)
   later.npy       int64 [further prompts, 3], ordered by document: document, start and end of the prompt in its text
   manifest.json   the shard and the tokenizers from which the tokens were made; the numbers of documents and tokens; a
-                  report on skipped samples; the documents of which a part, such as the image, was lost; file sizes
+                  report on skipped samples; the documents that lost a part, such as the image; file sizes
 
 The folder is written under a temporary name and renamed when it is complete, so a token shard that exists is complete.
 """
@@ -79,7 +79,10 @@ class TokenShard:
 
     @cached_property
     def caption_lengths(self) -> tuple[np.ndarray, np.ndarray]:
-        """The document of each caption, ascending, and the caption's number of tokens. Texts count as captions."""
+        """For every caption: its document, and its number of tokens. Both arrays are ordered by document.
+
+        Texts count as captions.
+        """
         begins = self.text_ends - np.diff(self.text_ends, prepend=0)
         further, start = self.captions.T
         documents = np.concatenate([np.arange(len(self)), further])
@@ -89,7 +92,7 @@ class TokenShard:
 
     @property
     def text_lengths(self) -> np.ndarray:
-        """The number of tokens of each document's text; if the document has several captions, of the first of them."""
+        """The number of tokens of each document's text. If a document has several captions, its text is the first one."""
         documents, lengths = self.caption_lengths
         return lengths[np.searchsorted(documents, np.arange(len(self)))]
 
@@ -103,7 +106,7 @@ class TokenShard:
 
     @property
     def omitted_markers(self) -> np.ndarray:
-        """The number of markers, of BOS and EOS, that each instruction does not get."""
+        """For each instruction, the number of markers (BOS and EOS) that packing does not add: 0, 1 or 2."""
         return 2 - (self.prompts[:, 4] & 1) - (self.prompts[:, 4] >> 1)
 
     @cached_property
@@ -124,7 +127,10 @@ class TokenShard:
         return np.load(self.folder / "image.npy", mmap_mode="r" if self.manifest["image_tokens"] else None)
 
     def document(self, index: int, choice: int = 0) -> StoredDocument:
-        """Return document number `index`, 0 <= index < len. Of n captions, its text is number `choice` mod n."""
+        """Return the document with the number `index`, 0 <= index < len.
+
+        choice: if the document has n captions, the result contains caption number `choice` mod n, counted from 0.
+        """
         begin = self.text_ends[index - 1] if index else 0
         first, last = np.searchsorted(self.captions[:, 0], [index, index + 1])
         bounds = [begin, *(begin + self.captions[first:last, 1]), self.text_ends[index]]
@@ -206,7 +212,7 @@ class TokenShardWriter:
     def _caption_ids(self, captions: tuple[str, ...]) -> list[int]:
         """Return the ids of all captions of the next document, and record where the second and later ones start.
 
-        Raises NoBoundary if the tokenizer makes no ids of a caption.
+        Raises NoBoundary if the tokenizer returns no ids for a caption.
         """
         parts = [self.vocabulary.text.encode(caption) for caption in captions]
         if not all(parts):

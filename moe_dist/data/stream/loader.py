@@ -200,7 +200,10 @@ def _identity(store: ShardStore, data: DataConfig, seed: int, neighbours: Neighb
 
 
 def _check_identity(saved: LoaderState, now: LoaderState, store: ShardStore) -> None:
-    """Raise UserError if a state was saved with other settings or shards. Older states have no digest of the shards."""
+    """Raise UserError if a state was saved with other settings or shards.
+
+    Older states have no digest of the shards, so their shards are not checked.
+    """
     for key, value in now.items():
         if key != SHARDS and saved.get(key) != value:
             raise UserError(f"the loader state was saved with {key}={saved.get(key)}, this run has {key}={value}")

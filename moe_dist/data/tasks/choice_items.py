@@ -88,10 +88,10 @@ def _choice(instruction: Instruction, tokenizer: TextTokenizer) -> Choice:
 
 
 def written_options(instruction: Instruction) -> tuple[list[str], int]:
-    """Return the options in the same form as the sample's answer, and the index of the correct option.
+    """Return the options in the form of the sample's answer, and the index of the correct option.
 
-    The options are either letters or texts, with the whitespace that precedes the answer. Raises UserError if the
-    sample is not a multiple-choice item.
+    If the answer is a letter, the options are letters. Otherwise, they are the texts of the options. Each option begins
+    with the same whitespace as the answer. Raises UserError if the sample is not a multiple-choice item.
     """
     answer, options, correct = instruction.answer, instruction.options, instruction.correct
     blanks = answer[: len(answer) - len(answer.lstrip())]

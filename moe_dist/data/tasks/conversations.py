@@ -1,9 +1,9 @@
 """Token ids of instructions, and which of them are learned.
 
 A conversation is written by the tokenizer's chat template and tokenised as one text. The template also writes the
-beginnings of the conversation: up to the place where an answer begins, and up to the place where it ends. The ids of
-these beginnings are the first ids of the conversation, which gives the places of its answers. An answer includes what
-the template writes at its end, such as an end-of-turn token.
+beginnings of the conversation: up to the place where an answer begins, and up to the place where it ends. The ids of a
+beginning must be the first ids of the conversation. Their number is the position at which the answer begins or ends. An
+answer includes what the template writes at its end, such as an end-of-turn token.
 """
 
 from __future__ import annotations
@@ -35,11 +35,12 @@ class _Rendered:
     def through_answer(self, begun: str, ended: str, answer: str) -> str:
         """Return the text up to the end of an answer.
 
-        That is `ended`, unless the template writes the last answer of a conversation in another way than earlier ones,
-        as Qwen3's does (with empty thoughts). Then the answer is looked for after `begun`. What follows it in `ended`,
-        such as an end-of-turn token, must follow it in the text too.
+        Usually, this is `ended`. However, some templates write the last answer of a conversation differently from
+        earlier ones. For example, Qwen3's template adds empty thoughts to it. In this case, search the text for the
+        answer after `begun`. The answer must be followed by the same text as in `ended`, such as an end-of-turn token.
+        If it is not found, return `ended`.
 
-        begun: the conversation up to the place where the answer begins. ended: the conversation that ends with it.
+        begun: the conversation up to the beginning of the answer. ended: the conversation up to the end of the answer.
         """
         _, found, closing = ended.rpartition(answer)
         at = self.text.find(answer, len(begun))
@@ -48,9 +49,10 @@ class _Rendered:
         return through if usable and not self.text.startswith(ended) else ended
 
     def place(self, beginning: str) -> int:
-        """Return the number of ids of a beginning of the text.
+        """Return the number of ids of `beginning`, a beginning of the text.
 
-        Raises NoBoundary if the text does not begin with it, or if its ids are not the first ids of the text.
+        Raises NoBoundary if the text does not start with `beginning`, or if the ids of `beginning` are not the first
+        ids of the text.
         """
         if beginning == self.text:
             return len(self.ids)

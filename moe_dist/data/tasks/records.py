@@ -2,14 +2,13 @@
 
   prompt and answer   the fields of Instruction (data/tasks/instructions.py)
   messages            [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]
-  conversations       [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}, ...] (LLaVA);
-                      `image`, or the list `images`, names the picture, which is another member of the sample; messages
-                      may have it too
+  conversations       [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}, ...] (LLaVA)
   Alpaca              `instruction`, `input` (may be empty or missing) and `output`
 
-Every form may have a `domain`. A `content` may also be a list of parts, of which those of type `text` are joined.
-Messages after the last answer are not used. The prompt of a conversation is the text of all messages before the first
-answer.
+Every form may have a `domain`. In a record with messages or conversations, `image` or the list `images` names the
+picture. The picture is another member of the sample. If a `content` is a list of parts, the parts of type `text` are
+joined. Messages after the last answer are not used. The prompt of a conversation is the text of all messages before
+the first answer.
 """
 
 from __future__ import annotations
@@ -96,9 +95,10 @@ class _Alpaca(_Record):
 
 
 def form_of(record: Mapping[str, object]) -> str | None:
-    """Return the key of the record's form in FORM_FIELDS, or None if the record is no instruction.
+    """Return the key of the record's form in FORM_FIELDS, or None if the record is not an instruction.
 
-    If a record has the fields of several forms, prompt and answer come first, then messages and conversations.
+    If a record has the fields of several forms, the first of these forms is used: prompt and answer, messages,
+    conversations, Alpaca.
     """
     if "prompt" in record and "answer" in record:
         return "prompt"
@@ -150,7 +150,7 @@ def _from_turns(record: _Conversations) -> Instruction:
 
 
 def _with_placeholders(messages: Sequence[Message], record: _Pictured) -> Instruction:
-    """Make an instruction of messages in which `<image>` stands for the picture."""
+    """Make an instruction from messages in which `<image>` marks the place of the picture."""
     placed = sum(message.content.count(IMAGE_PLACEHOLDER) for message in messages)
     plain = [Message(message.role, _without_placeholder(message.content)) for message in messages]
     return _conversation(plain, record.domain, pictures=max(placed, record.pictures))
@@ -180,7 +180,11 @@ def _conversation(messages: Sequence[Message], domain: str, *, pictures: int) ->
 
 
 def _from_alpaca(record: _Alpaca) -> Instruction:
-    """Write the prompt of Stanford Alpaca. A blank comes before the answer, or many tokenizers would join it to `:`."""
+    """Make an instruction with the prompt of Stanford Alpaca. Raises BadRecord if the output is empty.
+
+    The answer begins with a space. Without it, many tokenizers would join the answer to the `:` at the end of the
+    prompt.
+    """
     if not record.output.strip():
         raise BadRecord("empty output")
     form = ALPACA_WITH_INPUT if record.input and record.input.strip() else ALPACA

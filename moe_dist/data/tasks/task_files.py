@@ -99,7 +99,10 @@ def _task(out: Path, domain: str, has_examples: bool) -> dict[str, Any]:
 
 
 def _group(name: str, domains: Sequence[str]) -> dict[str, Any]:
-    """Return the content of the YAML file for the group of all tasks. Its metrics are means over all items."""
+    """Return the content of the YAML file for the group of all tasks.
+
+    The metrics of the group are means over the items of all tasks.
+    """
     return {
         "group": name,
         "task": [f"{name}_{domain}" for domain in domains],

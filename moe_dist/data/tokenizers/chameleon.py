@@ -77,7 +77,10 @@ class ChameleonVQ(nn.Module):
 
 
 def _checked(config: ChameleonVQVAEConfig) -> ChameleonVQVAEConfig:
-    """Return the configuration. Raises ValueError if a size is not positive or is too large to be meant."""
+    """Return `config` unchanged.
+
+    Raises ValueError if a size is not positive or is too large, or if the resolution cannot be halved between levels.
+    """
     levels = len(config.channel_multiplier)
     for name in ("resolution", "base_channels", "latent_channels", "embed_dim", "num_embeddings"):
         if not 0 < getattr(config, name) <= MAX_SIZE:

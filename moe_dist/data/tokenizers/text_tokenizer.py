@@ -100,7 +100,10 @@ class SentencePieceTokenizer:
         return self._processor.decode([int(i) for i in ids])
 
     def _chat(self, path: Path) -> ChatTemplate:
-        """Return the chat template of the folder that holds the model, or one that refuses if there is none."""
+        """Return the chat template from the folder of the model file.
+
+        If the folder has no chat template, the returned ChatTemplate raises UserError when it is used.
+        """
         config = path.parent / TOKENIZER_CONFIG
         source = read_template(path.parent, read_json(config) if config.is_file() else {})
         ids = {"bos_token": self.bos, "eos_token": self.eos}
@@ -108,9 +111,10 @@ class SentencePieceTokenizer:
         return ChatTemplate(path, source, self._encode_rendered, names, list(self._control))
 
     def _encode_rendered(self, text: str, special: bool) -> list[int]:
-        """Encode a text. special: whether control pieces in the text become their ids.
+        """Encode a text that a chat template has written.
 
-        The text is then divided at the control pieces, and SentencePiece encodes each part as a text of its own.
+        special: if true, each control piece in the text becomes its id, and the parts between control pieces are
+        encoded separately. If false, control pieces are encoded like other text.
         """
         if not special or not self._control:
             return self.encode(text)

@@ -1,5 +1,4 @@
-"""The router interface, and the parts that routers share: gates, margins and selection keys. In a selection key, a hash
-breaks ties between logits.
+"""The router interface, and the parts that routers share: gates, selection keys and margins.
 
 Shape suffixes: T tokens, D model width, V routed (valid) tokens, C columns of the gate (experts, then null experts).
 """
@@ -84,12 +83,13 @@ class RouterPart(nn.Module):
 
 
 class Gate(RouterPart):
-    """Linear layer that computes the logits of a router: x W^T (+ b), in float32 (float64 for float64 input).
+    """Linear layer that computes the logits of a router: x W^T (+ b).
 
-    It can have a LoRA delta (`router` in LORA_TARGETS). The weight and the bias are then frozen.
+    The logits are computed in float32 (float64 for float64 input), independently of the weight dtype and autocast. The
+    gate can have a LoRA delta (`router` in LORA_TARGETS). The weight and the bias are then frozen.
 
-    The weight dtype and autocast do not change this precision. The gate is a separate module because ZeRO-3 gathers
-    parameters with hooks, which need a module that returns a tensor. A router returns dataclasses.
+    ZeRO-3 gathers parameters with hooks. These hooks need a module that returns a tensor. A router returns dataclasses,
+    so the gate is a separate module.
     """
 
     def __init__(self, columns: int, site: Site, *, bias: bool = False):
@@ -198,9 +198,10 @@ def selection_keys(logits_VC: Tensor, info: TokenInfo, key: int, scope: str = "g
 def _ids(info: TokenInfo, columns: int, scope: str) -> Tensor:
     """Return a pseudo-random number for every pair of a token and a column, int64 [V, C].
 
-    The numbers are computed once for all routers that see the same tokens. They become a hash in selection_keys, which
-    multiplies them by an odd integer and keeps the high bits of the product (Dietzfelbinger et al., "A Reliable
-    Randomized Algorithm for the Closest-Pair Problem", J. Algorithms 1997). The integer differs between routers.
+    All routers that see the same tokens share these numbers. From them, selection_keys computes a different hash for
+    each router: it multiplies them by the router's own odd integer, and keeps the high bits of the product. The hash is
+    described in Dietzfelbinger et al., "A Reliable Randomized Algorithm for the Closest-Pair Problem", J. Algorithms
+    1997.
     scope: as in selection_keys.
     """
 
@@ -216,7 +217,7 @@ def selection_margins(logits_VC: Tensor, keys_VC: Tensor, chosen_VC: Tensor) -> 
     """Return how far each logit must move to change whether its row is chosen, float64 [V, C].
 
     In each column, a fixed number of rows is chosen: the rows with the highest selection keys. If a column has no
-    chosen row, or only chosen rows, no choice can change, so its distances are inf.
+    chosen row, or only chosen rows, no choice can change, and the result is inf.
     keys_VC: the result of `selection_keys`. chosen_VC: true where a row is chosen.
     """
     lowest, highest = torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max
