@@ -92,7 +92,7 @@ class TokenShard:
 
     @property
     def text_lengths(self) -> np.ndarray:
-        """The number of tokens of each document's text. If a document has several captions, its text is the first one."""
+        """The number of tokens of each document's text. If it has several captions, only the first one counts."""
         documents, lengths = self.caption_lengths
         return lengths[np.searchsorted(documents, np.arange(len(self)))]
 
