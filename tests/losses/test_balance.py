@@ -5,6 +5,7 @@ Shape suffixes: T tokens, D model width, C columns of a router (its experts, the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -315,6 +316,23 @@ def test_a_weight_may_change_at_given_steps():
     assert [a != b for a, b in pairwise(weights)].count(True) == 2
 
 
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("step", [0, 0, 0.2, 0.2, 0.2, 0.2, 1, 1, 0, 0]),
+        ("linear", [0, 0, 0.2, 0.4, 0.6, 0.8, 1, 0.5, 0, 0]),
+        ("cosine", [0, 0, 0.2, *(0.6 - 0.4 * math.cos(math.pi * share) for share in (0.25, 0.5, 0.75)), 1, 0.5, 0, 0]),
+    ],
+)
+def test_a_weight_is_interpolated_between_its_points(kind, expected):
+    points = [[2, 0.2], [6, 1.0], [8, 0]]
+    settings = loss_settings({"router_z": {"weight": {"type": kind, "points": points}}})["router_z"]
+    assert [settings.weight_at(step) for step in range(10)] == pytest.approx(expected)
+    stored = settings.model_dump(mode="json")
+    assert stored["weight"] == (points if kind == "step" else {"type": kind, "points": points})
+    assert loss_settings({"router_z": stored})["router_z"] == settings
+
+
 def test_what_is_wrong_with_losses_is_said_by_name():
     for raw, message in (
         ({"load_balanec": {"weight": 1}}, r"'losses.load_balanec': there is no such .*did you mean 'load_balance'"),
@@ -324,6 +342,13 @@ def test_what_is_wrong_with_losses_is_said_by_name():
         ({"router_z": {"weight": [[5, 0.1], [2, 0.2]]}}, r"'losses.router_z.weight': the first steps \[5, 2\] do not"),
         ({"router_z": {"weight": [[5, 0.1], [5, 0.2]]}}, r"the first steps \[5, 5\] do not ascend"),
         ({"router_z": {"weight": []}}, "'losses.router_z.weight'"),
+        ({"router_z": {"weight": "much"}}, "'losses.router_z.weight': input should be a valid number, got 'much'"),
+        ({"router_z": {"weight": [[5, -0.1]]}}, "'losses.router_z.weight.0.1': input should be greater"),
+        ({"router_z": {"weight": {"type": "root", "points": [[0, 1]]}}}, "'losses.router_z.weight.type'"),
+        ({"router_z": {"weight": {"points": [[0, 1], [0, 2]]}}}, r"weight.points': the first steps \[0, 0\] do not"),
+        ({"manifold": {"weight": 1, "neighbours": {"kind": "ball"}}}, "kind=ball and epsilon=None: kind ball needs"),
+        ({"manifold": {"weight": 1, "neighbours": {"k": 0}}}, "'losses.manifold.neighbours.k'"),
+        ({"manifold": {"weight": 1, "neighbours": {"sigma": 0}}}, "'losses.manifold.neighbours.sigma'"),
     ):
         with pytest.raises(UserError, match=message):
             loss_settings(raw)
