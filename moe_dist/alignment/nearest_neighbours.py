@@ -1,66 +1,172 @@
-"""The neighbours whose routing each sample should imitate: the k nearest samples that the model answered correctly.
+"""The neighbours whose routing each sample should imitate, and their weights.
 
 The weight W_ij of neighbour j for sample i is taken from RoMA: Routing Manifold Alignment, 2025.
 
-  W_ij = sim(i, j) / (sum of sim(i, l) over l in N(i))   with   sim(i, j) = exp(-||E_i - E_j||^2 / (2 sigma^2))
+  W_ij = sim(i, j) / (sum of sim(i, l) over l in N(i))   with   sim(i, j) = exp(-d(i, j)^2 / (2 sigma^2))
 
-The success set contains the samples that were answered correctly. N(i) contains the k samples of the success set that
-are nearest to sample i. E_i is the embedding of sample i's question.
+The set N(i) is chosen from a pool: the success set (the samples that the model answers correctly) or all samples. It
+contains the k nearest samples of the pool, those with sim(i, j) >= epsilon, k random ones, or the whole pool. The
+weights follow the equation in every case. Sample i and the samples with the same question are never in N(i).
+The distance d(i, j) is ||E_i - E_j||, or 1 - cos(E_i, E_j) as in the authors' released code. E_i is the embedding of
+sample i's question, a unit vector.
 
-Shape suffixes: N samples, C samples in the success set, B samples in a block, E embedding size, K neighbours.
+Shape suffixes: N samples, C samples in the pool, B samples in a block, E embedding size, K neighbours, R routing values
+of a sample.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moe_dist.config.losses import NeighbourSettings
 from moe_dist.core.errors import UserError
-from moe_dist.data.stream.neighbour_store import Neighbours
+from moe_dist.core.seeding import fold_key, uniform
+from moe_dist.data.stream.neighbour_store import AverageNeighbours, Neighbours, Samples
 
-BLOCK = 1024  # samples whose distances to the success set are in memory at once
+BLOCK = 1024  # samples whose distances to the pool are in memory at once
 
 
-def nearest(embedding_NE: Tensor, right_N: Tensor, *, k: int, sigma: float | None) -> tuple[Neighbours, float]:
-    """Find the k nearest neighbours of every sample in the success set. Returns the neighbours and the sigma used.
+def find_neighbours(
+    embedding_NE: Tensor, questions: Sequence[str], samples: Samples, settings: NeighbourSettings
+) -> tuple[Neighbours | AverageNeighbours, float]:
+    """Find the neighbours of every sample and their weights. Returns them and the sigma used.
 
-    A sample is never its own neighbour. If a sample has fewer than k neighbours, its remaining entries have weight 0.
-    right_N: true for the samples in the success set.
-    sigma: if None, the median distance between samples and their neighbours is used.
-    Raises UserError if the success set is empty, or if k or sigma is not positive.
+    For the kinds `nearest` and `random`, the neighbours are listed. For `ball` and `all`, which may have many, only the
+    weighted mean of their routing is returned, with its spread.
+    Raises UserError if the pool is empty, if a sample has fewer than k possible neighbours, or if no sample has any
+    neighbour.
     """
-    if k < 1:
-        raise UserError(f"k={k}: a sample needs at least one neighbour")
-    if sigma is not None and not sigma > 0:
-        raise UserError(f"sigma={sigma} is not positive")
-    candidate_C = right_N.nonzero().squeeze(1)
-    if not len(candidate_C):
-        raise UserError(f"the success set is empty: none of {len(right_N)} samples was answered correctly")
-    found = [_nearest_of(block_B, embedding_NE, candidate_C, k) for block_B in torch.arange(len(right_N)).split(BLOCK)]
-    neighbour_NK, squared_NK = (torch.cat(parts) for parts in zip(*found, strict=True))
-    exists_NK = squared_NK.isfinite()
-    if sigma is None:
-        squared = squared_NK[exists_NK]
-        median = float(squared.median().sqrt()) if len(squared) else 0.0
-        sigma = median or 1.0  # all questions are equal: any sigma will do
-    # The softmax equals W_ij but does not underflow if all neighbours are far away.
-    weight_NK = (-squared_NK / (2 * sigma**2)).softmax(dim=1).where(exists_NK, 0.0)
-    return Neighbours(neighbour_NK=neighbour_NK, weight_NK=weight_NK), sigma
+    pool = _Pool.of(embedding_NE, questions, samples, settings)
+    if settings.kind == "nearest":
+        nearest = pool.nearest(settings.k)
+        sigma = settings.sigma or _median_distance(nearest.squared_NK)
+        return nearest.weighted(sigma), sigma
+    sigma = settings.sigma or _median_distance(pool.nearest(settings.k).squared_NK)
+    if settings.kind == "random":
+        return pool.random(settings.k, settings.seed).weighted(sigma), sigma
+    averages = pool.averages(samples.routing_NR, sigma, settings.epsilon or 0.0)
+    if not averages.weight_N.any():
+        raise UserError(
+            f"no sample has a neighbour with a similarity of at least epsilon={settings.epsilon} (sigma {sigma:.3g}): "
+            "choose a smaller epsilon or a larger sigma"
+        )
+    return averages, sigma
 
 
-def _nearest_of(block_B: Tensor, embedding_NE: Tensor, candidate_C: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the k nearest candidates of each sample in a block. Return their indices and squared distances, [B, K].
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The neighbours of every sample, and the squared distances to them."""
 
-    A sample is not a candidate for itself. If a sample has fewer than k candidates, its remaining entries have an
-    infinite distance.
-    block_B: indices of the samples in the block. candidate_C: indices of the candidates.
+    neighbour_NK: Tensor
+    squared_NK: Tensor
+
+    def weighted(self, sigma: float) -> Neighbours:
+        return Neighbours(neighbour_NK=self.neighbour_NK, weight_NK=_weights(self.squared_NK, sigma))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Pool:
+    """The samples that may be neighbours."""
+
+    embedding_NE: Tensor
+    question_N: Tensor  # a number for each sample; samples with the same question have the same number
+    candidate_C: Tensor  # indices of the samples in the pool
+    distance: str  # as in NeighbourSettings
+
+    @classmethod
+    def of(cls, embedding_NE: Tensor, questions: Sequence[str], samples: Samples, settings: NeighbourSettings) -> _Pool:
+        """Select the pool. Raises UserError if it is empty."""
+        numbers: dict[str, int] = {}
+        question_N = torch.tensor([numbers.setdefault(question, len(numbers)) for question in questions])
+        is_in_N = torch.ones_like(samples.right_N) if settings.pool == "all" else samples.right_N
+        if not is_in_N.any():
+            raise UserError(f"the success set is empty: none of {len(questions)} samples was answered correctly")
+        return cls(
+            embedding_NE=embedding_NE,
+            question_N=question_N,
+            candidate_C=is_in_N.nonzero().squeeze(1),
+            distance=settings.distance,
+        )
+
+    def nearest(self, k: int) -> _Found:
+        """Find the k nearest samples of the pool for every sample. Raises UserError if a sample has fewer than k."""
+        return self._smallest(k, ((squared_BC, squared_BC) for _, squared_BC in self._blocks()))
+
+    def random(self, k: int, seed: int) -> _Found:
+        """Draw k samples of the pool for every sample. Raises UserError if a sample has fewer than k."""
+        key = fold_key(seed, "neighbours")
+        return self._smallest(
+            k,
+            (
+                (
+                    uniform(key, block_B[:, None], self.candidate_C).masked_fill(squared_BC.isinf(), torch.inf),
+                    squared_BC,
+                )
+                for block_B, squared_BC in self._blocks()
+            ),
+        )
+
+    def averages(self, routing_NR: Tensor, sigma: float, epsilon: float) -> AverageNeighbours:
+        """Average the routing of all neighbours whose similarity is at least epsilon."""
+        routing_CR = routing_NR[self.candidate_C].double()
+        means, spreads, exists = [], [], []
+        for _, squared_BC in self._blocks():
+            is_near_BC = (-squared_BC / (2 * sigma**2)).exp() >= epsilon
+            squared_BC = squared_BC.where(is_near_BC, torch.inf)
+            weight_BC = _weights(squared_BC, sigma).double()
+            means.append(weight_BC @ routing_CR)
+            spreads.append((weight_BC @ routing_CR.square() - means[-1].square()).clamp(min=0))
+            exists.append(squared_BC.isfinite().any(dim=1))
+        return AverageNeighbours(
+            mean_NR=torch.cat(means).float(), spread_NR=torch.cat(spreads).float(), weight_N=torch.cat(exists).float()
+        )
+
+    def _smallest(self, k: int, blocks: Iterator[tuple[Tensor, Tensor]]) -> _Found:
+        """Select for every sample the k candidates with the smallest keys.
+
+        blocks: the keys and the squared distances of each block [B, C], infinite where a candidate is excluded.
+        """
+        neighbours, squared = [], []
+        for key_BC, squared_BC in blocks:
+            least = int(key_BC.isfinite().sum(dim=1).min())
+            if least < k:
+                raise UserError(
+                    f"a sample has only {least} possible neighbours, fewer than k={k}: the pool has "
+                    f"{len(self.candidate_C)} samples, without the sample itself and those with the same question"
+                )
+            index_BK = key_BC.topk(k, dim=1, largest=False).indices
+            neighbours.append(self.candidate_C[index_BK])
+            squared.append(squared_BC.gather(1, index_BK))
+        return _Found(torch.cat(neighbours), torch.cat(squared))
+
+    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the samples of each block, and their squared distances d^2 to all candidates.
+
+        The distance to a candidate with the same question is infinite.
+        """
+        for block_B in torch.arange(len(self.question_N)).split(BLOCK):
+            # Compute the distances without a matrix product, which would give equal questions a distance other than 0.
+            mode = "donot_use_mm_for_euclid_dist"
+            between = self.embedding_NE[block_B], self.embedding_NE[self.candidate_C]
+            squared_BC = torch.cdist(*between, compute_mode=mode).square()
+            if self.distance == "cosine":
+                squared_BC = (squared_BC / 2).square()  # of unit vectors, ||a - b||^2 = 2 (1 - cos(a, b))
+            is_same_BC = self.question_N[block_B, None] == self.question_N[self.candidate_C]
+            yield block_B, squared_BC.masked_fill(is_same_BC, torch.inf)
+
+
+def _median_distance(squared_NK: Tensor) -> float:
+    """Return the median distance. If it is 0 because the questions are equal, return 1: any sigma will do."""
+    return float(squared_NK.median().sqrt()) or 1.0
+
+
+def _weights(squared_BC: Tensor, sigma: float) -> Tensor:
+    """Return W_ij. A row is 0 if all its distances are infinite.
+
+    The softmax equals W_ij but does not underflow if all neighbours are far away.
     """
-    # Compute the distances without a matrix product, which would give equal questions a distance other than 0.
-    mode = "donot_use_mm_for_euclid_dist"
-    distance_BC = torch.cdist(embedding_NE[block_B], embedding_NE[candidate_C], compute_mode=mode)
-    distance_BC = distance_BC.masked_fill(block_B[:, None] == candidate_C, torch.inf)
-    squared_BK, index_BK = distance_BC.square().topk(min(k, len(candidate_C)), dim=1, largest=False)
-    missing = k - squared_BK.shape[1]
-    neighbour_BK = F.pad(candidate_C[index_BK], (0, missing))
-    return neighbour_BK, F.pad(squared_BK, (0, missing), value=torch.inf)
+    return (-squared_BC / (2 * sigma**2)).softmax(dim=1).nan_to_num(0.0)

@@ -40,7 +40,6 @@ def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
     return _stored(path, read_index(path, verify_checkpoint(path)), (MASTER, FROZEN))
 
 
-@torch.no_grad()
 def fill_model(model: nn.Module, path: str | Path, layout: Layout) -> None:
     """Copy a checkpoint's parameters and buffers into a model that will not be trained. Collective.
 
@@ -48,7 +47,16 @@ def fill_model(model: nn.Module, path: str | Path, layout: Layout) -> None:
     the stored dtype, as in a resumed run. Raises UserError if the checkpoint is damaged or is of a different model.
     """
     path = Path(path)
-    stored = _stored(path, open_index(path, layout), MODEL_KINDS)
+    copy_tensors(model, _stored(path, open_index(path, layout), MODEL_KINDS), path)
+
+
+@torch.no_grad()
+def copy_tensors(model: nn.Module, stored: Mapping[str, LazyTensor], path: Path) -> None:
+    """Copy tensors into a model's parameters and buffers, as `fill_model` does. Collective.
+
+    stored: the tensors, keyed by name; an expert's row is NAME[expert]. path: the folder that error messages name.
+    Raises UserError if a tensor is damaged, or if the tensors are those of a different model.
+    """
     with raise_on_all_ranks():
         names = {name for name, _ in chain(model.named_parameters(), model.named_buffers())}
         surplus = [name for name in stored if split_row_name(name)[0] not in names]

@@ -137,7 +137,9 @@ class NeighbourSettings(Strict):
     @model_validator(mode="after")
     def _ball_has_a_radius(self):
         if (self.epsilon is None) == (self.kind == "ball"):
-            raise ValueError(f"kind={self.kind} and epsilon={self.epsilon}: kind ball needs epsilon, no other kind has it")
+            raise ValueError(
+                f"kind={self.kind} and epsilon={self.epsilon}: kind ball needs epsilon, no other kind has it"
+            )
         return self
 
 

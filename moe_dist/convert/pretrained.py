@@ -7,8 +7,10 @@ skipped and listed in PretrainedModel.dropped. Any other surplus tensor is an er
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +73,18 @@ def open_pretrained(folder: str | Path) -> PretrainedModel:
         tensors=from_theirs(mappings, used, str(folder)),
         dropped=(*unused_files, *unused_tensors),
     )
+
+
+def content_digest(folder: Path) -> str:
+    """Return a SHA-256 digest of the folder's config.json and of all its safetensors files."""
+    with ThreadPoolExecutor() as pool:
+        parts = pool.map(_file_digest, [folder / CONFIG, *sorted(folder.glob("*.safetensors"))])
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _is_padded(folder: Path, rows: int) -> bool:

@@ -25,9 +25,10 @@ class Manifold:
 
     Source: Routing Manifold Alignment, 2025, the equation that defines L_manifold. The vector r_i is the routing of
     sample i's last prompt token in the last `last_layers` expert layers. For each neighbour j, r_j and W_ij are
-    constants that data.neighbours adds to the batch (data/stream/neighbour_store.py). If a sample has no neighbours,
-    all its weights are 0 and it is left out of the mean. The metric manifold/coverage is the fraction of samples that
-    have neighbours.
+    constants that data.neighbours adds to the batch (data/stream/neighbour_store.py). If the store has only the mean of
+    the neighbours' routing and its spread, the spread is added, which gives the same loss and gradients. If a sample
+    has no neighbours, all its weights are 0 and it is left out of the mean. The metric manifold/coverage is the
+    fraction of samples that have neighbours.
     """
 
     names = ("loss/manifold", "manifold/coverage")
@@ -55,7 +56,10 @@ class Manifold:
         neighbours_SKR = stored_SKR[..., -routing_SR.shape[1] :].to(routing_SR.dtype)
         distance_SK = (routing_SR[:, None] - neighbours_SKR).square().sum(-1)
         weights_SK = batch.sidecar["neighbour_weights_SK"].to(routing_SR.dtype)
-        return (weights_SK * distance_SK).sum(), _covered(batch).sum().to(routing_SR.dtype)
+        loss = (weights_SK * distance_SK).sum()
+        if "neighbour_spread_SR" in batch.sidecar:
+            loss = loss + batch.sidecar["neighbour_spread_SR"][:, -routing_SR.shape[1] :].to(routing_SR.dtype).sum()
+        return loss, _covered(batch).sum().to(routing_SR.dtype)
 
 
 def sample_routing(records: Sequence[RoutingRecord], token_S: Tensor, num_tokens: int) -> Tensor:

@@ -7,13 +7,20 @@ from typing import Any
 
 from moe_dist.config.model_section import ModelConfig
 from moe_dist.config.recipe import Config, InitFrom
-from moe_dist.convert.pretrained import EMBEDDING, PretrainedModel, is_pretrained, open_pretrained
+from moe_dist.convert.pretrained import (
+    EMBEDDING,
+    PretrainedModel,
+    content_digest,
+    is_pretrained,
+    open_pretrained,
+)
 from moe_dist.core.errors import UserError
 from moe_dist.core.name_patterns import matches_any
 from moe_dist.data.tokenizers.hugging_face_text import TOKENIZER
 from moe_dist.data.tokenizers.text_tokenizer import SENTENCEPIECE, SentencePieceTokenizer, load_text_tokenizer
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 from moe_dist.parallel.agreement import gather_objects, raise_on_all_ranks
+from moe_dist.parallel.discovery import is_main_process
 
 # Keys of `model:` that a stage may choose freely: they add new parameters, or do not change the model.
 FREE = ("lora", "depth", "init_std", "embedding_init_std", "recompute")
@@ -31,14 +38,18 @@ def find_pretrained(config: Config) -> PretrainedModel | None:
     with raise_on_all_ranks():
         if settings.data_position:
             raise UserError(f"init_from.data_position: {settings.checkpoint} is not a checkpoint of a run")
-        if config.data.neighbours is not None:
-            raise UserError(
-                f"data.neighbours needs init_from to be the checkpoint that the store was collected with, and "
-                f"{settings.checkpoint} is a Hugging Face folder: import it first"
-            )
         found = open_pretrained(settings.checkpoint)
         check_model(found, config.model, settings)
     return found
+
+
+def pretrained_identity(found: PretrainedModel) -> str:
+    """Return a digest of a Hugging Face folder's config.json and weights. Collective: rank 0 reads them."""
+    digest = None
+    with raise_on_all_ranks(patient=True):  # the others wait; tens of GB take minutes
+        if is_main_process():
+            digest = content_digest(found.folder)
+    return next(text for text in gather_objects(digest) if text is not None)
 
 
 def check_model(found: PretrainedModel, model: ModelConfig, settings: InitFrom) -> None:

@@ -22,6 +22,7 @@ from moe_dist.checkpoint.manifest import identity, resolve_init
 from moe_dist.checkpoint.null_gates import ROUTER_GATE
 from moe_dist.checkpoint.stage_account import Account
 from moe_dist.checkpoint.train_state import TrainState, check_resumable
+from moe_dist.config.losses import ManifoldSettings
 from moe_dist.config.model_section import ModelConfig, MoEFFN
 from moe_dist.config.prerequisites import missing
 from moe_dist.config.recipe import Config, DataConfig, InitFrom
@@ -43,7 +44,7 @@ from moe_dist.parallel.layout import Layout, check_layout
 from moe_dist.parallel.signals import StopSignals
 from moe_dist.training.deepspeed_config import accumulation_steps
 from moe_dist.training.engine import Engine
-from moe_dist.training.pretrained_start import check_tokenizer, find_pretrained
+from moe_dist.training.pretrained_start import check_tokenizer, find_pretrained, pretrained_identity
 from moe_dist.training.trainable import freeze_others
 
 TRAINING_SPLITS: tuple[Split, Split] = ("train", "validation")
@@ -167,13 +168,15 @@ class Origin:
 
     If the run resumes, resume_from is its own checkpoint, and state is the training state in it. If the run starts from
     an earlier stage, source is the checkpoint of that stage. If source is a Hugging Face folder, pretrained is its
-    model. If all are None, the run starts from initial values.
+    model. If all are None, the run starts from initial values. If the recipe has a neighbour store, identity is a
+    digest of source, with which the store must have been collected.
     """
 
     resume_from: Path | None = None
     state: TrainState | None = None
     source: InitFrom | None = None
     pretrained: PretrainedModel | None = None
+    identity: str | None = None
 
     def check(self, vocabulary: Vocabulary) -> None:
         """Raise UserError if the run resumes and its checkpoint was made with different tokenizers.
@@ -225,14 +228,25 @@ def find_origin(config: Config) -> Origin:
     resume_from = checkpoint.resolve_resume(config)
     with raise_on_all_ranks():
         check_needs(config, resumes=resume_from is not None)
-    if resume_from is None and (pretrained := find_pretrained(config)) is not None:
-        return Origin(source=config.init_from, pretrained=pretrained)
     if resume_from is None:
-        return Origin(source=resolve_init(config))
+        return find_start(config)
     with raise_on_all_ranks():
         state = TrainState.from_json(checkpoint.read_state(resume_from))
         check_resumable(state.config, config)
     return Origin(resume_from=resume_from, state=state)
+
+
+def find_start(config: Config) -> Origin:
+    """Find the earlier stage or the Hugging Face folder that a run of this recipe starts from. Collective.
+
+    Raises UserError if it is incomplete, or if the recipe's model is not that of the folder.
+    """
+    pretrained = find_pretrained(config)
+    source = config.init_from if pretrained is not None else resolve_init(config)
+    digest = None
+    if config.data.neighbours is not None and source is not None:
+        digest = identity(source.checkpoint) if pretrained is None else pretrained_identity(pretrained)
+    return Origin(source=source, pretrained=pretrained, identity=digest)
 
 
 def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Vocabulary) -> Account:
@@ -241,12 +255,18 @@ def start_from(source: InitFrom, engine: Engine, layout: Layout, vocabulary: Voc
     Returns an Account of which parameters were loaded. Raises UserError if the embedding is loaded and the earlier
     stage used different tokenizers.
     """
-    with raise_on_all_ranks():
-        before = checkpoint.read_state(source.checkpoint).get("vocabulary", vocabulary.fingerprint())
     account = init_from(source, engine, layout)
-    if before != vocabulary.fingerprint() and "embedding.weight" in account.loaded:
-        raise UserError(f"{source.checkpoint} was trained with other tokenizers than {vocabulary.describe()}")
+    if "embedding.weight" in account.loaded:
+        with raise_on_all_ranks():
+            check_vocabulary(source, vocabulary)
     return account
+
+
+def check_vocabulary(source: InitFrom, vocabulary: Vocabulary) -> None:
+    """Raise UserError if the checkpoint of an earlier stage was made with different tokenizers."""
+    before = checkpoint.read_state(source.checkpoint).get("vocabulary", vocabulary.fingerprint())
+    if before != vocabulary.fingerprint():
+        raise UserError(f"{source.checkpoint} was trained with other tokenizers than {vocabulary.describe()}")
 
 
 def open_loader(
@@ -261,18 +281,19 @@ def open_loader(
         dp_rank=layout.dp_rank,
         dp=layout.dp,
         batch_groups=config.train.micro_batch_groups,
-        neighbours=open_neighbours(config.data, origin.source),
+        neighbours=open_neighbours(config, origin),
         state=origin.loader_state,
         device=layout.device,
     )
 
 
-def open_neighbours(data: DataConfig, source: InitFrom | None) -> NeighbourStore | None:
+def open_neighbours(config: Config, origin: Origin) -> NeighbourStore | None:
     """Open the recipe's neighbour store. Returns None if data.neighbours is not set.
 
-    source: the checkpoint that the store must belong to. If the run resumes, source is None and the store is not
-    checked.
+    Unless the run resumes, the store must have been collected with the model of `origin`.
     """
-    if data.neighbours is None:
+    if config.data.neighbours is None:
         return None
-    return NeighbourStore(data.neighbours, model=identity(source.checkpoint) if source is not None else None)
+    term = config.losses.get("manifold")
+    settings = term.neighbours if isinstance(term, ManifoldSettings) else None
+    return NeighbourStore(config.data.neighbours, model=origin.identity, settings=settings)

@@ -1,4 +1,6 @@
-"""A trained run, opened for evaluation or sampling: its model without an optimizer, in any layout."""
+"""A trained run, or the model that a recipe starts from, opened for evaluation or sampling: without an optimizer, in
+any layout.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ import torch
 
 from moe_dist.checkpoint import checkpoint
 from moe_dist.checkpoint.manifest import require_checkpoint, resolve_resume
-from moe_dist.checkpoint.stored_weights import fill_model
+from moe_dist.checkpoint.stored_weights import copy_tensors, fill_model
 from moe_dist.checkpoint.train_state import TrainState, check_resumable
 from moe_dist.config.recipe import Config
 from moe_dist.core.batch import Batch
@@ -28,7 +30,7 @@ from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.parallel.signals import StopSignals
 from moe_dist.training.deepspeed import init_distributed
-from moe_dist.training.setup import embedding_rows, open_data
+from moe_dist.training.setup import Origin, check_vocabulary, embedding_rows, find_start, open_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +72,7 @@ class TrainedRun:
                 raise UserError(f"{self.checkpoint} was trained with other tokenizers than {vocabulary.describe()}")
             rows = embedding_rows(config.model, vocabulary)
         stores = open_data(config.data, vocabulary, layout, StopSignals(), splits)
-        with raise_on_all_ranks():
-            with torch.device("meta"):
-                model = Transformer(config.model, rows, layout, config.seed)
-            give_memory(model, layout.device, dtype, is_new=none_new)
+        model = _empty_model(config, rows, layout, dtype)
         fill_model(model, self.checkpoint, layout)
         return OpenedRun(
             config=config,
@@ -105,3 +104,44 @@ class OpenedRun:
     def held_out_split(self) -> HeldOutSplit:
         """The share of the held-out split that this rank evaluates."""
         return HeldOutSplit.of(self.config, self.vocabulary, self.layout)
+
+
+def open_start(config: Config, *splits: Split) -> tuple[OpenedRun, Origin]:
+    """Open the model that a recipe starts from, and the tokens of `splits`. Collective.
+
+    The model must have exactly the parameters of the checkpoint or Hugging Face folder that init_from names. Returns it
+    with its origin. Raises UserError if the recipe has no init_from, or if the model or its tokenizers are different.
+    """
+    device = init_distributed()
+    layout = make_layout(expert=config.parallel.expert, device=device)
+    dtype = torch.bfloat16 if config.deepspeed.bf16.enabled else torch.float32
+    origin = find_start(config)
+    with raise_on_all_ranks():
+        if origin.source is None:
+            raise UserError("the recipe has no init_from, so there is no model to open")
+        check_head_size(config.model.size_per_head, device=layout.device, dtype=dtype)
+        vocabulary = load_vocabulary(config.data)
+        origin.check(vocabulary)
+        if origin.pretrained is None:
+            check_vocabulary(origin.source, vocabulary)
+        rows = embedding_rows(config.model, vocabulary)
+    stores = open_data(config.data, vocabulary, layout, StopSignals(), splits)
+    model = _empty_model(config, rows, layout, dtype)
+    if origin.pretrained is None:
+        fill_model(model, origin.source.checkpoint, layout)
+    else:
+        copy_tensors(model, origin.pretrained.tensors, origin.pretrained.folder)
+    documents = dict(zip(splits, stores, strict=True))
+    run = OpenedRun(
+        config=config, layout=layout, vocabulary=vocabulary, model=model.eval(), step=0, documents=documents
+    )
+    return run, origin
+
+
+def _empty_model(config: Config, rows: int, layout: Layout, dtype: torch.dtype) -> Transformer:
+    """Build the recipe's model on the device, with parameters that are not initialised. Collective."""
+    with raise_on_all_ranks():
+        with torch.device("meta"):
+            model = Transformer(config.model, rows, layout, config.seed)
+        give_memory(model, layout.device, dtype, is_new=none_new)
+    return model

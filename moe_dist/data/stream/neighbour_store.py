@@ -1,7 +1,7 @@
 """RoMA's neighbour store (docs/roma.md): each training sample's routing, and the neighbours whose routing it imitates.
 
 The store is a folder of three files:
-  store.json        format, the model's identity, and how the neighbours were found (embedder, k, sigma)
+  store.json        format, the model's identity, and how the neighbours were found (embedder, settings, sigma)
   samples.safetensors
     sample_N        int64 hash that identifies each sample, in ascending order
     right_N         bool, true if the model answers the sample correctly
@@ -9,6 +9,10 @@ The store is a folder of three files:
   neighbours.safetensors
     neighbour_NK    int64 row of each neighbour in samples.safetensors
     weight_NK       float32 weight of each neighbour; a row sums to 1, or is all 0 if the sample has no neighbours
+  or, for kinds of neighbours that may have many (ball, all):
+    mean_NR         float32 weighted mean m_i of the routing r_j of all neighbours
+    spread_NR       float32 weighted mean of (r_j - m_i)^2 for each routing value
+    weight_N        float32, 1 if the sample has neighbours, otherwise 0
 
 The store is written in two steps: first samples are collected, then neighbours are found. Training needs both.
 
@@ -27,6 +31,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe_dist.config.losses import NeighbourSettings
 from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import json_text, new_file, read_json, write_file
@@ -51,6 +56,41 @@ class Neighbours:
 
     neighbour_NK: Tensor
     weight_NK: Tensor
+
+    @property
+    def covered(self) -> int:
+        """The number of samples that have neighbours."""
+        return int((self.weight_NK > 0).any(dim=1).sum())
+
+    def joined(self, row_S: Tensor, samples: Samples) -> dict[str, Tensor]:
+        """Return the tensors that training needs for the samples in these rows."""
+        routing_SKR = samples.routing_NR[self.neighbour_NK[row_S]]
+        return {"neighbour_routing_SKR": routing_SKR, "neighbour_weights_SK": self.weight_NK[row_S]}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AverageNeighbours:
+    """The content of neighbours.safetensors if the neighbours are not listed: the mean of their routing, its spread.
+
+    This is enough for RoMA's term, because sum_j W_ij (r_i - r_j)^2 = (r_i - m_i)^2 + sum_j W_ij (r_j - m_i)^2.
+    """
+
+    mean_NR: Tensor
+    spread_NR: Tensor
+    weight_N: Tensor
+
+    @property
+    def covered(self) -> int:
+        """The number of samples that have neighbours."""
+        return int((self.weight_N > 0).sum())
+
+    def joined(self, row_S: Tensor, samples: Samples) -> dict[str, Tensor]:
+        """Return the tensors that training needs for the samples in these rows."""
+        return {
+            "neighbour_routing_SKR": self.mean_NR[row_S, None],
+            "neighbour_weights_SK": self.weight_N[row_S, None],
+            "neighbour_spread_SR": self.spread_NR[row_S],
+        }
 
 
 def write_samples(folder: Path, samples: Samples, about: Mapping[str, Any]) -> None:
@@ -87,10 +127,11 @@ def read_samples(folder: Path) -> tuple[Samples, dict[str, Any]]:
     return Samples(**read_safetensors(folder / SAMPLES)), about
 
 
-def write_neighbours(folder: Path, neighbours: Neighbours, about: Mapping[str, Any]) -> None:
+def write_neighbours(folder: Path, neighbours: Neighbours | AverageNeighbours, about: Mapping[str, Any]) -> None:
     """Add neighbours to the store in `folder`, which is then complete. Earlier neighbours are replaced.
 
-    about: how the neighbours were found, to be stored in store.json under `neighbours`.
+    about: how the neighbours were found, to be stored in store.json under `neighbours`. The entry `settings` has the
+    NeighbourSettings.
     """
     stored = read_json(folder / ABOUT)
     _write_tensors(folder / NEIGHBOURS, neighbours)
@@ -103,11 +144,14 @@ class NeighbourStore:
     For every sample of a batch, join() adds the routing of the sample's neighbours to the batch.
     """
 
-    def __init__(self, folder: str | Path, *, model: str | None):
-        """Open a store. Raises UserError if it is incomplete or was collected with a model other than `model`.
+    def __init__(self, folder: str | Path, *, model: str | None, settings: NeighbourSettings | None):
+        """Open a store.
+
+        Raises UserError if it is incomplete, if it was collected with a model other than `model`, or if its neighbours
+        were found with other settings than `settings`.
 
         model: the identity of the checkpoint from which training starts. If it is None (on resume), a store of any
-        model is accepted.
+        model is accepted. settings: if None, because the recipe has no losses.manifold, any are accepted.
         """
         self.folder = Path(folder)
         self._samples, about = read_samples(self.folder)
@@ -118,7 +162,10 @@ class NeighbourStore:
             )
         if not (self.folder / NEIGHBOURS).is_file():
             raise UserError(f"the neighbour store {self.folder} has no neighbours yet: run launch/align.py neighbours")
-        self._neighbours = Neighbours(**read_safetensors(self.folder / NEIGHBOURS))
+        if settings is not None:
+            _check_settings(self.folder, about["neighbours"].get("settings"), settings)
+        tensors = read_safetensors(self.folder / NEIGHBOURS)
+        self._neighbours = AverageNeighbours(**tensors) if "mean_NR" in tensors else Neighbours(**tensors)
 
     @property
     def identity(self) -> str:
@@ -132,8 +179,9 @@ class NeighbourStore:
     def join(self, batch: Batch) -> Batch:
         """Return a copy of the batch whose sidecar also holds each instruction's neighbours: their routing and weights.
 
-        The new entries are neighbour_routing_SKR and neighbour_weights_SK. Raises UserError if data.shards contains no
-        instructions, or if an instruction of the batch is not in the store.
+        The new entries are neighbour_routing_SKR and neighbour_weights_SK. If the store has means instead of a list of
+        neighbours, K is 1 and neighbour_spread_SR is added. Raises UserError if data.shards contains no instructions,
+        or if an instruction of the batch is not in the store.
         """
         if "sample_S" not in batch.sidecar:
             raise UserError(f"data.neighbours={self.folder} needs instructions, but data.shards holds none")
@@ -145,11 +193,23 @@ class NeighbourStore:
                 f"the neighbour store {self.folder} lacks {int(missing_S.sum())} of a batch's {len(sample_S)} samples, "
                 f"such as {int(sample_S[missing_S][0])}: collect it from the shards of data.shards"
             )
-        routing_SKR = self._samples.routing_NR[self._neighbours.neighbour_NK[row_S]]
-        joined = {"neighbour_routing_SKR": routing_SKR, "neighbour_weights_SK": self._neighbours.weight_NK[row_S]}
+        joined = self._neighbours.joined(row_S, self._samples)
         return replace(batch, sidecar={**batch.sidecar, **joined})
 
 
-def _write_tensors(path: Path, tensors: Samples | Neighbours) -> None:
+def _check_settings(folder: Path, stored: Mapping[str, Any] | None, wanted: NeighbourSettings) -> None:
+    """Raise UserError naming the first setting with which the stored neighbours were found that the recipe changes."""
+    expected = wanted.model_dump(mode="json")
+    differing = [key for key, value in expected.items() if stored is not None and stored.get(key) != value]
+    if stored is None or differing:
+        how = f"{differing[0]}={stored.get(differing[0])}" if stored is not None else "an earlier version"
+        raise UserError(
+            f"the neighbours in {folder} were found with {how}, not with losses.manifold.neighbours of the recipe"
+            + (f" ({differing[0]}={expected[differing[0]]})" if differing else "")
+            + ": run launch/align.py neighbours"
+        )
+
+
+def _write_tensors(path: Path, tensors: Samples | Neighbours | AverageNeighbours) -> None:
     with new_file(path) as partial:
         save_file({name: getattr(tensors, name).contiguous() for name in type(tensors).__dataclass_fields__}, partial)

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moe_dist.config.losses import NeighbourSettings
 from moe_dist.core.errors import UserError
 from moe_dist.data.stream.loader import make_loader
 from moe_dist.data.stream.neighbour_store import (
+    AverageNeighbours,
     Neighbours,
     NeighbourStore,
     Samples,
@@ -25,12 +27,14 @@ SAMPLES = Samples(
 NEIGHBOURS = Neighbours(
     neighbour_NK=torch.tensor([[2, 0], [0, 2], [0, 0]]), weight_NK=torch.tensor([[1.0, 0.0], [0.7, 0.3], [1.0, 0.0]])
 )
+SETTINGS = NeighbourSettings(k=2)
+FOUND = {"sigma": 0.5, "settings": SETTINGS.model_dump(mode="json")}
 
 
 @pytest.fixture
 def store(tmp_path):
     write_samples(tmp_path / "store", SAMPLES, ABOUT)
-    write_neighbours(tmp_path / "store", NEIGHBOURS, {"k": 2})
+    write_neighbours(tmp_path / "store", NEIGHBOURS, FOUND)
     return tmp_path / "store"
 
 
@@ -39,17 +43,36 @@ def batch_of(samples):
 
 
 def test_rows_come_by_the_samples_identity(store):
-    joined = NeighbourStore(store, model="digest").join(batch_of([2**62, 5, 17, 5]))
+    joined = NeighbourStore(store, model="digest", settings=SETTINGS).join(batch_of([2**62, 5, 17, 5]))
     expected = [SAMPLES.routing_NR[[i, j]] for i, j in ((0, 0), (2, 0), (0, 2), (2, 0))]
     assert torch.equal(joined.sidecar["neighbour_routing_SKR"], torch.stack(expected))
     assert torch.equal(joined.sidecar["neighbour_weights_SK"], NEIGHBOURS.weight_NK[[2, 0, 1, 0]])
     assert joined.sidecar["sample_S"].tolist() == [2**62, 5, 17, 5], "the rest of the sidecar stays"
-    empty = NeighbourStore(store, model="digest").join(batch_of([]))
+    empty = NeighbourStore(store, model="digest", settings=SETTINGS).join(batch_of([]))
     assert empty.sidecar["neighbour_routing_SKR"].shape == (0, 2, 4)
 
 
+def test_a_store_of_means_joins_one_row_for_each_sample(store):
+    means = AverageNeighbours(
+        mean_NR=torch.rand(3, 4), spread_NR=torch.rand(3, 4), weight_N=torch.tensor([1.0, 0.0, 1.0])
+    )
+    write_neighbours(store, means, FOUND)
+    sidecar = NeighbourStore(store, model=None, settings=None).join(batch_of([17, 2**62])).sidecar
+    assert torch.equal(sidecar["neighbour_routing_SKR"], means.mean_NR[[1, 2], None])
+    assert sidecar["neighbour_weights_SK"].tolist() == [[0.0], [1.0]]
+    assert torch.equal(sidecar["neighbour_spread_SR"], means.spread_NR[[1, 2]])
+
+
+def test_neighbours_of_other_settings_are_refused(store):
+    with pytest.raises(UserError, match=r"were found with k=2, not with .* \(k=5\): run launch/align\.py neighbours"):
+        NeighbourStore(store, model="digest", settings=NeighbourSettings(k=5))
+    write_neighbours(store, NEIGHBOURS, {"k": 2})
+    with pytest.raises(UserError, match="were found with an earlier version, not with"):
+        NeighbourStore(store, model="digest", settings=SETTINGS)
+
+
 def test_a_sample_that_is_not_there_is_said(store):
-    opened = NeighbourStore(store, model="digest")
+    opened = NeighbourStore(store, model="digest", settings=SETTINGS)
     for strangers in ([5, 18, 6], [2**62 + 1], [0]):
         missing = [s for s in strangers if s != 5]
         message = rf"lacks {len(missing)} of a batch's {len(strangers)} samples, such as {missing[0]}"
@@ -61,19 +84,19 @@ def test_a_sample_that_is_not_there_is_said(store):
 
 def test_a_store_of_another_model_is_refused(store):
     with pytest.raises(UserError, match=r"collected with another model \(runs/x/checkpoints/step_00000008\)"):
-        NeighbourStore(store, model="other")
+        NeighbourStore(store, model="other", settings=SETTINGS)
 
 
 def test_an_unfinished_or_damaged_store_is_refused(store):
     (store / "neighbours.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match=r"neighbours\.safetensors is missing, damaged"):
-        NeighbourStore(store, model="digest")
+        NeighbourStore(store, model="digest", settings=SETTINGS)
     write_samples(store, SAMPLES, ABOUT)  # collecting again removes the neighbours of the old samples
     with pytest.raises(UserError, match="has no neighbours yet"):
-        NeighbourStore(store, model="digest")
+        NeighbourStore(store, model="digest", settings=SETTINGS)
     (store / "store.json").unlink()
     with pytest.raises(UserError, match=r"store\.json is missing"):
-        NeighbourStore(store, model="digest")
+        NeighbourStore(store, model="digest", settings=SETTINGS)
 
 
 def test_an_empty_success_set_is_refused(tmp_path):
@@ -85,11 +108,11 @@ def test_an_empty_success_set_is_refused(tmp_path):
 def test_what_is_said_of_a_store_and_its_identity(store):
     samples, about = read_samples(store)
     assert torch.equal(samples.routing_NR, SAMPLES.routing_NR)
-    assert about["samples"] == 3 and about["right"] == 2 and about["neighbours"] == {"k": 2}
-    before = NeighbourStore(store, model="digest").identity
-    assert before == NeighbourStore(store, model="digest").identity
-    write_neighbours(store, replace(NEIGHBOURS, weight_NK=NEIGHBOURS.weight_NK.flip(1)), {"k": 2})
-    assert NeighbourStore(store, model="digest").identity != before
+    assert about["samples"] == 3 and about["right"] == 2 and about["neighbours"] == FOUND
+    before = NeighbourStore(store, model="digest", settings=SETTINGS).identity
+    assert before == NeighbourStore(store, model="digest", settings=SETTINGS).identity
+    write_neighbours(store, replace(NEIGHBOURS, weight_NK=NEIGHBOURS.weight_NK.flip(1)), FOUND)
+    assert NeighbourStore(store, model="digest", settings=SETTINGS).identity != before
 
 
 def loader(neighbours=None, state=None):
@@ -116,8 +139,8 @@ def store_of_instructions(folder, seed):
     )
     neighbour_NK = torch.randint(40, (40, 2), generator=torch.Generator().manual_seed(seed))
     write_samples(folder, samples, ABOUT)
-    write_neighbours(folder, Neighbours(neighbour_NK=neighbour_NK, weight_NK=torch.full((40, 2), 0.5)), {})
-    return NeighbourStore(folder, model="digest"), neighbour_NK
+    write_neighbours(folder, Neighbours(neighbour_NK=neighbour_NK, weight_NK=torch.full((40, 2), 0.5)), FOUND)
+    return NeighbourStore(folder, model="digest", settings=SETTINGS), neighbour_NK
 
 
 def test_the_loader_joins_every_batch_and_goes_on_with_the_same_store_only(tmp_path):
