@@ -12,6 +12,8 @@ from moe_dist.core.costs import Work
 from moe_dist.metrics.flops import model_flops
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import Layout
+from moe_dist.training.schedule import learning_rate
+from moe_dist.training.trainable import freeze_others
 from tests.support import ROOT
 
 FOLDER = ROOT / "configs"
@@ -127,3 +129,34 @@ def test_roma_trains_the_routers_that_its_term_reads():
     assert aligned.init_from.checkpoint == tuned.run.dir
     layers = range(tuned.model.num_layers - 5, tuned.model.num_layers)  # what the manifold term reads by default
     assert aligned.trainable == tuple(f"layers.{layer}.ffn.router.*" for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "expected", "of_billions"),
+    [
+        ("roma_olmoe", 50_304, 5 * 2048 * 64, 6.92),  # the paper: 0.0095 % of 6.92 billion
+        ("roma_olmoe_released", 50_304, 5 * 2048 * 64, 6.92),
+        ("roma_deepseekmoe", 102_400, 5 * 2048 * 64, 16.4),
+        ("roma_qwen3_30b", 151_936, 5 * 2048 * 128, 30.5),
+    ],
+)
+def test_roma_trains_the_gates_of_the_last_five_layers_alone(name, vocab_size, expected, of_billions):
+    config = load_config(FOLDER / f"{name}.yaml")
+    model = build(config, vocab_size)
+    assert total(model) == pytest.approx(of_billions * BILLION, rel=2e-3)
+    freeze_others(model, config.trainable)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    layers = range(config.model.num_layers - config.losses["manifold"].last_layers, config.model.num_layers)
+    assert set(trained) == {f"layers.{layer}.ffn.router.gate.weight" for layer in layers}
+    assert sum(parameter.numel() for parameter in trained.values()) == expected
+    assert expected / total(model) == pytest.approx(0.0095e-2, rel=0.01) or "olmoe" not in name
+
+
+def test_the_released_recipe_has_the_settings_of_the_authors_code():
+    config = load_config(FOLDER / "roma_olmoe_released.yaml")
+    term = config.losses["manifold"]
+    assert [term.weight_at(step) for step in (0, 1000, 2000, 4000)] == pytest.approx([0, 0.4, 0.8, 0.8])
+    assert (term.neighbours.k, term.neighbours.distance, term.neighbours.sigma) == (5, "cosine", 0.4)
+    rates = [learning_rate(step, config=config.schedule, steps=config.train.steps) for step in (999, 1999, 4599)]
+    assert rates == pytest.approx([3.5e-5, 7e-5, 7e-5])
+    assert config.losses["load_balance"].weight_at(0) == 0

@@ -140,11 +140,17 @@ LOSSES = {"manifold": {"weight": 3.0, "last_layers": 1}}
 
 
 def samples_of(batch: Batch, values: int = EXPERTS) -> Batch:
-    """Some of a group's tokens end prompts, unequally many in each group; every fourth of them has no neighbours."""
+    """Some of a group's tokens end prompts, unequally many in each group; every fourth of them has no neighbours.
+
+    The neighbours' routing has a spread, as in a store of means.
+    """
     id_T = batch.info.token_id_T
     token_S = (batch.info.valid_T & (id_T % 5 < 1 + id_T // 48 % 3)).nonzero().squeeze(1)
     uncovered = tuple((id_T[token_S] % 4 == 0).nonzero().squeeze(1).tolist())
-    return with_neighbours(batch, token_S, values=values, uncovered=uncovered)
+    batch = with_neighbours(batch, token_S, values=values, uncovered=uncovered)
+    is_covered_S = (batch.sidecar["neighbour_weights_SK"] > 0).any(dim=1)
+    spread_SR = batch.sidecar["neighbour_routing_SKR"][:, 0] * 0.1 * is_covered_S[:, None]
+    return replace(batch, sidecar={**batch.sidecar, "neighbour_spread_SR": spread_SR})
 
 
 Outcome = tuple[list[dict[str, float]], dict[str, Tensor], Selections]
