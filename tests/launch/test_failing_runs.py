@@ -245,7 +245,7 @@ TOOLS = [
     "prepare_tasks.py shards=/nowhere out=/nowhere",
     "generate.py /nowhere --caption a",
     "train.py --config /nowhere",
-    "align.py collect /nowhere /nowhere",
+    "align.py collect /nowhere",
     "multiple_choice.py /nowhere",
     "job.py begin --job 1 --restarts 0 --max-failures 1 --config /nowhere",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,13 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from launch import align, multiple_choice
 from moe_dist.checkpoint.checkpoint import newest_complete
 from moe_dist.checkpoint.stored_weights import read_tensors
-from moe_dist.config.recipe import load_config, save_config
+from moe_dist.config.recipe import load_config
 from moe_dist.core.errors import UserError
 from moe_dist.data.shards.tars import Sample, write_shards
 from moe_dist.data.stream.neighbour_store import read_samples
 from moe_dist.data.tokenizers.text_tokenizer import train_text_tokenizer
 from moe_dist.evaluate.choice_accuracy import Result
 from moe_dist.metrics.metric_keys import undeclared
-from moe_dist.metrics.run_folder import RunFolder
 from moe_dist.training.run import train
 from tests.support import ROOT
 from tests.support.distributed import run_ranks
@@ -83,8 +83,8 @@ def work(tmp_path_factory) -> Path:
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run_ranks(train_on, 2, str(folder / "recipe.yaml"), [])
-    run_ranks(collect_on, 2, folder / "tuned", folder / "store", ["parallel.expert=2"])
-    align.find_neighbours(folder / "store", folder / "embedder", 3, None)
+    run_ranks(collect_on, 2, str(folder / "recipe.yaml"), aligned(folder, "roma"))
+    align.write_nearest(load_config(folder / "recipe.yaml", aligned(folder, "roma")), folder / "embedder")
     return folder
 
 
@@ -109,8 +109,8 @@ def train_on(rank: int, recipe: str, overrides: list[str]) -> str:
     return ""
 
 
-def collect_on(rank: int, run: Path, store: Path, overrides: list[str]) -> None:
-    align.collect(RunFolder(run), store, overrides)
+def collect_on(rank: int, recipe: str, overrides: list[str]) -> None:
+    align.collect(load_config(recipe, overrides))
 
 
 def compare_on(rank: int, arguments: list[str]) -> None:
@@ -183,6 +183,10 @@ def test_a_store_that_does_not_fit_is_refused(work, tmp_path):
         (["init_from=null"], "data.neighbours needs init_from"),
         ([f"data.neighbours={tmp_path}"], "store.json is missing"),
         (["data.neighbours=null"], "losses.manifold needs the neighbours of every sample: set data.neighbours"),
+        (
+            ["losses.manifold.neighbours={k: 5}"],
+            "were found with k=3, not with losses.manifold.neighbours of the recipe",
+        ),
         (["losses.manifold.last_layers=4"], "losses.manifold.last_layers=4, the model has 3 expert layers"),
         ([f"data.shards={more_items(tmp_path)}"], "lacks"),
     ):
@@ -190,10 +194,27 @@ def test_a_store_that_does_not_fit_is_refused(work, tmp_path):
         assert all(answer.startswith("UserError") and message in answer for answer in answers), answers
 
 
-def test_a_run_without_a_checkpoint_is_said_before_its_data_are_read(tmp_path):
-    save_config(load_config(ROOT / "configs" / "roma_experts.yaml"), tmp_path / "config.yaml")
-    with pytest.raises(UserError, match="holds no complete checkpoint"):
-        align.collect(RunFolder(tmp_path), tmp_path / "store", ["data.shards=/nowhere"])
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("init_from={folder}", "init_from.checkpoint={folder} is neither a complete checkpoint nor a run folder with"),
+        ("init_from=null", "the recipe has no init_from, so there is no model to open"),
+        ("data.neighbours=null", "the recipe has no data.neighbours, the folder of the neighbour store"),
+    ],
+)
+def test_what_collect_needs_is_said_before_its_data_are_read(override, sentence, tmp_path):
+    recipe = ROOT / "configs" / "roma_quickstart.yaml"
+    config = load_config(recipe, ["data.shards=/nowhere", override.format(folder=tmp_path)])
+    with pytest.raises(UserError, match=re.escape(sentence.format(folder=tmp_path))):
+        align.collect(config)
+
+
+def test_neighbours_need_the_term_and_a_store(tmp_path):
+    recipe, store = ROOT / "configs" / "roma_quickstart.yaml", f"data.neighbours={tmp_path}"
+    with pytest.raises(UserError, match=r"store\.json is missing"):
+        align.write_nearest(load_config(recipe, [store]), tmp_path)
+    with pytest.raises(UserError, match=r"the recipe has no losses\.manifold"):
+        align.write_nearest(load_config(recipe, [store, "losses={}"]), tmp_path)
 
 
 def test_runs_that_cannot_be_compared_are_said():
