@@ -76,10 +76,10 @@ runs/roma_experts/.done: | setup
 	touch $@
 
 runs/roma_neighbours/samples.safetensors: | runs/roma_experts/.done
-	$(call FIT,configs/roma_experts.yaml) $(LAUNCH) launch/align.py collect runs/roma_experts runs/roma_neighbours
+	$(call FIT,configs/roma_experts.yaml) $(LAUNCH) launch/align.py collect configs/roma_quickstart.yaml
 
 runs/roma_neighbours/neighbours.safetensors: | runs/roma_neighbours/samples.safetensors data/minilm/config.json
-	$(BIN)/python launch/align.py neighbours runs/roma_neighbours data/minilm
+	$(BIN)/python launch/align.py neighbours configs/roma_quickstart.yaml data/minilm
 
 runs/roma_quickstart/.done: | runs/roma_neighbours/neighbours.safetensors
 	$(MAKE) train CONFIG=configs/roma_quickstart.yaml ARGS=

@@ -22,7 +22,7 @@ ALLOWED = {
     "evaluate": {"core", "config", "parallel", "data", "losses"},
     "generate": {"core", "parallel", "data", "model"},
     "harness": {"core", "config", "parallel", "data", "model", "evaluate", "generate"},
-    "alignment": {"core", "data"},
+    "alignment": {"core", "config", "data"},
     "convert": {"core", "config", "parallel", "data", "corpora", "model", "checkpoint"},
     "training": {
         "core",

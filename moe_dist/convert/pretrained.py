@@ -75,7 +75,7 @@ def open_pretrained(folder: str | Path) -> PretrainedModel:
     )
 
 
-def content_digest(folder: Path) -> str:
+def folder_digest(folder: Path) -> str:
     """Return a SHA-256 digest of the folder's config.json and of all its safetensors files."""
     with ThreadPoolExecutor() as pool:
         parts = pool.map(_file_digest, [folder / CONFIG, *sorted(folder.glob("*.safetensors"))])

@@ -10,7 +10,7 @@ from moe_dist.config.recipe import Config, InitFrom
 from moe_dist.convert.pretrained import (
     EMBEDDING,
     PretrainedModel,
-    content_digest,
+    folder_digest,
     is_pretrained,
     open_pretrained,
 )
@@ -48,7 +48,7 @@ def pretrained_identity(found: PretrainedModel) -> str:
     digest = None
     with raise_on_all_ranks(patient=True):  # the others wait; tens of GB take minutes
         if is_main_process():
-            digest = content_digest(found.folder)
+            digest = folder_digest(found.folder)
     return next(text for text in gather_objects(digest) if text is not None)
 
 

@@ -20,7 +20,7 @@ from moe_dist.core.errors import UserError
 from moe_dist.data.shards.tars import Sample, write_shards
 from moe_dist.data.stream.neighbour_store import read_samples
 from moe_dist.data.tokenizers.text_tokenizer import train_text_tokenizer
-from moe_dist.evaluate.choice_accuracy import Result
+from moe_dist.evaluate.choice_accuracy import Answers, Result
 from moe_dist.metrics.metric_keys import undeclared
 from moe_dist.training.run import train
 from tests.support import ROOT
@@ -215,6 +215,20 @@ def test_neighbours_need_the_term_and_a_store(tmp_path):
         align.write_nearest(load_config(recipe, [store]), tmp_path)
     with pytest.raises(UserError, match=r"the recipe has no losses\.manifold"):
         align.write_nearest(load_config(recipe, [store, "losses={}"]), tmp_path)
+
+
+def test_a_task_without_a_correct_answer_is_warned_of(capsys):
+    log_probs_NO = torch.tensor([[0.0, -1.0], [-1.0, 0.0], [-1.0, 0.0]])
+    answers = Answers(
+        sample_N=torch.arange(3),
+        domain_N=torch.tensor([0, 0, 1]),
+        correct_N=torch.tensor([0, 1, 0]),
+        log_probs_NO=log_probs_NO,
+        routing_NR=torch.zeros(3, 4),
+    )
+    align.warn(answers, ("easy", "hard"))
+    sentence = "none of the 1 samples of the task 'hard' is answered correctly: their neighbours come from other tasks"
+    assert capsys.readouterr().err == f"warning: {sentence}\n"
 
 
 def test_runs_that_cannot_be_compared_are_said():

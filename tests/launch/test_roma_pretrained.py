@@ -1,4 +1,4 @@
-"""RoMA from a Hugging Face folder with the released recipe: collect, find neighbours, train, on a small random OLMoE."""
+"""RoMA from a Hugging Face folder with the released recipe: collect, find neighbours and train a small random OLMoE."""
 
 from __future__ import annotations
 
