@@ -2,13 +2,14 @@
 
 launch/align.py collect RECIPE [section.key=value ...]
     Record how the model that the recipe starts from (init_from) routes and answers each sample of data.shards, in the
-    folder data.neighbours. Runs as a single process or under any launcher.
+    folder data.neighbours. Runs as a single process or under any launcher. If it is interrupted, run it again.
 launch/align.py neighbours RECIPE EMBEDDER [section.key=value ...]
     Find the neighbours whose routing each sample should imitate, as losses.manifold.neighbours says. EMBEDDER is the
     folder of a sentence-embedding model. Runs as a single process.
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +22,13 @@ from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
 from moe_dist.data.stream.neighbour_store import Samples, read_samples, write_neighbours, write_samples
 from moe_dist.data.tasks.choice_items import read_instructions
-from moe_dist.evaluate.choice_accuracy import Answers, Result, answer_all
+from moe_dist.evaluate.answer_parts import answer_in_parts
+from moe_dist.evaluate.choice_accuracy import Answers, Result, read_items
 from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.discovery import run_rank
 from moe_dist.training.trained_run import open_start
+
+PARTS = "parts"  # folder in the store for the samples that an unfinished collection has answered
 
 
 def main() -> None:
@@ -49,29 +53,24 @@ def main() -> None:
 def collect(config: Config) -> None:
     """Run the model on every training sample, and write the results to a new store. Collective.
 
-    The results are each sample's routing, and whether the model answers the sample correctly.
+    The results are each sample's routing, and whether the model answers the sample correctly. If an earlier call was
+    interrupted, the samples that it has finished are not run again.
     """
     store = store_of(config)
     run, origin = open_start(config, "train")
-    documents = run.documents["train"]
-    answers = answer_all(
-        run.forward,
-        documents,
-        run.vocabulary,
-        config.data,
-        run.layout,
-        split="train",
-        batch_groups=config.train.micro_batch_groups,
+    documents, groups = run.documents["train"], config.train.micro_batch_groups
+    data = config.data.model_dump(mode="json", exclude={"neighbours"})
+    about = {"model": origin.identity, "data": data}
+    choices, batches = read_items(
+        documents, run.vocabulary, config.data, run.layout, split="train", batch_groups=groups
     )
+    progress = {**about, "groups": groups, "bf16": config.deepspeed.bf16.enabled}
+    answers = answer_in_parts(run.forward, batches, choices, run.layout, store / PARTS, progress)
     with raise_on_all_ranks():
-        if run.layout.is_main:
+        if answers is not None:
             samples = Samples(sample_N=answers.sample_N, right_N=answers.right_N, routing_NR=answers.routing_NR)
-            about = {
-                "model": origin.identity,
-                "checkpoint": origin.source.checkpoint if origin.source else None,
-                "data": config.data.model_dump(mode="json"),
-            }
-            write_samples(store, samples, about)
+            write_samples(store, samples, {**about, "checkpoint": origin.source.checkpoint if origin.source else None})
+            shutil.rmtree(store / PARTS)
             print(f"{store}: {int(answers.right_N.sum())} of {len(answers.right_N)} samples answered correctly")
             warn(answers, documents.domains)
 

@@ -27,7 +27,9 @@ from moe_dist.core.errors import UserError
 from moe_dist.core.seeding import fold_key, uniform
 from moe_dist.data.stream.neighbour_store import AverageNeighbours, Neighbours, Samples
 
-BLOCK = 1024  # samples whose distances to the pool are in memory at once
+BLOCK = 1 << 25  # distances in memory at once, of at most SAMPLES samples
+SAMPLES = 4096
+SPARE = 16  # additional candidates whose exact distances are computed, because the matrix product rounds
 
 
 def find_neighbours(
@@ -94,27 +96,23 @@ class _Pool:
 
     def nearest(self, k: int) -> _Found:
         """Find the k nearest samples of the pool for every sample. Raises UserError if a sample has fewer than k."""
-        return self._smallest(k, ((squared_BC, squared_BC) for _, squared_BC in self._blocks()))
+        return self._smallest(k, SPARE, ((block_B, rough_BC, rough_BC) for block_B, rough_BC in self._blocks()))
 
     def random(self, k: int, seed: int) -> _Found:
         """Draw k samples of the pool for every sample. Raises UserError if a sample has fewer than k."""
         key = fold_key(seed, "neighbours")
-        return self._smallest(
-            k,
-            (
-                (
-                    uniform(key, block_B[:, None], self.candidate_C).masked_fill(squared_BC.isinf(), torch.inf),
-                    squared_BC,
-                )
-                for block_B, squared_BC in self._blocks()
-            ),
+        draws = (
+            (block_B, uniform(key, block_B[:, None], self.candidate_C), rough_BC)
+            for block_B, rough_BC in self._blocks()
         )
+        return self._smallest(k, 0, draws)
 
     def averages(self, routing_NR: Tensor, sigma: float, epsilon: float) -> AverageNeighbours:
         """Average the routing of all neighbours whose similarity is at least epsilon."""
         routing_CR = routing_NR[self.candidate_C].double()
         means, spreads, exists = [], [], []
-        for _, squared_BC in self._blocks():
+        for _, rough_BC in self._blocks():
+            squared_BC = self._of_euclidean(rough_BC)
             is_near_BC = (-squared_BC / (2 * sigma**2)).exp() >= epsilon
             squared_BC = squared_BC.where(is_near_BC, torch.inf)
             weight_BC = _weights(squared_BC, sigma).double()
@@ -125,38 +123,48 @@ class _Pool:
             mean_NR=torch.cat(means).float(), spread_NR=torch.cat(spreads).float(), weight_N=torch.cat(exists).float()
         )
 
-    def _smallest(self, k: int, blocks: Iterator[tuple[Tensor, Tensor]]) -> _Found:
-        """Select for every sample the k candidates with the smallest keys.
+    def _smallest(self, k: int, spare: int, blocks: Iterator[tuple[Tensor, Tensor, Tensor]]) -> _Found:
+        """Select for every sample the k + spare candidates with the smallest keys, and of these the k nearest.
 
-        blocks: the keys and the squared distances of each block [B, C], infinite where a candidate is excluded.
+        blocks: the samples of each block, their keys, and rough distances that are infinite for excluded candidates.
         """
         neighbours, squared = [], []
-        for key_BC, squared_BC in blocks:
-            least = int(key_BC.isfinite().sum(dim=1).min())
+        for block_B, key_BC, rough_BC in blocks:
+            is_excluded_BC = rough_BC.isinf()
+            least = len(self.candidate_C) - int(is_excluded_BC.sum(dim=1).max())
             if least < k:
                 raise UserError(
                     f"a sample has only {least} possible neighbours, fewer than k={k}: the pool has "
                     f"{len(self.candidate_C)} samples, without the sample itself and those with the same question"
                 )
-            index_BK = key_BC.topk(k, dim=1, largest=False).indices
-            neighbours.append(self.candidate_C[index_BK])
-            squared.append(squared_BC.gather(1, index_BK))
+            key_BC = key_BC.masked_fill(is_excluded_BC, torch.inf)
+            index_BK = key_BC.topk(min(k + spare, len(self.candidate_C)), dim=1, largest=False).indices
+            squared_BK = self._squared(block_B, index_BK).masked_fill(is_excluded_BC.gather(1, index_BK), torch.inf)
+            squared_BK, order_BK = squared_BK.sort(dim=1, stable=True)
+            neighbours.append(self.candidate_C[index_BK.gather(1, order_BK[:, :k])])
+            squared.append(squared_BK[:, :k])
         return _Found(torch.cat(neighbours), torch.cat(squared))
 
-    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the samples of each block, and their squared distances d^2 to all candidates.
+    def _squared(self, block_B: Tensor, index_BK: Tensor) -> Tensor:
+        """Return d^2 to the given candidates. Between equal embeddings it is exactly 0."""
+        between_BKE = self.embedding_NE[block_B, None] - self.embedding_NE[self.candidate_C[index_BK]]
+        return self._of_euclidean(between_BKE.square().sum(dim=-1))
 
-        The distance to a candidate with the same question is infinite.
+    def _of_euclidean(self, squared: Tensor) -> Tensor:
+        """Convert ||a - b||^2 to d^2. For unit vectors, ||a - b||^2 = 2 (1 - cos(a, b))."""
+        return (squared / 2).square() if self.distance == "cosine" else squared
+
+    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the samples of each block, and ||E_i - E_j||^2 to all candidates from a rounded matrix product.
+
+        It is infinite if the candidate has the same question.
         """
-        for block_B in torch.arange(len(self.question_N)).split(BLOCK):
-            # Compute the distances without a matrix product, which would give equal questions a distance other than 0.
-            mode = "donot_use_mm_for_euclid_dist"
-            between = self.embedding_NE[block_B], self.embedding_NE[self.candidate_C]
-            squared_BC = torch.cdist(*between, compute_mode=mode).square()
-            if self.distance == "cosine":
-                squared_BC = (squared_BC / 2).square()  # of unit vectors, ||a - b||^2 = 2 (1 - cos(a, b))
+        candidate_CE = self.embedding_NE[self.candidate_C]
+        samples = max(min(BLOCK // len(self.candidate_C), SAMPLES), 1)
+        for block_B in torch.arange(len(self.question_N)).split(samples):
+            rough_BC = (2 - 2 * self.embedding_NE[block_B] @ candidate_CE.T).clamp(min=0)
             is_same_BC = self.question_N[block_B, None] == self.question_N[self.candidate_C]
-            yield block_B, squared_BC.masked_fill(is_same_BC, torch.inf)
+            yield block_B, rough_BC.masked_fill(is_same_BC, torch.inf)
 
 
 def _median_distance(squared_NK: Tensor) -> float:

@@ -66,6 +66,23 @@ def answer_all(
 
     Rank 0 displays the progress. forward: as in `answer`. store: the documents of this split.
     """
+    choices, batches = read_items(store, vocabulary, data, layout, split=split, batch_groups=batch_groups)
+    return answer(forward, batches, choices, layout)
+
+
+def read_items(
+    store: DocumentStore,
+    vocabulary: Vocabulary,
+    data: DataConfig,
+    layout: Layout,
+    *,
+    split: Split,
+    batch_groups: int,
+) -> tuple[Mapping[int, Choice], Iterable[Batch]]:
+    """Return the items of a split, keyed by sample hash, and this rank's batches of them. Collective.
+
+    All ranks have the same number of batches. Rank 0 displays the progress while they are read.
+    """
     with raise_on_all_ranks():
         choices, report = read_choices(data, split, vocabulary.text)
     if layout.is_main:
@@ -73,8 +90,7 @@ def answer_all(
     batches = held_out_batches(
         store, vocabulary, data, groups=len(store), dp_rank=layout.dp_rank, dp=layout.dp, batch_groups=batch_groups
     )
-    shown = track(list(batches), description="answering", disable=not layout.is_main)
-    return answer(forward, shown, choices, layout)
+    return choices, track(list(batches), description="answering", disable=not layout.is_main)
 
 
 def _warn(choices: Mapping[int, Choice], report: SampleReport) -> None:
@@ -87,7 +103,6 @@ def _warn(choices: Mapping[int, Choice], report: SampleReport) -> None:
         print(f"warning: {ambiguous} of {len(choices)} items {sentence}", file=sys.stderr, flush=True)
 
 
-@torch.no_grad()
 def answer(forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Choice], layout: Layout) -> Answers:
     """Let a model answer all items of the batches.
 
@@ -97,16 +112,28 @@ def answer(forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Ch
     number of options (data/tasks/choice_items.py). Samples that are not in `choices` are left out. Raises UserError if
     no items remain.
     """
+    return merged(answers_of_all_ranks(forward, batches, choices, layout))
+
+
+@torch.no_grad()
+def answers_of_all_ranks(
+    forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Choice], layout: Layout
+) -> list[Answers]:
+    """Return the answers to each batch of each rank that has items. Arguments as in `answer`. Collective."""
     mine = []
     for batch in batches:
         batch = batch.to(layout.device)
         output = forward(batch)
         if any(sample in choices for sample in batch.sidecar.get("sample_S", torch.empty(0)).tolist()):
             mine.append(_answer_batch(output, batch, choices))
-    everyone = [answers for rank in gather_objects(mine) for answers in rank]
-    if not everyone:
+    return [answers for rank in gather_objects(mine) for answers in rank]
+
+
+def merged(parts: Sequence[Answers]) -> Answers:
+    """Merge answers. An item that was answered several times keeps its first answer. Raises UserError without items."""
+    if not parts:
         raise UserError("the split holds no instruction samples, so there is nothing to choose from")
-    joined = {f.name: torch.cat([getattr(answers, f.name) for answers in everyone]) for f in fields(Answers)}
+    joined = {f.name: torch.cat([getattr(answers, f.name) for answers in parts]) for f in fields(Answers)}
     first_N = _first_of_each(joined["sample_N"])
     return Answers(**{name: value[first_N] for name, value in joined.items()})
 

@@ -86,7 +86,7 @@ def naive(embedding, questions, samples, settings, drawn):
 @pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
 def test_neighbours_weights_and_the_term_equal_the_equations(monkeypatch, case):
     """Both the loss and its gradients at the routers of the last of two layers."""
-    monkeypatch.setattr("moe_dist.alignment.nearest_neighbours.BLOCK", 7)
+    monkeypatch.setattr("moe_dist.alignment.nearest_neighbours.BLOCK", 120)
     settings = NeighbourSettings(**case)
     embedding, questions, samples = random_samples()
     found, sigma = find_neighbours(embedding, questions, samples, settings)
@@ -127,7 +127,7 @@ def test_random_neighbours_are_distinct_and_depend_on_the_seed_alone(monkeypatch
     rows = [found.neighbour_NK for found, _ in drawn]
     assert not torch.equal(*rows) and all(len(set(row)) == 3 for row in rows[0].tolist())
     assert samples.right_N[rows[0]].all(), "a neighbour outside the success set"
-    monkeypatch.setattr("moe_dist.alignment.nearest_neighbours.BLOCK", 7)
+    monkeypatch.setattr("moe_dist.alignment.nearest_neighbours.BLOCK", 120)
     again, _ = find_neighbours(embedding, questions, samples, NeighbourSettings(kind="random"))
     assert torch.equal(again.neighbour_NK, rows[0])
 

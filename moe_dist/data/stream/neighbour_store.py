@@ -14,7 +14,8 @@ The store is a folder of three files:
     spread_NR       float32 weighted mean of (r_j - m_i)^2 for each routing value
     weight_N        float32, 1 if the sample has neighbours, otherwise 0
 
-The store is written in two steps: first samples are collected, then neighbours are found. Training needs both.
+The store is written in two steps: first samples are collected, then neighbours are found. Training needs both. The
+tensors are memory-mapped: a rank reads only the rows of its batches, and the ranks of a machine share them.
 
 Shape suffixes: N samples of the store, S samples of a micro-batch, K neighbours, R routing values of a sample.
 """
@@ -23,19 +24,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_dist.config.losses import NeighbourSettings
 from moe_dist.core.batch import Batch
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import json_text, new_file, read_json, write_file
-from moe_dist.core.tensor_files import read_safetensors
+from moe_dist.core.tensor_files import LazyTensor, read_safetensors, write_safetensors
 
 NEIGHBOURS_FORMAT = 1
 ABOUT, SAMPLES, NEIGHBOURS = "store.json", "samples.safetensors", "neighbours.safetensors"
@@ -212,4 +212,4 @@ def _check_settings(folder: Path, stored: Mapping[str, Any] | None, wanted: Neig
 
 def _write_tensors(path: Path, tensors: Samples | Neighbours | AverageNeighbours) -> None:
     with new_file(path) as partial:
-        save_file({name: getattr(tensors, name).contiguous() for name in type(tensors).__dataclass_fields__}, partial)
+        write_safetensors(partial, {name: LazyTensor.of(tensor) for name, tensor in asdict(tensors).items()})
