@@ -1,4 +1,4 @@
-"""How large is a neighbour store of a million samples, and how long do its parts take? python benchmarks/neighbour_store.py
+"""How large is a neighbour store of a million samples, and how fast is it? python benchmarks/neighbour_store.py
 
 Writes a store with random contents to a temporary folder: five layers of 64 experts, three neighbours of each sample.
 The neighbours themselves are found among fewer samples. Writes benchmarks/results/<date>-neighbour_store.md.
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from runs import write_result
 
 from moe_dist.alignment.nearest_neighbours import find_neighbours
 from moe_dist.config.losses import NeighbourSettings
 from moe_dist.data.stream.neighbour_store import Neighbours, NeighbourStore, Samples, write_neighbours, write_samples
+from runs import write_result
 from tests.support.model_batches import make_batch
 
 SAMPLES, VALUES, K, BATCH = 1_000_000, 5 * 64, 3, 32

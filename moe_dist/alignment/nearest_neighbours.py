@@ -27,8 +27,8 @@ from moe_dist.core.errors import UserError
 from moe_dist.core.seeding import fold_key, uniform
 from moe_dist.data.stream.neighbour_store import AverageNeighbours, Neighbours, Samples
 
-BLOCK = 1 << 25  # distances in memory at once, of at most SAMPLES samples
-SAMPLES = 4096
+BLOCK = 1 << 25  # distances in memory at once, of at most BLOCK_SAMPLES samples
+BLOCK_SAMPLES = 4096
 SPARE = 16  # additional candidates whose exact distances are computed, because the matrix product rounds
 
 
@@ -160,7 +160,7 @@ class _Pool:
         It is infinite if the candidate has the same question.
         """
         candidate_CE = self.embedding_NE[self.candidate_C]
-        samples = max(min(BLOCK // len(self.candidate_C), SAMPLES), 1)
+        samples = max(min(BLOCK // len(self.candidate_C), BLOCK_SAMPLES), 1)
         for block_B in torch.arange(len(self.question_N)).split(samples):
             rough_BC = (2 - 2 * self.embedding_NE[block_B] @ candidate_CE.T).clamp(min=0)
             is_same_BC = self.question_N[block_B, None] == self.question_N[self.candidate_C]

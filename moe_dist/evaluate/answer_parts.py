@@ -18,12 +18,12 @@ from moe_dist.core.batch import Batch
 from moe_dist.core.files import json_text, new_file, read_json, write_file
 from moe_dist.core.tensor_files import LazyTensor, read_safetensors, write_safetensors
 from moe_dist.data.tasks.choice_items import Choice
-from moe_dist.evaluate.choice_accuracy import Answers, answers_of_all_ranks, merged
+from moe_dist.evaluate.choice_accuracy import Answers, answers_of_all_ranks, merge_answers
 from moe_dist.parallel.agreement import gather_objects, raise_on_all_ranks
 from moe_dist.parallel.layout import Layout
 
 BATCHES = 64  # micro-batches of each rank in one part
-ABOUT = "parts.json"
+PARTS_ABOUT = "parts.json"
 
 
 def answer_in_parts(
@@ -49,11 +49,11 @@ def answer_in_parts(
         answers = answers_of_all_ranks(forward, some, choices, layout)
         with raise_on_all_ranks():
             if layout.is_main and answers:
-                _write(folder / f"{number:06d}.safetensors", merged(answers))
+                _write(folder / f"{number:06d}.safetensors", merge_answers(answers))
     with raise_on_all_ranks():
         if not layout.is_main:
             return None
-        return merged([Answers(**read_safetensors(path)) for path in sorted(folder.glob("*.safetensors"))])
+        return merge_answers([Answers(**read_safetensors(path)) for path in sorted(folder.glob("*.safetensors"))])
 
 
 def _chunks(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
@@ -64,10 +64,10 @@ def _chunks(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
 
 def _finished(folder: Path, about: dict[str, Any]) -> set[int]:
     """Return the numbers of the finished parts. If the folder is about something else, empty it first."""
-    if not (folder / ABOUT).is_file() or read_json(folder / ABOUT) != about:
+    if not (folder / PARTS_ABOUT).is_file() or read_json(folder / PARTS_ABOUT) != about:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write_file(folder / ABOUT, json_text(about))
+        write_file(folder / PARTS_ABOUT, json_text(about))
     done = {int(path.stem) for path in folder.glob("*.safetensors")}
     if done:
         print(f"{folder}: {len(done)} parts are finished already", file=sys.stderr, flush=True)

@@ -112,7 +112,7 @@ def answer(forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Ch
     number of options (data/tasks/choice_items.py). Samples that are not in `choices` are left out. Raises UserError if
     no items remain.
     """
-    return merged(answers_of_all_ranks(forward, batches, choices, layout))
+    return merge_answers(answers_of_all_ranks(forward, batches, choices, layout))
 
 
 @torch.no_grad()
@@ -129,7 +129,7 @@ def answers_of_all_ranks(
     return [answers for rank in gather_objects(mine) for answers in rank]
 
 
-def merged(parts: Sequence[Answers]) -> Answers:
+def merge_answers(parts: Sequence[Answers]) -> Answers:
     """Merge answers. An item that was answered several times keeps its first answer. Raises UserError without items."""
     if not parts:
         raise UserError("the split holds no instruction samples, so there is nothing to choose from")
