@@ -36,6 +36,8 @@ def _value(found: re.Match[str]) -> str:
 
 
 def _expand_all(paths: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if paths == ():
+        raise ValueError("the list names no path")
     return expand(paths) if isinstance(paths, str) else tuple(expand(path) for path in paths)
 
 

@@ -75,6 +75,7 @@ def test_a_recipe_that_may_not_be_read():
             "data.shards=3",
             "key 'data.shards': input should be a valid string, got 3; key 'data.shards': input should be a",
         ),
+        ("data.shards=[]", "key 'data.shards': the list names no path$"),
         ("data.shards=[a, 3]", "; key 'data.shards.1': input should be a valid string, got 3$"),
         ("needs=[{type: corpus, corpuss: a, out: b}]", r"unknown key 'needs.0.corpuss' \(did you mean 'corpus'\?\)"),
         ("needs=[{type: corpus, out: b}]", "key 'needs.0.corpus' is missing$"),
