@@ -77,7 +77,7 @@ def _read(recipe: TokenizerRecipe, split: Split, max_images: int) -> tuple[list[
     if split == "train":  # held-out samples only measure the quality
         report.check_samples(split)
     report.check(recipe.max_bad_fraction)
-    if report.bad:
+    if report.bad or report.lost:
         print(f"warning: {split}: {report.summary()}", file=sys.stderr, flush=True)
     return texts, np.stack(images) if images else None
 
