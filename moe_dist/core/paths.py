@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator
+
+from moe_dist.core.errors import UserError
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
@@ -26,6 +29,16 @@ def expand(path: str) -> str:
     if expanded.startswith("~"):
         raise ValueError(f"there is no user {expanded.partition('/')[0][1:]}; a folder of this name is ./{expanded}")
     return expanded
+
+
+def path_setting(key: str, value: object) -> Path:
+    """Return the value of the setting `key` as a path, expanded. Raises UserError if it is not a valid path."""
+    if not isinstance(value, str):
+        raise UserError(f"key '{key}': a path is a text, not {value}; write it in quotes")
+    try:
+        return Path(expand(value))
+    except ValueError as error:
+        raise UserError(f"key '{key}': {error}") from None
 
 
 def _value(found: re.Match[str]) -> str:

@@ -31,7 +31,7 @@ from moe_dist.core.name_patterns import matches_any
 from moe_dist.data.cache.split_checks import repeated_shards, shared_shards
 from moe_dist.data.cache.token_cache import TokenStore, build_cache, open_store
 from moe_dist.data.shards.sample_report import KEYS_SHOWN, readable
-from moe_dist.data.shards.tars import Split, unread_tars
+from moe_dist.data.shards.tars import Split, unread_shards
 from moe_dist.data.stream.loader import Loader, check_data, make_loader
 from moe_dist.data.stream.neighbour_store import NeighbourStore
 from moe_dist.data.stream.packing import Document
@@ -140,7 +140,7 @@ def _warn(data: DataConfig, stores: Mapping[Split, TokenStore]) -> None:
     twice = [name for store in stores.values() for name in repeated_shards(store.shards)]
     held_out = [name for split in stores if split != "train" for name in shared_shards(trained, stores[split].shards)]
     for names, meaning in (
-        (unread_tars(data.shards, data.validation_shards), "tars in the shard folders are read by no split"),
+        (unread_shards(data.shards, data.validation_shards), "files in the shard folders are read by no split"),
         (twice, "shards have the content of another one, so their samples count twice"),
         (held_out, "held-out shards are trained on, too, so the held-out loss does not show how a model generalises"),
     ):

@@ -181,27 +181,32 @@ def _tars(folder: Path) -> list[Path]:
     return tars or [file for file in files if file.name.endswith(JSONL_SUFFIXES)]
 
 
-def unread_tars(*specs: str | Sequence[str] | None) -> list[str]:
-    """Return the paths of the tars in, and directly below, the folders of `specs` that no split reads, sorted.
+def unread_shards(*specs: str | Sequence[str] | None) -> list[str]:
+    """Return the paths of tars and JSONL files in, or directly below, the folders of `specs` that no split reads.
 
     For example, these are the tars of a folder val/ (it must be called validation/), tars next to the folder train/,
-    and tars with other endings than TAR_SUFFIXES.
+    tars with other endings than TAR_SUFFIXES, and JSONL files next to tars.
     """
     parts = [part for spec in specs if spec is not None for part in _parts(spec)]
     unread: set[str] = set()
     for part in filter(os.path.isdir, parts):
-        files = (file for folder in (part, *_subfolders(part)) for file in Path(folder).iterdir())
-        unread |= {str(file) for file in files if _SHARD.search(file.name) and not file.name.startswith(".")}
+        for folder in (part, *(entry.path for entry in _entries(part) if entry.is_dir())):
+            files = (entry for entry in _entries(folder) if _SHARD.search(entry.name))
+            unread |= {str(Path(file.path)) for file in files if not file.name.startswith(".")}
     for part in parts if unread else ():
         for split in SPLITS:
-            with suppress(UserError):  # a folder need not have a test split
+            with suppress(UserError, OSError):  # a folder need not have a test split
                 unread -= {str(local_path(shard.url)) for shard in resolve_shards(part, split)}
     return sorted(unread)
 
 
-def _subfolders(folder: str) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [entry.path for entry in entries if entry.is_dir()]
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """Return the files and folders in a folder, or [] if it may not be read, as lost+found."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

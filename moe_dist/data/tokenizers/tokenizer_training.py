@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_dist.core.paths import Paths, PathText
 from moe_dist.core.strict import Fraction, Positive, Strict
 from moe_dist.data.shards.sample_report import SampleReport
 from moe_dist.data.shards.samples import RawSample
@@ -32,8 +33,8 @@ GRID_IMAGES = 96
 class TokenizerRecipe(Strict):
     """Settings of launch/train_tokenizers.py."""
 
-    shards: str | tuple[str, ...]  # as data.shards
-    out: str
+    shards: Paths  # as data.shards
+    out: PathText
     vocab_size: Positive = VOCAB_SIZE
     vq: VQConfig = VQConfig()
     training: VQTraining = VQTraining()

@@ -224,4 +224,4 @@ def test_shards_of_a_split_that_are_read_elsewhere_too_are_told(tokenizers, tmp_
     assert told([f"{one}", f"{two}", f"{copy}"], f"{three}") == [f"{twice} (copy.tar)"]
     assert told(f"{one}", f"{copy}") == [f"{held_out} a model generalises (copy.tar)"]
     unread = ", ".join(f"{extra / name}" for name in ("a.tar", "b.TAR", "c.tar.xz"))
-    assert told(f"{tmp_path / '2'}") == [f"warning: 4 tars in the shard folders are read by no split ({unread}, ...)"]
+    assert told(f"{tmp_path / '2'}") == [f"warning: 4 files in the shard folders are read by no split ({unread}, ...)"]

@@ -12,8 +12,9 @@ from moe_dist.core.errors import UserError
 from moe_dist.data.shards.sample_groups import NO_KEY
 from moe_dist.data.shards.sample_report import SampleReport
 from moe_dist.data.shards.shard_index import verify_shard
-from moe_dist.data.shards.tars import iterate, unread_tars
+from moe_dist.data.shards.tars import iterate, unread_shards
 from tests.support.fuzz_tars import Member, picture, write_members
+from tests.support.permissions import public_folder, unprivileged
 
 PNG = picture(0, "PNG")
 UTF_16 = "a rose".encode("utf-16-le")
@@ -142,6 +143,8 @@ def test_names_of_tars_and_their_packing(tmp_path):
             ["B.TAR", "c.tar.xz", "d.tar.zst", "e.tbz2"],
         ),
         (["a.tar", "more/b.tar"], ["more/b.tar"]),
+        (["a.tar", "b.jsonl", "c.jsonl.gz", "d.json"], ["b.jsonl", "c.jsonl.gz"]),
+        (["b.jsonl", "c.jsonl.gz", "d.jsonl.xz"], ["d.jsonl.xz"]),
         (["more/b.tar"], ["more/b.tar"]),
     ],
 )
@@ -149,7 +152,16 @@ def test_tars_in_a_folder_that_no_split_reads(tmp_path, files, unread):
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert unread_tars(str(tmp_path)) == [str(tmp_path / name) for name in unread]
-    assert unread_tars([str(tmp_path)], None) == unread_tars(str(tmp_path))
+    assert unread_shards(str(tmp_path)) == [str(tmp_path / name) for name in unread]
+    assert unread_shards([str(tmp_path)], None) == unread_shards(str(tmp_path))
     both = [str(tmp_path), *(str(tmp_path / name) for name in unread)]
-    assert unread_tars(both) == unread_tars(str(tmp_path), both[1:]) == []
+    assert unread_shards(both) == unread_shards(str(tmp_path), both[1:]) == []
+
+
+def test_a_folder_that_may_not_be_read_is_passed_over():
+    with public_folder() as shards:
+        for name in ("a.tar", "b.TAR"):
+            (shards / name).touch()
+        (shards / "lost+found").mkdir(mode=0o700)
+        with unprivileged():
+            assert unread_shards(str(shards)) == [str(shards / "b.TAR")]
