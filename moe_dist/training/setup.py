@@ -159,6 +159,8 @@ def _show(split: Split, store: TokenStore, vocabulary: Vocabulary) -> None:
     lines = [f"{split}: {store.contents}" + (f"; unused by design: {unused}" if unused else "")]
     if store.report.bad or store.report.lost:
         lines.append(f"warning: {split}: {store.report.summary()}")
+    if not store.pairs and 0 < store.texts < len(store):
+        lines.append(f"warning: {split}: no sample has a picture and a text; the members of a sample belong in one tar")
     if len(store):
         lines.append(f"{split}: the first sample: {_describe(store.document(0), vocabulary)}")
     print(*lines, sep="\n", file=sys.stderr, flush=True)

@@ -86,6 +86,16 @@ def test_the_first_sample_is_shown_as_the_model_reads_it(store_of, vocabulary, p
     assert capsys.readouterr().err.splitlines()[-1] == f"train: the first sample: {shown}"
 
 
+def test_pictures_and_texts_in_tars_of_their_own_are_told(store_of, vocabulary, png, pairs, tmp_path, capsys):
+    apart = [Sample("a", "train", png), Sample("b", "train", None, WORDS)]
+    sentence = "warning: train: no sample has a picture and a text; the members of a sample belong in one tar"
+    _show("train", store_of(apart), vocabulary)
+    assert sentence in capsys.readouterr().err.splitlines()
+    shutil.rmtree(tmp_path / "shards")
+    _show("train", store_of([*apart, *pairs]), vocabulary)
+    assert sentence not in capsys.readouterr().err
+
+
 EXPECTED = [
     ("pairs", {"pair"}),
     ("images", {"pair", "picture"}),
