@@ -6,10 +6,10 @@ All keys other than `corpus` and `out` are settings of the corpus. They are list
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from moe_dist.core.errors import UserError
+from moe_dist.core.paths import path_setting
 from moe_dist.core.strict import apply_override
 from moe_dist.corpora.prepare_corpus import prepare
 from moe_dist.parallel.discovery import run_rank
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> None:
     missing = [key for key in ("corpus", "out") if key not in settings]
     if missing:
         raise UserError(f"argument {missing[0]}= is missing (prepare_data.py corpus=emoji out=DIR [key=value ...])")
-    name, out = str(settings.pop("corpus")), Path(str(settings.pop("out")))
+    name, out = str(settings.pop("corpus")), path_setting("out", settings.pop("out"))
     record = prepare(name, settings, out)
     if record is None:
         print(f"{out}: already prepared")

@@ -8,11 +8,11 @@ sentence-embedding model for launch/align.py.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from moe_dist.convert.packaged import prepare_minilm, prepare_smollm2
 from moe_dist.core.errors import UserError
+from moe_dist.core.paths import path_setting
 from moe_dist.core.strict import apply_override
 from moe_dist.parallel.discovery import run_rank
 
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
         apply_override(settings, argument)
     if settings.keys() != {"model", "out"} or settings["model"] not in MODELS:
         raise UserError(f"the arguments are model={'|'.join(MODELS)} out=DIR, not {' '.join(arguments) or 'none'}")
-    out = Path(str(settings["out"]))
+    out = path_setting("out", settings["out"])
     print(out if MODELS[settings["model"]](out) else f"{out}: already prepared")
 
 

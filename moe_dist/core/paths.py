@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import AfterValidator
+
+from moe_dist.core.errors import UserError
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
@@ -28,6 +31,16 @@ def expand(path: str) -> str:
     return expanded
 
 
+def path_setting(key: str, value: object) -> Path:
+    """Return the value of the setting `key` as a path, expanded. Raises UserError if it is not a valid path."""
+    if not isinstance(value, str):
+        raise UserError(f"key '{key}': a path is a text, not {value}; write it in quotes")
+    try:
+        return Path(expand(value))
+    except ValueError as error:
+        raise UserError(f"key '{key}': {error}") from None
+
+
 def _value(found: re.Match[str]) -> str:
     name = found[1] or found[2]
     if not os.environ.get(name):
@@ -36,6 +49,8 @@ def _value(found: re.Match[str]) -> str:
 
 
 def _expand_all(paths: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    if paths == ():
+        raise ValueError("the list names no path")
     return expand(paths) if isinstance(paths, str) else tuple(expand(path) for path in paths)
 
 

@@ -7,7 +7,7 @@ tokenizers. The numbers of used, skipped and lost samples and the first sample a
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -29,8 +29,10 @@ from moe_dist.config.recipe import Config, DataConfig, InitFrom
 from moe_dist.convert.pretrained import PretrainedModel
 from moe_dist.core.errors import UserError
 from moe_dist.core.name_patterns import matches_any
+from moe_dist.data.cache.split_checks import repeated_shards, shared_shards
 from moe_dist.data.cache.token_cache import TokenStore, build_cache, open_store
-from moe_dist.data.shards.tars import Split
+from moe_dist.data.shards.sample_report import KEYS_SHOWN, readable
+from moe_dist.data.shards.tars import Split, unread_shards
 from moe_dist.data.stream.loader import Loader, check_data, make_loader
 from moe_dist.data.stream.neighbour_store import NeighbourStore
 from moe_dist.data.stream.packing import Document
@@ -126,10 +128,27 @@ def open_data(
     stop.check(layout.device)
     with raise_on_all_ranks():
         stores = tuple(open_store(data, split, vocabulary) for split in splits)
-    for split, store in zip(splits, stores, strict=True):
-        if layout.is_main:
+    if layout.is_main:
+        for split, store in zip(splits, stores, strict=True):
             _show(split, store, vocabulary)
+        _warn(data, dict(zip(splits, stores, strict=True)))
     return stores
+
+
+def _warn(data: DataConfig, stores: Mapping[Split, TokenStore]) -> None:
+    """Print a warning if tars in the folders are not read, are read twice, or are both trained on and held out."""
+    trained = stores["train"].shards if "train" in stores else []
+    twice = [name for store in stores.values() for name in repeated_shards(store.shards)]
+    held_out = [name for split in stores if split != "train" for name in shared_shards(trained, stores[split].shards)]
+    for names, meaning in (
+        (unread_shards(data.shards, data.validation_shards), "files in the shard folders are read by no split"),
+        (twice, "shards have the content of another one, so their samples count twice"),
+        (held_out, "held-out shards are trained on, too, so the held-out loss does not show how a model generalises"),
+    ):
+        if names:
+            more = ", ..." if len(names) > KEYS_SHOWN else ""
+            listed = ", ".join(map(readable, names[:KEYS_SHOWN]))
+            print(f"warning: {len(names)} {meaning} ({listed}{more})", file=sys.stderr, flush=True)
 
 
 def _show(split: Split, store: TokenStore, vocabulary: Vocabulary) -> None:
@@ -141,6 +160,8 @@ def _show(split: Split, store: TokenStore, vocabulary: Vocabulary) -> None:
     lines = [f"{split}: {store.contents}" + (f"; unused by design: {unused}" if unused else "")]
     if store.report.bad or store.report.lost:
         lines.append(f"warning: {split}: {store.report.summary()}")
+    if not store.pairs and 0 < store.texts < len(store):
+        lines.append(f"warning: {split}: no sample has a picture and a text; the members of a sample belong in one tar")
     if len(store):
         lines.append(f"{split}: the first sample: {_describe(store.document(0), vocabulary)}")
     print(*lines, sep="\n", file=sys.stderr, flush=True)

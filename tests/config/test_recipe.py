@@ -1,12 +1,16 @@
 """The recipe: strictness, overrides and the sentences a user reads."""
 
 import operator
+from pathlib import Path
 
 import pytest
 
+from launch import prepare_data, prepare_model
 from moe_dist.config.recipe import load_config, load_stored_config, save_config
 from moe_dist.core.errors import UserError
-from moe_dist.core.strict import parse_yaml
+from moe_dist.core.paths import path_setting
+from moe_dist.core.strict import parse_yaml, validate
+from moe_dist.data.tokenizers.tokenizer_training import TokenizerRecipe
 from tests.support.permissions import public_folder, unprivileged
 
 RECIPE = "configs/moma_quickstart.yaml"
@@ -75,6 +79,7 @@ def test_a_recipe_that_may_not_be_read():
             "data.shards=3",
             "key 'data.shards': input should be a valid string, got 3; key 'data.shards': input should be a",
         ),
+        ("data.shards=[]", "key 'data.shards': the list names no path$"),
         ("data.shards=[a, 3]", "; key 'data.shards.1': input should be a valid string, got 3$"),
         ("needs=[{type: corpus, corpuss: a, out: b}]", r"unknown key 'needs.0.corpuss' \(did you mean 'corpus'\?\)"),
         ("needs=[{type: corpus, out: b}]", "key 'needs.0.corpus' is missing$"),
@@ -154,6 +159,21 @@ def test_home_and_variables_in_every_path(key, monkeypatch, tmp_path):
         load_config(RECIPE, [f"{key}=$NOWHERE/a"])
     with pytest.raises(UserError, match=f"key '{key}': there is no user no-such-user; a folder of this name is ./~no-"):
         load_config(RECIPE, [f"{key}=~no-such-user/a"])
+
+
+def test_home_and_variables_in_the_arguments_of_other_tools(monkeypatch, tmp_path):
+    """A shell expands them only in some positions: sh and zsh leave `out=~/a` as it is."""
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    given = {"shards": ["$SCRATCH/a", "~/b"], "out": "${SCRATCH}/c"}
+    recipe = validate(TokenizerRecipe, given, "test")
+    assert recipe.shards[0] == "/scratch/me/a" and "~" not in recipe.shards[1] and recipe.out == "/scratch/me/c"
+    monkeypatch.chdir(tmp_path)
+    for tool, name in ((prepare_data, "corpus=text"), (prepare_model, "model=minilm")):
+        for out, sentence in (("$NOWHERE/a", "variable NOWHERE is not set"), ("3", "a path is a text, not 3")):
+            with pytest.raises(UserError, match=f"key 'out': .*{sentence}"):
+                tool.main([name, f"out={out}"])
+    assert path_setting("out", "$SCRATCH/a") == Path("/scratch/me/a") and not list(tmp_path.iterdir())
 
 
 def test_paths_in_lists_braces_pipes_and_needs(monkeypatch):

@@ -7,6 +7,7 @@ test_fuzz.py; 3 continuations: tests/data/tasks/test_continuation.py; 4 encoding
 (numbers), and the recipes of test_fuzz.py.
 """
 
+import gzip
 import json
 import re
 import shlex
@@ -26,7 +27,14 @@ from moe_dist.data.shards.tars import iterate
 from moe_dist.data.stream.held_out_batches import held_out_batches
 from tests.support.fuzz_tars import Member, key_of, pack, picture, write_members
 
-LOSABLE = ("psd", "v2.jpg", "v2.txt", "caption")  # endings of parts that are lost unless another is used
+LOSABLE = (
+    "psd",
+    "v2.jpg",
+    "v2.txt",
+    "caption",
+    "img",
+    "txt.gz",
+)  # endings of parts that are lost unless another is used
 
 
 # ------------------------------------------------------------------------------------------ bytes of texts and pictures
@@ -43,6 +51,8 @@ def draw_sample(draw, number):
             [json.dumps({"caption": f"json {number}", "id": number}), '{"id": 1}', "{", "[1]"]
         ).encode(),
         "psd": b"8BPS",
+        "img": picture(4 * number + 3, "PNG"),
+        "txt.gz": gzip.compress(text.encode()),
         "v2.jpg": picture(4 * number + 2, "JPEG"),
         "v2.txt": b"dotted",
         "caption": b"not read",

@@ -215,7 +215,7 @@ def headers(content: bytes) -> int | None:
 
 
 def key_of(name: str) -> str | None:
-    """Return the key of a member's name by WebDataset's rule, written down a second time; None if it has no key."""
+    """Return the key of a member's name by the rule of docs/data.md, written down a second time; None without a key."""
     folder, slash, file = name.rpartition("/")
     stem, dot, _ = file.partition(".")
-    return folder + slash + stem if dot and (stem or (folder and "." not in folder)) else None
+    return folder + slash + stem if dot and stem else None

@@ -13,7 +13,7 @@ from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
 from moe_dist.core.files import read_json
 from moe_dist.data.cache.token_shard import TOKEN_SHARD_MANIFEST, TokenShard
-from moe_dist.data.shards.sample_report import Loss, SampleReport
+from moe_dist.data.shards.sample_report import Loss, SampleReport, exceeds
 
 
 def content_digest(shards: Sequence[TokenShard]) -> str:
@@ -34,6 +34,26 @@ def replaced_shards(shards: Sequence[TokenShard]) -> list[str]:
         if any(other["shard"] == name and other["identity"] != identity for other in manifests):
             names.append(name)
     return names
+
+
+def shared_shards(earlier: Sequence[TokenShard], later: Sequence[TokenShard]) -> list[str]:
+    """Return the names of shards in `later` whose samples are also in a shard of `earlier` with the same content."""
+    splits: dict[str, set[str | None]] = {}
+    for shard in earlier:
+        splits.setdefault(shard.manifest["identity"], set()).add(shard.manifest["split"])
+    names = []
+    for shard in later:
+        split, others = shard.manifest["split"], splits.get(shard.manifest["identity"], set())
+        if len(shard) and (others if split is None else others & {None, split}):
+            names.append(shard.manifest["shard"])
+    return names
+
+
+def repeated_shards(shards: Sequence[TokenShard]) -> list[str]:
+    """Return the names of shards with the same content as an earlier one."""
+    filled = [shard.manifest for shard in shards if len(shard)]
+    first = {manifest["identity"]: number for number, manifest in reversed([*enumerate(filled)])}
+    return [manifest["shard"] for number, manifest in enumerate(filled) if first[manifest["identity"]] != number]
 
 
 def count_cut_captions(report: SampleReport, shards: Sequence[TokenShard], room: int) -> None:
@@ -70,7 +90,7 @@ def check_expected(data: DataConfig, documents: int, pairs: int, texts: int, con
             "data.expect=text"
         )
     holding = {"pairs": pairs, "images": documents - texts, "text": pairs + texts, "any": documents}[data.expect]
-    if documents - holding > data.max_bad_fraction * documents:
+    if exceeds(documents - holding, data.max_bad_fraction, documents):
         raise UserError(
             f"data.expect={data.expect}, but the training samples are {contents}; mend the shards, or set data.expect"
         )

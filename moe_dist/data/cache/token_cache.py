@@ -61,7 +61,7 @@ class TokenStore:
     """
 
     def __init__(self, parts: Sequence[Sequence[TokenShard]], sequence_length: int) -> None:
-        self._shards = shards = [shard for part in parts for shard in part]
+        self.shards = shards = [shard for part in parts for shard in part]
         self._ends = np.cumsum([len(shard) for shard in shards])
         self.digest = content_digest(shards)
         self.text_tokens = sum(shard.manifest["text_tokens"] for shard in shards)
@@ -85,7 +85,7 @@ class TokenStore:
     def _without_long_instructions(self, lengths: np.ndarray, sequence_length: int) -> np.ndarray:
         """Return the indices of all documents except overlong instructions. lengths: in tokens, with markers."""
         kept = np.ones(len(lengths), dtype=bool)
-        for shard, end in zip(self._shards, self._ends, strict=True):
+        for shard, end in zip(self.shards, self._ends, strict=True):
             prompted = shard.prompts[:, 0] + end - len(shard)
             kept[long := prompted[lengths[prompted] - shard.omitted_markers > sequence_length]] = False
             for number in sorted({*(long - end + len(shard)).tolist()} - {*shard.manifest["short_documents"]}):
@@ -100,7 +100,7 @@ class TokenStore:
         return f"{self.pairs} pairs of picture and text, {pictures} pictures alone, {self.texts} texts alone"
 
     def replaced(self) -> list[str]:
-        return replaced_shards(self._shards)
+        return replaced_shards(self.shards)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -111,7 +111,7 @@ class TokenStore:
             raise IndexError(f"document {index} of {len(self)}")
         index = int(self._kept[index])
         number = int(np.searchsorted(self._ends, index, side="right"))
-        shard = self._shards[number]
+        shard = self.shards[number]
         return shard.document(index - int(self._ends[number]) + len(shard), choice)
 
 

@@ -115,8 +115,21 @@ class SampleReport:
         not counted if the reason for its lost part has one of these prefixes.
         """
         lost = sum(number for reason, number in self.lost.items() if not reason.startswith(unwanted))
-        if self.bad.total() + lost > max_bad_fraction * self.total:
+        if exceeds(self.bad.total() + lost, max_bad_fraction, self.total):
             raise UserError(f"{self.summary()}; data.max_bad_fraction={max_bad_fraction} allows fewer")
+
+
+def readable(name: str) -> str:
+    """Return a name in a form that can be printed and stored: bytes that are not UTF-8 are written like \\xe9."""
+    try:
+        return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
+        return name.encode(errors="backslashreplace").decode()
+
+
+def exceeds(number: int, fraction: float, total: int) -> bool:
+    """Return whether `number` is more than this fraction of `total`. 29 of 100 is not more than the fraction 0.29."""
+    return number > 0 and number / total > fraction  # 0.29 * 100 is less than 29
 
 
 def _bounded(counts: Counter[str], name: str) -> str:

@@ -18,30 +18,19 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from PIL import Image, ImageOps, PngImagePlugin, features
+from PIL import Image, ImageOps, PngImagePlugin
 
+from moe_dist.data.shards.lost_parts import AVIF, IMAGE_SUFFIXES, lost_json, lost_members
 from moe_dist.data.shards.sample_groups import SampleFiles
-from moe_dist.data.shards.sample_report import Loss
+from moe_dist.data.shards.sample_report import Loss, readable
 from moe_dist.data.tasks.instructions import Instruction, sample_hash
 from moe_dist.data.tasks.records import FORM_FIELDS, BadRecord, form_of, to_instruction
 
 MAX_MEGAPIXELS = 64.0  # checked in the header, so that a larger image (a decompression bomb) is never decoded
 # The largest compressed text or colour profile of a PNG, in bytes. Pillow's own limit is 1 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = 16 << 20
-AVIF = features.check("avif")  # Pillow may be built without it
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *(["AVIF"] if AVIF else []))
-IMAGE_SUFFIXES = (
-    *("jpg", "jpeg", "png", "webp", "jpe", "jfif", "gif", "bmp", "tif", "tiff"),  # the first that is there is used
-    *(["avif"] if AVIF else []),
-)
-_MORE_IMAGES = (
-    "apng arw avif avifs cr2 dds dng eps exr hdr heic heif icns ico j2c j2k jp2 jpx jxl nef pbm pcx pgm pnm ppm psd "
-    "qoi raw svg tga"
-)
-UNSUPPORTED_IMAGES = tuple(suffix for suffix in _MORE_IMAGES.split() if suffix not in IMAGE_SUFFIXES)
-UNREAD_CAPTIONS = ("caption", "captions", "text")  # endings
 CAPTION_FIELDS = ("caption", "text")
-FIELDS_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +74,6 @@ class LostSample(Exception):
         self.loss = loss
 
 
-def readable(name: str) -> str:
-    """Return a name in a form that can be printed and stored: bytes that are not UTF-8 are written like \\xe9."""
-    try:
-        return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    except UnicodeEncodeError:  # a lone surrogate, which JSON can spell
-        return name.encode(errors="backslashreplace").decode()
-
-
 def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MAX_MEGAPIXELS) -> RawSample:
     """Decode one sample. The fields `loss` and `unused` of the result name the first lost part and the unused parts.
 
@@ -109,12 +90,13 @@ def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MA
     if not captions and form in (None, "prompt"):
         name, captions = _json_captions(record or {})
     asks = form is not None and not captions
-    lost = _lost_members(files, picture, has_text=bool(captions) or asks)
+    lost = lost_members(files, picture, has_text=bool(captions) or asks)
     loss = next((Loss(reason, f"{key}.{end}" if "." in end else key) for end, reason in lost.items()), None)
-    if loss is None and image is not None and not captions and not asks:
-        loss = _lost_json(record, key)
+    lacks = None if captions or asks else lost_json(record, key)
+    if image is not None:
+        loss = loss or lacks
     if image is None and (loss is not None if asks else not captions):
-        raise BadSample("neither image nor caption") if loss is None else LostSample(loss)
+        raise LostSample(loss) if loss else BadSample(lacks.reason if lacks else "neither image nor caption")
     fields = FORM_FIELDS[form] if form is not None and asks else {name}
     unused = (*_unused_members(files, picture, lost), *_unused_fields(record or {}, fields, len(captions)))
     if record is None and captions:  # broken, or no object
@@ -131,9 +113,11 @@ def _instruction(record: Mapping[str, object], shard: str, key: str) -> Instruct
     """Return a record as an instruction. Raises BadSample or, if a field has a wrong type, UserError."""
     _check_unicode(json.dumps(record, ensure_ascii=False))
     try:
-        return to_instruction(record, f"shard {shard}, sample '{key}'")
+        instruction = to_instruction(record, f"shard {shard}, sample '{key}'")
     except BadRecord as reason:
         raise BadSample(str(reason)) from None
+    _check_unicode("".join([*instruction.texts, *(instruction.options or ())]))
+    return instruction
 
 
 def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
@@ -219,56 +203,23 @@ def _json_captions(record: Mapping[str, object]) -> tuple[str | None, tuple[str,
 def _text(caption: str) -> str:
     """Return a caption without its byte-order mark and surrounding whitespace.
 
-    Raises BadSample if the caption has a lone surrogate.
+    Raises BadSample if the caption has a lone surrogate or a null character.
     """
     _check_unicode(caption)
     return caption.removeprefix("\ufeff").strip()
 
 
 def _check_unicode(text: str) -> None:
-    """Raise BadSample if a text has a lone surrogate, which JSON can express (\\ud83d) but no tokenizer can encode."""
+    """Raise BadSample if a text has a lone surrogate or a null character.
+
+    JSON can express a lone surrogate (\\ud83d), but no tokenizer can encode it. Null characters are a sign of UTF-16.
+    """
+    if "\0" in text:
+        raise BadSample("text with a null character")
     try:
         text.encode()
     except UnicodeEncodeError:
         raise BadSample("text with a lone surrogate") from None
-
-
-def _lost_members(files: Mapping[str, bytes | None], picture: str | None, *, has_text: bool) -> dict[str, str]:
-    """Find the members that are lost (see `Loss`). Return a dict that maps the ending of each to the reason.
-
-    picture: the ending of the member that is used as the image, or None.
-    has_text: whether the sample has a caption or is an instruction.
-    """
-    lost: dict[str, str] = {}
-    for suffix, content in files.items():
-        last = suffix.rpartition(".")[2]
-        is_image = last in IMAGE_SUFFIXES or last in UNSUPPORTED_IMAGES
-        if not is_image and last not in ("txt", "json", *UNREAD_CAPTIONS):
-            continue
-        kind = "image" if is_image else "caption"
-        if suffix != last:
-            lost[suffix] = f"{kind} member whose name has a second dot before .{last}"
-        elif picture is not None if is_image else has_text:
-            continue
-        elif content is None:
-            lost[suffix] = f"{kind} member is a link"
-        elif is_image:
-            lost[suffix] = f"image member .{suffix} is not supported"
-        elif suffix in UNREAD_CAPTIONS:
-            lost[suffix] = f"caption member .{suffix} is not read, .txt is"
-    return lost
-
-
-def _lost_json(record: Mapping[str, object] | None, key: str) -> Loss | None:
-    """Return the reason why a sample with an image has no caption, as a Loss.
-
-    If there is no .json member, or if it is an empty object, returns None, because no caption is lost.
-    record: the result of _read_json(). key: the sample's key.
-    """
-    if record is None:
-        return Loss("json has no caption, it is no object", key)
-    keys = readable(", ".join(sorted(record)[:FIELDS_SHOWN])) + (", ..." if len(record) > FIELDS_SHOWN else "")
-    return Loss(f"json has no caption, its keys are {keys}", key) if record else None
 
 
 def _unused_members(files: Mapping[str, bytes | None], picture: str | None, lost: Mapping[str, str]) -> Iterator[str]:

@@ -11,7 +11,7 @@ import io
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO, Self
+from typing import BinaryIO, Literal, Self
 
 DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error)
 AFTER_END = (
@@ -56,7 +56,9 @@ def tar_entries(stream: BinaryIO) -> Iterator[tuple[str, bytes | None]]:
     Raises an exception of one of the types in DAMAGE if the tar is damaged. Names are decoded as UTF-8 in every locale.
     Bytes that are not UTF-8 become surrogate escapes, as in Python's file names.
     """
-    with tarfile.open(fileobj=unzipped(stream), mode="r|*", tarinfo=_StrictTarInfo, encoding="utf-8") as tar:
+    whole = unzipped(stream)
+    mode: Literal["r|", "r|*"] = "r|" if isinstance(whole, gzip.GzipFile) else "r|*"
+    with tarfile.open(fileobj=whole, mode=mode, tarinfo=_StrictTarInfo, encoding="utf-8") as tar:
         for member in tar:
             if member.isreg():
                 content = tar.extractfile(member).read()  # type: ignore[union-attr]

@@ -12,8 +12,11 @@ an error.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,14 +28,13 @@ from webdataset.shardlists import expand_urls
 from moe_dist.core.errors import UserError
 from moe_dist.data.shards.jsonl import JSONL_SUFFIXES, is_jsonl, jsonl_samples
 from moe_dist.data.shards.sample_groups import SampleFiles, sample_groups
-from moe_dist.data.shards.sample_report import SampleReport
+from moe_dist.data.shards.sample_report import SampleReport, readable
 from moe_dist.data.shards.samples import (
     MAX_MEGAPIXELS,
     BadSample,
     LostSample,
     RawSample,
     decode_sample,
-    readable,
 )
 from moe_dist.data.shards.shard_index import local_path, verify_shard
 from moe_dist.data.shards.split_names import split_name
@@ -45,6 +47,7 @@ SAMPLES_PER_SHARD = 256
 EMPTY = "shards without samples"
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SHARD_SUFFIXES = (*TAR_SUFFIXES, *JSONL_SUFFIXES)
+_SHARD = re.compile(r"\.((tar|jsonl|ndjson)(\.(gz|bz2|xz|zst|lz4))?|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 SIGPIPE_STATUS = [0, 23, 141, -13]  # exit statuses of curl, a shell and a command whose reader stops early
 
 
@@ -176,6 +179,34 @@ def _tars(folder: Path) -> list[Path]:
     files = sorted(file for file in folder.iterdir() if not file.name.startswith(".")) if folder.is_dir() else []
     tars = [file for file in files if file.name.endswith(TAR_SUFFIXES)]
     return tars or [file for file in files if file.name.endswith(JSONL_SUFFIXES)]
+
+
+def unread_shards(*specs: str | Sequence[str] | None) -> list[str]:
+    """Return the paths of tars and JSONL files in, or directly below, the folders of `specs` that no split reads.
+
+    For example, these are the tars of a folder val/ (it must be called validation/), tars next to the folder train/,
+    tars with other endings than TAR_SUFFIXES, and JSONL files next to tars.
+    """
+    parts = [part for spec in specs if spec is not None for part in _parts(spec)]
+    unread: set[str] = set()
+    for part in filter(os.path.isdir, parts):
+        for folder in (part, *(entry.path for entry in _entries(part) if entry.is_dir())):
+            files = (entry for entry in _entries(folder) if _SHARD.search(entry.name))
+            unread |= {str(Path(file.path)) for file in files if not file.name.startswith(".")}
+    for part in parts if unread else ():
+        for split in SPLITS:
+            with suppress(UserError, OSError):  # a folder need not have a test split
+                unread -= {str(local_path(shard.url)) for shard in resolve_shards(part, split)}
+    return sorted(unread)
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """Return the files and folders in a folder, or [] if it may not be read, as lost+found."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
 
 
 # ---------------------------------------------------------------------------------------------------------- reading

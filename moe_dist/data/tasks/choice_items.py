@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from moe_dist.config.recipe import DataConfig
@@ -33,29 +33,37 @@ class Choice:
 
 def read_instructions(data: DataConfig, split: Split) -> dict[int, Instruction]:
     """Return the instruction samples of a split, keyed by sample hash (sample_S in the batch's sidecar)."""
-    return {
-        sample.hash: sample.instruction
-        for shard in resolve_shards(data.shards, split, data.validation_shards, data.validation_fraction)
-        for sample in iterate(shard)
-        if sample.instruction is not None
-    }
+    return dict(_instructions(data, split))
+
+
+def _instructions(data: DataConfig, split: Split) -> Iterator[tuple[int, Instruction]]:
+    for shard in resolve_shards(data.shards, split, data.validation_shards, data.validation_fraction):
+        for sample in iterate(shard):
+            if sample.instruction is not None:
+                yield sample.hash, sample.instruction
 
 
 def read_choices(data: DataConfig, split: Split, tokenizer: TextTokenizer) -> tuple[Mapping[int, Choice], SampleReport]:
     """Return a split's multiple-choice items, keyed by sample hash, and a report on the items that are left out.
 
-    An item is left out if the tokens of its prompt cannot be separated from the tokens of an option. Raises UserError
+    An item is left out if the tokens of its prompt cannot be separated from the tokens of an option, or if another item
+    has the same prompt but other options, because the sample hash does not tell them apart. Raises UserError
     if a sample is not a multiple-choice item, if items differ in their number of options, if more than
     data.max_bad_fraction of the items are left out, or if all items are ambiguous.
     """
-    instructions = read_instructions(data, split)
+    instructions: dict[int, list[Instruction]] = {}
+    for sample, instruction in _instructions(data, split):
+        instructions.setdefault(sample, []).append(instruction)
     report = SampleReport(len(instructions))
     choices = {}
-    for sample, instruction in instructions.items():
+    for sample, items in instructions.items():
         try:
-            choices[sample] = _choice(instruction, tokenizer)
+            found = {_choice(item, tokenizer): None for item in items}
+            if len(found) > 1:
+                raise NoBoundary("items with the same prompt and different options")
+            choices[sample] = next(iter(found))
         except NoBoundary as reason:
-            report.add_bad(str(reason), f"'{instruction.prompt[:60]}...'")
+            report.add_bad(str(reason), f"'{items[0].prompt[:60]}...'")
     if report.bad:
         report.check(data.max_bad_fraction)
     _check_options(choices)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moe_dist.core.paths import Paths, PathText
 from moe_dist.core.strict import Fraction, Positive, Strict
 from moe_dist.data.shards.sample_report import SampleReport
 from moe_dist.data.shards.samples import RawSample
@@ -32,8 +33,8 @@ GRID_IMAGES = 96
 class TokenizerRecipe(Strict):
     """Settings of launch/train_tokenizers.py."""
 
-    shards: str | tuple[str, ...]  # as data.shards
-    out: str
+    shards: Paths  # as data.shards
+    out: PathText
     vocab_size: Positive = VOCAB_SIZE
     vq: VQConfig = VQConfig()
     training: VQTraining = VQTraining()
@@ -77,7 +78,7 @@ def _read(recipe: TokenizerRecipe, split: Split, max_images: int) -> tuple[list[
     if split == "train":  # held-out samples only measure the quality
         report.check_samples(split)
     report.check(recipe.max_bad_fraction)
-    if report.bad:
+    if report.bad or report.lost:
         print(f"warning: {split}: {report.summary()}", file=sys.stderr, flush=True)
     return texts, np.stack(images) if images else None
 

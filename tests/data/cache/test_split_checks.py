@@ -1,6 +1,7 @@
 """What a split holds and lacks: data.expect, captions that are cut, pictures that nobody tokenises."""
 
 import io
+import shutil
 import tarfile
 
 import pytest
@@ -8,13 +9,15 @@ import pytest
 from moe_dist.config.recipe import DataConfig
 from moe_dist.core.errors import UserError
 from moe_dist.core.strict import validate
+from moe_dist.data.cache.split_checks import check_expected
 from moe_dist.data.cache.token_cache import TokenStore, build_cache, load_vocabulary, open_store
 from moe_dist.data.cache.token_shard import TEXTLESS
+from moe_dist.data.shards.sample_report import SampleReport
 from moe_dist.data.shards.tars import Sample, write_shards
 from moe_dist.data.tokenizers.image_tokenizer import load_image_tokenizer
 from moe_dist.data.tokenizers.text_tokenizer import load_text_tokenizer
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
-from moe_dist.training.setup import _show
+from moe_dist.training.setup import _show, _warn
 
 WORDS = "a red cross on a white ground"
 INSTRUCTION = {"prompt": "What is it?\nAnswer:", "answer": " joker", "domain": "emoji"}
@@ -81,6 +84,16 @@ def test_the_first_sample_is_shown_as_the_model_reads_it(store_of, vocabulary, p
     store = store_of([Sample("a", "train", **sample | {"png": png if "png" in sample else None})], **anything)
     _show("train", store, vocabulary)
     assert capsys.readouterr().err.splitlines()[-1] == f"train: the first sample: {shown}"
+
+
+def test_pictures_and_texts_in_tars_of_their_own_are_told(store_of, vocabulary, png, pairs, tmp_path, capsys):
+    apart = [Sample("a", "train", png), Sample("b", "train", None, WORDS)]
+    sentence = "warning: train: no sample has a picture and a text; the members of a sample belong in one tar"
+    _show("train", store_of(apart), vocabulary)
+    assert sentence in capsys.readouterr().err.splitlines()
+    shutil.rmtree(tmp_path / "shards")
+    _show("train", store_of([*apart, *pairs]), vocabulary)
+    assert sentence not in capsys.readouterr().err
 
 
 EXPECTED = [
@@ -174,3 +187,51 @@ def test_lost_parts_stop_the_run_and_are_kept_with_the_tokens(store_of, own_tar)
     assert cut.lost.total() == 60 and cut.used == 0, "a sample that lost two parts is counted once"
     texts = store_of(image_tokenizer=None)
     assert len(texts) == 60 and texts.report.lost.total() == 40, "a text model misses no pictures"
+
+
+@pytest.mark.parametrize("percent", [1, 7, 29, 57, 58])
+def test_the_largest_allowed_fraction_is_allowed(percent):
+    """Also where the fraction times 100 is not a whole number in floating point."""
+    report = SampleReport(total=100)
+    for number in range(percent):
+        report.add_bad("undecodable image", str(number))
+    report.check(percent / 100)
+    raw = {"shards": "a", "text_tokenizer": "b", "max_bad_fraction": percent / 100, "expect": "pairs"}
+    data = validate(DataConfig, raw, "test", "data")
+    check_expected(data, 100, 100 - percent, 0, "")
+    report.add_bad("undecodable image", "one more")
+    with pytest.raises(UserError, match="allows fewer"):
+        report.check(percent / 100)
+    with pytest.raises(UserError, match=r"data\.expect=pairs"):
+        check_expected(data, 100, 99 - percent, 0, "")
+
+
+def test_shards_of_a_split_that_are_read_elsewhere_too_are_told(tokenizers, tmp_path, capsys):
+    """Shards given twice, copies, held-out shards that are trained on, and tars that no split reads."""
+    for number in range(3):
+        own = [Sample(f"{number}-{i}", "train", None, f"{WORDS} {number} {i}") for i in range(40)]
+        write_shards(own, tmp_path / str(number))
+    one, two, three = (tmp_path / str(number) / "train" / "shard-000000.tar" for number in range(3))
+    copy, extra = tmp_path / "copy.tar", tmp_path / "2" / "val"
+    shutil.copy(one, copy)
+    extra.mkdir()
+    for name in ("a.tar", "b.TAR", "c.tar.xz", "d.tar"):
+        shutil.copy(two, extra / name)
+
+    def told(shards, validation=None):
+        raw = {"shards": shards, "validation_shards": validation, "text_tokenizer": f"{tokenizers}/text.model"}
+        data = validate(DataConfig, raw, "test", "data")
+        vocabulary, stores = load_vocabulary(data), {}
+        for split in ("train", "validation"):
+            build_cache(data, split, vocabulary)
+            stores[split] = open_store(data, split, vocabulary)
+        _warn(data, stores)
+        return capsys.readouterr().err.splitlines()
+
+    twice = "warning: 1 shards have the content of another one, so their samples count twice"
+    held_out = "warning: 1 held-out shards are trained on, too, so the held-out loss does not show how"
+    assert told([f"{one}", f"{three}"], f"{two}") == told(f"{three.parent}") == []
+    assert told([f"{one}", f"{two}", f"{copy}"], f"{three}") == [f"{twice} (copy.tar)"]
+    assert told(f"{one}", f"{copy}") == [f"{held_out} a model generalises (copy.tar)"]
+    unread = ", ".join(f"{extra / name}" for name in ("a.tar", "b.TAR", "c.tar.xz"))
+    assert told(f"{tmp_path / '2'}") == [f"warning: 4 files in the shard folders are read by no split ({unread}, ...)"]

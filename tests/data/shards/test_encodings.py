@@ -104,13 +104,16 @@ def test_a_shard_whose_own_name_is_not_utf_8(tmp_path):
 
 def test_the_training_of_a_tokenizer_names_the_sample(tmp_path, capsys):
     members = [(f"{i}.txt", b"a line of text about bears") for i in range(400)]
-    members.append(("bad.json", b'{"caption": "\\ud83d"}'))
+    members += [("bad.json", b'{"caption": "\\ud83d"}'), ("lost.psd", b"8BPS"), ("lost.txt", b"a bear")]
     write_tar(tmp_path / "train" / "a.tar", members)
     write_tar(tmp_path / "validation" / "a.tar", members[:1])
     raw = {"shards": str(tmp_path), "out": str(tmp_path / "out"), "vocab_size": 290}
     assert train_tokenizers(validate(TokenizerRecipe, raw, "test"))[0].size > 256
-    assert f"warning: train: 1 of 401 samples skipped: 1 {SURROGATE} (bad)" in capsys.readouterr().err
-    with pytest.raises(UserError, match=rf"1 {SURROGATE} \(bad\); data.max_bad_fraction=0.0 allows fewer"):
+    assert (
+        f"warning: train: 1 of 402 samples skipped: 1 {SURROGATE} (bad); 1 of 402 lost a part: 1 image"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(UserError, match=rf"1 {SURROGATE} \(bad\); .*; data.max_bad_fraction=0.0 allows fewer"):
         train_tokenizers(validate(TokenizerRecipe, raw | {"max_bad_fraction": 0.0}, "test"))
 
 

@@ -101,7 +101,7 @@ def test_bad_and_lost_samples_are_counted_with_their_lines(tmp_path):
     report = SampleReport()
     assert len(list(iterate(str(write_lines(tmp_path / "a.jsonl", records)), report))) == 1
     assert dict(report.bad) == {
-        "neither image nor caption": 1,
+        "json has no caption, its keys are foo": 1,
         "conversation without an answer": 1,
         "text with a lone surrogate": 1,
     }

@@ -299,7 +299,7 @@ def test_bad_samples_are_skipped_counted_and_named(tmp_path):
     assert dict(report.bad) == {
         "undecodable image": 2,
         "oversized image": 2,
-        "neither image nor caption": 1,
+        "json has no caption, its keys are url": 1,
         "undecodable caption": 1,
     }
     assert report.first_keys["oversized image"] == ["bomb", "large"]

@@ -54,3 +54,18 @@ def test_what_is_no_item_is_named(tmp_path, tokenizer):
         data = shards(tmp_path / str(number), LETTER, meta)
         with pytest.raises(UserError, match=message):
             read_choices(data, "train", tokenizer)
+
+
+def test_items_with_one_prompt_and_different_options_are_left_out(tmp_path, tokenizer):
+    """Their sample hash does not tell them apart. A copy of an item changes nothing."""
+    prompts = [f"{n} {TEXT['prompt']}" for n in range(4)]
+    metas = [TEXT | {"prompt": prompt} for prompt in prompts]
+    metas += [metas[0], metas[1] | {"options": ["rose", "sky", "grass", "sea"], "correct": 0}]
+    data = shards(tmp_path / "s", *metas).model_copy(update={"max_bad_fraction": 0.25})
+    choices, report = read_choices(data, "train", tokenizer)
+    assert choices.keys() == {sample_hash(prompts[n]) for n in (0, 2, 3)}
+    assert report.summary().startswith(
+        "1 of 4 samples skipped: 1 items with the same prompt and different options ('1 "
+    )
+    with pytest.raises(UserError, match=r"different options.*data\.max_bad_fraction=0.2 allows fewer"):
+        read_choices(data.model_copy(update={"max_bad_fraction": 0.2}), "train", tokenizer)
