@@ -38,7 +38,13 @@ COMMON = {  # settings that all families have
     "ffn.router.bias": False,
     "ffn.router.capacity_factor": None,
 }
-NOT_STORED = {"recompute", "embedding_init_std", "ffn.router.drop_policy", "ffn.router.pad_to_capacity"}
+NOT_STORED = {  # vocab_size: config.json has the number of rows, which import compares with the tokenizer
+    "vocab_size",
+    "recompute",
+    "embedding_init_std",
+    "ffn.router.drop_policy",
+    "ffn.router.pad_to_capacity",
+}
 
 
 def family_of(raw: Mapping[str, Any], where: str) -> Family:

@@ -7,11 +7,13 @@ from typing import ClassVar
 from moe_dist.config.model_section import ModelConfig
 from moe_dist.convert.families.family import JSON, Family
 
+WINDOW_KINDS = {"full_attention", "sliding_attention"}
+
 
 class Qwen2(Family):
     model_type = "qwen2"
     architecture = "Qwen2ForCausalLM"
-    defaults: ClassVar[JSON] = {"sliding_window": 4096, "max_window_layers": 28}
+    defaults: ClassVar[JSON] = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 
     def attention(self, raw: JSON) -> JSON:
         return {"attention_bias": "qkv"}
@@ -27,10 +29,13 @@ class Qwen2(Family):
 def typed_windows(raw: JSON, by_default: range) -> list[int]:
     """Return the sliding window of each layer of a Qwen model. A layer without a window gets 0.
 
-    raw: the content of config.json. by_default: the layers with a window if config.json has no `layer_types`.
+    raw: the content of config.json. by_default: the layers with a window if config.json has no `layer_types`. Raises
+    ValueError if `layer_types` does not name full_attention or sliding_attention for every layer.
     """
     window = raw["sliding_window"] if raw.get("use_sliding_window") else None
     kinds = raw.get("layer_types")
+    if kinds is not None and (len(kinds) != raw["num_hidden_layers"] or {*kinds} - WINDOW_KINDS):
+        raise ValueError(f"layer_types must be {' or '.join(sorted(WINDOW_KINDS))} for each of its layers")
     chosen = by_default if kinds is None else [n for n, kind in enumerate(kinds) if kind == "sliding_attention"]
     return [window if window and layer in chosen else 0 for layer in range(raw["num_hidden_layers"])]
 

@@ -19,6 +19,7 @@ class Qwen2MoE(Qwen3MoE):
         "shared_expert_intermediate_size": 5632,
         "num_experts": 60,
         "num_experts_per_tok": 4,
+        "num_key_value_heads": 16,
         "sliding_window": 4096,
         "max_window_layers": 28,
         "qkv_bias": True,

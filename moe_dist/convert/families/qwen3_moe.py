@@ -17,6 +17,7 @@ class Qwen3MoE(Family):
         "moe_intermediate_size": 768,
         "num_experts": 128,
         "num_experts_per_tok": 8,
+        "num_key_value_heads": 4,
         "sliding_window": 4096,
     }
     sizes: ClassVar[tuple[str, ...]] = ("moe_intermediate_size", "num_experts", "num_experts_per_tok")

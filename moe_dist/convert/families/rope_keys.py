@@ -26,21 +26,24 @@ SCALING_KEYS = {  # rope_type -> the keys of ours with the same names
 def rope_section(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the keys `rope_base` and `rope_scaling` of a model.
 
-    The base is at the top level of config.json (transformers 4) or in rope_parameters (transformers 5). Raises
-    UserError if the embedding is partial or has a scaling that is not supported.
+    The base is at the top level of config.json (transformers 4) or in rope_parameters (transformers 5). As in
+    transformers, rope_scaling replaces rope_parameters if it is not empty, and may hold the base, too. Raises UserError
+    if the embedding is partial, has a scaling that is not supported, or differs between layers.
     """
-    parameters = raw.get("rope_parameters") or {}
-    section = {"rope_base": parameters.get("rope_theta", raw["rope_theta"])}
-    for key, settings in (("rope_scaling", raw.get("rope_scaling") or {}), ("rope_parameters", parameters)):
-        kind = settings.get("rope_type", settings.get("type", "default"))
-        if kind != "default" and kind not in SCALING_KEYS:
-            raise UserError(f"{where}: {key}={kind!r} is not supported, only {', '.join(SCALING_KEYS)} and default are")
-        if kind != "default":
-            section["rope_scaling"] = {"type": kind} | _scaling(kind, settings, raw)
-    for settings in (raw, parameters):
-        if settings.get("partial_rotary_factor", 1) != 1:
-            raise UserError(f"{where}: partial_rotary_factor={settings['partial_rotary_factor']} is not supported")
-    return section
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    settings = raw.get(key) or {}
+    if any(isinstance(value, Mapping) for value in settings.values()):
+        raise UserError(f"{where}: {key} has settings for each type of layer, which is not supported")
+    for values in (raw, settings):
+        if values.get("partial_rotary_factor") not in (1, None):
+            raise UserError(f"{where}: partial_rotary_factor={values['partial_rotary_factor']} is not supported")
+    section = {"rope_base": settings.get("rope_theta", raw["rope_theta"])}
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    if kind == "default":
+        return section
+    if kind not in SCALING_KEYS:
+        raise UserError(f"{where}: {key}={kind!r} is not supported, only {', '.join(SCALING_KEYS)} and default are")
+    return section | {"rope_scaling": {"type": kind} | _scaling(kind, settings, raw)}
 
 
 def _scaling(kind: str, settings: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
