@@ -114,6 +114,7 @@ CASES = {
         "deepseek",
         {"first_k_dense_replace": 2, "n_shared_experts": 1, "norm_topk_prob": True},
     ),
+    "deepseek, one expert per token": ("deepseek", {"num_experts_per_tok": 1, "norm_topk_prob": True}),
     "deepseek, no shared expert": (
         "deepseek",
         {"n_shared_experts": None, "first_k_dense_replace": 0, "moe_layer_freq": 2, "num_key_value_heads": 6},

@@ -83,7 +83,10 @@ class Weight(nn.Module):
 
 
 class DeepSeekMoE(nn.Module):
-    """DeepSeekMoE (arXiv 2401.06066, eq. 9-11) in naive form: one token and one expert at a time."""
+    """DeepSeekMoE (arXiv 2401.06066, eq. 9-11) in naive form: one token and one expert at a time.
+
+    As in DeepSeek's published code, norm_topk_prob has no effect if only one expert is chosen.
+    """
 
     def __init__(self, sizes: dict):
         super().__init__()
@@ -135,7 +138,7 @@ class DeepSeekMoE(nn.Module):
             return swiglu(mlp, token)
         scores = torch.softmax(mlp.gate(token), dim=0)
         best = scores.argsort(descending=True)[: self.sizes.num_experts_per_tok]
-        total = scores[best].sum() if self.sizes.norm_topk_prob else 1
+        total = scores[best].sum() if self.sizes.norm_topk_prob and len(best) > 1 else 1
         y = sum(scores[expert] / total * swiglu(mlp.experts[expert], token) for expert in best.tolist())
         return y + swiglu(mlp.shared_experts, token) if self.sizes.n_shared_experts else y
 

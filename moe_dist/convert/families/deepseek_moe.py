@@ -28,7 +28,7 @@ class DeepSeekMoE(Family):
         return {"attention_bias": "all"} if raw.get("attention_bias") else {}
 
     def ffn(self, raw: JSON) -> JSON:
-        renormalize = bool(raw.get("norm_topk_prob"))
+        renormalize = bool(raw.get("norm_topk_prob")) and raw["num_experts_per_tok"] > 1  # as in DeepSeek's own code
         section = top_k_section(
             raw, hidden_size="moe_intermediate_size", num_experts="n_routed_experts", renormalize=renormalize
         )
