@@ -75,19 +75,24 @@ def recipe(folder, source=None, *, stage=2, expert=1, bf16=False, **changes):
     return validate(Config, raw | changes, "test")
 
 
+def started_engine(config):
+    """Return an engine that holds what the recipe starts from, the layout and the account of the start."""
+    layout = make_layout(expert=config.parallel.expert, device=init_distributed())
+    origin = find_origin(config)
+    vocabulary = load_vocabulary(config.data)
+    origin.check(vocabulary)
+    with torch.device("meta"):
+        model = Transformer(config.model, embedding_rows(config.model, vocabulary), layout, config.seed)
+    engine = make_engine(model, config, layout, origin.is_new)
+    return engine, layout, origin.fill(engine, layout, vocabulary)
+
+
 def start(rank, config):
     """Start on one rank. Return its parameters, the account, and the tensors that were read from the folder."""
     read, original = [], pretrained._read_one
     pretrained._read_one = lambda file, name: read.append(name) or original(file, name)
     try:
-        layout = make_layout(expert=config.parallel.expert, device=init_distributed())
-        origin = find_origin(config)
-        vocabulary = load_vocabulary(config.data)
-        origin.check(vocabulary)
-        with torch.device("meta"):
-            model = Transformer(config.model, embedding_rows(config.model, vocabulary), layout, config.seed)
-        engine = make_engine(model, config, layout, origin.is_new)
-        account = origin.fill(engine, layout, vocabulary)
+        engine, _, account = started_engine(config)
         return full_masters(engine), account.to_json(), read
     finally:
         pretrained._read_one = original
