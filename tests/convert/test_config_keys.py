@@ -99,12 +99,24 @@ def settings_in(config) -> dict:
     return found
 
 
-def test_logits_with_a_base_in_rope_scaling(tmp_path):
+YARN = {"rope_type": "yarn", "factor": 4.0}
+EDITS = {
+    "base in rope_scaling": {"rope_scaling": {**LINEAR, "rope_theta": 77.0}},
+    "yarn from max_position_embeddings": {"rope_scaling": YARN, "max_position_embeddings": 16},
+    "yarn with a length outside of rope_scaling": {
+        "rope_scaling": {**YARN, "original_max_position_embeddings": 64},
+        "max_position_embeddings": 64,
+        "original_max_position_embeddings": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+def test_logits_with_an_edited_rotary_embedding(edit, tmp_path):
     """The config.json is edited by hand, as users do for longer contexts; transformers reads it again."""
     save_model("llama", tmp_path / "hf")
     file = tmp_path / "hf" / "config.json"
-    raw = json.loads(file.read_text()) | {"rope_scaling": {**LINEAR, "rope_theta": 77.0}}
-    file.write_text(json.dumps(raw))
+    file.write_text(json.dumps(json.loads(file.read_text()) | edit))
     import_folder(tmp_path / "hf", tmp_path / "out")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
     documents = random_documents()

@@ -52,8 +52,9 @@ def _scaling(kind: str, settings: Mapping[str, Any], raw: Mapping[str, Any]) -> 
     Some settings may be missing but follow from other keys of config.json. They are computed as in transformers.
     """
     found = {key: settings[key] for key in SCALING_KEYS[kind] if settings.get(key) is not None}
-    if "original_max_position_embeddings" in SCALING_KEYS[kind]:
-        found.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
+    original = "original_max_position_embeddings"
+    if original in SCALING_KEYS[kind]:
+        found[original] = raw.get(original, found.get(original, raw.get("max_position_embeddings")))
     own, all_dim = settings.get("mscale"), settings.get("mscale_all_dim")
     if kind == "yarn" and "attention_factor" not in found and own and all_dim:
         growth = 0.1 * math.log(max(found["factor"], 1))
