@@ -77,8 +77,6 @@ class HuggingFaceTaskText:
     def chat(self, messages: Messages, *, prompt: bool) -> str:
         if self.template is None:
             raise UserError(f"the tokenizer {self.name} has no chat template (chat_template in tokenizer_config.json)")
-        from jinja2.exceptions import TemplateError
-
         for tried in (messages, [message for message in messages if message["role"] != "system"]):
             try:
                 return str(
@@ -86,8 +84,9 @@ class HuggingFaceTaskText:
                         tried, tokenize=False, add_generation_prompt=prompt, continue_final_message=not prompt
                     )
                 )
-            except TemplateError as problem:  # many templates refuse a system message, so try once more without it
-                error = problem
+            # Many templates refuse a system message, so try once more without it. A template may raise any error.
+            except Exception as problem:
+                error = " ".join(str(problem).split())
         raise UserError(f"the chat template of the tokenizer {self.name} fails: {error}")
 
 
