@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_dist.checkpoint.checkpoint import read_state
 from moe_dist.config.model_section import ModelConfig
-from moe_dist.convert.families.family_registry import FAMILIES
+from moe_dist.convert.families.family_registry import FAMILIES, family_for
 from moe_dist.convert.hugging_face import export_folder, import_folder
 from moe_dist.core.errors import UserError
 from tests.data.tokenizers.test_hugging_face_text import save as save_tokenizer
@@ -144,6 +144,21 @@ REFUSED = {
 def test_forms_that_are_refused(form, sentence):
     with pytest.raises(UserError, match=sentence):
         FAMILIES["qwen2"].model_section(NEEDED | {"num_hidden_layers": 3} | form, "test")
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "deepseek"])
+def test_wide_heads_of_a_family_without_head_dim(kind):
+    """transformers' OLMoE and DeepSeek's own code could not load such an export."""
+    sizes = NEEDED | {
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 3,
+        "n_shared_experts": 1,
+    }
+    model, _ = FAMILIES[kind].model_section(sizes, "test")
+    assert family_for(model, 64, "test")[0].model_type == kind
+    with pytest.raises(UserError, match="test has no Hugging Face architecture: model"):
+        family_for(model.model_copy(update={"head_size": 128}), 64, "test")
 
 
 @pytest.mark.parametrize("kind", ["llama", "olmoe"])

@@ -18,6 +18,7 @@ class DeepSeekMoE(Family):
 
     model_type = "deepseek"
     architecture = "DeepseekForCausalLM"
+    has_head_dim = False
     defaults: ClassVar[JSON] = {"first_k_dense_replace": 0, "moe_layer_freq": 1}
     refused: ClassVar[JSON] = {"scoring_func": "softmax", "routed_scaling_factor": 1.0, "mlp_bias": False}
     sizes: ClassVar[tuple[str, ...]] = ("moe_intermediate_size", "n_routed_experts", "num_experts_per_tok")

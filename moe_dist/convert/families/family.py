@@ -34,6 +34,7 @@ class Family:
     refused: ClassVar[JSON] = {}  # keys of config.json -> the only value that is supported
     sizes: ClassVar[tuple[str, ...]] = ()  # keys that must be positive integers, besides those of every family
     names: ClassVar[ExpertNames] = ExpertNames()
+    has_head_dim: ClassVar[bool] = True  # False: a head's size is always hidden_size / num_attention_heads
     stacks_experts: ClassVar[bool] = True  # transformers 5 has stacked the experts of a layer into two parameters
 
     def model_section(self, given: Mapping[str, Any], where: str) -> tuple[ModelConfig, int]:
@@ -63,7 +64,8 @@ class Family:
             "num_layers": raw["num_hidden_layers"],
             "num_heads": raw["num_attention_heads"],
             "num_query_groups": raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            "head_size": raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+            "head_size": (self.has_head_dim and raw.get("head_dim"))
+            or raw["hidden_size"] // raw["num_attention_heads"],
             "ffn": self.ffn(raw),
             "norm": "pre",
             "norm_epsilon": raw["rms_norm_eps"],
@@ -114,7 +116,7 @@ class Family:
             "num_hidden_layers": model.num_layers,
             "num_attention_heads": model.num_heads,
             "num_key_value_heads": model.query_groups,
-            "head_dim": model.size_per_head,
+            **({"head_dim": model.size_per_head} if self.has_head_dim else {}),
             "hidden_act": "silu",
             "initializer_range": model.init_std,
             "rms_norm_eps": model.norm_epsilon,

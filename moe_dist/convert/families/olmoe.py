@@ -14,6 +14,7 @@ from moe_dist.convert.families.family import JSON, Family, experts_of, top_k_sec
 class OLMoE(Family):
     model_type = "olmoe"
     architecture = "OlmoeForCausalLM"
+    has_head_dim = False
     defaults: ClassVar[JSON] = {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8}
     refused: ClassVar[JSON] = {"sliding_window": None}
     sizes: ClassVar[tuple[str, ...]] = ("num_experts", "num_experts_per_tok")
