@@ -34,7 +34,7 @@ def typed_windows(raw: JSON, by_default: range) -> list[int]:
     """
     window = raw["sliding_window"] if raw.get("use_sliding_window") else None
     kinds = raw.get("layer_types")
-    if kinds is not None and (len(kinds) != raw["num_hidden_layers"] or {*kinds} - WINDOW_KINDS):
+    if kinds is not None and ({*kinds} - WINDOW_KINDS or len(kinds) != raw["num_hidden_layers"]):
         raise ValueError(f"layer_types must be {' or '.join(sorted(WINDOW_KINDS))} for each of its layers")
     chosen = by_default if kinds is None else [n for n, kind in enumerate(kinds) if kind == "sliding_attention"]
     return [window if window and layer in chosen else 0 for layer in range(raw["num_hidden_layers"])]
