@@ -45,9 +45,10 @@ from moe_dist.parallel.signals import Stopped, StopSignals
 from moe_dist.training.deepspeed import init_distributed, make_engine
 from moe_dist.training.determinism import make_deterministic
 from moe_dist.training.engine import Engine
+from moe_dist.training.origin import find_origin
 from moe_dist.training.reach import Reach
 from moe_dist.training.schedule import learning_rate
-from moe_dist.training.setup import check_recipe, embedding_rows, find_origin, open_data, open_loader
+from moe_dist.training.setup import check_recipe, embedding_rows, open_data, open_loader
 from moe_dist.training.step_metrics import StepMeter
 from moe_dist.training.task_evaluation import TaskEvaluation
 from moe_dist.training.trainable import trained_share

@@ -30,7 +30,8 @@ from moe_dist.parallel.agreement import raise_on_all_ranks
 from moe_dist.parallel.layout import Layout, make_layout
 from moe_dist.parallel.signals import StopSignals
 from moe_dist.training.deepspeed import init_distributed
-from moe_dist.training.setup import Origin, check_vocabulary, embedding_rows, find_start, open_data
+from moe_dist.training.origin import Origin, check_vocabulary, find_start
+from moe_dist.training.setup import embedding_rows, open_data
 
 
 @dataclass(frozen=True, kw_only=True)

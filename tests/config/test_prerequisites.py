@@ -11,7 +11,7 @@ from moe_dist.config.needs import FileNeed, RunNeed
 from moe_dist.config.prerequisites import missing, prerequisite
 from moe_dist.config.recipe import load_config
 from moe_dist.core.errors import UserError
-from moe_dist.training.setup import check_needs
+from moe_dist.training.origin import check_needs
 from tests.support import ROOT
 
 RECIPES = sorted((ROOT / "configs").glob("*_quickstart.yaml"))

@@ -17,8 +17,9 @@ from moe_dist.data.cache.token_cache import load_vocabulary
 from moe_dist.model.transformer import Transformer
 from moe_dist.parallel.layout import make_layout
 from moe_dist.training.deepspeed import init_distributed, make_engine
+from moe_dist.training.origin import find_origin
 from moe_dist.training.pretrained_start import check_model, check_tokenizer
-from moe_dist.training.setup import embedding_rows, find_origin
+from moe_dist.training.setup import embedding_rows
 from tests.convert.test_export import save_mixtral
 from tests.data.tokenizers.test_hugging_face_text import save as save_tokenizer
 from tests.support.distributed import run_ranks
