@@ -1,7 +1,4 @@
-"""A training run, built from its recipe. The training loop takes steps, evaluates, logs and saves checkpoints.
-
-Only this module and training/setup.py import from most of the other rooms (the folders of moe_dist).
-"""
+"""A training run, built from its recipe. The training loop takes steps, evaluates, logs and saves checkpoints."""
 
 from __future__ import annotations
 
