@@ -33,12 +33,12 @@ def is_widened(name: str, stored: tuple[int, ...], model: tuple[int, ...]) -> bo
 
 
 def copies(fragments: Iterable[Fragment], stored: Mapping[str, tuple[int, ...]], number: int) -> list[Fragment]:
-    """Return the parts of widened gates that one copy of the stored gates fills.
+    """Return the parts of the widened gates that are filled from copy `number` of the stored gates.
 
-    Copy 0 fills the rows of the true experts. The other copies fill the rows of the null experts. A returned part has
-    the shape of the stored gate and an offset in the stored gate, so it can be read like any other fragment.
+    A widened gate consists of several copies of a stored gate. Copy 0 fills the rows of the true experts, and the other
+    copies fill those of the null experts. The shape and offset in a returned Fragment refer to the stored gate, so the
+    Fragment can be read like any other.
 
-    number: the number of the copy.
     fragments: the fragments of the widened gates.
     stored: the shapes of the stored gates, keyed by name.
     """

@@ -64,9 +64,9 @@ def give_memory(
     dtype: the dtype of all parameters. Buffers keep their own dtypes.
     is_new: a function that is called with a tensor's name. It returns True if the tensor needs its initial values.
     The other tensors are filled with zeros, because they will be loaded.
-    shard: if given, a function that replaces a parameter's data by a smaller copy. It is called with each parameter as
-    soon as the parameter is filled. All parameters are then filled in the same buffer, so only one whole parameter is
-    in memory at a time.
+    shard: if given, a function that replaces a parameter's data with a smaller copy. It is called with each parameter
+    as soon as the parameter is filled. In this case, every parameter is filled in the same scratch memory, so only one
+    whole parameter is in memory at a time.
 
     Parameters stay the same Python objects, so shared parameters stay shared and references to them stay valid. Raises
     RuntimeError if a tensor has no initial values.

@@ -76,7 +76,7 @@ class ShardedModel(Protocol):
 
     @property
     def optimizer(self) -> Any:
-        """DeepSpeed's ZeRO optimizer. Its attribute `optimizer` is the torch optimizer of the partitions."""
+        """DeepSpeed's ZeRO optimizer. Its attribute `optimizer` is the torch optimizer that updates the partitions."""
         ...
 
     @property

@@ -114,8 +114,8 @@ def count_experts(
 def token_class(vocabulary: Vocabulary, token: int) -> str:
     """Return the class of a token of the vocabulary, one of CLASSES.
 
-    A text token has the class of its first character that is not a space. A token of letters is a word's start if a
-    space precedes the letters.
+    A text token has the class of its first character that is not a space. A token made of letters is the start of a
+    word if a space precedes the letters.
     """
     if token >= vocabulary.first_image_code:
         return "image code"

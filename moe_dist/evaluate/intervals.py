@@ -45,7 +45,7 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 class DocumentSums(NamedTuple):
-    """Sums over documents. They give the mean of a value over all predictions, and the interval of this mean.
+    """Sums over documents, from which the mean of a value over all predictions and its confidence interval follow.
 
     For each document, x is the sum of the value over its predictions, and n is the number of these predictions. The
     documents are independent of each other, but the predictions of a document are not.

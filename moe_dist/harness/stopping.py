@@ -35,7 +35,7 @@ class TextUntil:
         self.masks_KV: Tensor = (vocabulary.modality_of == TEXT)[None]
 
     def start_text(self, number: int, prompt: tuple[int, ...]) -> GenerationState:
-        """Create the state of a continuation before its first token. number: the number of the continuation."""
+        """Create the initial state of a continuation, before any token is generated. number: its index."""
         limit = len(prompt) + self.settings.max_tokens
         return GenerationState(number, Prompt("text", (), prompt), limit)
 

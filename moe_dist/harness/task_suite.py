@@ -147,9 +147,9 @@ def is_file(task: str) -> bool:
 
 
 def _names(task: str, manager: TaskManager) -> list[str]:
-    """Return the names of the tasks and groups in lm_eval's index that `task` stands for.
+    """Return the names of the tasks and groups in lm_eval's index that `task` selects.
 
-    task: a name, a pattern or a file. Raises UserError if it matches nothing in the index.
+    task: a name, a pattern or a file. Raises UserError if it selects nothing.
     """
     if is_file(task):
         found = [name for name, entry in manager.task_index.items() if _is_of_file(entry.yaml_path, Path(task))]

@@ -77,8 +77,8 @@ class LoadBalance:
         """Return the fractions f of each router part. Collective.
 
         Tokens of all data-parallel ranks and of all micro-batches of the step so far are counted.
-        Each f is scaled by (number of all tokens / number of the part's tokens). The objective divides by the number of
-        all tokens, so with this scale a part's loss is a mean over the part's own tokens.
+        Each f is scaled by (total number of tokens / number of the part's tokens). The objective divides by the total
+        number of tokens, so with this scale a part's loss is a mean over the part's own tokens.
         """
         columns = [part.chosen_VC.shape[1] for part in parts]
         choices = torch.cat([part.chosen_VC.sum(0) for part in parts])

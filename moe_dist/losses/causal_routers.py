@@ -1,5 +1,5 @@
-"""Loss for auxiliary routers: predict, from one token alone, the choice that the main router made with the whole group
-in view.
+"""Loss that trains auxiliary routers to predict, from one token alone, the choice that the main router made with the
+whole group in view.
 
 Shape suffixes: V tokens that a router saw, C columns of a router.
 """

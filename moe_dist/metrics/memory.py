@@ -147,10 +147,10 @@ def _gradients(trained: Sequence[_Parameter], section: DeepSpeedSection) -> int:
 
 
 def _largest_group(trained: Iterable[_Parameter], zero: ZeroSection) -> int:
-    """Return the number of elements in a rank's part of the optimizer's largest parameter group.
+    """Return how many elements of the optimizer's largest parameter group one rank holds.
 
     The optimizer has separate groups for dense and for expert parameters, each with and without weight decay. DeepSpeed
-    splits large groups of experts. With ZeRO-3, it splits all large groups.
+    splits large groups of expert parameters. With ZeRO-3, it splits all large groups.
     """
     largest = 0
     groups: dict[tuple[bool, bool], tuple[int, int]] = {}

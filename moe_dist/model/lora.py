@@ -1,7 +1,8 @@
 """LoRA: low-rank deltas of frozen weights, and linear layers that have them.
 
-Shape suffixes: T tokens, I input width, O output width, H heads, G query groups, d size per head. Of a delta: R rows
-(sorted by expert if there are experts), D input width, r rank, F output width, e local experts.
+Shape suffixes: T tokens, I input width, O output width, H heads, G query groups, d size per head.
+Shape suffixes of a delta: R rows (sorted by expert if there are experts), D input width, r rank, F output width, e
+local experts.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def num_linear_parameters(linear: nn.Linear) -> int:
 class DroppedDocuments:
     """Attention for a layer whose output projection has LoRA.
 
-    If dropout is on, `attend` returns the attention output followed by a copy of it with dropout. The copy is the input
+    If dropout is on, `attend` concatenates the attention output and a copy of it with dropout. The copy is the input
     for the LoRA delta.
     """
 

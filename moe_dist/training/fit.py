@@ -1,4 +1,4 @@
-"""Command that chooses the number of ranks for a recipe on this machine, and overrides that adapt the recipe to it.
+"""Command that chooses, for a recipe on this machine, the number of ranks and the overrides that adapt the recipe.
 
   python -m moe_dist.training.fit configs/NAME.yaml [RANKS]
 

@@ -126,8 +126,8 @@ class Reach:
     def after_step(self, lr: float, folder: RunFolder, *, skipped: bool) -> None:
         """Count a step. After the last step of the check, report the outcome and write it to `folder`. Collective.
 
-        Raises UserError on every rank if no gradient reached a parameter. No error is raised for parameters whose
-        expert or router had too few tokens.
+        Raises UserError on every rank if any parameter received no gradient, unless its expert or router had too few
+        tokens.
         """
         if not self._left:
             return

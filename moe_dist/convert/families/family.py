@@ -173,10 +173,9 @@ def experts_of(model: ModelConfig) -> tuple[MoEFFN, Any]:
 
 
 def dense_layers_of(model: ModelConfig) -> tuple[list[int], int]:
-    """Return the layers without experts, and the width of their feed-forward parts.
+    """Return the indices of the layers without experts, and the width of their feed-forward parts.
 
-    If every layer has experts, return the width of one expert. The width is then not used, but config.json must contain
-    one.
+    If every layer has experts, return the width of one expert: config.json requires a width, although it is unused.
     """
     dense = [layer for layer in range(model.num_layers) if layer not in model.expert_layers]
     return dense, model.ffn_of(dense[0] if dense else 0).hidden_size

@@ -28,7 +28,7 @@ def rope_section(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     The base is at the top level of config.json (transformers 4) or in rope_parameters (transformers 5). As in
     transformers, rope_scaling replaces rope_parameters if it is not empty, and may hold the base, too. Raises UserError
-    if the embedding is partial, has a scaling that is not supported, or differs between layers.
+    if the rotary embedding covers only part of each head, differs between layers, or has an unsupported scaling.
     """
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     settings = raw.get(key) or {}

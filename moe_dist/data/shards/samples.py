@@ -190,7 +190,10 @@ def _read_json(files: Mapping[str, bytes | None], *, needed: bool) -> dict[str, 
 
 
 def _json_captions(record: Mapping[str, object]) -> tuple[str | None, tuple[str, ...]]:
-    """Find the captions in a .json member's object. Return the name of their field and the captions, or (None, ())."""
+    """Find the captions in the JSON object of a .json member.
+
+    Return the name of the field that holds them, and the captions themselves. If there are none, return (None, ()).
+    """
     fields = [(name, record[name]) for name in CAPTION_FIELDS if name in record]
     for name, value in sorted(fields, key=lambda item: isinstance(item[1], list)):  # a list, if there is no other
         texts = [_text(text) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
