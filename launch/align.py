@@ -1,8 +1,9 @@
 """Build the neighbour store of a RoMA recipe (docs/roma.md) in two steps:
 
 launch/align.py collect RECIPE [section.key=value ...]
-    Record how the model that the recipe starts from (init_from) routes and answers each sample of data.shards, in the
-    folder data.neighbours. Runs as a single process or under any launcher. If it is interrupted, run it again.
+    Run the model that the recipe starts from (init_from) on each sample of data.shards. Write each sample's routing,
+    and whether its answer is correct, to the folder data.neighbours. Runs as a single process or under any launcher.
+    If it is interrupted, run it again.
 launch/align.py neighbours RECIPE EMBEDDER [section.key=value ...]
     Find the neighbours whose routing each sample should imitate, as losses.manifold.neighbours says. EMBEDDER is the
     folder of a sentence-embedding model. Runs as a single process.

@@ -4,9 +4,11 @@ The weight W_ij of neighbour j for sample i is taken from RoMA: Routing Manifold
 
   W_ij = sim(i, j) / (sum of sim(i, l) over l in N(i))   with   sim(i, j) = exp(-d(i, j)^2 / (2 sigma^2))
 
-The set N(i) is chosen from a pool: the success set (the samples that the model answers correctly) or all samples. It
-contains the k nearest samples of the pool, those with sim(i, j) >= epsilon, k random ones, or the whole pool. The
-weights follow the equation in every case. Sample i and the samples with the same question are never in N(i).
+The set N(i) is chosen from a pool: the success set (the samples that the model answers correctly) or all samples. The
+setting `kind` decides which samples of the pool are in N(i): the k nearest, all with sim(i, j) >= epsilon, k random
+samples, or all. Sample i and the samples with the same question are never in N(i). The weights always follow the
+equation.
+
 The distance d(i, j) is ||E_i - E_j||, or 1 - cos(E_i, E_j) as in the authors' released code. E_i is the embedding of
 sample i's question, a unit vector.
 
@@ -35,10 +37,12 @@ SPARE = 16  # additional candidates whose exact distances are computed, because 
 def find_neighbours(
     embedding_NE: Tensor, questions: Sequence[str], samples: Samples, settings: NeighbourSettings
 ) -> tuple[Neighbours | AverageNeighbours, float]:
-    """Find the neighbours of every sample and their weights. Returns them and the sigma used.
+    """Find the neighbours of every sample and their weights. Returns the neighbours and the value of sigma.
 
-    For the kinds `nearest` and `random`, the neighbours are listed. For `ball` and `all`, which may have many, only the
-    weighted mean of their routing is returned, with its spread.
+    For the kinds `nearest` and `random`, the result lists each sample's neighbours and their weights. For `ball` and
+    `all`, a sample can have many neighbours. The result then holds only the weighted mean and variance of
+    their routing.
+
     Raises UserError if the pool is empty, if a sample has fewer than k possible neighbours, or if no sample has any
     neighbour.
     """
@@ -72,7 +76,7 @@ class _Found:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Pool:
-    """The samples that may be neighbours."""
+    """The samples that can be chosen as neighbours of other samples."""
 
     embedding_NE: Tensor
     question_N: Tensor  # a number for each sample; samples with the same question have the same number
@@ -95,11 +99,11 @@ class _Pool:
         )
 
     def nearest(self, k: int) -> _Found:
-        """Find the k nearest samples of the pool for every sample. Raises UserError if a sample has fewer than k."""
+        """Find the k nearest neighbours of every sample. Raises UserError if a sample has fewer possible neighbours."""
         return self._smallest(k, SPARE, ((block_B, rough_BC, rough_BC) for block_B, rough_BC in self._blocks()))
 
     def random(self, k: int, seed: int) -> _Found:
-        """Draw k samples of the pool for every sample. Raises UserError if a sample has fewer than k."""
+        """Draw k random neighbours for every sample. Raises UserError if a sample has fewer possible neighbours."""
         key = fold_key(seed, "neighbours")
         draws = (
             (block_B, uniform(key, block_B[:, None], self.candidate_C), rough_BC)
@@ -108,7 +112,7 @@ class _Pool:
         return self._smallest(k, 0, draws)
 
     def averages(self, routing_NR: Tensor, sigma: float, epsilon: float) -> AverageNeighbours:
-        """Average the routing of all neighbours whose similarity is at least epsilon."""
+        """Average, for each sample, the routing of all neighbours whose similarity is at least epsilon."""
         routing_CR = routing_NR[self.candidate_C].double()
         means, spreads, exists = [], [], []
         for _, rough_BC in self._blocks():
@@ -124,9 +128,11 @@ class _Pool:
         )
 
     def _smallest(self, k: int, spare: int, blocks: Iterator[tuple[Tensor, Tensor, Tensor]]) -> _Found:
-        """Select for every sample the k + spare candidates with the smallest keys, and of these the k nearest.
+        """Select k neighbours for every sample. Raises UserError if a sample has fewer possible neighbours.
 
-        blocks: the samples of each block, their keys, and rough distances that are infinite for excluded candidates.
+        The k + spare candidates with the smallest keys are selected first. The k nearest of them are returned.
+        blocks: for each block, its samples, their keys and their rough squared distances to all candidates. A candidate
+        is excluded if its rough distance is infinite.
         """
         neighbours, squared = [], []
         for block_B, key_BC, rough_BC in blocks:
@@ -146,18 +152,19 @@ class _Pool:
         return _Found(torch.cat(neighbours), torch.cat(squared))
 
     def _squared(self, block_B: Tensor, index_BK: Tensor) -> Tensor:
-        """Return d^2 to the given candidates. Between equal embeddings it is exactly 0."""
+        """Return d^2 between each sample of a block and its K candidates. For equal embeddings, d^2 is exactly 0."""
         between_BKE = self.embedding_NE[block_B, None] - self.embedding_NE[self.candidate_C[index_BK]]
         return self._of_euclidean(between_BKE.square().sum(dim=-1))
 
     def _of_euclidean(self, squared: Tensor) -> Tensor:
-        """Convert ||a - b||^2 to d^2. For unit vectors, ||a - b||^2 = 2 (1 - cos(a, b))."""
+        """Convert ||a - b||^2 of unit vectors to d^2. For the cosine distance, d = 1 - cos(a, b) = ||a - b||^2 / 2."""
         return (squared / 2).square() if self.distance == "cosine" else squared
 
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the samples of each block, and ||E_i - E_j||^2 to all candidates from a rounded matrix product.
+        """Yield the samples i of each block, and ||E_i - E_j||^2 for all candidates j.
 
-        It is infinite if the candidate has the same question.
+        These values are computed by a matrix product, so they have rounding errors. If a sample and a candidate have
+        the same question, the value is infinite.
         """
         candidate_CE = self.embedding_NE[self.candidate_C]
         samples = max(min(BLOCK // len(self.candidate_C), BLOCK_SAMPLES), 1)
@@ -168,13 +175,13 @@ class _Pool:
 
 
 def _median_distance(squared_NK: Tensor) -> float:
-    """Return the median distance. If it is 0 because the questions are equal, return 1: any sigma will do."""
+    """Return the median distance. If it is 0, return 1, because sigma must be positive."""
     return float(squared_NK.median().sqrt()) or 1.0
 
 
 def _weights(squared_BC: Tensor, sigma: float) -> Tensor:
-    """Return W_ij. A row is 0 if all its distances are infinite.
+    """Return the weights W_ij. If all distances in a row are infinite, its weights are 0.
 
-    The softmax equals W_ij but does not underflow if all neighbours are far away.
+    The weights are computed by a softmax, because it does not underflow if all neighbours are far away.
     """
     return (-squared_BC / (2 * sigma**2)).softmax(dim=1).nan_to_num(0.0)

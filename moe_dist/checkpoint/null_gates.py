@@ -1,8 +1,8 @@
 """Gates that become wider when a stage starts from a model without null experts (AdaMoE, arXiv 2406.13233).
 
 A router's gate has one row per true expert, then one row per null expert. The rows of the true experts are loaded. With
-`init_from.null_gates: copied`, the rows of the null experts are copies of them, in the same order and as often as
-needed. With `fresh`, they keep their own initial values.
+`init_from.null_gates: copied`, the loaded rows are repeated, in order, until every null expert has a row. With `fresh`,
+the rows of the null experts keep their own initial values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ROUTER_GATE = ".router.gate.weight"
 
 
 def check_copies(name: str, stored: tuple[int, ...], model: tuple[int, ...], null_gates: str) -> None:
-    """Raise UserError if the gate's null rows cannot be whole copies of its true rows, as `copied` requires."""
+    """Raise UserError if null_gates is `copied` but the number of null rows is not a multiple of that of true rows."""
     nulls = model[0] - stored[0]
     if null_gates == "copied" and nulls % stored[0]:
         raise UserError(
@@ -33,11 +33,11 @@ def is_widened(name: str, stored: tuple[int, ...], model: tuple[int, ...]) -> bo
 
 
 def copies(fragments: Iterable[Fragment], stored: Mapping[str, tuple[int, ...]], number: int) -> list[Fragment]:
-    """Return the parts of the widened gates that are filled from copy `number` of the stored gates.
+    """Return the parts of the widened gates that copy `number` of the stored gates fills.
 
-    A widened gate consists of several copies of a stored gate. Copy 0 fills the rows of the true experts, and the other
-    copies fill those of the null experts. The shape and offset in a returned Fragment refer to the stored gate, so the
-    Fragment can be read like any other.
+    A widened gate has room for several copies of the stored gate. Copy 0 fills the rows of the true experts, and the
+    other copies fill the rows of the null experts. A returned Fragment has the stored gate's shape, and its offset is a
+    position in the stored gate. The caller can therefore load the Fragment from the checkpoint.
 
     fragments: the fragments of the widened gates.
     stored: the shapes of the stored gates, keyed by name.

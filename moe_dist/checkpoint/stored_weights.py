@@ -1,8 +1,10 @@
 """Reading and writing a checkpoint's parameters as whole tensors, one at a time, in one process.
 
-Each tensor is named after the model's parameter. An expert's row of a stacked parameter is called `NAME[global expert
-id]` (see fragments.py). This module is for conversions and for models that will not be trained. A resumed run loads its
-checkpoint with checkpoint.py.
+Each tensor has the name of a parameter of the model. An expert's row of a stacked parameter is called
+`NAME[global expert id]` (see fragments.py).
+
+This module is for conversions and for models that will not be trained. A resumed run loads its checkpoint with
+checkpoint.py.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ FILE = "rank_00000.safetensors"
 def read_tensors(path: str | Path) -> dict[str, LazyTensor]:
     """Return a checkpoint's parameters, keyed by name: float32 masters, and frozen parameters in their own dtype.
 
-    All files are verified now, but a tensor is read only when it is used. Raises UserError naming a damaged file.
+    All files are verified immediately, but a tensor is read only when it is used. If a file is damaged, raises
+    UserError naming it.
     """
     path = Path(path)
     return _stored(path, read_index(path, verify_checkpoint(path)), (MASTER, FROZEN))

@@ -1,4 +1,4 @@
-"""Initial values of parameters and buffers, filled in when the tensor gets memory.
+"""Initial values of parameters and buffers. A tensor is filled with them as soon as it has memory.
 
 A large model is built on the meta device, where its tensors have no memory. `set_initial` then only remembers how to
 fill a tensor, and `give_memory` later creates and fills the tensors one after another. In a model that is built on a
@@ -62,11 +62,11 @@ def give_memory(
     """Create the parameters and buffers of a model that was built on the meta device, one after another.
 
     dtype: the dtype of all parameters. Buffers keep their own dtypes.
-    is_new: a function that is called with a tensor's name. It returns True if the tensor needs its initial values.
-    The other tensors are filled with zeros, because they will be loaded.
-    shard: if given, a function that replaces a parameter's data with a smaller copy. It is called with each parameter
-    as soon as the parameter is filled. In this case, every parameter is filled in the same scratch memory, so only one
-    whole parameter is in memory at a time.
+    is_new: a function that takes a tensor's name and returns True if the tensor needs its initial values. The other
+    tensors are filled with zeros, because they will be loaded.
+    shard: a function that replaces a parameter's data with a smaller copy. If given, it is called with each parameter
+    as soon as the parameter is filled. All parameters are then filled in the same scratch memory, so only one whole
+    parameter is in memory at a time.
 
     Parameters stay the same Python objects, so shared parameters stay shared and references to them stay valid. Raises
     RuntimeError if a tensor has no initial values.

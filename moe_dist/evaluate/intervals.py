@@ -1,5 +1,5 @@
-"""Confidence intervals of an accuracy, of the difference between two models' accuracies on the same items, and of a
-mean over the predictions of documents.
+"""Confidence intervals of an accuracy, of the difference between two models' accuracies on the same items, and of the
+mean of a value over all predictions in a set of documents.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class DocumentSums(NamedTuple):
 
     @property
     def variance(self) -> float:
-        """The variance of the mean, which is a ratio of two sums (Cochran 1977, section 2.11).
+        """The variance of `mean`, computed as that of a ratio of two sums (Cochran 1977, section 2.11).
 
         There must be at least 2 documents.
         """

@@ -71,9 +71,10 @@ class LowRank(nn.Module):
         matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
         weights_R1: Tensor | float = 1.0,
     ) -> Tensor:
-        """Return the delta [R, F]. x_RD: a result of `drop`.
+        """Return the delta of each row, [R, F].
 
-        matmul: the function that multiplies rows by A and by B. weights_R1: factors that scale the rows of the delta.
+        x_RD: the input, after `drop`. matmul: the function that computes the products with the matrices A and B.
+        weights_R1: the factor by which each row's delta is multiplied.
         """
         return matmul(matmul(x_RD, self.a) * (self.scale * weights_R1), self.b)
 
@@ -151,7 +152,7 @@ def side_by_side(x: Tensor, parts: Mapping[str, int], deltas: Mapping[str, Tenso
 
 
 def num_delta_weights(deltas: nn.ModuleDict) -> int:
-    """Return the number of weights of LoRA deltas. If they are stacked, return the number for one expert."""
+    """Return the number of weights of LoRA deltas. If the deltas are stacked, count those of one expert only."""
     return sum(cast(LowRank, delta).num_weights for delta in deltas.values())
 
 
@@ -197,6 +198,9 @@ class DroppedDocuments:
     token_id_T: Tensor
 
     def attend(self, query_THd: Tensor, key_TGd: Tensor, value_TGd: Tensor) -> Tensor:
-        """Return [T, H, d], or [T, 2 H, d] if dropout is on: the H heads, then the same heads with dropout."""
+        """Return the attention output, [T, H, d].
+
+        If dropout is on, return [T, 2 H, d]: the H heads, then a copy of them with dropout.
+        """
         y_THd = self.documents.attend(query_THd, key_TGd, value_TGd)
         return self.projection.with_dropout(y_THd.flatten(1), self.token_id_T).unflatten(1, (-1, y_THd.shape[2]))

@@ -1,4 +1,4 @@
-"""Command that chooses, for a recipe on this machine, the number of ranks and the overrides that adapt the recipe.
+"""Command that adapts a recipe to this machine: it chooses the number of ranks and overrides for the recipe.
 
   python -m moe_dist.training.fit configs/NAME.yaml [RANKS]
 
@@ -24,8 +24,8 @@ def fit(config: Config, *, gpus: int, ranks: int | None = None) -> tuple[int, li
     """Return the number of ranks for a recipe, and overrides that adapt the recipe to this number.
 
     gpus: the number of GPUs of this machine.
-    ranks: the number of ranks to use. If it is None, use the largest number up to `gpus` that divides both data.lanes
-    and train.global_batch_groups. If there is no GPU either, use WITHOUT_GPU ranks.
+    ranks: the number of ranks to use. If it is None and there are GPUs, use the largest number up to `gpus` that
+    divides both data.lanes and train.global_batch_groups. If it is None and there are no GPUs, use WITHOUT_GPU ranks.
 
     The overrides reduce parallel.expert and train.micro_batch_groups if the number of ranks requires it. This does not
     change the training result. On GPUs, the overrides also enable bfloat16, unless the recipe has a bf16 section.

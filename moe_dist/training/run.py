@@ -263,9 +263,9 @@ class Run:
         return metrics if result.counted is None else metrics | self.meter.metrics(result.counted, seconds)
 
     def _read(self, read: list[Loaded]) -> Iterator[Batch]:
-        """Yield the micro-batches of a step. Append the loader's results to `read`, for use after the step.
+        """Yield the micro-batches of a step. Append each result of the loader to `read`, for use after the step.
 
-        A result has a micro-batch, the loader's state and the time that training waited for the data.
+        A result consists of a micro-batch, the loader's state and the time that training waited for the batch.
         """
         for item in islice(self.loader, self.engine.accumulation):
             read.append(item)

@@ -1,6 +1,7 @@
 """Set-up of a run: checking its recipe, and opening its data.
 
-The numbers of used, skipped and lost samples and the first sample are printed.
+For each split that is opened, the contents and the first sample are printed. If samples were skipped or have lost
+parts, a warning is printed.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def _warn(data: DataConfig, stores: Mapping[Split, TokenStore]) -> None:
 def _show(split: Split, store: TokenStore, vocabulary: Vocabulary) -> None:
     """Print what a split contains, which parts of its samples are unused by design, and its first sample.
 
-    If samples are bad or have a lost part, also print a warning with their numbers and the reasons.
+    If samples are unusable or have lost parts, also print a warning that counts them and gives the reasons.
     """
     unused = ", ".join(f"{name} ({number})" for name, number in store.report.unused.most_common())
     lines = [f"{split}: {store.contents}" + (f"; unused by design: {unused}" if unused else "")]
@@ -172,7 +173,8 @@ def open_loader(
 def open_neighbours(config: Config, origin: Origin) -> NeighbourStore | None:
     """Open the recipe's neighbour store. Returns None if data.neighbours is not set.
 
-    Unless the run resumes, the store must have been collected with the model of `origin`.
+    Raises UserError if the store is incomplete, if it was collected with a model other than that of `origin`, or if its
+    neighbours were found with other settings than the recipe's. On resume, the model is not checked.
     """
     if config.data.neighbours is None:
         return None

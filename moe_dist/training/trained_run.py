@@ -1,5 +1,6 @@
-"""A trained run, or the model that a recipe starts from, opened for evaluation or sampling: without an optimizer, in
-any layout.
+"""A trained run, or the model that a recipe starts from, opened for evaluation or sampling.
+
+It is opened without an optimizer. Its layout may differ from the layout in training.
 """
 
 from __future__ import annotations
@@ -110,8 +111,11 @@ class OpenedRun:
 def open_start(config: Config, *splits: Split) -> tuple[OpenedRun, Origin]:
     """Open the model that a recipe starts from, and the tokens of `splits`. Collective.
 
-    The model must have exactly the parameters of the checkpoint or Hugging Face folder that init_from names. Returns it
-    with its origin. Raises UserError if the recipe has no init_from, or if the model or its tokenizers are different.
+    Returns the opened model and its origin. The weights come from the checkpoint or Hugging Face folder that init_from
+    names.
+
+    Raises UserError if the recipe has no init_from, or if the recipe's parameters or tokenizers differ from
+    those of the checkpoint or folder.
     """
     device = init_distributed()
     layout = make_layout(expert=config.parallel.expert, device=device)

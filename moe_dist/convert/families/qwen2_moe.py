@@ -1,4 +1,4 @@
-"""Qwen2-MoE and Qwen1.5-MoE (arXiv 2407.10671): Qwen2's attention, and experts beside a gated shared expert."""
+"""Qwen2-MoE and Qwen1.5-MoE (arXiv 2407.10671): Qwen2's attention, and MoE layers with a gated shared expert."""
 
 from __future__ import annotations
 

@@ -17,8 +17,9 @@ from moe_dist.data.shards.sample_report import Loss, SampleReport, exceeds
 
 
 def content_digest(shards: Sequence[TokenShard]) -> str:
-    """Return one digest over the content of all shards, in their order, over the splits that are read from them, and
-    over the chat template that wrote their conversations.
+    """Return one digest over all shards, in their order.
+
+    It covers each shard's content, the split that is read from it and the chat template of its conversations.
     """
     keys = ("identity", "split", "chat_template")
     named = (" ".join(str(shard.manifest[key]) for key in keys) + "\n" for shard in shards)
@@ -26,7 +27,7 @@ def content_digest(shards: Sequence[TokenShard]) -> str:
 
 
 def replaced_shards(shards: Sequence[TokenShard]) -> list[str]:
-    """Return the names of shards of which older tokens exist that were made from another content."""
+    """Return the names of the shards whose content has changed and whose old tokens are still in the cache."""
     names = []
     for shard in shards:
         name, identity = shard.manifest["shard"], shard.manifest["identity"]
@@ -37,7 +38,10 @@ def replaced_shards(shards: Sequence[TokenShard]) -> list[str]:
 
 
 def shared_shards(earlier: Sequence[TokenShard], later: Sequence[TokenShard]) -> list[str]:
-    """Return the names of shards in `later` whose samples are also in a shard of `earlier` with the same content."""
+    """Return the names of the shards in `later` that share samples with a shard in `earlier`.
+
+    Two shards share samples if they have the same content and the splits that are read from them overlap.
+    """
     splits: dict[str, set[str | None]] = {}
     for shard in earlier:
         splits.setdefault(shard.manifest["identity"], set()).add(shard.manifest["split"])
@@ -50,7 +54,7 @@ def shared_shards(earlier: Sequence[TokenShard], later: Sequence[TokenShard]) ->
 
 
 def repeated_shards(shards: Sequence[TokenShard]) -> list[str]:
-    """Return the names of shards with the same content as an earlier one."""
+    """Return the names of the shards that have the same content as an earlier shard in `shards`."""
     filled = [shard.manifest for shard in shards if len(shard)]
     first = {manifest["identity"]: number for number, manifest in reversed([*enumerate(filled)])}
     return [manifest["shard"] for number, manifest in enumerate(filled) if first[manifest["identity"]] != number]
@@ -59,7 +63,7 @@ def repeated_shards(shards: Sequence[TokenShard]) -> list[str]:
 def count_cut_captions(report: SampleReport, shards: Sequence[TokenShard], room: int) -> None:
     """Record each document with a picture and a caption of more than `room` tokens as a lost part in `report`.
 
-    Documents of which another part is already lost are left out.
+    A document is left out if another part of it is already lost.
     """
     keys = []
     lost = written = 0

@@ -1,12 +1,12 @@
 """Shards: writing a corpus as WebDataset tars, finding the tars and JSONL files that a recipe names, and checking and
 reading them.
 
-A prepared corpus consists of the files OUT/{train,validation,test}/shard-%06d.tar. Every local tar has an index: its
-number of samples, size and sha256. A shard is checked against its index before it is read, because the webdataset
-library silently stops reading where a tar is damaged.
+A prepared corpus consists of the files OUT/{train,validation,test}/shard-%06d.tar. The index of a local shard
+records its number of samples, size and sha256. A shard is checked against its index before it is read, because the
+webdataset library silently stops reading where a tar is damaged.
 
-If a user's tar has no index yet, the whole tar is read to build one. A damaged header or a missing end marker is then
-an error.
+If a shard has no index yet, the whole shard is read to build one. UserError is raised if a tar
+has a damaged header or no end marker.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _digest(text: str) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A tar or JSONL file, and the split whose samples are read from it. If it is None, all samples are read."""
+    """A tar or JSONL file, and the split whose samples are read from it. If `split` is None, all samples are read."""
 
     url: str
     split: Split | None = None
@@ -135,8 +135,8 @@ def resolve_shards(
     spec (data.shards): prepared folders, flat folders, brace-expanded paths, or URLs that webdataset accepts. A
     prepared folder has a subfolder for each split. A flat folder contains the tars themselves.
     validation (data.validation_shards): the shards of the validation split. If they are given, training uses all
-    samples outside prepared folders. Otherwise, split_of divides these samples: about 5 % are for test, about
-    `fraction` (data.validation_fraction) for validation, and the rest for training.
+    samples of the flat folders, paths and URLs in `spec`. If they are not given, split_of divides these samples: about
+    5 % are for test, about `fraction` (data.validation_fraction) for validation, and the rest for training.
     """
     if split == "validation" and validation is not None:
         return [shard for part in _parts(validation) for shard in _resolve(part, split, flat_split=None)]
@@ -182,10 +182,11 @@ def _tars(folder: Path) -> list[Path]:
 
 
 def unread_shards(*specs: str | Sequence[str] | None) -> list[str]:
-    """Return the paths of tars and JSONL files in, or directly below, the folders of `specs` that no split reads.
+    """Return the paths of tars and JSONL files that no split reads.
 
-    For example, these are the tars of a folder val/ (it must be called validation/), tars next to the folder train/,
-    tars with other endings than TAR_SUFFIXES, and JSONL files next to tars.
+    Only the folders of `specs` and their direct subfolders are searched. Examples of unread files are the tars of
+    a folder val/ (it must be called validation/), tars next to the folder train/, tars with other endings than
+    TAR_SUFFIXES, and JSONL files next to tars.
     """
     parts = [part for spec in specs if spec is not None for part in _parts(spec)]
     unread: set[str] = set()
@@ -201,7 +202,7 @@ def unread_shards(*specs: str | Sequence[str] | None) -> list[str]:
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """Return the files and folders in a folder, or [] if it may not be read, as lost+found."""
+    """Return the files and folders in a folder, or [] if the folder cannot be read (for example, lost+found)."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
@@ -227,7 +228,7 @@ def iterate(
     """Yield the samples of a shard in order, skipping those that cannot be used.
 
     Skipped samples, lost parts and unused parts are counted in `report`. Raises UserError naming the shard if the shard
-    cannot be read, if the tar is damaged, if the members of a sample do not follow each other, or if an instruction is
+    cannot be read, if the tar is damaged, if the members of a sample are not consecutive, or if an instruction is
     malformed.
     """
     shard = Shard(shard) if isinstance(shard, str) else shard
