@@ -47,7 +47,7 @@ class Answers:
 
     @property
     def right_N(self) -> Tensor:
-        """Return bool [N]: true where the correct option is more likely than every other option."""
+        """Return bool [N]: true for each item whose correct option is more likely than every other option."""
         right_N1 = self.log_probs_NO.gather(1, self.correct_N[:, None])
         return (self.log_probs_NO >= right_N1).sum(dim=1) == 1
 
@@ -81,7 +81,7 @@ def read_items(
 ) -> tuple[Mapping[int, Choice], Iterable[Batch]]:
     """Return the items of a split, keyed by sample hash, and this rank's batches of them. Collective.
 
-    All ranks have the same number of batches. Rank 0 displays the progress while they are read.
+    All ranks have the same number of batches. Rank 0 displays the progress while it iterates over its batches.
     """
     with raise_on_all_ranks():
         choices, report = read_choices(data, split, vocabulary.text)
@@ -104,13 +104,13 @@ def _warn(choices: Mapping[int, Choice], report: SampleReport) -> None:
 
 
 def answer(forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Choice], layout: Layout) -> Answers:
-    """Let a model answer all items of the batches.
+    """Let a model answer the items in the batches. Return the answers of all ranks. Collective.
 
-    Collective: every rank must call it with the same number of batches.
+    Every rank must call this function with the same number of batches. Samples that are not in `choices` are left out.
+    Raises UserError if no items remain.
 
-    forward: Batch -> an output with logits_TV and records. choices: the items, keyed by sample hash, all with the same
-    number of options (data/tasks/choice_items.py). Samples that are not in `choices` are left out. Raises UserError if
-    no items remain.
+    forward: a function from a Batch to an output with logits_TV and records.
+    choices: the items, keyed by sample hash. All have the same number of options (data/tasks/choice_items.py).
     """
     return merge_answers(answers_of_all_ranks(forward, batches, choices, layout))
 
@@ -119,7 +119,10 @@ def answer(forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Ch
 def answers_of_all_ranks(
     forward: Callable, batches: Iterable[Batch], choices: Mapping[int, Choice], layout: Layout
 ) -> list[Answers]:
-    """Return the answers to each batch of each rank that has items. Arguments as in `answer`. Collective."""
+    """Return the answers of all ranks, one entry for each batch that has items. Collective.
+
+    The arguments are those of `answer`.
+    """
     mine = []
     for batch in batches:
         batch = batch.to(layout.device)
@@ -130,7 +133,7 @@ def answers_of_all_ranks(
 
 
 def merge_answers(parts: Sequence[Answers]) -> Answers:
-    """Merge answers. An item that was answered several times keeps its first answer. Raises UserError without items."""
+    """Merge answers, keeping only the first answer to each item. Raises UserError if there are no answers."""
     if not parts:
         raise UserError("the split holds no instruction samples, so there is nothing to choose from")
     joined = {f.name: torch.cat([getattr(answers, f.name) for answers in parts]) for f in fields(Answers)}

@@ -1,5 +1,4 @@
-"""Routing losses: load balance (with all null experts balanced as one pool), LLaVA-MoLE's pooled balance, and the
-router z-loss. Padding is never counted.
+"""Routing losses: load balance, LLaVA-MoLE's pooled balance, and the router z-loss. Padding is never counted.
 
 Each loss is a mean over layers, so its weight does not depend on the model's depth. In a composite router, each part
 (for example, the router of one modality) has its own loss, and the losses of the parts are added.
@@ -26,16 +25,14 @@ class LoadBalance:
 
     Source: Fedus et al., arXiv 2101.03961, eq. 4; with null experts, AdaMoE, arXiv 2406.13233, eq. 6.
 
-    For a set of tokens, f_c is the fraction of tokens that chose column c, and P_c is the mean gate value of column c
-    over the tokens of the set. Each token chooses k columns, so the sum of f is k. Gate values are first normalized to
-    sum to 1 per token (sigmoid gate values do not sum to 1 by themselves). Null experts are balanced as one pool: the f
-    of each null expert is replaced by the mean f of all null experts. If the load is balanced, the loss is k. Choices
-    are counted before full experts drop tokens.
+    For a set of tokens, f_c is the fraction of tokens that chose column c, and P_c is the mean gate value of column c.
+    Each token chooses k columns, so the f_c sum to k. The gate values of each token are first normalized to sum to 1.
+    Null experts are balanced as one pool: the f of each null expert is replaced by the mean f of all null experts. If
+    the load is balanced, the loss is k. Choices are counted before full experts drop tokens.
 
-    scope: the set of tokens over which the load is balanced. "group" is a selection group and "sequence" a packed
-    sequence; the loss is the mean over these sets. "global" is the global batch: f is exact over all data-parallel
-    ranks. Over accumulation steps, f is a running mean of the micro-batches so far, because later micro-batches are not
-    known yet.
+    scope: the set of tokens over which the load is balanced. "group" is a selection group, and "sequence" is a packed
+    sequence. The loss is the mean over these sets. "global" is the global batch. In this case, f is computed over all
+    data-parallel ranks, but only over the micro-batches so far, because later ones are not known yet.
     """
 
     def __init__(self, settings: LoadBalanceSettings, context: Context):
@@ -65,7 +62,7 @@ class LoadBalance:
     def _of_sets(self, part: Routing, batch: Batch, sets: int) -> Tensor:
         """Return the loss of one router part, summed over all sets of tokens in a micro-batch.
 
-        sets: the number of sets, which are the selection groups or the packed sequences.
+        sets: the number of selection groups or of packed sequences, depending on the scope.
         """
         set_V = part.token_V // (batch.info.num_tokens // sets)
         tokens_B1 = _by_set(torch.ones_like(part.probs_VC[:, :1]), set_V, sets).clamp(min=1.0)
@@ -74,11 +71,11 @@ class LoadBalance:
         return _balance(p_BC, _pool_nulls(f_BC, part.num_experts))
 
     def _global_shares(self, parts: list[Routing], batch: Batch) -> list[Tensor]:
-        """Return the fractions f of each router part. Collective.
+        """Return the fractions f of each router part for scope "global". Collective.
 
-        Tokens of all data-parallel ranks and of all micro-batches of the step so far are counted.
-        Each f is scaled by (total number of tokens / number of the part's tokens). The objective divides by the total
-        number of tokens, so with this scale a part's loss is a mean over the part's own tokens.
+        The fractions are computed over all data-parallel ranks and the micro-batches of the step so far. Each f is then
+        multiplied by (number of all tokens / number of the part's tokens). The objective divides the loss by the number
+        of all tokens. With this factor, the loss of a part becomes a mean over the part's own tokens.
         """
         columns = [part.chosen_VC.shape[1] for part in parts]
         choices = torch.cat([part.chosen_VC.sum(0) for part in parts])

@@ -25,10 +25,10 @@ class Manifold:
 
     Source: Routing Manifold Alignment, 2025, the equation that defines L_manifold. The vector r_i is the routing of
     sample i's last prompt token in the last `last_layers` expert layers. For each neighbour j, r_j and W_ij are
-    constants that data.neighbours adds to the batch (data/stream/neighbour_store.py). If the store has only the mean of
-    the neighbours' routing and its spread, the spread is added, which gives the same loss and gradients. If a sample
-    has no neighbours, all its weights are 0 and it is left out of the mean. The metric manifold/coverage is the
-    fraction of samples that have neighbours.
+    constants that data.neighbours adds to the batch (data/stream/neighbour_store.py). If the store has only the mean
+    and the spread of the neighbours' routing, the loss is computed from these. The loss and its gradients are the same
+    as with the individual neighbours. If a sample has no neighbours, all its weights are 0 and it is left out of the
+    mean. The metric manifold/coverage is the fraction of samples that have neighbours.
     """
 
     names = ("loss/manifold", "manifold/coverage")
@@ -66,8 +66,8 @@ def sample_routing(records: Sequence[RoutingRecord], token_S: Tensor, num_tokens
     """Return the routing values of each sample [S, R]: the softmax over each layer's router columns.
 
     token_S: the token of each sample, as an index into the T tokens. The softmax is computed from the raw logits,
-    before top-k, whichever gate function the router uses. In a composite router, the columns of a part that does not
-    see the token are 0.
+    before top-k, even if the router has another gate function. In a composite router, the columns of a part that does
+    not see the token are 0.
     """
     parts = [part for record in records for part in record.routings]
     return torch.cat([_part_routing(part, token_S, num_tokens) for part in parts], dim=1)

@@ -4,9 +4,9 @@ The model may be on the meta device, so a recipe's memory is known before anythi
 of these bytes are in host memory. The following are not counted: activations, layers that ZeRO-3 gathers temporarily,
 copies of a bucket during its reduction, and buffers of the communication library and the allocator.
 
-Symbols: n is the number of a parameter's elements on a rank before ZeRO divides them. If the parameter is a stack of
-experts, only the rows of the rank's own experts count. d is the number of ranks that hold the same elements: dp, or edp
-for experts. ZeRO divides the elements among these d ranks.
+Symbols: n is the number of elements that a rank has of a parameter before ZeRO divides them. For stacked experts, only
+the rank's own experts count. d is the number of ranks that hold the same elements: `edp` for experts, `dp` for all
+other parameters. ZeRO divides the elements among these ranks.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ class _Parameter(NamedTuple):
 def rank_bytes(model: nn.Module, layout: Layout, section: DeepSpeedSection) -> RankBytes:
     """Return the bytes of a model, its gradients and its optimizer on one rank. All ranks have the same result.
 
-    model: the whole model, as built for a single rank. Parameters that are not trained must be frozen already.
-    layout: the layout to train it in; its process groups are not used. section: the ZeRO stage, the precision and the
-    optimizer.
     Raises UserError if the ranks cannot divide the experts equally.
+
+    model: the whole model, as built for a single rank, with all untrained parameters frozen.
+    layout: the layout in which the model will be trained. Its process groups are not used.
+    section: the ZeRO stage, the precision and the optimizer.
     """
     parameters = [_on_rank(parameter, layout) for parameter in model.parameters()]
     trained = [p for p in parameters if p.is_trained]
@@ -98,10 +99,10 @@ def _working_width(section: DeepSpeedSection) -> int:
 
 
 def _kept(parameters: Sequence[_Parameter], zero: ZeroSection) -> Iterator[int]:
-    """Yield, for each parameter, the number of elements in the working precision that a rank keeps.
+    """Yield the number of elements of each parameter that a rank keeps in the working precision.
 
-    ZeRO-1 and ZeRO-2 do not divide the parameters. With ZeRO-3, a rank keeps only its part of each parameter. In
-    addition, it keeps gathered copies of small parameters, as long as their total size does not exceed a limit.
+    ZeRO-1 and ZeRO-2 do not divide the parameters. With ZeRO-3, a rank keeps only its part of each parameter. It also
+    keeps gathered copies of small parameters, up to a limit on their total size.
     """
     largest = 100_000 if (given := zero.stage3_param_persistence_threshold) is None else given
     room = float("inf") if (limit := zero.stage3_model_persistence_threshold) is None else limit
@@ -122,9 +123,10 @@ def _num_moments(section: DeepSpeedSection) -> int:
 def _gradients(trained: Sequence[_Parameter], section: DeepSpeedSection) -> int:
     """Return the largest number of bytes that gradients take during a step. With ZeRO-1, this is an upper bound.
 
-    ZeRO-1 accumulates all gradients of the rank. ZeRO-2 and ZeRO-3 accumulate only the gradients of the rank's parts.
-    Gradients are reduced in a bucket. If they do not all fit into the bucket, the newest gradient takes extra memory
-    until the bucket is reduced. Finally, the optimizer gets the gradients in float32, one group at a time.
+    ZeRO-1 accumulates all gradients of the rank. ZeRO-2 and ZeRO-3 accumulate only the gradients of the elements that
+    ZeRO assigns to the rank. Gradients are reduced in a bucket. If the bucket cannot hold all gradients, the newest
+    gradient takes extra memory until the bucket is reduced. Finally, the optimizer gets the gradients in float32, one
+    group at a time.
     """
     zero, working = section.zero_optimization, _working_width(section)
     width = 2 if section.data_types and section.data_types.grad_accum_dtype == "bf16" else 4

@@ -31,9 +31,9 @@ from moe_dist.training.pretrained_start import check_tokenizer, find_pretrained,
 def check_needs(config: Config, *, resumes: bool) -> None:
     """Check that the files and folders that the recipe lists under `needs` exist.
 
-    Only those that this run reads are checked. For example, a path that an override has replaced is not checked. If the
-    run resumes, paths that only a new run reads are not checked either. If one is missing, raises UserError naming it
-    and the command that makes it.
+    Only paths that this run reads are checked. For example, a path that an override has replaced is not checked. If the
+    run resumes, paths that only a new run reads are not checked either. Raises UserError if a path is missing. The
+    message names the path and the command that makes it.
     """
     data = config.data
     read = [data.shards, data.validation_shards, data.text_tokenizer, data.image_tokenizer]
@@ -48,12 +48,14 @@ def check_needs(config: Config, *, resumes: bool) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Origin:
-    """The checkpoint that a run starts from.
+    """The checkpoint that a run starts from. If all fields are None, the run starts from initial values.
 
-    If the run resumes, resume_from is its own checkpoint, and state is the training state in it. If the run starts from
-    an earlier stage, source is the checkpoint of that stage. If source is a Hugging Face folder, pretrained is its
-    model. If all are None, the run starts from initial values. If the recipe has a neighbour store, identity is a
-    digest of source, with which the store must have been collected.
+    If the run resumes, resume_from is its own checkpoint, and state is the training state of that checkpoint. If the
+    run starts from an earlier stage, source names the checkpoint of that stage. If the run starts from a Hugging Face
+    folder, source names the folder, and pretrained is the folder's model.
+
+    If the run starts from `source` and the recipe has a neighbour store, identity is a digest of the model in `source`.
+    The store must have been collected with that model.
     """
 
     resume_from: Path | None = None
@@ -63,9 +65,10 @@ class Origin:
     identity: str | None = None
 
     def check(self, vocabulary: Vocabulary) -> None:
-        """Raise UserError if the run resumes and its checkpoint was made with different tokenizers.
+        """Check the tokenizers of the checkpoint or folder against the recipe's.
 
-        If the run starts from a Hugging Face folder, raise UserError if the folder's tokenizer is different.
+        Raises UserError if the run resumes and its checkpoint was made with different tokenizers, or if
+        check_tokenizer() refuses the Hugging Face folder.
         """
         if self.pretrained is not None and self.source is not None:
             check_tokenizer(self.pretrained, self.source, vocabulary)
@@ -88,7 +91,7 @@ class Origin:
         return start_from(self.source, engine, layout, vocabulary)
 
     def is_new(self, name: str) -> bool:
-        """Return True if the model's tensor `name` keeps its initial values, because `fill` does not load it."""
+        """Return True if `fill` does not load the model's tensor `name`, so that it keeps its initial values."""
         if self.resume_from is not None:
             return False
         if self.source is None or matches_any(name, self.source.new):
@@ -123,7 +126,7 @@ def find_origin(config: Config) -> Origin:
 def find_start(config: Config) -> Origin:
     """Find the earlier stage or the Hugging Face folder that a run of this recipe starts from. Collective.
 
-    Raises UserError if it is incomplete, or if the recipe's model is not that of the folder.
+    Raises UserError if the stage or folder is incomplete, or if the recipe's model differs from the folder's model.
     """
     pretrained = find_pretrained(config)
     source = config.init_from if pretrained is not None else resolve_init(config)

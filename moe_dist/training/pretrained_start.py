@@ -1,4 +1,4 @@
-"""Starting a run from a Hugging Face folder: finding it, and checking that model and tokenizer of the recipe fit it."""
+"""Starting a run from a Hugging Face folder: opening it, and comparing its model and tokenizer with the recipe's."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ FREE = ("lora", "depth", "init_std", "embedding_init_std", "recompute")
 def find_pretrained(config: Config) -> PretrainedModel | None:
     """Open the Hugging Face folder that `init_from` names. Returns None if it names none. Collective.
 
-    Raises UserError if the folder holds no complete, supported model, or if the recipe needs something else than its
-    model.
+    Raises UserError if the folder holds no complete, supported model, or if that model does not fit the recipe. Also
+    raises UserError if `init_from.data_position` is set, because a folder has no position in the data.
     """
     settings = config.init_from
     if settings is None or not any(gather_objects(is_pretrained(settings.checkpoint))):
@@ -44,7 +44,10 @@ def find_pretrained(config: Config) -> PretrainedModel | None:
 
 
 def pretrained_identity(found: PretrainedModel) -> str:
-    """Return a digest of a Hugging Face folder's config.json and weights. Collective: rank 0 reads them."""
+    """Return a digest that identifies the model of a Hugging Face folder. Collective.
+
+    Rank 0 computes it from config.json and the weights.
+    """
     digest = None
     with raise_on_all_ranks(patient=True):  # the others wait; tens of GB take minutes
         if is_main_process():
@@ -55,9 +58,9 @@ def pretrained_identity(found: PretrainedModel) -> str:
 def check_model(found: PretrainedModel, model: ModelConfig, settings: InitFrom) -> None:
     """Raise UserError naming the first key of the recipe's `model:` section that differs from the folder's model.
 
-    Some keys may differ (FREE). If `settings` renames tensors, lists new or left-out ones, or adds null experts, the
-    type of the feed-forward parts, experts or routers may differ, too. The account of all tensors then shows what was
-    loaded.
+    The keys in FREE may differ. If the embedding is left out, vocab_size may differ too. If `settings` renames tensors,
+    lists new or left-out tensors, or sets null_gates, parts of the model whose `type` differs are not compared. The
+    account of all tensors then shows what was loaded.
     """
     free = [*FREE, *(["vocab_size"] if matches_any(EMBEDDING, settings.left_out) else [])]
     given = found.model.model_dump(exclude_unset=True)
@@ -73,14 +76,15 @@ def check_model(found: PretrainedModel, model: ModelConfig, settings: InitFrom) 
 
 
 def _values(model: ModelConfig) -> Iterator[tuple[str, Any]]:
-    """Yield the value of each key of the section, with defaults that depend on other keys filled in."""
+    """Yield each key of the `model:` section with its value. Defaults that depend on other keys are filled in."""
     yield from (model.model_dump() | {"num_query_groups": model.query_groups, "head_size": model.size_per_head}).items()
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str, changes: bool) -> Iterator[str]:
     """Yield a description of each key of `theirs` that has another value in `ours`.
 
-    changes: skip mappings inside whose `type` differs.
+    path: the name of the mapping in the recipe, for the description.
+    changes: whether to skip nested mappings with different values of `type`.
     """
     for key, value in theirs.items():
         mine, name = ours.get(key), f"{path}.{key}"
@@ -92,10 +96,10 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], path: str, 
 
 
 def check_tokenizer(found: PretrainedModel, settings: InitFrom, vocabulary: Vocabulary) -> None:
-    """Raise UserError if the folder has a text tokenizer that differs from the recipe's, and its embedding is loaded.
+    """Raise UserError if the folder's embedding is loaded but its text tokenizer differs from the recipe's.
 
-    A SentencePiece file is compared with the folder's tokenizer.model, a Hugging Face tokenizer with its
-    tokenizer.json. If the folder does not have this file, nothing is compared.
+    A SentencePiece tokenizer is compared with the folder's tokenizer.model, a Hugging Face tokenizer with the folder's
+    tokenizer.json. If this file is missing, nothing is compared.
     """
     is_sentencepiece = isinstance(vocabulary.text, SentencePieceTokenizer)
     path = found.folder / SENTENCEPIECE if is_sentencepiece else found.folder

@@ -14,7 +14,10 @@ from moe_dist.convert.tensor_maps import ExpertNames
 
 
 class DeepSeekMoE(Family):
-    """The n_shared_experts shared experts are one SwiGLU, n_shared_experts times as wide as an expert."""
+    """The DeepSeekMoE family.
+
+    The shared experts of a layer are one SwiGLU that is n_shared_experts times as wide as an expert.
+    """
 
     model_type = "deepseek"
     architecture = "DeepseekForCausalLM"

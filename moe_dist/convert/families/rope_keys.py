@@ -1,4 +1,4 @@
-"""The keys of config.json about the rotary embedding, in the forms of transformers 4 and 5."""
+"""The keys of config.json that describe the rotary embedding, as in transformers 4 and transformers 5."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ SCALING_KEYS = {  # rope_type -> the keys of ours with the same names
 
 
 def rope_section(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the keys `rope_base` and `rope_scaling` of a model.
+    """Return the keys `rope_base` and `rope_scaling` of the `model:` section for a config.json.
 
-    The base is at the top level of config.json (transformers 4) or in rope_parameters (transformers 5). As in
-    transformers, rope_scaling replaces rope_parameters if it is not empty, and may hold the base, too. Raises UserError
-    if the rotary embedding covers only part of each head, differs between layers, or has an unsupported scaling.
+    Without a scaling, `rope_scaling` is left out. As in transformers, the settings are those in rope_scaling, or those
+    in rope_parameters if rope_scaling is empty. If they contain rope_theta, the value at the top level is ignored.
+    Raises UserError if the rotary embedding covers only part of each head, differs between layers, or has an
+    unsupported scaling.
+
+    where: the source of the config, for error messages.
     """
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     settings = raw.get(key) or {}
@@ -47,9 +50,9 @@ def rope_section(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _scaling(kind: str, settings: Mapping[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a scaling.
+    """Return the settings of a scaling of the rotary embedding.
 
-    Some settings may be missing but follow from other keys of config.json. They are computed as in transformers.
+    If a setting is missing but can be computed from other keys of config.json, it is computed as in transformers.
     """
     found = {key: settings[key] for key in SCALING_KEYS[kind] if settings.get(key) is not None}
     original = "original_max_position_embeddings"
@@ -63,7 +66,7 @@ def _scaling(kind: str, settings: Mapping[str, Any], raw: Mapping[str, Any]) -> 
 
 
 def rope_json(model: ModelConfig) -> dict[str, Any]:
-    """Return the keys of config.json about the rotary embedding of a model."""
+    """Return the keys of config.json that describe a model's rotary embedding."""
     base = {"rope_theta": model.rope_base}
     if model.rope_scaling is None:
         return {**base, "rope_parameters": {"rope_type": "default", **base}}

@@ -2,9 +2,9 @@
 
 A shard's tokens are stored next to it in tokens/<vocabulary>/<shard>/. If the shard is remote or its folder is
 read-only, they are stored in the user's cache folder. <vocabulary> is a digest of both tokenizers. <shard> ends in a
-digest of its checksum (for a remote shard, its URL), the split, the chat template, and the format of the token files.
-If one of these changes, the shard is tokenised again. A folder may contain tokens/ but no tars. Its tokens must then
-have been made with the recipe's tokenizers and in the current format.
+digest of the shard's checksum, the split, the chat template, and the format of the token files. For a remote shard, the
+URL replaces the checksum. If one of these changes, the shard is tokenised again. A folder may contain tokens/ but no
+tars. Its tokens must then have been made with the recipe's tokenizers and in the current format.
 
 Call order on every rank: load_vocabulary, build_cache, a barrier, open_store.
 """
@@ -83,7 +83,7 @@ class TokenStore:
         self.part_ends = np.searchsorted(self._kept, np.cumsum([sum(map(len, part)) for part in parts]))
 
     def _without_long_instructions(self, lengths: np.ndarray, sequence_length: int) -> np.ndarray:
-        """Return the indices of all documents except overlong instructions. lengths: in tokens, with markers."""
+        """Return the indices of all documents except overlong instructions. lengths: in tokens, including markers."""
         kept = np.ones(len(lengths), dtype=bool)
         for shard, end in zip(self.shards, self._ends, strict=True):
             prompted = shard.prompts[:, 0] + end - len(shard)
@@ -106,7 +106,7 @@ class TokenStore:
         return len(self._kept)
 
     def document(self, index: int, choice: int = 0) -> StoredDocument:
-        """Return document number `index`, 0 <= index < len. Of n captions, its text is number `choice` mod n."""
+        """Return document number `index`. If it has n captions, its text is caption number `choice` mod n."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         index = int(self._kept[index])
@@ -118,8 +118,9 @@ class TokenStore:
 def open_store(data: DataConfig, split: Split, vocabulary: Vocabulary) -> TokenStore:
     """Open the tokens of a split. Before this, build_cache must have run on every rank.
 
-    Raises UserError if a shard's tokens are missing, damaged, or (shipped) made with other tokenizers, if there are no
-    samples, if over data.max_bad_fraction of them are bad or lost, or if training samples do not match data.expect.
+    Raises UserError if tokens are missing, damaged or made with other tokenizers, if there are no samples, if more
+    samples are bad or have a lost part than data.max_bad_fraction allows, or if training samples do not match
+    data.expect.
     """
     parts: list[list[TokenShard]] = []
     for part in _parts(data, split):
@@ -154,8 +155,8 @@ def build_cache(
     """Tokenise this rank's share of a split's shards. Skip shards that are already in the cache.
 
     Rank 0 shows its progress. Every local tar of the share is checked against its index, even if its tokens are cached.
-    Raises UserError if a shard is damaged or its tokens cannot be written. Only the rank that finds the problem raises
-    it; the caller must raise it on the other ranks. If `stop` returns True, keep the finished shards and return.
+    If `stop` returns True, keep the finished shards and return. Raises UserError if a shard is damaged or its tokens
+    cannot be written. Only the rank that finds the problem raises it. The caller must raise it on the other ranks too.
     """
     tars: list[Shard] = []
     for part in _parts(data, split):
@@ -178,7 +179,7 @@ def _tokenise(
     *,
     shown: bool,
 ) -> None:
-    """Tokenise shards until all are done or `stop` returns True. shown: whether to show a progress bar."""
+    """Tokenise the shards in `missing`. Return early if `stop` returns True. shown: whether to show a progress bar."""
     if vocabulary.image is not None:
         vocabulary.image.to(device)
     columns = (TextColumn("tokenising {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -218,7 +219,7 @@ class _Source:
 
     @classmethod
     def of(cls, shard: Shard, vocabulary: Vocabulary, *, content: bool) -> _Source:
-        """Check a shard and find its folders. content: whether to check the tar's checksum in addition to its size."""
+        """Check a shard and list its token folders. content: whether to check the checksum, not only the size."""
         path = local_path(shard.url)
         index = verify_shard(path, content=content) if path else None
         identity = index.sha256 if index else shard.url
@@ -259,7 +260,7 @@ class _Source:
 
 
 def _parts(data: DataConfig, split: Split) -> list[list[Shard] | Path]:
-    """Resolve each entry of data.shards or data.validation_shards to tars, or to a folder with tokens but no tars."""
+    """Return each entry of the split's shards as a list of tars, or as a folder if it has tokens but no tars."""
     held_out = data.validation_shards if split == "validation" else None
     own = data.shards if held_out is None else held_out
     parts: list[list[Shard] | Path] = []

@@ -60,7 +60,11 @@ def lost_members(files: Mapping[str, bytes | None], picture: str | None, *, has_
 
 
 def _kind(last: str, content: bytes | None) -> str | None:
-    """Return whether a member is an image or a caption by the last part of its ending, or an image by its content."""
+    """Return "image" or "caption" if a member is one of these, otherwise None.
+
+    last: the last part of the member's ending, ignoring a compression suffix.
+    content: if it begins like an image file, the member is an image, whatever `last` is. If None, only `last` is used.
+    """
     if last in IMAGE_SUFFIXES or last in UNSUPPORTED_IMAGES or (content is not None and _SIGNATURE.match(content)):
         return "image"
     return "caption" if last in ("txt", "json", *UNREAD_CAPTIONS) else None

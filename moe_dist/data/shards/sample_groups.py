@@ -81,5 +81,8 @@ def _check_new(key: str, seen: Mapping[str, str], shard: str) -> None:
 
 
 def _spelt(key: str) -> str:
-    """Return the spelling that a key shares with others that a file system or a reader takes for the same name."""
+    """Return a key in Unicode form NFC and without a leading `./`.
+
+    If two keys have the same result, they are spellings of the same name.
+    """
     return unicodedata.normalize("NFC", key).removeprefix("./")

@@ -98,7 +98,7 @@ class SampleReport:
         return f": {', '.join(reasons)}" if reasons else ""
 
     def check_samples(self, split: str) -> None:
-        """Raise UserError if there are no samples. split: the split of the samples counted here."""
+        """Raise UserError if the report counts no samples. split: the name of the split, for the error message."""
         if self.total == 0 and self.other_splits == 0:
             raise UserError(f"the shards of the {split} split hold no samples")
         if self.total == 0:
@@ -111,8 +111,8 @@ class SampleReport:
     def check(self, max_bad_fraction: float, unwanted: tuple[str, ...] = ()) -> None:
         """Raise UserError if more than max_bad_fraction of the samples are bad or have a lost part.
 
-        unwanted: prefixes of the reasons that do not matter, because the recipe does not use such parts. A sample is
-        not counted if the reason for its lost part has one of these prefixes.
+        unwanted: prefixes of the reasons for lost parts that the recipe does not use. A sample is not counted if the
+        reason for its lost part has one of these prefixes.
         """
         lost = sum(number for reason, number in self.lost.items() if not reason.startswith(unwanted))
         if exceeds(self.bad.total() + lost, max_bad_fraction, self.total):
@@ -128,7 +128,7 @@ def readable(name: str) -> str:
 
 
 def exceeds(number: int, fraction: float, total: int) -> bool:
-    """Return whether `number` is more than this fraction of `total`. 29 of 100 is not more than the fraction 0.29."""
+    """Return whether `number` is more than `fraction` of `total`. For example, 29 of 100 does not exceed 0.29."""
     return number > 0 and number / total > fraction  # 0.29 * 100 is less than 29
 
 

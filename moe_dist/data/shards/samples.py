@@ -75,7 +75,10 @@ class LostSample(Exception):
 
 
 def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MAX_MEGAPIXELS) -> RawSample:
-    """Decode one sample. The fields `loss` and `unused` of the result name the first lost part and the unused parts.
+    """Decode one sample.
+
+    If parts of the sample are lost, the result's field `loss` describes the first of them. The field `unused` names the
+    parts that are unused by design.
 
     If the sample cannot be used because of a lost part, raises LostSample. If it cannot be used for another reason,
     raises BadSample. If it is a malformed instruction, raises UserError naming the shard and the sample.
@@ -110,7 +113,11 @@ def decode_sample(sample: SampleFiles, shard: str, *, max_megapixels: float = MA
 
 
 def _instruction(record: Mapping[str, object], shard: str, key: str) -> Instruction:
-    """Return a record as an instruction. Raises BadSample or, if a field has a wrong type, UserError."""
+    """Convert a JSON record to an instruction.
+
+    Raises BadSample if the record cannot be learned from, or if its text has a lone surrogate or a null character.
+    Raises UserError naming the shard and the sample if a field is missing or has a wrong type.
+    """
     _check_unicode(json.dumps(record, ensure_ascii=False))
     try:
         instruction = to_instruction(record, f"shard {shard}, sample '{key}'")
@@ -123,8 +130,8 @@ def _instruction(record: Mapping[str, object], shard: str, key: str) -> Instruct
 def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Image.Image:
     """Decode the first frame of an image file to an upright RGB image on a white background.
 
-    Raises BadSample if the image is oversized, cannot be decoded, has 32-bit values, or is a PNG with too long a text
-    or colour profile.
+    Raises BadSample if the image is oversized, cannot be decoded or has 32-bit values, or if the text or the colour
+    profile of a PNG is too large.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -146,7 +153,7 @@ def decode_image(content: bytes, max_megapixels: float = MAX_MEGAPIXELS) -> Imag
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to mode RGB on a white background. Scales 16-bit grey to 8 bits."""
+    """Convert an image to mode RGB. Transparent images get a white background. 16-bit grey is scaled to 8 bits."""
     if image.mode.startswith("I;16"):
         image = image.convert("I").point(lambda value: value / 257).convert("L")
     if image.has_transparency_data:
@@ -230,7 +237,7 @@ def _unused_members(files: Mapping[str, bytes | None], picture: str | None, lost
 
 
 def _unused_fields(record: Mapping[str, object], used: Iterable[str | None], captions: int) -> Iterator[str]:
-    """Yield a description of each JSON field that is not used, or that is a list of captions and of other entries.
+    """Yield a description of each JSON field that is not read, and of each caption list that has entries without text.
 
     used: the names of the fields that are read.
     captions: the number of the sample's captions.

@@ -87,7 +87,7 @@ def _check_end(unpacked) -> None:
 
 
 class _Rejoined(io.RawIOBase):
-    """A stream whose first bytes, `head`, have been read already."""
+    """A stream that returns `head` first, and then the bytes of `rest`."""
 
     def __init__(self, head: bytes, rest: BinaryIO) -> None:
         self._head, self._rest = head, rest
@@ -103,9 +103,10 @@ class _Rejoined(io.RawIOBase):
 
 
 def unzipped(stream: BinaryIO) -> BinaryIO:
-    """Return the stream. If it is gzip, decompress it with the gzip module, which also verifies the checksum.
+    """Return the stream, decompressed if it is gzip.
 
-    The tarfile module can decompress a gzip stream, too, but does not verify the checksum.
+    The gzip module is used because it verifies the checksum. The tarfile module can also decompress gzip, but does not
+    verify the checksum.
     """
     head = stream.read(len(GZIP_MAGIC))
     whole = io.BufferedReader(_Rejoined(head, stream), 1 << 16)
