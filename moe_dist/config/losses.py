@@ -30,8 +30,11 @@ Points = Annotated[tuple[tuple[Count, Weight], ...], Field(min_length=1), AfterV
 class WeightSchedule(Strict):
     """The weight of a loss term as a function of the step, given by points (step, weight) with ascending steps.
 
-    Before the earliest point the weight is 0, and after the last one it is constant. Between two points, `step` keeps
-    the weight of the earlier point; `linear` and `cosine` interpolate (`cosine` with slope 0 at both points).
+    The weight is 0 before the first point and constant after the last point. Between two points, it depends on `type`:
+    - `step` keeps the weight of the earlier point.
+    - `linear` interpolates linearly.
+    - `cosine` interpolates along half a cosine wave, so the weight has slope 0 at both points.
+
     In a recipe, a plain number is a constant weight, and a plain list of points is a schedule of the type `step`.
     """
 
@@ -40,7 +43,10 @@ class WeightSchedule(Strict):
 
     @model_serializer(mode="plain")
     def _shortest_form(self) -> Any:
-        """Return a schedule of the type `step` as the plain list that checkpoints of earlier versions contain."""
+        """Return the serialized form of the schedule.
+
+        A schedule of the type `step` is serialized as a plain list of points, as in checkpoints of earlier versions.
+        """
         points = [list(point) for point in self.points]
         return points if self.type == "step" else {"type": self.type, "points": points}
 
@@ -59,7 +65,10 @@ class WeightSchedule(Strict):
 
 
 def _parse_weight(raw: Any) -> WeightSchedule:
-    """Validate a weight in any of its forms. Raises Faults whose keys are those of the form that was given."""
+    """Convert a weight in any of its forms to a WeightSchedule.
+
+    Raises Faults if the weight is invalid. The keys of the faults refer to the given form of the weight.
+    """
     if isinstance(raw, WeightSchedule):
         return raw
     if isinstance(raw, Mapping):
@@ -103,7 +112,10 @@ LossesSection = Annotated[dict[str, SerializeAsAny[TermSettings]], BeforeValidat
 
 
 def loss_settings(raw: Mapping[str, Any]) -> dict[str, TermSettings]:
-    """Validate loss settings that do not come from a recipe. Raises UserError naming the invalid key."""
+    """Validate loss settings that do not come from a recipe, and return them keyed by the name of the loss term.
+
+    Raises UserError naming the invalid key.
+    """
     return within("recipe", lambda: _parse(raw), "losses")
 
 
@@ -116,12 +128,13 @@ class LoadBalanceSettings(TermSettings, name="load_balance"):
 
 
 class NeighbourSettings(Strict):
-    """The choice of each sample's neighbours in RoMA, and their similarity (alignment/nearest_neighbours.py).
+    """Settings for finding and weighting each sample's neighbours in RoMA (alignment/nearest_neighbours.py).
 
-    kind: `nearest` takes the k nearest samples of the pool, `ball` those whose similarity is at least epsilon, `random`
-    any k of the pool, `all` the whole pool. `random` and `all` are controls.
-    pool: the samples that the model answers correctly (the success set), or all samples (a control).
-    distance: `euclidean` is the distance of the normalised embeddings, `cosine` is 1 - their cosine.
+    kind: which samples of the pool become neighbours. `nearest` selects the k nearest samples, and `ball` selects all
+    samples with a similarity of at least epsilon. `random` selects k random samples, and `all` selects the whole pool.
+    These two are controls.
+    pool: `successful` has the samples that the model answers correctly. `all` has all samples (a control).
+    distance: `euclidean` is the distance of the normalised embeddings. `cosine` is 1 minus their cosine.
     sigma: the width of the similarity. If it is None, it is the median distance to the k nearest samples.
     seed: the seed of random neighbours.
     """

@@ -1,7 +1,8 @@
-"""A Hugging Face folder, opened as one of our models: its `model:` section, and its tensors under our names.
+"""Conversion of a Hugging Face folder to one of our models.
 
-Each tensor is read from the disk only when it is used. Files and tensors that are known to be superfluous are
-skipped and listed in PretrainedModel.dropped. Any other surplus tensor is an error.
+The result has a `model:` section, and tensors with our names. Each tensor is read from the disk only when it is
+used. Files and tensors that are known to be superfluous are skipped and listed in PretrainedModel.dropped. Any other
+surplus tensor is an error.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def read_folder(folder: str | Path) -> tuple[dict[str, LazyTensor], list[str]]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Return the file of each tensor according to the index. Raises UserError if the index is damaged."""
+    """Return the index's dict from tensor name to file name. Raises UserError if the index is damaged."""
     found = read_json(index).get("weight_map")
     if not isinstance(found, dict) or not found or not all(_is_file_name(file) for file in found.values()):
         raise UserError(f"{index} is damaged: its weight_map does not name a file of this folder for every tensor")

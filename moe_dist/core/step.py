@@ -46,10 +46,10 @@ class Objective(Protocol):
         ...
 
     def counts(self, batch: Batch) -> tuple[int, ...]:
-        """Return, for each metric, the number of values that a host-side micro-batch contributes to the metric's mean.
+        """Return, for each metric, the number of values that a micro-batch contributes to the metric's mean.
 
-        A metric's count over a step is the sum of these numbers. The metric's mean is its sum over the step divided by
-        this count.
+        batch: the micro-batch, on the host. A metric's count over a step is the sum of these numbers. The metric's mean
+        is its sum over the step divided by this count.
         """
         ...
 

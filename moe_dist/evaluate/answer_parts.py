@@ -1,7 +1,7 @@
 """Answers to the items of a large split, written to the disk in parts, so that an interrupted run can be continued.
 
-A folder holds the finished parts and parts.json, which describes the model, the data and the layout. If it describes
-something else, the parts are removed and all items are answered anew.
+A folder holds the finished parts and parts.json, which describes the model, the data and the layout. If a run has
+another model, other data or another layout, it removes the parts and answers all items again.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ def answer_in_parts(
     folder: Path,
     about: Mapping[str, Any],
 ) -> Answers | None:
-    """Let a model answer all items of the batches, except those of the parts that are already in `folder`. Collective.
+    """Let a model answer all items of the batches. Collective.
 
-    Returns all answers on the main rank, and None on other ranks. The parts remain in the folder. Raises UserError if
-    there are no items.
-    forward, choices: as in `answer`. about: a JSON object that identifies the model and the batches.
+    Each part of the answers is written to `folder` when it is finished. A later call skips the finished parts. Returns
+    all answers on the main rank, and None on other ranks. Raises UserError if there are no items.
+
+    forward, choices: as in `answer` (choice_accuracy.py). about: a JSON object that identifies the model and the
+    batches.
     """
     with raise_on_all_ranks():
         done = _finished(folder, {**about, "dp": layout.dp, "batches": BATCHES}) if layout.is_main else set()
@@ -63,7 +65,10 @@ def _chunks(batches: Iterable[Batch]) -> Iterator[list[Batch]]:
 
 
 def _finished(folder: Path, about: dict[str, Any]) -> set[int]:
-    """Return the numbers of the finished parts. If the folder is about something else, empty it first."""
+    """Return the numbers of the finished parts in a folder.
+
+    If the folder's parts.json is missing or differs from `about`, the folder is emptied and parts.json is written.
+    """
     if not (folder / PARTS_ABOUT).is_file() or read_json(folder / PARTS_ABOUT) != about:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)

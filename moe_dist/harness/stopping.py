@@ -35,7 +35,10 @@ class TextUntil:
         self.masks_KV: Tensor = (vocabulary.modality_of == TEXT)[None]
 
     def start_text(self, number: int, prompt: tuple[int, ...]) -> GenerationState:
-        """Create the initial state of a continuation, before any token is generated. number: its index."""
+        """Create the initial state of a continuation, before any token is generated.
+
+        number: the index of the continuation, from which its random draws are derived.
+        """
         limit = len(prompt) + self.settings.max_tokens
         return GenerationState(number, Prompt("text", (), prompt), limit)
 

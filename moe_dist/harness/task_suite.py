@@ -102,8 +102,9 @@ class TaskSuite:
 def _require_lm_eval() -> None:
     """Raise UserError if the package lm_eval is not installed.
 
-    Python's path begins with the folder of the running script. If this folder contains a file lm_eval.py (as launch/
-    does), the file would hide the package. In this case, the folder is removed from the path.
+    When Python imports a package, it first searches the folder of the running script. There, the script
+    launch/lm_eval.py would hide the package lm_eval. If the folder contains a file lm_eval.py, it is therefore removed
+    from Python's path.
     """
     scripts = Path(getattr(sys.modules["__main__"], "__file__", None) or "").resolve().parent
     if (scripts / "lm_eval.py").is_file():
@@ -112,7 +113,11 @@ def _require_lm_eval() -> None:
 
 
 def load_tasks(settings: TaskSettings) -> TaskDict:
-    """Load tasks by their names and files. Raises UserError if a task or file does not exist or cannot be loaded."""
+    """Load tasks by their names and files. Returns them in the form that lm_eval's evaluate() takes.
+
+    Raises UserError if a task or file does not exist or cannot be loaded, if a task needs pictures or sound, or if a
+    task runs code that the model writes and settings.unsafe_code is False.
+    """
     from lm_eval.tasks import TaskManager
 
     files = [Path(task) for task in settings.tasks if is_file(task)]
@@ -147,9 +152,9 @@ def is_file(task: str) -> bool:
 
 
 def _names(task: str, manager: TaskManager) -> list[str]:
-    """Return the names of the tasks and groups in lm_eval's index that `task` selects.
+    """Return the names of the lm_eval tasks and groups that match one entry of the setting `tasks`.
 
-    task: a name, a pattern or a file. Raises UserError if it selects nothing.
+    task: the entry, which is a name, a pattern or a file. Raises UserError if nothing matches.
     """
     if is_file(task):
         found = [name for name, entry in manager.task_index.items() if _is_of_file(entry.yaml_path, Path(task))]
@@ -170,10 +175,10 @@ def _is_of_file(path: Path | None, file: Path) -> bool:
 
 
 def _set_examples(task: Any, fewshot: int | None) -> None:
-    """Set a task's number of examples by the rules of lm_eval's command line.
+    """Set a task's number of few-shot examples and the seed that selects them, as lm_eval's command line does.
 
-    If the task's configuration says 0, the number stays 0. Otherwise, it is set to `fewshot`. If `fewshot` is None, the
-    task keeps its own number, or gets 0 if it has none.
+    If the task's configuration sets the number to 0, it stays 0. Otherwise, it is set to `fewshot`. If `fewshot` is
+    None, the task keeps its own number, or gets 0 if it has none.
     """
     given = task.get_config("num_fewshot")
     if given is None or (fewshot is not None and given != 0):

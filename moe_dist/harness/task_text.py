@@ -1,9 +1,10 @@
-"""Conversion of the texts of tasks to token ids, as in lm_eval's own class for Hugging Face models (HFLM).
+"""Conversion of the texts of tasks to token ids.
 
-A text therefore gets the same ids here as in an evaluation of the exported model. The rules differ from those of
-training (data/tasks/instructions.py) in two points. First, the tokenizer of a Hugging Face folder decides whether a
-text begins with BOS. Second, if a text contains the name of a special token, the name is encoded as this token. Chat
-templates need this, because they write special tokens by name.
+The rules are those of lm_eval's own class for Hugging Face models (HFLM), so a text gets the same ids here as in an
+evaluation of the exported model. With the tokenizer of a Hugging Face folder, the rules differ from those of training
+(data/tasks/instructions.py) in two points:
+- The tokenizer decides whether a text begins with BOS.
+- The name of a special token in a text is encoded as this token. Chat templates write special tokens by name.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class HuggingFaceTaskText:
 
 
 class SentencePieceTaskText:
-    """The TaskText of a SentencePiece file: every text begins with BOS, as documents in training do."""
+    """The TaskText of a SentencePiece file. By default, BOS is added before every text."""
 
     eos: str | None = None
     template: str | None = None

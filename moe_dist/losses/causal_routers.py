@@ -1,5 +1,7 @@
-"""Loss that trains auxiliary routers to predict, from one token alone, the choice that the main router made with the
-whole group in view.
+"""Loss that trains auxiliary routers.
+
+An auxiliary router sees one token alone. It learns to predict the main router's choice for this token, although
+that choice may depend on other tokens.
 
 Shape suffixes: V tokens that a router saw, C columns of a router.
 """
@@ -19,9 +21,9 @@ from moe_dist.losses.term import Context
 
 
 class CausalRouters:
-    """Binary cross-entropy between aux(x) and the main router's choice (MoMa, arXiv 2407.21770, eq. 3-4).
+    """Binary cross-entropy between auxiliary routers and the choices of main routers (MoMa, arXiv 2407.21770, eq. 3-4).
 
-    The loss covers the auxiliary routers both for experts and for mixture-of-depths. It is the mean over a router's
+    The loss trains the auxiliary routers of expert layers and of mixture-of-depths. It is the mean over a router's
     columns, over the valid tokens, and over the layers with auxiliary routers. If mixture-of-depths does not admit a
     token to a layer, the token contributes 0 to the loss of that layer's expert router. The inputs of auxiliary routers
     are detached, so the loss has no gradient for other parameters.
@@ -47,7 +49,10 @@ class CausalRouters:
 
 
 def _cross_entropy(part: Routing) -> Tensor:
-    """Return the cross-entropy of one auxiliary router, averaged over columns and summed over tokens."""
+    """Return the cross-entropy between one auxiliary router and its main router's choice.
+
+    It is averaged over columns and summed over tokens.
+    """
     assert part.auxiliary_VC is not None
     target_VC = part.chosen_VC.to(part.auxiliary_VC.dtype)
     loss_VC = F.binary_cross_entropy_with_logits(part.auxiliary_VC, target_VC, reduction="none")

@@ -1,8 +1,8 @@
 """A check that every trained parameter gets a gradient in the first steps of a run (train.reach_steps).
 
 A parameter that no gradient reaches never trains, and without this check nobody would notice. It counts as reached
-after one non-zero gradient on any rank; each expert's row of a stacked parameter counts by itself. LoRA's A has no
-gradient before B has moved, so the check waits for several steps.
+after one non-zero gradient on any rank. In a stacked parameter, the row of each expert is checked separately. The check
+takes several steps, because LoRA's matrix A gets no gradient until its matrix B has changed from 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _ENOUGH = 2  # steps in which an expert or router must have had tokens: LoRA's A
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """The outcome of the check. `not_tried` and `never` name parameters, or experts' rows of stacked parameters."""
+    """The outcome of the check.
+
+    `not_tried` and `never` list what no gradient reached: parameters, or experts' rows of stacked parameters.
+    """
 
     steps: int
     reached: int
@@ -75,9 +78,9 @@ class _Routed:
         return self.num_experts + len(self.routers)
 
     def place(self, name: str, row: int | None) -> int | None:
-        """Return the position of a parameter's token count: the count of its expert or of its router.
+        """Return the index of a parameter's expert or router in the token counts of `Reach`.
 
-        Return None if the parameter belongs neither to one expert nor to a router of this layer.
+        Returns None if the parameter belongs neither to an expert nor to a router of this layer.
 
         row: for a stacked parameter, the global id of the expert or slice.
         """
@@ -87,9 +90,9 @@ class _Routed:
         return self.offset + self.num_experts + found[0] if found else None
 
     def tokens(self, record: RoutingRecord) -> Tensor:
-        """Return the number of tokens of each expert, and then of each router.
+        """Return the number of tokens that each expert received, followed by the number that each router scored.
 
-        A router with a single column has nothing to choose, so its number is 0.
+        For a router with a single column, the number is 0, because it has nothing to choose.
         """
         parts = zip(record.routings, self.routers.values(), strict=True)
         scored = [part.token_V.shape[0] if _can_choose(router) else 0 for part, router in parts]
@@ -102,14 +105,14 @@ def _can_choose(router: nn.Module) -> bool:
 
 
 class Reach:
-    """The check of one model. Hooks on the model observe its gradients and its routing.
+    """The check that gradients reach all trained parameters of a model. Hooks observe the gradients and the routing.
 
     The hooks are removed after the check. A step does not count if it was skipped or if its learning rate is 0, because
     such a step does not change the parameters.
     """
 
     def __init__(self, model: nn.Module, layout: Layout, steps: int):
-        """Watch a model. steps: number of steps to watch; 0: do nothing."""
+        """Start the check of a model. steps: the number of steps to check. If it is 0, there is no check."""
         self._layout, self._steps, self._left = layout, steps, steps
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad} if steps else {}
         self._seen: dict[str, Tensor] = {}
@@ -124,10 +127,12 @@ class Reach:
             self._hooks.append(model.register_forward_hook(self._count))
 
     def after_step(self, lr: float, folder: RunFolder, *, skipped: bool) -> None:
-        """Count a step. After the last step of the check, report the outcome and write it to `folder`. Collective.
+        """Record a step. After the last step of the check, report the outcome and write it to `folder`. Collective.
 
-        Raises UserError on every rank if any parameter received no gradient, unless its expert or router had too few
-        tokens.
+        Raises UserError on every rank if a parameter received no gradient in any of the steps. There is no error if the
+        parameter's expert or router received too few tokens. Such parameters are only reported.
+
+        lr: the learning rate of the step. skipped: True if the optimizer skipped the step.
         """
         if not self._left:
             return
@@ -184,7 +189,10 @@ class Reach:
             yield from ((name, row) for row in rows)
 
     def _over_ranks(self) -> Tensor:
-        """Return a bool for each pair of `_tensors`: True if a gradient reached it on any rank. Collective."""
+        """Return which trained tensors a gradient has reached on any rank. Collective.
+
+        The result has one bool for each pair that `_tensors` yields, in the same order.
+        """
         found = {tensor: number for number, tensor in enumerate(self._tensors())}
         reached = torch.zeros(len(found), dtype=torch.int32, device=self._layout.device)
         for name, seen in self._seen.items():

@@ -78,15 +78,15 @@ class Family:
         }
 
     def attention(self, raw: JSON) -> JSON:
-        """Return the settings of attention that differ from Llama's."""
+        """Return the attention settings of the `model:` section that differ from those of Llama."""
         return {}
 
     def ffn(self, raw: JSON) -> JSON:
-        """Return the section `ffn`."""
+        """Convert a config.json to the section `ffn` of a `model:` section."""
         return {"type": "dense", "hidden_size": raw["intermediate_size"]}
 
     def windows(self, raw: JSON) -> list[int]:
-        """Return the sliding window of each layer; 0: none."""
+        """Return the size of each layer's sliding window, or 0 for a layer with full attention."""
         return [0] * raw["num_hidden_layers"]
 
     def dense_layers(self, raw: JSON) -> Sequence[int]:
@@ -94,7 +94,10 @@ class Family:
         return ()
 
     def _differences(self, raw: JSON) -> list[JSON]:
-        """Return, for each layer, the settings that differ from the model's `ffn` section and full attention."""
+        """Return, for each layer, the settings that differ from the default.
+
+        By default, a layer uses the model's `ffn` section and full attention.
+        """
         dense = {"ffn": Family.ffn(self, raw)}
         without = set(self.dense_layers(raw))
         windows = enumerate(self.windows(raw))
@@ -160,7 +163,8 @@ class Family:
 def top_k_section(raw: JSON, *, hidden_size: str, num_experts: str, renormalize: bool) -> JSON:
     """Return the `ffn` section of a model with experts.
 
-    hidden_size, num_experts: the keys of `raw` that hold the width of an expert and the number of experts.
+    raw: a config.json. hidden_size, num_experts: its keys for the width of an expert and for the number of experts.
+    renormalize: whether the weights of a token's top-k experts are scaled to sum to 1.
     """
     router = {"type": "top_k", "num_experts": raw[num_experts], "top_k": raw["num_experts_per_tok"]}
     return {"type": "moe", "hidden_size": raw[hidden_size], "router": router | {"renormalize": renormalize}}
@@ -184,7 +188,7 @@ def dense_layers_of(model: ModelConfig) -> tuple[list[int], int]:
 def _layer_differences(differences: list[JSON]) -> JSON:
     """Return the keys `sliding_window` and `layers` of a `model:` section.
 
-    differences: for each layer, the settings that differ from a layer of kind `ffn` with full attention.
+    differences: the result of Family._differences.
     """
     windows = [of_layer.get("sliding_window", 0) for of_layer in differences]
     section: JSON = {}
@@ -200,7 +204,7 @@ def _layer_differences(differences: list[JSON]) -> JSON:
 
 
 def _spans(numbers: list[int]) -> str:
-    """Return a key of `model.layers` for increasing layer numbers, such as "0,4-6" for 0, 4, 5, 6."""
+    """Write ascending layer numbers as a key of `model.layers`. For example, [0, 4, 5, 6] becomes "0,4-6"."""
     starts = [number for number in numbers if number - 1 not in numbers]
     ends = [number for number in numbers if number + 1 not in numbers]
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

@@ -1,4 +1,6 @@
-"""Registry of the families of Hugging Face models, by model_type and by the models that they can describe.
+"""Registry of the families of Hugging Face models.
+
+`family_of` finds the family of a config.json. `family_for` finds a family that can describe one of our models.
 
 To add a family, write one class in this folder and add one line here.
 """
@@ -59,11 +61,12 @@ def family_of(raw: Mapping[str, Any], where: str) -> Family:
 
 
 def family_for(model: ModelConfig, vocab_size: int, where: str) -> tuple[Family, JSON]:
-    """Return the first family that can describe a model, and the model's config.json.
+    """Return a family that can describe a model, and the model's config.json.
 
-    A family can describe a model if its model_section gives the same model back for that config.json. where: the
-    beginning of the error message. Raises UserError if there is no such family. The message names the first setting
-    that the closest family does not have.
+    A family can describe a model if converting the model to a config.json and back does not change it.
+
+    where: the beginning of the error message. Raises UserError if no family can describe the model. The message names a
+    setting that is not supported.
     """
     none = f"{where} has no Hugging Face architecture"
     for key, value in COMMON.items():
@@ -88,7 +91,10 @@ def family_for(model: ModelConfig, vocab_size: int, where: str) -> tuple[Family,
 
 
 def _setting(model: ModelConfig, key: str, default: Any) -> Any:
-    """Return the setting with a dotted name, or `default` if the model has none, as a dense model has no router."""
+    """Return the setting with a dotted name, such as `ffn.router.score`.
+
+    If the model has no such setting, return `default`. For example, a dense model has no router.
+    """
     value: Any = model
     for name in key.split("."):
         if not hasattr(value, name):
@@ -98,7 +104,10 @@ def _setting(model: ModelConfig, key: str, default: Any) -> Any:
 
 
 def _differences(model: ModelConfig, other: ModelConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the settings that differ and that a config.json must contain, keyed by their dotted names."""
+    """Return the settings that differ between two models, as a dict from dotted name to both values.
+
+    Settings that a config.json does not contain are ignored.
+    """
     ours, theirs = _flat(model), _flat(other)
     keys = [key for key in {**ours, **theirs} if key not in NOT_STORED and ours.get(key) != theirs.get(key)]
     return {key: (ours.get(key), theirs.get(key)) for key in keys}

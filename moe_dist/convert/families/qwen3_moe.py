@@ -1,4 +1,4 @@
-"""Qwen3-MoE (arXiv 2505.09388): Qwen3's attention, and experts in some or all layers."""
+"""Qwen3-MoE (arXiv 2505.09388). It has the attention of Qwen3, and experts in some or all layers."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ The store is a folder of three files:
   neighbours.safetensors
     neighbour_NK    int64 row of each neighbour in samples.safetensors
     weight_NK       float32 weight of each neighbour; a row sums to 1, or is all 0 if the sample has no neighbours
-  or, for kinds of neighbours that may have many (ball, all):
+  or, if a sample may have many neighbours (kinds `ball` and `all`):
     mean_NR         float32 weighted mean m_i of the routing r_j of all neighbours
     spread_NR       float32 weighted mean of (r_j - m_i)^2 for each routing value
     weight_N        float32, 1 if the sample has neighbours, otherwise 0
@@ -63,16 +63,20 @@ class Neighbours:
         return int((self.weight_NK > 0).any(dim=1).sum())
 
     def joined(self, row_S: Tensor, samples: Samples) -> dict[str, Tensor]:
-        """Return the tensors that training needs for the samples in these rows."""
+        """Return the tensors that NeighbourStore.join adds to a batch's sidecar.
+
+        row_S: the rows of the batch's samples in `samples`.
+        """
         routing_SKR = samples.routing_NR[self.neighbour_NK[row_S]]
         return {"neighbour_routing_SKR": routing_SKR, "neighbour_weights_SK": self.weight_NK[row_S]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AverageNeighbours:
-    """The content of neighbours.safetensors if the neighbours are not listed: the mean of their routing, its spread.
+    """The content of neighbours.safetensors if it holds averages over the neighbours instead of a list.
 
-    This is enough for RoMA's term, because sum_j W_ij (r_i - r_j)^2 = (r_i - m_i)^2 + sum_j W_ij (r_j - m_i)^2.
+    The mean and the spread of the routing are enough for RoMA's term, because
+    sum_j W_ij (r_i - r_j)^2 = (r_i - m_i)^2 + sum_j W_ij (r_j - m_i)^2.
     """
 
     mean_NR: Tensor
@@ -85,7 +89,10 @@ class AverageNeighbours:
         return int((self.weight_N > 0).sum())
 
     def joined(self, row_S: Tensor, samples: Samples) -> dict[str, Tensor]:
-        """Return the tensors that training needs for the samples in these rows."""
+        """Return the tensors that NeighbourStore.join adds to a batch's sidecar.
+
+        row_S: the rows of the batch's samples in `samples`.
+        """
         return {
             "neighbour_routing_SKR": self.mean_NR[row_S, None],
             "neighbour_weights_SK": self.weight_N[row_S, None],
@@ -128,9 +135,9 @@ def read_samples(folder: Path) -> tuple[Samples, dict[str, Any]]:
 
 
 def write_neighbours(folder: Path, neighbours: Neighbours | AverageNeighbours, about: Mapping[str, Any]) -> None:
-    """Add neighbours to the store in `folder`, which is then complete. Earlier neighbours are replaced.
+    """Add neighbours to the store in `folder`. The store is then complete. Earlier neighbours are replaced.
 
-    about: how the neighbours were found, to be stored in store.json under `neighbours`. The entry `settings` has the
+    about: how the neighbours were found, to be stored in store.json under `neighbours`. Its entry `settings` holds the
     NeighbourSettings.
     """
     stored = read_json(folder / ABOUT)
@@ -151,7 +158,9 @@ class NeighbourStore:
         were found with other settings than `settings`.
 
         model: the identity of the checkpoint from which training starts. If it is None (on resume), a store of any
-        model is accepted. settings: if None, because the recipe has no losses.manifold, any are accepted.
+        model is accepted.
+        settings: the recipe's neighbour settings. If it is None (the recipe has no losses.manifold), a store with
+        any settings is accepted.
         """
         self.folder = Path(folder)
         self._samples, about = read_samples(self.folder)
@@ -177,7 +186,7 @@ class NeighbourStore:
         return digest.hexdigest()
 
     def join(self, batch: Batch) -> Batch:
-        """Return a copy of the batch whose sidecar also holds each instruction's neighbours: their routing and weights.
+        """Return a copy of the batch whose sidecar also holds the routing and weights of each instruction's neighbours.
 
         The new entries are neighbour_routing_SKR and neighbour_weights_SK. If the store has means instead of a list of
         neighbours, K is 1 and neighbour_spread_SR is added. Raises UserError if data.shards contains no instructions,
@@ -198,7 +207,10 @@ class NeighbourStore:
 
 
 def _check_settings(folder: Path, stored: Mapping[str, Any] | None, wanted: NeighbourSettings) -> None:
-    """Raise UserError naming the first setting with which the stored neighbours were found that the recipe changes."""
+    """Raise UserError if the stored neighbours were found with other settings than the recipe's.
+
+    The message names the first setting that differs.
+    """
     expected = wanted.model_dump(mode="json")
     differing = [key for key, value in expected.items() if stored is not None and stored.get(key) != value]
     if stored is None or differing:

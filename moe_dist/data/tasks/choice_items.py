@@ -46,9 +46,10 @@ def _instructions(data: DataConfig, split: Split) -> Iterator[tuple[int, Instruc
 def read_choices(data: DataConfig, split: Split, tokenizer: TextTokenizer) -> tuple[Mapping[int, Choice], SampleReport]:
     """Return a split's multiple-choice items, keyed by sample hash, and a report on the items that are left out.
 
-    An item is left out if the tokens of its prompt cannot be separated from the tokens of an option, or if another item
-    has the same prompt but other options, because the sample hash does not tell them apart. Raises UserError
-    if a sample is not a multiple-choice item, if items differ in their number of options, if more than
+    An item is left out if the tokens of its prompt cannot be separated from the tokens of an option. The sample hash
+    does not depend on the options. If items with the same hash give different Choices, all of them are left out.
+
+    Raises UserError if a sample is not a multiple-choice item, if items differ in their number of options, if more than
     data.max_bad_fraction of the items are left out, or if all items are ambiguous.
     """
     instructions: dict[int, list[Instruction]] = {}
@@ -96,10 +97,11 @@ def _choice(instruction: Instruction, tokenizer: TextTokenizer) -> Choice:
 
 
 def written_options(instruction: Instruction) -> tuple[list[str], int]:
-    """Return the options in the form of the sample's answer, and the index of the correct option.
+    """Return the possible answers to a sample, one for each option, and the index of the correct one.
 
-    If the answer is a letter, the options are letters. Otherwise, they are the texts of the options. Each option begins
-    with the same whitespace as the answer. Raises UserError if the sample is not a multiple-choice item.
+    If the sample's answer is a letter, all returned answers are letters. Otherwise, they are the texts of the options.
+    Each begins with the same whitespace as the sample's answer. Raises UserError if the sample is not a multiple-choice
+    item.
     """
     answer, options, correct = instruction.answer, instruction.options, instruction.correct
     blanks = answer[: len(answer) - len(answer.lstrip())]

@@ -1,9 +1,10 @@
 """Training of both tokenizers on a corpus's shards: SentencePiece on the texts, our VQ tokenizer on the images.
 
-OUT/text.model            the SentencePiece model                                  (data.text_tokenizer)
-OUT/vq/                   config.json, model.safetensors                           (data.image_tokenizer)
-OUT/vq/quality.json       reconstruction and codebook use on held-out images
-OUT/vq/reconstructions.png   rows of held-out images, each row above its reconstructions
+The files are written to the folder that the setting `out` names:
+  text.model              the SentencePiece model, for data.text_tokenizer
+  vq/                     the image tokenizer (config.json, model.safetensors), for data.image_tokenizer
+  vq/quality.json         reconstruction and codebook use on held-out images
+  vq/reconstructions.png  rows of held-out images, each row above its reconstructions
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class TokenizerRecipe(Strict):
 def train_tokenizers(recipe: TokenizerRecipe) -> tuple[SentencePieceTokenizer, VQQuality | None]:
     """Train and write both tokenizers, or the text tokenizer alone if the corpus has no images.
 
+    Returns the text tokenizer, and the quality of the image tokenizer on held-out images. The quality is None if there
+    is no image tokenizer or no held-out image.
     Raises UserError if a shard is damaged, if too many samples are damaged, if the corpus has no text or fewer images
     than one batch, or if the image tokenizer's loss becomes non-finite.
     """
@@ -65,7 +68,10 @@ def train_tokenizers(recipe: TokenizerRecipe) -> tuple[SentencePieceTokenizer, V
 
 
 def _read(recipe: TokenizerRecipe, split: Split, max_images: int) -> tuple[list[str], np.ndarray | None]:
-    """Read all texts of a split (captions, prompts, answers) and its first max_images images [N, H, W, 3] uint8."""
+    """Read all texts of a split (captions, prompts, answers) and its first max_images images.
+
+    Returns the texts, and the images as a uint8 array [N, H, W, 3]. If the split has no images, the array is None.
+    """
     shards = resolve_shards(recipe.shards, split)
     verify_shards(shards)
     report = SampleReport()
