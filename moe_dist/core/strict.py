@@ -96,7 +96,7 @@ def _nodes(node: yaml.Node | None, keys: tuple[str, ...]) -> Iterator[tuple[tupl
 
 
 def _foreign(node: yaml.Node) -> str | None:
-    """Return an error sentence if a node's value is not allowed in settings, otherwise None."""
+    """Return an error message if a node's value is not allowed in settings, otherwise None."""
     if node.tag not in _KINDS:
         return f"{node.tag.rpartition(':')[2]} is not a kind of value that settings have"
     number = node.tag.endswith((":int", ":float"))
@@ -110,7 +110,7 @@ def _foreign(node: yaml.Node) -> str | None:
 
 
 def _wrong_key(node: yaml.MappingNode) -> str | None:
-    """Return an error sentence if a key of a mapping is neither text nor integer, or is given twice, otherwise None."""
+    """Return an error message if a key of a mapping is neither text nor integer, or is given twice, otherwise None."""
     seen: set[str] = set()
     for key, _ in node.value:
         line = f"(line {key.start_mark.line + 1})"
@@ -255,7 +255,7 @@ def _faults(model: type[BaseModel], item: Any) -> Iterator[Fault]:
 
 
 def _unknown(section: Any, key: str) -> str:
-    """Return the error sentence for a key that is not allowed in a section."""
+    """Return the error message for a key that is not allowed in a section."""
     if reason := getattr(section, "refused", {}).get(key):
         return f"key '{{key}}' {reason}"
     return f"unknown key '{{key}}'{did_you_mean(key, getattr(section, 'model_fields', ()))}"

@@ -6,7 +6,7 @@ filter `tojson` and the functions raise_exception and strftime_now. The function
 day, so that the ids of a conversation do not depend on the day on which they are made.
 
 Special tokens that the template writes are encoded as their ids. If a message contains the text of a special token,
-this text is encoded like any other text: the marks BEGIN and END are put around it before the message is rendered, and
+this text is encoded like any other text: the BEGIN and END markers are put around it before the message is rendered, and
 are removed before it is encoded.
 """
 
@@ -151,7 +151,7 @@ def _to_json(value: object, indent: int | None = None, **options: Any) -> str:
 
 
 def _line(error: Exception) -> str:
-    """Return an exception's type and message in one short line, without the marks BEGIN and END."""
+    """Return an exception's type and message in one short line, without the BEGIN and END markers."""
     return cut(" ".join(_MARKS.sub("", f"{type(error).__name__}: {error}").split()))
 
 

@@ -55,7 +55,7 @@ class HuggingFaceTokenizer:
         self.sha256 = hashlib.sha256(f"{content} {self.bos} {self.eos} {self.pad}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Encode a text as ids, without BOS or EOS. Raises UserError if the library fails at this text."""
+        """Encode a text as ids, without BOS or EOS. Raises UserError if the library fails to encode it."""
         with _failures(f"{self._file} cannot encode {cut(repr(text))}"):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
