@@ -40,7 +40,7 @@ def write_fragments(
 def removed_on_error(folder: Path, layout: Layout) -> Iterator[None]:
     """Context manager that removes an unfinished folder if the block raises UserError.
 
-    Rank 0 removes the folder, so the block must raise UserError on every rank.
+    Rank 0 removes the folder. If the block raises UserError on one rank, it must do so on every rank.
     """
     try:
         yield

@@ -10,7 +10,7 @@ A logical tensor is a whole tensor as a single rank would hold it, so it does no
 Each row of a stacked expert parameter is a separate logical tensor. Its NAME ends with [global expert id], so a later
 run may place any expert on any rank.
 
-This is the only file of checkpoint/ that depends on ZeRO's internals. In stages 1 and 2, ZeRO flattens the parameters
+This is the only file in checkpoint/ that depends on ZeRO's internals. In stages 1 and 2, ZeRO flattens the parameters
 of a group and splits them into one contiguous fp32 partition per rank. In stage 3, it splits every parameter into equal
 pieces. The last partition or piece ends in padding, which belongs to no fragment.
 """

@@ -47,7 +47,7 @@ def fill_model(model: nn.Module, path: str | Path, layout: Layout) -> None:
     """Copy a checkpoint's parameters and buffers into a model that will not be trained. Collective.
 
     A stacked expert parameter is filled with the rows of this rank's experts. Parameters keep their dtype; buffers get
-    the stored dtype, as in a resumed run. Raises UserError if the checkpoint is damaged or belongs to a different model.
+    the stored dtype, as in a resumed run. Raises UserError if the checkpoint is damaged or is from a different model.
     """
     path = Path(path)
     copy_tensors(model, _stored(path, open_index(path, layout), MODEL_KINDS), path)

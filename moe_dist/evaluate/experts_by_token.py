@@ -86,7 +86,7 @@ class ExpertsByToken:
 def count_experts(
     forward: Callable[[Batch], ModelOutput], batches: Iterable[Batch], vocabulary_size: int, layout: Layout
 ) -> ExpertsByToken:
-    """Count the experts of all valid tokens of the batches. Collective.
+    """Count how many experts each valid token in the batches is sent to. Collective.
 
     Raises UserError if the model has no expert layers, or if there are no tokens.
     """

@@ -4,7 +4,7 @@ The model may be on the meta device, so a recipe's memory is known before anythi
 of these bytes are in host memory. The following are not counted: activations, layers that ZeRO-3 gathers temporarily,
 copies of a bucket during its reduction, and buffers of the communication library and the allocator.
 
-Symbols: n is the number of elements that a rank has of a parameter before ZeRO divides them. For stacked experts, only
+Symbols: n is the number of a parameter's elements that a rank holds before ZeRO divides them. For stacked experts, only
 the rank's own experts count. d is the number of ranks that hold the same elements: `edp` for experts, `dp` for all
 other parameters. ZeRO divides the elements among these ranks.
 """

@@ -55,7 +55,7 @@ def meet(place: Place, stop: StopSignals) -> dist.Store | None:
 
 @dataclass
 class _Wait:
-    """The state of one rank's wait, which may take several attempts to connect."""
+    """The state of one rank's wait for the others. The rank may try to connect several times."""
 
     place: Place
     stop: StopSignals

@@ -13,7 +13,7 @@ from moe_dist.core.name_patterns import matching
 
 
 def num_trained(model: nn.Module, expert: int) -> int:
-    """Return the number of trained elements over all ranks. expert: the number of ranks that share the experts."""
+    """Return the number of trained elements over all ranks. expert: the number of ranks with different experts."""
     trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     # A parameter that ZeRO-3 has partitioned keeps its own size in the attribute `ds_numel`.
     return sum(getattr(p, "ds_numel", p.numel()) * (expert if is_stacked(p) else 1) for p in trained)

@@ -2,8 +2,8 @@
 
   text.npy        vocabulary ids of all captions and texts, concatenated (uint16, or int32 for a larger vocabulary)
   text_ends.npy   int64 [documents]: end of each document's text in text.npy
-  captions.npy    int64 [further captions, 2], in the order of text.npy: document, start of the caption in its text. A
-                  further caption is the second or a later caption of a document
+  captions.npy    int64 [additional captions, 2], in the order of text.npy: document, start of the caption in its
+                  text. All captions after the first one of a document are additional captions
   image.npy       vocabulary ids of the image codes [images, codes of an image], in the dtype of text.npy
   image_rows.npy  int64 [documents]: the document's row of image.npy, -1 without an image
   prompts.npy     int64 [instructions, 5], ordered by document: document, length of the prompt in its text, index into

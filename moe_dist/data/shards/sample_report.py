@@ -19,7 +19,7 @@ IMAGE_LOSS, CAPTION_LOSS = ("image ",), ("caption ", "json ")  # beginnings of t
 
 
 class Loss(NamedTuple):
-    """The loss of a part of a sample: the reason, and the key of the sample.
+    """A part of a sample that was lost: the reason why, and the sample's key.
 
     A part is lost if it cannot be used, for example because the image format is not supported. A part that is unused by
     design is not lost.

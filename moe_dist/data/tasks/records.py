@@ -111,9 +111,9 @@ def form_of(record: Mapping[str, object]) -> str | None:
 
 
 def to_instruction(record: Mapping[str, Any], where: str) -> Instruction:
-    """Validate a record of one of the forms, and return it as an Instruction.
+    """Validate a record in one of the supported forms, and return it as an Instruction.
 
-    Raises UserError if a field is missing or has a wrong type; the message begins with `where` and names the field.
+    Raises UserError if a field is missing or has the wrong type; the message begins with `where` and names the field.
     Raises BadRecord if there is nothing to learn: an empty answer, an unknown speaker, no prompt or no answer.
     """
     form = form_of(record)

@@ -6,8 +6,8 @@ filter `tojson` and the functions raise_exception and strftime_now. The function
 day, so that the ids of a conversation do not depend on the day on which they are made.
 
 Special tokens that the template writes are encoded as their ids. If a message contains the text of a special token,
-this text is encoded like any other text: the BEGIN and END markers are put around it before the message is rendered, and
-are removed before it is encoded.
+this text is encoded like any other text: the BEGIN and END markers are put around it before the message is rendered,
+and are removed before it is encoded.
 """
 
 from __future__ import annotations
