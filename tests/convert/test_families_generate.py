@@ -44,12 +44,12 @@ def complete_on_rank(rank, folder, checkpoint, prompts):
 
 
 @torch.no_grad()
-def check(theirs, prompt, generated, eos):
+def check(theirs, prompt, generated, vocabulary):
     """Assert that every generated token is the reference's. Return the number of choices that were too close."""
-    assert 0 < len(generated) <= LENGTH and (len(generated) == LENGTH or generated[-1] == eos)
+    assert 0 < len(generated) <= LENGTH and (len(generated) == LENGTH or generated[-1] == vocabulary.eos)
     ids, close = list(prompt), 0
     for token in generated:
-        best = theirs(torch.tensor([ids])).logits[0, -1, :TOKENS].topk(2)
+        best = theirs(torch.tensor([ids])).logits[0, -1, : vocabulary.size].topk(2)
         if float(best.values[0] - best.values[1]) < MARGIN:
             close += 1
         else:
@@ -68,7 +68,7 @@ def test_greedy_output_is_the_references(name, tmp_path):
     arguments = (tmp_path / "hf", tmp_path / "ours", prompts)
     of_ranks = run_ranks(complete_on_rank, 2, *arguments) if name in TWO_RANKS else [complete_on_rank(-1, *arguments)]
     assert all(found == of_ranks[0] for found in of_ranks)
-    eos = load_text_tokenizer(tmp_path / "hf").eos
-    close = sum(check(theirs, prompt, found, eos) for prompt, found in zip(prompts, of_ranks[0], strict=True))
+    vocabulary = Vocabulary(load_text_tokenizer(tmp_path / "hf"))
+    close = sum(check(theirs, prompt, found, vocabulary) for prompt, found in zip(prompts, of_ranks[0], strict=True))
     print(f"{close} of {sum(map(len, of_ranks[0]))} choices were closer than {MARGIN}")
     assert len({tuple(found) for found in of_ranks[0]}) == len(prompts), "every prompt has the same continuation"

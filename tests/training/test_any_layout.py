@@ -291,7 +291,7 @@ def load_with_faults(
 
 @pytest.mark.slow
 def test_planted_faults_show(overrides, tmp_path):
-    overrides = [*overrides, *SYSTEMS["lora_experts"]]
+    overrides = [*overrides, *SYSTEMS["lora_experts"], "train.reach_steps=0"]
     origin, at = At(2, 1, 2), At(2, 2, 1)
     source = unite([of_rank[0] for of_rank in run_ranks(save_all, 2, overrides, [origin], tmp_path, None)])
     path = tmp_path / str(origin) / "checkpoints" / f"step_{SAVE_AT:08d}"
