@@ -211,7 +211,8 @@ def waiting(tmp_path):
 def test_a_wait_in_mpi_is_reported(waiting, tmp_path):
     assert waiting.stderr.readline() == "rank 0: waiting in MPI_Init for the other ranks of mpiexec\n"
     (tmp_path / "come").touch()
-    assert sorted(waiting.stderr) == ["met 0, signal 10\n", "met 1, signal 10\n"], "MPICH keeps no signal"
+    met = [line for line in waiting.stderr if "waiting" not in line]  # a slow rank 1 may report a wait of its own
+    assert sorted(met) == ["met 0, signal 10\n", "met 1, signal 10\n"], "MPICH keeps no signal"
     assert waiting.wait(60) == 0
 
 
