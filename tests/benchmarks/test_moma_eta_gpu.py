@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -31,8 +32,9 @@ TOKENS = 12 * 256
 
 
 @pytest.fixture(scope="module")
-def data(emoji_shards, tokenizers) -> list[str]:
-    files = [f"data.shards={emoji_shards}", f"data.text_tokenizer={tokenizers / 'text.model'}"]
+def data(emoji_shards, tokenizers, tmp_path_factory) -> list[str]:
+    shards = shutil.copytree(emoji_shards, tmp_path_factory.mktemp("eta") / "shards")  # tokens are stored beside them
+    files = [f"data.shards={shards}", f"data.text_tokenizer={tokenizers / 'text.model'}"]
     return [*files, f"data.image_tokenizer={tokenizers / 'vq'}", *DATA]
 
 

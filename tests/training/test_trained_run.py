@@ -75,7 +75,12 @@ def test_an_opened_run_is_the_engines_model(system, overrides):
             assert sentence in found[override], found[override]
 
 
+def find_without_checkpoint(rank, path):
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        TrainedRun.find(RunFolder(path), [])
+    return True
+
+
 def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     RunFolder(tmp_path).open(load_config(MOMA))
-    with pytest.raises(UserError, match="holds no complete checkpoint"):
-        TrainedRun.find(RunFolder(tmp_path), [])
+    assert run_ranks(find_without_checkpoint, 1, tmp_path) == [True]

@@ -20,7 +20,7 @@ from moe_dist.data.tokenizers.pixels import crop_and_resize, scale_pixels
 
 @pytest.fixture
 def shards(emoji_shards, tmp_path):
-    return shutil.copytree(emoji_shards, tmp_path / "shards")
+    return shutil.copytree(emoji_shards, tmp_path / "shards", ignore=shutil.ignore_patterns("tokens"))
 
 
 @pytest.fixture
