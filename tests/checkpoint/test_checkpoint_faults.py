@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import resource
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from moe_dist.checkpoint import checkpoint
 from moe_dist.core import files, tensor_files
 from moe_dist.core.errors import UserError
-from tests.support.checkpoint_jobs import Job, assert_same, attempt, run, run_on_rank
+from tests.support.checkpoint_jobs import Job, assert_same, attempt, attempt_with_a_small_disk, run, run_on_rank
 from tests.support.distributed import run_ranks
 from tests.support.toy_model import TOP_K
 
@@ -73,21 +72,10 @@ def test_another_model_is_named(saved):
         assert "holds the optimizer moments ['exp_avg', 'exp_avg_sq'], this run's optimizer keeps ['mom" in sentence
 
 
-def _save_with_a_small_disk(rank, job):
-    """Save while rank 1 cannot write files over 2,000 bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
-        return attempt(rank, job)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def test_a_full_disk_on_one_rank_is_told_by_all_and_leaves_the_old_checkpoint(copied):
     folder, job = copied
     path = folder.with_name("step_00000003")
-    sentences = run_ranks(_save_with_a_small_disk, 2, replace(job, save=str(path), save_at=3))
+    sentences = run_ranks(attempt_with_a_small_disk, 2, replace(job, save=str(path), save_at=3), 2000)
     assert sentences[0] == sentences[1]
     assert f"cannot write the checkpoint {path}: [Errno 27] File too large" in sentences[0]
     assert "(rank 1)" in sentences[0]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import resource
 import shutil
 import signal
 from dataclasses import replace
@@ -25,7 +24,7 @@ from moe_dist.core.files import StoredFile, write_json
 from moe_dist.core.strict import validate
 from tests.checkpoint.test_checkpoint import read
 from tests.checkpoint.test_saver import make_saver, state_of
-from tests.support.checkpoint_jobs import Job, assert_same, attempt, build, run, run_on_rank
+from tests.support.checkpoint_jobs import Job, assert_same, attempt, attempt_with_a_small_disk, build, run, run_on_rank
 from tests.support.distributed import run_ranks
 from tests.support.model_batches import LLAMA
 from tests.support.toy_model import objective, step_batches
@@ -232,19 +231,9 @@ def test_a_kill_while_the_store_is_written(moment, tmp_path):
     assert [path.name for path in left.parent.iterdir()] == [frozen_digest(job.save)]
 
 
-def _save_with_a_small_disk(rank, job):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if rank == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
-    try:
-        return attempt(rank, job)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 def test_a_full_disk_while_the_store_is_written(tmp_path):
     path = checkpoint_path(tmp_path, 0)
-    for sentence in run_ranks(_save_with_a_small_disk, 2, Job(save=str(path))):
+    for sentence in run_ranks(attempt_with_a_small_disk, 2, Job(save=str(path)), 200):
         assert sentence == f"cannot write the checkpoint {path}: [Errno 27] File too large (rank 1)"
     assert not [file for file in (tmp_path / "checkpoints").rglob("*") if file.is_file()]
 

@@ -21,7 +21,14 @@ from moe_dist.data.tokenizers.text_tokenizer import load_text_tokenizer
 from moe_dist.data.tokenizers.vocabulary import Vocabulary
 from moe_dist.training.setup import embedding_rows
 from tests.data.tokenizers.test_hugging_face_text import save as save_tokenizer
-from tests.support.hugging_face_models import load_checkpoint, logits_apart, logits_packed, random_documents, save_llama
+from tests.support.hugging_face_models import (
+    change_tensors,
+    load_checkpoint,
+    logits_apart,
+    logits_packed,
+    random_documents,
+    save_llama,
+)
 
 VARIANTS = {
     "grouped": {},
@@ -84,12 +91,6 @@ def test_one_tensor_in_memory_at_a_time(tmp_path):
 def change_config(folder, **changes):
     raw = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(raw | changes))
-
-
-def change_tensors(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 NORM = "model.layers.1.input_layernorm.weight"

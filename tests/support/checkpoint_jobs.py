@@ -4,6 +4,7 @@ accessors.
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -188,6 +189,17 @@ def run_on_rank(rank: int, job: Job, follow: Selections | None = None) -> Outcom
     assert engine.steps == job.stop
     at_end = account(engine, MOMENTS[job.optimizer] if job.stop else ())
     return Outcome(losses, norms, state, at_save, at_end, selections)
+
+
+def attempt_with_a_small_disk(rank: int, job: Job, limit: int) -> str | None:
+    """Return the sentence of the UserError that ends the job, while rank 1 cannot write files over `limit` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        return attempt(rank, job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def attempt(rank: int, job: Job) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -45,6 +47,13 @@ def save_llama(folder: Path, *, dtype=torch.float32, max_shard_size="1GB", **cha
     }  # a shared parameter is stored once
     model.save_pretrained(folder, state_dict=stored, max_shard_size=max_shard_size)
     return model
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a folder with a single weight file. change: called with all tensors by name."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
 
 
 def load_checkpoint(path: Path) -> Transformer:

@@ -24,7 +24,7 @@ from tests.convert.test_export import save_mixtral
 from tests.data.tokenizers.test_hugging_face_text import save as save_tokenizer
 from tests.support.distributed import run_ranks
 from tests.support.family_models import save_model
-from tests.support.hugging_face_models import save_llama
+from tests.support.hugging_face_models import change_tensors, save_llama
 from tests.support.trajectory import full_masters
 
 ROWS = 304  # the tokenizer has 300 tokens
@@ -199,20 +199,14 @@ def test_another_tokenizer_is_refused(folders, tmp_path):
     check_tokenizer(found, settings, load_vocabulary(recipe(folders / "llama").data))
 
 
-def spoil(folder, change):
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
 FAULTS = {
     "nan, which one rank reads": (
-        lambda f: spoil(f, lambda t: t[EXPERT].fill_(torch.nan)),
+        lambda f: change_tensors(f, lambda t: t[EXPERT].fill_(torch.nan)),
         {},
         f"the tensor '{EXPERT}' holds NaN or infinite numbers",
     ),
-    "missing": (lambda f: spoil(f, lambda t: t.pop(EXPERT)), {}, f"lacks the tensor '{EXPERT}'"),
+    "missing": (lambda f: change_tensors(f, lambda t: t.pop(EXPERT)), {}, f"lacks the tensor '{EXPERT}'"),
     "another model": (lambda f: None, {"rope_base": 7.0}, "model.rope_base is 7.0, but must be 300.0"),
     "pickled": (
         lambda f: [path.rename(path.with_suffix(".bin")) for path in f.glob("*.safetensors")],

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from moe_dist.config.model_section import ModelConfig
-from moe_dist.convert.families.family import JSON, Family, dense_layers_of, experts_of, top_k_section
+from moe_dist.convert.families.family import JSON, Family, bias_section, dense_layers_of, experts_of, top_k_section
 from moe_dist.convert.tensor_maps import ExpertNames
 
 
@@ -29,7 +29,7 @@ class DeepSeekMoE(Family):
     stacks_experts = False
 
     def attention(self, raw: JSON) -> JSON:
-        return {"attention_bias": "all"} if raw.get("attention_bias") else {}
+        return bias_section(raw)
 
     def ffn(self, raw: JSON) -> JSON:
         renormalize = bool(raw.get("norm_topk_prob")) and raw["num_experts_per_tok"] > 1  # as in DeepSeek's own code

@@ -160,6 +160,11 @@ class Family:
             yield TensorMapping("output.weight", matrix, {"lm_head.weight": matrix})
 
 
+def bias_section(raw: JSON) -> JSON:
+    """Return the setting `attention_bias` of a family in which the key of the same name covers q, k, v and o."""
+    return {"attention_bias": "all"} if raw.get("attention_bias") else {}
+
+
 def top_k_section(raw: JSON, *, hidden_size: str, num_experts: str, renormalize: bool) -> JSON:
     """Return the `ffn` section of a model with experts.
 

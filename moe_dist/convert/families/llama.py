@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from moe_dist.config.model_section import DenseFFN, ModelConfig
-from moe_dist.convert.families.family import JSON, Family
+from moe_dist.convert.families.family import JSON, Family, bias_section
 
 
 class Llama(Family):
@@ -13,7 +13,7 @@ class Llama(Family):
     architecture = "LlamaForCausalLM"
 
     def attention(self, raw: JSON) -> JSON:
-        return {"attention_bias": "all"} if raw.get("attention_bias") else {}
+        return bias_section(raw)
 
     def ffn(self, raw: JSON) -> JSON:
         return super().ffn(raw) | ({"bias": True} if raw.get("mlp_bias") else {})

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from moe_dist.config.model_section import ModelConfig
-from moe_dist.convert.families.family import JSON, Family, experts_of, top_k_section
+from moe_dist.convert.families.family import JSON, Family, bias_section, experts_of, top_k_section
 
 
 class OLMoE(Family):
@@ -20,8 +20,7 @@ class OLMoE(Family):
     sizes: ClassVar[tuple[str, ...]] = ("num_experts", "num_experts_per_tok")
 
     def attention(self, raw: JSON) -> JSON:
-        section: JSON = {"qk_norm": "rms_norm_full"}
-        section |= {"attention_bias": "all"} if raw.get("attention_bias") else {}
+        section: JSON = {"qk_norm": "rms_norm_full", **bias_section(raw)}
         return section | ({"clip_qkv": raw["clip_qkv"]} if raw.get("clip_qkv") else {})
 
     def ffn(self, raw: JSON) -> JSON:

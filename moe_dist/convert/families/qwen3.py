@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from moe_dist.config.model_section import ModelConfig
-from moe_dist.convert.families.family import JSON
+from moe_dist.convert.families.family import JSON, bias_section
 from moe_dist.convert.families.qwen2 import Qwen2
 
 
@@ -15,7 +15,7 @@ class Qwen3(Qwen2):
     defaults: ClassVar[JSON] = {"head_dim": 128, **Qwen2.defaults}
 
     def attention(self, raw: JSON) -> JSON:
-        return {"qk_norm": "rms_norm"} | ({"attention_bias": "all"} if raw.get("attention_bias") else {})
+        return {"qk_norm": "rms_norm", **bias_section(raw)}
 
     def keys(self, model: ModelConfig) -> JSON:
         return super().keys(model) | {"attention_bias": model.attention_bias == "all"}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from moe_dist.config.model_section import ModelConfig
-from moe_dist.convert.families.family import JSON, Family, dense_layers_of, experts_of, top_k_section
+from moe_dist.convert.families.family import JSON, Family, bias_section, dense_layers_of, experts_of, top_k_section
 
 
 class Qwen3MoE(Family):
@@ -31,7 +31,7 @@ class Qwen3MoE(Family):
         return super().model_section({**given, **number}, where)
 
     def attention(self, raw: JSON) -> JSON:
-        return {"qk_norm": "rms_norm"} | ({"attention_bias": "all"} if raw.get("attention_bias") else {})
+        return {"qk_norm": "rms_norm", **bias_section(raw)}
 
     def ffn(self, raw: JSON) -> JSON:
         renormalize = bool(raw.get("norm_topk_prob"))
